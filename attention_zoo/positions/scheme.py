@@ -1,0 +1,25 @@
+"""What an attention-level position scheme may do: turn queries and keys, or add to the scores. Default: neither."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from attention_zoo.contract import Tokens
+
+
+class AttentionPositions(nn.Module):
+    """No positions. Subclasses override `rotate`, or `bias`; both must depend on position differences alone."""
+
+    has_bias = False
+
+    def __init__(self, *, heads: int, head_width: int):
+        super().__init__()
+        self.heads, self.head_width = heads, head_width
+
+    def rotate(self, x: Float[Tensor, "B ... L D"], position: Int[Tensor, "B L"]) -> Float[Tensor, "B ... L D"]:
+        return x
+
+    def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B H L S"]:
+        """Finite addition to the scores, pairwise; only called where `has_bias`."""
+        raise NotImplementedError

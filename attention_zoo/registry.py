@@ -1,0 +1,99 @@
+"""Name -> class and default options. A backend is one yaml in conf/attention/ and the class that it targets.
+
+Third parties add theirs through the entry-point group `attention_zoo.backends`: each entry point names the backend and
+loads either the class itself (its defaults are the constructor's) or a mapping in the form of our yaml.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata, resources
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from attention_zoo.contract import Attention, Unsupported
+
+GROUP = "attention_zoo.backends"
+
+
+def available() -> tuple[str, ...]:
+    """Names of all backends, shipped and third-party, sorted."""
+    shipped = _shipped()
+    foreign = {point.name for point in metadata.entry_points(group=GROUP)}
+    return tuple(sorted({*shipped, *foreign}))
+
+
+@cache
+def _shipped() -> tuple[str, ...]:
+    folder = resources.files("attention_zoo.conf").joinpath("attention")
+    return tuple(sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")))
+
+
+def recipe(name: str) -> tuple[type[Attention], dict[str, Any]]:
+    """The class of a backend and its default options.
+
+    Raises:
+        ValueError: for an unknown name, listing the known ones and the nearest.
+    """
+    if name in _shipped():
+        text = resources.files("attention_zoo.conf").joinpath("attention", f"{name}.yaml").read_text()
+        return _split(OmegaConf.to_container(OmegaConf.create(text)), name)
+    for point in metadata.entry_points(group=GROUP):
+        if point.name == name:
+            loaded = point.load()
+            return _split(loaded, name) if isinstance(loaded, Mapping) else (loaded, {})
+    near = difflib.get_close_matches(name, available(), 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"attention must be one of {', '.join(available())}, got {name!r}{hint}")
+
+
+def _split(entry: Any, name: str) -> tuple[type[Attention], dict[str, Any]]:
+    options = {key: value for key, value in entry.items() if key not in ("_target_", "_partial_")}
+    module, _, attribute = entry["_target_"].rpartition(".")
+    found = getattr(importlib.import_module(module), attribute)
+    if not (isinstance(found, type) and issubclass(found, Attention)):
+        raise ValueError(f"backend {name!r} must target a subclass of attention_zoo.contract.Attention, got {found!r}")
+    return found, options
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Every option that `build(name)` takes, with its default; `inspect.Parameter.empty` where it must be given."""
+    cls, defaults = recipe(name)
+    found: dict[str, Any] = {}
+    for owner in (Attention, *reversed(cls.__mro__[: cls.__mro__.index(Attention)])):
+        for key, parameter in inspect.signature(owner.__init__).parameters.items():
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                found[key] = parameter.default
+    return {**found, **defaults}
+
+
+def build(name: str, *, dim: int, heads: int, causal: bool = True, **options: Any) -> Attention:
+    """Build one attention layer.
+
+        layer = build("longformer", dim=512, heads=8, causal=True, window=256)
+        hidden = layer(x).hidden            # [B, L, 512]
+
+    Args:
+        name: one of `available()`.
+        dim: model width E.
+        heads: number of heads H.
+        causal: whether tokens see only the past.
+        options: the mechanism's own; defaults are those of conf/attention/<name>.yaml.
+
+    Raises:
+        ValueError: for an unknown name or option, or a value outside its rule.
+        Unsupported: for what the mechanism does not declare.
+    """
+    cls, defaults = recipe(name)
+    known = options_of(name)
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise Unsupported(name, f"option {key}", f"it has no such option{hint}", ", ".join(sorted(known)))
+    return cls(dim=dim, heads=heads, causal=causal, **{**defaults, **options})
