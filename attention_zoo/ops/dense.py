@@ -1,0 +1,36 @@
+"""The oracle: softmax(scale · QKᵀ + bias) V with everything materialised, differentiable by plain autograd.
+
+O(L·S) time and memory. What every fast path is compared with; float64-safe.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def dense(
+    q: Float[Tensor, "B H L D"],
+    k: Float[Tensor, "B K S D"],
+    v: Float[Tensor, "B K S D"],
+    bias: Float[Tensor, "#B #H #L #S"] | None = None,
+    *,
+    scale: float,
+) -> Float[Tensor, "B H L D"]:
+    """Attention by definition; rows that see nothing (-inf everywhere) yield zeros and finite gradients.
+
+    With fewer key/value heads than query heads, consecutive query heads share one (H must be a multiple of K).
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    # float32 inside for half types, as every fused kernel does
+    exact = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(exact) @ k.to(exact).transpose(-1, -2)) * scale
+    if bias is not None:
+        scores = scores + bias.to(exact)
+    peak = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(exact).min)
+    weights = (scores - peak).exp()
+    total = weights.sum(-1, keepdim=True).clamp(min=torch.finfo(exact).tiny)
+    return ((weights / total) @ v.to(exact)).to(q.dtype)
