@@ -1,0 +1,87 @@
+"""Where a figure was measured: what a reader needs to judge it, and nothing that names a person or a host."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attention_zoo.measure.identity import source_digest
+
+
+def environment() -> dict[str, Any]:
+    """Machine and software of this process, as plain JSON values.
+
+    Returns:
+        cpu (model name), cores (usable by this process), threads (intra-op), memory_bytes (of the machine), torch,
+        python, platform, package (version), source (digest, see `identity.source_digest`), and cuda: None, or
+        device, count, memory_bytes, capability, runtime.
+    """
+    return {
+        "cpu": _cpu_model(),
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _memory_bytes(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "package": metadata.version("attention-zoo"),
+        "source": source_digest(),
+        "cuda": _cuda(),
+    }
+
+
+def device_name(device: str) -> str:
+    """What `identity` should call a device: "cpu", or the accelerator's product name.
+
+    Raises:
+        ValueError: for a device that this machine lacks.
+    """
+    kind = torch.device(device)
+    if kind.type == "cpu":
+        return "cpu"
+    if kind.type != "cuda":
+        raise ValueError(f"device must be cpu or cuda, got {device!r}")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"device={device} needs a CUDA device, but torch {torch.__version__} sees none; use device=cpu"
+        )
+    return torch.cuda.get_device_name(kind)
+
+
+def _cpu_model() -> str:
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        for line in listing.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory_bytes() -> int | None:
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cuda() -> dict[str, Any] | None:
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "device": properties.name,
+        "count": torch.cuda.device_count(),
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+        "runtime": torch.version.cuda,
+    }
