@@ -202,6 +202,7 @@ class Abilities:
         positions: names of the attention-level position schemes that can be built ("none" among them).
         grouped_heads: whether kv_heads may be smaller than heads.
         adjustable: options that may be changed on a built layer, as attributes.
+        truncated: gradients stop at borders of `segment_length` tokens (an attribute), whatever the length of the call.
     """
 
     causality: Literal["none", "values", "strict"]
@@ -215,6 +216,7 @@ class Abilities:
     positions: tuple[str, ...] = ("none",)
     grouped_heads: bool = False
     adjustable: tuple[str, ...] = ()
+    truncated: bool = False
 
 
 class Layer(nn.Module):
@@ -255,6 +257,12 @@ class Attention(Layer):
         positions: attention-level position scheme by name; embedding-level ones belong to the skeleton.
         seed: of everything drawn at random outside of training.
 
+    Class attributes:
+        name: of the backend.
+        declared: its abilities at the default options.
+        tiny: options at which a few dozen tokens already straddle every border of the mechanism; the contract suite
+            tests under them (window 3, chunk 4, ...). Whole numbers among them are taken for lengths in tokens.
+
     Raises:
         Unsupported: for what the mechanism does not declare in `declared`.
         ValueError: for widths that do not fit.
@@ -262,6 +270,7 @@ class Attention(Layer):
 
     name: ClassVar[str]
     declared: ClassVar[Abilities]
+    tiny: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,
