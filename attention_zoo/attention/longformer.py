@@ -1,0 +1,83 @@
+"""Longformer: a sliding window, and a few global tokens. Beltagy, Peters & Cohan 2020, §3.1.
+
+A token sees the tokens within `window` positions on each side (its own included), in steps of `dilation`, and every
+global token; a global token sees everything, through query, key and value projections of its own. O(L·(window + G)).
+
+Deviations. The paper and the released code speak of the whole window: Hugging Face's attention_window of 512 is our
+window=256. The released code has no causal form; ours sees the `window` tokens before a token, and itself. With shared
+projections a key that is both global and in the window counts once, as in the released code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attention_zoo.attention.pattern import PatternAttention, hide
+from attention_zoo.contract import Abilities, Tokens, at_least, one_of
+from attention_zoo.ops.dispatch import BANDED, DENSE, TILES
+
+
+class Longformer(PatternAttention):
+    """Sliding window attention with global tokens.
+
+    Args:
+        window: tokens per side; at least 1.
+        dilation: step between the tokens of a window; one number, or one for each head. Reach is window · dilation.
+        global_projections: "separate" (the paper) or "shared".
+        kernel: auto | banded | tiles | dense.
+        shared: the options of `Attention`.
+    """
+
+    name = "longformer"
+    kernels = (BANDED, TILES, DENSE)
+    shift_invariant = True
+    declared = Abilities(
+        causality="strict",
+        carry="prefix",
+        two_sided=True,
+        global_tokens="first_call",
+        cross=False,
+        compute="linear",
+        activations="linear",
+        state="constant",
+        positions=("none", "rotary", "alibi"),
+        grouped_heads=True,
+    )
+    dilation: Tensor
+
+    def __init__(
+        self,
+        *,
+        window: int = 256,
+        dilation: int | Sequence[int] = 1,
+        global_projections: str = "separate",
+        kernel: str = "auto",
+        **shared: Any,
+    ):
+        at_least(1, window=window)
+        one_of(("separate", "shared"), global_projections=global_projections)
+        super().__init__(kernel=kernel, global_projections=global_projections, **shared)
+        steps = [dilation] * self.heads if isinstance(dilation, int) else list(dilation)
+        if len(steps) != self.heads:
+            raise ValueError(f"dilation must be one number or one for each of {self.heads} heads, got {len(steps)}")
+        for step in steps:
+            at_least(1, dilation=step)
+        self.window = window
+        # heads that share a dilation share the mask
+        common = steps[:1] if len(set(steps)) == 1 else steps
+        self.register_buffer("dilation", torch.tensor(common), persistent=False)
+        self._reach = window * max(steps)
+
+    @property
+    def reach(self) -> int:
+        return self._reach
+
+    def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B #H L S"]:
+        gap = (queries.position[:, :, None] - keys.position[:, None, :])[:, None]
+        step = self.dilation[:, None, None]
+        return hide((gap.abs() <= self.window * step) & (gap % step == 0))

@@ -1,0 +1,272 @@
+"""Pattern attention: a mechanism that says which keys a query sees, and with what weight. All else is here, once.
+
+A pattern overrides up to three small things: `mark` (tokens that it makes global by position), `bias` (its definition,
+pairwise) and `near` or `reach` (which tiles can matter). Training, chunked prefill, cached decoding, padding, documents,
+grouped heads, the dense oracle and the pictures of the report all follow from these.
+
+The base alone applies, in this order: mark, bias, global override, position bias; then padding, document and causality.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from attention_zoo.contract import Attention, Output, Source, Tokens, Unsupported, keep
+from attention_zoo.ops.dispatch import DENSE, TILES, Kernel, check_name, choose, explain
+from attention_zoo.ops.pattern_call import PatternCall
+from attention_zoo.positions import ATTENTION_LEVEL
+
+
+class Cache(NamedTuple):
+    """State of a pattern: the keys that a later token may still see.
+
+    Fields:
+        k, v: [B, K, S, D], positions applied already.
+        tokens: of the S columns; fillers left, valid right.
+    """
+
+    k: Float[Tensor, "B K S D"]
+    v: Float[Tensor, "B K S D"]
+    tokens: Tokens
+
+
+class PatternAttention(Attention):
+    """Base of all patterns. Final but for `mark`, `bias`, `near`, `reach`, `losses` and `bias_parameters`.
+
+    Args:
+        kernel: "auto" takes the fastest of `kernels` that runs a call exactly; a name takes that one or raises.
+        global_projections: "shared", or "separate" query, key and value projections for global queries
+            (Beltagy et al. 2020, §3.1), which start as copies of the others.
+        shared: the options of `Attention`.
+    """
+
+    kernels: ClassVar[tuple[Kernel, ...]] = (TILES, DENSE)
+    shift_invariant: ClassVar[bool] = False
+    """Whether `bias` depends on the difference of positions alone: then one mask serves all tiles (`BANDED`)."""
+    tile = 128
+    """Query rows and key columns of a tile. Smaller in tests, so that short lengths straddle many borders."""
+
+    def __init__(self, *, kernel: str = "auto", global_projections: str = "shared", **shared: Any):
+        super().__init__(**shared)
+        check_name(self.name, self.kernels, kernel)
+        if self.cross and self.positions != "none":
+            raise Unsupported(
+                self.name, f"positions={self.positions}", "in cross-attention nothing is before", "positions=none"
+            )
+        self.kernel = kernel
+        width = self.heads * self.head_width
+        kv_width = self.kv_heads * self.head_width
+        self.to_q = nn.Linear(self.dim, width, bias=self.has_bias)
+        self.to_k = nn.Linear(self.dim, kv_width, bias=self.has_bias)
+        self.to_v = nn.Linear(self.dim, kv_width, bias=self.has_bias)
+        self.to_out = nn.Linear(width, self.dim, bias=self.has_bias)
+        self.own_global = global_projections == "separate"
+        if self.own_global:
+            self.to_q_global, self.to_k_global, self.to_v_global = (
+                nn.Linear(layer.in_features, layer.out_features, bias=self.has_bias)
+                for layer in (self.to_q, self.to_k, self.to_v)
+            )
+            for own, common in self._global_pairs():
+                own.load_state_dict(common.state_dict())
+        self.scheme = ATTENTION_LEVEL[self.positions](heads=self.heads, head_width=self.head_width)
+
+    def _global_pairs(self) -> list[tuple[nn.Linear, nn.Linear]]:
+        return [
+            (self.to_q_global, self.to_q), (self.to_k_global, self.to_k), (self.to_v_global, self.to_v),
+        ]  # fmt: skip
+
+    # --- what a pattern says about itself --------------------------------------------------------------------------
+
+    @property
+    def reach(self) -> int | None:
+        """How many positions away the farthest key is that a query may see; None: any. Lets caches forget."""
+        return None
+
+    def mark(self, tokens: Tokens) -> Tokens:
+        """Tokens with those marked global that this pattern makes global by their position. Must be idempotent."""
+        return tokens
+
+    def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "#B #H L S"]:
+        """The definition. Pairwise: each cell depends on its two tokens alone.
+
+        -inf unseen, 0 seen, other finite values weigh (log 2: counted twice). Padding, documents and causality are
+        applied by the base.
+        """
+        raise NotImplementedError
+
+    def near(
+        self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor, length: Tensor
+    ) -> Bool[Tensor, "#B q_tiles k_tiles"]:
+        """May a tile of these position ranges (inclusive, of one document of `length` tokens) matter? Conservative."""
+        reach = self.reach
+        if reach is None:
+            return torch.ones(torch.broadcast_shapes(q_lo.shape, k_lo.shape), dtype=torch.bool, device=q_lo.device)
+        return (q_lo - k_hi <= reach) & (k_lo - q_hi <= reach)
+
+    def losses(self) -> dict[str, Tensor]:
+        """Auxiliary losses, weighted already."""
+        return {}
+
+    def bias_parameters(self) -> tuple[Tensor, ...]:
+        """Parameters that `bias` depends on."""
+        return ()
+
+    # --- final: the definition assembled ---------------------------------------------------------------------------
+
+    def position_bias(self, queries: Tokens, keys: Tokens) -> Tensor | None:
+        return self.scheme.bias(queries, keys) if self.scheme.has_bias else None
+
+    def scores_bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "#B #H L S"]:
+        """`bias` and position bias, before masks and without the global override."""
+        bias, extra = self.bias(queries, keys), self.position_bias(queries, keys)
+        return bias if extra is None else bias + extra
+
+    def full_bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B #H L S"]:
+        """Everything that is added to the scores: the whole definition. L x S, for oracles, pictures and counting."""
+        queries, keys = self.mark(queries), self.mark(keys)
+        bias, extra = self.bias(queries, keys), self.position_bias(queries, keys)
+        everyone = queries.is_global[:, None, :, None] | keys.is_global[:, None, None, :]
+        bias = torch.where(everyone, torch.zeros((), dtype=bias.dtype, device=bias.device), bias)
+        bias = bias if extra is None else bias + extra
+        none = self.to_out.weight.new_empty(0, 0, 0, 0)
+        seen = PatternCall(self, none, none, none, queries, keys, self.scale).seen(queries, keys)
+        return bias.masked_fill(~seen, -torch.inf)
+
+    # --- final: running it -----------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        q: Float[Tensor, "B H L D"],
+        k: Float[Tensor, "B K S D"],
+        v: Float[Tensor, "B K S D"],
+        queries: Tokens | None = None,
+        keys: Tokens | None = None,
+        *,
+        scale: float | None = None,
+        kernel: str | None = None,
+        global_qkv: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Float[Tensor, "B H L D"]:
+        """The pattern on given queries, keys and values (rotated already): for use in models of one's own.
+
+        Args:
+            keys: tokens of the S columns; default all valid from position 0.
+            queries: tokens of the L rows; default the last L of the keys.
+            scale: factor on q·k; default the layer's.
+            kernel: default the layer's.
+            global_qkv: a second projection of the same tokens, for the rows of global queries.
+        """
+        call = self._call(q, k, v, queries, keys, scale, global_qkv)
+        return choose(self.name, self.kernels, kernel or self.kernel, call).run(call)
+
+    def explain(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Tokens | None = None, keys: Tokens | None = None
+    ) -> list[tuple[str, str | None]]:
+        """Every kernel, fastest first, with the reason why it cannot run this call, or None."""
+        return explain(self.kernels, self._call(q, k, v, queries, keys, None, None))
+
+    def _call(self, q, k, v, queries, keys, scale, global_qkv) -> PatternCall:
+        if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[1] % k.shape[1] or q.shape[-1] != k.shape[-1]:
+            raise ValueError(
+                "q must be [B, H, L, D] and k, v [B, K, S, D] with K dividing H, "
+                f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+            )
+        if keys is None:
+            keys = Tokens.all_valid(k.shape[0], k.shape[2], k.device)
+        if queries is None:
+            queries = keys.cut(slice(k.shape[2] - q.shape[2], None))
+        for name, tokens, columns in (("queries", queries, q.shape[2]), ("keys", keys, k.shape[2])):
+            if tokens.valid.shape != (q.shape[0], columns):
+                raise ValueError(f"{name} must have shape {(q.shape[0], columns)}, got {tuple(tokens.valid.shape)}")
+        marked = self.mark(keys)
+        queries = marked if queries is keys else self.mark(queries)
+        scale = self.scale if scale is None else scale
+        return PatternCall(self, q, k, v, queries, marked, scale, self.bias_parameters(), global_qkv)
+
+    def initial_state(self, batch_size: int) -> Cache:
+        weight = self.to_k.weight
+        empty = weight.new_zeros(batch_size, self.kv_heads, 0, self.head_width)
+        return Cache(empty, empty, Tokens.none(batch_size, weight.device))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L E"],
+        tokens: Tokens | None = None,
+        *,
+        state: Cache | None = None,
+        source: Source | None = None,
+        choices: Any = None,
+    ) -> Output:
+        """See `Layer`. With a state, every call's output equals the last rows of the whole prefix."""
+        if choices is not None:
+            raise Unsupported(self.name, "choices", "a pattern makes no discrete decisions", "choices=None")
+        if state is not None and not self.causal and not self.cross:
+            raise Unsupported(self.name, "state", "two-sided attention needs all tokens in one call", "causal=True")
+        x, tokens = self.enter(x, tokens, state, source)
+        tokens = self.mark(tokens)
+        q = self._heads(self.to_q(x))
+        k, v, keys = self._keys(x, tokens, state, source)
+        global_qkv = None
+        if not self.cross:
+            q = self.scheme.rotate(q, tokens.position)
+            global_qkv = self._global_qkv(x, tokens, state)
+        out = self.attend(q, k, v, tokens, keys, global_qkv=global_qkv)
+        new = None if state is None else self._forget(k, v, keys)
+        return Output(self.to_out(rearrange(out, "b h l d -> b l (h d)")), new, self.losses())
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b l (h d) -> b h l d", d=self.head_width)
+
+    def _keys(
+        self, x: Tensor, tokens: Tokens, state: Cache | None, source: Source | None
+    ) -> tuple[Tensor, Tensor, Tokens]:
+        if self.cross:
+            if source is None:
+                assert state is not None
+                return state.k, state.v, state.tokens
+            hidden, tokens = self.enter_source(source)
+            return self._heads(self.to_k(hidden)), self._heads(self.to_v(hidden)), self.mark(tokens)
+        k, v = self.scheme.rotate(self._heads(self.to_k(x)), tokens.position), self._heads(self.to_v(x))
+        if state is None or not state.k.shape[2]:
+            return k, v, tokens
+        if self.reach is not None and bool((tokens.is_global & tokens.valid).any()):
+            raise Unsupported(
+                self.name, "a global token after the first call", "keys that it must see may be forgotten already",
+                "global tokens in the first call",
+            )  # fmt: skip
+        return torch.cat([state.k, k], 2), torch.cat([state.v, v], 2), state.tokens.then(tokens)
+
+    def enter_source(self, source: Source) -> tuple[Tensor, Tokens]:
+        """Hidden states of the source with padding zeroed."""
+        if source.hidden.ndim != 3 or source.hidden.shape[-1] != self.dim:
+            raise ValueError(f"source.hidden must be [batch, length, {self.dim}], got {tuple(source.hidden.shape)}")
+        return source.hidden.masked_fill(~source.tokens.valid[..., None], 0), source.tokens
+
+    def _global_qkv(self, x: Tensor, tokens: Tokens, state: Cache | None) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Longformer's second projection; only computed where a global query is there to use it."""
+        if not self.own_global or not bool((tokens.is_global & tokens.valid).any()):
+            return None
+        # with a state this is its first call (checked above), so x holds all keys
+        q, k, v = (self._heads(own(x)) for own, _ in self._global_pairs())
+        return self.scheme.rotate(q, tokens.position), self.scheme.rotate(k, tokens.position), v
+
+    def _forget(self, k: Tensor, v: Tensor, keys: Tokens) -> Cache:
+        """Keep what the next token can still see."""
+        if self.cross:
+            return Cache(k, v, keys)
+        following = keys.next_position[:, None]
+        last = torch.where(keys.valid, keys.document, -1).amax(1, keepdim=True)
+        mask = keys.valid & (keys.document == last)
+        if self.reach is not None:
+            mask = mask & ((following - keys.position <= self.reach) | keys.is_global)
+        tokens, k, v = keep(mask, keys, k, v)
+        return Cache(k, v, tokens)
+
+
+def hide(seen: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """0 where seen, -inf elsewhere: a plain pattern's bias."""
+    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)

@@ -1,0 +1,139 @@
+"""Which kernel runs where, and every reason why another cannot.
+
+A mechanism lists its kernels, fastest first. `auto` takes the first that can run the call exactly; a named one that
+cannot raises with its reason and those of all others. Nothing is ever substituted silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attention_zoo.contract import Tokens, Unsupported
+from attention_zoo.ops import plans
+from attention_zoo.ops.dense import dense
+from attention_zoo.ops.pattern_call import PatternCall
+
+
+class Kernel(NamedTuple):
+    """One way to run a pattern.
+
+    Fields:
+        name: what `kernel=` takes.
+        run: the call -> output [B, H, L, D].
+        refuse: the call -> why this kernel cannot run it exactly, or None.
+        about: one line for people.
+    """
+
+    name: str
+    run: Callable[[PatternCall], Tensor]
+    refuse: Callable[[PatternCall], str | None]
+    about: str
+
+
+def check_name(backend: str, kernels: Sequence[Kernel], wanted: str) -> None:
+    """Refuse at build a kernel that the mechanism does not have."""
+    names = ["auto", *(kernel.name for kernel in kernels)]
+    if wanted not in names:
+        raise Unsupported(backend, f"kernel={wanted}", "it has no such kernel", " or ".join(names))
+
+
+def choose(backend: str, kernels: Sequence[Kernel], wanted: str, call: PatternCall) -> Kernel:
+    """The kernel that runs this call."""
+    for kernel in kernels:
+        if wanted in ("auto", kernel.name) and kernel.refuse(call) is None:
+            return kernel
+    reasons = "; ".join(f"{name}: {reason or 'would run'}" for name, reason in explain(kernels, call))
+    raise Unsupported(backend, f"kernel={wanted}", reasons, "kernel=auto")
+
+
+def explain(kernels: Sequence[Kernel], call: PatternCall) -> list[tuple[str, str | None]]:
+    """Every kernel, fastest first, with the reason why it cannot run this call, or None."""
+    return [(kernel.name, kernel.refuse(call)) for kernel in kernels]
+
+
+# --- kernels that any pattern may list -------------------------------------------------------------------------------
+
+
+def _no_refusal(call: PatternCall) -> str | None:
+    return None
+
+
+def _run_dense(call: PatternCall) -> Tensor:
+    out = dense(call.q, call.k, call.v, call.pattern.full_bias(call.queries, call.keys), scale=call.scale)
+    if call.global_qkv is None or not call.any_global_query:
+        return out
+    q, k, v = call.global_qkv
+    columns, chosen = plans.gather_columns(call.queries, call.queries.is_global & call.queries.valid)
+    q = q.gather(2, columns[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+    rows = dense(q, k, v, plans.everyone_bias(call, chosen, call.keys), scale=call.scale)
+    return plans.put_global_rows(out, call.queries, (columns, rows, chosen))
+
+
+DENSE = Kernel("dense", _run_dense, _no_refusal, "the definition, L x S materialised: O(L·S) memory")
+
+
+def _run_tiles(call: PatternCall) -> Tensor:
+    return plans.run_local(call, plans.near_tiles(call))
+
+
+TILES = Kernel("tiles", _run_tiles, _no_refusal, "tiles that may matter, any positions; backward recomputes")
+
+
+def _run_banded(call: PatternCall) -> Tensor:
+    return plans.run_local(call, plans.band_tiles(call))
+
+
+def _refuse_banded(call: PatternCall) -> str | None:
+    if not call.pattern.shift_invariant or call.pattern.reach is None:
+        return "the pattern is no band: it depends on more than the distance"
+    if not call.aligned:
+        return "columns are not positions here (holes, or forgotten keys)"
+    return None
+
+
+BANDED = Kernel(
+    "banded", _run_banded, _refuse_banded, "contiguous keys per tile, one mask for all; backward recomputes"
+)
+
+
+def _run_sdpa(call: PatternCall) -> Tensor:
+    q, k, v = call.q, call.k, call.v
+    grouped = q.shape[1] != k.shape[1]
+    mask, causal = None, False
+    if call.pattern.causal and q.shape[2] > 1:
+        causal = True  # right padding lies in the future of every valid token
+    elif not call.all_valid:
+        # a row without any key shows them all: its output is padding, and must only be finite
+        seen = call.keys.valid | ~call.keys.valid.any(1, keepdim=True)
+        mask = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -torch.inf)[:, None, None, :]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=call.scale, enable_gqa=grouped
+    )
+
+
+def _refuse_sdpa(call: PatternCall) -> str | None:
+    if call.pattern.position_bias(_one(call.queries), _one(call.keys)) is not None:
+        return "the position scheme adds to the scores"
+    if not call.one_document:
+        return "rows hold several documents"
+    if not call.pattern.causal:
+        return None
+    if not call.own_keys:
+        return "queries are not the last tokens of the keys"
+    if call.q.shape[2] == 1:
+        return None
+    if call.q.shape[2] != call.k.shape[2]:
+        return "a causal mask with earlier keys is not square"
+    return None if call.starts_at_zero else "a causal mask cannot hide padding on the left or in holes"
+
+
+def _one(tokens: Tokens) -> Tokens:
+    return tokens.cut(slice(0, 1))
+
+
+SDPA = Kernel("sdpa", _run_sdpa, _refuse_sdpa, "torch's fused scaled_dot_product_attention: O(L²) time, O(L) memory")

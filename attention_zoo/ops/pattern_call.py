@@ -1,0 +1,115 @@
+"""One call of a pattern: its operands, its tokens, and everything that a kernel may ask about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from attention_zoo.contract import Tokens
+
+
+class Pattern(Protocol):
+    """What a pattern says about itself; see attention/pattern.py for the meaning of each."""
+
+    causal: bool
+    tile: int
+    shift_invariant: bool
+
+    @property
+    def reach(self) -> int | None: ...
+    def scores_bias(self, queries: Tokens, keys: Tokens) -> Tensor: ...
+    def position_bias(self, queries: Tokens, keys: Tokens) -> Tensor | None: ...
+    def full_bias(self, queries: Tokens, keys: Tokens) -> Tensor: ...
+    def near(self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor, length: Tensor) -> Tensor: ...
+
+
+@dataclass
+class PatternCall:
+    """Operands [B, H, L, D] x [B, K, S, D], marked tokens, and the pattern that relates them."""
+
+    pattern: Pattern
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    queries: Tokens
+    keys: Tokens
+    scale: float
+    learned: Sequence[Tensor] = ()
+    global_qkv: tuple[Tensor, Tensor, Tensor] | None = None  # a second projection, for global queries (Longformer)
+
+    # --- the definition, in pieces ---------------------------------------------------------------------------------
+    def seen(self, queries: Tokens, keys: Tokens) -> Tensor:
+        """Bool [B, 1, L, S]: padding, document and causality."""
+        seen = keys.valid[:, None, :] & (keys.document[:, None, :] == queries.document[:, :, None])
+        if self.pattern.causal:
+            seen = seen & (keys.position[:, None, :] <= queries.position[:, :, None])
+        return seen[:, None]
+
+    def local_bias(self, queries: Tokens, keys: Tokens) -> Tensor:
+        """What local tiles use: global keys are left to their own part, where each counts once."""
+        seen = self.seen(queries, keys)
+        if self.any_global_key:
+            seen = seen & ~keys.is_global[:, None, None, :]
+        return self.pattern.scores_bias(queries, keys).masked_fill(~seen, -torch.inf)
+
+    # --- facts about the layout ------------------------------------------------------------------------------------
+    @cached_property
+    def any_global_key(self) -> bool:
+        return bool((self.keys.is_global & self.keys.valid).any())
+
+    @cached_property
+    def any_global_query(self) -> bool:
+        return bool((self.queries.is_global & self.queries.valid).any())
+
+    @cached_property
+    def all_valid(self) -> bool:
+        return bool(self.keys.valid.all())
+
+    @cached_property
+    def one_document(self) -> bool:
+        """Whether no row holds two documents."""
+        document = self.keys.document
+        known = torch.where(self.keys.valid, document, document.amax(1, keepdim=True)) if document.numel() else document
+        same = bool((known == known[:, :1]).all()) if document.numel() else True
+        return same and (self.own_keys or bool((self.queries.document == known[:, -1:]).all()))
+
+    @cached_property
+    def own_keys(self) -> bool:
+        """Whether queries are the last rows of the keys, token for token."""
+        L, S = self.q.shape[2], self.k.shape[2]
+        if L > S:
+            return False
+        tail = self.keys.cut(slice(S - L, S))
+        names = ("position", "valid", "document")
+        return all(
+            getattr(tail, name) is getattr(self.queries, name)
+            or torch.equal(getattr(tail, name), getattr(self.queries, name))
+            for name in names
+        )
+
+    @cached_property
+    def aligned(self) -> bool:
+        """Whether column distance is position distance within each document: no holes, no forgotten keys."""
+        if not self.own_keys:
+            return False
+        tokens = self.keys
+        column = torch.arange(tokens.valid.shape[1], device=tokens.valid.device).expand_as(tokens.valid)
+        last = torch.where(tokens.valid, column, -1).cummax(1).values
+        before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
+        at = before.clamp(min=0)
+        follows = tokens.valid & (before >= 0) & (tokens.document.gather(1, at) == tokens.document)
+        gap = tokens.position - tokens.position.gather(1, at)
+        return not bool((follows & (gap != column - before)).any())
+
+    @cached_property
+    def starts_at_zero(self) -> bool:
+        """Whether position equals column at every valid token of an aligned call: only right padding, one document."""
+        column = torch.arange(self.k.shape[2], device=self.k.device)
+        return (
+            self.own_keys and self.one_document and not bool(((self.keys.position != column) & self.keys.valid).any())
+        )
