@@ -320,6 +320,14 @@ class Attention(Layer):
     def abilities(self) -> Abilities:
         return self.declared
 
+    def pairs(self, length: int) -> float | None:
+        """How many query-key pairs one forward call over `length` tokens scores per head, for the FLOP count.
+
+        A pair costs 4·D: a dot product and a weighted value. A mechanism that spends more (relative positions: another
+        dot product) counts that in. None: no formula; a pattern's pairs are then counted from its definition.
+        """
+        return None
+
     def enter(self, x: Tensor, tokens: Tokens | None, state: Any, source: Source | None) -> tuple[Tensor, Tokens]:
         """Check one call and zero the padding, so that not even NaN spreads from it."""
         if x.ndim != 3 or x.shape[-1] != self.dim:
