@@ -1,0 +1,328 @@
+"""Byte-level language modelling on real text that every machine has: the source of Python's standard library.
+
+A token is a byte, the vocabulary is 256, and nothing is downloaded: training and validation read the standard library
+in place, the held-out domain is the source of another installed package (torch, a dependency). Any other file or folder
+works too (`path`). Files are sorted by relative path and hashed; whether one is for validation is a function of that
+path, so the split never moves.
+
+Rows are streams: row b of a batch goes on in row b of the next, segment by segment, up to `span` segments of one
+document; then the row takes the next document and is flagged `fresh`. That is what truncated backpropagation needs.
+
+Deviations from file = document: neighbouring short files (sorted order, same split) are joined until they fill a span,
+since most sources are shorter than a long row and would be lost. The end of a document that fills no whole segment is
+cut off; where segments start moves at each epoch, so that no byte is always lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import os
+import sysconfig
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from attention_zoo.contract import at_least
+from attention_zoo.tasks.task import Batch, Task, digest, generator
+
+SKIPPED = frozenset({"__pycache__", "site-packages", "dist-packages", "node_modules", "test", "tests", "idle_test"})
+"""Folders that are left out: other people's packages, and tests, whose long literal tables are no prose of code."""
+
+
+class Corpus(NamedTuple):
+    """Bytes of some files.
+
+    Fields:
+        data: uint8, all files one after another.
+        ends: where each file ends in `data`.
+        digest: names paths and contents.
+    """
+
+    data: np.ndarray
+    ends: np.ndarray
+    digest: str
+
+
+class Spans(NamedTuple):
+    """The pieces that rows take one after another: [start, segments, slack], slack = how far it may be moved."""
+
+    start: np.ndarray
+    segments: np.ndarray
+    slack: np.ndarray
+
+
+def list_files(root: Path, suffix: str | None = None) -> list[tuple[str, Path, int]]:
+    """Relative path, path and size of every non-empty file below `root`, sorted; hidden ones and `SKIPPED` left out."""
+    found = []
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in SKIPPED and not name.startswith(".")]
+        for name in names:
+            path = Path(folder, name)
+            if name.startswith(".") or (suffix and not name.endswith(suffix)) or not path.is_file():
+                continue
+            if size := path.stat().st_size:
+                found.append((path.relative_to(root).as_posix(), path, size))
+    return sorted(found)
+
+
+@lru_cache(maxsize=4)
+def read_corpus(root: Path, suffix: str | None, max_bytes: int | None, validation: float) -> tuple[Corpus, Corpus]:
+    """Training and validation bytes of a file or a folder.
+
+    Args:
+        root: a file (its last part is for validation) or a folder (whole files are).
+        suffix: ending of the files to take; None takes all.
+        max_bytes: about how much to read at most. Files are then picked by the hash of their relative path, so that
+            the pick is a fair sample and not the start of the alphabet.
+        validation: share of the files, or of the one file.
+
+    Raises:
+        ValueError: where there is nothing to read.
+    """
+    if root.is_file():
+        raw = root.read_bytes()[:max_bytes]
+        cut = len(raw) - math.ceil(len(raw) * validation)
+        return _corpus([(root.name, raw[:cut])]), _corpus([(root.name, raw[cut:])])
+    files = list_files(root, suffix)
+    if max_bytes is not None:
+        picked, total = [], 0
+        for entry in sorted(files, key=lambda entry: _hash(entry[0], "pick")):
+            if not picked or total + entry[2] <= max_bytes:
+                picked.append(entry)
+                total += entry[2]
+        files = sorted(picked)
+    held = {name for name, _, _ in files if _hash(name, "split") < validation}
+    if len(files) > 1 and not 0 < len(held) < len(files):
+        held = {min((name for name, _, _ in files), key=lambda name: _hash(name, "split"))}
+    contents = [(name, path.read_bytes()[:max_bytes]) for name, path, _ in files]
+    if len(contents) == 1:
+        return read_corpus(files[0][1], None, max_bytes, validation)
+    return _corpus([c for c in contents if c[0] not in held]), _corpus([c for c in contents if c[0] in held])
+
+
+def _hash(name: str, use: str) -> float:
+    """A number in [0, 1) that depends on both arguments alone."""
+    return int.from_bytes(hashlib.sha256(f"{use}:{name}".encode()).digest()[:6], "big") / 2**48
+
+
+def _corpus(contents: list[tuple[str, bytes]]) -> Corpus:
+    data = np.frombuffer(b"".join(raw for _, raw in contents), dtype=np.uint8)
+    ends = np.cumsum([len(raw) for _, raw in contents], dtype=np.int64)
+    return Corpus(data, ends, digest([part for entry in contents for part in entry]))
+
+
+def cut_spans(ends: np.ndarray, seq_len: int, span: int) -> Spans:
+    """Join short files into documents, and cut documents into spans of at most `span` segments of `seq_len` tokens."""
+    rows = []
+    start = 0
+    for index, end in enumerate(ends.tolist()):
+        if end - start <= span * seq_len and index + 1 < len(ends):
+            continue  # too short by itself: goes on in the next file
+        segments = (end - start - 1) // seq_len  # one byte more than a segment: the last token's target
+        slack = (end - start - 1) - segments * seq_len
+        for first in range(0, segments, span):
+            rows.append((start + first * seq_len, min(span, segments - first), slack))
+        start = end
+    return Spans(*np.array(rows, dtype=np.int64).reshape(-1, 3).T)
+
+
+class Text(Task):
+    """Byte-level language modelling.
+
+    Args:
+        path: a file or folder of your own text; None reads the source of Python's standard library.
+        suffix: ending of the files to take from a folder; None takes all (the standard library: always ".py").
+        held_out: name of an installed package whose source is the held-out domain; None for none.
+        max_bytes: about how much to read for training and validation together; None reads all.
+        held_out_bytes: the same for the held-out domain.
+        validation: share of the files (of the bytes, where there is one file) kept for validation.
+        span: segments that a row follows one document, at most: what a carried state can reach back over.
+        evaluation_rows: documents of each evaluation set, each followed for `span` segments.
+
+    Raises:
+        ValueError: for a missing path or package, naming it.
+    """
+
+    name = "text"
+    vocab = 256
+    streams = True
+    metric, better = "bits_per_byte", "lower"
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        suffix: str | None = None,
+        held_out: str | None = "torch",
+        max_bytes: int | None = 8_000_000,
+        held_out_bytes: int | None = 1_000_000,
+        validation: float = 0.1,
+        span: int = 4,
+        evaluation_rows: int = 16,
+    ):
+        at_least(1, span=span, evaluation_rows=evaluation_rows)
+        for name, value in (("max_bytes", max_bytes), ("held_out_bytes", held_out_bytes)):
+            if value is not None:
+                at_least(1, **{name: value})
+        if not (isinstance(validation, float) and 0 < validation < 1):
+            raise ValueError(f"validation must be a share between 0 and 1, got {validation!r}")
+        if path is None:
+            self.root, self.suffix = Path(sysconfig.get_path("stdlib")), ".py"
+        else:
+            self.root, self.suffix = Path(path).expanduser(), suffix
+            if not self.root.exists():
+                raise ValueError(f"task.path must be an existing file or folder, got {path!r}")
+        self.held_root = None if held_out is None else _package(held_out)
+        self.source = path or "standard library"
+        self.held_out, self.max_bytes, self.held_out_bytes = held_out, max_bytes, held_out_bytes
+        self.validation, self.span, self.evaluation_rows = validation, span, evaluation_rows
+
+    def corpora(self) -> tuple[Corpus, Corpus]:
+        """Training and validation bytes, read at the first call."""
+        found = read_corpus(self.root, self.suffix, self.max_bytes, self.validation)
+        if not len(found[0].data):
+            ending = f" ending in {self.suffix}" if self.suffix else ""
+            raise ValueError(f"task.path={self.root} holds no non-empty file{ending}")
+        return found
+
+    def held(self) -> Corpus | None:
+        """Bytes of the held-out domain."""
+        if self.held_root is None:
+            return None
+        return read_corpus(self.held_root, ".py", self.held_out_bytes, 0.5)[0]
+
+    def check(self, seq_len: int) -> None:
+        for name, corpus in zip(("training", "validation"), self.corpora()):
+            self._spans(corpus, seq_len, name)
+
+    def _spans(self, corpus: Corpus, seq_len: int, name: str) -> Spans:
+        spans = cut_spans(corpus.ends, seq_len, self.span)
+        if not len(spans.start):
+            raise ValueError(
+                f"task.path={self.root} has {len(corpus.data)} bytes for {name}, too few for seq_len={seq_len}; "
+                f"give more text or a smaller seq_len"
+            )
+        return spans
+
+    def describe(self, seq_len: int) -> dict[str, Any]:
+        train, validation = self.corpora()
+        held = self.held()
+        found: dict[str, Any] = {
+            "source": self.source,
+            "train_bytes": len(train.data),
+            "train_files": len(train.ends),
+            "validation_bytes": len(validation.data),
+            "validation_files": len(validation.ends),
+        }
+        if held is not None:
+            found |= {"held_out": self.held_out, "held_out_bytes": len(held.data), "held_out_files": len(held.ends)}
+        return found | {"digest": digest([c.digest for c in (train, validation, held) if c is not None])}
+
+    def train_batches(self, batch_size: int, seq_len: int, seed: int) -> TextBatches:
+        train = self.corpora()[0]
+        return TextBatches(train.data, self._spans(train, seq_len, "training"), batch_size, seq_len, seed)
+
+    def evaluation_sets(self, batch_size: int, seq_len: int) -> dict[str, TextSet]:
+        corpora = {"validation": self.corpora()[1], "held_out": self.held()}
+        return {
+            name: TextSet(corpus.data, self._spans(corpus, seq_len, name), batch_size, seq_len, self.evaluation_rows)
+            for name, corpus in corpora.items()
+            if corpus is not None
+        }
+
+    def score(self, loss: float, accuracy: float) -> dict[str, float]:
+        return {"bits_per_byte": loss / math.log(2), "loss": loss, "accuracy": accuracy}
+
+
+def _package(name: str) -> Path:
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"task.held_out must name an installed package that is a folder of source, got {name!r}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _segment(data: np.ndarray, start: np.ndarray, seq_len: int, fresh: np.ndarray) -> Batch:
+    window = torch.from_numpy(data[start[:, None] + np.arange(seq_len + 1)]).long()
+    return Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous(), None, torch.from_numpy(fresh))
+
+
+class TextBatches:
+    """Training streams: each epoch takes every span once, in an order drawn from (seed, epoch)."""
+
+    def __init__(self, data: np.ndarray, spans: Spans, batch_size: int, seq_len: int, seed: int):
+        self.data, self.spans, self.seq_len, self.seed = data, spans, seq_len, seed
+        self.epoch, self.taken = -1, len(spans.start)  # the first span asked for opens epoch 0
+        self.order = self.moved = np.zeros(0, dtype=np.int64)
+        self.at = np.zeros(batch_size, dtype=np.int64)  # first byte of each row's next segment
+        self.left = np.zeros(batch_size, dtype=np.int64)  # segments left in each row's span
+        self.started = False
+
+    def __iter__(self) -> TextBatches:
+        return self
+
+    def _open(self, epoch: int) -> None:
+        random = generator("text", self.seed, epoch)
+        self.epoch, self.order = epoch, random.permutation(len(self.spans.start))
+        self.moved = np.floor(random.random(len(self.order)) * (self.spans.slack + 1)).astype(np.int64)
+
+    def _take(self, row: int) -> None:
+        if self.taken == len(self.spans.start):
+            self._open(self.epoch + 1)
+            self.taken = 0
+        index = self.order[self.taken]
+        self.taken += 1
+        self.at[row] = self.spans.start[index] + self.moved[index]
+        self.left[row] = self.spans.segments[index]
+        if not self.started:  # stagger the first spans, so that the rows do not all start afresh at the same steps
+            skipped = row % self.left[row]
+            self.at[row] += skipped * self.seq_len
+            self.left[row] -= skipped
+
+    def __next__(self) -> Batch:
+        fresh = self.left == 0
+        for row in np.flatnonzero(fresh):
+            self._take(row)
+        self.started = True
+        batch = _segment(self.data, self.at, self.seq_len, fresh)
+        self.at += self.seq_len
+        self.left -= 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "taken": int(self.taken),
+            "at": self.at.tolist(),
+            "left": self.left.tolist(),
+            "started": self.started,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["epoch"] >= 0:
+            self._open(state["epoch"])
+        self.taken, self.started = state["taken"], state["started"]
+        self.at = np.array(state["at"], dtype=np.int64)
+        self.left = np.array(state["left"], dtype=np.int64)
+
+
+class TextSet:
+    """Evaluation streams: `rows` spans spread evenly over the text, each started afresh and followed to its end."""
+
+    def __init__(self, data: np.ndarray, spans: Spans, batch_size: int, seq_len: int, rows: int):
+        longest = np.flatnonzero(spans.segments == spans.segments.max())  # rows of a batch end together
+        picked = longest[np.unique(np.linspace(0, len(longest) - 1, min(rows, len(longest))).round().astype(int))]
+        self.data, self.seq_len, self.batch_size = data, seq_len, batch_size
+        self.start, self.segments = spans.start[picked], int(spans.segments.max())
+
+    def __iter__(self) -> Iterator[Batch]:
+        for first in range(0, len(self.start), self.batch_size):
+            start = self.start[first : first + self.batch_size]
+            for segment in range(self.segments):
+                fresh = np.full(len(start), segment == 0)
+                yield _segment(self.data, start + segment * self.seq_len, self.seq_len, fresh)
