@@ -71,7 +71,7 @@ class Tokens(NamedTuple):
                 continue
             if given.shape != valid.shape:
                 raise ValueError(f"{name} must have the shape of valid, {(B, L)}, got {tuple(given.shape)}")
-            if kind is torch.bool and given.dtype != torch.bool or kind is None and given.dtype.is_floating_point:
+            if given.dtype.is_floating_point or (kind is torch.bool and given.dtype != torch.bool):
                 raise ValueError(f"{name} must be {'bool' if kind else 'integer'}, got {given.dtype}")
         begin = torch.as_tensor(start, device=device, dtype=torch.long).expand(B)[:, None]
         flags = torch.zeros_like(valid) if is_global is None else is_global & valid
@@ -173,7 +173,7 @@ class Output(NamedTuple):
 
     hidden: Float[Tensor, "B L E"]
     state: Any = None
-    losses: Mapping[str, Tensor] = {}  # noqa: RUF012  (never mutated)
+    losses: Mapping[str, Tensor] = {}
     choices: Any = None
 
 

@@ -66,7 +66,7 @@ def options_of(name: str) -> dict[str, Any]:
     cls, defaults = recipe(name)
     found: dict[str, Any] = {}
     for owner in (Attention, *reversed(cls.__mro__[: cls.__mro__.index(Attention)])):
-        for key, parameter in inspect.signature(owner.__init__).parameters.items():
+        for key, parameter in inspect.signature(owner).parameters.items():
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
                 found[key] = parameter.default
     return {**found, **defaults}

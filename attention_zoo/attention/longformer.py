@@ -34,6 +34,7 @@ class Longformer(PatternAttention):
     """
 
     name = "longformer"
+    tiny = {"window": 3}
     kernels = (BANDED, TILES, DENSE)
     shift_invariant = True
     declared = Abilities(
@@ -61,13 +62,15 @@ class Longformer(PatternAttention):
     ):
         at_least(1, window=window)
         one_of(("separate", "shared"), global_projections=global_projections)
-        super().__init__(kernel=kernel, global_projections=global_projections, **shared)
+        super().__init__(kernel=kernel, **shared)
         steps = [dilation] * self.heads if isinstance(dilation, int) else list(dilation)
         if len(steps) != self.heads:
             raise ValueError(f"dilation must be one number or one for each of {self.heads} heads, got {len(steps)}")
         for step in steps:
             at_least(1, dilation=step)
-        self.window = window
+        self.window, self.global_projections = window, global_projections
+        if global_projections == "separate":
+            self.add_global_projections()
         # heads that share a dilation share the mask
         common = steps[:1] if len(set(steps)) == 1 else steps
         self.register_buffer("dilation", torch.tensor(common), persistent=False)

@@ -1,14 +1,15 @@
 """Pattern attention: a mechanism that says which keys a query sees, and with what weight. All else is here, once.
 
 A pattern overrides up to three small things: `mark` (tokens that it makes global by position), `bias` (its definition,
-pairwise) and `near` or `reach` (which tiles can matter). Training, chunked prefill, cached decoding, padding, documents,
-grouped heads, the dense oracle and the pictures of the report all follow from these.
+pairwise) and `near` or `reach` (which tiles can matter). Training, chunked prefill, cached decoding, padding,
+documents, grouped heads, the dense oracle and the pictures of the report all follow from these.
 
 The base alone applies, in this order: mark, bias, global override, position bias; then padding, document and causality.
 """
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -40,8 +41,6 @@ class PatternAttention(Attention):
 
     Args:
         kernel: "auto" takes the fastest of `kernels` that runs a call exactly; a name takes that one or raises.
-        global_projections: "shared", or "separate" query, key and value projections for global queries
-            (Beltagy et al. 2020, §3.1), which start as copies of the others.
         shared: the options of `Attention`.
     """
 
@@ -51,7 +50,7 @@ class PatternAttention(Attention):
     tile = 128
     """Query rows and key columns of a tile. Smaller in tests, so that short lengths straddle many borders."""
 
-    def __init__(self, *, kernel: str = "auto", global_projections: str = "shared", **shared: Any):
+    def __init__(self, *, kernel: str = "auto", **shared: Any):
         super().__init__(**shared)
         check_name(self.name, self.kernels, kernel)
         if self.cross and self.positions != "none":
@@ -65,20 +64,13 @@ class PatternAttention(Attention):
         self.to_k = nn.Linear(self.dim, kv_width, bias=self.has_bias)
         self.to_v = nn.Linear(self.dim, kv_width, bias=self.has_bias)
         self.to_out = nn.Linear(width, self.dim, bias=self.has_bias)
-        self.own_global = global_projections == "separate"
-        if self.own_global:
-            self.to_q_global, self.to_k_global, self.to_v_global = (
-                nn.Linear(layer.in_features, layer.out_features, bias=self.has_bias)
-                for layer in (self.to_q, self.to_k, self.to_v)
-            )
-            for own, common in self._global_pairs():
-                own.load_state_dict(common.state_dict())
+        self.own_global = False
         self.scheme = ATTENTION_LEVEL[self.positions](heads=self.heads, head_width=self.head_width)
 
-    def _global_pairs(self) -> list[tuple[nn.Linear, nn.Linear]]:
-        return [
-            (self.to_q_global, self.to_q), (self.to_k_global, self.to_k), (self.to_v_global, self.to_v),
-        ]  # fmt: skip
+    def add_global_projections(self) -> None:
+        """Give global queries projections of their own, which start as copies of the others (Longformer)."""
+        self.own_global = True
+        self.to_q_global, self.to_k_global, self.to_v_global = map(deepcopy, (self.to_q, self.to_k, self.to_v))
 
     # --- what a pattern says about itself --------------------------------------------------------------------------
 
@@ -251,7 +243,7 @@ class PatternAttention(Attention):
         if not self.own_global or not bool((tokens.is_global & tokens.valid).any()):
             return None
         # with a state this is its first call (checked above), so x holds all keys
-        q, k, v = (self._heads(own(x)) for own, _ in self._global_pairs())
+        q, k, v = (self._heads(project(x)) for project in (self.to_q_global, self.to_k_global, self.to_v_global))
         return self.scheme.rotate(q, tokens.position), self.scheme.rotate(k, tokens.position), v
 
     def _forget(self, k: Tensor, v: Tensor, keys: Tokens) -> Cache:

@@ -32,5 +32,6 @@ def dense(
         scores = scores + bias.to(exact)
     peak = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(exact).min)
     weights = (scores - peak).exp()
-    total = weights.sum(-1, keepdim=True).clamp(min=torch.finfo(exact).tiny)
+    total = weights.sum(-1, keepdim=True)
+    total = torch.where(total == 0, 1, total)  # a clamp to the smallest number would square to zero in backward
     return ((weights / total) @ v.to(exact)).to(q.dtype)

@@ -119,6 +119,8 @@ def _run_sdpa(call: PatternCall) -> Tensor:
 def _refuse_sdpa(call: PatternCall) -> str | None:
     if call.pattern.position_bias(_one(call.queries), _one(call.keys)) is not None:
         return "the position scheme adds to the scores"
+    if call.global_qkv is not None and call.any_global_query:
+        return "global queries have projections of their own"
     if not call.one_document:
         return "rows hold several documents"
     if not call.pattern.causal:

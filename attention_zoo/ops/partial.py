@@ -74,8 +74,7 @@ def partial_backward(
     grad, out = grad.to(q.dtype), out.to(q.dtype)
     if not q.numel() or not k.shape[2]:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    # +inf makes all weights of a row that sees nothing zero, instead of exp(-inf + inf)
-    lse = torch.where(lse == -torch.inf, torch.inf, lse)
+    lse = _finite(lse)  # a row that sees nothing: exp(-inf - 0) is zero, exp(-inf + inf) is not
     if FUSED and q.device.type == "cpu":
         return _backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=bias, scale=scale)  # type: ignore[misc]
     weights, dscores = weights_and_gradient(grad, q, k, v, out, lse, bias, scale=scale)
@@ -87,8 +86,7 @@ def weights_and_gradient(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None, *, scale: float
 ) -> tuple[Float[Tensor, "B H L S"], Float[Tensor, "B H L S"]]:
     """Attention weights of one part and the gradient of its scores (before `scale`): what a learned bias receives."""
-    lse = torch.where(lse == -torch.inf, torch.inf, lse)
-    weights = (_scores(q, k, bias, scale) - lse[..., None]).exp()
+    weights = (_scores(q, k, bias, scale) - _finite(lse)[..., None]).exp()
     delta = (grad * out).sum(-1, keepdim=True)
     return weights, weights * (_heads_matmul(grad, v.transpose(-1, -2)) - delta)
 

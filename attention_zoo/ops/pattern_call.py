@@ -18,8 +18,9 @@ class Pattern(Protocol):
 
     causal: bool
     tile: int
-    shift_invariant: bool
 
+    @property
+    def shift_invariant(self) -> bool: ...
     @property
     def reach(self) -> int | None: ...
     def scores_bias(self, queries: Tokens, keys: Tokens) -> Tensor: ...

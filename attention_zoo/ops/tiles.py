@@ -80,7 +80,7 @@ class _Tiles(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor):
         q, k, v, out, lse, *learned = ctx.saved_tensors
         exact = torch.promote_types(q.dtype, torch.float32)
         H = q.shape[1]
@@ -110,7 +110,8 @@ def _learn(total: list[Tensor], learned: list[Tensor], part: Part, view: _View, 
     if bias is None or not bias.requires_grad:
         return
     exact = torch.promote_types(operands[1].dtype, torch.float32)
-    _, dscores = weights_and_gradient(*(x.to(exact) for x in operands), bias.detach(), scale=scale)
+    grad, q, k, v, out, lse = (x.to(exact) for x in operands)
+    _, dscores = weights_and_gradient(grad, q, k, v, out, lse, bias.detach().to(exact), scale=scale)
     dbias = dscores.sum_to_size(bias.shape).to(bias.dtype)
     for into, share in zip(total, torch.autograd.grad(bias, learned, dbias, allow_unused=True)):
         if share is not None:

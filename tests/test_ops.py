@@ -1,0 +1,163 @@
+"""The execution core against its definition: partial, merge, tiles with every kind of keys, learned biases."""
+
+import pytest
+import torch
+
+from attention_zoo.ops import partial as partial_module
+from attention_zoo.ops.dense import dense
+from attention_zoo.ops.partial import merge, partial, partial_backward
+from attention_zoo.ops.tiles import Part, Tile, run_tiles
+
+SCALE = 0.3
+
+
+def operands(L=9, S=11, H=4, K=2, B=2, D=8, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, h, n, D, generator=g, dtype=dtype).requires_grad_() for h, n in ((H, L), (K, S), (K, S))]
+
+
+def random_bias(*shape, seed=1, seen=0.7):
+    g = torch.Generator().manual_seed(seed)
+    bias = torch.randn(shape, generator=g, dtype=torch.float64)
+    return bias.masked_fill(torch.rand(shape, generator=g) > seen, -torch.inf)
+
+
+@pytest.fixture(params=[True, False], ids=["fused", "bmm"])
+def fused(request, monkeypatch):
+    monkeypatch.setattr(partial_module, "FUSED", request.param)
+    return request.param
+
+
+def close(a, b, tolerance=1e-12):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+def equal_with_gradients(got, want, inputs):
+    close(got, want)
+    weight = torch.randn(want.shape, generator=torch.Generator().manual_seed(7), dtype=want.dtype)
+    for a, b in zip(torch.autograd.grad(got, inputs, weight), torch.autograd.grad(want, inputs, weight)):
+        close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 11), (2, 1, 9, 11), (1, 4, 9, 11), (2, 4, 9, 11)])
+def test_partial_is_dense_and_reports_the_log_sum_exp(fused, shape):
+    q, k, v = operands()
+    bias = random_bias(*shape)
+    bias[..., -1, :] = -torch.inf  # a row (or all) that sees nothing
+    out, lse = partial(q.detach(), k.detach(), v.detach(), bias, scale=SCALE)
+    close(out, dense(q, k, v, bias, scale=SCALE).detach())
+    scores = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * SCALE + bias
+    close(lse, scores.logsumexp(-1).detach())
+
+
+def test_two_parts_merge_into_the_whole_forward_and_backward(fused):
+    q, k, v = operands()
+    bias = random_bias(2, 4, 9, 11)
+    bias[0, 0, 3, :6] = -torch.inf  # sees only the second part
+    bias[1, 2, 4] = -torch.inf  # sees nothing at all
+    want = dense(q, k, v, bias, scale=SCALE)
+    a, b = slice(0, 6), slice(6, 11)
+    with torch.no_grad():
+        halves = [partial(q, k[:, :, s], v[:, :, s], bias[..., s], scale=SCALE) for s in (a, b)]
+        out, lse = merge(*halves[0], *halves[1])
+        close(out, want)
+        grad = torch.randn_like(out)
+        shares = [
+            partial_backward(grad, q, k[:, :, s], v[:, :, s], out, lse, bias[..., s], scale=SCALE) for s in (a, b)
+        ]
+    dq, dk, dv = torch.autograd.grad(want, (q, k, v), grad)
+    close(shares[0][0] + shares[1][0], dq)
+    close(torch.cat([shares[0][1], shares[1][1]], 2), dk)
+    close(torch.cat([shares[0][2], shares[1][2]], 2), dv)
+
+
+def test_partial_with_no_keys_or_no_queries_sees_nothing(fused):
+    q, k, v = (x.detach() for x in operands())
+    out, lse = partial(q, k[:, :, :0], v[:, :, :0], scale=SCALE)
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+    out, lse = partial(q[:, :, :0], k, v, scale=SCALE)
+    assert out.shape == (2, 4, 0, 8)
+    assert all(not g.any() for g in partial_backward(out, q[:, :, :0], k, v, out, lse, scale=SCALE))
+
+
+@pytest.mark.parametrize("kind", ["slice", "shared", "per_row", "per_head"])
+def test_every_kind_of_keys_equals_dense(fused, kind):
+    q, k, v = operands(L=8, S=11)
+    B, H, L, S = 2, 4, 8, 11
+    full = random_bias(B, H, L, S, seen=0.8)
+    g = torch.Generator().manual_seed(3)
+    used = torch.full((B, H, L, S), -torch.inf, dtype=torch.float64)
+    tiles = []
+    for start in (0, 4):
+        rows = slice(start, start + 4)
+        parts = []
+        if kind == "slice":
+            pieces = [slice(0, 5), slice(5, 11)]
+            for piece in pieces:
+                used[:, :, rows, piece] = full[:, :, rows, piece]
+                parts.append(Part(piece, lambda rows=rows, piece=piece: full[:, :, rows, piece]))
+        elif kind == "shared":
+            keys = torch.randperm(S, generator=g)[:6]
+            used[:, :, rows, keys] = full[:, :, rows][..., keys]
+            parts.append(Part(keys, lambda rows=rows, keys=keys: full[:, :, rows][..., keys]))
+        elif kind == "per_row":
+            keys = torch.stack([torch.randperm(S, generator=g)[:6] for _ in range(B)])
+            bias = torch.stack([full[b, :, rows][..., keys[b]] for b in range(B)])
+            for b in range(B):
+                used[b, :, rows, keys[b]] = bias[b]
+            parts.append(Part(keys, lambda bias=bias: bias))
+        else:
+            keys = torch.stack([torch.stack([torch.randperm(S, generator=g)[:6] for _ in range(2)]) for _ in range(H)])
+            bias = torch.empty(B, H, 2, 2, 6, dtype=torch.float64)
+            for h in range(H):
+                for group in range(2):
+                    mine = slice(start + 2 * group, start + 2 * group + 2)
+                    bias[:, h, group] = full[:, h, mine][..., keys[h, group]]
+                    used[:, h, mine, keys[h, group]] = bias[:, h, group]
+            parts.append(Part(keys, lambda bias=bias: bias))
+        tiles.append(Tile(rows, parts))
+    equal_with_gradients(run_tiles(q, k, v, tiles, scale=SCALE), dense(q, k, v, used, scale=SCALE), (q, k, v))
+
+
+def test_a_learned_bias_gets_its_gradient(fused):
+    q, k, v = operands(L=6, S=6)
+    slope = torch.tensor([0.3, -0.2, 0.1, 0.5], dtype=torch.float64, requires_grad=True)
+    distance = (torch.arange(6)[:, None] - torch.arange(6)).abs().double()
+
+    def bias(rows=slice(None), keys=slice(None)):
+        return (-slope[:, None, None] * distance[rows, keys])[None].masked_fill(distance[rows, keys] > 3, -torch.inf)
+
+    tiles = [
+        Tile(slice(a, a + 3), [Part(slice(b, b + 3), lambda a=a, b=b: bias(slice(a, a + 3), slice(b, b + 3)))
+                               for b in (0, 3)])
+        for a in (0, 3)
+    ]  # fmt: skip
+    got = run_tiles(q, k, v, tiles, scale=SCALE, learned=(slope,))
+    equal_with_gradients(got, dense(q, k, v, bias(), scale=SCALE), (q, k, v, slope))
+
+
+def test_rows_in_no_tile_yield_zeros_and_no_gradient(fused):
+    q, k, v = operands()
+    out = run_tiles(q, k, v, [Tile(slice(0, 4), [Part(slice(0, 11), lambda: None)])], scale=SCALE)
+    assert not out[:, :, 4:].any()
+    (dq,) = torch.autograd.grad(out.sum(), q)
+    assert not dq[:, :, 4:].any()
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v = operands()
+    out = run_tiles(q, k, v, [Tile(slice(0, 9), [Part(slice(0, 11), lambda: None)])], scale=SCALE)
+    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+def test_half_precision_is_summed_in_float32(fused):
+    q, k, v = operands(L=64, S=64, dtype=torch.float32)
+    want = dense(q.double(), k.double(), v.double(), scale=SCALE)
+    half = [x.detach().bfloat16() for x in (q, k, v)]
+    got = run_tiles(*half, [Tile(slice(0, 64), [Part(slice(0, 64), lambda: None)])], scale=SCALE)
+    naive = dense(*half, scale=SCALE)
+    assert got.dtype == torch.bfloat16
+    assert (got - want).abs().max() <= 2 * (naive - want).abs().max()

@@ -1,0 +1,115 @@
+"""Every kernel of the shared pattern base equals the definition, whatever the layout of the batch."""
+
+import pytest
+import torch
+
+import attention_zoo as zoo
+from attention_zoo import Tokens, Unsupported
+
+B = 3
+
+
+def ragged(L, side):
+    lengths = torch.tensor([L, max(1, L // 2), 1])[:, None]
+    column = torch.arange(L)[None]
+    return column < lengths if side == "right" else column >= L - lengths
+
+
+def layout(kind, L, some_global):
+    g = torch.Generator().manual_seed(L)
+    if kind in ("right", "left"):
+        valid = ragged(L, kind)
+    else:
+        valid = torch.rand(B, L, generator=g) < {"holes": 0.6, "packed": 0.9, "plain": 2.0}[kind]
+    flags = valid & (torch.rand(B, L, generator=g) < 0.1) if some_global else None
+    document = torch.randint(0, 2, (B, L), generator=g).cumsum(1) // 4 if kind == "packed" else None
+    return Tokens.of(valid, flags, document)
+
+
+def build(name, **options):
+    torch.manual_seed(0)
+    tiny = {"longformer": {"window": 5, "dilation": (1, 2)}, "full": {}}[name]
+    layer = zoo.build(name, dim=16, heads=2, **tiny, **options).double()
+    layer.tile = 8
+    return layer
+
+
+def run(layer, kernel, x, tokens):
+    layer.kernel = kernel
+    out = layer(x, tokens).hidden
+    assert torch.isfinite(out).all()
+    out = out[tokens.valid]
+    grads = torch.autograd.grad(out.square().sum(), [x, *layer.parameters()], allow_unused=True)
+    return out, grads
+
+
+@pytest.mark.parametrize("positions", ["none", "rotary", "alibi"])
+@pytest.mark.parametrize("kind", ["plain", "right", "left", "holes", "packed"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "two_sided"])
+@pytest.mark.parametrize("name", ["full", "longformer"])
+def test_every_kernel_is_the_definition(name, causal, kind, positions):
+    layer = build(name, causal=causal, positions=positions, kv_heads=1)
+    for L in (1, 7, 8, 17, 50):
+        for some_global in (False, True):
+            tokens = layout(kind, L, some_global)
+            x = torch.randn(B, L, 16, dtype=torch.float64, requires_grad=True)
+            want, want_grads = run(layer, "dense", x, tokens)
+            for kernel in ("auto", "tiles"):
+                got, grads = run(layer, kernel, x, tokens)
+                torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+                for a, b in zip(grads, want_grads):
+                    assert (a is None) == (b is None)
+                    if a is not None:
+                        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+
+
+def chosen(layer, tokens, L=20, S=20):
+    q, k = torch.randn(B, 2, L, 8), torch.randn(B, 2, S, 8)
+    keys = tokens
+    queries = keys.cut(slice(S - L, None))
+    return next(name for name, reason in layer.explain(q, k, k, queries, keys) if reason is None)
+
+
+def test_auto_picks_the_fastest_exact_kernel():
+    full, window = build("full").float(), build("longformer").float()
+    assert chosen(full, layout("plain", 20, False)) == "sdpa"
+    assert chosen(full, layout("right", 20, False)) == "sdpa"
+    assert chosen(full, layout("left", 20, False)) == "tiles"
+    assert chosen(full, layout("packed", 20, False)) == "tiles"
+    for kind in ("plain", "right", "left", "packed"):
+        tokens = layout(kind, 20, True)
+        contiguous = kind != "packed" or bool(tokens.valid.all())
+        assert chosen(window, tokens) == ("banded" if contiguous else "tiles")
+    assert chosen(window, layout("holes", 20, False)) == "tiles"
+
+
+def test_a_named_kernel_runs_or_says_why_not():
+    layer = build("full", kernel="sdpa")
+    tokens = layout("left", 20, False)
+    with pytest.raises(Unsupported, match=r"full: kernel=sdpa.*cannot hide padding on the left.*kernel=auto"):
+        layer(torch.randn(B, 20, 16, dtype=torch.float64), tokens)
+    with pytest.raises(Unsupported, match=r"longformer: kernel=flash is not supported.*banded or tiles or dense"):
+        zoo.build("longformer", dim=16, heads=2, kernel="flash")
+
+
+def test_fused_full_attention_never_materialises_its_mask():
+    layer = zoo.build("full", dim=16, heads=2, causal=False)
+    L = 2048
+    tokens = Tokens.of(torch.arange(L)[None] < torch.tensor([[L], [L - 300]]))
+    x = torch.randn(2, L, 16)
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
+        layer(x, tokens)
+    largest = max(e.self_cpu_memory_usage for e in profile.events())
+    assert largest < L * L, f"one operator allocated {largest} bytes, as much as a boolean L x L"
+
+
+def test_separate_global_projections_start_as_copies_and_are_used():
+    layer, shared = (build("longformer", global_projections=kind) for kind in ("separate", "shared"))
+    shared.load_state_dict(layer.state_dict(), strict=False)
+    tokens, x = layout("right", 17, True), torch.randn(B, 17, 16, dtype=torch.float64)
+    before = layer(x, tokens).hidden
+    torch.testing.assert_close(before, shared(x, tokens).hidden)
+    with torch.no_grad():
+        layer.to_v_global.weight.add_(1.0)
+    moved = (layer(x, tokens).hidden - before).abs().amax(-1) > 1e-9
+    assert torch.equal(moved, tokens.is_global & tokens.valid)
