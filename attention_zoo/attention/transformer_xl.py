@@ -1,0 +1,237 @@
+"""Segments with a memory, relative positions. Dai et al. 2019, "Transformer-XL", §3.2-3.3 and appendix A.
+
+A document is cut into segments of S tokens, aligned to position 0. A token at p sees its own segment up to itself and
+the M positions before that segment:
+
+    keys(p)  = floor(p/S)·S - M ... p                    (same_length: p - M ... p)
+    score_ij = scale · [(W_q x_i + u)·W_k h_j + (W_q x_i + v)·W_r R_{i-j}]
+    h_j      = x_j inside the segment of i, stop_gradient(x_j) before it
+
+Memory is hidden states, so W_k and W_v learn from it but earlier hidden states do not. R_d = [sin(d·f) || cos(d·f)],
+f_i = 10000^(-2i/E), concatenated as in the released code; u and v are one pair a head, shared over depth (`untie_r`).
+
+One call of any length equals the loop over segments, in outputs and gradients: what a loop would pass from segment to
+segment are inputs of this same layer, and those are all there. So segments run at once, in O(L·(S+M)) time and O(L·E)
+memory (ops/relative.py).
+
+Deviations: queries, keys, values and output have a bias unless bias=False (the released code has none). same_length
+sees M tokens and itself, where the released code loses one of the M. Dropout and norm belong to the skeleton.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens, Unsupported, at_least, keep, one_of
+from attention_zoo.ops.relative import Plan, chunk_borders, plan_chunks, project_streams, relative_attention
+
+
+class Memory(NamedTuple):
+    """State: the hidden states that the next token can still see, as the layer received them.
+
+    Fields:
+        hidden: [B, N, E] with N < S + M, detached: gradients never cross from one call into an earlier one.
+        tokens: of the N columns; fillers left, valid right.
+    """
+
+    hidden: Float[Tensor, "B N E"]
+    tokens: Tokens
+
+
+class Layout(NamedTuple):
+    """Where the keys of each query lie.
+
+    Fields:
+        keys: tokens of the S columns; the last L are the queries.
+        first, own: see `attention_zoo.ops.relative.Plan`.
+        run: which run of one document each column belongs to, counted from 1; 0 before the first.
+        aligned: whether within each document columns stand as positions do.
+    """
+
+    keys: Tokens
+    first: Int[Tensor, "B L"]
+    own: Int[Tensor, "B L"]
+    run: Int[Tensor, "B S"]
+    aligned: bool
+
+
+class TransformerXL(Attention):
+    """Attention over the own segment and a memory of what came before it.
+
+    A call with a state continues the documents of earlier calls, cut anywhere: outputs are those of the whole prefix.
+    Gradients stop at the beginning of the call, so they equal those of one long call where cuts lie on segment borders.
+    `segment_length`, `memory_length` and `same_length` may be changed on a built layer, such as to a longer memory in
+    evaluation than in training; the state holds what was reachable when it was made.
+
+    Args:
+        segment_length: S, tokens per segment.
+        memory_length: M, tokens visible before the own segment.
+        same_length: every token sees exactly the last M tokens and itself, so that all have the same context. Which
+            pairs pass gradients to hidden states still follows the segments.
+        untie_r: give each layer its own u and v, instead of one pair shared over depth.
+        kernel: auto | shift | gather. "shift" needs tokens without holes; auto takes "gather" where there are some.
+        shared: the options of `Attention`. `positions` may be "none" or "relative", which mean the same here: this
+            mechanism always has its own. `bias` does not concern W_r, which has none.
+    """
+
+    name = "transformer_xl"
+    declared = Abilities(
+        causality="strict",
+        carry="prefix",
+        two_sided=False,
+        global_tokens="none",
+        cross=False,
+        compute="linear",
+        activations="linear",
+        state="constant",
+        positions=("none", "relative"),
+        adjustable=("segment_length", "memory_length", "same_length"),
+        truncated=True,
+    )
+    tiny = {"segment_length": 4, "memory_length": 3}  # noqa: RUF012  (never mutated)
+    shared_over_depth: tuple[str, ...] = ("u", "v")
+    """Parameters that a stack ties over its layers of this kind."""
+
+    def __init__(
+        self,
+        *,
+        segment_length: int = 512,
+        memory_length: int = 512,
+        same_length: bool = False,
+        untie_r: bool = False,
+        kernel: str = "auto",
+        **shared: Any,
+    ):
+        super().__init__(**shared)
+        if self.dim % 2:
+            raise ValueError(f"dim must be even for sines and cosines of distances, got {self.dim}")
+        one_of(("auto", "shift", "gather"), kernel=kernel)
+        self.segment_length, self.memory_length, self.same_length = segment_length, memory_length, same_length
+        self._check_lengths()
+        self.kernel = kernel
+        if untie_r:
+            self.shared_over_depth = ()
+        width = self.heads * self.head_width
+        self.to_q = nn.Linear(self.dim, width, bias=self.has_bias)
+        self.to_k = nn.Linear(self.dim, width, bias=self.has_bias)
+        self.to_v = nn.Linear(self.dim, width, bias=self.has_bias)
+        self.to_r = nn.Linear(self.dim, width, bias=False)
+        self.to_out = nn.Linear(width, self.dim, bias=self.has_bias)
+        self.u = nn.Parameter(torch.empty(self.heads, self.head_width).normal_(std=0.02))
+        self.v = nn.Parameter(torch.empty(self.heads, self.head_width).normal_(std=0.02))
+
+    def _check_lengths(self) -> None:
+        """At every call too: they are adjustable."""
+        at_least(1, segment_length=self.segment_length)
+        at_least(0, memory_length=self.memory_length)
+
+    def pairs(self, length: int) -> float:
+        """See `Attention`; a pair costs half as much again for its distance."""
+        position = torch.arange(length)
+        seen = (position - self._oldest(position).clamp(min=0) + 1).sum()
+        return 1.5 * float(seen)
+
+    def initial_state(self, batch_size: int) -> Memory:
+        weight = self.to_q.weight
+        return Memory(weight.new_zeros(batch_size, 0, self.dim), Tokens.none(batch_size, weight.device))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L E"],
+        tokens: Tokens | None = None,
+        *,
+        state: Memory | None = None,
+        source: Source | None = None,
+        choices: Any = None,
+    ) -> Output:
+        """See `Layer`."""
+        if choices is not None:
+            raise Unsupported(self.name, "choices", "it makes no discrete decisions", "choices=None")
+        self._check_lengths()
+        x, tokens = self.enter(x, tokens, state, source)
+        hidden, keys = x, tokens
+        if state is not None:
+            hidden, keys = torch.cat([state.hidden.to(x.dtype), x], 1), state.tokens.then(tokens)
+        layout = self._layout(keys, x.shape[1])
+        plan = self._plan(layout)
+
+        q = self._heads(self.to_q(x))
+        k, k_own = (self._heads(stream) for stream in project_streams(hidden, self.to_k.weight, self.to_k.bias))
+        v, v_own = (self._heads(stream) for stream in project_streams(hidden, self.to_v.weight, self.to_v.bias))
+        r = rearrange(self.to_r(self._waves(plan.distances)), "n (h d) -> n h d", h=self.heads)
+        out = relative_attention(q, k, v, k_own, v_own, r, self.u, self.v, plan, scale=self.scale)
+        out = self.to_out(rearrange(out, "b h l d -> b l (h d)"))
+        return Output(out, None if state is None else self._remember(hidden, layout))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b l (h d) -> b h l d", h=self.heads)
+
+    def _oldest(self, position: Tensor) -> Tensor:
+        """The oldest position that a token there sees; may be negative."""
+        start = position if self.same_length else position - position % self.segment_length
+        return start - self.memory_length
+
+    def _waves(self, distances: int) -> Float[Tensor, "n E"]:
+        """R: sines, then cosines, of the distances from 0 on."""
+        weight = self.to_r.weight
+        # angles in float32 at least: bfloat16 cannot count past 256
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        exponent = torch.arange(0, self.dim, 2, device=weight.device, dtype=exact) / self.dim
+        angle = torch.arange(distances, device=weight.device, dtype=exact)[:, None] * 10_000.0**-exponent
+        return torch.cat([angle.sin(), angle.cos()], -1).to(weight.dtype)
+
+    def _layout(self, keys: Tokens, length: int) -> Layout:
+        """Find the first key of each query and of its segment, by binary search over (document, position)."""
+        position, valid = keys.position, keys.valid
+        columns = position.shape[1]
+        column = torch.arange(columns, device=position.device).expand_as(position)
+        newest = torch.where(valid, column, -1).cummax(1).values
+        before = nn.functional.pad(newest[:, :-1], (1, 0), value=-1)
+        previous = before.clamp(min=0)
+        follows = valid & (before >= 0) & (keys.document == keys.document.gather(1, previous))
+        step = position - position.gather(1, previous)
+        aligned = ~follows | ((before == column - 1) & (step == 1))
+        rising, aligned = torch.stack([(~follows | (step > 0)).all(), aligned.all()]).tolist()
+        if not rising:
+            raise ValueError("tokens.position must strictly increase over the valid tokens of a document")
+
+        run = (valid & ~follows).long().cumsum(1)
+        stride = torch.where(valid, position, 0).amax() + 1
+        place = torch.where(valid, run * stride + position, -1).cummax(1).values
+        asked = slice(columns - length, None)
+        at, base = torch.where(valid, position, 0)[:, asked], (run * stride)[:, asked]
+        border = at - at % self.segment_length
+        first, own = (torch.searchsorted(place, base + start.clamp(min=0)) for start in (self._oldest(at), border))
+        nothing = column[:, asked] + 1
+        first, own = (torch.where(valid[:, asked], found, nothing) for found in (first, own))
+        return Layout(keys, first, own, run, aligned)
+
+    def _plan(self, layout: Layout) -> Plan:
+        """Choose the kernel and cut the queries into chunks."""
+        if self.kernel == "shift" and not layout.aligned:
+            raise Unsupported(
+                self.name, "kernel=shift", "columns are not positions here (holes, or forgotten tokens)",
+                "kernel=auto or gather",
+            )  # fmt: skip
+        gather = self.kernel == "gather" or not layout.aligned
+        keys, length = layout.keys, layout.first.shape[1]
+        columns = keys.position.shape[1]
+        # chunks follow the segments of the first row: its queries need no key that its own segment does not
+        query = int(keys.valid[0, columns - length :].long().argmax())
+        phase = int(keys.position[0, columns - length + query]) - query
+        borders = chunk_borders(length, self.segment_length, phase)
+        more = {"position": keys.position, "valid": keys.valid} if gather else {}
+        return plan_chunks(layout.first, layout.own, borders, columns, **more)
+
+    def _remember(self, hidden: Tensor, layout: Layout) -> Memory:
+        """Keep what the next token of the current document can still see."""
+        keys = layout.keys
+        oldest = self._oldest(keys.next_position)[:, None]
+        mask = keys.valid & (layout.run == layout.run[:, -1:]) & (keys.position >= oldest)
+        tokens, hidden = keep(mask, keys, hidden.detach())
+        return Memory(hidden, tokens)
