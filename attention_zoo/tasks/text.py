@@ -20,8 +20,8 @@ import importlib.util
 import math
 import os
 import sysconfig
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,23 +72,17 @@ def list_files(root: Path, suffix: str | None = None) -> list[tuple[str, Path, i
 
 
 @lru_cache(maxsize=4)
-def read_corpus(root: Path, suffix: str | None, max_bytes: int | None, validation: float) -> tuple[Corpus, Corpus]:
-    """Training and validation bytes of a file or a folder.
+def read_files(root: Path, suffix: str | None, max_bytes: int | None) -> tuple[tuple[str, bytes], ...]:
+    """Relative path and content of a file, or of the files of a folder, sorted by path.
 
     Args:
-        root: a file (its last part is for validation) or a folder (whole files are).
-        suffix: ending of the files to take; None takes all.
+        root: a file or a folder.
+        suffix: ending of the files to take from a folder; None takes all.
         max_bytes: about how much to read at most. Files are then picked by the hash of their relative path, so that
             the pick is a fair sample and not the start of the alphabet.
-        validation: share of the files, or of the one file.
-
-    Raises:
-        ValueError: where there is nothing to read.
     """
     if root.is_file():
-        raw = root.read_bytes()[:max_bytes]
-        cut = len(raw) - math.ceil(len(raw) * validation)
-        return _corpus([(root.name, raw[:cut])]), _corpus([(root.name, raw[cut:])])
+        return ((root.name, root.read_bytes()[:max_bytes]),)
     files = list_files(root, suffix)
     if max_bytes is not None:
         picked, total = [], 0
@@ -97,13 +91,19 @@ def read_corpus(root: Path, suffix: str | None, max_bytes: int | None, validatio
                 picked.append(entry)
                 total += entry[2]
         files = sorted(picked)
-    held = {name for name, _, _ in files if _hash(name, "split") < validation}
-    if len(files) > 1 and not 0 < len(held) < len(files):
-        held = {min((name for name, _, _ in files), key=lambda name: _hash(name, "split"))}
-    contents = [(name, path.read_bytes()[:max_bytes]) for name, path, _ in files]
-    if len(contents) == 1:
-        return read_corpus(files[0][1], None, max_bytes, validation)
-    return _corpus([c for c in contents if c[0] not in held]), _corpus([c for c in contents if c[0] in held])
+    return tuple((name, path.read_bytes()[:max_bytes]) for name, path, _ in files)
+
+
+def split_files(files: Sequence[tuple[str, bytes]], validation: float) -> tuple[list, list]:
+    """Files for training and for validation, by the hash of the path; a single file gives its last part."""
+    if len(files) == 1:
+        name, raw = files[0]
+        cut = len(raw) - math.ceil(len(raw) * validation)
+        return [(name, raw[:cut])], [(name, raw[cut:])]
+    held = {name for name, _ in files if _hash(name, "split") < validation}
+    if not 0 < len(held) < len(files):
+        held = {min((name for name, _ in files), key=lambda name: _hash(name, "split"), default="")}
+    return [entry for entry in files if entry[0] not in held], [entry for entry in files if entry[0] in held]
 
 
 def _hash(name: str, use: str) -> float:
@@ -111,7 +111,8 @@ def _hash(name: str, use: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{use}:{name}".encode()).digest()[:6], "big") / 2**48
 
 
-def _corpus(contents: list[tuple[str, bytes]]) -> Corpus:
+def join_files(contents: Sequence[tuple[str, bytes]]) -> Corpus:
+    """The bytes of some files, one after another."""
     data = np.frombuffer(b"".join(raw for _, raw in contents), dtype=np.uint8)
     ends = np.cumsum([len(raw) for _, raw in contents], dtype=np.int64)
     return Corpus(data, ends, digest([part for entry in contents for part in entry]))
@@ -183,22 +184,25 @@ class Text(Task):
         self.held_out, self.max_bytes, self.held_out_bytes = held_out, max_bytes, held_out_bytes
         self.validation, self.span, self.evaluation_rows = validation, span, evaluation_rows
 
+    @cached_property
     def corpora(self) -> tuple[Corpus, Corpus]:
-        """Training and validation bytes, read at the first call."""
-        found = read_corpus(self.root, self.suffix, self.max_bytes, self.validation)
-        if not len(found[0].data):
+        """Training and validation bytes, read at the first use."""
+        files = read_files(self.root, self.suffix, self.max_bytes)
+        if not any(raw for _, raw in files):
             ending = f" ending in {self.suffix}" if self.suffix else ""
             raise ValueError(f"task.path={self.root} holds no non-empty file{ending}")
-        return found
+        train, validation = split_files(files, self.validation)
+        return join_files(train), join_files(validation)
 
+    @cached_property
     def held(self) -> Corpus | None:
         """Bytes of the held-out domain."""
         if self.held_root is None:
             return None
-        return read_corpus(self.held_root, ".py", self.held_out_bytes, 0.5)[0]
+        return join_files(read_files(self.held_root, ".py", self.held_out_bytes))
 
     def check(self, seq_len: int) -> None:
-        for name, corpus in zip(("training", "validation"), self.corpora()):
+        for name, corpus in zip(("training", "validation"), self.corpora):
             self._spans(corpus, seq_len, name)
 
     def _spans(self, corpus: Corpus, seq_len: int, name: str) -> Spans:
@@ -211,8 +215,8 @@ class Text(Task):
         return spans
 
     def describe(self, seq_len: int) -> dict[str, Any]:
-        train, validation = self.corpora()
-        held = self.held()
+        train, validation = self.corpora
+        held = self.held
         found: dict[str, Any] = {
             "source": self.source,
             "train_bytes": len(train.data),
@@ -225,11 +229,11 @@ class Text(Task):
         return found | {"digest": digest([c.digest for c in (train, validation, held) if c is not None])}
 
     def train_batches(self, batch_size: int, seq_len: int, seed: int) -> TextBatches:
-        train = self.corpora()[0]
+        train = self.corpora[0]
         return TextBatches(train.data, self._spans(train, seq_len, "training"), batch_size, seq_len, seed)
 
     def evaluation_sets(self, batch_size: int, seq_len: int) -> dict[str, TextSet]:
-        corpora = {"validation": self.corpora()[1], "held_out": self.held()}
+        corpora = {"validation": self.corpora[1], "held_out": self.held}
         return {
             name: TextSet(corpus.data, self._spans(corpus, seq_len, name), batch_size, seq_len, self.evaluation_rows)
             for name, corpus in corpora.items()

@@ -1,0 +1,101 @@
+"""The small interface that everything which follows a run answers, and the one that stands for several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class RunInfo(NamedTuple):
+    """What a tracker needs to know of a run.
+
+    Fields:
+        folder: where the run writes.
+        name: for human eyes.
+        identity: hash of all that matters; the same run continued has the same.
+        backend: the mechanism, W&B's job type.
+        sweep: what groups runs that belong together.
+        config: plain nested values.
+        notice: shows one line to the user.
+    """
+
+    folder: Path
+    name: str
+    identity: str
+    backend: str
+    sweep: str
+    config: Mapping[str, Any]
+    notice: Callable[[str], None]
+
+
+class Tracker:
+    """Follows one run, from its construction to `finish`. Constructor: (info, **own options)."""
+
+    def log(self, metrics: Mapping[str, float | None], step: int) -> None:
+        """Take figures of one step; names are `group/metric`."""
+        raise NotImplementedError
+
+    def result(self, row: Mapping[str, Any]) -> None:
+        """Take a result row: a finished run, or a cell of a measurement, whose x-axis is its length."""
+        raise NotImplementedError
+
+    def finish(self, *, failed: bool) -> None:
+        """Close; called exactly once, whatever happened."""
+        raise NotImplementedError
+
+
+class NoTracker(Tracker):
+    """Follows nothing."""
+
+    def __init__(self, info: RunInfo):
+        del info
+
+    def log(self, metrics: Mapping[str, float | None], step: int) -> None:
+        pass
+
+    def result(self, row: Mapping[str, Any]) -> None:
+        pass
+
+    def finish(self, *, failed: bool) -> None:
+        pass
+
+
+class Trackers(Tracker):
+    """Several trackers as one."""
+
+    def __init__(self, trackers: Sequence[Tracker]):
+        self.trackers = trackers
+
+    def log(self, metrics: Mapping[str, float | None], step: int) -> None:
+        for tracker in self.trackers:
+            tracker.log(metrics, step)
+
+    def result(self, row: Mapping[str, Any]) -> None:
+        for tracker in self.trackers:
+            tracker.result(row)
+
+    def finish(self, *, failed: bool) -> None:
+        for tracker in self.trackers:
+            tracker.finish(failed=failed)
+
+
+def figures(row: Mapping[str, Any]) -> dict[str, float]:
+    """The charted figures of a result row, with `seq_len`, over which speed and memory are drawn."""
+    if row["kind"] == "speed":
+        phase = row["phase"]
+        named = {
+            f"speed/{phase}_seconds": row.get("seconds"),
+            f"speed/{phase}_tokens_per_second": row.get("tokens_per_second"),
+            f"memory/{phase}_peak_bytes": row.get("peak_bytes"),
+            f"memory/{phase}_state_bytes": row.get("state_bytes"),
+        }
+        length = row["length"]
+    else:
+        named = {
+            "speed/step_seconds": row.get("step_seconds"),
+            "speed/train_tokens_per_second": row.get("tokens_per_second"),
+            "memory/train_peak_bytes": row.get("peak_bytes"),
+        }
+        length = row["seq_len"]
+    return {"seq_len": length} | {name: value for name, value in named.items() if value is not None}

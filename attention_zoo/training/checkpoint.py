@@ -1,0 +1,115 @@
+"""Everything that a run needs to go on exactly: weights, optimizer, place in the data, random state, carried state.
+
+A checkpoint is one file: a line that says what it is, the SHA-256 of the rest, the rest (`torch.save`, read back with
+`weights_only=True`). The digest finds every damaged byte, where a zip archive alone would load damaged tensors. It is
+written beside its target and renamed over it: killed at any moment, the file is the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attention_zoo.files import write_atomic
+
+HEADER = b"attention_zoo checkpoint 1\n"
+PLAIN = (bool, int, float, str, type(None))
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: damaged, foreign, or of another run. One line that says which."""
+
+
+def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
+    """Write `content`: nested dicts and lists of tensors and plain values."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    body = buffer.getvalue()
+    write_atomic(path, HEADER + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+
+
+def load_checkpoint(path: str | Path, identity: str) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote, on the CPU.
+
+    Args:
+        path: of the file.
+        identity: of the run that wants to go on; it must be the one that wrote the file.
+
+    Raises:
+        CheckpointError: for a file that is damaged, foreign or of another run.
+    """
+    raw = Path(path).read_bytes()
+    cure = "use force=true to start afresh"
+    if not raw.startswith(HEADER):
+        raise CheckpointError(f"{path} is no attention_zoo checkpoint; {cure}")
+    digest, _, body = raw[len(HEADER) :].partition(b"\n")
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise CheckpointError(f"{path} is damaged: its content does not match its digest; {cure}")
+    content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    if content["identity"] != identity:
+        raise CheckpointError(f"{path} belongs to run {content['identity']}, not to {identity}; {cure}")
+    return content
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Load weights, and name the first that does not fit.
+
+    Raises:
+        CheckpointError: for a missing, unknown or misshapen weight.
+    """
+    expected = module.state_dict()
+    for name in sorted({*expected, *state}):
+        if name not in state:
+            raise CheckpointError(f"{path} lacks the weight {name} of this model")
+        if name not in expected:
+            raise CheckpointError(f"{path} holds the weight {name}, which this model has not")
+        if state[name].shape != expected[name].shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(state[name].shape)}, this model needs {tuple(expected[name].shape)}"
+            )
+    module.load_state_dict(state)
+
+
+def pack(value: Any) -> Any:
+    """A recurrent state as dicts, lists, tensors and plain values, which is all that a safe reader accepts.
+
+    Raises:
+        TypeError: for anything that is no tensor, tuple, list, dict or plain value, naming its type.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().clone()  # a view into a preallocated cache would drag all of it along
+    if isinstance(value, PLAIN):
+        return {"plain": value}
+    if isinstance(value, dict):
+        return {"dict": [[key, pack(inner)] for key, inner in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = type(value)
+        name = kind.__name__ if kind in (list, tuple) else f"{kind.__module__}:{kind.__qualname__}"
+        return {"sequence": name, "items": [pack(inner) for inner in value]}
+    raise TypeError(f"a recurrent state must be made of tensors, tuples, lists, dicts and plain values, got {value!r}")
+
+
+def unpack(value: Any, device: Any = "cpu") -> Any:
+    """What `pack` was given. Named tuples are looked up among loaded modules; nothing is imported, no code is run."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if "plain" in value:
+        return value["plain"]
+    if "dict" in value:
+        return {key: unpack(inner, device) for key, inner in value["dict"]}
+    items = [unpack(inner, device) for inner in value["items"]]
+    if value["sequence"] in ("list", "tuple"):
+        return items if value["sequence"] == "list" else tuple(items)
+    module, _, qualname = value["sequence"].partition(":")
+    kind: Any = sys.modules.get(module)
+    for part in qualname.split("."):
+        kind = getattr(kind, part, None)
+    if not (isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")):
+        raise CheckpointError(f"the checkpoint's recurrent state needs the named tuple {value['sequence']}: not found")
+    return kind(*items)

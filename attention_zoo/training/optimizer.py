@@ -1,0 +1,41 @@
+"""AdamW with weight decay where it belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters that decay, and those that do not.
+
+    Matrices named `weight` decay: the linear maps and convolutions. Biases, norms, embeddings and a mechanism's free
+    vectors (Transformer-XL's u and v) do not: pulling those towards zero changes what they mean, not how large they
+    grow.
+    """
+    embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decays, stays = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        matrix = parameter.ndim >= 2 and name.rpartition(".")[2] == "weight" and id(parameter) not in embedded
+        (decays if matrix else stays).append(parameter)
+    return decays, stays
+
+
+def adamw(
+    model: nn.Module, *, lr: float, weight_decay: float, betas: Sequence[float] = (0.9, 0.95), eps: float = 1e-8
+) -> torch.optim.Optimizer:
+    """AdamW over `decay_groups(model)`.
+
+    Raises:
+        ValueError: for a rate or decay below zero, naming it.
+    """
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not (isinstance(value, int | float) and value >= 0):
+            raise ValueError(f"optimizer.{name} must be a number of at least 0, got {value!r}")
+    decays, stays = decay_groups(model)
+    groups = [{"params": decays, "weight_decay": weight_decay}, {"params": stays, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps)

@@ -1,0 +1,40 @@
+"""Carrying a model's recurrent state from one batch to the next, for training and evaluation alike.
+
+Truncated backpropagation: values cross the border between two segments, gradients do not. A row that starts something
+new sees nothing of what it held before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from attention_zoo.model.state import detach
+from attention_zoo.tasks.task import Batch
+
+
+class Stream:
+    """One model reading consecutive batches.
+
+    Args:
+        model: what is called.
+        carry: whether to carry its state; otherwise each batch starts afresh.
+    """
+
+    def __init__(self, model: nn.Module, *, carry: bool):
+        self.model, self.carry = model, carry
+        self.state: Any = None
+
+    def __call__(self, batch: Batch) -> Any:
+        """The model's output on the batch; afterwards `state` is what the next batch continues from."""
+        if not self.carry:
+            return self.model(batch.ids, batch.tokens)
+        fresh = None
+        if self.state is None or bool(batch.fresh.all()):
+            self.state = self.model.initial_state(len(batch.ids))
+        elif bool(batch.fresh.any()):
+            fresh = batch.fresh
+        output = self.model(batch.ids, batch.tokens, state=self.state, fresh=fresh)
+        self.state = detach(output.state)
+        return output

@@ -1,0 +1,139 @@
+"""One optimisation step, exactly resumable: forward, backward, clip, step, carry.
+
+Accumulation splits a batch's rows: the parts' gradients add up to those of the whole batch, since each part's loss is
+divided by the number of scored tokens of the whole. A carried state is kept per part.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from attention_zoo.tasks.task import IGNORED, Batches
+from attention_zoo.training.checkpoint import load_weights, pack, unpack
+from attention_zoo.training.evaluate import token_losses
+from attention_zoo.training.precision import Precision
+from attention_zoo.training.schedule import Schedule
+from attention_zoo.training.streams import Stream
+
+
+class NotFinite(ArithmeticError):
+    """A loss or gradient became NaN or infinite; the weights are still those of the step before."""
+
+
+class Step(NamedTuple):
+    """What one step was like: mean loss in nats of the scored tokens, auxiliary losses, gradient norm before clipping,
+    learning rate, tokens read."""
+
+    loss: float
+    auxiliary: dict[str, float]
+    gradient_norm: float
+    lr: float
+    tokens: int
+
+
+class Trainer:
+    """A model in training.
+
+    Args:
+        model: already on its device.
+        optimizer: over its parameters; the groups' `lr` are those at factor 1.
+        schedule: step -> factor on the learning rate.
+        batches: endless training batches.
+        accumulate: parts that a batch is split into; divides its rows.
+        clip: largest norm of the gradient; None leaves it.
+        precision: how to compute.
+        carry: whether to carry the model's state over consecutive segments.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        batches: Batches,
+        accumulate: int = 1,
+        clip: float | None = 1.0,
+        precision: Precision,
+        carry: bool,
+        device: str,
+    ):
+        self.model, self.optimizer, self.schedule, self.batches = model, optimizer, schedule, batches
+        self.accumulate, self.clip, self.precision, self.device = accumulate, clip, precision, device
+        self.streams = [Stream(model, carry=carry) for _ in range(accumulate)]
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.base_lr = [group["lr"] for group in optimizer.param_groups]
+        self.done = 0
+
+    def step(self) -> Step:
+        """Read one batch and move the weights once.
+
+        Raises:
+            NotFinite: for a NaN or infinite loss or gradient, naming the step and what to try.
+        """
+        factor = self.schedule(self.done)
+        for group, lr in zip(self.optimizer.param_groups, self.base_lr):
+            group["lr"] = lr * factor
+        batch = next(self.batches)
+        scored = max(1, int((batch.targets != IGNORED).sum()))
+        rows = len(batch.ids) // self.accumulate
+        batch = batch.to(self.device)
+        loss, auxiliary = 0.0, dict[str, float]()
+        scaler = self.precision.scaler
+        self.optimizer.zero_grad(set_to_none=True)
+        for index, stream in enumerate(self.streams):
+            part = batch.rows(slice(index * rows, (index + 1) * rows))
+            with self.precision.autocast():
+                output = stream(part)
+            main = token_losses(output.logits, part.targets).sum() / scored
+            extra = {name: value / self.accumulate for name, value in output.losses.items()}
+            loss += float(main.detach())
+            for name, value in extra.items():
+                auxiliary[name] = auxiliary.get(name, 0.0) + float(value.detach())
+            scaler.scale(main + sum(extra.values())).backward()
+        if not math.isfinite(loss + sum(auxiliary.values())):
+            raise NotFinite(self._advice(f"the loss became {loss + sum(auxiliary.values())}"))
+        scaler.unscale_(self.optimizer)
+        limit = math.inf if self.clip is None else self.clip
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        # a scaled float16 gradient may overflow: the scaler then skips the step and halves its scale
+        if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
+            raise NotFinite(self._advice(f"the gradient's norm became {norm}"))
+        scaler.step(self.optimizer)
+        scaler.update()
+        self.done += 1
+        return Step(loss, auxiliary, norm, self.base_lr[0] * factor, batch.ids.numel())
+
+    def _advice(self, what: str) -> str:
+        lr = self.optimizer.param_groups[0]["lr"]
+        less = "" if self.precision.dtype == torch.float32 else ", trainer.precision=float32"
+        return (
+            f"{what} at step {self.done + 1} with learning rate {lr:.3g}: stopped; "
+            f"try a smaller optimizer.lr, a longer schedule.warmup, a smaller trainer.clip{less}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on exactly, but for the generators of random numbers."""
+        return {
+            "step": self.done,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+            "batches": self.batches.state_dict(),
+            "carried": [pack(stream.state) for stream in self.streams],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], path: str | Path) -> None:
+        """Go on where the state was taken; `path` is named in errors."""
+        load_weights(self.model, state["model"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.precision.scaler.load_state_dict(state["scaler"])
+        self.batches.load_state_dict(state["batches"])
+        for stream, carried in zip(self.streams, state["carried"], strict=True):
+            stream.state = unpack(carried, self.device)
+        self.done = state["step"]
