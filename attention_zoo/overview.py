@@ -22,7 +22,7 @@ COLUMNS = (
 
 def abilities_rows(names: Iterable[str] | None = None) -> list[tuple[str, ...]]:
     """One row of text per backend, in the order of `COLUMNS`, read from what each class declares."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in names or available():
         can = recipe(name)[0].declared
         rows.append((
