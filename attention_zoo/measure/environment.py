@@ -36,14 +36,14 @@ def environment() -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
-    """What `identity` should call a device: "cpu", or the accelerator's product name.
+    """What `identity` should call a device: the product name of the processor, since no two kinds are alike.
 
     Raises:
         ValueError: for a device that this machine lacks.
     """
     kind = torch.device(device)
     if kind.type == "cpu":
-        return "cpu"
+        return _cpu_model()
     if kind.type != "cuda":
         raise ValueError(f"device must be cpu or cuda, got {device!r}")
     if not torch.cuda.is_available():

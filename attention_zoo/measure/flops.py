@@ -1,0 +1,103 @@
+"""How many floating-point operations a call needs by its definition, whatever the kernel spends.
+
+torch's FlopCounterMode counts nothing for fused attention on a CPU (pytorch#195460) and never the savings of a mask, so
+attention is counted here: 4·D for every query-key pair that the definition lets see each other. Projections are counted
+as executed. Backward counts twice the forward, without what a kernel recomputes.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from attention_zoo.attention.pattern import PatternAttention
+from attention_zoo.contract import Attention, Tokens
+
+TILE = 64
+EXACT_TILES = 64
+"""Up to so many query tiles (4096 tokens) every one is counted; above, as many are taken as a sample."""
+
+
+class LinearFlops:
+    """Counts the FLOPs of every `nn.Linear` called inside the context: projections as executed.
+
+    with LinearFlops(layer) as linear:
+        layer(x)
+    linear.flops
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.flops, self._layer = 0, layer
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> LinearFlops:
+        linear = [module for module in self._layer.modules() if isinstance(module, nn.Linear)]
+        self._hooks = [module.register_forward_hook(self._count) for module in linear]
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _count(self, module: nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        self.flops += 2 * inputs[0].numel() * module.out_features
+
+
+def attention_flops(pairs: float, *, batch: int, heads: int, head_width: int) -> int:
+    """A dot product and a weighted value for each pair of each head: 4·D."""
+    return round(4 * head_width * batch * heads * pairs)
+
+
+def count_pairs(layer: Attention, length: int, *, last_row_only: bool = False) -> float | None:
+    """Query-key pairs that one call over `length` tokens scores, per head.
+
+    Args:
+        layer: its own `pairs` counts where it gives a number; a pattern is counted from its definition, by tiles of
+            queries, so that nothing of size L x L ever exists.
+        last_row_only: the pairs of one decoding step, whose token is the last of `length`.
+
+    Returns:
+        Exact up to 4096 tokens or with a formula; above, from a sample of query tiles that takes every tile near both
+        ends (where global and border blocks are) and evenly spaced ones between. None without formula and pattern.
+    """
+    formula = layer.pairs(length)
+    if formula is not None:
+        return formula - (layer.pairs(length - 1) or 0) if last_row_only and length > 1 else formula
+    if not isinstance(layer, PatternAttention):
+        return None
+    device = next(layer.parameters()).device
+    tokens = layer.mark(Tokens.all_valid(1, length, device))
+    if last_row_only:
+        return _seen(layer, tokens, slice(length - 1, length))
+    tiles = [slice(start, min(start + TILE, length)) for start in range(0, length, TILE)]
+    if len(tiles) <= EXACT_TILES:
+        return sum(_seen(layer, tokens, rows) for rows in tiles)
+    edge = EXACT_TILES // 4
+    middle = tiles[edge:-edge]
+    step = len(middle) / (EXACT_TILES - 2 * edge)
+    sample = [middle[int((number + 0.5) * step)] for number in range(EXACT_TILES - 2 * edge)]
+    ends = sum(_seen(layer, tokens, rows) for rows in (*tiles[:edge], *tiles[-edge:]))
+    return ends + sum(_seen(layer, tokens, rows) for rows in sample) * len(middle) / len(sample)
+
+
+@torch.no_grad()
+def _seen(layer: PatternAttention, tokens: Tokens, rows: slice) -> float:
+    """Keys seen by these rows together, averaged over heads. `near` spares the key tiles that cannot matter."""
+    queries = tokens.cut(rows)
+    length = tokens.valid.shape[1]
+    start = torch.arange(0, length, TILE, device=tokens.position.device)
+    k_lo = start[None, None, :]
+    k_hi = (k_lo + TILE - 1).clamp(max=length - 1)
+    q_lo, q_hi = (queries.position[:, at].view(1, 1, 1) for at in (0, -1))
+    near = layer.near(q_lo, q_hi, k_lo, k_hi, tokens.length[:, :1, None]).expand(1, 1, len(start)).flatten()
+    if bool(queries.is_global.any()):
+        near = torch.ones_like(near)
+    needed = near.repeat_interleave(TILE)[:length] | tokens.is_global[0]
+    if layer.causal:
+        needed = needed & (tokens.position[0] <= q_hi.flatten())
+    columns = needed.nonzero().flatten()
+    bias = layer.full_bias(queries, tokens.cut(columns))
+    return float((bias > -torch.inf).sum(dtype=torch.float64)) / bias.shape[1]
