@@ -1,0 +1,31 @@
+"""Every test runs on one thread, deterministically.
+
+With `ATTENTION_ZOO_TYPECHECK=1` the shapes in the package's signatures are checked at every call (jaxtyping, beartype).
+That is three times slower and meets wrong shapes before our own messages do; test_shapes.py runs a part of the suite so.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from jaxtyping import install_import_hook
+
+if os.environ.get("ATTENTION_ZOO_TYPECHECK") == "1":
+    # before anything imports the package
+    tensors = ("contract", "ops", "positions", "attention", "model")
+    install_import_hook([f"attention_zoo.{part}" for part in tensors], "beartype.beartype")
+
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Sums are split over threads; one thread makes them, and the tests, the same on every machine."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
