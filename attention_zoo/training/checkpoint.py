@@ -26,6 +26,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used: damaged, foreign, or of another run. One line that says which."""
 
 
+class OtherRun(CheckpointError):
+    """A sound checkpoint, but of another config, other code, another torch, device or thread count."""
+
+
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Write `content`: nested dicts and lists of tensors and plain values."""
     buffer = io.BytesIO()
@@ -42,7 +46,8 @@ def load_checkpoint(path: str | Path, identity: str) -> dict[str, Any]:
         identity: of the run that wants to go on; it must be the one that wrote the file.
 
     Raises:
-        CheckpointError: for a file that is damaged, foreign or of another run.
+        OtherRun: for a sound file of another run.
+        CheckpointError: for a file that is damaged or no checkpoint.
     """
     raw = Path(path).read_bytes()
     cure = "use force=true to start afresh"
@@ -53,7 +58,7 @@ def load_checkpoint(path: str | Path, identity: str) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: its content does not match its digest; {cure}")
     content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     if content["identity"] != identity:
-        raise CheckpointError(f"{path} belongs to run {content['identity']}, not to {identity}; {cure}")
+        raise OtherRun(f"{path} belongs to run {content['identity']}, not to {identity}")
     return content
 
 

@@ -1,0 +1,139 @@
+"""The course of a run: steps, evaluations, checkpoints, and the reasons to stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from attention_zoo.tasks.task import Task
+from attention_zoo.tracking.tracker import Tracker
+from attention_zoo.training.evaluate import Evaluation, is_better
+from attention_zoo.training.progress import Progress
+from attention_zoo.training.trainer import NotFinite, Trainer
+
+
+@dataclass
+class History:
+    """What a run remembers of itself; part of every checkpoint.
+
+    Fields:
+        curve: [step, mean training loss since the point before].
+        quality: [step, main metric on the main set].
+        best: best main metric so far.
+        worse: evaluations since then.
+        train_seconds: time in steps alone.
+        seconds: time in all, evaluations included.
+        tokens: read in training.
+        stopped: why the run ended; None while it has not.
+    """
+
+    curve: list[list[float]] = field(default_factory=list)
+    quality: list[list[float]] = field(default_factory=list)
+    best: float | None = None
+    worse: int = 0
+    train_seconds: float = 0.0
+    seconds: float = 0.0
+    tokens: int = 0
+    recent: list[float] = field(default_factory=list)
+    stopped: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fit(
+    trainer: Trainer,
+    history: History,
+    *,
+    task: Task,
+    steps: int,
+    options: Mapping[str, Any],
+    evaluate: Callable[[], Evaluation],
+    save: Callable[[], None],
+    tracker: Tracker,
+    progress: Progress,
+) -> Evaluation:
+    """Train to the end, from wherever trainer and history stand.
+
+    Args:
+        steps: of the whole run.
+        options: those of `TrainerConfig`.
+        evaluate: scores the model on the main set.
+        save: writes a checkpoint.
+
+    Returns:
+        the evaluation after the last step. Why it was the last is in `history.stopped`.
+
+    Raises:
+        NotFinite: as `Trainer.step` does, or for a metric that is not finite.
+    """
+    every = {name: options[f"{name}_every"] for name in ("log", "eval", "checkpoint")}
+    latest: Evaluation | None = None
+    mark = time.perf_counter()
+
+    def clock() -> float:
+        nonlocal mark
+        now = time.perf_counter()
+        passed, mark = now - mark, now
+        history.seconds += passed
+        return passed
+
+    while history.stopped is None:
+        if trainer.done >= steps:
+            history.stopped = "steps"
+            break
+        clock()
+        step = trainer.step()
+        history.train_seconds += clock()
+        history.tokens += step.tokens
+        history.recent.append(step.loss)
+        done, rate = trainer.done, history.tokens / history.train_seconds
+        progress.update(done, step.loss, rate)
+        if done % every["log"] == 0 or done == steps:
+            loss = math.fsum(history.recent) / len(history.recent)
+            history.curve.append([done, loss])
+            history.recent.clear()
+            extra = {f"train/{name}": value for name, value in step.auxiliary.items()}
+            figures = {"loss": loss, "lr": step.lr, "gradient_norm": step.gradient_norm, "tokens_per_second": rate}
+            tracker.log({f"train/{name}": value for name, value in figures.items()} | extra, done)
+        latest = None
+        if done % every["eval"] == 0 or done == steps:
+            latest = evaluate()
+            clock()
+            history.stopped = _judge(latest, history, done, task, options, tracker, progress)
+        if history.stopped is None and options["max_seconds"] is not None and history.seconds >= options["max_seconds"]:
+            history.stopped = f"time: {options['max_seconds']:g} s were over after step {done} of {steps}"
+            progress.notice(f"stopped by trainer.max_seconds={options['max_seconds']:g} after step {done} of {steps}")
+        if done % every["checkpoint"] == 0 or history.stopped is not None or done == steps:
+            save()
+            clock()
+    return evaluate() if latest is None else latest
+
+
+def _judge(
+    found: Evaluation,
+    history: History,
+    step: int,
+    task: Task,
+    options: Mapping[str, Any],
+    tracker: Tracker,
+    progress: Progress,
+) -> str | None:
+    """Take note of an evaluation; why it ends the run, or None."""
+    value = found.metrics[task.metric]
+    if not math.isfinite(value):
+        raise NotFinite(f"{task.metric} on the evaluation set became {value} at step {step}: try a smaller optimizer.lr")
+    history.quality.append([step, value])
+    tracker.log({f"evaluate/{name}": metric for name, metric in found.metrics.items()}, step)
+    progress.notice(f"step {step}: {task.metric} {value:.4f}, {history.seconds:.0f} s")
+    history.worse += 1
+    if is_better(task, value, history.best):
+        history.best, history.worse = value, 0
+    if options["stop_at"] is not None and not is_better(task, options["stop_at"], value):
+        return f"stop_at: {task.metric} reached {value:.4f} at step {step}"
+    if options["patience"] is not None and history.worse >= options["patience"]:
+        return f"patience: {task.metric} has not improved on {history.best:.4f} for {history.worse} evaluations"
+    return None
