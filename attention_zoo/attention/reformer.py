@@ -1,0 +1,297 @@
+"""Reformer: attend where hashes agree. Kitaev, Kaiser & Levskaya 2020, "Reformer", §2-3.
+
+Queries and keys share one projection; k_j = q_j / |q_j|. In each of several rounds tokens are hashed by random
+rotations, sorted by bucket and cut into chunks; a token attends to its own chunk and the one before (in sorted order):
+
+    h(x)  = argmax [xR; -xR]
+    out_i = sum_r exp(z_r - logsumexp_r z_r) · softmax over the window of round r,    z_r = its log-sum-exp
+
+O(rounds·L·(log L + chunk)) time, O(L) memory (ops/lsh.py).
+
+Deviations from the paper and the released code (trax; Hugging Face follows it):
+- The paper attends inside the bucket and divides by the number of rounds that show a pair; the released code does
+  neither, nor do we by default: `attend_across_buckets`, `correct_duplicates`.
+- The released code has no 1/sqrt(D) in the scores: `scale=1.0`. The paper has, and so do we.
+- In the released code the first chunk looks back into the last chunk of the round before: `wrap="reference"`. Ours
+  looks into the last chunk of its own round.
+- A token attends to itself only where no round shows it anything else, exactly, and then its output is its value. The
+  others subtract a large number, which costs digits and lets a first token see its future where it sees nothing else.
+- The bucket count follows the valid tokens of each document, and padding takes no part in sorting at all; no length
+  needs to be a multiple of the chunk, and documents packed in a row have chunks of their own.
+- The chunk after the own one is off (`look_ahead=0`) in both forms, as released. Chunks follow buckets, not time, so
+  that a causal token may look at the next chunk, too.
+
+Causality is of values: a later token may change the bucket count and move borders of chunks, its value never leaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens, Unsupported, at_least, keep, one_of
+from attention_zoo.ops import lsh
+
+
+class Hashed(NamedTuple):
+    """State: the projected tokens of each row's current document.
+
+    Fields:
+        qk, v: [B, S, H·D].
+        buckets: [B, H, R, S, 1] by the seeded rotations and the bucket count of the length so far; R is 0 where they
+            came from elsewhere (drawn in training, or replayed), and are to be hashed again.
+        tokens: of the S columns; fillers left, valid right.
+    """
+
+    qk: Float[Tensor, "B S HD"]
+    v: Float[Tensor, "B S HD"]
+    buckets: Int[Tensor, "B H R S 1"]
+    tokens: Tokens
+
+
+class Reformer(Attention):
+    """LSH attention with shared queries and keys.
+
+    `Output.choices` are the buckets, int32 [B, H, rounds, L, 1]; handed back they are replayed. With a state every call
+    equals the last rows of the whole prefix in one call. The prefix is hashed again when its bucket count changes, that
+    is when its length doubles; until then a step hashes its own tokens only.
+
+    `rounds` may be changed on a built layer: more in evaluation are slower and nearer to full attention.
+
+    Args:
+        rounds: hash rounds; each has rotations of its own.
+        chunk: tokens in a chunk.
+        look_back: chunks before the own one that a chunk attends to.
+        look_ahead: chunks after it.
+        buckets: an even number; or two, whose product hashes at the cost of their sum; None: for each document the
+            largest power of two up to 2·tokens/chunk (the paper's count), in two factors above 64.
+        attend_across_buckets: whether a window shows tokens of other buckets, too.
+        correct_duplicates: whether a key that several rounds show counts once (the paper's log N_ij) or each time.
+        wrap: "row": the first chunk looks back to the last of its own round; "reference": to that of the round before.
+        key_norm_epsilon: k = q / sqrt(|q|² + D·epsilon); Hugging Face uses 1e-6.
+        resample: draw rotations at each training call from torch's default generator; False: `seed` decides them, as
+            it always does in evaluation.
+        kernel: auto | chunks | dense; dense materialises all pairs of tokens, for checking.
+        shared: the options of `Attention`.
+    """
+
+    name = "reformer"
+    declared = Abilities(
+        causality="values",
+        carry="prefix",
+        two_sided=True,
+        global_tokens="none",
+        cross=False,
+        compute="loglinear",
+        activations="linear",
+        state="linear",
+        adjustable=("rounds",),
+    )
+    tiny = {"chunk": 4, "rounds": 2}  # noqa: RUF012  (never mutated)
+
+    def __init__(
+        self,
+        *,
+        rounds: int = 4,
+        chunk: int = 64,
+        look_back: int = 1,
+        look_ahead: int = 0,
+        buckets: int | Sequence[int] | None = None,
+        attend_across_buckets: bool = True,
+        correct_duplicates: bool = False,
+        wrap: str = "row",
+        key_norm_epsilon: float = 0.0,
+        resample: bool = True,
+        kernel: str = "auto",
+        **shared: Any,
+    ):
+        super().__init__(**shared)
+        at_least(1, rounds=rounds, chunk=chunk)
+        at_least(0, look_back=look_back, look_ahead=look_ahead)
+        one_of(("row", "reference"), wrap=wrap)
+        one_of(("auto", "chunks", "dense"), kernel=kernel)
+        if not key_norm_epsilon >= 0:
+            raise ValueError(f"key_norm_epsilon must be at least 0, got {key_norm_epsilon}")
+        self.rounds, self.chunk, self.look_back, self.look_ahead = rounds, chunk, look_back, look_ahead
+        self.factors = None if buckets is None else _factors(buckets)
+        self.attend_across_buckets, self.correct_duplicates = attend_across_buckets, correct_duplicates
+        self.wrap, self.key_norm_epsilon, self.resample, self.kernel = wrap, key_norm_epsilon, resample, kernel
+        width = self.heads * self.head_width
+        self.to_qk = nn.Linear(self.dim, width, bias=self.has_bias)
+        self.to_v = nn.Linear(self.dim, width, bias=self.has_bias)
+        self.to_out = nn.Linear(width, self.dim, bias=self.has_bias)
+
+    def pairs(self, length: int) -> float:
+        """See `Attention`; hashing counts, too: half a dot product a bucket."""
+        chunks = -(-length // self.chunk)
+        window = min(1 + self.look_back + self.look_ahead, chunks)
+        hashing = length * sum(self.factors_for(length)) / 4
+        return self.rounds * (chunks * self.chunk * window * self.chunk + hashing)
+
+    def factors_for(self, length: int) -> tuple[int, ...]:
+        """Buckets of a document of `length` tokens, as factors that are hashed one by one."""
+        return lsh.bucket_factors(length, self.chunk) if self.factors is None else self.factors
+
+    def initial_state(self, batch_size: int) -> Hashed:
+        weight = self.to_qk.weight
+        empty = weight.new_zeros(batch_size, 0, self.heads * self.head_width)
+        buckets = torch.zeros(batch_size, self.heads, 0, 0, 1, dtype=torch.int32, device=weight.device)
+        return Hashed(empty, empty, buckets, Tokens.none(batch_size, weight.device))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L E"],
+        tokens: Tokens | None = None,
+        *,
+        state: Hashed | None = None,
+        source: Source | None = None,
+        choices: Int[Tensor, "B H R L 1"] | None = None,
+    ) -> Output:
+        """See `Layer`."""
+        at_least(1, rounds=self.rounds)
+        if state is not None and not self.causal:
+            raise Unsupported(self.name, "state", "two-sided attention needs all tokens in one call", "causal=True")
+        x, tokens = self.enter(x, tokens, state, source)
+        B, L, _ = x.shape
+        if choices is not None and choices.shape != (B, self.heads, self.rounds, L, 1):
+            wanted = (B, self.heads, self.rounds, L, 1)
+            raise ValueError(f"choices must be buckets of shape {wanted}, got {tuple(choices.shape)}")
+        qk, v = self.to_qk(x), self.to_v(x)
+        keys, is_new = tokens, torch.ones_like(tokens.valid)
+        if state is not None:
+            qk, v = torch.cat([state.qk, qk], 1), torch.cat([state.v, v], 1)
+            keys, is_new = state.tokens.then(tokens), torch.cat([torch.zeros_like(state.tokens.valid), is_new], 1)
+        flat_qk, flat_v = (_take(y, keys.valid).unflatten(-1, (self.heads, -1)) for y in (qk, v))
+        is_new = _take(is_new, keys.valid)
+        sizes = _document_sizes(keys)
+        buckets = self._buckets(flat_qk.detach(), sizes, is_new, tokens, state, choices)
+        out = self._attend(flat_qk, flat_v, buckets, sizes, None if state is None else is_new.nonzero()[:, 0])
+        hidden = _put(self.to_out(out.flatten(1)), tokens.valid)
+        padded = _put(buckets.movedim(-1, 0), keys.valid).permute(0, 2, 3, 1)[..., None]
+        new = None
+        if state is not None:
+            seeded = choices is None and not self._draws
+            new = _current_document(keys, qk, v, padded if seeded else padded[:, :, :0])
+        return Output(hidden, new, choices=padded[..., padded.shape[3] - L :, :])
+
+    @property
+    def _draws(self) -> bool:
+        return self.training and self.resample
+
+    def _buckets(
+        self,
+        qk: Float[Tensor, "M H D"],
+        sizes: Int[Tensor, " K"],
+        is_new: Bool[Tensor, " M"],
+        tokens: Tokens,
+        state: Hashed | None,
+        choices: Int[Tensor, "B H R L 1"] | None,
+    ) -> Int[Tensor, "H R M"]:
+        """Remembered, replayed, or hashed with as many buckets as the token's document has now."""
+        buckets = torch.zeros(self.heads, self.rounds, len(qk), dtype=torch.int32, device=qk.device)
+        missing = torch.ones_like(is_new)
+        if state is not None and self._remembers(state, tokens):
+            buckets[..., ~is_new] = _bucket_rows(state.buckets, state.tokens.valid)
+            missing = missing & is_new
+        if choices is not None:
+            buckets[..., is_new] = _bucket_rows(choices, tokens.valid).int()
+            missing = missing & ~is_new
+        kinds: dict[tuple[int, ...], int] = {}
+        kind = torch.tensor([kinds.setdefault(self.factors_for(n), len(kinds)) for n in sizes.tolist()])
+        kind = kind.to(sizes).repeat_interleave(sizes)
+        for factors, number in kinds.items():
+            chosen = missing & (kind == number)
+            if not bool(chosen.any()):
+                continue
+            if self._draws:
+                rotations = lsh.fresh_rotations(self.heads, self.rounds, self.head_width, factors, qk)
+            else:
+                rotations = lsh.seeded_rotations(self.seed, self.heads, self.rounds, self.head_width, factors)
+            buckets[..., chosen] = lsh.hash_tokens(qk[chosen], rotations, factors)
+        return buckets
+
+    def _remembers(self, state: Hashed, tokens: Tokens) -> bool:
+        """Whether the state's buckets are those that its tokens have in this call."""
+        if self._draws or state.buckets.shape[2] != self.rounds:
+            return False
+        old = state.tokens.valid.sum(1)
+        now = old + (tokens.valid & (tokens.document == _last_document(state.tokens))).sum(1)
+        return all(self.factors_for(a) == self.factors_for(b) for a, b in zip(old.tolist(), now.tolist()) if a)
+
+    def _attend(
+        self,
+        qk: Float[Tensor, "M H D"],
+        v: Float[Tensor, "M H D"],
+        buckets: Int[Tensor, "H R M"],
+        sizes: Int[Tensor, " K"],
+        asked: Int[Tensor, " m"] | None,
+    ) -> Float[Tensor, "m H D"]:
+        if not len(qk if asked is None else asked):
+            return v[:0]
+        layout = lsh.lay_out(
+            sizes,
+            rounds=self.rounds,
+            chunk=self.chunk,
+            look_back=self.look_back,
+            look_ahead=self.look_ahead,
+            across_rounds=self.wrap == "reference",
+        )
+        plan = lsh.Plan(
+            order=lsh.sort_tokens(buckets, layout.document),
+            layout=layout,
+            buckets=None if self.attend_across_buckets else buckets,
+            asked=asked,
+            causal=self.causal,
+            scale=self.scale,
+            epsilon=self.key_norm_epsilon,
+            once=self.correct_duplicates,
+        )
+        return lsh.lsh_attention(qk, v, plan, kernel="chunks" if self.kernel == "auto" else self.kernel)
+
+
+def _factors(buckets: int | Sequence[int]) -> tuple[int, ...]:
+    factors = (buckets,) if isinstance(buckets, int) else tuple(buckets)
+    if len(factors) not in (1, 2) or any(not isinstance(n, int) or n < 2 or n % 2 for n in factors):
+        raise ValueError(f"buckets must be an even number of at least 2, or two of them, got {buckets!r}")
+    return factors
+
+
+def _take(y: Tensor, valid: Bool[Tensor, "B S"]) -> Tensor:
+    """[B, S, ...] -> [M, ...]: the valid tokens, row after row."""
+    flat = y.flatten(0, 1)
+    return flat if bool(valid.all()) else flat.index_select(0, valid.flatten().nonzero()[:, 0])
+
+
+def _put(y: Tensor, valid: Bool[Tensor, "B S"]) -> Tensor:
+    """[M, ...] -> [B, S, ...] with zeros at padding."""
+    if len(y) < valid.numel():
+        whole = y.new_zeros(valid.numel(), *y.shape[1:])
+        y = whole.index_copy(0, valid.flatten().nonzero()[:, 0], y)
+    return y.unflatten(0, valid.shape)
+
+
+def _bucket_rows(buckets: Int[Tensor, "B H R S 1"], valid: Bool[Tensor, "B S"]) -> Int[Tensor, "H R M"]:
+    return _take(buckets[..., 0].permute(0, 3, 1, 2), valid).movedim(0, -1)
+
+
+def _document_sizes(tokens: Tokens) -> Int[Tensor, " K"]:
+    """Valid tokens of each document, row after row."""
+    rows = torch.arange(tokens.valid.shape[0], device=tokens.valid.device)[:, None]
+    names = rows * (tokens.document.amax() + 1) + tokens.document
+    return torch.unique_consecutive(_take(names, tokens.valid), return_counts=True)[1]
+
+
+def _last_document(tokens: Tokens) -> Int[Tensor, "B 1"]:
+    """-1 for a row without valid tokens."""
+    document = torch.where(tokens.valid, tokens.document, -1)
+    return torch.nn.functional.pad(document, (1, 0), value=-1).amax(1, keepdim=True)
+
+
+def _current_document(tokens: Tokens, qk: Tensor, v: Tensor, buckets: Tensor) -> Hashed:
+    """Tokens of finished documents are never asked for again."""
+    tokens, qk, v, buckets = keep(tokens.valid & (tokens.document == _last_document(tokens)), tokens, qk, v, buckets)
+    return Hashed(qk, v, buckets, tokens)

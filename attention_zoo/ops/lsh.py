@@ -1,0 +1,447 @@
+"""Attention by locality-sensitive hashing: hash, sort, attend inside chunks, merge rounds (Kitaev et al. 2020, §2).
+
+    bucket(x) = argmax [xR; -xR]        R random, one per round and head
+    sort by (document, bucket, place), cut into chunks; a chunk attends to itself and to its neighbours
+
+Everything works on a *ragged* list of M tokens: the valid tokens of all rows, document after document. Padding is gone
+before this file is entered, and each document has its own chunks, so that neither can move anything.
+
+Attention over several rounds, merged by log-sum-exp, is one softmax over the union of the rounds' keys, where a key met
+n times counts n times. Hence backward runs each chunk with the merged statistics (ops/partial.py) and the rounds' and
+chunks' gradients add: nothing but output, log-sum-exp and the sorted order (int32) is saved. Chunks are processed a few
+at a time, heads in blocks: O(M·D) memory beside the inputs, O(rounds·M·(log M + window·D)) time.
+
+Letters: M tokens, H heads, R rounds, D head width, N chunks in a round, C slots in a chunk, W chunks in a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from attention_zoo.ops.dense import dense
+from attention_zoo.ops.partial import partial, partial_backward
+
+DIRECT = 64
+"""Buckets hashed by one argmax; more are the product of two, which costs the square root of it."""
+
+# What one step may hold: scores of the chunks attended at once, and slots of the heads handled at once. On CPU a step
+# should stay near the cache; on a GPU it should fill the device.
+_SCORES = {"cpu": 2**19}
+_SLOTS = {"cpu": 2**16}
+_SCORES_GPU, _SLOTS_GPU = 2**25, 2**21
+
+
+# --- hashing ---------------------------------------------------------------------------------------------------------
+
+
+def bucket_factors(tokens: int, chunk: int) -> tuple[int, ...]:
+    """Buckets for a document: the largest power of two that is at most 2·tokens/chunk (the paper's), at least 2.
+
+    A power of two, so that a growing document is hashed anew only when its length has doubled. Above `DIRECT` it is
+    split into two factors, each hashed by itself.
+    """
+    exponent = max(1, (2 * tokens // chunk).bit_length() - 1)
+    if 1 << exponent <= DIRECT:
+        return (1 << exponent,)
+    return 1 << exponent // 2, 1 << exponent - exponent // 2
+
+
+@lru_cache(maxsize=64)
+def seeded_rotations(seed: int, heads: int, rounds: int, width: int, factors: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Random rotations as a function of `seed`: for each factor [H, D, R, buckets/2], float64 on the CPU.
+
+    Fewer rounds or buckets are the first of more, so that a document hashes the same beside longer ones. Do not modify.
+    """
+    found = []
+    for place, count in enumerate(factors):
+        drawn = []
+        for number in range(rounds):
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + place * 100_003 + number) % 2**63)
+            drawn.append(
+                torch.stack(
+                    [torch.randn(heads, width, generator=generator, dtype=torch.float64) for _ in range(count // 2)], -1
+                )
+            )
+        found.append(torch.stack(drawn, 2))
+    return tuple(found)
+
+
+def fresh_rotations(heads: int, rounds: int, width: int, factors: tuple[int, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """The same from torch's default generator of the device, which checkpointing replays."""
+    return tuple(
+        torch.randn(heads, width, rounds, count // 2, dtype=like.dtype, device=like.device) for count in factors
+    )
+
+
+def hash_tokens(
+    q: Float[Tensor, "M H D"], rotations: Sequence[Tensor], factors: tuple[int, ...]
+) -> Int[Tensor, "H R M"]:
+    """Bucket of each token in each round; with several factors, the mixed-radix number of their buckets."""
+    M, H, D = q.shape
+    exact = torch.promote_types(q.dtype, torch.float32)
+    rounds = rotations[0].shape[2]
+    buckets = torch.zeros(H, rounds, M, dtype=torch.int32, device=q.device)
+    turns = [turn[..., : count // 2].to(q.device, exact) for turn, count in zip(rotations, factors)]
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        for head in range(H):
+            x, radix = q[:, head].to(exact), 1
+            for turn, count in zip(turns, factors):
+                y = (x @ turn[head].reshape(D, -1)).view(M, rounds, -1)
+                best = y.abs().argmax(-1, keepdim=True)
+                # argmax [y; -y]: the largest magnitude, and which half it came from
+                best = torch.where(y.gather(-1, best) >= 0, best, best + count // 2)
+                buckets[head] += (best[..., 0] * radix).T.int()
+                radix *= count
+    return buckets
+
+
+# --- layout ----------------------------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """Where sorted tokens go, the same for all heads and, but for the numbering of chunks, for all rounds.
+
+    Fields:
+        chunk: C, slots in a chunk; the last chunk of a document may be partly empty.
+        document: [M], index of each token's document.
+        slot: [M], slot of the i-th token in sorted order, below N·C.
+        neighbours: [R·N, W], chunks that each chunk attends to, itself first; chunk n of round r is number r·N + n.
+        present: [R·N, W], False where a short ring would repeat a chunk.
+        rounds: R.
+        across_rounds: whether a window may reach into another round.
+    """
+
+    chunk: int
+    document: Int[Tensor, " M"]
+    slot: Int[Tensor, " M"]
+    neighbours: Int[Tensor, "RN W"]
+    present: Bool[Tensor, "RN W"]
+    rounds: int
+    across_rounds: bool
+
+
+def lay_out(
+    sizes: Int[Tensor, " K"], *, rounds: int, chunk: int, look_back: int, look_ahead: int, across_rounds: bool
+) -> Layout:
+    """Chunks of K documents with `sizes` tokens each, every one at least 1.
+
+    Each document's chunks form a ring in each round or, `across_rounds`, one ring over all rounds.
+    """
+    device = sizes.device
+    chunks = (sizes + chunk - 1) // chunk
+    first = chunks.cumsum(0) - chunks
+    documents = torch.arange(len(sizes), device=device)
+    document = documents.repeat_interleave(sizes)
+    within = torch.arange(len(document), device=device) - (sizes.cumsum(0) - sizes)[document]
+    slot = first[document] * chunk + within
+    owner = documents.repeat_interleave(chunks)
+    total = len(owner)
+    inside = torch.arange(total, device=device) - first[owner]
+    ring, start = chunks[owner][None, :, None], first[owner][None, :, None]
+    steps = torch.tensor([0, *range(-1, -look_back - 1, -1), *range(1, look_ahead + 1)], device=device)
+    number = torch.arange(rounds, device=device)[:, None, None]
+    if across_rounds:
+        place = (number * ring + inside[None, :, None] + steps) % (rounds * ring)
+        neighbours = place // ring * total + start + place % ring
+    else:
+        neighbours = number * total + start + (inside[None, :, None] + steps) % ring
+    neighbours = neighbours.view(rounds * total, len(steps))
+    earlier = torch.ones(len(steps), len(steps), dtype=torch.bool, device=device).tril(-1)
+    present = ~((neighbours[:, :, None] == neighbours[:, None, :]) & earlier).any(-1)
+    return Layout(chunk, document, slot, neighbours, present, rounds, across_rounds)
+
+
+def sort_tokens(buckets: Int[Tensor, "H R M"], document: Int[Tensor, " M"]) -> Int[Tensor, "H R M"]:
+    """Order by (document, bucket, place)."""
+    key = document * (buckets.amax() + 1) + buckets
+    return key.argsort(dim=-1, stable=True)
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """One call of LSH attention, but for its vectors.
+
+    Fields:
+        order: [H, R, M], tokens in sorted order.
+        layout: of the M tokens.
+        buckets: [H, R, M] to attend inside buckets only; None: across buckets, as far as the window goes.
+        asked: [m], the tokens whose output is wanted; None: all.
+        causal: whether a token sees earlier ones only. Order in the ragged list is order in time.
+        scale: factor on q·k.
+        epsilon: k = q / sqrt(|q|² + D·epsilon).
+        once: whether a key met in several rounds counts once.
+    """
+
+    order: Int[Tensor, "H R M"]
+    layout: Layout
+    buckets: Int[Tensor, "H R M"] | None
+    asked: Int[Tensor, " m"] | None
+    causal: bool
+    scale: float
+    epsilon: float
+    once: bool
+
+
+def lsh_attention(
+    q: Float[Tensor, "M H D"], v: Float[Tensor, "M H D"], plan: Plan, *, kernel: str = "chunks"
+) -> Float[Tensor, "m H D"]:
+    """Attention of tokens to those that share a window of sorted chunks with them; keys are normalised queries.
+
+    A token attends to itself only where it sees nothing else in any round; then its output is its value.
+
+    Args:
+        kernel: "chunks" (linear memory, recomputing backward) or "dense" (M x M by plain autograd, for checking).
+    """
+    if kernel == "dense":
+        return _dense(q, v, plan)
+    out: Tensor = _Chunks.apply(q, v, plan)
+    return out
+
+
+class _Block:
+    """The chunks of a few heads: rows are (head, token), chunks (head, round, chunk), slots (head, round, chunk, slot).
+
+    Within a document a row's number grows with time; the number `rows` stands for an empty slot.
+    """
+
+    def __init__(self, plan: Plan, heads: slice):
+        self.plan, self.heads = plan, heads
+        layout = plan.layout
+        order = plan.order[heads].long()
+        self.H, R, M = order.shape
+        device = order.device
+        self.rows, self.M = self.H * M, M
+        per_round = layout.neighbours.shape[0] // R * layout.chunk
+        head = torch.arange(self.H, device=device)[:, None, None]
+        first = (head * R + torch.arange(R, device=device)[:, None]) * per_round
+        contents = torch.full((self.H, R, per_round), self.rows, device=device)
+        contents[..., layout.slot] = order + head * M
+        self.contents = contents.view(-1, layout.chunk)
+        self.slots = torch.empty_like(order).scatter_(-1, order, layout.slot.expand_as(order)) + first  # [H, R, M]
+        self.neighbours = (layout.neighbours + head * layout.neighbours.shape[0]).flatten(0, 1)
+        self.present = layout.present.repeat(self.H, 1)
+        if plan.asked is None:
+            self.active, self.asked_slots = torch.arange(len(self.contents), device=device), self.slots
+        else:
+            asked = self.slots[..., plan.asked]
+            self.active, index = torch.unique(asked // layout.chunk, return_inverse=True)
+            self.asked_slots = index * layout.chunk + asked % layout.chunk
+        self.labels: Tensor | None = None
+        if plan.buckets is not None:
+            # numbered through the rounds: buckets of two rounds are never the same
+            labels = plan.buckets[heads] + torch.arange(R, device=device)[:, None] * (plan.buckets.amax() + 1)
+            self.labels = labels.new_full(self.contents.shape, -1)
+            self.labels.view(-1)[self.slots.flatten()] = labels.flatten()
+
+    def table(self, *parts: Float[Tensor, "n H D"], dtype: torch.dtype) -> Float[Tensor, "rows_and_one parts_D"]:
+        """Vectors of the rows, side by side so that one gather fetches all; zeros for the empty slot.
+
+        Parts hold the block's heads, and all tokens or the asked ones (the others are zeros).
+        """
+        D = parts[0].shape[-1]
+        table = torch.empty(self.rows + 1, len(parts), D, dtype=dtype, device=parts[0].device)
+        table[self.rows if self.plan.asked is None else slice(None)] = 0
+        rows = table[: self.rows].view(self.H, self.M, len(parts), D)
+        for number, part in enumerate(parts):
+            if len(part) == self.M:
+                rows[:, :, number] = part.transpose(0, 1)
+            else:
+                rows[:, self.plan.asked, number] = part.transpose(0, 1).to(dtype)
+        return table.flatten(1)
+
+    def steps(self, exact: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+        """A few chunks at a time: which of the active ones, query rows, chunks of the windows, key rows, bias."""
+        C, W = self.plan.layout.chunk, self.neighbours.shape[1]
+        size = max(1, _SCORES.get(self.contents.device.type, _SCORES_GPU) // (C * C * W))
+        for start in range(0, len(self.active), size):
+            step = slice(start, min(start + size, len(self.active)))
+            chunks = self.active[step]
+            queries, windows = self.contents[chunks], self.neighbours[chunks]
+            keys = self.contents[windows].masked_fill(~self.present[chunks][..., None], self.rows).flatten(1)
+            yield step, queries, windows, keys, self.bias(chunks, windows, queries, keys, exact)
+
+    def bias(
+        self, chunks: Tensor, windows: Tensor, queries: Tensor, keys: Tensor, exact: torch.dtype
+    ) -> Float[Tensor, "a 1 C K"]:
+        """-inf for the future, empty slots, other buckets and the token itself; else 0, or -log of the times met."""
+        # by arithmetic: to compare integers costs half as much as the attention itself; floats are exact this far
+        dtype = torch.float32 if self.rows < 2**24 else torch.float64
+        q, k = queries.to(dtype)[:, :, None], keys.to(dtype)[:, None, :]
+        if self.plan.causal:
+            bias = (q - k).sub_(1).clamp_(-1, 0)
+        else:
+            bias = (q - k).abs_().clamp_(max=1).sub_(1).sub_((keys == self.rows).to(dtype)[:, None])
+        if self.labels is not None:
+            mine, theirs = self.labels[chunks], self.labels[windows].flatten(1)
+            bias.sub_((mine[:, :, None] != theirs[:, None, :]).to(dtype))
+        bias.mul_(torch.finfo(dtype).max).mul_(2)  # what is negative becomes -inf, 0 stays 0
+        if self.plan.once:
+            bias = bias - self.times_met(queries, keys).clamp_(min=1).to(exact).log_()
+        return bias[:, None]
+
+    def times_met(self, queries: Int[Tensor, "a C"], keys: Int[Tensor, "a K"]) -> Int[Tensor, "a C K"]:
+        """How often the windows of all rounds show each key to each query, before causality."""
+        R, C = self.plan.layout.rounds, self.plan.layout.chunk
+        chunk_of = (self.slots // C).transpose(0, 1).flatten(1)  # [R, rows]
+        chunk_of = torch.nn.functional.pad(chunk_of, (0, 1), value=-1)
+        labels = None if self.labels is None else self.labels.view(-1)[self.slots].transpose(0, 1).flatten(1)
+        if labels is not None:
+            labels = torch.nn.functional.pad(labels, (0, 1), value=-1)
+        met = torch.zeros(*queries.shape, keys.shape[1], dtype=torch.int32, device=queries.device)
+        for mine in range(R):
+            own = chunk_of[mine][queries].clamp(min=0)
+            windows = self.neighbours[own].masked_fill(~self.present[own], -2)  # [a, C, W]
+            for theirs in range(R) if self.plan.layout.across_rounds else [mine]:
+                chunks = chunk_of[theirs][keys][:, None, :]
+                alike: Tensor | bool = True
+                if labels is not None:
+                    alike = labels[mine][queries][:, :, None] == labels[theirs][keys][:, None, :]
+                for window in windows.unbind(-1):
+                    met += (chunks == window[..., None]) & alike
+        return met
+
+    # --- the block's share: vectors in are [tokens, its heads, D], out [its heads, tokens, D]
+
+    def forward(self, q: Tensor, v: Tensor) -> tuple[Float[Tensor, "h m D"], Float[Tensor, "h m"]]:
+        """Output and log-sum-exp of the asked tokens; zeros and -inf where one sees nothing."""
+        C, D = self.plan.layout.chunk, q.shape[-1]
+        k, _ = _keys(q, self.plan.epsilon)
+        query_table, key_table = self.table(q, dtype=k.dtype), self.table(k, v, dtype=k.dtype)
+        out = k.new_empty(len(self.active), C, D)
+        lse = k.new_empty(len(self.active), C)
+        for step, queries, _, keys, bias in self.steps(k.dtype):
+            rows, (k, v) = _rows(query_table, queries), _rows(key_table, keys).chunk(2, -1)
+            part, part_lse = partial(rows, k, v, bias, scale=self.plan.scale)
+            out[step], lse[step] = part[:, 0], part_lse[:, 0]
+        lse = lse.view(-1)[self.asked_slots]
+        total = lse.logsumexp(1)
+        weights = (lse - total.masked_fill(total == -torch.inf, 0)[:, None]).exp()
+        return _sum_rounds(out.view(-1, D), self.asked_slots, weights), total
+
+    def backward(
+        self, q: Tensor, v: Tensor, grad: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Float[Tensor, "h M D"], Float[Tensor, "h M D"]]:
+        """Gradients of q and v, but for tokens that see only themselves."""
+        C, D = self.plan.layout.chunk, q.shape[-1]
+        k, factor = _keys(q, self.plan.epsilon)
+        asked = slice(None) if self.plan.asked is None else self.plan.asked
+        query_table, key_table = self.table(q, grad, out, dtype=k.dtype), self.table(k, v, dtype=k.dtype)
+        # rows that were not asked, or see nothing: +inf makes all their weights exactly zero
+        lse_table = lse.new_full((self.rows + 1,), torch.inf)
+        lse_table[: self.rows].view(self.H, -1)[:, asked] = torch.where(lse == -torch.inf, torch.inf, lse).T
+        dq_slots = k.new_empty(len(self.active), C, D)
+        dk_slots, dv_slots = k.new_zeros(2, len(self.contents), C * D)
+        for step, queries, windows, keys, bias in self.steps(k.dtype):
+            rows, grads, outs = _rows(query_table, queries).chunk(3, -1)
+            key_rows, values = _rows(key_table, keys).chunk(2, -1)
+            parts = partial_backward(
+                grads, rows, key_rows, values, outs, lse_table[queries][:, None], bias, scale=self.plan.scale
+            )
+            dq_slots[step] = parts[0][:, 0]
+            for total, part in ((dk_slots, parts[1]), (dv_slots, parts[2])):
+                # a chunk is the same neighbour of one other chunk only: no two rows of an index_add meet
+                for window, share in zip(windows.unbind(1), part.reshape(*windows.shape, C * D).unbind(1)):
+                    total.index_add_(0, window, share)
+        dk, dv = (_sum_rounds(slots.view(-1, D), self.slots) for slots in (dk_slots, dv_slots))
+        k, factor = k.transpose(0, 1), factor.transpose(0, 1)
+        dq = dk.sub_(k * (k * dk).sum(-1, keepdim=True)).mul_(factor)
+        dq[:, asked] += _sum_rounds(dq_slots.view(-1, D), self.asked_slots)
+        return dq, dv
+
+
+def _keys(q: Float[Tensor, "M h D"], epsilon: float) -> tuple[Float[Tensor, "M h D"], Float[Tensor, "M h 1"]]:
+    """Normalised queries, and the factor that made them; without epsilon a zero query makes a zero key."""
+    exact = q.to(torch.promote_types(q.dtype, torch.float32))
+    square = exact.square().sum(-1, keepdim=True) + q.shape[-1] * epsilon
+    factor = torch.where(square > 0, square, torch.inf).rsqrt()
+    return exact * factor, factor
+
+
+def _rows(table: Float[Tensor, "rows width"], rows: Int[Tensor, "a n"]) -> Float[Tensor, "a 1 n width"]:
+    return table.index_select(0, rows.flatten()).view(len(rows), 1, rows.shape[1], -1)
+
+
+def _sum_rounds(
+    x: Float[Tensor, "slots D"], slots: Int[Tensor, "h R n"], weights: Float[Tensor, "h R n"] | None = None
+) -> Float[Tensor, "h n D"]:
+    """Sorted back into the order of tokens and summed over rounds."""
+    total = x.new_zeros(slots.shape[0], slots.shape[2], x.shape[1])
+    for number in range(slots.shape[1]):
+        rows = x.index_select(0, slots[:, number].flatten()).view(total.shape)
+        if weights is None:
+            total.add_(rows)
+        else:
+            total.addcmul_(rows, weights[:, number, :, None])
+    return total
+
+
+def _blocks(plan: Plan) -> Iterator[_Block]:
+    H = len(plan.order)
+    limit = _SLOTS.get(plan.order.device.type, _SLOTS_GPU)
+    size = max(1, limit // (plan.layout.neighbours.shape[0] * plan.layout.chunk))
+    for start in range(0, H, size):
+        yield _Block(plan, slice(start, min(start + size, H)))
+
+
+class _Chunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        asked = slice(None) if plan.asked is None else plan.asked
+        out = torch.empty_like(q[asked])
+        lse = out.new_empty(out.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+        with torch.autocast(q.device.type, enabled=False):
+            for block in _blocks(plan):
+                heads = block.heads
+                part, total = block.forward(q[:, heads], v[:, heads])
+                alone = (total == -torch.inf).T[..., None]
+                out[:, heads] = torch.where(alone, v[asked, heads], part.transpose(0, 1).to(q.dtype))
+                lse[:, heads] = total.T
+        ctx.save_for_backward(q, v, out, lse)
+        ctx.plan = plan._replace(order=plan.order.int())
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        q, v, out, lse = ctx.saved_tensors
+        plan = ctx.plan
+        asked = slice(None) if plan.asked is None else plan.asked
+        dq, dv = torch.empty_like(q), torch.empty_like(v)
+        with torch.autocast(q.device.type, enabled=False):
+            for block in _blocks(plan):
+                heads = block.heads
+                mine = (q[:, heads], v[:, heads], grad[:, heads], out[:, heads], lse[:, heads])
+                part_q, part_v = block.backward(*mine)
+                alone = (lse[:, heads] == -torch.inf)[..., None]
+                part_v[:, asked] += torch.where(alone, grad[:, heads], 0).transpose(0, 1)
+                dq[:, heads], dv[:, heads] = part_q.transpose(0, 1), part_v.transpose(0, 1)
+        return dq, dv, None
+
+
+def _dense(q: Tensor, v: Tensor, plan: Plan) -> Tensor:
+    """The same by definition: every pair of tokens, weighted by how often the windows of all rounds show it."""
+    tokens = torch.arange(len(q), device=q.device)
+    asked = tokens if plan.asked is None else plan.asked
+    with torch.autocast(q.device.type, enabled=False):
+        heads = []
+        for head in range(q.shape[1]):
+            met = _Block(plan, slice(head, head + 1)).times_met(asked[None], tokens[None])[0]
+            hidden = tokens >= asked[:, None] if plan.causal else tokens == asked[:, None]
+            met = met.masked_fill(hidden, 0)
+            k, _ = _keys(q[:, head : head + 1], plan.epsilon)
+            bias = (met > 0 if plan.once else met).to(k.dtype).log()
+            queries, keys, values = (
+                x.transpose(0, 1)[None] for x in (q[asked, head : head + 1], k, v[:, head : head + 1])
+            )
+            out = dense(queries, keys, values, bias, scale=plan.scale)[0, 0]
+            heads.append(torch.where(met.any(-1, keepdim=True), out, v[asked, head]))
+        return torch.stack(heads, 1).to(q.dtype)
