@@ -7,8 +7,10 @@
 """
 
 from attention_zoo.contract import Abilities, Attention, Layer, Output, Source, Tokens, Unsupported, keep
+from attention_zoo.model import EncoderDecoder, Transformer, generate, load, save
 from attention_zoo.registry import available, build
 
 __all__ = [
-    "Abilities", "Attention", "Layer", "Output", "Source", "Tokens", "Unsupported", "available", "build", "keep",
+    "Abilities", "Attention", "EncoderDecoder", "Layer", "Output", "Source", "Tokens", "Transformer", "Unsupported",
+    "available", "build", "generate", "keep", "load", "save",
 ]  # fmt: skip

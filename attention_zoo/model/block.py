@@ -1,0 +1,191 @@
+"""Blocks and stacks. All speak the layer's call: hidden states in, hidden states out; state in, state out.
+
+A stack is a chain of blocks, a block a chain of branches (attention, perhaps cross-attention, feed-forward), a branch
+a chain of layers behind one norm. Hence states and choices are tuples of tuples of tuples.
+
+    pre-norm    x + dropout(layers(norm(x)))        Xiong et al. 2020; the default
+    post-norm   norm(x + dropout(layers(x)))        Vaswani et al. 2017
+
+Dropout is on the outputs of branches only: inside attention, fused and recomputing kernels would lose it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attention_zoo.contract import Layer, Output, Source, Tokens, add_losses, one_of
+from attention_zoo.model.feed_forward import FeedForward
+from attention_zoo.model.short_conv import ShortConvolution
+
+NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
+
+class Chain(Layer):
+    """Layers, one after the other. State and choices are tuples with an entry for each; losses add up."""
+
+    def __init__(self, layers: Sequence[Layer]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def initial_state(self, batch_size: int) -> tuple[Any, ...]:
+        return tuple(layer.initial_state(batch_size) for layer in self.layers)  # type: ignore[operator]
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L E"],
+        tokens: Tokens | None = None,
+        *,
+        state: tuple[Any, ...] | None = None,
+        source: Source | None = None,
+        choices: tuple[Any, ...] | None = None,
+    ) -> Output:
+        states, losses, made = [], [], []
+        for index, layer in enumerate(self.layers):
+            out = layer(
+                x,
+                tokens,
+                state=None if state is None else state[index],
+                source=source,
+                choices=None if choices is None else choices[index],
+            )
+            x = out.hidden
+            states.append(out.state)
+            losses.append(out.losses)
+            made.append(out.choices)
+        return Output(x, None if state is None else tuple(states), add_losses(*losses), tuple(made))
+
+
+class Branch(Layer):
+    """What is added to the residual stream: norm, layers, dropout.
+
+    Args:
+        layers: for instance short convolution and attention.
+        dim: model width E.
+        norm: layer | rms.
+        pre_norm: norm before the layers, or after the addition.
+        output_dropout: probability to drop a channel of what is added.
+        cross: whether the source is for this branch.
+    """
+
+    def __init__(
+        self,
+        *layers: Layer,
+        dim: int,
+        norm: str = "layer",
+        pre_norm: bool = True,
+        output_dropout: float = 0.0,
+        cross: bool = False,
+    ):
+        super().__init__()
+        one_of(tuple(NORMS), norm=norm)
+        if not 0 <= output_dropout < 1:
+            raise ValueError(f"output_dropout must be a probability below 1, got {output_dropout!r}")
+        self.norm = NORMS[norm](dim)
+        self.body = Chain(layers)
+        self.dropout = nn.Dropout(output_dropout)
+        self.pre_norm, self.cross = pre_norm, cross
+
+    def initial_state(self, batch_size: int) -> tuple[Any, ...]:
+        return self.body.initial_state(batch_size)
+
+    def addition(
+        self,
+        x: Float[Tensor, "B L E"],
+        tokens: Tokens | None = None,
+        *,
+        state: tuple[Any, ...] | None = None,
+        source: Source | None = None,
+        choices: tuple[Any, ...] | None = None,
+    ) -> Output:
+        """What the branch would add to x."""
+        hidden = self.norm(x) if self.pre_norm else x
+        source = source if self.cross else None
+        out = self.body(hidden, tokens, state=state, source=source, choices=choices)
+        return out._replace(hidden=self.dropout(out.hidden))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L E"],
+        tokens: Tokens | None = None,
+        *,
+        state: tuple[Any, ...] | None = None,
+        source: Source | None = None,
+        choices: tuple[Any, ...] | None = None,
+    ) -> Output:
+        out = self.addition(x, tokens, state=state, source=source, choices=choices)
+        total = x + out.hidden
+        return out._replace(hidden=total if self.pre_norm else self.norm(total))
+
+
+class Block(Chain):
+    """Attention, cross-attention if there is one, feed-forward: each in its own branch.
+
+    Args:
+        attention: any mechanism.
+        dim: model width E.
+        cross: a cross-attention; default none.
+        short_conv: taps of a short convolution before the attention; 0: none.
+        norm, pre_norm, output_dropout: see `Branch`.
+        feed_forward, ff_mult, ff_chunks: see `FeedForward`.
+    """
+
+    def __init__(
+        self,
+        attention: Layer,
+        *,
+        dim: int,
+        cross: Layer | None = None,
+        short_conv: int = 0,
+        norm: str = "layer",
+        pre_norm: bool = True,
+        feed_forward: str = "gelu",
+        ff_mult: int = 4,
+        ff_chunks: int = 1,
+        output_dropout: float = 0.0,
+    ):
+        if isinstance(short_conv, bool) or not isinstance(short_conv, int) or short_conv < 0:
+            raise ValueError(f"short_conv must be a number of taps, 0 for none, got {short_conv!r}")
+        shared: dict[str, Any] = {"dim": dim, "norm": norm, "pre_norm": pre_norm, "output_dropout": output_dropout}
+        before = [ShortConvolution(dim=dim, width=short_conv)] if short_conv else []
+        branches = [Branch(*before, attention, **shared)]
+        if cross is not None:
+            branches.append(Branch(cross, **shared, cross=True))
+        branches.append(Branch(FeedForward(dim=dim, kind=feed_forward, mult=ff_mult, chunks=ff_chunks), **shared))
+        super().__init__(branches)
+
+    @property
+    def attention(self) -> Layer:
+        """The mechanism of this block."""
+        first: Any = self.layers[0]
+        return first.body.layers[-1]
+
+
+class Stack(Chain):
+    """Blocks. Parameters that a mechanism shares over depth (`shared_over_depth`) become one.
+
+    Args:
+        blocks: in order.
+    """
+
+    def __init__(self, blocks: Sequence[Block]):
+        super().__init__(blocks)
+        first: dict[tuple[type, str], nn.Parameter] = {}
+        for module in self.modules():
+            for name in getattr(module, "shared_over_depth", ()):
+                setattr(module, name, first.setdefault((type(module), name), getattr(module, name)))
+
+    @property
+    def attentions(self) -> list[Layer]:
+        """The mechanism of each block, in order."""
+        blocks: Any = self.layers
+        return [block.attention for block in blocks]
+
+    @property
+    def branches(self) -> list[Branch]:
+        """All branches of all blocks, in order."""
+        blocks: Any = self.layers
+        return [branch for block in blocks for branch in block.layers]

@@ -1,0 +1,80 @@
+"""Encoder and decoder, joined by cross-attention. Vaswani et al. 2017, §3.1.
+
+model = EncoderDecoder(
+    encoder=Transformer(attention="bigbird", vocab=256, causal=False, head="hidden"),
+    decoder=Transformer(attention="longformer", vocab=256, cross=True),
+)
+out = model(ids, source=source_ids)
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from attention_zoo.contract import Source, Tokens, add_losses
+from attention_zoo.model.parameters import parameter_count
+from attention_zoo.model.state import Running
+from attention_zoo.model.transformer import ModelOutput, Transformer
+
+
+class EncoderDecoder(nn.Module):
+    """Two skeletons: any two-sided mechanism reads, any causal one writes.
+
+    Args:
+        encoder: built with causal=False and head="hidden".
+        decoder: built with causal=True and cross=True, of the same dim.
+    """
+
+    def __init__(self, *, encoder: Transformer, decoder: Transformer):
+        super().__init__()
+        if encoder.causal or encoder.config["head"] != "hidden" or encoder.cross:
+            raise ValueError("encoder must be built with causal=False, head=hidden and cross=False")
+        if not decoder.causal or not decoder.cross:
+            raise ValueError("decoder must be built with causal=True and cross=True")
+        if encoder.dim != decoder.dim:
+            raise ValueError(f"encoder and decoder must have the same dim, got {encoder.dim} and {decoder.dim}")
+        self.encoder, self.decoder = encoder, decoder
+        self.config = {"encoder": encoder.config, "decoder": decoder.config}
+        self.vocab, self.dim = decoder.vocab, decoder.dim
+
+    @property
+    def carries(self) -> bool:
+        """Whether every layer of the decoder keeps a state from call to call."""
+        return self.decoder.carries
+
+    @property
+    def parameter_count(self) -> int:
+        """All parameters, shared ones once. Nothing is excluded."""
+        return parameter_count(self)
+
+    def initial_state(self, batch_size: int) -> Running:
+        """An empty state of the decoder. It will hold the source's keys and values too."""
+        return self.decoder.initial_state(batch_size)
+
+    def encode(self, ids: Int[Tensor, "B S"], tokens: Tokens | None = None) -> tuple[Source, dict[str, Tensor]]:
+        """What the decoder attends to, and the encoder's auxiliary losses."""
+        out = self.encoder(ids, tokens)
+        tokens = Tokens.all_valid(ids.shape[0], ids.shape[1], ids.device) if tokens is None else tokens
+        return Source(out.hidden, tokens), out.losses
+
+    def forward(
+        self,
+        ids: Int[Tensor, "B L"],
+        tokens: Tokens | None = None,
+        *,
+        state: Running | None = None,
+        source: Int[Tensor, "B S"] | tuple[Tensor, Tokens] | Source | None = None,
+        fresh: Bool[Tensor, " B"] | None = None,
+    ) -> ModelOutput:
+        """Run one call of the decoder.
+
+        Args:
+            ids, tokens, state, fresh: see `Transformer.forward`.
+            source: ids, (ids, tokens), or what `encode` gave; with a state only in the first call.
+        """
+        losses: dict[str, Tensor] = {}
+        if source is not None and not isinstance(source, Source):
+            source, losses = self.encode(*source) if isinstance(source, tuple) else self.encode(source)
+        out = self.decoder(ids, tokens, state=state, source=source, fresh=fresh)
+        return out._replace(losses=add_losses(losses, out.losses))

@@ -1,0 +1,68 @@
+"""Position-wise feed-forward, whole or in chunks along the length. Vaswani et al. 2017, §3.3; SwiGLU: Shazeer 2020.
+
+In chunks (Kitaev et al. 2020, §3) only one chunk's wide activations exist at a time: each is recomputed in backward, so
+that their memory falls by the number of chunks at the price of a second forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from attention_zoo.contract import Layer, Output, Source, Tokens, at_least, one_of
+
+KINDS = ("gelu", "relu", "swiglu")
+
+
+class FeedForward(Layer):
+    """E -> wide -> E. No dropout inside, and no state.
+
+    Args:
+        dim: model width E.
+        kind: gelu | relu | swiglu. A swiglu has three matrices and is 2/3 as wide, so that parameters stay equal.
+        mult: width of the hidden layer over E.
+        chunks: number of pieces along the length.
+    """
+
+    def __init__(self, *, dim: int, kind: str = "gelu", mult: int = 4, chunks: int = 1):
+        super().__init__()
+        one_of(KINDS, feed_forward=kind)
+        at_least(1, dim=dim, ff_mult=mult, ff_chunks=chunks)
+        self.kind, self.chunks = kind, chunks
+        wide = mult * dim
+        if kind == "swiglu":
+            wide = -(-wide * 2 // 3 // 8) * 8  # a multiple of 8 suits the hardware
+        self.into = nn.Linear(dim, wide * (2 if kind == "swiglu" else 1))
+        self.out = nn.Linear(wide, dim)
+
+    def initial_state(self, batch_size: int) -> tuple[()]:
+        return ()
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L E"],
+        tokens: Tokens | None = None,
+        *,
+        state: tuple[()] | None = None,
+        source: Source | None = None,
+        choices: Any = None,
+    ) -> Output:
+        if self.chunks == 1:
+            return Output(self._apply_to(x), state)
+        pieces = x.chunk(self.chunks, 1)
+        if torch.is_grad_enabled():
+            done = [checkpoint(self._apply_to, p, use_reentrant=False, preserve_rng_state=False) for p in pieces]
+        else:
+            done = [self._apply_to(piece) for piece in pieces]
+        return Output(torch.cat(done, 1), state)
+
+    def _apply_to(self, x: Tensor) -> Tensor:
+        wide = self.into(x)
+        if self.kind == "swiglu":
+            gate, value = wide.chunk(2, -1)
+            return self.out(nn.functional.silu(gate) * value)
+        return self.out(nn.functional.gelu(wide) if self.kind == "gelu" else nn.functional.relu(wide))

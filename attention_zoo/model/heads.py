@@ -1,0 +1,106 @@
+"""What is read off the last hidden states: next tokens, a label for each token, or one for the row."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from attention_zoo.contract import at_least, one_of
+
+HEADS = ("lm", "tokens", "classify", "hidden")
+POOLINGS = ("mean", "first")
+
+
+class LanguageModel(nn.Module):
+    """Logits over the vocabulary, [B, L, V].
+
+    Args:
+        embedding: of the input tokens.
+        tied: whether its table is the output matrix too.
+    """
+
+    def __init__(self, embedding: nn.Embedding, *, tied: bool):
+        super().__init__()
+        self.weight = embedding.weight if tied else nn.Parameter(embedding.weight.detach().clone().normal_(std=0.02))
+
+    def forward(self, hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B L V"]:
+        return nn.functional.linear(hidden, self.weight)
+
+
+class TokenLabels(nn.Module):
+    """Logits over the classes for each token, [B, L, C]."""
+
+    def __init__(self, *, dim: int, classes: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, classes)
+
+    def forward(self, hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B L C"]:
+        return self.linear(hidden)
+
+
+class Classify(nn.Module):
+    """Logits over the classes for each row, [B, C].
+
+    Args:
+        pooling: "mean" over the row's valid tokens, or its "first" valid token.
+    """
+
+    def __init__(self, *, dim: int, classes: int, pooling: str):
+        super().__init__()
+        self.pooling = pooling
+        self.linear = nn.Linear(dim, classes)
+
+    def forward(self, hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B C"]:
+        return self.linear(self._pool(hidden, valid))
+
+    def _pool(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
+        if self.pooling == "first":
+            column = torch.zeros_like(hidden[:, 0, 0], dtype=torch.long) if valid is None else valid.long().argmax(1)
+            return hidden[torch.arange(len(hidden), device=hidden.device), column]
+        if valid is None:
+            return hidden.mean(1)
+        total = hidden.masked_fill(~valid[..., None], 0).sum(1)
+        return total / valid.sum(1, keepdim=True).clamp(min=1)
+
+
+class Hidden(nn.Module):
+    """No logits."""
+
+    def forward(self, hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> None:
+        return None
+
+
+def build_head(
+    head: str | Literal["lm", "tokens", "classify", "hidden"],
+    embedding: nn.Embedding,
+    *,
+    classes: int | None,
+    pooling: str,
+    causal: bool,
+    tied: bool,
+) -> nn.Module:
+    """One of `HEADS`.
+
+    Raises:
+        ValueError: for an unknown word, or classes missing or without use.
+    """
+    one_of(HEADS, head=head)
+    one_of(POOLINGS, pooling=pooling)
+    if (head in ("tokens", "classify")) != (classes is not None):
+        raise ValueError(f"classes belongs to head=tokens and head=classify, got classes={classes} with head={head}")
+    if classes is not None:
+        at_least(1, classes=classes)
+    dim = embedding.embedding_dim
+    if head == "lm":
+        return LanguageModel(embedding, tied=tied)
+    if head == "hidden":
+        return Hidden()
+    assert classes is not None
+    if head == "tokens":
+        return TokenLabels(dim=dim, classes=classes)
+    if pooling == "first" and causal:
+        raise ValueError("pooling=first needs causal=False: a causal first token has seen nothing but itself")
+    return Classify(dim=dim, classes=classes, pooling=pooling)

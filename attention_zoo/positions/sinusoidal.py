@@ -1,0 +1,34 @@
+"""Sinusoidal positions: each pair of channels turns at its own wavelength. Vaswani et al. 2017, §3.5.
+
+The first half of the channels holds the sines and the second half the cosines, where the paper interleaves them: the
+same code under a fixed permutation of channels. Any position has one, so streams may grow without end.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Sinusoidal(nn.Module):
+    """Position -> vector, without parameters.
+
+    Args:
+        dim: model width E, even.
+        max_length: not used; the scheme knows no end.
+        base: wavelength of the slowest pair over 2π, in tokens.
+    """
+
+    def __init__(self, *, dim: int, max_length: int | None = None, base: float = 10_000.0):
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"positions=sinusoidal needs an even dim, got {dim}")
+        self.dim, self.base = dim, base
+
+    def forward(self, position: Int[Tensor, "B L"]) -> Float[Tensor, "B L E"]:
+        half = self.dim // 2
+        # float64 for the angle alone: float32 is off by 0.06 radians at position 10⁶
+        step = self.base ** (-torch.arange(half, device=position.device, dtype=torch.float64) / half)
+        angle = position[..., None] * step
+        return torch.cat([angle.sin(), angle.cos()], -1).to(torch.get_default_dtype())
