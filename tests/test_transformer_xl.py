@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
 from references.transformer_xl import reference
 from torch import Tensor
 
-from attention_zoo.attention.transformer_xl import TransformerXL
-from attention_zoo.contract import Tokens
+import attention_zoo as zoo
+from attention_zoo.attention.transformer_xl import Memory, TransformerXL
+from attention_zoo.contract import Tokens, Unsupported, keep
+from attention_zoo.measure.memory import peak_memory
+from attention_zoo.ops import partial, relative
+from attention_zoo.ops.dense import dense
 
 DIM, HEADS = 12, 3
 
@@ -60,24 +66,357 @@ def assert_close(actual: Tensor, expected: Tensor, where: str, tolerance: float 
 def feed(layer: TransformerXL, x: Tensor, tokens: Tokens, cuts: list[int]):
     """Call by call; the state goes from one to the next."""
     state, hidden = layer.initial_state(len(x)), []
-    for start, stop in zip([0, *cuts], [*cuts, x.shape[1]]):
+    for start, stop in pairwise([0, *cuts, x.shape[1]]):
         out = layer(x[:, start:stop], tokens.cut(slice(start, stop)), state=state)
         hidden.append(out.hidden)
         state = out.state
     return torch.cat(hidden, 1), state
 
 
-@pytest.mark.parametrize("kernel", ["auto", "gather"])
+@pytest.fixture
+def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three queries and one head at a time, so that short lengths cross every border of the kernel."""
+    monkeypatch.setattr(relative, "ROWS", 3)
+    monkeypatch.setattr(relative, "TILE", {"cpu": 1})
+
+
+def compare(layer: TransformerXL, tokens: Tokens, where: str) -> None:
+    """Outputs and all gradients against the loop."""
+    x = data(*tokens.valid.shape).requires_grad_()
+    fast, slow = layer(x, tokens).hidden, reference(layer, x, tokens)
+    assert_close(fast[tokens.valid], slow[tokens.valid], where)
+    expected = gradients(layer, x, slow, tokens.valid)
+    for name, gradient in gradients(layer, x, fast, tokens.valid).items():
+        assert_close(gradient, expected[name], f"{where}: gradient of {name}")
+
+
+# --- one call equals the loop over segments --------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("tiny_chunks")
 @pytest.mark.parametrize("same_length", [False, True])
-@pytest.mark.parametrize(("segment", "memory"), [(5, 0), (5, 3), (5, 5), (4, 9), (1, 6), (16, 2)])
-def test_one_call_equals_the_loop_over_segments(segment: int, memory: int, same_length: bool, kernel: str) -> None:
-    layer = build(segment, memory, same_length=same_length, kernel=kernel)
-    for length in sorted({1, max(1, segment - 1), segment, segment + 1, 2 * segment + 3, 17}):
-        for layout, tokens in layouts(length):
-            where = f"length {length}, {layout}"
-            x = data(len(tokens.valid), length).requires_grad_()
-            fast, slow = layer(x, tokens).hidden, reference(layer, x, tokens)
-            assert_close(fast[tokens.valid], slow[tokens.valid], where)
-            expected = gradients(layer, x, slow, tokens.valid)
-            for name, gradient in gradients(layer, x, fast, tokens.valid).items():
-                assert_close(gradient, expected[name], f"{where}: gradient of {name}")
+@pytest.mark.parametrize(("segment", "memory"), [(5, 0), (5, 3), (5, 5), (4, 9), (1, 6), (9, 2)])
+def test_one_call_equals_the_loop_over_segments(segment: int, memory: int, same_length: bool) -> None:
+    layer = build(segment, memory, same_length=same_length)
+    for length in sorted({1, max(1, segment - 1), segment, segment + 1}):
+        compare(layer, Tokens.all_valid(1, length), f"length {length}")
+    for layout, tokens in layouts(2 * segment + 3):
+        compare(layer, tokens, f"length {2 * segment + 3}, {layout}")
+
+
+@pytest.mark.usefixtures("tiny_chunks")
+@pytest.mark.parametrize("memory", [0, 3, 9])
+def test_gathered_distances_equal_the_loop_too(memory: int) -> None:
+    layer = build(5, memory, kernel="gather")
+    for layout, tokens in layouts(13):
+        compare(layer, tokens, layout)
+
+
+@pytest.mark.parametrize(("segment", "memory", "length"), [(150, 40, 307), (6, 20, 149)])
+def test_one_call_equals_the_loop_at_real_chunk_sizes(segment: int, memory: int, length: int) -> None:
+    column = torch.arange(length)[None]
+    tokens = Tokens.of(column >= torch.tensor([[0]]), document=column // 211)
+    compare(build(segment, memory), tokens, f"segment {segment}, length {length}")
+
+
+def test_without_bias_with_another_scale_and_head_width() -> None:
+    layer = build(bias=False, scale=0.4, head_width=6, positions="relative")
+    assert {name.rpartition(".")[2] for name, _ in layer.named_parameters()} == {"weight", "u", "v"}
+    compare(layer, Tokens.all_valid(2, 13), "options")
+
+
+def test_the_path_of_other_devices_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partial, "FUSED", False)
+    for kernel in ("auto", "gather"):
+        for layout, tokens in layouts(13):
+            compare(build(kernel=kernel), tokens, f"{kernel}, {layout}")
+
+
+@pytest.mark.parametrize("length", [1, 7, 1009, 4096])
+def test_default_options_at_any_length(length: int) -> None:
+    layer = zoo.build("transformer_xl", dim=64, heads=8)
+    x = torch.randn(1, length, 64, requires_grad=True)
+    out = layer(x).hidden
+    out.sum().backward()
+    assert out.shape == x.shape
+    assert bool(out.isfinite().all())
+    assert x.grad is not None
+    assert bool(x.grad.isfinite().all())
+
+
+def test_shift_equals_gather_at_length_and_refuses_holes() -> None:
+    x = data(2, 1500)
+    tokens = Tokens.of(torch.arange(1500)[None] >= torch.tensor([[0], [333]]))
+    shift, gather = (build(300, 200, kernel=kernel)(x, tokens).hidden for kernel in ("shift", "gather"))
+    assert_close(shift[tokens.valid], gather[tokens.valid], "shift against gather", 1e-12)
+    holes = Tokens.of(torch.tensor([[True, False, True]]))
+    with pytest.raises(Unsupported, match="kernel=shift is not supported: columns are not positions here"):
+        build(kernel="shift")(data(1, 3), holes)
+
+
+def test_derivatives_match_finite_differences() -> None:
+    """Of every parameter through memory; of x too where there is none, since a stopped gradient is no derivative."""
+    x, valid = data(2, 9), torch.ones(2, 9, dtype=torch.bool)
+    valid[1, 3] = False
+    tokens = Tokens.of(valid)
+
+    def function(layer: TransformerXL, x: Tensor, *values: Tensor) -> Tensor:
+        parameters = dict(zip((name for name, _ in layer.named_parameters()), values))
+        return torch.func.functional_call(layer, parameters, (x, tokens)).hidden[valid]
+
+    layer = build(4, 3)
+    assert torch.autograd.gradcheck(lambda *p: function(layer, x, *p), tuple(layer.parameters()), fast_mode=True)
+    layer = build(16, 3)
+    inputs = (x.requires_grad_(), *layer.parameters())
+    assert torch.autograd.gradcheck(lambda *p: function(layer, *p), inputs, fast_mode=True)
+
+
+def test_second_derivatives_are_refused() -> None:
+    x = data(1, 6).requires_grad_()
+    (gradient,) = torch.autograd.grad(build()(x).hidden.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+# --- what no token may learn -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", ["shift", "gather"])
+def test_the_past_is_blind_to_the_future(kernel: str) -> None:
+    layer, x = build(kernel=kernel), data(2, 23)
+    before = layer(x).hidden
+    for cut in (1, 5, 12, 22):
+        changed = x.clone()
+        changed[:, cut:] = 1e3 * data(2, 23 - cut, seed=1)
+        assert torch.equal(layer(changed).hidden[:, :cut], before[:, :cut])
+        assert not torch.equal(layer(changed).hidden[:, cut:], before[:, cut:])
+
+
+def test_padding_contents_never_matter() -> None:
+    layer = build()
+    for layout, tokens in layouts(17):
+        x = data(len(tokens.valid), 17)
+        outs = []
+        for filler in (0.0, 1e6, float("nan")):
+            filled = x.masked_fill(~tokens.valid[..., None], filler).requires_grad_()
+            out = layer(filled, tokens).hidden
+            assert bool(out.isfinite().all()), layout
+            outs.append((out[tokens.valid], *gradients(layer, filled, out, tokens.valid).values()))
+        for other in outs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(outs[0], other)), layout
+
+
+def test_documents_in_one_row_equal_documents_apart() -> None:
+    layer, x = build(), data(1, 20)
+    packed = layer(x, Tokens.of(torch.ones(1, 20, dtype=torch.bool), document=(torch.arange(20) // 7)[None])).hidden
+    apart = torch.cat([layer(part).hidden for part in x.split(7, 1)], 1)
+    assert_close(packed, apart, "documents", 1e-12)
+
+
+def test_earlier_segments_get_no_gradient_but_their_projections_do() -> None:
+    layer, x = build(5, 5), data(1, 10).requires_grad_()
+    layer(x).hidden[:, 5:].square().sum().backward()
+    assert x.grad is not None
+    assert not bool(x.grad[:, :5].any())
+    assert bool(x.grad[:, 5:].all())
+    blind = build(5, 0)
+    blind(x).hidden[:, 5:].square().sum().backward()
+    assert layer.to_k.weight.grad is not None
+    assert not torch.allclose(layer.to_k.weight.grad, blind.to_k.weight.grad)
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("same_length", [False, True])
+@pytest.mark.parametrize("cuts", [[5, 13, 14], [10], list(range(1, 23))], ids=["uneven", "border", "single steps"])
+def test_calls_with_a_state_equal_one_call(cuts: list[int], same_length: bool) -> None:
+    layer = build(5, 4, same_length=same_length)
+    for layout, tokens in layouts(23):
+        x = data(len(tokens.valid), 23)
+        whole, (pieces, _) = layer(x, tokens).hidden, feed(layer, x, tokens, cuts)
+        assert_close(pieces[tokens.valid], whole[tokens.valid], f"{layout} cut at {cuts}", 1e-12)
+
+
+def test_gradients_of_calls_cut_at_segment_borders_equal_one_call() -> None:
+    layer, tokens = build(5, 7), Tokens.all_valid(2, 23)
+    x = data(2, 23).requires_grad_()
+    whole = gradients(layer, x, layer(x, tokens).hidden, tokens.valid)
+    pieces = gradients(layer, x, feed(layer, x, tokens, [5, 10, 20])[0], tokens.valid)
+    for name, gradient in pieces.items():
+        assert_close(gradient, whole[name], f"gradient of {name}")
+
+
+@pytest.mark.parametrize(("same_length", "most"), [(False, 5 + 4 - 1), (True, 4)])
+def test_the_state_holds_what_the_next_token_sees(same_length: bool, most: int) -> None:
+    layer, x = build(5, 4, same_length=same_length), data(1, 40).requires_grad_()
+    state = layer.initial_state(1)
+    for position in range(40):
+        token = Tokens.of(torch.ones(1, 1, dtype=torch.bool), start=position)
+        state = layer(x[:, position : position + 1], token, state=state).state
+        following = position + 1
+        oldest = max(0, following - 4 if same_length else following // 5 * 5 - 4)
+        assert state.tokens.position.tolist() == [list(range(oldest, following))]
+        assert torch.equal(state.hidden, x[:, oldest:following])
+        assert not state.hidden.requires_grad
+        assert state.hidden.shape[1] <= most
+    assert layer(x).state is None
+
+
+def test_the_state_forgets_finished_documents() -> None:
+    layer, x = build(5, 4), data(2, 12)
+    document = torch.tensor([[0] * 9 + [1] * 3, [0] * 12])
+    state = layer(
+        x, Tokens.of(torch.ones(2, 12, dtype=torch.bool), document=document), state=layer.initial_state(2)
+    ).state
+    assert state.tokens.valid.tolist() == [[False] * 3 + [True] * 3, [True] * 6]
+    assert state.tokens.position[0, 3:].tolist() == [0, 1, 2]
+
+
+def test_tokens_dropped_from_the_state_are_as_if_masked() -> None:
+    layer, x, tokens = build(5, 9), data(1, 19), Tokens.all_valid(1, 19)
+    _, state = feed(layer, x[:, :13], tokens.cut(slice(0, 13)), [])
+    remaining = torch.rand(state.tokens.valid.shape, generator=torch.Generator().manual_seed(0)) < 0.6
+    kept, hidden = keep(remaining, state.tokens, state.hidden)
+    out = layer(x[:, 13:], tokens.cut(slice(13, None)), state=Memory(hidden, kept)).hidden
+    valid = torch.ones(1, 19, dtype=torch.bool)
+    valid[:, state.tokens.position[~remaining]] = False
+    expected = reference(layer, x, tokens._replace(valid=valid))[:, 13:]
+    assert 0 < int(remaining.sum()) < remaining.numel()
+    assert_close(out, expected, "dropped tokens")
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def test_lengths_can_be_changed_after_build() -> None:
+    layer, tokens = build(5, 2), Tokens.all_valid(1, 17)
+    layer.memory_length = 11
+    compare(layer, tokens, "longer memory")
+    layer.segment_length, layer.same_length = 3, True
+    compare(layer, tokens, "shorter segments, same length")
+    layer.memory_length = -1
+    with pytest.raises(ValueError, match="memory_length must be an integer of at least 0, got -1"):
+        layer(data(1, 17))
+
+
+def test_u_and_v_are_tied_over_depth_unless_told_otherwise() -> None:
+    assert build().shared_over_depth == ("u", "v")
+    assert build(untie_r=True).shared_over_depth == ()
+
+
+def test_pairs_are_counted() -> None:
+    # segments of 4, memory 3: positions 0..9 see 1 2 3 4, 4 5 6 7, 4 5 keys
+    assert build(4, 3).pairs(10) == 1.5 * 41
+    assert build(4, 3, same_length=True).pairs(10) == 1.5 * (1 + 2 + 3 + 4 * 7)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"segment": 0}, "segment_length must be an integer of at least 1, got 0"),
+        ({"memory": -1}, "memory_length must be an integer of at least 0, got -1"),
+        ({"kernel": "fast"}, "kernel must be one of auto, shift, gather, got 'fast'"),
+        ({"dim": 9}, "dim must be even"),
+        ({"causal": False}, "causal=False is not supported"),
+        ({"cross": True, "causal": False}, "cross=True is not supported"),
+        ({"kv_heads": 1}, "kv_heads=1 is not supported"),
+        ({"positions": "rotary"}, "positions=rotary is not supported"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_at_build(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
+def test_bad_calls_are_refused() -> None:
+    layer, x = build(), data(1, 4)
+    with pytest.raises(Unsupported, match="choices is not supported"):
+        layer(x, choices=1)
+    with pytest.raises(ValueError, match="tokens must be given with a state"):
+        layer(x, state=layer.initial_state(1))
+    tokens = Tokens.all_valid(1, 4)
+    with pytest.raises(ValueError, match=r"tokens\.position must strictly increase"):
+        layer(x, tokens._replace(position=tokens.position.flip(1)))
+    with pytest.raises(Unsupported, match="global tokens"):
+        layer(x, tokens._replace(is_global=tokens.valid))
+
+
+def test_copies_and_state_dicts_carry_everything() -> None:
+    layer, x = build(), data(1, 13)
+    clone = copy.deepcopy(layer)
+    other = build(dim=DIM)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert not torch.equal(other(x).hidden, layer(x).hidden)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(clone(x).hidden, layer(x).hidden)
+    assert torch.equal(other(x).hidden, layer(x).hidden)
+
+
+# --- precision and memory --------------------------------------------------------------------------------------------
+
+
+def materialised(layer: TransformerXL, x: Tensor) -> Tensor:
+    """The definition with L x L scores in the layer's own precision; one segment, so that nothing is detached."""
+    length = x.shape[1]
+    q, k, v = (to(x).unflatten(-1, (layer.heads, -1)).transpose(1, 2) for to in (layer.to_q, layer.to_k, layer.to_v))
+    r = layer.to_r(layer._waves(length)).unflatten(-1, (layer.heads, -1)).transpose(0, 1)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    products = (q + layer.v[:, None]) @ r.transpose(-1, -2)
+    bias = products.gather(-1, distance.clamp(min=0).expand_as(products)) * layer.scale
+    bias = bias.masked_fill(distance < 0, -torch.inf)
+    return layer.to_out(dense(q + layer.u[:, None], k, v, bias, scale=layer.scale).transpose(1, 2).flatten(2))
+
+
+def test_bfloat16_is_no_worse_than_twice_the_dense_computation() -> None:
+    exact = build(300)
+    rounded = copy.deepcopy(exact).to(torch.bfloat16)
+    exact = copy.deepcopy(rounded).to(torch.float64)
+    x = data(2, 300).to(torch.bfloat16)
+    valid = torch.ones(2, 300, dtype=torch.bool)
+
+    def run(layer: TransformerXL, compute) -> dict[str, Tensor]:
+        inputs = x.to(layer.u.dtype).requires_grad_()
+        out = compute(layer, inputs)
+        found = {"hidden": out, **gradients(layer, inputs, out, valid)}
+        return {name: value.detach().double() for name, value in found.items()}
+
+    def fast(layer: TransformerXL, x: Tensor) -> Tensor:
+        return layer(x).hidden
+
+    truth = run(exact, fast)
+    for name, value in run(exact, materialised).items():
+        assert_close(value, truth[name], name)
+    errors, bounds = run(rounded, fast), run(rounded, materialised)
+    for name, expected in truth.items():
+        error, bound = (float((found[name] - expected).norm()) for found in (errors, bounds))
+        assert error <= 2 * bound, f"{name}: error {error:.2e}, dense has {bound:.2e}"
+
+
+def test_mixed_precision_trains_in_float32() -> None:
+    layer = build(dtype=torch.float32)
+    x = data(2, 23).float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = layer(x).hidden
+    mixed.float().square().sum().backward()
+    gradient = layer.to_k.weight.grad
+    assert gradient is not None
+    assert gradient.dtype == torch.float32
+    layer.zero_grad()
+    layer(x).hidden.square().sum().backward()
+    assert float((gradient - layer.to_k.weight.grad).norm() / gradient.norm()) < 0.05
+
+
+def test_memory_is_linear() -> None:
+    layer = build(64, 64, dtype=torch.float32)
+    peaks = []
+    for length in (2048, 4096, 8192):
+        x = data(1, length).float().requires_grad_()
+        peaks.append(peak_memory(lambda x=x: layer(x).hidden.sum().backward()))
+    for small, large in pairwise(peaks):
+        assert large.peak_bytes < 2.3 * small.peak_bytes
+    # the largest tensor is one of [L, E] or a chunk's scores, whichever is larger
+    assert peaks[-1].largest_bytes is not None
+    assert peaks[-1].largest_bytes <= max(8192 * DIM * 4, HEADS * 128 * (128 + 64 + 64) * 4)

@@ -18,7 +18,7 @@ The backward is written by hand: autograd through slices of k in a loop would be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -31,8 +31,8 @@ from attention_zoo.ops.partial import partial
 
 ROWS = 128
 """Queries per chunk, at most."""
-TILE = 1 << 19
-"""Scores in work at once in backward, about: a chunk goes in groups of heads, so that they stay in cache."""
+TILE = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Scores in work at once, about: a chunk goes in groups of heads. Small on a CPU, for the cache, large on CUDA."""
 
 
 class Chunk(NamedTuple):
@@ -192,14 +192,14 @@ class _Relative(torch.autograd.Function):
         table = _falling(r, exact)
         out = _rows_first(q, L, q.dtype)
         lse = q.new_empty(B, H, L, dtype=exact)
-        for chunk in plan.chunks:
+        for chunk, heads in _tiles(plan, q):
             rows, keys = slice(chunk.start, chunk.stop), slice(chunk.low, chunk.high)
-            query = q[:, :, rows].to(exact)
+            query = q[:, heads, rows].to(exact)
             shape = _Shift(plan, chunk) if plan.position is None else _Gather(plan, chunk)
-            bias = shape.scores(((query + w[:, None]) * scale).transpose(0, 1), shape.cut(table))
+            bias = shape.scores(((query + w[heads, None]) * scale).transpose(0, 1), shape.cut(table[heads]))
             _hide(bias, plan, chunk)
-            out[:, :, rows], lse[:, :, rows] = partial(
-                query + u[:, None], k[:, :, keys], v[:, :, keys], bias.transpose(0, 1), scale=scale
+            out[:, heads, rows], lse[:, heads, rows] = partial(
+                query + u[heads, None], k[:, heads, keys], v[:, heads, keys], bias.transpose(0, 1), scale=scale
             )
         ctx.save_for_backward(q, k, v, r, u, w, out, lse)
         ctx.plan, ctx.scale = plan, scale
@@ -210,8 +210,7 @@ class _Relative(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, r, u, w, out, lse = ctx.saved_tensors
         plan, scale = ctx.plan, ctx.scale
-        B, H, L, _ = q.shape
-        S, exact = k.shape[2], lse.dtype
+        L, S, exact = q.shape[2], k.shape[2], lse.dtype
         table = _falling(r, exact)
         dtable = torch.zeros_like(table)
         # +inf makes all weights of a row that sees nothing zero, instead of exp(-inf + inf)
@@ -219,38 +218,46 @@ class _Relative(torch.autograd.Function):
         dq = _rows_first(q, L, exact)
         dk, dv, dk_own, dv_own = (_rows_first(q, S, exact).zero_() for _ in range(4))
         du, dw = u.new_zeros(u.shape, dtype=exact), w.new_zeros(w.shape, dtype=exact)
-        for chunk in plan.chunks:
+        for chunk, heads in _tiles(plan, q):
             rows, keys = slice(chunk.start, chunk.stop), slice(chunk.low, chunk.high)
             shape = _Shift(plan, chunk) if plan.position is None else _Gather(plan, chunk)
-            group = max(1, TILE // (B * (chunk.stop - chunk.start) * (chunk.high - chunk.low)))
-            for heads in (slice(head, head + group) for head in range(0, H, group)):
-                query, dout, result = (x[:, heads, rows].transpose(0, 1).to(exact) for x in (q, grad, out))
-                key, value = (x[:, heads, keys].transpose(0, 1).to(exact) for x in (k, v))
-                to_keys = (query + u[heads, None, None]) * scale
-                to_distances = (query + w[heads, None, None]) * scale
-                distance_keys = shape.cut(table[heads])
+            query, dout, result = (x[:, heads, rows].transpose(0, 1).to(exact) for x in (q, grad, out))
+            key, value = (x[:, heads, keys].transpose(0, 1).to(exact) for x in (k, v))
+            to_keys = (query + u[heads, None, None]) * scale
+            to_distances = (query + w[heads, None, None]) * scale
+            distance_keys = shape.cut(table[heads])
 
-                weights = shape.scores(to_distances, distance_keys)
-                weights += to_keys @ key.transpose(-1, -2)
-                _hide(weights, plan, chunk)
-                weights.sub_(lse[:, heads, rows].transpose(0, 1)[..., None]).exp_()
-                dweights = dout @ value.transpose(-1, -2)
-                dweights -= (dout * result).sum(-1, keepdim=True)
-                dscores, dproduct = shape.gradient(dweights, weights)
+            weights = shape.scores(to_distances, distance_keys)
+            weights += to_keys @ key.transpose(-1, -2)
+            _hide(weights, plan, chunk)
+            weights.sub_(lse[:, heads, rows].transpose(0, 1)[..., None]).exp_()
+            dweights = dout @ value.transpose(-1, -2)
+            dweights -= (dout * result).sum(-1, keepdim=True)
+            dscores, dproduct = shape.gradient(dweights, weights)
 
-                _collect(dk, dk_own, heads, dscores, to_keys, plan, chunk)
-                _collect(dv, dv_own, heads, weights, dout, plan, chunk)
-                for_keys = dscores @ key
-                for_distances = (dproduct @ distance_keys).view_as(query)
-                dtable_part = shape.cut(dtable[heads])
-                dtable_part += dproduct.transpose(-1, -2) @ to_distances.flatten(1, 2)
-                du[heads] += for_keys.sum((1, 2))
-                dw[heads] += for_distances.sum((1, 2))
-                dq[:, heads, rows] = for_keys.add_(for_distances).transpose(0, 1)
+            _collect(dk, dk_own, heads, dscores, to_keys, plan, chunk)
+            _collect(dv, dv_own, heads, weights, dout, plan, chunk)
+            for_keys = dscores @ key
+            for_distances = (dproduct @ distance_keys).view_as(query)
+            dtable_part = shape.cut(dtable[heads])
+            dtable_part += dproduct.transpose(-1, -2) @ to_distances.flatten(1, 2)
+            du[heads] += for_keys.sum((1, 2))
+            dw[heads] += for_distances.sum((1, 2))
+            dq[:, heads, rows] = for_keys.add_(for_distances).transpose(0, 1)
         dr = dtable[:, :-1].flip(1).transpose(0, 1)
         gradients = (dq.mul_(scale), dk, dv, dk_own, dv_own, dr, du.mul_(scale), dw.mul_(scale))
         dtypes = (q, k, v, k, v, r, u, w)
         return *(gradient.to(like.dtype) for gradient, like in zip(gradients, dtypes)), None, None
+
+
+def _tiles(plan: Plan, q: Tensor) -> Iterator[tuple[Chunk, slice]]:
+    """Every chunk, in groups of as many heads as `TILE` allows."""
+    B, H = q.shape[:2]
+    limit = TILE["cuda" if q.is_cuda else "cpu"]
+    for chunk in plan.chunks:
+        group = max(1, limit // (B * (chunk.stop - chunk.start) * (chunk.high - chunk.low)))
+        for head in range(0, H, group):
+            yield chunk, slice(head, head + group)
 
 
 def _rows_first(like: Tensor, rows: int, dtype: torch.dtype) -> Float[Tensor, "B H n D"]:
