@@ -115,7 +115,7 @@ def test_gathered_distances_equal_the_loop_too(memory: int) -> None:
 @pytest.mark.parametrize(("segment", "memory", "length"), [(150, 40, 307), (6, 20, 149)])
 def test_one_call_equals_the_loop_at_real_chunk_sizes(segment: int, memory: int, length: int) -> None:
     column = torch.arange(length)[None]
-    tokens = Tokens.of(column >= torch.tensor([[0]]), document=column // 211)
+    tokens = Tokens.of(torch.ones_like(column, dtype=torch.bool), document=column // 211)
     compare(build(segment, memory), tokens, f"segment {segment}, length {length}")
 
 
@@ -390,6 +390,7 @@ def test_bfloat16_is_no_worse_than_twice_the_dense_computation() -> None:
     for name, value in run(exact, materialised).items():
         assert_close(value, truth[name], name)
     errors, bounds = run(rounded, fast), run(rounded, materialised)
+    del truth["to_k.bias"]  # zero by the softmax: what remains of it is noise
     for name, expected in truth.items():
         error, bound = (float((found[name] - expected).norm()) for found in (errors, bounds))
         assert error <= 2 * bound, f"{name}: error {error:.2e}, dense has {bound:.2e}"

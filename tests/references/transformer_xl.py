@@ -47,17 +47,15 @@ def _document(layer: TransformerXL, hidden: list[Tensor], positions: list[int]) 
 def _token(layer: TransformerXL, p: int, h: Tensor, seen: list[tuple[int, Tensor]]) -> Tensor:
     """One query over the keys that it sees."""
     H, D = layer.heads, layer.head_width
+    keys = torch.stack([key for _, key in seen])
     q = layer.to_q(h).view(H, D)
-    scores, values = [], []
-    for at, key in seen:
-        k = layer.to_k(key).view(H, D)
-        r = layer.to_r(_wave(p - at, layer.dim).to(h)).view(H, D)
-        scores.append(layer.scale * (((q + layer.u) * k).sum(-1) + ((q + layer.v) * r).sum(-1)))
-        values.append(layer.to_v(key).view(H, D))
-    weights = torch.stack(scores).softmax(0)  # [keys, H]
-    return layer.to_out((weights[..., None] * torch.stack(values)).sum(0).flatten())
+    k, v = layer.to_k(keys).view(-1, H, D), layer.to_v(keys).view(-1, H, D)
+    r = layer.to_r(_waves([p - at for at, _ in seen], layer.dim).to(h)).view(-1, H, D)
+    scores = layer.scale * (((q + layer.u) * k).sum(-1) + ((q + layer.v) * r).sum(-1))
+    return layer.to_out((scores.softmax(0)[..., None] * v).sum(0).flatten())
 
 
-def _wave(distance: int, dim: int) -> Tensor:
-    angles = [distance / 10_000 ** (2 * i / dim) for i in range(dim // 2)]
-    return torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles], dtype=torch.float64)
+def _waves(distances: list[int], dim: int) -> Tensor:
+    frequencies = [10_000 ** (-2 * i / dim) for i in range(dim // 2)]
+    waves = [[wave(d * f) for wave in (math.sin, math.cos) for f in frequencies] for d in distances]
+    return torch.tensor(waves, dtype=torch.float64)
