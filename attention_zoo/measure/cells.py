@@ -9,10 +9,6 @@ whole or not at all, so that a run that was cut off goes on where it stopped.
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,8 +17,8 @@ from typing import Any, Literal
 
 from attention_zoo.files import write_json
 from attention_zoo.measure.cell import SpeedCell, blank_row, run_cell
+from attention_zoo.measure.nursery import Nursery
 from attention_zoo.measure.predict import expected_wall_s, over_budget, too_slow
-from attention_zoo.measure.worker import request_of
 
 __all__ = ["CellEvent", "SpeedCell", "read_cells", "run_cell", "run_cells"]
 
@@ -64,7 +60,7 @@ def run_cells(
     Args:
         cells: what to measure; doubles are measured once.
         folder: rows are kept in `<folder>/cells/`.
-        timeout_s: for each cell, process start included (2 to 3 s).
+        timeout_s: for each cell; the imports, shared by all, do not count.
         memory_limit_bytes: what a cell may take beyond the loaded libraries, inputs and parameters included. None: no
             limit, and no prediction but from shorter cells that failed.
         repeats, budget_s: see `speed.time_call`.
@@ -81,35 +77,35 @@ def run_cells(
     todo = sorted(dict(zip(names, cells)).items(), key=lambda item: item[1].length)
     kept = {row["id"]: row for row in read_cells(folder)}
     limits = {"timeout_s": timeout_s, "memory_limit_bytes": memory_limit_bytes}
+    how = {"memory_limit_bytes": memory_limit_bytes, "repeats": repeats, "budget_s": budget_s}
     done: list[tuple[SpeedCell, dict[str, Any]]] = []
     found: dict[str, dict[str, Any]] = {}
 
-    for index, (name, cell) in enumerate(todo):
+    with Nursery() as nursery:
+        for index, (name, cell) in enumerate(todo):
 
-        def tell(kind: Any, row: dict[str, Any] | None, left: int) -> None:
-            if on_event is not None:
-                waiting = expected_wall_s([other for _, other in todo[left:]], done)
-                on_event(CellEvent(kind, index, len(todo), cell, row, waiting))  # noqa: B023  (called at once)
+            def tell(kind: Any, row: dict[str, Any] | None, left: int) -> None:
+                if on_event is not None:
+                    waiting = expected_wall_s([other for _, other in todo[left:]], done, budget_s)
+                    on_event(CellEvent(kind, index, len(todo), cell, row, waiting))  # noqa: B023  (called at once)
 
-        row = kept.get(name)
-        if row is not None and not force and _is_final(row, limits):
+            row = kept.get(name)
+            if row is not None and not force and _is_final(row, limits):
+                found[name] = row
+                done.append((cell, row))
+                tell("skipped", row, index + 1)
+                continue
+            if row is None and (older := _older(cell, kept.values())):
+                tell("stale", older, index)
+            tell("started", None, index)
+            started = time.perf_counter()
+            row = _predicted(cell, done, memory_limit_bytes) or nursery.run(cell, timeout_s=timeout_s, **how)
+            row = {**row, "wall_seconds": time.perf_counter() - started, "limits": limits}
+            # By the row's own id: it says so if somebody edited the code while we measured.
+            write_json(Path(folder) / "cells" / f"{row['id']}.json", row)
             found[name] = row
             done.append((cell, row))
-            tell("skipped", row, index + 1)
-            continue
-        if row is None and (older := _older(cell, kept.values())):
-            tell("stale", older, index)
-        tell("started", None, index)
-        started = time.perf_counter()
-        row = _predicted(cell, done, memory_limit_bytes) or _in_process(
-            cell, timeout_s, repeats=repeats, budget_s=budget_s, memory_limit_bytes=memory_limit_bytes
-        )
-        row = {**row, "wall_seconds": time.perf_counter() - started, "limits": limits}
-        # By the row's own id: it says so if somebody edited the code while we measured.
-        write_json(Path(folder) / "cells" / f"{row['id']}.json", row)
-        found[name] = row
-        done.append((cell, row))
-        tell("finished", row, index + 1)
+            tell("finished", row, index + 1)
     return [found[name] for name in names]
 
 
@@ -143,38 +139,3 @@ def _predicted(cell: SpeedCell, done: Any, limit_bytes: int | None) -> dict[str,
         return blank_row(cell, "oom_predicted", reason)
     reason = too_slow(cell, done)
     return None if reason is None else blank_row(cell, "timeout", reason)
-
-
-def _in_process(cell: SpeedCell, timeout_s: float, **how: Any) -> dict[str, Any]:
-    try:
-        child = subprocess.run(
-            [sys.executable, "-m", "attention_zoo.measure.worker"],
-            input=request_of(asdict(cell), **how),
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            env=_environment(cell),
-        )
-    except subprocess.TimeoutExpired:
-        return blank_row(cell, "timeout", f"not through within {timeout_s:g} s")
-    if child.returncode == 0:
-        return json.loads(child.stdout)
-    return blank_row(cell, *_how_it_died(child.returncode, child.stderr))
-
-
-def _environment(cell: SpeedCell) -> dict[str, str]:
-    threads = str(cell.threads)
-    # The child imports what this process imports, whether installed, in the working directory or put on the path.
-    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    return {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": paths}
-
-
-def _how_it_died(code: int, complaint: str) -> tuple[str, str]:
-    """Status and reason of a child that gave no row."""
-    if code == -signal.SIGKILL:
-        return "oom", "killed from outside (signal 9), which is how Linux ends a process when memory runs out"
-    lines = [line.strip() for line in complaint.splitlines() if line.strip()]
-    last = lines[-1][:300] if lines else "no message"
-    if code < 0:
-        return "failed", f"ended by {signal.Signals(-code).name}: {last}"
-    return "failed", f"exit code {code}: {last}"

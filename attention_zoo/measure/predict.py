@@ -29,7 +29,7 @@ def over_budget(cell: SpeedCell, done: Done, limit_bytes: int | None) -> str | N
             return f"predicted: {earlier.length} tokens did not fit either ({row['error']})"
     if limit_bytes is None:
         return None
-    found = [(_matrices(cell), "scores and weights, both L x L")]
+    found: list[tuple[float, str]] = [(_matrices(cell), "scores and weights, both L x L")]
     measured = [(earlier.length, row["peak_bytes"]) for earlier, row in shorter if row["peak_bytes"]]
     if measured:
         lengths = " and ".join(str(length) for length, _ in measured[-2:])
@@ -48,23 +48,39 @@ def too_slow(cell: SpeedCell, done: Done) -> str | None:
     return None
 
 
-def expected_wall_s(cells: Sequence[SpeedCell], done: Done) -> float | None:
-    """Seconds until these cells are through, from the `wall_seconds` of finished ones; None before there are any."""
-    known = [(cell, row["wall_seconds"]) for cell, row in done if row.get("wall_seconds")]
+def expected_wall_s(cells: Sequence[SpeedCell], done: Done, budget_s: float) -> float | None:
+    """Seconds until these cells are through, judged from measured ones; None before there are any.
+
+    Args:
+        cells: what is still to do.
+        done: cells with their rows.
+        budget_s: see `speed.time_call`.
+    """
+    known = [(cell, row) for cell, row in done if row["status"] == "ok"]
     if not known:
         return None
-    start = min(wall for _, wall in known)
-    return sum(_expected(cell, known, start) for cell in cells)
+    around = min(max(0.0, row["wall_seconds"] - _calls(row["seconds"], budget_s)) for _, row in known)
+    return sum(around + _calls(_expected_seconds(cell, known), budget_s) for cell in cells if not _doomed(cell, done))
 
 
-def _expected(cell: SpeedCell, known: Sequence[tuple[SpeedCell, float]], start: float) -> float:
-    same = [(earlier, wall) for earlier, wall in known if earlier.series() == cell.series()]
-    if not same:
-        near = [wall for earlier, wall in known if earlier.length == cell.length] or [wall for _, wall in known]
-        return sum(near) / len(near)
-    earlier, wall = max(same, key=lambda pair: pair[0].length)
-    growth = EXPONENT[registry.recipe(cell.backend)[0].declared.compute]
-    return start + (wall - start) * (cell.length / earlier.length) ** growth
+def _calls(seconds: float, budget_s: float) -> float:
+    """What the calls of a cell take together: warm-up, repeats within the budget, and the observed one."""
+    return min(7 * seconds, 3 * seconds + budget_s)
+
+
+def _doomed(cell: SpeedCell, done: Done) -> bool:
+    return any(row["status"] in ("oom", "oom_predicted", "timeout", "unsupported") for _, row in _shorter(cell, done))
+
+
+def _expected_seconds(cell: SpeedCell, known: Done) -> float:
+    same = [(earlier.length, row["seconds"]) for earlier, row in _shorter(cell, known)]
+    if len(same) > 1:
+        return _extended(same[-2:], cell.length)
+    if same:
+        length, seconds = same[0]
+        return seconds * (cell.length / length) ** EXPONENT[registry.recipe(cell.backend)[0].declared.compute]
+    others = [row["seconds"] for earlier, row in known if earlier.length == cell.length]
+    return max(others or [row["seconds"] for _, row in known])
 
 
 def _shorter(cell: SpeedCell, done: Done) -> list[tuple[SpeedCell, dict[str, Any]]]:
@@ -79,7 +95,8 @@ def _matrices(cell: SpeedCell) -> int:
     return 2 * cell.batch * cell.heads * cell.length**2 * getattr(torch, cell.dtype).itemsize
 
 
-def _extended(points: Sequence[tuple[int, int]], length: int) -> int:
+def _extended(points: Sequence[tuple[int, float]], length: int) -> float:
+    """The power law through two points (through one: in proportion), at a further length."""
     (first, low), (last, high) = points[0], points[-1]
     exponent = 1.0 if first == last else math.log(high / low) / math.log(last / first)
-    return round(high * (length / last) ** min(max(exponent, 0.0), 2.0))
+    return high * (length / last) ** min(max(exponent, 0.0), 2.0)

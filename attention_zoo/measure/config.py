@@ -1,0 +1,138 @@
+"""What a benchmark may be told: the schema of conf/benchmark.yaml, and the cells that it stands for."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hydra.core.config_store import ConfigStore
+
+from attention_zoo import registry
+from attention_zoo.contract import Unsupported
+from attention_zoo.measure.cell import SpeedCell, usable_cores
+from attention_zoo.measure.environment import device_name
+from attention_zoo.measure.memory import default_limit
+
+BASELINES = ("full/dense", "full/sdpa")
+"""Full attention with its matrix materialised, and fused: everything is compared with both."""
+
+
+@dataclass
+class BenchmarkConfig:
+    """conf/benchmark.yaml.
+
+    Fields:
+        backends: names, or name/kernel for one kernel of it; null takes every registered backend.
+        baselines: whether both forms of full attention are always among them.
+        options: backend name -> its own options, e.g. {"longformer": {"window": 128}}; +options.longformer.window=128.
+        lengths: tokens of each row.
+        quadratic_up_to: no length above this for backends whose cost is quadratic; null lifts it.
+        phases: forward | forward_backward | train_step | prefill | decode.
+        variant: layer (projections included) | core (queries, keys and values given; patterns only).
+        causal: whether tokens see only the past.
+        heads, head_width, batch: H, D, B. The model width is H·D.
+        device: auto | cpu | cuda | cuda:1.
+        dtype: float64 | float32 | bfloat16 | float16.
+        threads: of torch; null takes all cores.
+        repeats: timed calls of a cell, at most.
+        budget_s: no further repeat once warm-up and repeats of a cell took this long.
+        timeout_s: of a cell, process start included.
+        memory_limit_gib: of a cell; null takes nine tenths of what is free.
+        force: measure finished cells again.
+        output: folder of cells/, results.jsonl and results.csv.
+    """
+
+    backends: list[str] | None = None
+    baselines: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=lambda: [256, 1024, 4096, 16384])
+    quadratic_up_to: int | None = 4096
+    phases: list[str] = field(default_factory=lambda: ["forward_backward"])
+    variant: str = "layer"
+    causal: bool = True
+    heads: int = 8
+    head_width: int = 64
+    batch: int = 1
+    device: str = "auto"
+    dtype: str = "float32"
+    threads: int | None = None
+    repeats: int = 5
+    budget_s: float = 4.0
+    timeout_s: float = 120.0
+    memory_limit_gib: float | None = None
+    force: bool = False
+    output: str = "results"
+
+    def cells(self) -> list[SpeedCell]:
+        """Every cell of the grid, shortest lengths first.
+
+        Raises:
+            ValueError: for an unknown backend, kernel, option or phase, or a value outside its rule, naming it.
+        """
+        given = list(registry.available()) if self.backends is None else list(self.backends)
+        named = [*BASELINES, *(each for each in given if each != "full")] if self.baselines else given
+        self._check_options({each.partition("/")[0] for each in named})
+        return [
+            self._cell(*each.partition("/")[::2], length, phase)
+            for length in sorted(self.lengths)
+            for phase in self.phases
+            for each in dict.fromkeys(named)
+            if self._wanted(each.partition("/")[0], length)
+        ]
+
+    def resolved_device(self) -> str:
+        """The device that is meant; a ValueError for one that this machine lacks."""
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        device_name(device)
+        return device
+
+    def how(self) -> dict[str, Any]:
+        """The keyword arguments of `cells.run_cells` besides cells and folder."""
+        gib = self.memory_limit_gib
+        return {
+            "timeout_s": self.timeout_s,
+            "memory_limit_bytes": default_limit(self.resolved_device()) if gib is None else int(gib * 2**30),
+            "repeats": self.repeats,
+            "budget_s": self.budget_s,
+            "force": self.force,
+        }
+
+    def _wanted(self, backend: str, length: int) -> bool:
+        quadratic = registry.recipe(backend)[0].declared.compute == "quadratic"
+        return not quadratic or self.quadratic_up_to is None or length <= self.quadratic_up_to
+
+    def _cell(self, backend: str, kernel: str, length: int, phase: str) -> SpeedCell:
+        return SpeedCell(
+            backend=backend,
+            length=length,
+            kernel=kernel or "auto",
+            options=dict(self.options.get(backend) or {}),
+            batch=self.batch,
+            heads=self.heads,
+            head_width=self.head_width,
+            causal=self.causal,
+            variant=self.variant,
+            phase=phase,
+            device=self.resolved_device(),
+            dtype=self.dtype,
+            threads=self.threads or usable_cores(),
+        )
+
+    def _check_options(self, backends: set[str]) -> None:
+        """Refuse what cannot be meant at once, instead of cell by cell."""
+        for backend in sorted(self.options.keys() - backends):
+            raise ValueError(f"options must be of a measured backend ({', '.join(sorted(backends))}), got {backend!r}")
+        for backend in sorted(backends):
+            options = self.options.get(backend) or {}
+            known = options.keys() <= registry.options_of(backend).keys()
+            # An unknown name is a slip of the pen and raises; what a backend merely cannot do is a row that says so.
+            with suppress(Unsupported) if known else nullcontext():
+                width = self.heads * self.head_width
+                registry.build(backend, dim=width, heads=self.heads, causal=self.causal, **options)
+
+
+def register() -> None:
+    """Make the schema known to Hydra, which conf/benchmark.yaml names first."""
+    ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)

@@ -1,0 +1,71 @@
+"""Shows a measurement under way: one line for each cell that is through, and how long the rest will take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from attention_zoo.measure.cells import CellEvent, SpeedCell
+
+
+class CellProgress:
+    """Give it to `run_cells` as `on_event`. Without a terminal the lines come alone, without the bar.
+
+    with CellProgress() as progress:
+        run_cells(cells, folder, on_event=progress)
+    """
+
+    def __init__(self, console: Console | None = None):
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        self.console = console or Console()
+        self.kinds: Counter[str] = Counter()
+        self._progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self._task = self._progress.add_task("measuring", total=None, left="")
+
+    def __enter__(self) -> CellProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: CellEvent) -> None:
+        self.kinds[event.kind] += 1
+        left = "" if event.remaining_s is None else f"about {_minutes(event.remaining_s)} left"
+        completed = event.index + (event.kind in ("skipped", "finished"))
+        name = "measuring" if event.kind != "started" else named(event.cell)
+        self._progress.update(self._task, completed=completed, total=event.total, left=left, description=name)
+        if event.kind == "finished" and event.row is not None:
+            place = f"[{event.index + 1}/{event.total}]"
+            left = f" ({left})" if left and not self.console.is_terminal else ""
+            self.console.print(
+                f"{place} {named(event.cell)}: {outcome(event.row)}{left}", markup=False, highlight=False
+            )
+        elif event.kind == "stale":
+            self.console.print(f"{named(event.cell)}: stale, measured with other code; again", markup=False)
+
+
+def named(cell: SpeedCell) -> str:
+    """A cell in words: "full/dense 4096 forward_backward"."""
+    kernel = "" if cell.kernel == "auto" else f"/{cell.kernel}"
+    return f"{cell.backend}{kernel} {cell.length} {cell.phase}"
+
+
+def outcome(row: dict[str, Any]) -> str:
+    """A row in words: "123 ms, 45 MiB", or why there is none."""
+    if row["status"] != "ok":
+        return f"{row['status']}: {row['error']}"
+    return f"{row['seconds'] * 1e3:.4g} ms, {row['peak_bytes'] / 2**20:.4g} MiB"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
