@@ -92,7 +92,7 @@ class Branch(Layer):
     def initial_state(self, batch_size: int) -> tuple[Any, ...]:
         return self.body.initial_state(batch_size)
 
-    def addition(
+    def undropped(
         self,
         x: Float[Tensor, "B L E"],
         tokens: Tokens | None = None,
@@ -101,11 +101,10 @@ class Branch(Layer):
         source: Source | None = None,
         choices: tuple[Any, ...] | None = None,
     ) -> Output:
-        """What the branch would add to x."""
+        """What the branch would add to x, before dropout."""
         hidden = self.norm(x) if self.pre_norm else x
         source = source if self.cross else None
-        out = self.body(hidden, tokens, state=state, source=source, choices=choices)
-        return out._replace(hidden=self.dropout(out.hidden))
+        return self.body(hidden, tokens, state=state, source=source, choices=choices)
 
     def forward(
         self,
@@ -116,8 +115,8 @@ class Branch(Layer):
         source: Source | None = None,
         choices: tuple[Any, ...] | None = None,
     ) -> Output:
-        out = self.addition(x, tokens, state=state, source=source, choices=choices)
-        total = x + out.hidden
+        out = self.undropped(x, tokens, state=state, source=source, choices=choices)
+        total = x + self.dropout(out.hidden)
         return out._replace(hidden=total if self.pre_norm else self.norm(total))
 
 

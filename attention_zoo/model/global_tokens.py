@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Layer, Tokens
+from attention_zoo.contract import Layer, Tokens, Unsupported
 
 
 class ExtraGlobalTokens(nn.Module):
@@ -34,11 +34,20 @@ class ExtraGlobalTokens(nn.Module):
 
         Raises:
             ValueError: if they ask for different numbers.
+            Unsupported: if one asks and another knows no global tokens.
         """
         counts = {count for layer in layers if (count := getattr(layer, "extra_global_tokens", 0))}
         if len(counts) > 1:
             raise ValueError(f"extra_global_tokens must be the same in all layers that ask, got {sorted(counts)}")
-        return ExtraGlobalTokens(count=counts.pop(), dim=dim) if counts else None
+        if not counts:
+            return None
+        for layer in layers:
+            name = getattr(layer, "name", type(layer).__name__)
+            if layer.abilities.global_tokens == "none":
+                raise Unsupported(
+                    name, "extra_global_tokens of another layer", "no token can see everything", "longformer or full"
+                )
+        return ExtraGlobalTokens(count=counts.pop(), dim=dim)
 
     def insert(
         self, x: Float[Tensor, "B L E"], tokens: Tokens | None

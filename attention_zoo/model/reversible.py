@@ -84,8 +84,8 @@ class _Call(NamedTuple):
     source_tokens: Tokens | None
     choices: list[Any] | None
 
-    def addition(self, index: int, x: Tensor, source: Tensor | None, choices: Any) -> Output:
-        return self.branches[index].addition(
+    def undropped(self, index: int, x: Tensor, source: Tensor | None, choices: Any) -> Output:
+        return self.branches[index].undropped(
             x,
             self.tokens,
             state=None if self.states is None else self.states[index],
@@ -101,7 +101,7 @@ class _Record:
         self.states: list[Any] = []
         self.losses: dict[str, Tensor] = {}
         self.choices: list[Any] = []
-        self.random: list[_Random] = []
+        self.random: list[tuple[_Random, _Random]] = []
 
 
 class _Random(NamedTuple):
@@ -124,9 +124,11 @@ class _Random(NamedTuple):
 
 def _run(call: _Call, record: _Record, a: Tensor, b: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor]:
     for index in range(len(call.branches)):
-        record.random.append(_Random.of(b.device))
-        out = call.addition(index, b, source, None if call.choices is None else call.choices[index])
-        a, b = b, a + out.hidden
+        before = _Random.of(b.device)
+        out = call.undropped(index, b, source, None if call.choices is None else call.choices[index])
+        # dropout has a state of its own: a layer whose choices are replayed need not draw what it drew for them
+        record.random.append((before, _Random.of(b.device)))
+        a, b = b, a + call.branches[index].dropout(out.hidden)
         record.states.append(out.state)
         record.choices.append(out.choices)
         record.losses = add_losses(record.losses, out.losses)
@@ -184,12 +186,15 @@ class _Recomputed(torch.autograd.Function):
                 branch = ctx.call.branches[index]
                 parameters = [p for p in branch.parameters() if id(p) in trained]
                 through_source = branch.cross and ctx.needs_input_grad[4]
-                ctx.random[index].restore()
+                before, between = ctx.random[index]
                 with torch.enable_grad(), ctx.precision.again():
                     x = a.detach().requires_grad_()
                     s = None if source is None else source.detach().requires_grad_(through_source)
-                    out = ctx.call.addition(index, x, s, ctx.choices[index])
-                outputs = [(out.hidden, db.to(out.hidden.dtype))]
+                    before.restore()
+                    out = ctx.call.undropped(index, x, s, ctx.choices[index])
+                    between.restore()
+                    added = branch.dropout(out.hidden)
+                outputs = [(added, db.to(added.dtype))]
                 outputs += [(value, weights[name]) for name, value in out.losses.items() if value.requires_grad]
                 inputs = [x, *([s] if through_source else []), *parameters]
                 dx, *rest = torch.autograd.grad(
@@ -201,7 +206,7 @@ class _Recomputed(torch.autograd.Function):
                     if gradient is not None:
                         gradients[id(parameter)] = _sum(gradients.get(id(parameter)), gradient)
                 # after: (a, b) = (b', a' + f(b')), so that a' = b - f(a) and b' = a
-                a, b = b - out.hidden.detach(), a
+                a, b = b - added.detach(), a
                 da, db = db, _sum(dx, da)
         return None, None, da, db, dsource, *(gradients.get(id(parameter)) for parameter in ctx.parameters)
 

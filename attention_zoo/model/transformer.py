@@ -66,7 +66,7 @@ class Transformer(nn.Module):
         ff_mult: its width over E.
         ff_chunks: pieces along the length in which it runs; more save memory.
         short_conv: taps of a short causal convolution before each attention; 0: none.
-        output_dropout: on what each branch adds, and on embeddings.
+        output_dropout: probability to drop a channel of what a branch adds.
         tied: whether the lm head's matrix is the embedding table.
         reversible: activations O(1) in depth, at the price of a second forward.
         max_length: number of positions that learned and axial tables hold.
@@ -130,7 +130,6 @@ class Transformer(nn.Module):
         scheme = EMBEDDING_LEVEL.get(positions)
         self.positions = None if scheme is None else scheme(dim=dim, max_length=max_length)
         self.extra = ExtraGlobalTokens.asked_for(mechanisms, dim)
-        self.dropout = nn.Dropout(output_dropout)
         self.stack = (ReversibleStack if reversible else Stack)(blocks)
         self.norm = NORMS[norm](dim) if pre_norm else nn.Identity()
         self.head = build_head(
@@ -186,7 +185,7 @@ class Transformer(nn.Module):
         if state is not None:
             valid = torch.ones_like(ids, dtype=torch.bool) if tokens is None else tokens.valid
             tokens, new = state.place(valid, tokens, fresh)
-        x = self.dropout(self._embed(ids, tokens))
+        x = self._embed(ids, tokens)
         inner, columns = tokens, None
         if self.extra is not None:
             x, inner, columns = self.extra.insert(x, tokens)

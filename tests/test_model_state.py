@@ -1,0 +1,184 @@
+"""Calls that hand a state on: any cut gives the same, streams stay apart, states are small and pliable."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import CARRYING, PREFIX, VOCAB, entry, far, in_pieces, packed, ragged, small, some_ids
+
+from attention_zoo import Tokens, Transformer, Unsupported
+from attention_zoo.model import Running, detach, reorder, state_bytes
+from attention_zoo.model.short_conv import ShortConvolution
+
+CUTS = [[5, 13, 14, 20], [1], [22], list(range(1, 23))]
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+@pytest.mark.parametrize("cuts", CUTS, ids=len)
+@pytest.mark.parametrize("name", PREFIX)
+def test_pieces_equal_the_whole(name, cuts, reversible):
+    model = small(name, short_conv=3, reversible=reversible)
+    ids = some_ids()
+    assert far(in_pieces(model, ids, None, cuts), model(ids).logits) < 1e-10
+
+
+@pytest.mark.parametrize("cuts", CUTS, ids=len)
+@pytest.mark.parametrize("names", [(name,) for name in PREFIX] + [tuple(PREFIX)], ids="/".join)
+def test_pieces_equal_the_whole_with_padding_holes_and_documents(names, cuts):
+    model = small(*names, short_conv=4, depth=max(2, len(names)))
+    ids = some_ids()
+    valid = torch.stack([ragged(23, [18], "left")[0], ragged(23, [19], "right")[0], torch.ones(23, dtype=torch.bool)])
+    valid[2, [3, 4, 13]] = False
+    tokens = packed(valid, 6, 14)
+    whole = model(ids, tokens).logits
+    assert far(in_pieces(model, ids, tokens, cuts)[valid], whole[valid]) < 1e-10
+
+
+@pytest.mark.parametrize("name", CARRYING)
+def test_every_call_of_one_layer_ends_the_whole_prefix(name):
+    model = small(name, depth=1)
+    ids = some_ids()
+    state = model.initial_state(3)
+    for start, stop in ((0, 6), (6, 7), (7, 16), (16, 23)):
+        out = model(ids[:, start:stop], state=state)
+        state = out.state
+        assert far(out.logits, model(ids[:, :stop]).logits[:, start:]) < 1e-10
+
+
+@pytest.mark.parametrize("name", CARRYING)
+def test_fresh_rows_see_nothing_of_their_state(name):
+    model = small(name, short_conv=3, depth=1)
+    first, second, third = some_ids(length=9), some_ids(length=6, seed=1), some_ids(length=5, seed=2)
+    fresh = torch.tensor([False, True, False])
+    state = model(first, state=model.initial_state(3)).state
+    mixed = model(second, state=state, fresh=fresh)
+    going_on = model(second, state=state)
+    alone = model(second, state=model.initial_state(3))
+    assert far(mixed.logits[1], alone.logits[1]) < 1e-12
+    assert far(mixed.logits[[0, 2]], going_on.logits[[0, 2]]) < 1e-12
+    assert far(mixed.logits[1], going_on.logits[1]) > 1e-6
+    # and the row goes on from there
+    later = model(third, state=mixed.state).logits
+    assert far(later[1], model(third, state=alone.state).logits[1]) < 1e-12
+    assert far(later[0], model(third, state=going_on.state).logits[0]) < 1e-12
+    assert mixed.state.next.tolist() == [15, 6, 15]
+
+
+def test_fresh_on_the_first_call_and_without_a_state_changes_nothing():
+    model, ids = small("full"), some_ids()
+    fresh = torch.tensor([True, False, True])
+    plain = model(ids, state=model.initial_state(3))
+    assert torch.equal(model(ids, state=model.initial_state(3), fresh=fresh).logits, plain.logits)
+    assert far(model(ids, fresh=fresh).logits, plain.logits) < 1e-12
+
+
+def test_document_numbers_count_over_the_stream():
+    model = small("full", short_conv=3)
+    ids = some_ids()
+    tokens = packed(torch.ones_like(ids, dtype=torch.bool), 9)
+    whole = model(ids, tokens).logits
+    # cut exactly at the border: the higher number alone says that a new document starts
+    assert far(in_pieces(model, ids, tokens, [9]), whole) < 1e-10
+    # tokens=None goes on with the document that is open
+    state = model(ids[:, :14], tokens.cut(slice(14)), state=model.initial_state(3)).state
+    assert far(model(ids[:, 14:], state=state).logits, whole[:, 14:]) < 1e-10
+    with pytest.raises(ValueError, match="document must not fall from one call to the next, got 0 after 1 in row 0"):
+        model(ids[:, 14:], tokens.cut(slice(0, 9)), state=state)
+    # a fresh row may count from 0 again, and go on with 0
+    fresh = torch.ones(3, dtype=torch.bool)
+    out = model(ids[:, :4], tokens.cut(slice(0, 4)), state=state, fresh=fresh)
+    assert far(out.logits, whole[:, :4]) < 1e-10
+    assert far(model(ids[:, 4:], tokens.cut(slice(4, 23)), state=out.state).logits, whole[:, 4:]) < 1e-10
+
+
+def test_rows_without_a_token_in_a_call_keep_their_place():
+    model = small("full", short_conv=3)
+    ids = some_ids(2, 10)
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    valid[1, 4:7] = False
+    tokens = Tokens.of(valid)
+    whole = model(ids, tokens).logits
+    assert far(in_pieces(model, ids, tokens, [4, 7])[valid], whole[valid]) < 1e-10
+
+
+@pytest.mark.parametrize("name", CARRYING)
+def test_states_are_reordered_and_detached(name):
+    model = small(name, short_conv=3)
+    ids, more, index = some_ids(length=9), some_ids(length=5, seed=1), torch.tensor([2, 0, 0, 1])
+    state = model(ids, Tokens.of(ragged(9, [9, 5, 2], "right")), state=model.initial_state(3)).state
+    assert isinstance(state, Running)
+    straight = model(more, state=state).logits
+    assert far(model(more[index], state=reorder(state, index)).logits, straight[index]) < 1e-12
+    cut = detach(state)
+    assert type(cut.layers[0][0]) is type(state.layers[0][0])
+    loss = model(more, state=cut).logits.square().mean()
+    loss.backward()
+    assert torch.isfinite(model.embedding.weight.grad).all()
+    # nothing of the first call is left in the graph: a second backward of another loss works
+    model(more, state=cut).logits.mean().backward()
+
+
+def test_state_bytes_count_whole_storages_once():
+    base = torch.zeros(100, dtype=torch.float32)
+    assert state_bytes(Running((base[:1], base[50:]), base, {"a": base}, [torch.zeros(3, dtype=torch.int64)])) == 424
+    assert state_bytes(None) == 0
+
+
+def test_a_window_keeps_a_constant_state_and_full_attention_a_growing_one():
+    def held(name: str, length: int) -> int:
+        model = Transformer(attention=entry(name), vocab=VOCAB, dim=16, heads=2, short_conv=3)
+        state = model.initial_state(1)
+        for start in range(0, length, 32):
+            state = detach(model(some_ids(1, 32, seed=start), state=state).state)
+        return state_bytes(state)
+
+    assert held("longformer", 256) == held("longformer", 128)
+    assert held("transformer_xl", 256) == held("transformer_xl", 128)
+    assert held("full", 256) > 1.8 * held("full", 128)
+
+
+def test_models_that_carry_nothing_say_so():
+    model = small("full", causal=False)
+    assert not model.carries
+    assert small("full").carries
+    with pytest.raises(Unsupported, match="state is not supported: it is two-sided"):
+        model.initial_state(2)
+
+
+# --- short convolution -----------------------------------------------------------------------------------------------
+
+
+def convolved(layer, x, tokens):
+    """The definition, token by token."""
+    out = torch.zeros_like(x)
+    for row in range(x.shape[0]):
+        seen: dict[int, list[torch.Tensor]] = {}
+        for column in range(x.shape[1]):
+            if tokens.valid[row, column]:
+                past = seen.setdefault(int(tokens.document[row, column]), [])
+                past.append(x[row, column])
+                taps = [layer.weight[tap] * past[-1 - tap] for tap in range(min(layer.width, len(past)))]
+                out[row, column] = x[row, column] + sum(taps)
+    return out
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_short_convolution_is_its_definition(width):
+    layer = ShortConvolution(dim=4, width=width).double()
+    x = torch.randn(4, 13, 4, dtype=torch.float64)
+    valid = torch.rand(4, 13) < 0.7
+    valid[3] = True
+    tokens = packed(valid, 3, 4, 9)
+    poisoned = torch.where(valid[..., None], x, torch.nan)
+    out = layer(poisoned, tokens).hidden
+    assert torch.isfinite(out).all()
+    assert far(out[valid], convolved(layer, x, tokens)[valid]) < 1e-12
+    plain = layer(x).hidden
+    assert far(plain, convolved(layer, x, Tokens.all_valid(4, 13))) < 1e-12
+
+
+def test_short_convolution_state_holds_no_more_than_it_needs():
+    layer = ShortConvolution(dim=4, width=4)
+    state = layer(torch.randn(2, 50, 4), Tokens.all_valid(2, 50), state=layer.initial_state(2)).state
+    assert state.hidden.shape == (2, 3, 4)
+    assert state_bytes(state.hidden) == 2 * 3 * 4 * 4
