@@ -14,7 +14,7 @@ h1{font-size:1.9rem;line-height:1.2;letter-spacing:-.02em;margin:0 0 .4em;font-w
 h2{font-size:1.25rem;letter-spacing:-.01em;margin:3rem 0 .35rem;font-weight:650;
 padding-top:1.1rem;border-top:1px solid var(--line)}
 h3{font-size:1rem;margin:0 0 .15rem;font-weight:600}
-p{margin:.35rem 0;max-width:76ch}
+p{margin:.35rem 0;max-width:92ch}
 a{color:var(--link)}
 .lead{margin:0;padding:0;list-style:none;font-size:1.04rem}
 .lead li{max-width:92ch;margin:.4rem 0}
@@ -29,7 +29,7 @@ table{border-collapse:collapse;font-size:.875rem;white-space:nowrap}
 th,td{padding:.42rem .6rem;text-align:right;border-bottom:1px solid var(--line)}
 th{font-weight:600;vertical-align:bottom}
 thead th{color:var(--muted);font-weight:500;font-size:.8125rem}
-thead tr.groups th{border-bottom:0;color:var(--ink);font-weight:600;text-align:left;padding-bottom:0}
+thead tr.groups th{border-bottom:0;white-space:normal;color:var(--ink);font-weight:600;text-align:left;padding-bottom:0}
 .edge{border-left:1px solid var(--line)}
 th:first-child,td:first-child,.text td,.text th{text-align:left}
 tbody th{position:sticky;left:0;background:var(--paper)}
@@ -52,6 +52,7 @@ color:var(--ink);background:none;border:0;border-radius:6px;padding:5px 6px;curs
 .legend svg{flex:none}
 details{margin:.35rem 0;font-size:.875rem}
 summary{cursor:pointer;color:var(--muted);font-size:.8125rem}
+figcaption p{max-width:none}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.3rem 1.2rem;font-size:.9rem;margin:.6rem 0}
 dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere}
 code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.86em;

@@ -102,7 +102,7 @@ def _summary(found: Findings) -> str:
         "“Cheaper than … from” is the length in tokens from which a mechanism costs less than that form of full "
         "attention and stays cheaper as far as measured: interpolated between measured lengths, “≤” where it is so at "
         "the shortest one compared (or where the baseline no longer runs), “>” where it is not so up to the longest. "
-        "The exponent is that between the two longest lengths measured: 1 is linear, 2 quadratic."
+        "The exponent is fitted to the three longest lengths measured: 1 is linear, 2 quadratic."
     )
     setting = f"Costs: {found.setting.words()}." if found.setting else ""
     return page.summary_table(summary(found)) + page.paragraph(f"{setting} {note}", "note")

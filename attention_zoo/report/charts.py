@@ -158,7 +158,7 @@ def cost(setting: Setting, many: list[Series], styles: dict[str, Style], key: st
         legend.append((FAILED, Style(MUTED, "x-thin", "none")))
     note = f"{setting.words()[0].upper()}{setting.words()[1:]}. Both axes logarithmic."
     if failing:
-        note += " A cross at the top: the cell was tried and did not finish, at any height."
+        note += " A cross at the top: did not finish, or was predicted not to; its height means nothing."
     return Chart(f"{name}-{key}", title, note, figure, _cost_table(many, lengths, key, words), legend)
 
 

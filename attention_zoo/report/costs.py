@@ -1,6 +1,6 @@
-"""What the speed rows say: lines over length, growth, and where a mechanism overtakes each baseline.
+"""What the speed rows say: which may stand in one chart, their lines over length, and what follows from each line.
 
-Everything here is arithmetic on rows; no figure is extrapolated beyond the lengths that were measured.
+The arithmetic is that of `measure.derived`; no figure is extrapolated beyond the lengths that were measured.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+from attention_zoo.measure.derived import Efficiency, costs, efficiency_length, growth_exponent
 from attention_zoo.report import rows as results
 from attention_zoo.report.rows import BASELINES, Row
 
@@ -106,63 +107,24 @@ def longest_common_length(many: list[Series]) -> int | None:
     return max(common, default=None)
 
 
-class Growth(NamedTuple):
-    """cost ~ length ** exponent between the two longest lengths measured."""
-
-    exponent: float
-    short: int
-    long: int
-
-
-def growth(series: Series, key: str) -> Growth | None:
+def growth(series: Series, key: str) -> float | None:
     """How the cost grows at the long end: 1 is linear, 2 quadratic; None below two lengths."""
-    values = series.values(key)
-    if len(values) < 2:
-        return None
-    short, long = list(values)[-2:]
-    exponent = math.log(values[long] / values[short]) / math.log(long / short)
-    return Growth(exponent, short, long)
+    return growth_exponent(costs(series.rows.values(), key))
 
 
-class Crossing(NamedTuple):
-    """Where a mechanism becomes cheaper than a baseline, and stays so as far as measured.
+def overtakes(series: Series, baseline: Series, key: str) -> Efficiency | None:
+    """The length from which `series` costs less than `baseline` and stays so, as far as measured."""
+    return efficiency_length(costs(series.rows.values(), key), costs(baseline.rows.values(), key))
 
-    kind: "from_start": at every common length, the shortest of which is `length`; "at": near `length`, interpolated
-    on log-log axes; "by": somewhere up to `length`, where the baseline no longer runs; "never": not up to `length`.
-    """
 
-    kind: Literal["from_start", "at", "by", "never"]
-    length: float
-
-    def words(self) -> str:
-        sign = {"from_start": "≤ ", "at": "", "by": "≤ ", "never": "> "}[self.kind]
-        return f"{sign}{rounded(self.length) if self.kind == 'at' else round(self.length):,}"
+def crossing_words(crossing: Efficiency) -> str:
+    """ "1,200" (interpolated), "≤ 256" (cheaper from the shortest on, or since one failed), "> 4,096" (not up to)."""
+    if crossing.length is None:
+        return f"> {crossing.up_to:,}"
+    return f"{rounded(crossing.length):,}" if crossing.why == "interpolated" else f"≤ {crossing.length:,}"
 
 
 def rounded(length: float) -> int:
     """Two significant figures: an interpolated length deserves no more."""
     scale = 10 ** max(math.floor(math.log10(length)) - 1, 0)
     return round(length / scale) * scale
-
-
-def efficiency_length(series: Series, baseline: Series, key: str) -> Crossing | None:
-    """The length from which `series` costs less than `baseline`; a cell that failed costs infinitely much."""
-    mine, theirs = series.values(key), baseline.values(key)
-    compared: list[tuple[int, float, float]] = []
-    for length in sorted(set(series.rows) & set(baseline.rows)):
-        a, b = mine.get(length, math.inf), theirs.get(length, math.inf)
-        if math.isfinite(a) or math.isfinite(b):
-            compared.append((length, a, b))
-    if not compared:
-        return None
-    dearer = [number for number, (_, a, b) in enumerate(compared) if a >= b]
-    if not dearer:
-        return Crossing("from_start", compared[0][0])
-    if dearer[-1] == len(compared) - 1:
-        return Crossing("never", compared[-1][0])
-    (low, a0, b0), (high, a1, b1) = compared[dearer[-1]], compared[dearer[-1] + 1]
-    if not all(map(math.isfinite, (a0, b0, a1, b1))):
-        return Crossing("by", high)
-    before, after = math.log(a0 / b0), math.log(a1 / b1)
-    share = before / (before - after)
-    return Crossing("at", math.exp(math.log(low) + share * math.log(high / low)))

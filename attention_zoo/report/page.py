@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
-from html import escape
+from html import escape as _escape
 
 from plotly.offline import get_plotlyjs
 
@@ -31,6 +32,11 @@ _SHAPES = {
     "none": "",
 }
 _DASHES = {"solid": "", "dash": "5 3", "dot": "1.5 2.5", "dashdot": "5 2 1.5 2"}
+
+
+def escape(text: str) -> str:
+    """Text as HTML; a figure and its unit stay on one line."""
+    return re.sub(r"(?<=\d) (?=(?:%|[KMGT]iB|ms|s|µs|min|M|k)(?:\W|$))", "\u00a0", _escape(text))
 
 
 def paragraph(text: str, kind: str = "") -> str:

@@ -17,12 +17,12 @@ Row = dict[str, Any]
 
 STATUS = {
     "oom": "out of memory",
-    "oom_predicted": "out of memory (predicted, not run)",
+    "oom_predicted": "predicted out of memory, not run",
     "timeout": "timed out",
     "failed": "failed",
     "unsupported": "not supported",
 }
-BASELINES = {("full", "dense"): "full, materialised", ("full", "sdpa"): "full, fused"}
+BASELINES = {("full", "dense"): "full (materialised)", ("full", "sdpa"): "full (fused)"}
 """What every mechanism is compared with, by (backend, kernel): the same sums, with and without L x S in memory."""
 
 

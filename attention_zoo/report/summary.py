@@ -14,12 +14,16 @@ from rich import box
 from rich.table import Table as RichTable
 
 from attention_zoo.files import write_atomic
+from attention_zoo.measure.derived import Efficiency
 from attention_zoo.report import costs, quality, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.costs import MEMORY, TIME, Series, Setting
 from attention_zoo.report.quality import METRIC_WORDS, Task
 from attention_zoo.report.rows import Row
 from attention_zoo.report.units import NONE
+
+PROSE = {"dense": "materialised full attention", "sdpa": "fused full attention"}
+"""The baselines in a sentence, by kernel."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,10 @@ class Findings:
     def baseline(self, kernel: str) -> Series | None:
         return next((each for each in self.series if (each.backend, each.kernel) == ("full", kernel)), None)
 
-    def cheaper_from(self, series: Series, kernel: str, key: str) -> costs.Crossing | None:
+    def cheaper_from(self, series: Series, kernel: str, key: str) -> Efficiency | None:
         """Efficiency length against one baseline; None for a baseline itself, or where nothing can be compared."""
         baseline = self.baseline(kernel)
-        return None if baseline is None or series.backend == "full" else costs.efficiency_length(series, baseline, key)
+        return None if baseline is None or series.backend == "full" else costs.overtakes(series, baseline, key)
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,11 @@ def summary(found: Findings) -> Summary:
         columns += _at(longest, lines, own)
         for key, noun in ((TIME, "time"), (MEMORY, "memory")):
             exponents = [costs.growth(series, key) if series else None for *_, series in lines]
-            columns.append(
-                ("Grows as length to the", noun, [units.fixed(g.exponent) if g else NONE for g in exponents])
-            )
+            columns.append(("Grows as length to the", noun, [units.fixed(g) for g in exponents]))
         for kernel, title in (("dense", "Cheaper than materialised from"), ("sdpa", "Cheaper than fused from")):
             for key, noun in ((TIME, "time"), (MEMORY, "memory")):
                 crossings = [found.cheaper_from(series, kernel, key) if series else None for *_, series in lines]
-                columns.append((title, noun, [c.words() if c else NONE for c in crossings]))
+                columns.append((title, noun, [costs.crossing_words(c) if c else NONE for c in crossings]))
     if trained:
         models = {row["backend"]: row for task in reversed(found.tasks) for each in task.learnt for row in each.rows}
         held = [models.get(name, {}) for _, name, _ in lines]
@@ -120,34 +122,9 @@ def _at(group: str, lines: list[Any], lengths: dict[str, int | None]) -> Iterato
 def headline(found: Findings) -> list[str]:
     """The sentences on top of the report: figures that were measured, and no rank where none may be given."""
     said = []
-    efficient = [each for each in found.series if not each.baseline]
-    length = found.length
-    if length is not None and found.setting is not None:
-        phase = found.setting.phase.replace("_", " + ")
-        measured = [each for each in efficient if length in each.values(MEMORY)]
-        for key, verb, best, words in (
-            (MEMORY, f"one {phase} call peaks at", "least", units.size),
-            (TIME, "it takes", "fastest", units.seconds),
-        ):
-            against = [found.baseline(kernel) for kernel in ("sdpa", "dense")]
-            others = [
-                f"{words(b.values(key)[length])} with {b.label} attention"
-                for b in against
-                if b and length in b.values(key)
-            ]
-            order = sorted(measured, key=lambda each: each.values(key)[length])
-            if order:
-                close = [
-                    order[0].label,
-                    *(each.label for each in order[1:] if key == TIME and _overlap(order[0], each, length)),
-                ]
-                why = f"too close to call: {', '.join(close)}" if len(close) > 1 else f"{best} of the efficient ones"
-                others.insert(0, f"{words(order[0].values(key)[length])} with {order[0].label} ({why})")
-            if others:
-                start = f"At {length:,} tokens " if key == MEMORY else ""
-                text = f"{start}{verb} {_list(others)}."
-                said.append(text[0].upper() + text[1:])
-        said += _overtaking(found, efficient)
+    if found.length is not None:
+        said += [sentence for key in (MEMORY, TIME) if (sentence := _cost_sentence(found, found.length, key))]
+        said += _overtaking(found)
     for task in found.tasks:
         if not any(each.rows for each in task.learnt):
             continue
@@ -156,24 +133,45 @@ def headline(found: Findings) -> list[str]:
             [f"{each.label} {each.words()}" for each in task.learnt if each.rows]
         )  # fmt: skip
         tail = f" ({'; '.join(obstacles)})" if obstacles else ""
-        said.append(f"{task.title}, {METRIC_WORDS[task.metric]}: {figures}{tail}.")
+        said.append(f"{task.title[0].upper()}{task.title[1:]}, {METRIC_WORDS[task.metric]}: {figures}{tail}.")
     return said
 
 
-def _overtaking(found: Findings, efficient: list[Series]) -> list[str]:
+def _cost_sentence(found: Findings, length: int, key: str) -> str:
+    """The cheapest mechanism beside both baselines, at the longest common length."""
+    words, verb, best = (units.size, "peaks at", "least") if key == MEMORY else (units.seconds, "takes", "fastest")
+    phase = (found.setting.phase if found.setting else "").replace("_", " + ")
+    order = sorted(
+        (each for each in found.series if not each.baseline and length in each.values(key)),
+        key=lambda each: each.values(key)[length],
+    )
+    parts = []
+    if order:
+        rivals = [each.label for each in order[1:] if key == TIME and _overlap(order[0], each, length)]
+        why = f"{best} of {len(order)}" if len(order) > 1 else "the only one measured"
+        why = f"too close to call with {_list(rivals)}" if rivals else why
+        parts.append(f"{words(order[0].values(key)[length])} with {order[0].label} ({why})")
+    for kernel in ("sdpa", "dense"):
+        baseline = found.baseline(kernel)
+        if baseline is not None and length in baseline.values(key):
+            parts.append(f"{words(baseline.values(key)[length])} with {PROSE[kernel]}")
+    return f"At {length:,} tokens one {phase} call {verb} {_list(parts)}." if parts else ""
+
+
+def _overtaking(found: Findings) -> list[str]:
     """Where the efficient mechanisms become faster than fused full attention."""
     faster, slower = [], []
-    for series in efficient:
+    for series in found.series:
         crossing = found.cheaper_from(series, "sdpa", TIME)
         if crossing is None:
             continue
-        if crossing.kind == "never":
-            slower.append((series.label, f"{crossing.length:,}"))
-        elif crossing.kind == "from_start":
+        if crossing.length is None:
+            slower.append((series.label, f"{crossing.up_to:,}"))
+        elif crossing.why == "from the shortest":
             faster.append(f"{series.label} at every length compared (from {crossing.length:,} tokens)")
         else:
-            near = "about " if crossing.kind == "at" else "at most "
-            faster.append(f"{series.label} from {near}{crossing.words().removeprefix('≤ ')} tokens")
+            near = "about " if crossing.why == "interpolated" else "at most "
+            faster.append(f"{series.label} from {near}{costs.crossing_words(crossing).removeprefix('≤ ')} tokens")
     said = f"Faster than fused full attention: {_list(faster)}" if faster else ""
     if slower:
         names, lengths = _list([label for label, _ in slower]), sorted({length for _, length in slower})

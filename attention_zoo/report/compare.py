@@ -1,0 +1,209 @@
+"""The main job: picture, measure and train every backend, then draw. What is finished is not done again.
+
+The list of backends is the registry's, so that one file and one yaml (or a third party's entry point) bring a mechanism
+into the comparison with no other edit.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from attention_zoo import registry
+from attention_zoo.contract import at_least
+from attention_zoo.files import write_atomic
+from attention_zoo.measure.cells import run_cells
+from attention_zoo.measure.config import BenchmarkConfig
+from attention_zoo.measure.progress import CellProgress
+from attention_zoo.report import rows as results
+from attention_zoo.report import units
+from attention_zoo.report.build import TITLE, build_report
+from attention_zoo.report.patterns import portrait
+from attention_zoo.report.rows import Row
+from attention_zoo.report.summary import Findings, headline, rich_table, write_csv
+from attention_zoo.report.trainings import Run, RunEvent, run_trainings
+from attention_zoo.training.config import check, compose_training
+
+SILENCE_S = 20.0
+"""Without a terminal, a line at least this often while trainings go on."""
+
+
+@dataclass
+class TrainingPlan:
+    """One task on which every backend is trained.
+
+    Fields:
+        overrides: of conf/train.yaml, as on the command line of experiments.train.
+        options: backend -> its own options; a backend without an entry keeps its defaults.
+    """
+
+    overrides: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class CompareConfig:
+    """conf/compare.yaml.
+
+    Fields:
+        backends: names; null takes every registered one.
+        measure: the cells, as conf/benchmark.yaml; its backends and output are those of the comparison.
+        trainings: name -> what to train on.
+        seeds: each training is run with each; two or more allow a ranking.
+        parallel: trainings at a time.
+        small: backend -> options at which a few dozen tokens show its pattern, for the pictures; default the class's.
+        picture_length: tokens of the pictures.
+        title: on top of the report.
+        output: folder of everything.
+    """
+
+    backends: list[str] | None = None
+    measure: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    trainings: dict[str, TrainingPlan] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    parallel: int = 2
+    small: dict[str, Any] = field(default_factory=dict)
+    picture_length: int = 96
+    title: str = TITLE
+    output: str = "runs/compare"
+
+    def names(self) -> list[str]:
+        """The backends, each known.
+
+        Raises:
+            ValueError: for an unknown one, listing those that there are.
+        """
+        given = list(registry.available()) if self.backends is None else list(self.backends)
+        for name in given:
+            registry.recipe(name)
+        return given
+
+    def runs(self) -> list[Run]:
+        """Every training, one backend after the other within a task, so that a task is complete early.
+
+        Raises:
+            ValueError: for a wrong override or option, naming it.
+        """
+        at_least(1, parallel=self.parallel)
+        found = []
+        for task, plan in self.trainings.items():
+            for seed in self.seeds:
+                composed = compose_training([*plan.overrides, f"seed={seed}", "trainer.progress=none"])
+                for name in self.names():
+                    options = {**registry.recipe(name)[1], **(plan.options.get(name) or {})}
+                    config = check({**composed, "backend": name, "attention": _built(name, options)})
+                    found.append(Run(f"{task}-{name}-s{seed}", config))
+        return found
+
+
+def _built(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    # Through the registry rather than conf/attention, which third-party backends have no place in.
+    for option in options:
+        if option not in registry.options_of(name):
+            raise ValueError(f"options of {name} must be among {', '.join(registry.options_of(name))}, got {option!r}")
+    return {"name": name, **options}
+
+
+def register() -> None:
+    """Make the schema known to Hydra, which conf/compare.yaml names first."""
+    ConfigStore.instance().store(name="compare_schema", node=CompareConfig)
+
+
+def compare(config: CompareConfig, console: Console | None = None) -> Path:
+    """Run the whole comparison.
+
+    Returns:
+        the path of the report; results.jsonl and results.csv lie beside it.
+
+    Raises:
+        ValueError: for a wrong option, before anything runs. What goes wrong later is a row.
+    """
+    console = console or Console()
+    folder, began = Path(config.output), time.monotonic()
+    config.measure.backends, config.measure.output = config.names(), config.output
+    cells, runs = config.measure.cells(), config.runs()
+    console.print(f"{len(config.names())} backends: {len(cells)} cells to measure, {len(runs)} trainings, in {folder}")
+
+    console.print("1/4 what each token sees", style="bold")
+    rows = [portrait(name, config.small.get(name), length=config.picture_length) for name in config.names()]
+    console.print("2/4 time and memory", style="bold")
+    with CellProgress(console) as measuring:
+        rows += run_cells(cells, folder, on_event=measuring, **config.measure.how())
+    console.print("3/4 training", style="bold")
+    with TrainingProgress(console) as training:
+        rows += run_trainings(runs, folder / "training", parallel=config.parallel, on_event=training)
+    console.print("4/4 report", style="bold")
+    again = measuring.kinds["skipped"] + training.skipped
+    if again:
+        console.print(f"{again} of {len(cells) + len(runs)} results were finished before and are drawn only")
+    path = write_results(rows, folder, title=config.title)
+    show(rows, path, console)
+    console.print(f"done in {units.seconds(time.monotonic() - began)}", highlight=False)
+    return path
+
+
+def write_results(rows: list[Row], folder: str | Path, *, title: str) -> Path:
+    """results.jsonl, results.csv and report.html of some rows; returns the path of the report."""
+    folder = Path(folder)
+    write_atomic(folder / "results.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    write_csv(rows, folder / "results.csv")
+    return build_report(rows, folder / "report.html", title=title)
+
+
+def show(rows: list[Row], path: Path, console: Console) -> None:
+    """The summary for a terminal: table, sentences, what failed, where the report is."""
+    found = Findings.of(rows)
+    console.print(rich_table(found))
+    for sentence in headline(found):
+        console.print(f"• {sentence}", markup=False, highlight=False)
+    for row in rows:
+        if row["status"] != "ok":
+            console.print(f"! {results.what(row)}: {results.why(row)}", markup=False, highlight=False, style="yellow")
+    console.print(f"\nreport: {path.resolve()}", markup=False, highlight=False, soft_wrap=True)
+
+
+class TrainingProgress:
+    """Give it to `run_trainings` as `on_event`: a bar in a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console):
+        self.console, self.skipped, self.spoke = console, 0, time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._task = self._bar.add_task("training", total=1.0, left="")
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: RunEvent) -> None:
+        left = "" if event.remaining_s is None else f"about {units.seconds(event.remaining_s)} left"
+        said = f"{event.done} of {event.total} trained"
+        self._bar.update(self._task, completed=event.share, description=said, left=left)
+        if event.kind == "skipped":
+            self.skipped += 1
+        elif event.kind == "finished" and event.row is not None and event.run is not None:
+            self._say(f"[{event.done}/{event.total}] {event.run.name}: {outcome(event.row)}")
+        elif not self.console.is_terminal and time.monotonic() - self.spoke > SILENCE_S:
+            self._say(f"{said}, {event.share:.0%} of all steps{', ' if left else ''}{left}")
+
+    def _say(self, line: str) -> None:
+        self.spoke = time.monotonic()
+        self.console.print(line, markup=False, highlight=False)
+
+
+def outcome(row: Row) -> str:
+    """A training row in words."""
+    if not results.ok(row):
+        return results.why(row)
+    figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in row["metrics"].items())
+    return f"{figures}; {row['steps']:,} steps in {units.seconds(row['train_seconds'])}"
