@@ -46,7 +46,7 @@ def recipe(name: str) -> tuple[type[Attention], dict[str, Any]]:
     for point in metadata.entry_points(group=GROUP):
         if point.name == name:
             loaded = point.load()
-            return _split(loaded, name) if isinstance(loaded, Mapping) else (loaded, {})
+            return _split(loaded, name) if isinstance(loaded, Mapping) else (_checked(loaded, name), {})
     near = difflib.get_close_matches(name, available(), 1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(f"attention must be one of {', '.join(available())}, got {name!r}{hint}")
@@ -55,10 +55,13 @@ def recipe(name: str) -> tuple[type[Attention], dict[str, Any]]:
 def _split(entry: Any, name: str) -> tuple[type[Attention], dict[str, Any]]:
     options = {key: value for key, value in entry.items() if key not in ("_target_", "_partial_")}
     module, _, attribute = entry["_target_"].rpartition(".")
-    found = getattr(importlib.import_module(module), attribute)
+    return _checked(getattr(importlib.import_module(module), attribute), name), options
+
+
+def _checked(found: Any, name: str) -> type[Attention]:
     if not (isinstance(found, type) and issubclass(found, Attention)):
-        raise ValueError(f"backend {name!r} must target a subclass of attention_zoo.contract.Attention, got {found!r}")
-    return found, options
+        raise ValueError(f"backend {name!r} must be a subclass of attention_zoo.contract.Attention, got {found!r}")
+    return found
 
 
 def options_of(name: str) -> dict[str, Any]:

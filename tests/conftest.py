@@ -1,7 +1,8 @@
 """Every test runs on one thread, deterministically.
 
-With `ATTENTION_ZOO_TYPECHECK=1` the shapes in the package's signatures are checked at every call (jaxtyping, beartype).
-That is three times slower and meets wrong shapes before our own messages do; test_shapes.py runs a part of the suite so.
+With `ATTENTION_ZOO_TYPECHECK=1` the shapes in the package's signatures are checked at every call (jaxtyping,
+beartype). That is three times slower and meets wrong shapes before our own messages do, so test_shapes.py runs a part
+of the suite that way.
 """
 
 from __future__ import annotations

@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
+from references import reference_of
 
 import attention_zoo as zoo
-from attention_zoo.testing import ContractCheck, Reference, contract_checks
-
-REFERENCES = Path(__file__).parent / "references"
+from attention_zoo.testing import ContractCheck, contract_checks
 
 
-def reference_of(name: str) -> Reference | None:
-    """The token-by-token loop in tests/references/, for mechanisms that are no pattern."""
-    path = REFERENCES / f"{name}.py"
-    if not path.is_file():
-        return None
-    spec = importlib.util.spec_from_file_location(f"reference_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.reference
+def every_check() -> list[Any]:
+    return [
+        pytest.param(check, id=str(check), marks=[pytest.mark.slow] if check.slow else [])
+        for name in zoo.available()
+        for check in contract_checks(name, reference=reference_of(name))
+    ]
 
 
-def every_check() -> Iterator[object]:
-    for name in zoo.available():
-        for check in contract_checks(name, reference=reference_of(name)):
-            yield pytest.param(check, id=str(check), marks=[pytest.mark.slow] if check.slow else [])
-
-
-@pytest.mark.parametrize("check", list(every_check()))
+@pytest.mark.parametrize("check", every_check())
 def test_contract(check: ContractCheck) -> None:
     check()
 
 
 def test_the_five_mechanisms_are_there() -> None:
     assert {"bigbird", "full", "longformer", "reformer", "transformer_xl"} <= set(zoo.available())
+
+
+def test_a_mechanism_without_a_slow_truth_fails() -> None:
+    """Having neither a definition nor a reference loop is a failure, not a skipped check."""
+    (check,) = (check for check in contract_checks("transformer_xl") if check.name == "fast_equals_slow")
+    with pytest.raises(AssertionError, match="nothing slow to compare with"):
+        check()

@@ -225,9 +225,15 @@ class PatternAttention(Attention):
         k, v = self.scheme.rotate(self._heads(self.to_k(x)), tokens.position), self._heads(self.to_v(x))
         if state is None or not state.k.shape[2]:
             return k, v, tokens
-        if self.reach is not None and bool((tokens.is_global & tokens.valid).any()):
+        held = state.tokens
+        late = tokens.is_global & tokens.valid
+        if not self.own_global:  # whose keys are not cached: global tokens then need all of theirs in the call
+            forgotten = held.valid.sum(1) < held.next_position
+            continued = torch.where(held.valid, held.document, -1).amax(1)
+            late = late & forgotten[:, None] & (tokens.document == continued[:, None])
+        if bool(late.any()):
             raise Unsupported(
-                self.name, "a global token after the first call", "keys that it must see may be forgotten already",
+                self.name, "a global token after the first call", "keys that it must see are not kept",
                 "global tokens in the first call",
             )  # fmt: skip
         return torch.cat([state.k, k], 2), torch.cat([state.v, v], 2), state.tokens.then(tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from attention_zoo.contract import Tokens
 
 
+@runtime_checkable  # for the run-time type checks of the tests
 class Pattern(Protocol):
     """What a pattern says about itself; see attention/pattern.py for the meaning of each."""
 

@@ -175,11 +175,15 @@ def feed(layer: Attention, x: Tensor, tokens: Tokens, cuts: Sequence[int], state
     return torch.cat(hidden, 1), state
 
 
+def weighed(out: Tensor, valid: Tensor) -> Tensor:
+    """A fixed random weighing of the valid outputs: the loss whose gradients are compared."""
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    return (out * weight.to(out.dtype))[valid].sum()
+
+
 def gradients(layer: Attention, x: Tensor, out: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """Of a fixed random weighing of the valid outputs: for x and for each parameter, zeros where there is none."""
-    generator = torch.Generator().manual_seed(7)
-    weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
-    loss = (out * weight)[valid].sum()
+    """Of `weighed(out, valid)`: for x and for each parameter, zeros where there is none."""
+    loss = weighed(out, valid)
     names = ["x", *(name for name, _ in layer.named_parameters())]
     inputs = [x, *layer.parameters()]
     found = torch.autograd.grad(loss, inputs, allow_unused=True)

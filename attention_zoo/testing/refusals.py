@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -98,7 +99,8 @@ def wrong_options_are_refused(case: Case) -> None:
     refused(case, lambda: case.build(causal=side, nonesuch=1), "nonesuch", kind=TypeError)
     for option, value in case.tiny.items():
         if isinstance(value, int) and not isinstance(value, bool):
-            refused(case, lambda: case.build(causal=side, **{option: -1}), option, kind=ValueError)  # noqa: B023
+            wrong: dict[str, Any] = {option: -1}
+            refused(case, lambda: case.build(causal=side, **wrong), option, kind=ValueError)  # noqa: B023
 
 
 @check()
@@ -130,8 +132,9 @@ def own_options(cls: type[Attention]) -> dict[str, inspect.Parameter]:
 def the_yaml_is_the_signature(case: Case) -> None:
     """conf/attention/<name>.yaml has exactly the mechanism's own options, with the defaults of the constructor."""
     file = resources.files("attention_zoo.conf").joinpath("attention", f"{case.name}.yaml")
-    written = OmegaConf.to_container(OmegaConf.create(file.read_text())) if file.is_file() else dict(case.defaults)
-    assert isinstance(written, dict)
+    shipped = OmegaConf.to_container(OmegaConf.create(file.read_text())) if file.is_file() else case.defaults
+    assert isinstance(shipped, Mapping)
+    written = {str(key): value for key, value in shipped.items()}
     assert written.pop("_partial_", True) is True, f"{case.name}: its yaml must say `_partial_: true`"
     target = f"{case.cls.__module__}.{case.cls.__qualname__}"
     assert written.pop("_target_", target) == target, f"{case.name}: its yaml must target {target}"

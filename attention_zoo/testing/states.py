@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -178,7 +179,8 @@ def adjusted_options_count_from_the_next_call(case: Case) -> None:
         where = f"{case.name}: adjustable {option}"
         assert isinstance(value, int), f"{where} must be a whole number and an attribute, got {value!r}"
         for other in {max(1, value - 1), value + 1} - {value}:
-            built = case.build(causal=True, **{option: other})
+            changed: dict[str, Any] = {option: other}
+            built = case.build(causal=True, **changed)
             adjusted = case.build(causal=True)
             setattr(adjusted, option, other)
             found, expected = run(adjusted, x).hidden, run(built, x).hidden

@@ -1,0 +1,313 @@
+"""Would the suite notice? Bugs that others have shipped are planted, and the checks that must catch each are named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from references import reference_of
+from torch import Tensor
+
+from attention_zoo.attention.full import Full
+from attention_zoo.attention.longformer import Longformer
+from attention_zoo.attention.pattern import Cache, PatternAttention
+from attention_zoo.attention.reformer import Reformer
+from attention_zoo.attention.transformer_xl import TransformerXL
+from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens
+from attention_zoo.ops import lsh, plans, tiles
+from attention_zoo.ops.pattern_call import PatternCall
+from attention_zoo.testing import contract_checks
+
+
+def caught(backend: str | type[Attention], *names: str, **options: Any) -> None:
+    """Demand that each of the named checks fails, with a message."""
+    name = backend if isinstance(backend, str) else backend.name
+    checks = {check.name: check for check in contract_checks(backend, reference=reference_of(name), **options)}
+    for wanted in names:
+        assert wanted in checks, f"the suite has no check {wanted} for {name}"
+        with pytest.raises(AssertionError, match=name):
+            checks[wanted]()
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def seen_wrongly(future: int = 0, padding: bool = False, documents: bool = False) -> Any:
+    """`PatternCall.seen` with one of its three conditions broken."""
+
+    def seen(self: PatternCall, queries: Tokens, keys: Tokens) -> Tensor:
+        found = torch.ones(queries.valid.shape[0], queries.valid.shape[1], keys.valid.shape[1], dtype=torch.bool)
+        if not padding:
+            found = found & keys.valid[:, None, :]
+        if not documents:
+            found = found & (keys.document[:, None, :] == queries.document[:, :, None])
+        if self.pattern.causal:
+            found = found & (keys.position[:, None, :] <= queries.position[:, :, None] + future)
+        return found[:, None]
+
+    return seen
+
+
+# with kernel=dense fast and slow have the same bug: what they compute must be caught by its consequences alone
+
+
+def test_a_leak_of_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PatternCall, "seen", seen_wrongly(future=1))
+    names = ("the_future_never_changes_the_past", "no_gradient_comes_from_the_future", "the_future_may_be_absent")
+    caught(Full, *names, "any_cut_equals_one_call", kernel="dense")
+    caught(Longformer, *names, kernel="dense")
+
+
+def test_padding_that_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PatternCall, "seen", seen_wrongly(padding=True))
+    caught(Full, "a_row_alone_equals_itself_in_a_batch", "ragged_prompts_decode_like_rows_alone", kernel="dense")
+
+
+def test_documents_that_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PatternCall, "seen", seen_wrongly(documents=True))
+    caught(Full, "documents_in_one_row_equal_documents_apart", kernel="dense")
+
+
+def test_padding_that_is_not_zeroed() -> None:
+    """Masked by -inf, but 0 · NaN is NaN."""
+
+    class Careless(Full):
+        def enter(self, x: Tensor, tokens: Tokens | None, state: Any, source: Source | None) -> tuple[Tensor, Tokens]:
+            return x, super().enter(x, tokens, state, source)[1]
+
+    caught(Careless, "padding_contents_never_matter", kernel="dense")
+
+
+def test_a_neighbour_in_the_batch_that_matters() -> None:
+    class Averaging(Full):
+        def forward(self, x: Tensor, tokens: Tokens | None = None, **more: Any) -> Output:
+            out = super().forward(x, tokens, **more)
+            return out._replace(hidden=out.hidden + 1e-6 * out.hidden.mean(0, keepdim=True))
+
+    caught(Averaging, "a_row_alone_equals_itself_in_a_batch")
+
+
+# --- executor --------------------------------------------------------------------------------------------------------
+
+
+class ShortReach(Longformer):
+    """The executor believes that the window is one token shorter than the definition says."""
+
+    @property
+    def reach(self) -> int:
+        return super().reach - 1
+
+
+def test_a_window_off_by_one() -> None:
+    caught(ShortReach, "near_hides_nothing", "fast_equals_slow", "any_cut_equals_one_call")
+
+
+def test_a_global_key_that_only_the_first_tile_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = plans._global_parts
+    monkeypatch.setattr(
+        plans, "_global_parts", lambda call, rows, *more: [] if rows.start else parts(call, rows, *more)
+    )
+    caught(Longformer, "fast_equals_slow_over_many_tiles")
+
+
+def test_a_gradient_that_is_a_little_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = tiles.partial_backward
+
+    def wrong(*operands: Any, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = right(*operands, **more)
+        return dq, dk * (1 + 1e-4), dv
+
+    monkeypatch.setattr(tiles, "partial_backward", wrong)
+    caught(Longformer, "fast_equals_slow", "gradients_match_finite_differences")
+
+
+def test_a_bias_that_looks_at_its_neighbours() -> None:
+    class Counting(Longformer):
+        def bias(self, queries: Tokens, keys: Tokens) -> Tensor:
+            return super().bias(queries, keys) + 0.1 * keys.position.shape[1]
+
+    caught(Counting, "bias_is_pairwise", "the_future_may_be_absent")
+
+
+def test_marks_that_depend_on_the_row() -> None:
+    class LastIsGlobal(Full):
+        def mark(self, tokens: Tokens) -> Tokens:
+            last = tokens.position == tokens.position.amax(1, keepdim=True)
+            return tokens._replace(is_global=tokens.is_global | last & tokens.valid)
+
+    caught(LastIsGlobal, "marking_looks_at_one_token")
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+class Forgetful(Full):
+    def _forget(self, k: Tensor, v: Tensor, keys: Tokens) -> Cache:
+        return self.initial_state(k.shape[0])
+
+
+class Hoarding(Longformer):
+    def _forget(self, k: Tensor, v: Tensor, keys: Tokens) -> Cache:
+        return Cache(k, v, keys)
+
+
+class Mixing(Full):
+    """Its state says nothing of the batch: every row continues the first."""
+
+    def _forget(self, k: Tensor, v: Tensor, keys: Tokens) -> Cache:
+        return Cache(k[:1].expand_as(k), v[:1].expand_as(v), keys)
+
+
+def test_a_state_that_is_dropped() -> None:
+    names = ("any_cut_equals_one_call", "every_call_is_the_tail_of_the_whole_prefix")
+    caught(Forgetful, *names, "ragged_prompts_decode_like_rows_alone", "calls_have_the_gradients_of_one_call")
+
+
+def test_a_state_that_never_forgets() -> None:
+    caught(Hoarding, "states_grow_as_declared")
+
+
+def test_a_state_of_the_wrong_row() -> None:
+    caught(Mixing, "any_cut_equals_one_call", "ragged_prompts_decode_like_rows_alone")
+
+
+def test_a_memory_one_token_short() -> None:
+    class Short(TransformerXL):
+        def _remember(self, hidden: Tensor, layout: Any) -> Any:
+            memory = super()._remember(hidden, layout)
+            return type(memory)(memory.hidden[:, 1:], memory.tokens.cut(slice(1, None)))
+
+    caught(Short, "any_cut_equals_one_call", "every_call_is_the_tail_of_the_whole_prefix")
+
+
+def test_a_memory_that_is_read_one_token_short() -> None:
+    """In every call alike, so that only the reference loop can tell."""
+
+    class Short(TransformerXL):
+        def _oldest(self, position: Tensor) -> Tensor:
+            return super()._oldest(position) + 1
+
+    # the loop must not share the bug
+    caught(Short, "fast_equals_slow")
+
+
+def test_a_memory_that_is_not_detached() -> None:
+    class Attached(TransformerXL):
+        def _layout(self, keys: Tokens, length: int) -> Any:
+            layout = super()._layout(keys, length)
+            return layout._replace(own=layout.first)
+
+    caught(Attached, "fast_equals_slow")
+
+
+# --- hashing ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrap_to_the_chunk_of_another_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows and documents in one ring of chunks."""
+    right = lsh.lay_out
+    monkeypatch.setattr(lsh, "lay_out", lambda sizes, **more: right(sizes.sum(0, keepdim=True), **more))
+    names = ("a_row_alone_equals_itself_in_a_batch", "documents_in_one_row_equal_documents_apart")
+    caught(Reformer, *names, "fast_equals_slow")
+
+
+def test_a_value_from_the_future(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lsh.Plan, "causal", False)
+    names = ("the_future_never_changes_the_past", "no_gradient_comes_from_the_future")
+    caught(Reformer, *names, "fast_equals_slow")
+
+
+def test_hashing_that_differs_from_call_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unseeded(seed: int, heads: int, rounds: int, width: int, factors: Any) -> Any:
+        return lsh.fresh_rotations(heads, rounds, width, factors, torch.zeros((), dtype=torch.float64))
+
+    monkeypatch.setattr(lsh, "seeded_rotations", unseeded)
+    caught(Reformer, "evaluation_is_a_function_of_its_inputs", "copies_compute_the_same")
+
+
+# --- everything else -------------------------------------------------------------------------------------------------
+
+
+def test_a_parameter_that_nothing_uses() -> None:
+    class Idle(Full):
+        def __init__(self, **shared: Any):
+            super().__init__(**shared)
+            self.idle = torch.nn.Parameter(torch.ones(3, 3))
+
+    caught(Idle, "every_parameter_gets_a_gradient")
+
+
+def test_scores_in_half_precision() -> None:
+    class Coarse(Full):
+        def forward(self, x: Tensor, tokens: Tokens | None = None, **more: Any) -> Output:
+            out = super().forward(x, tokens, **more)
+            return out._replace(hidden=(out.hidden * 8 + 64 - 64) / 8 if x.dtype == torch.bfloat16 else out.hidden)
+
+    caught(Coarse, "bfloat16_loses_no_more_than_dense")
+
+
+def test_memory_that_grows_faster_than_declared() -> None:
+    caught(Longformer, "activations_grow_as_declared", kernel="dense")
+
+
+def test_weights_outside_of_the_state_dict() -> None:
+    class Hidden(Full):
+        def __init__(self, **shared: Any):
+            super().__init__(**shared)
+            self.gain = torch.rand(())
+
+        def forward(self, x: Tensor, tokens: Tokens | None = None, **more: Any) -> Output:
+            out = super().forward(x, tokens, **more)
+            return out._replace(hidden=out.hidden * self.gain.to(x.dtype))
+
+    # drawn anew by every constructor
+    original = Hidden.__init__
+
+    def init(self: Hidden, **shared: Any) -> None:
+        original(self, **shared)
+        init.count += 1  # type: ignore[attr-defined]
+        self.gain = torch.tensor(float(init.count))  # type: ignore[attr-defined]
+
+    init.count = 0  # type: ignore[attr-defined]
+    Hidden.__init__ = init  # type: ignore[method-assign]
+    caught(Hidden, "copies_compute_the_same")
+
+
+def test_an_undeclared_ability_that_is_accepted() -> None:
+    class Shy(Full):
+        declared = Abilities(
+            causality="strict",
+            carry="none",
+            two_sided=True,
+            global_tokens="none",
+            cross=False,
+            compute="quadratic",
+            activations="linear",
+            state="linear",
+        )
+
+        def initial_state(self, batch_size: int) -> Cache:
+            return PatternAttention.initial_state(self, batch_size)
+
+    caught(Shy, "undeclared_abilities_are_refused_at_the_call")
+
+
+def test_a_refusal_without_an_alternative() -> None:
+    class Curt(Longformer):
+        def __init__(self, *, cross: bool = False, **shared: Any):
+            if cross:
+                raise ValueError("no")
+            super().__init__(**shared)
+
+    caught(Curt, "undeclared_abilities_are_refused_at_build")
+
+
+def test_an_option_without_a_default() -> None:
+    class Needy(Longformer):
+        """No `window:` without a value."""
+
+        def __init__(self, *, window: int, **shared: Any):
+            super().__init__(window=window, **shared)
+
+    caught(Needy, "options_are_keyword_only_and_documented")

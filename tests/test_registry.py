@@ -1,0 +1,182 @@
+"""Names, options, defaults and messages; backends of third parties; a new mechanism as one file and one yaml."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import attention_zoo as zoo
+from attention_zoo.contract import Attention, Unsupported
+from attention_zoo.registry import options_of, recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
+    with pytest.raises(
+        ValueError, match=r"attention must be one of .*full, longformer.*'longfromer'.*did you mean longformer"
+    ):
+        zoo.build("longfromer", dim=16, heads=2)
+
+
+@pytest.mark.parametrize("name", zoo.available())
+def test_an_unknown_option_names_the_nearest(name: str) -> None:
+    with pytest.raises(Unsupported, match=rf"{name}: option haeds .*did you mean heads\?.*use .*causal"):
+        zoo.build(name, dim=16, heads=2, haeds=3)
+
+
+def test_wrong_values_name_the_option_the_rule_and_the_value() -> None:
+    with pytest.raises(ValueError, match="window must be an integer of at least 1, got -1"):
+        zoo.build("longformer", dim=16, heads=2, window=-1)
+    with pytest.raises(ValueError, match="heads must divide dim, got heads=7 for dim=64"):
+        zoo.build("full", dim=64, heads=7)
+    with pytest.raises(ValueError, match="kv_heads must divide heads, got kv_heads=3 for heads=4"):
+        zoo.build("full", dim=64, heads=4, kv_heads=3)
+    with pytest.raises(Unsupported, match="full: kernel=fast is not supported: it has no such kernel; use auto or"):
+        zoo.build("full", dim=16, heads=2, kernel="fast")
+
+
+@pytest.mark.parametrize("name", zoo.available())
+def test_options_of_a_backend_are_complete(name: str) -> None:
+    """Shared options, own options, and the defaults that build() uses."""
+    options = options_of(name)
+    shared = {"dim", "heads", "kv_heads", "head_width", "bias", "scale", "causal", "cross", "positions", "seed"}
+    assert shared <= set(options)
+    cls, defaults = recipe(name)
+    assert issubclass(cls, Attention)
+    assert set(defaults) <= set(options)
+    assert cls.name == name
+    layer = zoo.build(name, dim=16, heads=2)
+    assert isinstance(layer, cls)
+    assert layer.causal
+
+
+def test_an_option_reaches_the_layer() -> None:
+    assert zoo.build("longformer", dim=16, heads=2, window=7).reach == 7
+
+
+def plugin(folder: Path, entry: str) -> None:
+    """A tiny package with its metadata, as pip would have installed it."""
+    (folder / "tiny_plugin.py").write_text(
+        "from attention_zoo.attention.longformer import Longformer\n"
+        "class Near(Longformer):\n"
+        "    name = 'near'\n"
+        "recipe = {'_target_': 'tiny_plugin.Near', 'window': 5}\n"
+        "nothing = 3\n"
+    )
+    info = folder / "tiny_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[attention_zoo.backends]\nnear = tiny_plugin:{entry}\n")
+
+
+@pytest.mark.parametrize(("entry", "window"), [("Near", 256), ("recipe", 5)])
+def test_third_parties_add_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, window: int) -> None:
+    """Through the entry-point group `attention_zoo.backends`: a class, or a mapping in the form of our yaml."""
+    plugin(tmp_path, entry)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tiny_plugin", raising=False)
+    assert "near" in zoo.available()
+    layer = zoo.build("near", dim=16, heads=2)
+    assert type(layer).__name__ == "Near"
+    assert layer.window == window
+    assert zoo.build("near", dim=16, heads=2, window=2).window == 2
+    assert zoo.build("near", dim=16, heads=2)(torch.randn(1, 9, 16)).hidden.shape == (1, 9, 16)
+    monkeypatch.delitem(sys.modules, "tiny_plugin")
+
+
+def test_a_plugin_that_is_no_attention_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin(tmp_path, "nothing")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tiny_plugin", raising=False)
+    with pytest.raises(ValueError, match=r"backend 'near' must .* subclass of .*Attention, got 3"):
+        zoo.build("near", dim=16, heads=2)
+    monkeypatch.delitem(sys.modules, "tiny_plugin")
+
+
+SINKS = '''"""A window and the first few tokens, which everybody sees. Xiao et al. 2024, §3. O(L · (window + sinks))."""
+
+from attention_zoo.attention.pattern import PatternAttention, hide
+from attention_zoo.contract import Abilities, at_least
+
+
+class Sinks(PatternAttention):
+    """Args:
+        window: tokens before a token that it sees.
+        sinks: first tokens of each document that all see.
+    """
+
+    name = "sinks"
+    declared = Abilities(
+        causality="strict", carry="prefix", two_sided=False, global_tokens="first_call", cross=False,
+        compute="linear", activations="linear", state="constant", positions=("none", "rotary"),
+    )
+    tiny = {"window": 4, "sinks": 2}
+
+    def __init__(self, *, window: int = 256, sinks: int = 4, **shared):
+        at_least(1, window=window, sinks=sinks)
+        super().__init__(**shared)
+        self.window, self.sinks = window, sinks
+
+    @property
+    def reach(self):
+        return self.window
+
+    def mark(self, tokens):
+        return tokens._replace(is_global=(tokens.is_global | (tokens.position < self.sinks)) & tokens.valid)
+
+    def bias(self, queries, keys):
+        gap = queries.position[:, None, :, None] - keys.position[:, None, None, :]
+        return hide(gap.abs() <= self.window)
+'''
+
+EVERYTHING = """
+import json
+import torch
+import attention_zoo as zoo
+from attention_zoo.testing import contract_checks
+
+assert zoo.available().count("sinks") == 1
+failed = []
+for check in contract_checks("sinks"):
+    if not check.slow:
+        try:
+            check()
+        except Exception as error:
+            failed.append(f"{check}: {type(error).__name__}: {error}")
+model = zoo.Transformer(attention="sinks", vocab=11, dim=16, heads=2, depth=2)
+out = model(torch.randint(11, (2, 50)))
+out.logits.sum().backward()
+print(json.dumps({"where": zoo.__file__, "failed": failed, "shape": list(out.logits.shape)}))
+"""
+
+
+@pytest.mark.slow
+def test_a_new_mechanism_is_one_file_and_one_yaml(tmp_path: Path) -> None:
+    """In a copy laid out as the wheel is: with no other edit it passes the suite and sits in a model."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "attention_zoo", tmp_path / "attention_zoo", ignore=ignore)
+    shutil.copytree(ROOT / "conf", tmp_path / "attention_zoo" / "conf", ignore=ignore)
+    (tmp_path / "attention_zoo" / "attention" / "sinks.py").write_text(SINKS)
+    (tmp_path / "attention_zoo" / "conf" / "attention" / "sinks.yaml").write_text(
+        "_target_: attention_zoo.attention.sinks.Sinks\n_partial_: true\nwindow: 256\nsinks: 4\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", EVERYTHING],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert Path(result["where"]).is_relative_to(tmp_path), "the copy must be what was tested"
+    assert not result["failed"], "\n".join(result["failed"])
+    assert result["shape"] == [2, 50, 11]
