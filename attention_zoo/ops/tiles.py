@@ -26,13 +26,17 @@ class Part(NamedTuple):
 
     Fields:
         keys: which columns of k and v. A slice is a view without a copy; int [n] is the same for all batch rows;
-            int [B, n] is each row's own; int [H, g, n] is each head's own for each of g equal groups of the tile's rows
-            (then bias is [B|1, H|1, g, rows / g, n]).
-        bias: called when needed, forward and again backward; [B|1, H|1, rows|1, n], -inf unseen, or None.
+            int [B, n] is each row's own; int [B|1, H, g, m] is each head's own for each of g equal groups of the tile's
+            rows, counted in blocks of `block` columns: n = m · block. k and v must then be contiguous and made of whole
+            blocks; gathering long contiguous runs is what makes this fast (20 times, measured on CPU).
+        bias: called when needed, forward and again backward; -inf unseen, or None. [B|1, H|1, rows|1, n]; with groups
+            [B|1, H|1, g, rows / g|1, n].
+        block: columns per entry of per-head `keys`.
     """
 
     keys: slice | Tensor
     bias: Bias
+    block: int = 1
 
 
 class Tile(NamedTuple):
@@ -122,19 +126,20 @@ class _View:
     """How one part's operands look to `partial`: groups of rows with keys of their own become extra heads."""
 
     def __init__(self, part: Part, heads: int):
-        self.keys, self.heads = part.keys, heads
-        self.groups = part.keys.shape[1] if isinstance(part.keys, Tensor) and part.keys.ndim == 3 else 1
+        self.keys, self.heads, self.block = part.keys, heads, part.block
+        # 0: all heads and rows see the same keys
+        self.groups = part.keys.shape[2] if isinstance(part.keys, Tensor) and part.keys.ndim == 4 else 0
 
     def rows(self, x: Tensor) -> Tensor:
         """[B, H, rows, D] -> [B, H·g, rows / g, D]."""
-        return x if self.groups == 1 else x.unflatten(2, (self.groups, -1)).flatten(1, 2)
+        return x.unflatten(2, (self.groups, -1)).flatten(1, 2) if self.groups else x
 
     def unrows(self, x: Tensor) -> Tensor:
-        return x if self.groups == 1 else x.unflatten(1, (self.heads, self.groups)).flatten(2, 3)
+        return x.unflatten(1, (self.heads, self.groups)).flatten(2, 3) if self.groups else x
 
     def flat(self, bias: Tensor | None) -> Tensor | None:
         """[B|1, H|1, g, rows / g, n] -> [B|1, H·g, rows / g, n]."""
-        if bias is None or not self._per_head():
+        if bias is None or not self.groups:
             return bias
         return bias.expand(-1, self.heads, -1, -1, -1).flatten(1, 2)
 
@@ -147,7 +152,8 @@ class _View:
         if self.keys.ndim == 2:
             index = self.keys[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
             return x.gather(2, index)
-        return x[:, self._kv_head(x), self.keys].flatten(1, 2)
+        taken = self._blocks(x).index_select(0, self._index(x))
+        return taken.view(x.shape[0], self.heads * self.groups, -1, x.shape[3])
 
     def add(self, into: Tensor, grad: Tensor) -> None:
         """Add gradients of the taken columns in place."""
@@ -158,11 +164,18 @@ class _View:
         elif self.keys.ndim == 2:
             into.scatter_add_(2, self.keys[:, None, :, None].expand_as(grad), grad)
         else:
-            flat = (self._kv_head(into) * into.shape[2] + self.keys).flatten()
-            into.flatten(1, 2).index_add_(1, flat, grad.unflatten(1, (self.heads, self.groups)).flatten(1, 3))
+            blocks = self._blocks(into)
+            blocks.index_add_(0, self._index(into), grad.reshape(-1, blocks.shape[1]))
 
-    def _per_head(self) -> bool:
-        return isinstance(self.keys, Tensor) and self.keys.ndim == 3
+    def _blocks(self, x: Tensor) -> Tensor:
+        """[B, K, S, D] -> [B·K·S / block, block·D], a view."""
+        return x.view(-1, self.block * x.shape[3])
 
-    def _kv_head(self, x: Tensor) -> Tensor:
-        return (torch.arange(self.heads, device=x.device) // (self.heads // x.shape[1]))[:, None, None]
+    def _index(self, x: Tensor) -> Tensor:
+        """Rows of `_blocks(x)` that the part takes, flat [B·H·g·m]; consecutive heads share a key head."""
+        B, K, S, _ = x.shape
+        assert isinstance(self.keys, Tensor)
+        assert S % self.block == 0
+        batch = torch.arange(B, device=x.device)[:, None] * K
+        head = torch.arange(self.heads, device=x.device) // (self.heads // K)
+        return ((batch + head)[:, :, None, None] * (S // self.block) + self.keys).flatten()

@@ -1,0 +1,183 @@
+"""BigBird: blocks of tokens that see a window of blocks, a few random blocks, and global ones. Zaheer et al. 2020, §2.
+
+ITC (internal): the first and the last block of a document are global: they see and are seen by all. ETC (external):
+`extra_global_tokens` learned tokens in front are global instead. O(L · block · (window_blocks + random + 2)).
+
+The causal form, which the paper leaves to full attention, keeps what lies in the past: the window is the own block and
+those before it, links are to earlier blocks alone, and the first block is global.
+
+Deviations. The paper's links are fixed by `seed`, head and block row (and, two-sided, by the number of blocks): nothing
+is drawn at a call. A last block may be shorter than the others. Padding is hidden, and counts for no length: the
+released code penalises it by -10,000, and plans by the padded length. See bigbird_plans.py for the released plans.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from attention_zoo.attention.bigbird_plans import Plan, Reference, Uniform
+from attention_zoo.attention.pattern import PatternAttention
+from attention_zoo.contract import Abilities, Tokens, Unsupported, at_least, one_of
+from attention_zoo.ops.blocks import BLOCKS
+from attention_zoo.ops.dispatch import DENSE, TILES
+
+
+class BigBird(PatternAttention):
+    """Block-sparse attention: window, random and global blocks.
+
+    Args:
+        block: tokens of a block.
+        window_blocks: blocks of the window, odd: 3 is the own block and one on each side.
+        random: blocks that each row of query blocks is linked to at random, for each head; all where fewer are left.
+        plan: "uniform" (the paper), or what the released code does in training ("reference") or in evaluation
+            ("reference_eval"); those are two-sided, with window_blocks=3, and `seed` is the layer's number.
+        extra_global_tokens: learned tokens that the skeleton puts in front and marks global (ETC); with any, no block
+            is global. 0: first and last block are (ITC).
+        kernel: auto | blocks | tiles | dense.
+        shared: the options of `Attention`.
+    """
+
+    name = "bigbird"
+    kernels = (BLOCKS, TILES, DENSE)
+    tiny = {"block": 4, "random": 1}  # noqa: RUF012  (never mutated)
+    declared = Abilities(
+        causality="strict",
+        carry="prefix",
+        two_sided=True,
+        global_tokens="any",
+        cross=False,
+        compute="linear",
+        activations="linear",
+        state="linear",
+        positions=("none", "rotary", "alibi"),
+        grouped_heads=True,
+    )
+
+    def __init__(
+        self,
+        *,
+        block: int = 64,
+        window_blocks: int = 3,
+        random: int = 3,
+        plan: str = "uniform",
+        extra_global_tokens: int = 0,
+        kernel: str = "auto",
+        **shared: Any,
+    ):
+        at_least(1, block=block, window_blocks=window_blocks)
+        at_least(0, random=random, extra_global_tokens=extra_global_tokens)
+        if window_blocks % 2 == 0:
+            raise ValueError(f"window_blocks must be odd, the own block and as many on each side, got {window_blocks}")
+        one_of(("uniform", "reference", "reference_eval"), plan=plan)
+        super().__init__(kernel=kernel, **shared)
+        self.block, self.window_blocks, self.random, self.plan = block, window_blocks, random, plan
+        self.extra_global_tokens = extra_global_tokens
+        self.side = window_blocks // 2
+        self._reference: Reference | None = None
+        if plan == "uniform":
+            ends = 0 if extra_global_tokens else 1
+            self._plan: Plan = Uniform(self.seed, self.heads, random, self.side, ends, self.causal)
+        else:
+            self._check_reference()
+            self._plan = self._reference = Reference(self.seed, self.heads, random, block, plan == "reference")
+
+    def _check_reference(self) -> None:
+        if self.causal:
+            raise Unsupported(
+                self.name, f"plan={self.plan} with causal=True", "the released plans need to know the whole length",
+                "plan=uniform",
+            )  # fmt: skip
+        if self.extra_global_tokens:
+            raise Unsupported(
+                self.name, f"plan={self.plan} with extra_global_tokens={self.extra_global_tokens}",
+                "the released plans have global blocks", "plan=uniform",
+            )  # fmt: skip
+        if self.window_blocks != 3:
+            raise ValueError(f"window_blocks must be 3 with plan={self.plan}, got {self.window_blocks}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2^32) with plan={self.plan}, got {self.seed}")
+
+    # --- the definition --------------------------------------------------------------------------------------------
+
+    def mark(self, tokens: Tokens) -> Tokens:
+        """First and last block (causal: the first) of the uniform plan. The released plans weigh theirs, in `bias`."""
+        if self.extra_global_tokens or self._reference:
+            return tokens
+        block = tokens.position // self.block
+        end = block == 0
+        if not self.causal:
+            end = end | (block == self._blocks_of(tokens.length) - 1)
+        return tokens._replace(is_global=tokens.is_global | (end & tokens.valid))
+
+    def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B #H L S"]:
+        """log of how often the key's block is among those of the query's row: window, ends and picks."""
+        row, column = queries.position // self.block, (keys.position // self.block)[:, None, None, :]
+        blocks = self._blocks_of(queries.length)
+        window = (row[:, None, :, None] - column).abs() <= self.side
+        if self._reference:
+            window = window | (column == 0) | (column == blocks[:, None, :, None] - 1)
+        times = window.to(torch.promote_types(self.to_out.weight.dtype, torch.float32))
+        for pick in self._plan.picks(row, blocks).unbind(-1):
+            times = times + (pick.transpose(1, 2)[..., None] == column)
+        everything = self.sees_all(queries)
+        if everything is not None:
+            times = times.masked_fill(everything[:, None, :, None], 1)
+        return times.log()
+
+    def near(
+        self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor, length: Tensor
+    ) -> Bool[Tensor, "#B q_tiles k_tiles"]:
+        first, last = q_lo // self.block, q_hi // self.block
+        low, high = k_lo // self.block, k_hi // self.block
+        blocks = self._blocks_of(length)
+        most = blocks.amax(-1, keepdim=True)
+        if bool(((blocks == most) | (blocks == 0)).all()):
+            blocks = most  # one document: the picks of a row are the same for all key tiles
+        found = (first - high <= self.side) & (low - last <= self.side)
+        if self._reference:
+            ends = (first <= 0) | (low <= 0) | (last >= blocks - 1) | (high >= blocks - 1)
+            found = found | ends | (blocks <= self._reference.full_blocks)
+        # tiles that span more rows of blocks than a tile without holes are taken whole
+        widest = self.tile // self.block + 2
+        found = found | (last - first >= widest)
+        for row in (first + step for step in range(widest)):
+            picks = self._plan.picks(row, blocks).flatten(-2)
+            hit = (picks >= low[..., None]) & (picks <= high[..., None])
+            found = found | (hit.any(-1) & (row <= last))
+        return found
+
+    # --- for the blocks kernel -------------------------------------------------------------------------------------
+
+    def links(self, row: Int[Tensor, " R"], keys: Tokens) -> tuple[Int[Tensor, "#B H R m"], Float[Tensor, "#B H R m"]]:
+        """What `bias` says, as a list of key blocks for each row; see `BlockPattern`."""
+        blocks = torch.where(keys.valid, self._blocks_of(keys.length), 0).amax(1)[:, None]
+        if self.causal or bool((blocks == blocks[0]).all()):
+            blocks = blocks[:1]
+        offset = torch.arange(-self.side, 1 if self.causal else self.side + 1, device=row.device)
+        fixed = (row[:, None] + offset)[None]
+        if not self.causal:
+            fixed = torch.where(fixed < blocks[..., None], fixed, -1)
+        if self._reference:
+            ends = torch.stack([torch.zeros_like(blocks), blocks - 1], -1)
+            fixed = torch.cat([torch.where((row[:, None] - ends).abs() > self.side, ends, -1), fixed], -1)
+        picks = self._plan.picks(row[None], blocks).transpose(1, 2)
+        found = torch.cat([picks, fixed[:, None].expand(*picks.shape[:-1], -1)], -1)
+        # a block that is listed again is left to its first place, which weighs for all
+        same = found[..., :, None] == found[..., None, :]
+        again = same.tril(-1).any(-1) | (found < 0)
+        weight = same.sum(-1).double().log()
+        return found.clamp(min=0), weight.masked_fill(again, -torch.inf)
+
+    def sees_all(self, queries: Tokens) -> Bool[Tensor, "B L"] | None:
+        """Rows of the released plans' global blocks; everyone in a document that is too short for links."""
+        if not self._reference:
+            return None
+        row, blocks = queries.position // self.block, self._blocks_of(queries.length)
+        return (row == 0) | (row == blocks - 1) | (blocks <= self._reference.full_blocks)
+
+    def _blocks_of(self, length: Tensor) -> Tensor:
+        return (length + self.block - 1) // self.block
