@@ -73,14 +73,15 @@ class BenchmarkConfig:
         """
         given = list(registry.available()) if self.backends is None else list(self.backends)
         named = [*BASELINES, *(each for each in given if each != "full")] if self.baselines else given
-        self._check_options({each.partition("/")[0] for each in named})
-        return [
+        cells = [
             self._cell(*each.partition("/")[::2], length, phase)
             for length in sorted(self.lengths)
             for phase in self.phases
             for each in dict.fromkeys(named)
             if self._wanted(each.partition("/")[0], length)
         ]
+        self._check_options({each.partition("/")[0] for each in named})
+        return cells
 
     def resolved_device(self) -> str:
         """The device that is meant; a ValueError for one that this machine lacks."""

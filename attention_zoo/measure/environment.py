@@ -41,16 +41,18 @@ def device_name(device: str) -> str:
     Raises:
         ValueError: for a device that this machine lacks.
     """
-    kind = torch.device(device)
-    if kind.type == "cpu":
+    family, _, index = device.partition(":")
+    if family not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ValueError(f"device must be cpu, cuda or cuda:<number>, got {device!r}")
+    if family == "cpu":
         return _cpu_model()
-    if kind.type != "cuda":
-        raise ValueError(f"device must be cpu or cuda, got {device!r}")
     if not torch.cuda.is_available():
         raise ValueError(
             f"device={device} needs a CUDA device, but torch {torch.__version__} sees none; use device=cpu"
         )
-    return torch.cuda.get_device_name(kind)
+    if int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={device} must be below the number of CUDA devices, {torch.cuda.device_count()}")
+    return torch.cuda.get_device_name(device)
 
 
 def _cpu_model() -> str:
