@@ -6,7 +6,7 @@ rotations, sorted by bucket and cut into chunks; a token attends to its own chun
     h(x)  = argmax [xR; -xR]
     out_i = sum_r exp(z_r - logsumexp_r z_r) · softmax over the window of round r,    z_r = its log-sum-exp
 
-O(rounds·L·(log L + chunk)) time, O(L) memory (ops/lsh.py).
+O(rounds·L·(log L + chunk)) time, O(L) memory (ops/hashing.py, ops/lsh.py).
 
 Deviations from the paper and the released code (trax; Hugging Face follows it):
 - The paper attends inside the bucket and divides by the number of rounds that show a pair; the released code does
@@ -34,7 +34,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens, Unsupported, at_least, keep, one_of
-from attention_zoo.ops import lsh
+from attention_zoo.ops import hashing, lsh
 
 
 class Hashed(NamedTuple):
@@ -113,7 +113,8 @@ class Reformer(Attention):
         at_least(1, rounds=rounds, chunk=chunk)
         at_least(0, look_back=look_back, look_ahead=look_ahead)
         one_of(("row", "reference"), wrap=wrap)
-        one_of(("auto", "chunks", "dense"), kernel=kernel)
+        if kernel not in ("auto", "chunks", "dense"):
+            raise Unsupported(self.name, f"kernel={kernel}", "it has no such kernel", "auto or chunks or dense")
         if not key_norm_epsilon >= 0:
             raise ValueError(f"key_norm_epsilon must be at least 0, got {key_norm_epsilon}")
         self.rounds, self.chunk, self.look_back, self.look_ahead = rounds, chunk, look_back, look_ahead
@@ -134,7 +135,7 @@ class Reformer(Attention):
 
     def factors_for(self, length: int) -> tuple[int, ...]:
         """Buckets of a document of `length` tokens, as factors that are hashed one by one."""
-        return lsh.bucket_factors(length, self.chunk) if self.factors is None else self.factors
+        return hashing.bucket_factors(length, self.chunk) if self.factors is None else self.factors
 
     def initial_state(self, batch_size: int) -> Hashed:
         weight = self.to_qk.weight
@@ -208,10 +209,10 @@ class Reformer(Attention):
             if not bool(chosen.any()):
                 continue
             if self._draws:
-                rotations = lsh.fresh_rotations(self.heads, self.rounds, self.head_width, factors, qk)
+                rotations = hashing.fresh_rotations(self.heads, self.rounds, self.head_width, factors, qk)
             else:
-                rotations = lsh.seeded_rotations(self.seed, self.heads, self.rounds, self.head_width, factors)
-            buckets[..., chosen] = lsh.hash_tokens(qk[chosen], rotations, factors)
+                rotations = hashing.seeded_rotations(self.seed, self.heads, self.rounds, self.head_width, factors)
+            buckets[..., chosen] = hashing.hash_tokens(qk[chosen], rotations, factors)
         return buckets
 
     def _remembers(self, state: Hashed, tokens: Tokens) -> bool:
@@ -255,7 +256,7 @@ class Reformer(Attention):
 
 def _factors(buckets: int | Sequence[int]) -> tuple[int, ...]:
     factors = (buckets,) if isinstance(buckets, int) else tuple(buckets)
-    if len(factors) not in (1, 2) or any(not isinstance(n, int) or n < 2 or n % 2 for n in factors):
+    if len(factors) not in (1, 2) or any(type(n) is not int or n < 2 or n % 2 for n in factors):
         raise ValueError(f"buckets must be an even number of at least 2, or two of them, got {buckets!r}")
     return factors
 

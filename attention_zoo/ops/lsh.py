@@ -1,7 +1,6 @@
-"""Attention by locality-sensitive hashing: hash, sort, attend inside chunks, merge rounds (Kitaev et al. 2020, §2).
+"""Attention of hashed tokens: sort, attend inside chunks, merge rounds (Kitaev et al. 2020, §2).
 
-    bucket(x) = argmax [xR; -xR]        R random, one per round and head
-    sort by (document, bucket, place), cut into chunks; a chunk attends to itself and to its neighbours
+Tokens are sorted by (document, bucket, place) and cut into chunks; a chunk attends to itself and to its neighbours.
 
 Everything works on a *ragged* list of M tokens: the valid tokens of all rows, document after document. Padding is gone
 before this file is entered, and each document has its own chunks, so that neither can move anything.
@@ -16,90 +15,21 @@ Letters: M tokens, H heads, R rounds, D head width, N chunks in a round, C slots
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attention_zoo.ops.dense import dense
 from attention_zoo.ops.partial import partial, partial_backward
-
-DIRECT = 64
-"""Buckets hashed by one argmax; more are the product of two, which costs the square root of it."""
 
 # What one step may hold: scores of the chunks attended at once, and slots of the heads handled at once. On CPU a step
 # should stay near the cache; on a GPU it should fill the device.
 _SCORES = {"cpu": 2**19}
 _SLOTS = {"cpu": 2**16}
 _SCORES_GPU, _SLOTS_GPU = 2**25, 2**21
-
-
-# --- hashing ---------------------------------------------------------------------------------------------------------
-
-
-def bucket_factors(tokens: int, chunk: int) -> tuple[int, ...]:
-    """Buckets for a document: the largest power of two that is at most 2·tokens/chunk (the paper's), at least 2.
-
-    A power of two, so that a growing document is hashed anew only when its length has doubled. Above `DIRECT` it is
-    split into two factors, each hashed by itself.
-    """
-    exponent = max(1, (2 * tokens // chunk).bit_length() - 1)
-    if 1 << exponent <= DIRECT:
-        return (1 << exponent,)
-    return 1 << exponent // 2, 1 << exponent - exponent // 2
-
-
-@lru_cache(maxsize=64)
-def seeded_rotations(seed: int, heads: int, rounds: int, width: int, factors: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Random rotations as a function of `seed`: for each factor [H, D, R, buckets/2], float64 on the CPU.
-
-    Fewer rounds or buckets are the first of more, so that a document hashes the same beside longer ones. Do not modify.
-    """
-    found = []
-    for place, count in enumerate(factors):
-        drawn = []
-        for number in range(rounds):
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + place * 100_003 + number) % 2**63)
-            drawn.append(
-                torch.stack(
-                    [torch.randn(heads, width, generator=generator, dtype=torch.float64) for _ in range(count // 2)], -1
-                )
-            )
-        found.append(torch.stack(drawn, 2))
-    return tuple(found)
-
-
-def fresh_rotations(heads: int, rounds: int, width: int, factors: tuple[int, ...], like: Tensor) -> tuple[Tensor, ...]:
-    """The same from torch's default generator of the device, which checkpointing replays."""
-    return tuple(
-        torch.randn(heads, width, rounds, count // 2, dtype=like.dtype, device=like.device) for count in factors
-    )
-
-
-def hash_tokens(
-    q: Float[Tensor, "M H D"], rotations: Sequence[Tensor], factors: tuple[int, ...]
-) -> Int[Tensor, "H R M"]:
-    """Bucket of each token in each round; with several factors, the mixed-radix number of their buckets."""
-    M, H, D = q.shape
-    exact = torch.promote_types(q.dtype, torch.float32)
-    rounds = rotations[0].shape[2]
-    buckets = torch.zeros(H, rounds, M, dtype=torch.int32, device=q.device)
-    turns = [turn[..., : count // 2].to(q.device, exact) for turn, count in zip(rotations, factors)]
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        for head in range(H):
-            x, radix = q[:, head].to(exact), 1
-            for turn, count in zip(turns, factors):
-                y = (x @ turn[head].reshape(D, -1)).view(M, rounds, -1)
-                best = y.abs().argmax(-1, keepdim=True)
-                # argmax [y; -y]: the largest magnitude, and which half it came from
-                best = torch.where(y.gather(-1, best) >= 0, best, best + count // 2)
-                buckets[head] += (best[..., 0] * radix).T.int()
-                radix *= count
-    return buckets
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------
@@ -410,10 +340,18 @@ class _Chunks(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        q, v, out, lse = ctx.saved_tensors
-        plan = ctx.plan
+        dq, dv = _ChunksBackward.apply(grad, *ctx.saved_tensors, ctx.plan)
+        return dq, dv, None
+
+
+class _ChunksBackward(torch.autograd.Function):
+    """A node of its own, so that whoever differentiates twice arrives here, rather than past it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad: Tensor, q: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
+    ) -> tuple[Tensor, Tensor]:
         asked = slice(None) if plan.asked is None else plan.asked
         dq, dv = torch.empty_like(q), torch.empty_like(v)
         with torch.autocast(q.device.type, enabled=False):
@@ -424,7 +362,11 @@ class _Chunks(torch.autograd.Function):
                 alone = (lse[:, heads] == -torch.inf)[..., None]
                 part_v[:, asked] += torch.where(alone, grad[:, heads], 0).transpose(0, 1)
                 dq[:, heads], dv[:, heads] = part_q.transpose(0, 1), part_v.transpose(0, 1)
-        return dq, dv, None
+        return dq, dv
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError("reformer: second derivatives are not defined for kernel=chunks; use kernel=dense")
 
 
 def _dense(q: Tensor, v: Tensor, plan: Plan) -> Tensor:
@@ -442,6 +384,6 @@ def _dense(q: Tensor, v: Tensor, plan: Plan) -> Tensor:
             queries, keys, values = (
                 x.transpose(0, 1)[None] for x in (q[asked, head : head + 1], k, v[:, head : head + 1])
             )
-            out = dense(queries, keys, values, bias, scale=plan.scale)[0, 0]
+            out = dense(queries, keys, values, bias[None, None], scale=plan.scale)[0, 0]
             heads.append(torch.where(met.any(-1, keepdim=True), out, v[asked, head]))
         return torch.stack(heads, 1).to(q.dtype)

@@ -1,0 +1,80 @@
+"""Locality-sensitive hashing of vectors by random rotations: near directions tend to share a bucket.
+
+    bucket(x) = argmax [xR; -xR]        R random and normal, one for each head and round (Andoni et al. 2015)
+
+O(M·D·buckets) a head and round, with the square root of the buckets where two factors are hashed one by one.
+Letters: M tokens, H heads, R rounds, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+DIRECT = 64
+"""Buckets hashed by one argmax; more are the product of two, which costs the square root of it."""
+
+
+def bucket_factors(tokens: int, chunk: int) -> tuple[int, ...]:
+    """Buckets for a document: the largest power of two that is at most 2·tokens/chunk (the paper's), at least 2.
+
+    A power of two, so that a growing document is hashed anew only when its length has doubled. Above `DIRECT` it is
+    split into two factors, each hashed by itself.
+    """
+    exponent = max(1, (2 * tokens // chunk).bit_length() - 1)
+    if 1 << exponent <= DIRECT:
+        return (1 << exponent,)
+    return 1 << exponent // 2, 1 << exponent - exponent // 2
+
+
+@lru_cache(maxsize=64)
+def seeded_rotations(seed: int, heads: int, rounds: int, width: int, factors: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Random rotations as a function of `seed`: for each factor [H, D, R, buckets/2], float64 on the CPU.
+
+    Fewer rounds or buckets are the first of more, so that a document hashes the same beside longer ones. Do not modify.
+    """
+    found = []
+    for place, count in enumerate(factors):
+        drawn = []
+        for number in range(rounds):
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + place * 100_003 + number) % 2**63)
+            drawn.append(
+                torch.stack(
+                    [torch.randn(heads, width, generator=generator, dtype=torch.float64) for _ in range(count // 2)], -1
+                )
+            )
+        found.append(torch.stack(drawn, 2))
+    return tuple(found)
+
+
+def fresh_rotations(heads: int, rounds: int, width: int, factors: tuple[int, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """The same from torch's default generator of the device, which checkpointing replays."""
+    return tuple(
+        torch.randn(heads, width, rounds, count // 2, dtype=like.dtype, device=like.device) for count in factors
+    )
+
+
+def hash_tokens(
+    q: Float[Tensor, "M H D"], rotations: Sequence[Tensor], factors: tuple[int, ...]
+) -> Int[Tensor, "H R M"]:
+    """Bucket of each token in each round; with several factors, the mixed-radix number of their buckets."""
+    M, H, D = q.shape
+    exact = torch.promote_types(q.dtype, torch.float32)
+    rounds = rotations[0].shape[2]
+    buckets = torch.zeros(H, rounds, M, dtype=torch.int32, device=q.device)
+    turns = [turn[..., : count // 2].to(q.device, exact) for turn, count in zip(rotations, factors)]
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        for head in range(H):
+            x, radix = q[:, head].to(exact), 1
+            for turn, count in zip(turns, factors):
+                y = (x @ turn[head].reshape(D, -1)).view(M, rounds, -1)
+                best = y.abs().argmax(-1, keepdim=True)
+                # argmax [y; -y]: the largest magnitude, and which half it came from
+                best = torch.where(y.gather(-1, best) >= 0, best, best + count // 2)
+                buckets[head] += (best[..., 0] * radix).T.int()
+                radix *= count
+    return buckets

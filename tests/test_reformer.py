@@ -1,0 +1,546 @@
+"""Reformer against the token-by-token reference, dense attention and itself: hashing, layout, state, memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from references.reformer import factors, hash_document, reference, visible
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from attention_zoo.attention.reformer import Reformer
+from attention_zoo.contract import Tokens, Unsupported
+from attention_zoo.measure.memory import peak_memory
+from attention_zoo.ops import hashing, lsh, partial
+from attention_zoo.ops.dense import dense
+
+DIM, HEADS = 12, 3
+
+
+def build(dtype: torch.dtype = torch.float64, **options) -> Reformer:
+    """An evaluating layer with weights large enough to make sharp distributions."""
+    generator = torch.Generator().manual_seed(1)
+    layer = Reformer(**{"dim": DIM, "heads": HEADS, "chunk": 4, "rounds": 2, **options})
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            spread = 1.5 * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * spread)
+    return layer.to(dtype).eval()
+
+
+def data(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randn(batch, length, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def layouts(length: int) -> Iterator[tuple[str, Tokens]]:
+    """Rows of tokens as they may lie in a batch."""
+    column = torch.arange(length)[None]
+    count = torch.tensor([[length], [-(-2 * length // 3)], [-(-length // 4)]])
+    yield "whole", Tokens.all_valid(2, length)
+    yield "padded right", Tokens.of(column < count)
+    yield "padded left", Tokens.of(column >= length - count)
+    if length > 6:
+        holes = torch.rand(2, length, generator=torch.Generator().manual_seed(2)) < 0.7
+        yield "holes", Tokens.of(holes)
+        document = torch.stack([column[0] // 5, (column[0] > 0).long() + (column[0] > length - 3)])
+        yield "documents", Tokens.of(torch.ones(2, length, dtype=torch.bool), document=document)
+        yield "documents and holes", Tokens.of(holes, document=document)
+
+
+def gradients(layer: Reformer, x: Tensor, hidden: Tensor, valid: Tensor) -> list[Tensor]:
+    weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    loss = (hidden * weight.to(hidden.dtype))[valid].sum()
+    return list(torch.autograd.grad(loss, [x, *layer.parameters()], materialize_grads=True))
+
+
+def assert_equals_reference(layer: Reformer, length: int) -> None:
+    for name, tokens in layouts(length):
+        x = data(len(tokens.valid), length).requires_grad_()
+        out = layer(x, tokens)
+        slow = reference(layer, x, tokens)
+        assert bool((out.hidden[~tokens.valid] == 0).all()), name
+        torch.testing.assert_close(out.hidden, slow, atol=1e-12, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        fast_gradients = gradients(layer, x, out.hidden, tokens.valid)
+        for fast, expected in zip(fast_gradients, gradients(layer, x, slow, tokens.valid)):
+            torch.testing.assert_close(fast, expected, atol=1e-11, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# --- the definition --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [1, 3, 4, 11, 29])
+def test_equals_reference(length: int, causal: bool):
+    assert_equals_reference(build(causal=causal), length)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rounds": 1},
+        {"rounds": 3, "chunk": 1},
+        {"look_back": 0},
+        {"look_back": 2, "look_ahead": 1},
+        {"look_ahead": 1},
+        {"buckets": 6},
+        {"buckets": [4, 2]},
+        {"attend_across_buckets": False},
+        {"correct_duplicates": True},
+        {"correct_duplicates": True, "attend_across_buckets": False},
+        {"wrap": "reference"},
+        {"wrap": "reference", "correct_duplicates": True, "look_ahead": 1},
+        {"wrap": "reference", "attend_across_buckets": False, "correct_duplicates": True},
+        {"key_norm_epsilon": 0.1},
+        {"scale": 1.0},
+        {"seed": 5},
+        {"bias": False},
+        {"head_width": 3},
+        {"kernel": "dense"},
+        {"kernel": "dense", "correct_duplicates": True, "wrap": "reference"},
+    ],
+    ids=str,
+)
+def test_options_equal_reference(options: dict, causal: bool):
+    assert_equals_reference(build(causal=causal, **options), 19)
+
+
+def test_many_steps_and_blocks_of_heads(monkeypatch: pytest.MonkeyPatch):
+    """Lengths that a test can afford fit into one step; this forces many, and one head at a time."""
+    monkeypatch.setitem(lsh._SCORES, "cpu", 64)
+    monkeypatch.setitem(lsh._SLOTS, "cpu", 1)
+    assert_equals_reference(build(), 29)
+    assert_equals_reference(build(causal=False, wrap="reference"), 19)
+
+
+def test_without_the_fused_operator(monkeypatch: pytest.MonkeyPatch):
+    """Two matrix products, as on a GPU."""
+    monkeypatch.setattr(partial, "FUSED", False)
+    assert_equals_reference(build(), 29)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("rounds", "wrap"), [(1, "row"), (1, "reference"), (4, "row")])
+def test_two_chunks_see_everything(rounds: int, wrap: str, causal: bool):
+    """With as many chunks as a window holds, no hash matters: dense attention with shared queries and keys."""
+    layer, x = build(rounds=rounds, wrap=wrap, causal=causal), data(2, 8)
+    q, v = (layer_(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer_ in (layer.to_qk, layer.to_v))
+    hidden = torch.ones(8, 8).triu().bool() if causal else torch.eye(8).bool()
+    bias = torch.zeros(8, 8, dtype=torch.float64).masked_fill(hidden, -torch.inf)
+    out = dense(q, torch.nn.functional.normalize(q, dim=-1), v, bias[None, None], scale=layer.scale)
+    if causal:
+        out[:, :, 0] = v[:, :, 0]
+    expected = layer.to_out(out.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x).hidden, expected, atol=1e-12, rtol=0)
+
+
+def test_reference_wrap_looks_into_the_round_before():
+    """Which shows some keys of the first chunk twice and others never: not what wrapping in the row computes."""
+    x = data(1, 8)
+    row, ring = (build(rounds=4, wrap=wrap)(x).hidden for wrap in ("row", "reference"))
+    assert not torch.allclose(row, ring, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"wrap": "reference"}, {"attend_across_buckets": False}], ids=str)
+def test_corrected_duplicates_count_once(options: dict):
+    """Then all rounds together are one softmax over the set of keys that any of them shows."""
+    layer, x = build(correct_duplicates=True, rounds=3, **options), data(1, 31)
+    q, v = (layer_(x)[0].unflatten(-1, (HEADS, -1)) for layer_ in (layer.to_qk, layer.to_v))
+    out = torch.empty_like(v)
+    repeated = 0
+    for head in range(HEADS):
+        shown = visible(layer, hash_document(layer, q[:, head], head))
+        for i in range(31):
+            every = [j for one in shown for j in one[i]]
+            keys = sorted(set(every))
+            repeated += len(every) - len(keys)
+            k = torch.nn.functional.normalize(q[keys, head], dim=-1)
+            out[i, head] = ((k @ q[i, head]) * layer.scale).softmax(0) @ v[keys, head] if keys else v[i, head]
+    assert repeated > 20
+    torch.testing.assert_close(layer(x).hidden[0], layer.to_out(out.flatten(1)), atol=1e-12, rtol=0)
+
+
+def test_a_token_that_sees_nothing_else_is_its_value():
+    """Exactly, also in float32: no large number is ever added to a score."""
+    layer = build(dtype=torch.float32)
+    x = data(1, 33).float()
+    value = layer.to_out(layer.to_v(x))
+    assert torch.equal(layer(x).hidden[:, 0], value[:, 0])
+    alone = build(dtype=torch.float32, chunk=1, look_back=0)
+    torch.testing.assert_close(alone(x).hidden, alone.to_out(alone.to_v(x)), atol=1e-6, rtol=0)
+
+
+def test_a_zero_query_has_a_zero_key():
+    layer = build(bias=False)
+    x = data(1, 9)
+    x[0, 4] = 0
+    x.requires_grad_()
+    hidden = layer(x).hidden
+    (grad,) = torch.autograd.grad(hidden.square().sum(), x)
+    assert bool(hidden.isfinite().all())
+    assert bool(grad.isfinite().all())
+
+
+# --- hashing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(1, (2,)), (7, (2,)), (8, (4,)), (15, (4,)), (128, (64,)), (256, (8, 16)), (1024, (16, 32)), (16384, (64, 128))],
+)
+def test_bucket_count_follows_the_length(length: int, expected: tuple[int, ...]):
+    assert hashing.bucket_factors(length, 4) == expected
+    assert factors(build(), length) == list(expected)
+
+
+@pytest.mark.parametrize("buckets", [None, 2, 10, (4, 6)], ids=str)
+def test_buckets_are_those_of_the_definition(buckets):
+    layer, x = build(buckets=buckets), data(2, 41)
+    choices = layer(x).choices
+    assert choices.shape == (2, HEADS, 2, 41, 1)
+    q = layer.to_qk(x).unflatten(-1, (HEADS, -1))
+    for row in range(2):
+        for head in range(HEADS):
+            assert choices[row, head, ..., 0].tolist() == hash_document(layer, q[row, :, head], head)
+
+
+def test_factorised_buckets_of_a_long_row():
+    layer = build(chunk=2, dtype=torch.float64)
+    x = data(1, 150)
+    q = layer.to_qk(x).unflatten(-1, (HEADS, -1))
+    choices = layer(x).choices
+    assert layer.factors_for(150) == (8, 16)
+    assert int(choices.max()) > 64
+    assert choices[0, 1, ..., 0].tolist() == hash_document(layer, q[0, :, 1], 1)
+
+
+def test_rotations_of_fewer_are_the_first_of_more():
+    more = hashing.seeded_rotations(3, HEADS, 4, 5, (16, 32))
+    fewer = hashing.seeded_rotations(3, HEADS, 2, 5, (8,))
+    assert torch.equal(more[0][:, :, :2, :4], fewer[0])
+    assert not torch.equal(more[0], hashing.seeded_rotations(4, HEADS, 4, 5, (16, 32))[0])
+    assert not torch.equal(more[0], more[1][..., :8])
+
+
+def test_near_tokens_share_buckets_more_often():
+    """What makes it locality-sensitive: a small angle rarely changes the bucket, a random pair rarely agrees."""
+    q = torch.randn(500, 1, 16, dtype=torch.float64)
+    rotations = hashing.seeded_rotations(0, 1, 4, 16, (16,))
+    mine = hashing.hash_tokens(q, rotations, (16,))
+    near = hashing.hash_tokens(q + 0.1 * torch.randn_like(q), rotations, (16,))
+    far = hashing.hash_tokens(q.roll(1, 0), rotations, (16,))
+    assert float((mine == near).double().mean()) > 0.8
+    assert float((mine == far).double().mean()) < 0.15
+    assert torch.equal(mine, hashing.hash_tokens(7 * q, rotations, (16,)))
+
+
+def test_more_rounds_come_nearer_to_dense_attention():
+    x = data(1, 200)
+    whole = build(chunk=256)(x).hidden
+    errors = []
+    for rounds in (1, 4, 16):
+        hidden = build(rounds=rounds, chunk=8, correct_duplicates=True)(x).hidden
+        errors.append(float((hidden - whole).norm().detach()))
+    assert errors[0] > 1.2 * errors[1] > 1.4 * errors[2]
+
+
+# --- causality, padding, documents -----------------------------------------------------------------------------------
+
+
+def test_no_gradient_from_the_future():
+    for options in ({}, {"wrap": "reference"}, {"look_ahead": 1}, {"correct_duplicates": True}):
+        x = data(1, 37).requires_grad_()
+        hidden = build(**options)(x).hidden
+        (grad,) = torch.autograd.grad(hidden[:, :20].square().sum(), x)
+        assert bool((grad[:, 20:] == 0).all())
+        assert bool((grad[:, :20] != 0).any(-1).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_future_values_never_leak(dtype: torch.dtype):
+    """With the buckets replayed, the past is bitwise blind, to enormous values too."""
+    layer, x = build(dtype), data(2, 37).to(dtype)
+    out = layer(x)
+    other = x.clone()
+    other[:, 20:] = 1e3 * torch.randn_like(x[:, 20:])
+    assert torch.equal(layer(other, choices=out.choices).hidden[:, :20], out.hidden[:, :20])
+    assert not torch.equal(layer(other, choices=out.choices).hidden[:, 20:], out.hidden[:, 20:])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_never_matters(causal: bool):
+    layer = build(causal=causal)
+    for _, tokens in layouts(23):
+        x = data(len(tokens.valid), 23)
+        clean = layer(x, tokens)
+        dirty = layer(torch.where(tokens.valid[..., None], x, torch.nan).requires_grad_(), tokens)
+        assert torch.equal(clean.hidden, dirty.hidden)
+        assert torch.equal(clean.choices, dirty.choices)
+        for row, valid in enumerate(tokens.valid):
+            alone = Tokens.of(valid[None, valid], document=tokens.document[row : row + 1, valid])
+            expected = layer(x[row : row + 1, valid], alone).hidden
+            torch.testing.assert_close(clean.hidden[row : row + 1, valid], expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"wrap": "reference"}, {"causal": False}, {"correct_duplicates": True}], ids=str
+)
+def test_documents_in_a_row_equal_documents_apart(options: dict):
+    """Of 1, 30 and 9 tokens: each with chunks, a bucket count and a wrap of its own."""
+    layer, x = build(**options), data(1, 40)
+    document = torch.tensor([0] + [1] * 30 + [4] * 9)[None]
+    together = layer(x, Tokens.of(torch.ones(1, 40, dtype=torch.bool), document=document))
+    for part in (slice(0, 1), slice(1, 31), slice(31, 40)):
+        apart = layer(x[:, part])
+        assert torch.equal(together.choices[..., part, :], apart.choices)
+        torch.testing.assert_close(together.hidden[:, part], apart.hidden, atol=1e-12, rtol=0)
+
+
+def test_nothing_but_padding():
+    tokens = Tokens.of(torch.zeros(2, 5, dtype=torch.bool))
+    layer, x = build(), data(2, 5).requires_grad_()
+    out = layer(x, tokens, state=layer.initial_state(2))
+    assert bool((out.hidden == 0).all())
+    assert out.state.qk.shape[1] == 0
+    gradient = torch.autograd.grad(out.hidden.sum(), [x, *layer.parameters()], materialize_grads=True)
+    assert all(bool((part == 0).all()) for part in gradient)
+
+
+# --- choices and randomness ------------------------------------------------------------------------------------------
+
+
+def test_choices_replay():
+    layer, x = build(), data(2, 29)
+    layer.train()
+    first = layer(x)
+    assert torch.equal(layer(x, choices=first.choices).hidden, first.hidden)
+    assert not torch.equal(layer(x).hidden, first.hidden)
+    torch.testing.assert_close(
+        first.hidden, reference(layer, x, Tokens.all_valid(2, 29), first.choices), atol=1e-12, rtol=0
+    )
+
+
+def test_evaluation_is_a_function_of_the_seed():
+    x = data(1, 29)
+    one, other = build(seed=1), build(seed=2)
+    torch.manual_seed(0)
+    first = one(x).hidden
+    torch.manual_seed(1)
+    assert torch.equal(one(x).hidden, first)
+    assert not torch.equal(other(x).hidden, first)
+
+
+def test_training_draws_from_the_default_generator():
+    layer, x = build().train(), data(1, 29)
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        runs.append(layer(x).hidden)
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    fixed = build(resample=False)
+    assert torch.equal(fixed(x).hidden, fixed.train()(x).hidden)
+
+
+def test_checkpointing_replays_the_rotations():
+    layer, x = build().train(), data(1, 29).requires_grad_()
+    found = []
+    for call in (lambda x: layer(x).hidden, lambda x: checkpoint(lambda y: layer(y).hidden, x, use_reentrant=False)):
+        torch.manual_seed(4)
+        found.append(gradients(layer, x, call(x), torch.ones(1, 29, dtype=torch.bool)))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"wrap": "reference"}, {"buckets": 4}, {"correct_duplicates": True}], ids=str)
+@pytest.mark.parametrize("cuts", [list(range(1, 35)), [7, 8, 20]], ids=["single steps", "pieces"])
+def test_every_call_is_the_tail_of_the_prefix(cuts: list[int], options: dict):
+    layer, x = build(**options), data(2, 35)
+    tokens = Tokens.all_valid(2, 35)
+    state = layer.initial_state(2)
+    for start, stop in zip([0, *cuts], [*cuts, 35]):
+        out = layer(x[:, start:stop], tokens.cut(slice(start, stop)), state=state)
+        state = out.state
+        whole = layer(x[:, :stop])
+        assert torch.equal(out.choices, whole.choices[..., start:stop, :])
+        torch.testing.assert_close(out.hidden, whole.hidden[:, start:], atol=1e-12, rtol=0)
+
+
+def test_gradients_through_a_state():
+    layer, x = build(), data(2, 23).requires_grad_()
+    tokens = Tokens.all_valid(2, 23)
+    state = layer(x[:, :16], tokens.cut(slice(0, 16)), state=layer.initial_state(2)).state
+    hidden = layer(x[:, 16:], tokens.cut(slice(16, 23)), state=state).hidden
+    everything = torch.ones(2, 7, dtype=torch.bool)
+    stepwise = gradients(layer, x, hidden, everything)
+    whole = gradients(layer, x, layer(x).hidden[:, 16:], everything)
+    assert bool((stepwise[0][:, :16] != 0).any())
+    for a, b in zip(stepwise, whole):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+
+
+def test_a_prefix_is_hashed_again_only_when_it_has_doubled(monkeypatch: pytest.MonkeyPatch):
+    hashed = []
+    original = hashing.hash_tokens
+
+    def counting(q, rotations, factors):
+        hashed.append((len(q), factors))
+        return original(q, rotations, factors)
+
+    monkeypatch.setattr(hashing, "hash_tokens", counting)
+    layer, x = build(), data(1, 34)
+    state = layer.initial_state(1)
+    for step in range(34):
+        state = layer(x[:, step : step + 1], Tokens.of(torch.ones(1, 1).bool(), start=step), state=state).state
+    again = {8: (4,), 16: (8,), 32: (16,)}
+    assert hashed == [(n if n in again else 1, hashing.bucket_factors(n, 4)) for n in range(1, 35)]
+
+
+def test_a_state_keeps_the_current_document_alone():
+    layer, x = build(), data(2, 20)
+    document = torch.tensor([[0] * 6 + [1] * 14, [0] * 20])
+    tokens = Tokens.of(torch.ones(2, 20, dtype=torch.bool), document=document)
+    whole = layer(x, tokens).hidden
+    first = layer(x[:, :12], tokens.cut(slice(0, 12)), state=layer.initial_state(2))
+    assert first.state.tokens.valid.sum(1).tolist() == [6, 12]
+    second = layer(x[:, 12:], tokens.cut(slice(12, 20)), state=first.state)
+    torch.testing.assert_close(second.hidden, whole[:, 12:], atol=1e-12, rtol=0)
+    assert second.state.tokens.valid.sum(1).tolist() == [14, 20]
+
+
+def test_a_state_does_not_carry_drawn_or_replayed_buckets():
+    """They are functions of one call; the next one hashes the whole prefix alike."""
+    layer, x = build(), data(1, 24)
+    tokens = Tokens.all_valid(1, 24)
+    begin, end = tokens.cut(slice(0, 15)), tokens.cut(slice(15, 24))
+    expected = layer(x).hidden[:, 15:]
+    drawn = layer.train()(x[:, :15], begin, state=layer.initial_state(1))
+    assert drawn.state.buckets.shape[2] == 0
+    replayed = layer.eval()(x[:, :15], begin, state=layer.initial_state(1), choices=drawn.choices)
+    for state in (drawn.state, replayed.state):
+        torch.testing.assert_close(layer(x[:, 15:], end, state=state).hidden, expected, atol=1e-12, rtol=0)
+    seeded = layer(x[:, :15], begin, state=layer.initial_state(1)).state
+    layer.train()
+    torch.manual_seed(6)
+    trained = layer(x[:, 15:], end, state=seeded).hidden
+    torch.manual_seed(6)
+    torch.testing.assert_close(trained, layer(x).hidden[:, 15:], atol=1e-12, rtol=0)
+
+
+def test_replay_with_a_state():
+    layer, x = build(), data(1, 24)
+    tokens = Tokens.all_valid(1, 24)
+    whole = layer(x)
+    state = layer(x[:, :15], tokens.cut(slice(0, 15)), state=layer.initial_state(1)).state
+    out = layer(x[:, 15:], tokens.cut(slice(15, 24)), state=state, choices=whole.choices[..., 15:, :])
+    torch.testing.assert_close(out.hidden, whole.hidden[:, 15:], atol=1e-12, rtol=0)
+
+
+def test_rounds_are_adjustable():
+    layer, x = build(rounds=1), data(1, 24)
+    tokens = Tokens.all_valid(1, 24)
+    state = layer(x[:, :15], tokens.cut(slice(0, 15)), state=layer.initial_state(1)).state
+    layer.rounds = 5
+    expected = build(rounds=5)(x).hidden
+    assert torch.equal(layer(x).hidden, expected)
+    torch.testing.assert_close(
+        layer(x[:, 15:], tokens.cut(slice(15, 24)), state=state).hidden, expected[:, 15:], atol=1e-12, rtol=0
+    )
+    layer.rounds = 0
+    with pytest.raises(ValueError, match="rounds must be an integer of at least 1, got 0"):
+        layer(x)
+
+
+# --- numerics, memory, errors ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False, "correct_duplicates": True}], ids=str)
+def test_gradcheck_with_fixed_buckets(options: dict):
+    layer, x = build(**options), data(1, 11).requires_grad_()
+    choices = layer(x).choices
+    assert torch.autograd.gradcheck(lambda x: layer(x, choices=choices).hidden, x, fast_mode=True)
+
+
+def test_second_derivatives_need_the_dense_kernel():
+    layer, x = build(), data(1, 11).requires_grad_()
+    choices = layer(x).choices
+    (grad,) = torch.autograd.grad(layer(x).hidden.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives are not defined for kernel=chunks"):
+        torch.autograd.grad(grad.sum(), x)
+    layer.kernel = "dense"
+    assert torch.autograd.gradgradcheck(lambda x: layer(x, choices=choices).hidden, x, fast_mode=True)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_bfloat16_with_replayed_buckets(causal: bool):
+    """Its inputs and weights are rounded; the error stays that of the projections."""
+    layer = build(causal=causal)
+    small = copy.deepcopy(layer).to(torch.bfloat16)
+    rounded = copy.deepcopy(small).to(torch.float64)
+    x = data(2, 101).to(torch.bfloat16)
+    exact = rounded(x.double())
+    out = small(x, choices=exact.choices)
+    assert out.hidden.dtype == torch.bfloat16
+    error = (out.hidden.double() - exact.hidden).norm() / exact.hidden.norm()
+    assert bool(error < 0.01)
+
+
+def test_autocast_computes_the_core_in_float32():
+    layer, x = build(torch.float32), data(1, 50).float().requires_grad_()
+    choices = layer(x).choices
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = layer(x, choices=choices).hidden
+        hidden.float().square().sum().backward()
+    expected = layer(x, choices=choices).hidden
+    assert hidden.dtype == torch.bfloat16
+    assert bool((hidden - expected).norm() / expected.norm() < 0.02)
+    assert bool(x.grad.isfinite().all())
+
+
+def test_memory_grows_linearly():
+    """Above lengths at which blocks of heads have their full size. Nothing as large as tokens x window is kept."""
+    layer = Reformer(dim=32, heads=2, chunk=16)
+    peaks = []
+    for length in (16384, 32768):
+        x = torch.randn(1, length, 32, requires_grad=True)
+        peaks.append(peak_memory(lambda x=x: layer(x).hidden.sum().backward()).peak_bytes)
+    assert peaks[1] < 2.1 * peaks[0]
+    assert peaks[1] < 32768 * 4 * 32 * 60
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": 0}, "rounds must be an integer of at least 1, got 0"),
+        ({"chunk": -4}, "chunk must be an integer of at least 1, got -4"),
+        ({"look_back": -1}, "look_back must be an integer of at least 0, got -1"),
+        ({"look_ahead": 0.5}, "look_ahead must be an integer of at least 0, got 0.5"),
+        ({"buckets": 7}, "buckets must be an even number of at least 2, or two of them, got 7"),
+        ({"buckets": [4, 4, 4]}, "buckets must be an even number of at least 2, or two of them"),
+        ({"buckets": True}, "buckets must be an even number of at least 2, or two of them, got True"),
+        ({"wrap": "ring"}, "wrap must be one of row, reference, got 'ring'"),
+        ({"kernel": "flash"}, "kernel=flash is not supported: it has no such kernel"),
+        ({"key_norm_epsilon": -1.0}, "key_norm_epsilon must be at least 0, got -1.0"),
+        ({"cross": True, "causal": False}, "cross=True is not supported"),
+        ({"kv_heads": 1}, "kv_heads=1 is not supported"),
+        ({"positions": "rotary"}, "positions=rotary is not supported"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        build(**options)
+
+
+def test_wrong_calls_are_refused():
+    layer, x = build(), data(1, 6)
+    with pytest.raises(ValueError, match=r"choices must be buckets of shape \(1, 3, 2, 6, 1\), got \(1, 3, 2, 5, 1\)"):
+        layer(x, choices=layer(x[:, :5]).choices)
+    two_sided = build(causal=False)
+    with pytest.raises(Unsupported, match="two-sided attention needs all tokens in one call"):
+        two_sided(x, Tokens.all_valid(1, 6), state=two_sided.initial_state(1))
