@@ -12,6 +12,7 @@ from references.transformer_xl import reference
 from torch import Tensor
 
 import attention_zoo as zoo
+from attention_zoo.attention import transformer_xl
 from attention_zoo.attention.transformer_xl import Memory, TransformerXL
 from attention_zoo.contract import Tokens, Unsupported, keep
 from attention_zoo.measure.memory import peak_memory
@@ -152,6 +153,51 @@ def test_shift_equals_gather_at_length_and_refuses_holes() -> None:
     holes = Tokens.of(torch.tensor([[True, False, True]]))
     with pytest.raises(Unsupported, match="kernel=shift is not supported: columns are not positions here"):
         build(kernel="shift")(data(1, 3), holes)
+
+
+@pytest.mark.parametrize("same_length", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_absorbed_projections_equal_the_loop(bias: bool, same_length: bool) -> None:
+    layer = build(5, 4, same_length=same_length, bias=bias, kernel="absorbed")
+    for layout, tokens in layouts(13):
+        x = data(len(tokens.valid), 13)
+        with torch.no_grad():
+            for length, out in ((13, layer(x, tokens).hidden), (1, feed(layer, x, tokens, list(range(1, 13)))[0])):
+                assert bool(out.isfinite().all())
+                expected = reference(layer, x, tokens)
+                assert_close(out[tokens.valid], expected[tokens.valid], f"{layout}, {length} at once", 1e-12)
+    with pytest.raises(Unsupported, match="kernel=absorbed is not supported: it gives no gradients"):
+        layer(x, tokens)
+
+
+def test_decoding_does_not_project_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And agrees with a layer that does, in float32 and under autocast."""
+    x, tokens, steps = data(2, 11).float(), Tokens.all_valid(2, 11), list(range(1, 11))
+    with torch.no_grad():
+        expected = build(5, 4, torch.float32, head_width=8, kernel="shift")(x, tokens).hidden
+        monkeypatch.delattr(transformer_xl, "project_streams")
+        layer = build(5, 4, torch.float32, head_width=8)
+        assert_close(feed(layer, x, tokens, steps)[0], expected, "steps", 1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = feed(layer, x, tokens, steps)[0]
+    assert float((mixed.float() - expected).norm() / expected.norm()) < 0.02
+
+
+def test_no_chunk_reads_a_key_in_vain() -> None:
+    """Wherever a call begins in a segment, and whatever divides it."""
+    for segment, memory in ((512, 512), (300, 100), (16, 40)):
+        for start in (0, 7, 511):
+            position = start + torch.arange(2000)
+            border = position - position % segment
+            first, own = ((at - start).clamp(min=0)[None] for at in (border - memory, border))
+            borders = relative.chunk_borders(2000, segment, start)
+            plan = relative.plan_chunks(first, own, borders, 2000)
+            assert [chunk.start for chunk in plan.chunks] + [2000] == borders
+            for chunk in plan.chunks:
+                assert chunk.stop - chunk.start <= relative.ROWS
+                assert chunk.high - chunk.low <= memory + max(segment, relative.ROWS)
+                if segment >= relative.ROWS:
+                    assert chunk.own == chunk.all_own
 
 
 def test_derivatives_match_finite_differences() -> None:
@@ -316,7 +362,7 @@ def test_pairs_are_counted() -> None:
     [
         ({"segment": 0}, "segment_length must be an integer of at least 1, got 0"),
         ({"memory": -1}, "memory_length must be an integer of at least 0, got -1"),
-        ({"kernel": "fast"}, "kernel must be one of auto, shift, gather, got 'fast'"),
+        ({"kernel": "fast"}, "kernel must be one of auto, absorbed, shift, gather, got 'fast'"),
         ({"dim": 9}, "dim must be even"),
         ({"causal": False}, "causal=False is not supported"),
         ({"cross": True, "causal": False}, "cross=True is not supported"),

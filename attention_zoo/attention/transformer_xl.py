@@ -12,7 +12,7 @@ f_i = 10000^(-2i/E), concatenated as in the released code; u and v are one pair 
 
 One call of any length equals the loop over segments, in outputs and gradients: what a loop would pass from segment to
 segment are inputs of this same layer, and those are all there. So segments run at once, in O(L·(S+M)) time and O(L·E)
-memory (ops/relative.py).
+memory (ops/relative.py). Decoding projects the query into the space of hidden states instead of all keys out of it.
 
 Deviations: queries, keys, values and output have a bias unless bias=False (the released code has none). same_length
 sees M tokens and itself, where the released code loses one of the M. Dropout and norm belong to the skeleton.
@@ -74,7 +74,8 @@ class TransformerXL(Attention):
         same_length: every token sees exactly the last M tokens and itself, so that all have the same context. Which
             pairs pass gradients to hidden states still follows the segments.
         untie_r: give each layer its own u and v, instead of one pair shared over depth.
-        kernel: auto | shift | gather. "shift" needs tokens without holes; auto takes "gather" where there are some.
+        kernel: auto | absorbed | shift | gather. "absorbed" is for few queries and gives no gradients, "shift" needs
+            tokens without holes, "gather" does everything. auto takes the first that fits.
         shared: the options of `Attention`. `positions` may be "none" or "relative", which mean the same here: this
             mechanism always has its own. `bias` does not concern W_r, which has none.
     """
@@ -110,7 +111,7 @@ class TransformerXL(Attention):
         super().__init__(**shared)
         if self.dim % 2:
             raise ValueError(f"dim must be even for sines and cosines of distances, got {self.dim}")
-        one_of(("auto", "shift", "gather"), kernel=kernel)
+        one_of(("auto", "absorbed", "shift", "gather"), kernel=kernel)
         self.segment_length, self.memory_length, self.same_length = segment_length, memory_length, same_length
         self._check_lengths()
         self.kernel = kernel
@@ -158,15 +159,51 @@ class TransformerXL(Attention):
         if state is not None:
             hidden, keys = torch.cat([state.hidden.to(x.dtype), x], 1), state.tokens.then(tokens)
         layout = self._layout(keys, x.shape[1])
-        plan = self._plan(layout)
+        out = self._absorbed(x, hidden, layout) if self._is_absorbed(x) else self._chunked(x, hidden, layout)
+        out = self.to_out(rearrange(out, "b h l d -> b l (h d)"))
+        return Output(out, None if state is None else self._remember(hidden, layout))
 
+    def _chunked(self, x: Tensor, hidden: Tensor, layout: Layout) -> Float[Tensor, "B H L D"]:
+        """Project all keys, then attend in chunks of queries."""
+        plan = self._plan(layout)
         q = self._heads(self.to_q(x))
         k, k_own = (self._heads(stream) for stream in project_streams(hidden, self.to_k.weight, self.to_k.bias))
         v, v_own = (self._heads(stream) for stream in project_streams(hidden, self.to_v.weight, self.to_v.bias))
         r = rearrange(self.to_r(self._waves(plan.distances)), "n (h d) -> n h d", h=self.heads)
-        out = relative_attention(q, k, v, k_own, v_own, r, self.u, self.v, plan, scale=self.scale)
-        out = self.to_out(rearrange(out, "b h l d -> b l (h d)"))
-        return Output(out, None if state is None else self._remember(hidden, layout))
+        return relative_attention(q, k, v, k_own, v_own, r, self.u, self.v, plan, scale=self.scale)
+
+    def _is_absorbed(self, x: Tensor) -> bool:
+        """Whether this call is for the "absorbed" kernel: it spends E per pair and head where the others spend D."""
+        if self.kernel == "absorbed" and torch.is_grad_enabled():
+            raise Unsupported(self.name, "kernel=absorbed", "it gives no gradients", "torch.no_grad() or kernel=auto")
+        few = 4 * x.shape[1] <= self.head_width and not torch.is_grad_enabled()
+        return self.kernel == "absorbed" or (self.kernel == "auto" and few)
+
+    def _absorbed(self, x: Tensor, hidden: Tensor, layout: Layout) -> Float[Tensor, "B H L D"]:
+        """Few queries meet the hidden states themselves: q · (W h) = (Wᵀ q) · h, and W mixes values after the sum."""
+        keys, length = layout.keys, x.shape[1]
+        exact = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            to_k, to_r, to_v = (
+                rearrange(layer.weight.to(exact), "(h d) e -> h d e", h=self.heads)
+                for layer in (self.to_k, self.to_r, self.to_v)
+            )
+            q = self._heads(self.to_q(x.to(self.to_q.weight.dtype))).to(exact)
+            states = hidden.to(exact)[:, None]
+            column = torch.arange(hidden.shape[1], device=x.device)
+            seen = (column >= layout.first[..., None]) & (column <= column[-length:, None]) & keys.valid[:, None]
+            distance = (keys.position[:, -length:, None] - keys.position[:, None]).masked_fill(~seen, 0)
+            waves = self._waves(int(distance.amax()) + 1).to(exact)
+            # the bias of keys adds the same to all scores of a query: softmax does not see it
+            content = ((q + self.u[:, None]) @ to_k) @ states.transpose(-1, -2)
+            place = ((q + self.v[:, None]) @ to_r) @ waves.T
+            scores = content + place.gather(-1, distance[:, None].expand_as(content))
+            scores = (scores * self.scale).masked_fill(~seen[:, None], -torch.inf)
+            weights = scores.softmax(-1).masked_fill(~seen[:, None], 0)  # padding sees nothing: softmax gives NaN
+            out = (weights @ states) @ to_v.transpose(-1, -2)
+            if self.to_v.bias is not None:
+                out = out + rearrange(self.to_v.bias, "(h d) -> h 1 d", h=self.heads)
+            return out.to(x.dtype)
 
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b l (h d) -> b h l d", h=self.heads)
