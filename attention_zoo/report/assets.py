@@ -33,13 +33,15 @@ thead tr.groups th{border-bottom:0;white-space:normal;color:var(--ink);font-weig
 .edge{border-left:1px solid var(--line)}
 th:first-child,td:first-child,.text td,.text th{text-align:left}
 tbody th{position:sticky;left:0;background:var(--paper)}
-.text td{white-space:normal;min-width:7rem;vertical-align:top}
+.text td{white-space:normal;min-width:6rem;max-width:44rem;overflow-wrap:anywhere}
+.text td,.text tbody th{vertical-align:top}
 tbody tr:hover td,tbody tr:hover th{background:var(--soft)}
 .charts{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:28px 32px;margin-top:1rem}
 .pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:24px 26px;margin-top:1rem}
 figure{margin:0;min-width:0}
 figcaption{margin-bottom:.2rem}
 .plot{width:100%;height:390px}
+.square{display:grid;grid-template-rows:subgrid;grid-row:span 4;row-gap:0}
 .square .plot{height:auto;aspect-ratio:1}
 .legend{display:flex;flex-wrap:wrap;gap:2px 4px;margin:.35rem 0 .1rem -6px}
 .legend button{display:inline-flex;align-items:center;gap:6px;font:inherit;font-size:.8125rem;line-height:1.2;

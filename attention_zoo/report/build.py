@@ -226,8 +226,8 @@ def _method(rows: list[Row]) -> str:
         repeats = sorted({row["repeats"] for row in speed if row.get("repeats")})
         warm = sorted({row["warmup"] for row in speed if row.get("warmup") is not None})
         said.append(
-            f"Seconds: the median of {_range(repeats)} repeats after {_range(warm)} warm-up calls; bars in the chart "
-            "run from the fastest to the slowest repeat."
+            f"Seconds: the median of the timed calls ({_range(repeats)}) after warm-up calls ({_range(warm)}); "
+            "bars in the chart run from the fastest to the slowest."
         )
     if results.of(rows, "quality"):
         said.append(

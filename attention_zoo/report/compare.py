@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -29,7 +31,7 @@ from attention_zoo.report.patterns import portrait
 from attention_zoo.report.rows import Row
 from attention_zoo.report.summary import Findings, headline, rich_table, write_csv
 from attention_zoo.report.trainings import Run, RunEvent, run_trainings
-from attention_zoo.training.config import check, compose_training
+from attention_zoo.training.config import check, compose_training, one_line
 
 SILENCE_S = 20.0
 """Without a terminal, a line at least this often while trainings go on."""
@@ -40,11 +42,15 @@ class TrainingPlan:
     """One task on which every backend is trained.
 
     Fields:
-        overrides: of conf/train.yaml, as on the command line of experiments.train.
+        task, model, tracker: which of conf/task, conf/model and conf/tracker.
+        set: values of conf/train.yaml that differ, nested as there: {steps: 200, trainer: {max_seconds: 60}}.
         options: backend -> its own options; a backend without an entry keeps its defaults.
     """
 
-    overrides: list[str] = field(default_factory=list)
+    task: str = "text"
+    model: str = "tiny"
+    tracker: str = "none"
+    set: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -94,13 +100,25 @@ class CompareConfig:
         at_least(1, parallel=self.parallel)
         found = []
         for task, plan in self.trainings.items():
+            shared = _shared(task, plan)
             for seed in self.seeds:
-                composed = compose_training([*plan.overrides, f"seed={seed}", "trainer.progress=none"])
                 for name in self.names():
                     options = {**registry.recipe(name)[1], **(plan.options.get(name) or {})}
-                    config = check({**composed, "backend": name, "attention": _built(name, options)})
+                    config = check({**shared, "seed": seed, "backend": name, "attention": _built(name, options)})
                     found.append(Run(f"{task}-{name}-s{seed}", config))
         return found
+
+
+def _shared(name: str, plan: TrainingPlan) -> dict[str, Any]:
+    """What the trainings of a plan have in common; a key that conf/train.yaml does not know is refused."""
+    chosen = [f"task={plan.task}", f"model={plan.model}", f"tracker={plan.tracker}", "trainer.progress=none"]
+    base = OmegaConf.create(compose_training(chosen))
+    OmegaConf.set_struct(base, True)
+    try:
+        merged = OmegaConf.merge(base, plan.set)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"trainings.{name}.set: {one_line(error)}") from None
+    return OmegaConf.to_container(merged)  # type: ignore[return-value]
 
 
 def _built(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +147,10 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
     folder, began = Path(config.output), time.monotonic()
     config.measure.backends, config.measure.output = config.names(), config.output
     cells, runs = config.measure.cells(), config.runs()
-    console.print(f"{len(config.names())} backends: {len(cells)} cells to measure, {len(runs)} trainings, in {folder}")
+    console.print(
+        f"{len(config.names())} backends: {len(cells)} cells to measure, {len(runs)} trainings, in {folder}",
+        soft_wrap=True,
+    )
 
     console.print("1/4 what each token sees", style="bold")
     rows = [portrait(name, config.small.get(name), length=config.picture_length) for name in config.names()]
@@ -162,10 +183,16 @@ def show(rows: list[Row], path: Path, console: Console) -> None:
     found = Findings.of(rows)
     console.print(rich_table(found))
     for sentence in headline(found):
-        console.print(f"• {sentence}", markup=False, highlight=False)
+        console.print(f"• {sentence}", markup=False, highlight=False, soft_wrap=True)
     for row in rows:
         if row["status"] != "ok":
-            console.print(f"! {results.what(row)}: {results.why(row)}", markup=False, highlight=False, style="yellow")
+            console.print(
+                f"! {results.what(row)}: {results.why(row)}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+                style="yellow",
+            )
     console.print(f"\nreport: {path.resolve()}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -198,7 +225,7 @@ class TrainingProgress:
 
     def _say(self, line: str) -> None:
         self.spoke = time.monotonic()
-        self.console.print(line, markup=False, highlight=False)
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def outcome(row: Row) -> str:

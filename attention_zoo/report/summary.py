@@ -133,7 +133,7 @@ def headline(found: Findings) -> list[str]:
             [f"{each.label} {each.words()}" for each in task.learnt if each.rows]
         )  # fmt: skip
         tail = f" ({'; '.join(obstacles)})" if obstacles else ""
-        said.append(f"{task.title[0].upper()}{task.title[1:]}, {METRIC_WORDS[task.metric]}: {figures}{tail}.")
+        said.append(f"On {task.name} ({task.seq_len:,} tokens), {METRIC_WORDS[task.metric]}: {figures}{tail}.")
     return said
 
 
@@ -194,18 +194,27 @@ def _list(parts: list[str]) -> str:
 
 
 def rich_table(found: Findings) -> RichTable:
-    """What fits a terminal: quality, cost at the common length, growth, and where fused attention is overtaken."""
+    """What fits a terminal of 80 columns: quality, cost at the common length, growth, overtaking fused attention."""
     whole = summary(found)
     flat = [(group, column) for group, columns in whole.groups for column in columns]
-    left_out = {"At its longest measured", "Cheaper than materialised from", "Model"}
-    table = RichTable(title="Summary", title_justify="left", header_style="bold", padding=(0, 1, 0, 0), box=box.SIMPLE)
+    short = {
+        ("Grows as length to the", "time"): "time ~\nlength^",
+        ("Cheaper than fused from", "time"): "faster than\nfused from",
+    }
+    kept = []
+    for number, (group, column) in enumerate(flat):
+        if group == "What it learnt":
+            kept.append((number, column.replace(": ", "\n")))
+        elif group.startswith("At ") and group.endswith(" tokens"):
+            kept.append((number, f"{column}\n{group[0].lower()}{group[1:].removesuffix(' tokens')}"))
+        elif (group, column) in short:
+            kept.append((number, short[group, column]))
+    table = RichTable(title_justify="left", header_style="bold", padding=(0, 1, 0, 0), box=box.SIMPLE)
     table.add_column("mechanism", no_wrap=True)
-    kept = [number for number, (group, _) in enumerate(flat) if group not in left_out]
-    for number in kept:
-        group, column = flat[number]
-        table.add_column(column if group == "What it learnt" else f"{group}: {column}", justify="right")
+    for _, heading in kept:
+        table.add_column(heading, justify="right")
     for name, cells in zip(whole.names, whole.cells):
-        table.add_row(name, *(cells[number] for number in kept))
+        table.add_row(name, *(cells[number] for number, _ in kept))
     return table
 
 

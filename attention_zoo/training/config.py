@@ -199,7 +199,8 @@ def one_line(error: BaseException) -> str | None:
             group, _, name = missing.rpartition("/")
             options = sorted(found.options or ())
             return f"{group or 'config'} must be one of {', '.join(options)}, got {name!r}{_near(name, options)}"
-    ours = [e for e in chain if type(e).__module__.startswith(("hydra.", "omegaconf."))]
+    # an inner OmegaConf error may still hold the places where the outer one has the value
+    ours = [e for e in chain if type(e).__module__.startswith(("hydra.", "omegaconf.")) and "$VALUE" not in str(e)]
     if not ours:
         return None
     deepest = ours[-1]

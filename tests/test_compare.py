@@ -1,0 +1,176 @@
+"""The main job end to end: every backend in, one report out, nothing done twice, failures recorded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+import attention_zoo as zoo
+from attention_zoo.files import read_jsonl, write_json
+from attention_zoo.report import trainings
+from attention_zoo.report.compare import CompareConfig, TrainingPlan, register
+from attention_zoo.report.trainings import Run, finished, run_trainings
+from attention_zoo.training.run import run_identity
+
+
+def composed(*overrides: str) -> CompareConfig:
+    register()
+    with initialize_config_module("attention_zoo.conf", version_base="1.3"):
+        found = compose("compare", ["output=unused", *overrides])
+    return OmegaConf.to_object(found)  # type: ignore[return-value]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        capture_output=True, text=True, timeout=580, cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_smoke_preset_from_start_to_report_and_the_second_call_only_draws(tmp_path):
+    asked = ["experiments.compare", "preset=smoke", "backends=[full,transformer_xl]", f"output={tmp_path}"]
+    first = command(*asked)
+    assert first.returncode == 0, first.stderr[-2000:]
+    rows = list(read_jsonl(tmp_path / "results.jsonl"))
+    kinds = [(row["kind"], row["backend"], row["status"]) for row in rows]
+    assert all(status == "ok" for *_, status in kinds), [row["error"] for row in rows]
+    assert kinds.count(("speed", "full", "ok")) == 4, "two kernels, two lengths"
+    assert kinds.count(("speed", "transformer_xl", "ok")) == 2
+    assert kinds.count(("quality", "transformer_xl", "ok")) == 2
+    assert kinds.count(("portrait", "full", "ok")) == 1
+    recall = next(row for row in rows if row.get("task") == "mqar" and row["backend"] == "transformer_xl")
+    assert recall["config"]["attention"]["segment_length"] == 8, "recall is trained at the small options"
+    page = (tmp_path / "report.html").read_text()
+    assert "undertrained: do not rank" in page
+    assert "no ranking: one seed" in page
+    assert (tmp_path / "results.csv").read_text().count("\n") == len(rows) + 1
+    assert str(tmp_path / "report.html") in first.stdout
+    assert "transformer_xl" in first.stdout
+
+    for path in [*tmp_path.glob("cells/*.json"), *tmp_path.glob("training/*/result.json")]:
+        os.utime(path, (0, 0))
+    second = command(*asked)
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert "10 of 10 results were finished before and are drawn only" in second.stdout
+    assert all(path.stat().st_mtime == 0 for path in tmp_path.glob("cells/*.json"))
+    assert all(path.stat().st_mtime == 0 for path in tmp_path.glob("training/*/result.json"))
+    assert list(read_jsonl(tmp_path / "results.jsonl")) == rows
+
+    (tmp_path / "report.html").unlink()
+    third = command("experiments.report", f"results=[{tmp_path / 'results.jsonl'}]")
+    assert third.returncode == 0, third.stderr[-2000:]
+    assert (tmp_path / "report.html").read_text() == page
+
+
+def tiny_run(name: str, steps: int = 2, **attention: object) -> Run:
+    small = {"model": {"dim": 16}, "task": {"test_examples": 16}, "batch": 4, "device": "cpu", "threads": 1}
+    plan = TrainingPlan("mqar", set={**small, "steps": steps}, options={"longformer": attention})
+    (run,) = CompareConfig(backends=["longformer"], trainings={"mqar": plan}).runs()
+    return Run(name, run.config)
+
+
+@pytest.mark.slow
+def test_a_training_that_fails_or_dies_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
+    runs = [tiny_run("bad", window=-1), tiny_run("killed", steps=100_000), tiny_run("good", window=4)]
+    children: dict[str, trainings._Child] = {}
+    start = trainings._start
+    monkeypatch.setattr(trainings, "_start", lambda run, folder: children.setdefault(run.name, start(run, folder)))
+    seen = []
+
+    def watch(event):
+        seen.append((event.kind, event.run.name if event.run else None))
+        if "killed" in children and (tmp_path / "killed" / "metrics.jsonl").exists():
+            children["killed"].process.kill()
+
+    bad, killed, good = run_trainings(runs, tmp_path, parallel=3, on_event=watch)
+    assert (bad["status"], killed["status"], good["status"]) == ("failed", "oom", "ok")
+    assert "window must be" in bad["error"]
+    assert "signal 9" in killed["error"]
+    assert {row["task"] for row in (bad, killed, good)} == {"mqar"}
+    assert good["config"]["attention"]["window"] == 4
+    assert ("finished", "good") in seen
+
+    children.clear()
+    seen.clear()
+    assert run_trainings(runs[2:], tmp_path, on_event=watch) == [good]
+    assert seen == [("skipped", "good")]
+    assert not children, "no process was started again"
+
+
+def test_only_a_row_of_the_same_config_code_and_data_counts_as_finished(tmp_path):
+    run = tiny_run("one")
+    row = {"id": run_identity(run.config), "status": "ok", "data": None}
+    assert finished(run.config, tmp_path) is None, "nothing there"
+    write_json(tmp_path / "result.json", row)
+    assert finished(run.config, tmp_path) is None, "other data"
+    from attention_zoo.training.run import build
+
+    row["data"] = json.loads(json.dumps(build(run.config["task"]).describe(run.config["seq_len"])))
+    write_json(tmp_path / "result.json", row)
+    assert finished(run.config, tmp_path) == row
+    assert finished({**run.config, "seed": 1}, tmp_path) is None, "another seed"
+    assert finished({**run.config, "force": True}, tmp_path) is None
+    write_json(tmp_path / "result.json", {**row, "status": "failed"})
+    assert finished(run.config, tmp_path) is None, "a failure may pass"
+
+
+@pytest.mark.parametrize("preset", ["default", "smoke", "gpu"])
+def test_presets_cover_every_backend_both_baselines_and_both_tasks(preset):
+    config = composed(f"preset={preset}", "measure.device=cpu")
+    assert config.names() == list(zoo.available())
+    runs = config.runs()
+    assert {(r.config["task"]["_target_"].rpartition(".")[2], r.config["backend"]) for r in runs} == {
+        (task, name) for task in ("Text", "Mqar") for name in zoo.available()
+    }
+    assert len({run.name for run in runs}) == len(runs)
+    cells = config.measure.cells()
+    assert {cell.kernel for cell in cells if cell.backend == "full"} == {"dense", "sdpa"}
+    assert {cell.backend for cell in cells} == set(zoo.available())
+
+
+def test_the_default_preset_measures_and_trains_what_it_says():
+    config = composed()
+    cells = config.measure.cells()
+    longest = {(c.backend, c.kernel): max(d.length for d in cells if d.backend == c.backend) for c in cells}
+    assert longest["full", "dense"] == longest["full", "sdpa"] == 4096
+    assert {length for (backend, _), length in longest.items() if backend != "full"} == {16384}
+    assert {(c.heads, c.head_width, c.batch, c.dtype, c.phase, c.variant, c.causal) for c in cells} == {
+        (8, 64, 1, "float32", "forward_backward", "layer", True)
+    }
+    for run in config.runs():
+        assert run.config["threads"] == 1
+        assert run.config["trainer"]["max_seconds"] <= 75
+        if "mqar" in run.name:
+            assert run.config["model"]["short_conv"] == 3
+            assert run.config["seq_len"] == 64
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["backends=[longfromer]"], "did you mean longformer"),
+        (["+trainings.text.options.longformer.windw=3"], "options of longformer must be among"),
+        (["trainings.text.set.steps=abc"], "steps: Value 'abc'"),
+        (["+trainings.text.set.task.pth=a"], "trainings.text.set: task.pth is no known option"),
+        (["trainings.text.task=texts"], "task must be one of mqar, text, got 'texts'"),
+        (["parallel=0"], "parallel must be an integer of at least 1, got 0"),
+    ],
+)
+def test_wrong_input_is_one_clear_line_before_anything_runs(overrides, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        composed("preset=smoke", *overrides).runs()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_key_is_refused():
+    with pytest.raises(Exception, match="lenghts"):
+        composed("measure.lenghts=[1]")

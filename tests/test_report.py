@@ -1,0 +1,316 @@
+"""The report says what the rows say: no more (ranking), no less (failures), and derived figures are right."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+
+import pytest
+from report_rows import LENGTHS, LOSSES, made_up, portrait, quality, speed, unfinished
+from rich.console import Console
+
+from attention_zoo.report import Findings, build_report, costs, headline, read, rich_table, write_csv
+from attention_zoo.report import quality as learnt
+from attention_zoo.report.costs import MEMORY, TIME
+from attention_zoo.report.palette import DARK, place, styles
+from attention_zoo.report.summary import summary
+from attention_zoo.report.units import log_ticks, millions, seconds, significant, size, whole
+
+
+def page_of(rows, tmp_path) -> str:
+    return build_report(rows, tmp_path / "report.html").read_text()
+
+
+def text_of(page: str) -> str:
+    """What a reader sees: the body without scripts and tags."""
+    body = page[page.index("<body>") : page.index('<script id="figures"')]
+    return re.sub(r"<[^>]+>", " ", body).replace("\u00a0", " ")
+
+
+def figures_of(page: str) -> dict:
+    found = re.search(r'<script id="figures" type="application/json">(.*?)</script>', page, re.S)
+    assert found
+    return json.loads(found.group(1))
+
+
+def test_page_holds_every_section_and_loads_nothing(tmp_path):
+    page = page_of(made_up(), tmp_path)
+    for key in ("summary", "cost", "pareto", "learning", "patterns", "abilities", "method", "missing"):
+        assert f'<section id="{key}">' in page
+    shell = page[: page.index("<script>")]  # what comes before plotly.js
+    assert not re.search(r'(?:src|href)="(?!#|data:)', shell)
+    assert "default-src 'none'" in shell
+    assert page.count("<script>") == 2, "plotly.js and our script, each once"
+
+
+def test_summary_holds_the_figures_of_the_rows():
+    found = Findings.of(made_up())
+    assert found.length == 4096, "materialised attention was not measured beyond"
+    table = summary(found)
+    columns = [f"{group}|{column}" for group, many in table.groups for column in many]
+    cells = dict(zip(table.names, table.cells))
+    line = dict(zip(columns, cells["longformer"]))
+    row = speed("longformer", "auto", 4096)
+    assert line["At 4,096 tokens|time"] == seconds(row["seconds"])
+    assert line["At 4,096 tokens|peak memory"] == size(row["peak_bytes"])
+    assert line["At its longest measured|tokens"] == "16,384"
+    assert line["Grows as length to the|time"] == "1.04"
+    assert line["What it learnt|text: bits per byte"] == f"{LOSSES['longformer']:.3f}"
+    assert line["What it learnt|mqar: accuracy"] == "41.0 %"
+    assert line["Model|carries state"] == "no"
+    assert dict(zip(columns, cells["transformer_xl"]))["Model|carries state"] == "yes"
+    assert table.names[:2] == ["full (materialised)", "full (fused)"]
+
+
+def test_growth_and_overtaking_follow_from_the_made_up_laws():
+    found = Findings.of(made_up())
+    by_name = {each.label: each for each in found.series}
+    dense, sdpa = by_name["full (materialised)"], by_name["full (fused)"]
+    assert costs.growth(dense, TIME) == pytest.approx(1.95, abs=0.01)
+    assert costs.growth(by_name["bigbird"], MEMORY) == pytest.approx(1.0, abs=0.01)
+    # 0.05 x^1.04 = 0.045 x^1.6, x = L / 1024, on the line between measured lengths since both are power laws
+    crossing = costs.overtakes(by_name["longformer"], sdpa, TIME)
+    assert crossing is not None
+    assert crossing.length == pytest.approx(1024 * (0.05 / 0.045) ** (1 / 0.56), rel=0.01)
+    assert costs.crossing_words(crossing) == "1,200"
+    never = costs.overtakes(by_name["transformer_xl"], sdpa, TIME)
+    assert never is not None
+    assert costs.crossing_words(never) == "> 4,096"
+    always = costs.overtakes(by_name["longformer"], dense, MEMORY)
+    assert always is not None
+    assert costs.crossing_words(always) == "≤ 256"
+
+
+def test_a_baseline_that_ran_out_of_memory_is_overtaken_there():
+    rows = [speed("reformer", "auto", n) for n in LENGTHS] + [speed("full", "sdpa", n) for n in LENGTHS[:3]]
+    rows.append(unfinished(speed("full", "sdpa", 16384), "oom", "killed"))
+    found = Findings.of(rows)
+    crossing = found.cheaper_from(found.series[1], "sdpa", MEMORY)
+    assert crossing is not None
+    assert costs.crossing_words(crossing) == "≤ 16,384"
+
+
+def test_one_seed_is_not_ranked_and_three_are(tmp_path):
+    one, three = Findings.of(made_up(1)), Findings.of(made_up(3))
+    assert all("no ranking: one seed" in sentence for sentence in headline(one)[-2:])
+    assert "no ranking: one seed" in text_of(page_of(made_up(1), tmp_path))
+    said = headline(three)[-2]
+    assert "no ranking" not in said
+    assert said.index("transformer_xl") < said.index("full") < said.index("reformer"), "best first"
+    assert "no ranking" not in text_of(page_of(made_up(3), tmp_path))
+
+
+def test_ranges_that_overlap_share_a_place():
+    rows = [quality("full", "text", s) for s in range(3)]
+    near = [quality("longformer", "text", s, metrics={"bits_per_byte": 2.312 + 0.004 * s}) for s in range(3)]
+    assert "full 2.316 ≈ longformer 2.316" in learnt.tasks(rows + near)[0].ranking()
+
+
+def test_undertrained_full_attention_forbids_ranking(tmp_path):
+    rows = [quality(backend, "mqar", seed) for backend in LOSSES for seed in range(3)]
+    for row in rows:
+        if row["backend"] == "full":
+            row["metrics"] = {"accuracy": 0.949}
+    text = text_of(page_of(rows, tmp_path))
+    assert "undertrained: do not rank (full attention itself reached 94.9 %, below 95%)" in text
+    assert learnt.tasks(rows)[0].obstacles()
+    for row in rows:
+        if row["backend"] == "full":
+            row["metrics"] = {"accuracy": 0.951}
+    assert not learnt.tasks(rows)[0].obstacles()
+
+
+def test_without_full_attention_nothing_is_ranked():
+    rows = [quality("longformer", "mqar", seed) for seed in range(3)]
+    assert any("no full attention" in each for each in learnt.tasks(rows)[0].obstacles())
+
+
+def test_a_run_cut_short_by_time_is_not_compared(tmp_path):
+    rows = [quality(backend, "text", seed) for backend in LOSSES for seed in range(2)]
+    rows[-1] |= {"stopped": "time: 60 s were over after step 120 of 300", "steps": 120}
+    assert "unequal training: do not rank" in text_of(page_of(rows, tmp_path))
+
+
+def test_unequal_parameters_are_called_out(tmp_path):
+    rows = [quality("full", "text"), quality("longformer", "text", parameters=870_000), quality("reformer", "text")]
+    assert learnt.tasks(rows)[0].parity() is None, "7 % is within the tenth"
+    rows[1]["parameters"] = 940_000
+    assert "longformer 940 k (+16%)" in text_of(page_of(rows, tmp_path))
+
+
+def test_everything_that_failed_is_listed_with_its_reason_and_marked_in_the_charts(tmp_path):
+    rows = made_up()
+    rows += [
+        unfinished(speed("reformer", "auto", 16384), "timeout", "not through within 60 s"),
+        unfinished(quality("bigbird", "text"), "failed", "NotFinite: the loss became nan <at step 7>"),
+        {**portrait("bigbird"), "status": "failed", "error": "RuntimeError: no picture", "pairs": None},
+    ]
+    page = page_of(rows, tmp_path)
+    text = text_of(page)
+    for said in (
+        "reformer, layer forward + backward, 16,384 tokens", "not through within 60 s", "timed out",
+        "bigbird, trained on text, seed 0", "the loss became nan &lt;at step 7&gt;",
+        "bigbird, attention picture", "RuntimeError: no picture",
+        "full (materialised), layer forward + backward, 16,384 tokens", "predicted out of memory, not run",
+    ):  # fmt: skip
+        assert said in text
+    marks = [t for t in figures_of(page)["cost0-seconds"]["data"] if t["marker"]["symbol"] == "x-thin"]
+    assert {(mark["legendgroup"], tuple(mark["x"])) for mark in marks} == {
+        ("reformer", (16384,)), ("full (materialised)", (16384,)),
+    }  # fmt: skip
+    assert "picture-bigbird" not in figures_of(page)
+
+
+def test_lengths_that_were_not_planned_are_said(tmp_path):
+    text = text_of(page_of(made_up(), tmp_path))
+    assert "Not planned at every length: full (fused) only to 4,096 tokens" in text
+    assert "not planned" in text
+
+
+def test_rows_of_other_code_are_called_stale(tmp_path):
+    rows = made_up()
+    rows[0]["environment"] = {**rows[0]["environment"], "source": "0123456789abcdef"}
+    text = text_of(page_of(rows, tmp_path))
+    assert f"1 of {len(rows)} results are stale" in text
+    assert "made by code 0123456789abcdef" in text
+    assert "stale" not in text_of(page_of(made_up(), tmp_path))
+
+
+def test_rows_of_two_machines_are_called_out(tmp_path):
+    rows = made_up()
+    rows[0]["environment"] = {**rows[0]["environment"], "cpu": "Another CPU"}
+    assert "different machines (Another CPU; Made-up CPU)" in text_of(page_of(rows, tmp_path))
+
+
+def test_settings_that_differ_never_share_a_chart(tmp_path):
+    rows = [speed("full", "sdpa", n) for n in LENGTHS]
+    rows += [speed("full", "sdpa", n, dtype="bfloat16", id=f"half-{n}") for n in LENGTHS[:2]]
+    figures = figures_of(page_of(rows, tmp_path))
+    assert {"cost0-seconds", "cost0-peak_bytes", "cost1-seconds", "cost1-peak_bytes"} <= figures.keys()
+    assert figures["cost1-seconds"]["data"][0]["x"] == list(LENGTHS[:2])
+
+
+def test_option_sets_of_one_backend_are_lines_of_their_own():
+    rows = []
+    for window in (64, 256):
+        for n in LENGTHS:
+            rows.append(speed("longformer", "auto", n, id=f"{window}-{n}", config={"options": {"window": window}}))
+    assert [each.label for each in Findings.of(rows).series] == ["longformer (window=256)", "longformer (window=64)"]
+
+
+def test_every_chart_has_title_legend_units_and_a_table(tmp_path):
+    page = page_of(made_up(), tmp_path)
+    figures = figures_of(page)
+    assert len(figures) == 14, sorted(figures)
+    blocks = re.findall(r"<figure.*?</figure>", page, re.S)
+    assert len(blocks) == len(figures)
+    for block in blocks:
+        key = re.search(r'class="plot" data-figure="([^"]+)"', block)
+        assert key
+        assert re.search(r"<h3>[^<]+</h3>", block)
+        assert re.search(r'<div class="legend">.+?</div>', block, re.S)
+        assert re.search(r"<details><summary>Numbers</summary>.*<td", block, re.S)
+        layout = figures[key.group(1)]["layout"]
+        assert layout["xaxis"]["title"]["text"]
+        assert layout["yaxis"]["title"]["text"]
+
+
+def test_log_axes_have_explicit_ticks_and_both_baselines(tmp_path):
+    figures = figures_of(page_of(made_up(), tmp_path))
+    for key in ("cost0-seconds", "cost0-peak_bytes"):
+        layout = figures[key]["layout"]
+        assert layout["xaxis"]["tickvals"] == list(LENGTHS)
+        ticks = layout["yaxis"]["ticktext"]
+        assert 3 <= len(ticks) == len(set(ticks))
+        names = {trace["legendgroup"] for trace in figures[key]["data"]}
+        assert {"full (materialised)", "full (fused)"} <= names
+
+
+def test_text_of_rows_cannot_break_out_of_the_page(tmp_path):
+    row = unfinished(speed("full", "sdpa", 256), "failed", "</script><script>alert(1)</script>")
+    page = page_of([row, speed("full", "sdpa", 1024)], tmp_path)
+    assert "alert(1)</script>" not in page
+
+
+def test_reports_of_single_kinds_are_drawn(tmp_path):
+    for rows in ([speed("full", "sdpa", 256)], [quality("full", "text")], [portrait("full")]):
+        assert figures_of(page_of(rows, tmp_path))
+    lost = [unfinished(speed("full", "sdpa", 256), "oom", "killed")]
+    assert "No cell finished" in text_of(page_of(lost, tmp_path))
+    with pytest.raises(ValueError, match="rows must hold at least one result"):
+        build_report([], tmp_path / "report.html")
+
+
+def test_the_same_rows_make_the_same_page(tmp_path):
+    assert page_of(made_up(), tmp_path / "a") == page_of(made_up(), tmp_path / "b")
+
+
+def test_csv_holds_one_line_a_row_and_nested_values_by_dotted_names(tmp_path):
+    rows = made_up()
+    with open(write_csv(rows, tmp_path / "results.csv"), newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(rows)
+    assert list(lines[0])[:5] == ["kind", "backend", "status", "error", "id"]
+    text = next(line for line in lines if line["kind"] == "quality" and line["backend"] == "full")
+    assert float(text["metrics.bits_per_byte"]) == pytest.approx(LOSSES["full"])
+    assert lines[0]["environment.cpu"] == "Made-up CPU"
+    assert float(lines[0]["seconds"]) == rows[0]["seconds"]
+
+
+def test_reading_takes_the_last_row_of_an_identity(tmp_path):
+    first, later = speed("full", "sdpa", 256), speed("full", "sdpa", 256, seconds=9.0)
+    for name, row in (("a", first), ("b", later)):
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    assert [row["seconds"] for row in read([tmp_path / "a", tmp_path / "b"])] == [9.0]
+    with pytest.raises(ValueError, match="does not exist"):
+        read([tmp_path / "c"])
+    (tmp_path / "c").write_text('{"kind": "speed"}\n')
+    with pytest.raises(ValueError, match="row 1: lacks backend, status"):
+        read([tmp_path / "c"])
+
+
+def test_terminal_table_fits_eighty_columns():
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(rich_table(Findings.of(made_up())))
+    said = console.export_text()
+    assert "transformer_xl" in said
+    assert "…" not in said, "nothing is cut off"
+
+
+def test_colours_depend_on_the_name_alone():
+    names = ["bigbird", "longformer", "reformer", "transformer_xl"]
+    assert sorted(map(place, names)) == [0, 1, 2, 3], "the shipped ones take the most distinct places"
+    alone, together = styles(["longformer"]), styles([*names, "full"])
+    assert alone["longformer"] == together["longformer"]
+    many = styles([f"mechanism_{n}" for n in range(12)])
+    assert len(set(many.values())) == 13, "twelve and full are all told apart"
+    assert all(style.color in DARK for style in many.values())
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (seconds(0.00123), "1.23 ms"), (seconds(4.5e-5), "45.0 µs"), (seconds(59.96), "60.0 s"),
+        (seconds(600), "10.0 min"),
+        (size(1000), "1,000 B"), (size(2**20), "1.00 MiB"), (size(3.5 * 2**30), "3.50 GiB"), (size(None), "–"),
+        (millions(812_000), "812 k"), (millions(1.23e6), "1.23 M"), (significant(12345), "12,300"),
+        (significant(0), "0"), (whole("1.00 GiB"), "1 GiB"), (whole("1.05 s"), "1.05 s"), (whole("100 ms"), "100 ms"),
+    ],
+)  # fmt: skip
+def test_numbers_are_written_for_people(said, expected):
+    assert said == expected
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "binary"), [(5e6, 3e9, True), (1e-3, 40, False), (0.2, 0.9, False), (1, 2, True)]
+)
+def test_log_ticks_cover_the_range_with_few_round_values(low, high, binary):
+    ticks = log_ticks(low, high, binary=binary)
+    assert 2 <= len(ticks) <= 9
+    assert ticks[0] <= low * 1.0001
+    assert ticks == sorted(set(ticks))
+    if binary:
+        assert all(math.log2(tick).is_integer() for tick in ticks)
