@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attention_zoo.attention.bigbird_plans import Plan, Reference, Uniform
-from attention_zoo.attention.pattern import PatternAttention
+from attention_zoo.attention.pattern import PatternAttention, hide
 from attention_zoo.contract import Abilities, Tokens, Unsupported, at_least, one_of
 from attention_zoo.ops.blocks import BLOCKS
 from attention_zoo.ops.dispatch import DENSE, TILES
@@ -117,16 +117,19 @@ class BigBird(PatternAttention):
         """log of how often the key's block is among those of the query's row: window, ends and picks."""
         row, column = queries.position // self.block, (keys.position // self.block)[:, None, None, :]
         blocks = self._blocks_of(queries.length)
-        window = (row[:, None, :, None] - column).abs() <= self.side
+        listed = (row[:, None, :, None] - column).abs() <= self.side
         if self._reference:
-            window = window | (column == 0) | (column == blocks[:, None, :, None] - 1)
-        times = window.to(torch.promote_types(self.to_out.weight.dtype, torch.float32))
+            listed = listed | (column == 0) | (column == blocks[:, None, :, None] - 1)
+        times = listed.byte()
         for pick in self._plan.picks(row, blocks).unbind(-1):
             times = times + (pick.transpose(1, 2)[..., None] == column)
         everything = self.sees_all(queries)
-        if everything is not None:
-            times = times.masked_fill(everything[:, None, :, None], 1)
-        return times.log()
+        if everything is None:
+            return hide(times > 0)  # the paper's plan lists no block twice
+        times = times.masked_fill(everything[:, None, :, None], 1)
+        counts = torch.arange(self.random + 2, device=times.device)
+        logs = counts.to(torch.promote_types(self.to_out.weight.dtype, torch.float32)).log()
+        return logs[times.long()]
 
     def near(
         self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor, length: Tensor
