@@ -158,25 +158,58 @@ print(json.dumps({"where": zoo.__file__, "failed": failed, "shape": list(out.log
 """
 
 
-@pytest.mark.slow
-def test_a_new_mechanism_is_one_file_and_one_yaml(tmp_path: Path) -> None:
-    """In a copy laid out as the wheel is: with no other edit it passes the suite and sits in a model."""
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy laid out as the wheel is, with one file and one yaml more."""
+    folder = tmp_path_factory.mktemp("house")
     ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "attention_zoo", tmp_path / "attention_zoo", ignore=ignore)
-    shutil.copytree(ROOT / "conf", tmp_path / "attention_zoo" / "conf", ignore=ignore)
-    (tmp_path / "attention_zoo" / "attention" / "sinks.py").write_text(SINKS)
-    (tmp_path / "attention_zoo" / "conf" / "attention" / "sinks.yaml").write_text(
+    shutil.copytree(ROOT / "attention_zoo", folder / "attention_zoo", ignore=ignore)
+    shutil.copytree(ROOT / "conf", folder / "attention_zoo" / "conf", ignore=ignore)
+    shutil.copytree(ROOT / "experiments", folder / "experiments", ignore=ignore)
+    (folder / "attention_zoo" / "attention" / "sinks.py").write_text(SINKS)
+    (folder / "attention_zoo" / "conf" / "attention" / "sinks.yaml").write_text(
         "_target_: attention_zoo.attention.sinks.Sinks\n_partial_: true\nwindow: 256\nsinks: 4\n"
     )
+    return folder
+
+
+def python(house: Path, *arguments: str) -> str:
+    """What the copy prints."""
     done = subprocess.run(
-        [sys.executable, "-c", EVERYTHING],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        [sys.executable, *arguments],
+        cwd=house,
+        env={**os.environ, "PYTHONPATH": str(house), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert Path(result["where"]).is_relative_to(tmp_path), "the copy must be what was tested"
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_new_mechanism_is_one_file_and_one_yaml(house: Path) -> None:
+    """With no other edit it passes the suite and sits in a model."""
+    result = json.loads(python(house, "-c", EVERYTHING).splitlines()[-1])
+    assert Path(result["where"]).is_relative_to(house), "the copy must be what was tested"
     assert not result["failed"], "\n".join(result["failed"])
     assert result["shape"] == [2, 50, 11]
+
+
+@pytest.mark.slow
+def test_a_new_mechanism_is_compared_and_reported(house: Path) -> None:
+    """Benchmark, both trainings and the report know it by its name."""
+    python(house, "-m", "experiments.compare", "preset=smoke", "backends=[full,sinks]", "output=out")
+    rows = [json.loads(line) for line in (house / "out" / "results.jsonl").read_text().splitlines()]
+    mine = [row for row in rows if row["backend"] == "sinks"]
+    assert {"speed", "quality"} <= {row["kind"] for row in mine}
+    assert {row["task"] for row in mine if row["kind"] == "quality"} == {"text", "mqar"}
+    assert [row["error"] for row in mine if row["status"] != "ok"] == []
+    assert "sinks" in (house / "out" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_new_mechanism_is_swept(house: Path) -> None:
+    small = ("task=mqar", "model=tiny", "model.dim=16", "steps=2", "batch=4", "task.test_examples=8", "tracker=none")
+    python(house, "-m", "experiments.train", "-m", "attention=full,sinks", *small, "device=cpu", "output=swept")
+    rows = [json.loads(path.read_text()) for path in (house / "swept").rglob("result.json")]
+    assert sorted((row["backend"], row["status"]) for row in rows) == [("full", "ok"), ("sinks", "ok")]

@@ -82,8 +82,9 @@ class Case:
         return sorted({1, max(1, self.border - 1), self.border, 2 * self.border + 3, PRIME})
 
     def variants(self) -> Iterator[dict[str, Any]]:
-        """The tiny options alone, then with each declared position scheme and with grouped heads."""
+        """The tiny options alone, then other widths, each declared position scheme, and grouped heads."""
         yield {}
+        yield {"head_width": 6, "bias": False, "scale": 0.3}
         for scheme in self.can.positions:
             if scheme != "none":
                 yield {"positions": scheme}
