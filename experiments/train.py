@@ -19,7 +19,7 @@ failed: list[Path] = []
 
 @hydra.main(config_path="pkg://attention_zoo.conf", config_name="train", version_base="1.3")
 def main(composed: DictConfig) -> None:
-    config = plain(composed, HydraConfig.get().runtime.choices["attention"])
+    config = plain(composed, HydraConfig.get().runtime.choices.get("attention"))
     folder = run_folder(config)
     if not show(run_training(config, folder), folder):
         failed.append(folder)  # recorded: the rest of a sweep goes on

@@ -209,8 +209,8 @@ class Text(Task):
         spans = cut_spans(corpus.ends, seq_len, self.span)
         if not len(spans.start):
             raise ValueError(
-                f"task.path={self.root} has {len(corpus.data)} bytes for {name}, too few for seq_len={seq_len}; "
-                f"give more text or a smaller seq_len"
+                f"seq_len must be smaller than a document, got {seq_len}: {self.source} has {len(corpus.data)} bytes "
+                f"for {name}; give a smaller seq_len or more text"
             )
         return spans
 
@@ -265,7 +265,6 @@ class TextBatches:
         self.order = self.moved = np.zeros(0, dtype=np.int64)
         self.at = np.zeros(batch_size, dtype=np.int64)  # first byte of each row's next segment
         self.left = np.zeros(batch_size, dtype=np.int64)  # segments left in each row's span
-        self.started = False
 
     def __iter__(self) -> TextBatches:
         return self
@@ -283,16 +282,11 @@ class TextBatches:
         self.taken += 1
         self.at[row] = self.spans.start[index] + self.moved[index]
         self.left[row] = self.spans.segments[index]
-        if not self.started:  # stagger the first spans, so that the rows do not all start afresh at the same steps
-            skipped = row % self.left[row]
-            self.at[row] += skipped * self.seq_len
-            self.left[row] -= skipped
 
     def __next__(self) -> Batch:
         fresh = self.left == 0
         for row in np.flatnonzero(fresh):
             self._take(row)
-        self.started = True
         batch = _segment(self.data, self.at, self.seq_len, fresh)
         self.at += self.seq_len
         self.left -= 1
@@ -304,13 +298,12 @@ class TextBatches:
             "taken": int(self.taken),
             "at": self.at.tolist(),
             "left": self.left.tolist(),
-            "started": self.started,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["epoch"] >= 0:
             self._open(state["epoch"])
-        self.taken, self.started = state["taken"], state["started"]
+        self.taken = state["taken"]
         self.at = np.array(state["at"], dtype=np.int64)
         self.left = np.array(state["left"], dtype=np.int64)
 

@@ -129,11 +129,18 @@ def compose_training(overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def plain(composed: Any, attention: str | None) -> dict[str, Any]:
-    """A composed config as plain values, named after the chosen attention unless it has a name."""
+    """A composed config as plain values, named after the chosen attention unless it has a name.
+
+    Args:
+        composed: by Hydra.
+        attention: the name chosen from the group; None where several were.
+    """
     values = {key: composed[key] for key in composed if key != "hydra"}
     config: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True, throw_on_missing=True)
+    if attention is None:
+        config["attention"] = None  # Hydra merged several into one, which is none of them: `check` refuses it
     if config["backend"] is None:
-        config["backend"] = "+".join(_names(config["hybrid"])) if config["hybrid"] else attention
+        config["backend"] = "+".join(_names(config["hybrid"])) if config["hybrid"] else attention or "several"
     return config
 
 
@@ -157,6 +164,8 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ValueError(one_line(error)) from None
     trainer, model = full["trainer"], full["model"]
+    if not full["attention"]:
+        raise ValueError("attention must be one mechanism; for a stack of several use hybrid=[longformer,full]")
     at_least(1, **{name: full[name] for name in ("steps", "seq_len", "batch")})
     at_least(0, seed=full["seed"])
     names = ("accumulate", "eval_every", "log_every", "checkpoint_every")
@@ -209,11 +218,14 @@ def one_line(error: BaseException) -> str | None:
     text = next((line for line in lines if line), type(deepest).__name__)
     if "is not in struct" in text or "not in '" in text:
         parent = getattr(deepest, "parent_node", None)
-        options = [str(key) for key in parent] if isinstance(parent, Mapping) else []
+        keys = [str(key) for key in parent] if isinstance(parent, Mapping) else []
+        options = [key for key in keys if key != "hydra" and not key.startswith("_")]
         key = place.rpartition(".")[2] or text
         listed = f"; known: {', '.join(options)}" if options else ""
         return f"{place or text} is no known option{_near(key, options)}{listed}"
     first = str(chain[0]).splitlines()[0].strip()
+    if "parsing override" in first:
+        return f"{first}: {text}; an override is written key=value"
     given = re.search(r"[\w.@+~]+=\S*", first)
     where = f"{place}: " if place and place not in text else ""
     return f"{where}{text}" + (f" (from {given.group()})" if given and given.group() not in text else "")
