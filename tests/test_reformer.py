@@ -384,6 +384,15 @@ def test_gradients_through_a_state():
         torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
 
 
+def test_large_scores_of_earlier_tokens_do_not_overflow():
+    """Their rows are computed beside those of the call, in backward without a log-sum-exp of their own."""
+    layer, x = build(torch.float32), 1e4 * data(1, 16).float()
+    tokens = Tokens.all_valid(1, 16)
+    state = layer(x[:, :12], tokens.cut(slice(0, 12)), state=layer.initial_state(1)).state
+    layer(x[:, 12:], tokens.cut(slice(12, 16)), state=state).hidden.sum().backward()
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in layer.parameters())
+
+
 def test_a_prefix_is_hashed_again_only_when_it_has_doubled(monkeypatch: pytest.MonkeyPatch):
     hashed = []
     original = hashing.hash_tokens
@@ -417,19 +426,20 @@ def test_a_state_does_not_carry_drawn_or_replayed_buckets():
     """They are functions of one call; the next one hashes the whole prefix alike."""
     layer, x = build(), data(1, 24)
     tokens = Tokens.all_valid(1, 24)
-    begin, end = tokens.cut(slice(0, 15)), tokens.cut(slice(15, 24))
-    expected = layer(x).hidden[:, 15:]
-    drawn = layer.train()(x[:, :15], begin, state=layer.initial_state(1))
+    assert layer.factors_for(17) == layer.factors_for(24)
+    begin, end = tokens.cut(slice(0, 17)), tokens.cut(slice(17, 24))
+    expected = layer(x).hidden[:, 17:]
+    drawn = layer.train()(x[:, :17], begin, state=layer.initial_state(1))
     assert drawn.state.buckets.shape[2] == 0
-    replayed = layer.eval()(x[:, :15], begin, state=layer.initial_state(1), choices=drawn.choices)
+    replayed = layer.eval()(x[:, :17], begin, state=layer.initial_state(1), choices=drawn.choices)
     for state in (drawn.state, replayed.state):
-        torch.testing.assert_close(layer(x[:, 15:], end, state=state).hidden, expected, atol=1e-12, rtol=0)
-    seeded = layer(x[:, :15], begin, state=layer.initial_state(1)).state
+        torch.testing.assert_close(layer(x[:, 17:], end, state=state).hidden, expected, atol=1e-12, rtol=0)
+    seeded = layer(x[:, :17], begin, state=layer.initial_state(1)).state
     layer.train()
     torch.manual_seed(6)
-    trained = layer(x[:, 15:], end, state=seeded).hidden
+    trained = layer(x[:, 17:], end, state=seeded).hidden
     torch.manual_seed(6)
-    torch.testing.assert_close(trained, layer(x).hidden[:, 15:], atol=1e-12, rtol=0)
+    torch.testing.assert_close(trained, layer(x).hidden[:, 17:], atol=1e-12, rtol=0)
 
 
 def test_replay_with_a_state():

@@ -8,7 +8,8 @@ before this file is entered, and each document has its own chunks, so that neith
 Attention over several rounds, merged by log-sum-exp, is one softmax over the union of the rounds' keys, where a key met
 n times counts n times. Hence backward runs each chunk with the merged statistics (ops/partial.py) and the rounds' and
 chunks' gradients add: nothing but output, log-sum-exp and the sorted order (int32) is saved. Chunks are processed a few
-at a time, heads in blocks: O(M·D) memory beside the inputs, O(rounds·M·(log M + window·D)) time.
+at a time, heads in blocks: O(M·D) memory beside the inputs, O(rounds·M·(log M + window·D)) time. A document fills whole
+chunks, so that rows packed with documents much shorter than a chunk pay for empty slots.
 
 Letters: M tokens, H heads, R rounds, D head width, N chunks in a round, C slots in a chunk, W chunks in a window.
 """
@@ -26,10 +27,10 @@ from attention_zoo.ops.dense import dense
 from attention_zoo.ops.partial import partial, partial_backward
 
 # What one step may hold: scores of the chunks attended at once, and slots of the heads handled at once. On CPU a step
-# should stay near the cache; on a GPU it should fill the device.
+# should stay near the cache; on a GPU a few steps should fill the device (these two are not measured).
 _SCORES = {"cpu": 2**19}
 _SLOTS = {"cpu": 2**16}
-_SCORES_GPU, _SLOTS_GPU = 2**25, 2**21
+_SCORES_GPU, _SLOTS_GPU = 2**23, 2**18
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ class _Block:
             self.labels = labels.new_full(self.contents.shape, -1)
             self.labels.view(-1)[self.slots.flatten()] = labels.flatten()
 
-    def table(self, *parts: Float[Tensor, "n H D"], dtype: torch.dtype) -> Float[Tensor, "rows_and_one parts_D"]:
+    def table(self, *parts: Float[Tensor, "_ H D"], dtype: torch.dtype) -> Float[Tensor, "rows_and_one parts_D"]:
         """Vectors of the rows, side by side so that one gather fetches all; zeros for the empty slot.
 
         Parts hold the block's heads, and all tokens or the asked ones (the others are zeros).
@@ -265,9 +266,9 @@ class _Block:
         k, factor = _keys(q, self.plan.epsilon)
         asked = slice(None) if self.plan.asked is None else self.plan.asked
         query_table, key_table = self.table(q, grad, out, dtype=k.dtype), self.table(k, v, dtype=k.dtype)
-        # rows that were not asked, or see nothing: +inf makes all their weights exactly zero
+        # rows that were not asked: +inf makes their weights exactly zero, where exp(score) might overflow
         lse_table = lse.new_full((self.rows + 1,), torch.inf)
-        lse_table[: self.rows].view(self.H, -1)[:, asked] = torch.where(lse == -torch.inf, torch.inf, lse).T
+        lse_table[: self.rows].view(self.H, -1)[:, asked] = lse.T
         dq_slots = k.new_empty(len(self.active), C, D)
         dk_slots, dv_slots = k.new_zeros(2, len(self.contents), C * D)
         for step, queries, windows, keys, bias in self.steps(k.dtype):
