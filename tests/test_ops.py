@@ -1,5 +1,7 @@
 """The execution core against its definition: partial, merge, tiles with every kind of keys, learned biases."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -81,10 +83,10 @@ def test_partial_with_no_keys_or_no_queries_sees_nothing(fused):
     assert all(not g.any() for g in partial_backward(out, q[:, :, :0], k, v, out, lse, scale=SCALE))
 
 
-@pytest.mark.parametrize("kind", ["slice", "shared", "per_row", "per_head"])
+@pytest.mark.parametrize("kind", ["slice", "shared", "per_row", "per_head", "blocks_per_row_and_head"])
 def test_every_kind_of_keys_equals_dense(fused, kind):
-    q, k, v = operands(L=8, S=11)
-    B, H, L, S = 2, 4, 8, 11
+    B, H, L, S = 2, 4, 8, 12
+    q, k, v = operands(L=L, S=S)
     full = random_bias(B, H, L, S, seen=0.8)
     g = torch.Generator().manual_seed(3)
     used = torch.full((B, H, L, S), -torch.inf, dtype=torch.float64)
@@ -93,7 +95,7 @@ def test_every_kind_of_keys_equals_dense(fused, kind):
         rows = slice(start, start + 4)
         parts = []
         if kind == "slice":
-            pieces = [slice(0, 5), slice(5, 11)]
+            pieces = [slice(0, 5), slice(5, S)]
             for piece in pieces:
                 used[:, :, rows, piece] = full[:, :, rows, piece]
                 parts.append(Part(piece, lambda rows=rows, piece=piece: full[:, :, rows, piece]))
@@ -108,14 +110,16 @@ def test_every_kind_of_keys_equals_dense(fused, kind):
                 used[b, :, rows, keys[b]] = bias[b]
             parts.append(Part(keys, lambda bias=bias: bias))
         else:
-            keys = torch.stack([torch.stack([torch.randperm(S, generator=g)[:6] for _ in range(2)]) for _ in range(H)])
+            block, batch = (1, 1) if kind == "per_head" else (3, B)
+            count = S // block
+            keys = torch.rand(batch, H, 2, count, generator=g).argsort(-1)[..., : 6 // block]
+            columns = (keys[..., None] * block + torch.arange(block)).flatten(-2).expand(B, H, 2, 6)
             bias = torch.empty(B, H, 2, 2, 6, dtype=torch.float64)
-            for h in range(H):
-                for group in range(2):
-                    mine = slice(start + 2 * group, start + 2 * group + 2)
-                    bias[:, h, group] = full[:, h, mine][..., keys[h, group]]
-                    used[:, h, mine, keys[h, group]] = bias[:, h, group]
-            parts.append(Part(keys, lambda bias=bias: bias))
+            for b, h, group in itertools.product(range(B), range(H), range(2)):
+                mine = slice(start + 2 * group, start + 2 * group + 2)
+                bias[b, h, group] = full[b, h, mine][:, columns[b, h, group]]
+                used[b, h, mine, columns[b, h, group]] = bias[b, h, group]
+            parts.append(Part(keys, lambda bias=bias: bias, block))
         tiles.append(Tile(rows, parts))
     equal_with_gradients(run_tiles(q, k, v, tiles, scale=SCALE), dense(q, k, v, used, scale=SCALE), (q, k, v))
 

@@ -138,7 +138,7 @@ class BigBird(PatternAttention):
         low, high = k_lo // self.block, k_hi // self.block
         blocks = self._blocks_of(length)
         most = blocks.amax(-1, keepdim=True)
-        if bool(((blocks == most) | (blocks == 0)).all()):
+        if self.causal or bool(((blocks == most) | (blocks == 0)).all()):
             blocks = most  # one document: the picks of a row are the same for all key tiles
         found = (first - high <= self.side) & (low - last <= self.side)
         if self._reference:
@@ -155,19 +155,22 @@ class BigBird(PatternAttention):
 
     # --- for the blocks kernel -------------------------------------------------------------------------------------
 
-    def links(self, row: Int[Tensor, " R"], keys: Tokens) -> tuple[Int[Tensor, "#B H R m"], Float[Tensor, "#B H R m"]]:
+    def blocks_of(self, tokens: Tokens) -> Int[Tensor, "B L"]:
+        return torch.zeros_like(tokens.length) if self.causal else self._blocks_of(tokens.length)
+
+    def links(
+        self, row: Int[Tensor, "#B R"], blocks: Int[Tensor, "#B #R"]
+    ) -> tuple[Int[Tensor, "#B H R m"], Float[Tensor, "#B H R m"]]:
         """What `bias` says, as a list of key blocks for each row; see `BlockPattern`."""
-        blocks = torch.where(keys.valid, self._blocks_of(keys.length), 0).amax(1)[:, None]
-        if self.causal or bool((blocks == blocks[0]).all()):
-            blocks = blocks[:1]
+        row, blocks = torch.broadcast_tensors(row, blocks)
         offset = torch.arange(-self.side, 1 if self.causal else self.side + 1, device=row.device)
-        fixed = (row[:, None] + offset)[None]
+        fixed = row[..., None] + offset
         if not self.causal:
             fixed = torch.where(fixed < blocks[..., None], fixed, -1)
         if self._reference:
             ends = torch.stack([torch.zeros_like(blocks), blocks - 1], -1)
-            fixed = torch.cat([torch.where((row[:, None] - ends).abs() > self.side, ends, -1), fixed], -1)
-        picks = self._plan.picks(row[None], blocks).transpose(1, 2)
+            fixed = torch.cat([torch.where((row[..., None] - ends).abs() > self.side, ends, -1), fixed], -1)
+        picks = self._plan.picks(row, blocks).transpose(1, 2)
         found = torch.cat([picks, fixed[:, None].expand(*picks.shape[:-1], -1)], -1)
         # a block that is listed again is left to its first place, which weighs for all
         same = found[..., :, None] == found[..., None, :]

@@ -19,7 +19,11 @@ def run_local(call: PatternCall, local: list[Tile]) -> Tensor:
     """Run the local tiles of a pattern, with global keys merged in and global rows put over the result."""
     if call.any_global_key:
         columns, chosen = gather_columns(call.keys, call.keys.is_global & call.keys.valid)
-        local = [Tile(rows, [*parts, *_global_parts(call, rows, columns, chosen)]) for rows, parts in local]
+        near = _same_documents(call, call.queries, [tile.rows for tile in local], chosen)
+        local = [
+            Tile(rows, [*parts, *_global_parts(call, rows, columns, chosen, some)])
+            for (rows, parts), some in zip(local, near)
+        ]
     out = run_tiles(call.q, call.k, call.v, local, scale=call.scale, learned=call.learned)
     if call.any_global_query:
         out = put_global_rows(out, call.queries, global_rows(call, *(call.global_qkv or (call.q, call.k, call.v))))
@@ -109,12 +113,29 @@ def gather_columns(tokens: Tokens, mask: Tensor) -> tuple[Tensor, Tokens]:
     return order, chosen._replace(valid=chosen.valid & mask.gather(1, order))
 
 
-def _global_parts(call: PatternCall, rows: slice, columns: Tensor, chosen: Tokens) -> list[Part]:
+def _global_parts(call: PatternCall, rows: slice, columns: Tensor, chosen: Tokens, some: slice) -> list[Part]:
     def part(a: int, b: int) -> Part:
         keys = chosen.cut(slice(a, b))
         return Part(columns[:, a:b], lambda: everyone_bias(call, call.queries.cut(rows), keys))
 
-    return [part(a, min(a + WIDEST, columns.shape[1])) for a in range(0, columns.shape[1], WIDEST)]
+    return [part(a, min(a + WIDEST, some.stop)) for a in range(some.start, some.stop, WIDEST)]
+
+
+def _same_documents(call: PatternCall, queries: Tokens, rows: list[slice], keys: Tokens) -> list[slice]:
+    """For each run of query rows, the key columns among which all keys of their documents are.
+
+    Without it a row of many documents, each with global tokens, would cost the square of its length.
+    """
+    if call.one_document:
+        return [slice(0, keys.valid.shape[1])] * len(rows)
+    low = torch.where(queries.valid, queries.document, torch.iinfo(torch.long).max)
+    high = torch.where(queries.valid, queries.document, -1)
+    lows = torch.stack([low[:, run].amin(1) for run in rows], 1)
+    highs = torch.stack([high[:, run].amax(1) for run in rows], 1)
+    ordered = torch.where(keys.valid, keys.document, -1).cummax(1).values  # documents never fall along a row
+    start = torch.searchsorted(ordered, lows).amin(0)
+    stop = torch.searchsorted(ordered, highs, right=True).amax(0)
+    return [slice(a, b) for a, b in zip(start.tolist(), stop.tolist())]
 
 
 def everyone_bias(call: PatternCall, queries: Tokens, keys: Tokens) -> Tensor:
@@ -128,15 +149,16 @@ def global_rows(call: PatternCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Ten
     """Outputs of global queries, which see everything: columns [B, n], out [B, H, n, D], their tokens."""
     columns, queries = gather_columns(call.queries, call.queries.is_global & call.queries.valid)
     index = columns[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
-    size, S = call.pattern.tile, k.shape[2]
+    size = call.pattern.tile
 
     def part(rows: slice, keys: slice) -> Part:
         return Part(keys, lambda: everyone_bias(call, queries.cut(rows), call.keys.cut(keys)))
 
+    runs = [slice(a, min(a + size, columns.shape[1])) for a in range(0, columns.shape[1], size)]
     tiles = []
-    for start in range(0, columns.shape[1], size):
-        rows = slice(start, min(start + size, columns.shape[1]))
-        tiles.append(Tile(rows, [part(rows, slice(a, min(a + WIDEST, S))) for a in range(0, S, WIDEST)]))
+    for rows, some in zip(runs, _same_documents(call, queries, runs, call.keys)):
+        cuts = range(some.start, some.stop, WIDEST)
+        tiles.append(Tile(rows, [part(rows, slice(a, min(a + WIDEST, some.stop))) for a in cuts]))
     return columns, run_tiles(q.gather(2, index), k, v, tiles, scale=call.scale, learned=call.learned), queries
 
 
