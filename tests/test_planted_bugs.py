@@ -15,7 +15,7 @@ from attention_zoo.attention.pattern import Cache, PatternAttention
 from attention_zoo.attention.reformer import Reformer
 from attention_zoo.attention.transformer_xl import TransformerXL
 from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens
-from attention_zoo.ops import lsh, plans, tiles
+from attention_zoo.ops import hashing, lsh, plans, tiles
 from attention_zoo.ops.pattern_call import PatternCall
 from attention_zoo.testing import contract_checks
 
@@ -220,9 +220,9 @@ def test_a_value_from_the_future(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_hashing_that_differs_from_call_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
     def unseeded(seed: int, heads: int, rounds: int, width: int, factors: Any) -> Any:
-        return lsh.fresh_rotations(heads, rounds, width, factors, torch.zeros((), dtype=torch.float64))
+        return hashing.fresh_rotations(heads, rounds, width, factors, torch.zeros((), dtype=torch.float64))
 
-    monkeypatch.setattr(lsh, "seeded_rotations", unseeded)
+    monkeypatch.setattr(hashing, "seeded_rotations", unseeded)
     caught(Reformer, "evaluation_is_a_function_of_its_inputs", "copies_compute_the_same")
 
 

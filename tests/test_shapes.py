@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CHECKS = (
     "half_precision_gradients_are_finite",
     "documents_in_one_row",
@@ -27,11 +29,13 @@ def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_annotated_shapes_hold_at_run_time() -> None:
     done = run_pytest("tests/test_contract_suite.py", "-k", " or ".join(CHECKS))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_a_wrong_shape_is_met(tmp_path: Path) -> None:
     """The checker is really on: three dimensions where four are annotated."""
     file = tmp_path / "test_wrong.py"

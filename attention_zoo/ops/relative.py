@@ -293,7 +293,7 @@ class _Shift:
         corners[..., -1] = 0
         return torch.mul(dweights, weights, out=self._view(product, B)), product
 
-    def _view(self, product: Float[Tensor, "H Bl s+1"], B: int) -> Float[Tensor, "H B l s"]:
+    def _view(self, product: Float[Tensor, "H Bl s_and_one"], B: int) -> Float[Tensor, "H B l s"]:
         l, s = self.rows, self.columns
         return product.as_strided((len(product), B, l, s), (B * l * (s + 1), l * (s + 1), s, 1), l - 1)
 
