@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from functools import partial
+from importlib import resources
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from small_models import CAUSAL, TWO_SIDED, VOCAB, entry, far, packed, ragged, small, some_ids
 from torch import nn
 
@@ -107,6 +111,21 @@ def test_a_block_is_the_formula():
     wide = second.body.layers[0]
     y = y + wide.out(nn.functional.gelu(wide.into(second.norm(y))))
     assert torch.equal(block(x).hidden, y)
+
+
+class Priced(Full):
+    """Full attention with auxiliary losses."""
+
+    def forward(self, x, tokens=None, **rest):
+        out = super().forward(x, tokens, **rest)
+        losses = {"fixed": x.new_ones(()), **({"odd": x.new_ones(())} if self.seed % 2 else {})}
+        return out._replace(losses=losses)
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+def test_auxiliary_losses_sum_over_depth_by_name(reversible):
+    model = Transformer(attention=Priced, vocab=VOCAB, dim=16, heads=2, depth=5, reversible=reversible)
+    assert {name: value.item() for name, value in model(some_ids()).losses.items()} == {"fixed": 5, "odd": 2}
 
 
 def test_swiglu_has_as_many_parameters():
@@ -365,6 +384,16 @@ def test_wrong_options_are_refused_in_one_line(options, message):
 def test_wrong_input_is_refused_in_one_line(ids, extra, message):
     with pytest.raises(ValueError, match=message):
         small("full")(ids, **extra)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_every_size_in_conf_builds_with_options_that_exist(size):
+    text = resources.files("attention_zoo.conf").joinpath("model", f"{size}.yaml").read_text()
+    build = instantiate(OmegaConf.create(text))
+    assert build.func is Transformer
+    assert build.keywords.keys() <= inspect.signature(Transformer).parameters.keys()
+    model = build(attention=[entry("full")], vocab=VOCAB)
+    assert model(some_ids(1, 3)).logits.shape == (1, 3, VOCAB)
 
 
 def test_the_package_exports_the_skeleton():

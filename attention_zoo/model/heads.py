@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -74,7 +72,7 @@ class Hidden(nn.Module):
 
 
 def build_head(
-    head: str | Literal["lm", "tokens", "classify", "hidden"],
+    head: str,
     embedding: nn.Embedding,
     *,
     classes: int | None,
