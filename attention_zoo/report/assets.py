@@ -33,7 +33,7 @@ thead tr.groups th{border-bottom:0;white-space:normal;color:var(--ink);font-weig
 .edge{border-left:1px solid var(--line)}
 th:first-child,td:first-child,.text td,.text th{text-align:left}
 tbody th{position:sticky;left:0;background:var(--paper)}
-.text td{white-space:normal;min-width:6rem;max-width:44rem;overflow-wrap:anywhere}
+.text td{white-space:normal;min-width:4.5rem;max-width:44rem;overflow-wrap:break-word}
 .text td,.text tbody th{vertical-align:top}
 tbody tr:hover td,tbody tr:hover th{background:var(--soft)}
 .charts{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:28px 32px;margin-top:1rem}

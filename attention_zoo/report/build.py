@@ -190,8 +190,8 @@ def _pictures(rows: list[Row], look: dict[str, Style], show: Any) -> str:
     if not portraits:
         return ""
     note = (
-        "Found by asking each layer: one input token is changed, and every output that moves has seen it; heads "
-        "together, causal, at small options so that borders show. Memory that is read without gradient is grey."
+        "Found by asking each layer: one input token is changed, and every output that moves has seen it. One head, "
+        "causal, at small options so that borders show. What is read without gradient (detached memory) is grey."
     )
     return page.paragraph(note, "note") + show(*(charts.picture(row, look[row["backend"]]) for row in portraits))
 

@@ -347,7 +347,7 @@ def picture(row: Row, style: Style) -> Chart:
     }
     legend = [("seen", Style(style.color, "square", "none"))]
     if patterns.VALUE in kinds:
-        legend.append(("seen, no gradient", Style(MUTED, "square", "none")))
+        legend.append(("no gradient", Style(MUTED, "square", "none")))
     table = Table(["", row["backend"]], [[key, value] for key, value in words.items()])
     return Chart(f"picture-{row['backend']}", row["backend"], said, figure, table, legend, square=True)
 

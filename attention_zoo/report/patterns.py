@@ -6,8 +6,8 @@ This takes any layer that answers the contract, third-party ones included, and n
   moves is what a value reaches, not a chunk border that shifted.
 - *seen with gradient*: d output i / d input j is not zero. Memory that is detached is seen without gradient.
 
-Cost: two forward calls and one backward on L copies of a row of L tokens. Heads are taken together. The diagonal is
-always seen: a token is its own query.
+Cost: two forward calls and one backward on L copies of a row of L tokens. The diagonal also shows a
+token as its own query, where a mechanism does not attend to it.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def portrait(
     options: Mapping[str, Any] | None = None,
     *,
     length: int = 96,
-    dim: int = 64,
-    heads: int = 4,
+    dim: int = 32,
+    heads: int = 1,
     seed: int = 0,
 ) -> Row:
     """A row of kind "portrait": the abilities that a backend declares and the pairs that it sees, causal.
@@ -77,6 +77,9 @@ def portrait(
     Args:
         name: of the backend.
         options: its own, small enough that `length` tokens show the pattern; default the class's `tiny`.
+        length: number of tokens.
+        dim, heads: of the layer; with several heads, a key counts as seen where one of them sees it.
+        seed: of links, hashes and inputs.
 
     Returns:
         a row; whatever goes wrong is recorded in it as status "failed", so that one backend cannot stop a report.

@@ -72,7 +72,8 @@ class Learnt:
         said = value_words(self.mean, self.metric)
         if self.seeds < 2:
             return said
-        return f"{said} ({value_words(min(self.values), self.metric)} to {value_words(max(self.values), self.metric)})"
+        low, high = (value_words(end(self.values), self.metric).removesuffix(" %") for end in (min, max))
+        return f"{said} ({low}–{high})"
 
 
 def value_words(value: float | None, metric: str) -> str:
