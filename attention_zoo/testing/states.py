@@ -7,9 +7,9 @@ import pickle
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from attention_zoo.contract import Tokens
+from attention_zoo.model.state import reorder
 from attention_zoo.testing.case import PRIME, Case, close, feed, gradients, piece, ragged, run, same
 from attention_zoo.testing.check import check
 
@@ -144,7 +144,7 @@ def states_reorder_as_beams_do(case: Case) -> None:
     layer = case.build(causal=True)
     x, tokens = case.data(3, 13), Tokens.of(ragged(8, [8, 5, 2]))
     state = run(layer, x[:, :8], tokens, state=layer.initial_state(3)).state
-    beams = tree_map_only(torch.Tensor, lambda tensor: tensor[order].clone(), state)
+    beams = reorder(state, order)
     later = Tokens.of(torch.ones(3, 5, dtype=torch.bool), start=tokens.next_position)
     whole = run(layer, x[:, 8:], later, state=state).hidden
     picked = run(layer, x[order, 8:], Tokens(*(field[order] for field in later)), state=beams).hidden
