@@ -58,115 +58,119 @@ class BlockPattern(Pattern, Protocol):
 def _refuse(call: PatternCall) -> str | None:
     if not call.own_keys:
         return "queries are not the last tokens of the keys"
-    if not call.starts_at_zero and _Layout(call).wasteful:
+    if not call.starts_at_zero and _Moved(call).wasteful:
         return "most columns of most blocks would be empty (documents or queries much shorter than a block, or holes)"
     return None
 
 
 def _run(call: PatternCall) -> Tensor:
-    everything = cast(BlockPattern, call.pattern).sees_all(call.queries)
+    pattern = cast(BlockPattern, call.pattern)
+    everything = pattern.sees_all(call.queries)
     if everything is not None:
         # such rows are run like those of global tokens; as keys they stay what they are
         queries = call.queries
         call = replace(call, queries=queries._replace(is_global=queries.is_global | (everything & queries.valid)))
-    if call.starts_at_zero:
-        first = call.k.shape[2] - call.q.shape[2]
-        whole = _whole_blocks(call)
-        return run_local(whole, _tiles(whole, first, *_aligned_links(whole, first)))
-    layout = _Layout(call)
-    moved = layout.move(call)
-    return layout.back(run_local(moved, _tiles(moved, layout.first, *layout.links(moved))))
+    layout = _Aligned(call) if call.starts_at_zero else _Moved(call)
+    links, weight = layout.links(pattern)
+    biases = _Biases(call, layout.keys, pattern.block)
+    call = layout.move_queries(call)
+    # a few queries against a long cache: take the columns that they need, and leave the others where they are
+    few = links[0].numel() * pattern.block < call.k.shape[1] * call.k.shape[2]
+    call = replace(call, k=call.k.contiguous(), v=call.v.contiguous()) if few else layout.move_keys(call)
+    steps = _steps(call, biases, layout.first, links, weight, layout.source if few else None)
+    return layout.back(run_local(call, steps))
 
 
 BLOCKS = Kernel("blocks", _run, _refuse, "key blocks gathered for a few query blocks a step; backward recomputes")
 
 
-def _whole_blocks(call: PatternCall) -> PatternCall:
-    """Keys and values contiguous and filled up to whole blocks, so that a link is one contiguous run."""
-    more = -call.k.shape[2] % cast(BlockPattern, call.pattern).block
-    if not more:
-        return replace(call, k=call.k.contiguous(), v=call.v.contiguous())
-    keys = Tokens(*(F.pad(field, (0, more)) for field in call.keys))  # valid=False
-    return replace(call, k=F.pad(call.k, (0, 0, 0, more)), v=F.pad(call.v, (0, 0, 0, more)), keys=keys)
+class _Aligned:
+    """The columns of a call whose columns are positions, filled up to whole blocks.
+
+    Fields:
+        keys: tokens of the columns.
+        source: [1, columns], which of the call's columns each is; any one where it is none.
+        first: the column of the first query.
+    """
+
+    def __init__(self, call: PatternCall):
+        self.block = cast(BlockPattern, call.pattern).block
+        S, self.count = call.k.shape[2], call.q.shape[2]
+        self.first = S - self.count
+        self.more = -S % self.block
+        self.keys = Tokens(*(F.pad(field, (0, self.more)) for field in call.keys))  # valid=False
+        self.source = torch.arange(S + self.more, device=call.k.device).clamp(max=S - 1)[None]
+
+    def links(self, pattern: BlockPattern) -> tuple[Tensor, Tensor]:
+        """Links of the query blocks, and their weights."""
+        blocks = torch.where(self.keys.valid, pattern.blocks_of(self.keys), 0).amax(1, keepdim=True)
+        same = bool((blocks == blocks[0]).all())
+        rows = (self.first // self.block, (self.first + self.count - 1) // self.block + 1)
+        return pattern.links(torch.arange(*rows, device=blocks.device)[None], blocks[:1] if same else blocks)
+
+    def move_queries(self, call: PatternCall) -> PatternCall:
+        return call
+
+    def move_keys(self, call: PatternCall) -> PatternCall:
+        """Contiguous and whole blocks: then a link is one contiguous run."""
+        if not self.more:
+            return replace(call, k=call.k.contiguous(), v=call.v.contiguous())
+        k, v = (F.pad(x, (0, 0, 0, self.more)) for x in (call.k, call.v))
+        return replace(call, k=k, v=v, keys=self.keys)
+
+    def back(self, out: Tensor) -> Tensor:
+        return out
 
 
-def _aligned_links(call: PatternCall, first: int) -> tuple[Tensor, Tensor]:
-    """Links of the query blocks where columns are positions."""
-    pattern = cast(BlockPattern, call.pattern)
-    blocks = torch.where(call.keys.valid, pattern.blocks_of(call.keys), 0).amax(1, keepdim=True)
-    same = bool((blocks == blocks[0]).all())
-    row = torch.arange(first // pattern.block, (first + call.q.shape[2] - 1) // pattern.block + 1, device=call.k.device)
-    return pattern.links(row[None], blocks[:1] if same else blocks)
-
-
-class _Layout:
-    """New columns for the tokens of a call: whole blocks, each of one document. Rows end at the same block.
+class _Moved:
+    """New columns for the tokens of any call: whole blocks, each of one document. Rows end at the same block.
 
     Fields:
         columns: how many there are.
+        keys: tokens of the columns.
+        source: [B, columns], which of the call's columns each is; any one where it is none.
         first: the first column of the first block that holds a query.
     """
 
     def __init__(self, call: PatternCall):
         self.block = block = cast(BlockPattern, call.pattern).block
-        keys, L = call.keys, call.q.shape[2]
-        self.queries = call.queries
+        self.queries, keys = call.queries, call.keys
+        B, S = keys.valid.shape
+        self.given = S
         row = keys.position // block
-        column = torch.arange(keys.valid.shape[1], device=row.device).expand_as(row)
+        column = torch.arange(S, device=row.device).expand(B, S)
         before = F.pad(torch.where(keys.valid, column, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
         at = before.clamp(min=0)
         follows = (before >= 0) & (keys.document.gather(1, at) == keys.document)
-        step = torch.where(follows, row - row.gather(1, at), 1) * keys.valid
-        index = step.cumsum(1) - 1
+        index = (torch.where(follows, row - row.gather(1, at), 1) * keys.valid).cumsum(1) - 1
         # rows end together: then the queries of a decoding step share one block, however long their prefixes are
         index = index + (index.amax() - index.amax(1, keepdim=True))
         self.columns = (max(0, int(index.amax())) + 1) * block
-        self.place = torch.where(keys.valid, index * block + keys.position % block, self.columns)
-        mine = self.place[:, -L:]
-        self.first = min(int(mine.amin()), self.columns - 1) // block * block
+        place = torch.where(keys.valid, index * block + keys.position % block, self.columns)
+        self.place = place[:, -self.queries.valid.shape[1] :]
+        self.first = min(int(self.place.amin()), self.columns - 1) // block * block
+        if not self.wasteful:
+            source = column.new_full((B, self.columns + 1), S).scatter(1, place, column)[:, :-1]
+            self.held, self.source = source < S, source.clamp(max=S - 1)
+            self.keys = _only(keys.take(self.source), self.held)
 
     @property
     def wasteful(self) -> bool:
-        queries = self.queries.valid.shape[1]
-        return (
-            self.columns > 2 * (self.place.shape[1] + self.block)
-            or self.columns - self.first > 2 * (queries + self.block)
-        )  # fmt: skip
+        """Whether most columns would be empty."""
+        L = self.place.shape[1]
+        return self.columns > 2 * (self.given + self.block) or self.columns - self.first > 2 * (L + self.block)
 
-    def move(self, call: PatternCall) -> PatternCall:
-        """The call in the new columns."""
-        (B, S), L = self.place.shape, call.q.shape[2]
-        column = torch.arange(S, device=self.place.device).expand(B, S)
-        source = column.new_full((B, self.columns + 1), S).scatter(1, self.place, column)[:, :-1]
-        held, source = source < S, source.clamp(max=S - 1)
-        query = source[:, self.first :] - (S - L)
-        asks, query = held[:, self.first :] & (query >= 0), query.clamp(min=0)
-        return replace(
-            call,
-            q=_take(call.q, query),
-            k=_take(call.k, source),
-            v=_take(call.v, source),
-            queries=_only(call.queries.take(query), asks),
-            keys=_only(call.keys.take(source), held),
-        )
-
-    def back(self, out: Tensor) -> Tensor:
-        """Outputs of the moved call at the queries' own columns; zeros at padding."""
-        place = self.place[:, -self.queries.valid.shape[1] :].clamp(max=self.columns - 1) - self.first
-        return _take(out, place.clamp(min=0)).masked_fill(~self.queries.valid[:, None, :, None], 0)
-
-    def links(self, call: PatternCall) -> tuple[Tensor, Tensor]:
-        """Links of the query blocks of the moved call."""
-        pattern, keys = cast(BlockPattern, call.pattern), call.keys
+    def links(self, pattern: BlockPattern) -> tuple[Tensor, Tensor]:
+        """Links of the query blocks, and their weights."""
+        keys = self.keys
 
         def of_block(field: Tensor) -> Tensor:
             return torch.where(keys.valid, field, -1).unflatten(1, (-1, self.block)).amax(-1)
 
-        row, document, blocks = (
-            of_block(x) for x in (keys.position // self.block, keys.document, pattern.blocks_of(keys))
-        )
+        row, document = of_block(keys.position // self.block), of_block(keys.document)
         mine = slice(self.first // self.block, None)
-        links, weight = pattern.links(row[:, mine], blocks[:, mine])
+        links, weight = pattern.links(row[:, mine], of_block(pattern.blocks_of(keys))[:, mine])
+        # from counting within the document to counting columns; blocks that are not held are not there
         index = torch.arange(row.shape[1], device=row.device)
         at = links + (index - row)[:, None, mine, None]
         inside = (at >= 0) & (at < row.shape[1])
@@ -174,6 +178,19 @@ class _Layout:
         batch = torch.arange(len(row), device=row.device)[:, None, None, None]
         found = inside & (row[batch, at] == links) & (document[batch, at] == document[:, None, mine, None])
         return at, weight.masked_fill(~found, -torch.inf)
+
+    def move_queries(self, call: PatternCall) -> PatternCall:
+        query = self.source[:, self.first :] - (call.k.shape[2] - call.q.shape[2])
+        asks, query = self.held[:, self.first :] & (query >= 0), query.clamp(min=0)
+        return replace(call, q=_take(call.q, query), queries=_only(call.queries.take(query), asks))
+
+    def move_keys(self, call: PatternCall) -> PatternCall:
+        return replace(call, k=_take(call.k, self.source), v=_take(call.v, self.source), keys=self.keys)
+
+    def back(self, out: Tensor) -> Tensor:
+        """Outputs at the queries' own columns; zeros at padding."""
+        columns = (self.place.clamp(max=self.columns - 1) - self.first).clamp(min=0)
+        return _take(out, columns).masked_fill(~self.queries.valid[:, None, :, None], 0)
 
 
 def _take(x: Tensor, columns: Tensor) -> Tensor:
@@ -185,34 +202,49 @@ def _only(tokens: Tokens, mask: Tensor) -> Tokens:
     return tokens._replace(valid=tokens.valid & mask, is_global=tokens.is_global & mask)
 
 
-def _tiles(call: PatternCall, first: int, links: Tensor, weight: Tensor) -> list[Tile]:
-    """Local tiles; the first query stands at column `first`, and links and weight are those of its block and after."""
-    (B, _, L, D), block = call.q.shape, cast(BlockPattern, call.pattern).block
+def _steps(
+    call: PatternCall, biases: _Biases, first: int, links: Tensor, weight: Tensor, source: Tensor | None
+) -> list[Tile]:
+    """Local tiles.
+
+    Args:
+        first: column of the first query; `links` and `weight` begin with its block.
+        source: the call's columns that make up the blocks; None: k and v are laid out in blocks.
+    """
+    (B, _, L, D), block = call.q.shape, biases.block
     end = first + L
     weight = weight.to(torch.promote_types(call.q.dtype, torch.float32))
     most = max(1, min(ROWS, GATHERED // (B * links.shape[1] * links.shape[3] * block * D)))
-    biases = _Biases(call, block)
     tiles, start = [], first
     while start < end:
         # a first or last row of queries that is cut short is a step of its own
         whole = 0 if start % block else min(most, (end - start) // block)
         stop = start + whole * block if whole else min(end, start - start % block + block)
         rows = slice(start // block - first // block, (stop - 1) // block + 1 - first // block)
-        bias = partial(biases.step, links[:, :, rows], weight[:, :, rows], start, stop)
-        tiles.append(Tile(slice(start - first, stop - first), [Part(links[:, :, rows], bias, block)]))
+        mine = links[:, :, rows]
+        bias = partial(biases.step, mine, weight[:, :, rows], start, stop)
+        part = Part(mine, bias, block) if source is None else Part(_columns(mine, source, block), bias)
+        tiles.append(Tile(slice(start - first, stop - first), [part]))
         start = stop
     return tiles
+
+
+def _columns(links: Tensor, source: Tensor, block: int) -> Tensor:
+    """[B|1, H, g, m · block], the columns of linked blocks one by one."""
+    B = max(len(links), len(source))
+    row = torch.arange(B, device=links.device)[:, None, None, None]
+    return source.expand(B, -1).unflatten(1, (-1, block))[row, links].flatten(-2)
 
 
 class _Biases:
     """Biases of the steps of one call, built when a step runs."""
 
-    def __init__(self, call: PatternCall, block: int):
+    def __init__(self, call: PatternCall, keys: Tokens, block: int):
         self.block, self.causal = block, call.pattern.causal
         self.device = call.k.device
-        usable = call.keys.valid & ~call.keys.is_global
+        usable = keys.valid & ~keys.is_global
         self.usable = None if bool(usable.all()) else usable.unflatten(1, (-1, block))
-        self.by_distance = _by_distance(call)
+        self.by_distance = _by_distance(call, keys.valid.shape[1])
 
     def step(self, links: Tensor, weight: Tensor, start: int, stop: int) -> Tensor:
         """[B|1, H, g, n|1, m · block] for the queries at start .. stop, g groups of n, linked to [B|1, H, g, m]."""
@@ -234,9 +266,11 @@ class _Biases:
         return bias
 
 
-def _by_distance(call: PatternCall) -> Tensor | None:
-    """Position bias of a key at distance d from the query, [H, 2S] at d + S: schemes depend on differences alone."""
-    length = call.k.shape[2]
+def _by_distance(call: PatternCall, length: int) -> Tensor | None:
+    """Position bias of a key d columns after the query, [H, 2 · length] at d + length, whatever the query.
+
+    Schemes depend on the difference of positions alone.
+    """
     token = Tokens.all_valid(1, 1, call.k.device)
     keys = Tokens.all_valid(1, 2 * length, call.k.device)
     bias = call.pattern.position_bias(token._replace(position=token.position + length), keys)
