@@ -174,11 +174,11 @@ def test_missing_and_empty_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"task.path={tmp_path} holds no non-empty file"):
         task(tmp_path).check(16)
     (tmp_path / "a.txt").write_text("hello" * 100)
-    with pytest.raises(ValueError, match="no non-empty file ending in .md"):
+    with pytest.raises(ValueError, match=r"no non-empty file ending in \.md"):
         task(tmp_path, suffix=".md").check(16)
     with pytest.raises(ValueError, match="seq_len must be smaller than a document, got 5000"):
         task(tmp_path, suffix=".txt").check(5000)
-    with pytest.raises(ValueError, match="task.held_out must name an installed package .* got 'no_such_package'"):
+    with pytest.raises(ValueError, match=r"task.held_out must name an installed package .* got 'no_such_package'"):
         Text(held_out="no_such_package")
     with pytest.raises(ValueError, match="validation must be a share between 0 and 1, got 1"):
         Text(validation=1)

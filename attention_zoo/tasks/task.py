@@ -6,7 +6,7 @@ Letters: B rows of a batch, L tokens of a row.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -92,7 +92,7 @@ class Task:
         """Endless batches [batch_size, seq_len], a function of the arguments alone."""
         raise NotImplementedError
 
-    def evaluation_sets(self, batch_size: int, seq_len: int) -> dict[str, Iterable[Batch]]:
+    def evaluation_sets(self, batch_size: int, seq_len: int) -> Mapping[str, Iterable[Batch]]:
         """Fixed sets, the main one first; each can be iterated again and again and gives the same batches."""
         raise NotImplementedError
 

@@ -85,7 +85,8 @@ def read_files(root: Path, suffix: str | None, max_bytes: int | None) -> tuple[t
         return ((root.name, root.read_bytes()[:max_bytes]),)
     files = list_files(root, suffix)
     if max_bytes is not None:
-        picked, total = [], 0
+        picked: list[tuple[str, Path, int]] = []
+        total = 0
         for entry in sorted(files, key=lambda entry: _hash(entry[0], "pick")):
             if not picked or total + entry[2] <= max_bytes:
                 picked.append(entry)
@@ -173,10 +174,11 @@ class Text(Task):
                 at_least(1, **{name: value})
         if not (isinstance(validation, float) and 0 < validation < 1):
             raise ValueError(f"validation must be a share between 0 and 1, got {validation!r}")
+        self.suffix = suffix
         if path is None:
             self.root, self.suffix = Path(sysconfig.get_path("stdlib")), ".py"
         else:
-            self.root, self.suffix = Path(path).expanduser(), suffix
+            self.root = Path(path).expanduser()
             if not self.root.exists():
                 raise ValueError(f"task.path must be an existing file or folder, got {path!r}")
         self.held_root = None if held_out is None else _package(held_out)
@@ -285,7 +287,7 @@ class TextBatches:
 
     def __next__(self) -> Batch:
         fresh = self.left == 0
-        for row in np.flatnonzero(fresh):
+        for row in np.flatnonzero(fresh).tolist():
             self._take(row)
         batch = _segment(self.data, self.at, self.seq_len, fresh)
         self.at += self.seq_len

@@ -1,4 +1,4 @@
-"""Figures as JSON lines in the run's own folder: the source of truth, readable at any moment, complete up to a crash."""
+"""Figures as JSON lines in the run's own folder: the source of truth, readable at any moment, whole after a crash."""
 
 from __future__ import annotations
 

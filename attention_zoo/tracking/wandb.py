@@ -59,7 +59,7 @@ class WandbTracker(Tracker):
 
         self.notice = info.notice
         self.run: Any = None
-        shared = {
+        shared: dict[str, Any] = {
             "dir": str(info.folder),
             "project": project,
             "entity": entity,
@@ -72,7 +72,7 @@ class WandbTracker(Tracker):
         }
 
         def start(mode: str) -> Any:
-            quiet = {"silent": True, "console": "off", "x_disable_stats": True}
+            quiet: dict[str, Any] = {"silent": True, "console": "off", "x_disable_stats": True}
             settings = wandb.Settings(init_timeout=init_timeout, finish_timeout=finish_timeout, **quiet)
             if mode == "offline":
                 return wandb.init(mode="offline", settings=settings, **shared)

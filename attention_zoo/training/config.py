@@ -112,8 +112,7 @@ def compose_training(overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     register()
     overrides = list(overrides)
-    inside = GlobalHydra.instance().is_initialized()  # within a Hydra job there is one already: put it back after
-    before = GlobalHydra.instance().hydra
+    before = GlobalHydra.instance().hydra  # within a Hydra job there is one already: put it back after
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module(CONF, version_base="1.3"):
@@ -123,7 +122,7 @@ def compose_training(overrides: Sequence[str] = ()) -> dict[str, Any]:
             raise
         raise ValueError(line) from None
     finally:
-        if inside:
+        if before is not None:
             GlobalHydra.instance().initialize(before)
     return plain(composed, composed.hydra.runtime.choices.get("attention"))
 

@@ -27,8 +27,9 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats of each scored token [n], in float32 or better."""
     scored = targets != IGNORED
     logits = logits[scored]
-    return functional.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets[scored],
-                                    reduction="none")
+    return functional.cross_entropy(
+        logits if logits.dtype == torch.float64 else logits.float(), targets[scored], reduction="none"
+    )
 
 
 @torch.no_grad()

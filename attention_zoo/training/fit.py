@@ -125,7 +125,9 @@ def _judge(
     """Take note of an evaluation; why it ends the run, or None."""
     value = found.metrics[task.metric]
     if not math.isfinite(value):
-        raise NotFinite(f"{task.metric} on the evaluation set became {value} at step {step}: try a smaller optimizer.lr")
+        raise NotFinite(
+            f"{task.metric} on the evaluation set became {value} at step {step}: try a smaller optimizer.lr"
+        )
     history.quality.append([step, value])
     tracker.log({f"evaluate/{name}": metric for name, metric in found.metrics.items()}, step)
     progress.notice(f"step {step}: {task.metric} {value:.4f}, {history.seconds:.0f} s")

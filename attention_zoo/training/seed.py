@@ -19,7 +19,8 @@ def seed_all(seed: int) -> None:
 def random_state() -> dict[str, Any]:
     """The state of all generators, as tensors and plain values."""
     version, internal, cached = random.getstate()
-    algorithm, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state(legacy=True)  # always a tuple for the global generator
+    algorithm, keys, place, has_gauss, gauss = numpy_state
     return {
         "python": [version, list(internal), cached],
         "numpy": [algorithm, torch.from_numpy(keys.astype(np.int64)), int(place), int(has_gauss), float(gauss)],

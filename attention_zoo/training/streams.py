@@ -23,7 +23,8 @@ class Stream:
     """
 
     def __init__(self, model: nn.Module, *, carry: bool):
-        self.model, self.carry = model, carry
+        self.model: Any = model
+        self.carry = carry
         self.state: Any = None
 
     def __call__(self, batch: Batch) -> Any:
