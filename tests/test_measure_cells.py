@@ -76,13 +76,14 @@ def unruly(mood: str) -> SpeedCell:
     return SpeedCell("unruly", 16, options={"mood": mood}, **TINY)
 
 
+@pytest.mark.slow
 def test_whatever_happens_is_a_row_and_the_next_cell_runs(plugin, tmp_path):
     moods = ["crash", "slow", "exit", "killed", "greedy", "good"]
     told = []
     rows = run_cells(
         [unruly(mood) for mood in moods],
         tmp_path,
-        timeout_s=3,
+        timeout_s=6,
         memory_limit_bytes=2**29,
         on_event=told.append,
         **QUICK,
@@ -90,7 +91,7 @@ def test_whatever_happens_is_a_row_and_the_next_cell_runs(plugin, tmp_path):
     by_mood = {mood: (row["status"], row["error"]) for mood, row in zip(moods, rows)}
     assert by_mood["crash"][0] == "failed"
     assert "SIGABRT" in by_mood["crash"][1]
-    assert by_mood["slow"] == ("timeout", "not through within 3 s")
+    assert by_mood["slow"] == ("timeout", "not through within 6 s")
     assert by_mood["exit"] == ("failed", "exit code 1: SystemExit: 3")
     assert by_mood["killed"][0] == "oom"
     assert "signal 9" in by_mood["killed"][1]
@@ -144,6 +145,7 @@ def test_the_row_says_what_was_measured_and_where(tmp_path):
     assert row["state_bytes"] >= 2 * 3 * 24 * 16 * 4  # keys and values
     assert row["environment"]["source"] == identity.source_digest()
     assert row["environment"]["threads"] == 1
+    assert row["environment"]["wait_policy"] == os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
     assert SpeedCell(**row["config"]) == cell
     assert json.loads((tmp_path / "cells" / f"{row['id']}.json").read_text()) == row
 
@@ -285,6 +287,7 @@ def command(*arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_new_backend_untouched_and_writes_its_results(plugin, tmp_path):
     arguments = (
         "backends=[unruly]", "+options.unruly.mood=good", "lengths=[16,32]", "heads=2", "head_width=8", "threads=1",

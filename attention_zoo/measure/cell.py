@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
@@ -13,7 +12,7 @@ import torch
 
 from attention_zoo import registry
 from attention_zoo.contract import Attention, Unsupported, at_least, one_of
-from attention_zoo.measure.environment import device_name, environment
+from attention_zoo.measure.environment import device_name, environment, usable_cores
 from attention_zoo.measure.flops import LinearFlops, attention_flops, count_pairs
 from attention_zoo.measure.identity import class_digest, identity
 from attention_zoo.measure.memory import held_bytes, peak_memory, resident_bytes
@@ -27,11 +26,6 @@ FIGURES = (
     "resident_bytes", "peak_method", "state_bytes", "flops", "matmul_flops_per_second", "floor_ratio",
 )  # fmt: skip
 """What a measured row holds besides what describes its cell; all None where the cell did not finish."""
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from hydra.core.config_store import ConfigStore
 
 from attention_zoo import registry
 from attention_zoo.contract import Unsupported
-from attention_zoo.measure.cell import SpeedCell, usable_cores
-from attention_zoo.measure.environment import device_name
+from attention_zoo.measure.cell import SpeedCell
+from attention_zoo.measure.environment import device_name, usable_cores
 from attention_zoo.measure.memory import default_limit
 
 BASELINES = ("full/dense", "full/sdpa")

@@ -17,14 +17,15 @@ def environment() -> dict[str, Any]:
     """Machine and software of this process, as plain JSON values.
 
     Returns:
-        cpu (model name), cores (usable by this process), threads (intra-op), memory_bytes (of the machine), torch,
-        python, platform, package (version), source (digest, see `identity.source_digest`), and cuda: None, or
-        device, count, memory_bytes, capability, runtime.
+        cpu (model name), cores (usable by this process), threads (intra-op), wait_policy (of OpenMP; None: its
+        default), memory_bytes (of the machine), torch, python, platform, package (version), source (digest, see
+        `identity.source_digest`), and cuda: None, or device, count, memory_bytes, capability, runtime.
     """
     return {
         "cpu": _cpu_model(),
-        "cores": _cores(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "memory_bytes": _memory_bytes(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -55,6 +56,11 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device)
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _cpu_model() -> str:
     listing = Path("/proc/cpuinfo")
     if listing.is_file():
@@ -62,12 +68,6 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _memory_bytes() -> int | None:

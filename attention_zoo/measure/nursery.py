@@ -16,6 +16,9 @@ from typing import Any
 
 from attention_zoo.measure.cell import SpeedCell, blank_row
 
+CALM = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads that wait sleep, unless the user says otherwise: spinning took 5 to 15 times as long on a busy machine."""
+
 
 class Nursery:
     """Starts `measure.worker` when the first cell comes, and ends it at the end of the context.
@@ -64,6 +67,7 @@ class Nursery:
     def _start(self) -> None:
         if self._server is not None:
             return
+        # One OpenBLAS thread: numpy's pool would start at import, and threads do not survive a fork.
         # The worker imports what this process imports, whether installed, in the working directory or on the path.
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         self._server = subprocess.Popen(
@@ -71,8 +75,7 @@ class Nursery:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            # numpy's thread pool would start at import, and threads do not survive a fork
-            env={**os.environ, "PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"},
+            env={**CALM, **os.environ, "PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"},
         )
         self._read()
 

@@ -51,7 +51,10 @@ class CellProgress:
                 f"{place} {named(event.cell)}: {outcome(event.row)}{left}", markup=False, highlight=False
             )
         elif event.kind == "stale":
-            self.console.print(f"{named(event.cell)}: stale, measured with other code; again", markup=False)
+            self._say(f"{named(event.cell)}: stale, measured with other code; again")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def named(cell: SpeedCell) -> str:
@@ -61,10 +64,12 @@ def named(cell: SpeedCell) -> str:
 
 
 def outcome(row: dict[str, Any]) -> str:
-    """A row in words: "123 ms, 45 MiB", or why there is none."""
+    """A row in words: "123 ms, 45.1 MiB", or why there is none."""
     if row["status"] != "ok":
         return f"{row['status']}: {row['error']}"
-    return f"{row['seconds'] * 1e3:.4g} ms, {row['peak_bytes'] / 2**20:.4g} MiB"
+    seconds = row["seconds"]
+    took = f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+    return f"{took}, {row['peak_bytes'] / 2**20:,.1f} MiB"
 
 
 def _minutes(seconds: float) -> str:
