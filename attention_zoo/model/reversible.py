@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attention_zoo.contract import Output, Source, Tokens, add_losses
 from attention_zoo.model.block import Branch, Stack
+from attention_zoo.ops.once import once
 
 
 class ReversibleStack(Stack):
@@ -174,7 +174,7 @@ class _Recomputed(torch.autograd.Function):
         return a, b, *record.losses.values()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, da, db, *dlosses):
         a, b, source = ctx.saved_tensors
         weights = dict(zip(ctx.losses, dlosses))

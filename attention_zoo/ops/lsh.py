@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attention_zoo.ops.dense import dense
+from attention_zoo.ops.once import once
 from attention_zoo.ops.partial import partial, partial_backward
 
 # What one step may hold: scores of the chunks attended at once, and slots of the heads handled at once. On CPU a step
@@ -341,18 +342,9 @@ class _Chunks(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        dq, dv = _ChunksBackward.apply(grad, *ctx.saved_tensors, ctx.plan)
-        return dq, dv, None
-
-
-class _ChunksBackward(torch.autograd.Function):
-    """A node of its own, so that whoever differentiates twice arrives here, rather than past it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, grad: Tensor, q: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan
-    ) -> tuple[Tensor, Tensor]:
+        (q, v, out, lse), plan = ctx.saved_tensors, ctx.plan
         asked = slice(None) if plan.asked is None else plan.asked
         dq, dv = torch.empty_like(q), torch.empty_like(v)
         with torch.autocast(q.device.type, enabled=False):
@@ -363,11 +355,7 @@ class _ChunksBackward(torch.autograd.Function):
                 alone = (lse[:, heads] == -torch.inf)[..., None]
                 part_v[:, asked] += torch.where(alone, grad[:, heads], 0).transpose(0, 1)
                 dq[:, heads], dv[:, heads] = part_q.transpose(0, 1), part_v.transpose(0, 1)
-        return dq, dv
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError("reformer: second derivatives are not defined for kernel=chunks; use kernel=dense")
+        return dq, dv, None
 
 
 def _dense(q: Tensor, v: Tensor, plan: Plan) -> Tensor:

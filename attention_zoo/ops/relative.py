@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from attention_zoo.ops.once import once
 from attention_zoo.ops.partial import partial
 
 ROWS = 128
@@ -171,7 +171,7 @@ class _Project(torch.autograd.Function):
         return y, y.detach()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, for_weight: Tensor, for_x: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
@@ -206,7 +206,7 @@ class _Relative(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, r, u, w, out, lse = ctx.saved_tensors
         plan, scale = ctx.plan, ctx.scale

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from attention_zoo.ops.once import once
 from attention_zoo.ops.partial import merge, partial, partial_backward, weights_and_gradient
 
 Bias = Callable[[], Tensor | None]
@@ -83,7 +83,7 @@ class _Tiles(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor):
         q, k, v, out, lse, *learned = ctx.saved_tensors
         exact = torch.promote_types(q.dtype, torch.float32)
