@@ -17,7 +17,7 @@ from attention_zoo.files import write_atomic
 from attention_zoo.measure.cell import SpeedCell
 from attention_zoo.measure.cells import run_cells
 from attention_zoo.measure.config import BASELINES, BenchmarkConfig, register
-from attention_zoo.measure.derived import costs, efficiency_length, growth_exponent
+from attention_zoo.measure.derived import Efficiency, costs, efficiency_length, growth_exponent
 from attention_zoo.measure.progress import CellProgress
 from attention_zoo.report import units
 from attention_zoo.report.summary import write_csv
@@ -57,7 +57,7 @@ def table(title: str, measured: Iterable[tuple[SpeedCell, Row]]) -> Table:
     caption = "seconds: median; memory: peak of tensors; grows: exponent of length; beats: from which length on"
     shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     shown.add_column("backend", no_wrap=True)
-    for heading in (*map(str, lengths), "grows", *(f"beats {name}" for name in rivals)):
+    for heading in (*map(str, lengths), "grows", *(f"beats\n{name}" for name in rivals)):
         shown.add_column(heading, justify="right")
     for name, line in lines.items():
         for quantity, unit in (("seconds", units.seconds), ("peak_bytes", units.size)):
@@ -68,10 +68,14 @@ def table(title: str, measured: Iterable[tuple[SpeedCell, Row]]) -> Table:
                 name if quantity == "seconds" else "",
                 *(_brief(line.get(length), quantity, unit) for length in lengths),
                 "–" if growth is None else f"{growth:.2f}",
-                *(str(each) if each and rival != name else "–" for rival, each in zip(rivals, passes)),
+                *(_where(each) if each and rival != name else "–" for rival, each in zip(rivals, passes)),
                 end_section=quantity != "seconds",
             )
     return shown
+
+
+def _where(found: Efficiency) -> str:
+    return str(found).replace("not up to", ">")
 
 
 def _brief(row: Row | None, quantity: str, unit: Callable[[float], str]) -> str:

@@ -47,9 +47,7 @@ class CellProgress:
         if event.kind == "finished" and event.row is not None:
             place = f"[{event.index + 1}/{event.total}]"
             left = f" ({left})" if left and not self.console.is_terminal else ""
-            self.console.print(
-                f"{place} {named(event.cell)}: {outcome(event.row)}{left}", markup=False, highlight=False
-            )
+            self._say(f"{place} {named(event.cell)}: {outcome(event.row)}{left}")
         elif event.kind == "stale":
             self._say(f"{named(event.cell)}: stale, measured with other code; again")
 
