@@ -10,6 +10,7 @@ from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -55,10 +56,10 @@ def table(title: str, measured: Iterable[tuple[SpeedCell, Row]]) -> Table:
     lengths = sorted({length for line in lines.values() for length in line})
     rivals = [name for name in BASELINES if name in lines]
     caption = "seconds: median; memory: peak of tensors; grows: exponent of length; beats: from which length on"
-    shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
     shown.add_column("backend", no_wrap=True)
-    for heading in (*map(str, lengths), "grows", *(f"beats\n{name}" for name in rivals)):
-        shown.add_column(heading, justify="right")
+    for heading in (*map(str, lengths), "grows", *(f"beats\n{name.partition('/')[2]}" for name in rivals)):
+        shown.add_column(heading, justify="right", no_wrap=True)
     for name, line in lines.items():
         for quantity, unit in (("seconds", units.seconds), ("peak_bytes", units.size)):
             mine = costs(line.values(), quantity)
@@ -69,7 +70,6 @@ def table(title: str, measured: Iterable[tuple[SpeedCell, Row]]) -> Table:
                 *(_brief(line.get(length), quantity, unit) for length in lengths),
                 "–" if growth is None else f"{growth:.2f}",
                 *(_where(each) if each and rival != name else "–" for rival, each in zip(rivals, passes)),
-                end_section=quantity != "seconds",
             )
     return shown
 
