@@ -342,11 +342,19 @@ class Attention(Layer):
             if state is not None and not self.cross:
                 raise ValueError("tokens must be given with a state: they say which positions these tokens have")
             return x, Tokens.all_valid(x.shape[0], x.shape[1], x.device)
-        if tokens.valid.shape != x.shape[:2]:
-            raise ValueError(f"tokens must be of shape {tuple(x.shape[:2])} like x, got {tuple(tokens.valid.shape)}")
+        check_tokens(tokens, x.shape[:2])
         if self.declared.global_tokens == "none" and bool((tokens.is_global & tokens.valid).any()):
             raise Unsupported(self.name, "global tokens", "no token can see everything", "longformer, bigbird or full")
         return x.masked_fill(~tokens.valid[..., None], 0), tokens
+
+
+def check_tokens(tokens: Any, shape: torch.Size) -> None:
+    """Raise a ValueError unless these are `Tokens` of that [batch, length]."""
+    if not isinstance(tokens, Tokens):
+        given = f"a tensor of shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"tokens must be made by Tokens.of(valid) from a bool mask [batch, length], got {given}")
+    if tokens.valid.shape != shape:
+        raise ValueError(f"tokens must be of shape {tuple(shape)} like the input, got {tuple(tokens.valid.shape)}")
 
 
 def at_least(least: int, **options: int) -> None:

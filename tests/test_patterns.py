@@ -113,3 +113,11 @@ def test_separate_global_projections_start_as_copies_and_are_used():
         layer.to_v_global.weight.add_(1.0)
     moved = (layer(x, tokens).hidden - before).abs().amax(-1) > 1e-9
     assert torch.equal(moved, tokens.is_global & tokens.valid)
+
+
+def test_a_mask_in_place_of_tokens_is_one_clear_error():
+    layer, x = build("full"), torch.randn(2, 5, 16, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"Tokens.of\(valid\) from a bool mask .* got a tensor of shape \(2, 5, 5\)"):
+        layer(x, torch.ones(2, 5, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"tokens must be of shape \(2, 5\) like the input, got \(2, 4\)"):
+        layer(x, Tokens.all_valid(2, 4))

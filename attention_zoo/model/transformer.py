@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attention_zoo import registry
-from attention_zoo.contract import Source, Tokens, Unsupported, at_least
+from attention_zoo.contract import Source, Tokens, Unsupported, at_least, check_tokens
 from attention_zoo.model.block import NORMS, Block, Stack
 from attention_zoo.model.global_tokens import ExtraGlobalTokens
 from attention_zoo.model.heads import build_head
@@ -211,8 +211,8 @@ class Transformer(nn.Module):
     def _check(self, ids, tokens, state, source, fresh) -> None:
         if ids.ndim != 2 or ids.dtype.is_floating_point or ids.shape[1] == 0:
             raise ValueError(f"ids must be integers [batch, length >= 1], got {ids.dtype} of shape {tuple(ids.shape)}")
-        if tokens is not None and tokens.valid.shape != ids.shape:
-            raise ValueError(f"tokens must be of shape {tuple(ids.shape)} like ids, got {tuple(tokens.valid.shape)}")
+        if tokens is not None:
+            check_tokens(tokens, ids.shape)
         if ids.device.type == "cpu":  # elsewhere reading a number back would make every call wait
             real = ids if tokens is None else ids.masked_fill(~tokens.valid, 0)
             low, high = (int(bound) for bound in real.aminmax())
