@@ -56,7 +56,9 @@ def table(title: str, measured: Iterable[tuple[SpeedCell, Row]]) -> Table:
     lengths = sorted({length for line in lines.values() for length in line})
     rivals = [name for name in BASELINES if name in lines]
     caption = "seconds: median; memory: peak of tensors; grows: exponent of length; beats: from which length on"
-    shown = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+    shown = Table(
+        title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=0
+    )
     shown.add_column("backend", no_wrap=True)
     for heading in (*map(str, lengths), "grows", *(f"beats\n{name.partition('/')[2]}" for name in rivals)):
         shown.add_column(heading, justify="right", no_wrap=True)
