@@ -82,6 +82,10 @@ def run_training(config: Mapping[str, Any], folder: str | Path) -> dict[str, Any
         task.check(full["seq_len"])
         row["data"] = task.describe(full["seq_len"])
         if not full["force"] and (finished := _finished(folder, row)) is not None:
+            label = f"{finished['backend']} {task.name}"
+            Progress(label, full["steps"], full["trainer"]["progress"]).notice(
+                "finished before; force=true runs it again"
+            )
             return finished
         row |= _train(full, folder, task, row)
         (folder / "error.txt").unlink(missing_ok=True)
