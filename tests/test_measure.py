@@ -14,7 +14,7 @@ from attention_zoo.measure import flops, identity
 from attention_zoo.measure.cell import SpeedCell, run_cell
 from attention_zoo.measure.derived import costs, efficiency_length, growth_exponent, longest_within
 from attention_zoo.measure.environment import device_name, environment
-from attention_zoo.measure.memory import CPU_METHOD, held_bytes, highest_sum, peak_memory, resident_bytes
+from attention_zoo.measure.memory import CPU_METHOD, highest_sum, peak_memory, resident_bytes
 from attention_zoo.measure.speed import matmul_rate, time_call
 from attention_zoo.measure.work import Shape, prepare
 
@@ -110,12 +110,6 @@ def test_a_training_step_moves_the_weights_and_a_decoding_step_goes_on():
         work.before()
         work.run()
         assert work.state().tokens.position[:, -1].tolist() == [5 + step] * 2
-
-
-def test_a_state_holds_its_storages_in_full_and_each_once():
-    whole = torch.zeros(100, dtype=torch.float64)
-    assert held_bytes((whole[:3], {"again": whole}, None, 7)) == 800
-    assert held_bytes([whole, torch.zeros(2, dtype=torch.uint8)]) == 802
 
 
 def test_the_resident_set_is_read_in_bytes():

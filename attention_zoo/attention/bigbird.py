@@ -43,7 +43,7 @@ class BigBird(PatternAttention):
 
     name = "bigbird"
     kernels = (BLOCKS, TILES, DENSE)
-    tiny = {"block": 4, "random": 1}  # noqa: RUF012  (never mutated)
+    tiny = {"block": 4, "random": 1}
     declared = Abilities(
         causality="strict",
         carry="prefix",

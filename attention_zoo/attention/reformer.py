@@ -91,7 +91,7 @@ class Reformer(Attention):
         state="linear",
         adjustable=("rounds",),
     )
-    tiny = {"chunk": 4, "rounds": 2}  # noqa: RUF012  (never mutated)
+    tiny = {"chunk": 4, "rounds": 2}
 
     def __init__(
         self,

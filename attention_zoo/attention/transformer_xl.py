@@ -94,7 +94,7 @@ class TransformerXL(Attention):
         adjustable=("segment_length", "memory_length", "same_length"),
         truncated=True,
     )
-    tiny = {"segment_length": 4, "memory_length": 3}  # noqa: RUF012  (never mutated)
+    tiny = {"segment_length": 4, "memory_length": 3}
     shared_over_depth: tuple[str, ...] = ("u", "v")
     """Parameters that a stack ties over its layers of this kind."""
 

@@ -15,9 +15,10 @@ from attention_zoo.contract import Attention, Unsupported, at_least, one_of
 from attention_zoo.measure.environment import device_name, environment, usable_cores
 from attention_zoo.measure.flops import LinearFlops, attention_flops, count_pairs
 from attention_zoo.measure.identity import class_digest, identity
-from attention_zoo.measure.memory import held_bytes, peak_memory, resident_bytes
+from attention_zoo.measure.memory import peak_memory, resident_bytes
 from attention_zoo.measure.speed import matmul_rate, time_call
 from attention_zoo.measure.work import Phase, Shape, Variant, Work, prepare
+from attention_zoo.model.state import state_bytes
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -182,7 +183,7 @@ def _flops(cell: SpeedCell, layer: Attention, linear: int) -> int | None:
 
 def _state_bytes(work: Work) -> int | None:
     state = work.state()
-    return None if state is None else held_bytes(state)
+    return None if state is None else state_bytes(state)
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

@@ -13,11 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.autograd import profiler
-from torch.utils import _pytree as pytree
 
 CPU_METHOD = "torch profiler memory events, tensor bytes above the start of the call"
 CUDA_METHOD = "torch.cuda.max_memory_allocated, bytes above the start of the call"
@@ -78,16 +76,6 @@ def _cuda_peak(call: Callable[[], object], device: torch.device) -> Memory:
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - start
     return Memory(peak, CUDA_METHOD, torch.cuda.max_memory_reserved(device))
-
-
-def held_bytes(tree: Any) -> int:
-    """Bytes that a state keeps alive: every storage under the tree once, in full, however small the view of it."""
-    storages = {}
-    for leaf in pytree.tree_leaves(tree):
-        if isinstance(leaf, torch.Tensor):
-            storage = leaf.untyped_storage()
-            storages[storage.data_ptr(), leaf.device] = storage.nbytes()
-    return sum(storages.values())
 
 
 def resident_bytes() -> tuple[int, int] | None:

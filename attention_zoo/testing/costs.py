@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 
 from attention_zoo.contract import Attention, Tokens
-from attention_zoo.measure.memory import held_bytes, peak_memory
+from attention_zoo.measure.memory import peak_memory
+from attention_zoo.model.state import state_bytes
 from attention_zoo.testing.case import Case, piece
 from attention_zoo.testing.check import check
 from attention_zoo.testing.states import carries
@@ -70,7 +71,7 @@ def states_grow_as_declared(case: Case) -> None:
         for stop in (1024, 2048, 3072, 4096, 5120, 6144, 7168, 8192):
             x = case.data(1, stop - at, dtype=torch.float32)
             state, at = layer(x, piece(whole, at, stop), state=state).state, stop
-            found[stop] = held_bytes(state)
+            found[stop] = state_bytes(state)
     allowed = {"constant": 1.0, "linear": 8.1, "loglinear": 10.5, "quadratic": 64.0}[case.can.state]
     assert found[8192] <= allowed * found[1024], (
         f"{case.name}: the state holds {found[1024]:,} bytes after 1,024 tokens and {found[8192]:,} after 8,192; "
