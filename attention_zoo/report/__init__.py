@@ -2,6 +2,6 @@
 
 from attention_zoo.report.build import build_report
 from attention_zoo.report.rows import read
-from attention_zoo.report.summary import Findings, headline, rich_table, write_csv
+from attention_zoo.report.summary import Findings, headline, markdown_table, rich_table, write_csv
 
-__all__ = ["Findings", "build_report", "headline", "read", "rich_table", "write_csv"]
+__all__ = ["Findings", "build_report", "headline", "markdown_table", "read", "rich_table", "write_csv"]

@@ -15,6 +15,7 @@ from rich.table import Table as RichTable
 
 from attention_zoo.files import write_atomic
 from attention_zoo.measure.derived import Efficiency
+from attention_zoo.overview import markdown
 from attention_zoo.report import costs, quality, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.costs import MEMORY, TIME, Series, Setting
@@ -195,27 +196,40 @@ def _list(parts: list[str]) -> str:
 
 def rich_table(found: Findings) -> RichTable:
     """What fits a terminal of 80 columns: quality, cost at the common length, growth, overtaking fused attention."""
+    headings, lines = _brief(found)
+    table = RichTable(title_justify="left", header_style="bold", padding=(0, 1, 0, 0), box=box.SIMPLE)
+    table.add_column(headings[0], no_wrap=True)
+    for heading in headings[1:]:
+        table.add_column("\n".join(heading), justify="right")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def markdown_table(found: Findings) -> str:
+    """The same for a README."""
+    headings, lines = _brief(found)
+    return markdown([headings[0], *(" ".join(heading) for heading in headings[1:])], lines)
+
+
+def _brief(found: Findings) -> tuple[tuple[Any, ...], list[list[str]]]:
+    """The columns that matter most, each heading in lines, and the cells."""
     whole = summary(found)
     flat = [(group, column) for group, columns in whole.groups for column in columns]
     short = {
-        ("Grows as length to the", "time"): "time ~\nlength^",
-        ("Cheaper than fused from", "time"): "faster than\nfused from",
+        ("Grows as length to the", "time"): ("time ~", "length^"),
+        ("Cheaper than fused from", "time"): ("faster than", "fused from"),
     }
-    kept = []
+    kept: list[tuple[int, tuple[str, ...]]] = []
     for number, (group, column) in enumerate(flat):
         if group == "What it learnt":
-            kept.append((number, column.replace(": ", "\n")))
+            kept.append((number, tuple(column.split(": "))))
         elif group.startswith("At ") and group.endswith(" tokens"):
-            kept.append((number, f"{column}\n{group[0].lower()}{group[1:].removesuffix(' tokens')}"))
+            kept.append((number, (column, f"{group[0].lower()}{group[1:].removesuffix(' tokens')}")))
         elif (group, column) in short:
             kept.append((number, short[group, column]))
-    table = RichTable(title_justify="left", header_style="bold", padding=(0, 1, 0, 0), box=box.SIMPLE)
-    table.add_column("mechanism", no_wrap=True)
-    for _, heading in kept:
-        table.add_column(heading, justify="right")
-    for name, cells in zip(whole.names, whole.cells):
-        table.add_row(name, *(cells[number] for number, _ in kept))
-    return table
+    lines = [[name, *(cells[number] for number, _ in kept)] for name, cells in zip(whole.names, whole.cells)]
+    return ("mechanism", *(heading for _, heading in kept)), lines
 
 
 def write_csv(rows: Iterable[Row], path: str | Path) -> Path:
