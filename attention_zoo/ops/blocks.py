@@ -172,11 +172,9 @@ class _Moved:
         links, weight = pattern.links(row[:, mine], of_block(pattern.blocks_of(keys))[:, mine])
         # from counting within the document to counting columns; blocks that are not held are not there
         index = torch.arange(row.shape[1], device=row.device)
-        at = links + (index - row)[:, None, mine, None]
-        inside = (at >= 0) & (at < row.shape[1])
-        at = at.clamp(0, row.shape[1] - 1)
+        at = (links + (index - row)[:, None, mine, None]).clamp(0, row.shape[1] - 1)
         batch = torch.arange(len(row), device=row.device)[:, None, None, None]
-        found = inside & (row[batch, at] == links) & (document[batch, at] == document[:, None, mine, None])
+        found = (row[batch, at] == links) & (document[batch, at] == document[:, None, mine, None])
         return at, weight.masked_fill(~found, -torch.inf)
 
     def move_queries(self, call: PatternCall) -> PatternCall:
