@@ -120,7 +120,7 @@ class BigBird(PatternAttention):
         listed = (row[:, None, :, None] - column).abs() <= self.side
         if self._reference:
             listed = listed | (column == 0) | (column == blocks[:, None, :, None] - 1)
-        times = listed.byte()
+        times = listed.short()
         for pick in self._plan.picks(row, blocks).unbind(-1):
             times = times + (pick.transpose(1, 2)[..., None] == column)
         everything = self.sees_all(queries)
