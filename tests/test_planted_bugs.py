@@ -310,4 +310,4 @@ def test_an_option_without_a_default() -> None:
         def __init__(self, *, window: int, **shared: Any):
             super().__init__(window=window, **shared)
 
-    caught(Needy, "options_are_keyword_only_and_documented")
+    caught(Needy, "options_are_keyword_only_with_defaults")

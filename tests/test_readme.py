@@ -1,0 +1,108 @@
+"""The README is a promise: its commands are well-formed, its code runs, its tables are what code and results say."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import attention_zoo as zoo
+from attention_zoo import overview
+from attention_zoo.report import Findings, markdown_table, read
+from attention_zoo.testing import contract_checks
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def between(name):
+    found = re.findall(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README, re.DOTALL)
+    assert len(found) == 1, f"README.md must hold one section {name}"
+    return found[0].strip()
+
+
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def command(name):
+    (block,) = blocks("bash", between(name))
+    (line,) = block.strip().splitlines()
+    return line
+
+
+def test_the_two_commands_do_their_own_set_up():
+    for name, end in (("main", "-m experiments.compare"), ("tests", "-m pytest -n 2")):
+        make, install, run = command(name).split(" && ")
+        assert make == "python3 -m venv .venv"
+        assert install.startswith(".venv/bin/pip install -q -e ")
+        assert run == f".venv/bin/python {end}"
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    assert "<!-- tests -->" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_table_of_abilities_is_generated():
+    assert between("abilities") == overview.markdown(overview.COLUMNS, overview.abilities_rows())
+
+
+def test_the_table_of_results_is_that_of_the_committed_rows():
+    (path,) = re.findall(r"\(([\w/.-]+results\.jsonl)\)", between("results"))
+    assert markdown_table(Findings.of(read([ROOT / path]))) in between("results")
+    for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", between("results")):
+        assert (ROOT / picture).stat().st_size > 10_000
+
+
+def test_every_link_leads_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_module_example_runs():
+    (example,) = [block for block in blocks("python") if "zoo.build" in block]
+    names: dict = {}
+    exec(example, names)
+    assert names["out"].hidden.shape == (2, 1009, 512)
+    whole = names["layer"](names["x"], names["tokens"]).hidden
+    cut = torch.cat([names["first"].hidden, names["rest"].hidden], 1)
+    torch.testing.assert_close(cut[names["valid"]], whole[names["valid"]], atol=1e-5, rtol=1e-4)
+
+
+def test_the_example_of_a_new_mechanism_passes_the_contract_suite(tmp_path, monkeypatch):
+    (example,) = [block for block in blocks("python") if "class Strided" in block]
+    (recipe,) = [yaml.safe_load(block) for block in blocks("yaml")]
+    (tmp_path / "strided_example.py").write_text(example)
+    monkeypatch.syspath_prepend(tmp_path)
+    Strided = importlib.import_module("strided_example").Strided
+    layer = Strided(dim=16, heads=2, causal=True, stride=recipe["stride"])
+    assert layer(torch.randn(1, 9, 16)).hidden.shape == (1, 9, 16)
+    checks = [check for check in contract_checks(Strided) if not check.slow]
+    assert len(checks) > 20
+    for check in checks:
+        check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line", [line for block in blocks("bash") for line in block.splitlines() if line.startswith("python -m ")]
+)
+def test_every_other_command_is_understood(line):
+    words = shlex.split(line, comments=True)[1:]
+    if words[1].startswith("experiments.") and "--help" not in words:
+        words = [*(word for word in words[:2]), *(word for word in words[2:] if word != "-m")]
+        # a sweep's choices, one of each: composing one job is what shows that all words are known
+        words = [re.sub(r"^(attention|seed)=([^,\[]+),.*", r"\1=\2", word) for word in words] + ["--cfg", "job"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_available_backends_are_those_named():
+    for name in zoo.available():
+        assert f"[{name}](attention_zoo/attention/{name}.py)" in README
