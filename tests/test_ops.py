@@ -168,3 +168,20 @@ def test_half_precision_is_summed_in_float32(fused):
     naive = dense(*half, scale=SCALE)
     assert got.dtype == torch.bfloat16
     assert (got - want).abs().max() <= 2 * (naive - want).abs().max()
+
+
+@pytest.mark.parametrize("name", ["longformer", "bigbird", "transformer_xl", "reformer"])
+def test_autocast_rounds_projections_but_not_the_sums_inside(fused, name):
+    options = {"resample": False} if name == "reformer" else {}
+    torch.manual_seed(0)
+    layer = zoo.build(name, dim=64, heads=2, **options)
+    x = torch.randn(1, 700, 64, requires_grad=True)
+    want = layer(x)
+    weight = torch.randn_like(want.hidden)
+    (want_grad,) = torch.autograd.grad((want.hidden * weight).sum(), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x, choices=want.choices)
+        (grad,) = torch.autograd.grad((got.hidden.float() * weight).sum(), x)
+    assert got.hidden.dtype == torch.bfloat16
+    assert (got.hidden - want.hidden).norm() < 0.005 * want.hidden.norm()
+    assert (grad - want_grad).norm() < 0.008 * want_grad.norm()

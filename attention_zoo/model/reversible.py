@@ -24,7 +24,7 @@ from torch import Tensor
 
 from attention_zoo.contract import Output, Source, Tokens, add_losses
 from attention_zoo.model.block import Branch, Stack
-from attention_zoo.ops.once import once
+from attention_zoo.ops.function import once
 
 
 class ReversibleStack(Stack):

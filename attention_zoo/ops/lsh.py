@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attention_zoo.ops.dense import dense
-from attention_zoo.ops.once import once
+from attention_zoo.ops.function import exact, once
 from attention_zoo.ops.partial import partial, partial_backward
 
 # What one step may hold: scores of the chunks attended at once, and slots of the heads handled at once. On CPU a step
@@ -326,17 +326,17 @@ def _blocks(plan: Plan) -> Iterator[_Block]:
 
 class _Chunks(torch.autograd.Function):
     @staticmethod
+    @exact
     def forward(ctx: Any, q: Tensor, v: Tensor, plan: Plan) -> Tensor:
         asked = slice(None) if plan.asked is None else plan.asked
         out = torch.empty_like(q[asked])
         lse = out.new_empty(out.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-        with torch.autocast(q.device.type, enabled=False):
-            for block in _blocks(plan):
-                heads = block.heads
-                part, total = block.forward(q[:, heads], v[:, heads])
-                alone = (total == -torch.inf).T[..., None]
-                out[:, heads] = torch.where(alone, v[asked, heads], part.transpose(0, 1).to(q.dtype))
-                lse[:, heads] = total.T
+        for block in _blocks(plan):
+            heads = block.heads
+            part, total = block.forward(q[:, heads], v[:, heads])
+            alone = (total == -torch.inf).T[..., None]
+            out[:, heads] = torch.where(alone, v[asked, heads], part.transpose(0, 1).to(q.dtype))
+            lse[:, heads] = total.T
         ctx.save_for_backward(q, v, out, lse)
         ctx.plan = plan._replace(order=plan.order.int())
         return out
@@ -347,14 +347,13 @@ class _Chunks(torch.autograd.Function):
         (q, v, out, lse), plan = ctx.saved_tensors, ctx.plan
         asked = slice(None) if plan.asked is None else plan.asked
         dq, dv = torch.empty_like(q), torch.empty_like(v)
-        with torch.autocast(q.device.type, enabled=False):
-            for block in _blocks(plan):
-                heads = block.heads
-                mine = (q[:, heads], v[:, heads], grad[:, heads], out[:, heads], lse[:, heads])
-                part_q, part_v = block.backward(*mine)
-                alone = (lse[:, heads] == -torch.inf)[..., None]
-                part_v[:, asked] += torch.where(alone, grad[:, heads], 0).transpose(0, 1)
-                dq[:, heads], dv[:, heads] = part_q.transpose(0, 1), part_v.transpose(0, 1)
+        for block in _blocks(plan):
+            heads = block.heads
+            mine = (q[:, heads], v[:, heads], grad[:, heads], out[:, heads], lse[:, heads])
+            part_q, part_v = block.backward(*mine)
+            alone = (lse[:, heads] == -torch.inf)[..., None]
+            part_v[:, asked] += torch.where(alone, grad[:, heads], 0).transpose(0, 1)
+            dq[:, heads], dv[:, heads] = part_q.transpose(0, 1), part_v.transpose(0, 1)
         return dq, dv, None
 
 

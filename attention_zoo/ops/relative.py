@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attention_zoo.ops.once import once
+from attention_zoo.ops.function import exact, once
 from attention_zoo.ops.partial import partial
 
 ROWS = 128
@@ -186,6 +186,7 @@ class _Relative(torch.autograd.Function):
     """Tiles are [H, B, l, D]: heads first, so that the table of a head serves the rows of all sequences at once."""
 
     @staticmethod
+    @exact
     def forward(ctx: Any, q, k, v, k_own, v_own, r, u, w, plan: Plan, scale: float) -> Tensor:
         B, H, L, _ = q.shape
         exact = torch.promote_types(q.dtype, torch.float32)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attention_zoo.ops.once import once
+from attention_zoo.ops.function import exact, once
 from attention_zoo.ops.partial import merge, partial, partial_backward, weights_and_gradient
 
 Bias = Callable[[], Tensor | None]
@@ -61,6 +61,7 @@ def run_tiles(
 
 class _Tiles(torch.autograd.Function):
     @staticmethod
+    @exact
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float, *learned: Tensor):
         B, H, L, D = q.shape
         exact = torch.promote_types(q.dtype, torch.float32)

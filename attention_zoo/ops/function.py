@@ -1,7 +1,7 @@
-"""Backwards that can be run, but not differentiated again: whoever tries is told, instead of getting a wrong number.
+"""What the autograd functions of this package share: exact arithmetic under autocast, and no second derivatives.
 
 torch's own `once_differentiable` marks only what the backward returns. Where that is added to another path, as in
-x + layer(x), `autograd.grad` goes past the mark and the missing term is silently zero.
+x + layer(x), `autograd.grad` goes past the mark and the missing term is silently zero. Hence `once`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,19 @@ import torch
 from torch import Tensor
 
 
+def exact(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a forward without autocast, which would round the float32 sums inside to half precision."""
+
+    @wraps(forward)
+    def guarded(ctx: Any, first: Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return forward(ctx, first, *rest)
+
+    return guarded
+
+
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the backward of an autograd function a node of its own, tied to all that it reads, that raises in turn."""
+    """Make a backward a node of its own, tied to all that it reads, that raises in turn; without autocast, too."""
 
     @wraps(backward)
     def guarded(ctx: Any, *grads: Tensor) -> Any:
@@ -27,7 +38,8 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
 class _Guard(torch.autograd.Function):
     @staticmethod
     def forward(_: Any, backward: Callable[..., Any], ctx: Any, count: int, *tensors: Tensor) -> Any:
-        return backward(ctx, *tensors[:count])
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return backward(ctx, *tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
