@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata, resources
@@ -73,6 +74,25 @@ def options_of(name: str) -> dict[str, Any]:
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
                 found[key] = parameter.default
     return {**found, **defaults}
+
+
+def third_party() -> dict[str, dict[str, Any]]:
+    """For each backend of another package what our yaml says of our own: target and own options with defaults.
+
+    One that cannot be loaded is warned of and left out: it must not stop the others.
+    """
+    shared = inspect.signature(Attention).parameters
+    found: dict[str, dict[str, Any]] = {}
+    for point in metadata.entry_points(group=GROUP):
+        try:
+            cls, _ = recipe(point.name)
+        except Exception as error:
+            warnings.warn(f"backend {point.name!r} ({point.value}) cannot be loaded: {error}", stacklevel=2)
+            continue
+        own = {key: value for key, value in options_of(point.name).items() if key not in shared}
+        given = {key: value for key, value in own.items() if value is not inspect.Parameter.empty}
+        found[point.name] = {"_target_": f"{cls.__module__}.{cls.__qualname__}", "_partial_": True, **given}
+    return found
 
 
 def build(name: str, *, dim: int, heads: int, causal: bool = True, **options: Any) -> Attention:

@@ -14,7 +14,7 @@ import torch
 
 import attention_zoo as zoo
 from attention_zoo.contract import Attention, Unsupported
-from attention_zoo.registry import options_of, recipe
+from attention_zoo.registry import options_of, recipe, third_party
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,6 +89,27 @@ def test_third_parties_add_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert layer.window == window
     assert zoo.build("near", dim=16, heads=2, window=2).window == 2
     assert zoo.build("near", dim=16, heads=2)(torch.randn(1, 9, 16)).hidden.shape == (1, 9, 16)
+    monkeypatch.delitem(sys.modules, "tiny_plugin")
+
+
+def test_a_plugin_is_swapped_in_by_one_word_of_the_config(tmp_path: Path) -> None:
+    """`attention=near`, with its options, on the command line of a fresh process."""
+    plugin(tmp_path, "Near")
+    words = ["attention=near", "attention.window=3", "task=mqar", "--cfg", "job"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "experiments.train", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "_target_: tiny_plugin.Near" in done.stdout
+    assert "window: 3" in done.stdout
+
+
+def test_a_plugin_that_cannot_be_loaded_is_left_out_aloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin(tmp_path, "missing")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tiny_plugin", raising=False)
+    with pytest.warns(UserWarning, match=r"backend 'near' \(tiny_plugin:missing\) cannot be loaded"):
+        assert third_party() == {}
     monkeypatch.delitem(sys.modules, "tiny_plugin")
 
 

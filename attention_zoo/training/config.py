@@ -21,6 +21,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from attention_zoo.contract import at_least, one_of
+from attention_zoo.registry import third_party
 from attention_zoo.training.precision import check_precision
 from attention_zoo.training.progress import KINDS
 
@@ -98,8 +99,11 @@ class TrainConfig:
 
 
 def register() -> None:
-    """Make the schema known to Hydra, which conf/train.yaml names first."""
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    """Make the schema known to Hydra, which conf/train.yaml names first, and the backends of other packages."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    for name, node in third_party().items():
+        store.store(group="attention", name=name, node=node)
 
 
 def compose_training(overrides: Sequence[str] = ()) -> dict[str, Any]:
