@@ -175,8 +175,8 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     @once
-    def backward(ctx, da, db, *dlosses):
-        a, b, source = ctx.saved_tensors
+    def backward(ctx, saved, da, db, *dlosses):
+        a, b, source = saved
         weights = dict(zip(ctx.losses, dlosses))
         trained = {id(parameter) for parameter in ctx.parameters}
         gradients: dict[int, Tensor] = {}

@@ -26,7 +26,10 @@ def exact(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a backward a node of its own, tied to all that it reads, that raises in turn; without autocast, too."""
+    """Make a backward(ctx, saved, *grads) a node of its own, tied to all that it reads, that raises in turn.
+
+    The saved tensors are handed over because checkpointing lets them be unpacked only once. Runs without autocast.
+    """
 
     @wraps(backward)
     def guarded(ctx: Any, *grads: Tensor) -> Any:
@@ -39,7 +42,7 @@ class _Guard(torch.autograd.Function):
     @staticmethod
     def forward(_: Any, backward: Callable[..., Any], ctx: Any, count: int, *tensors: Tensor) -> Any:
         with torch.autocast(tensors[0].device.type, enabled=False):
-            return backward(ctx, *tensors[:count])
+            return backward(ctx, tensors[count:], *tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:

@@ -343,8 +343,8 @@ class _Chunks(torch.autograd.Function):
 
     @staticmethod
     @once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (q, v, out, lse), plan = ctx.saved_tensors, ctx.plan
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (q, v, out, lse), plan = saved, ctx.plan
         asked = slice(None) if plan.asked is None else plan.asked
         dq, dv = torch.empty_like(q), torch.empty_like(v)
         for block in _blocks(plan):

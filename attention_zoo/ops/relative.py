@@ -172,8 +172,8 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     @once
-    def backward(ctx: Any, for_weight: Tensor, for_x: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Tensor, ...], for_weight: Tensor, for_x: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = saved
         need_x, need_weight, need_bias = ctx.needs_input_grad
         # under autocast the gradient is narrower than what was saved
         dx = (for_x @ weight.to(for_x.dtype)).to(x.dtype) if need_x else None
@@ -208,8 +208,8 @@ class _Relative(torch.autograd.Function):
 
     @staticmethod
     @once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, r, u, w, out, lse = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, r, u, w, out, lse = saved
         plan, scale = ctx.plan, ctx.scale
         L, S, exact = q.shape[2], k.shape[2], lse.dtype
         table = _falling(r, exact)

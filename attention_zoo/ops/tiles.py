@@ -85,8 +85,8 @@ class _Tiles(torch.autograd.Function):
 
     @staticmethod
     @once
-    def backward(ctx: Any, grad: Tensor):
-        q, k, v, out, lse, *learned = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor):
+        q, k, v, out, lse, *learned = saved
         exact = torch.promote_types(q.dtype, torch.float32)
         H = q.shape[1]
         dq = torch.zeros_like(q)
