@@ -12,11 +12,9 @@ from torch import Tensor, nn
 import attention_zoo as zoo
 from attention_zoo import EncoderDecoder, Source, Tokens, Transformer
 
-from .case import FLOAT64, Case, Errors, Leaves, compare, generator, padding, randomise, vectors
+from .case import DEEP, Case, Errors, Leaves, compare, generator, padding, randomise, vectors
 
 KERNELS = ("auto", "sdpa", "tiles", "dense")
-DEEP = {torch.float32: Errors(4e-6, 4e-6), torch.float64: FLOAT64}
-"""Rounding adds up over the layers of a stack."""
 
 
 def attention_weights(leaves: Leaves, ours: str, theirs: str) -> Leaves:

@@ -17,11 +17,9 @@ from torch import Tensor, nn
 import attention_zoo as zoo
 from attention_zoo import Tokens, Transformer
 
-from .case import FLOAT64, Case, Errors, Leaves, compare, generator, randomise, vectors
+from .case import DEEP, Case, Errors, Leaves, compare, generator, randomise, vectors
 
 KERNELS = ("auto", "shift", "gather")
-DEEP = {torch.float32: Errors(4e-6, 4e-6), torch.float64: FLOAT64}
-"""Rounding adds up over the layers of a stack."""
 
 
 def waves(queries: int, keys: int, dim: int, dtype: torch.dtype) -> Tensor:
