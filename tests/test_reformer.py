@@ -554,3 +554,19 @@ def test_wrong_calls_are_refused():
     two_sided = build(causal=False)
     with pytest.raises(Unsupported, match="two-sided attention needs all tokens in one call"):
         two_sided(x, Tokens.all_valid(1, 6), state=two_sided.initial_state(1))
+
+
+def test_given_queries_and_values_make_the_layer_without_its_projections():
+    layer, x = build(), data(2, 21)
+    valid = torch.arange(21) < torch.tensor([[21], [13]])
+    tokens = Tokens.of(valid)
+    want = layer(x, tokens)
+    qk, v = (project(x).unflatten(-1, (layer.heads, -1)).transpose(1, 2) for project in (layer.to_qk, layer.to_v))
+    for choices in (None, want.choices):
+        got = layer.to_out(layer.attend(qk, v, tokens, choices=choices).transpose(1, 2).flatten(2))
+        assert torch.allclose(got[valid], want.hidden[valid], atol=1e-12)
+    assert not layer.attend(qk, v, tokens).transpose(1, 2)[~valid].any()
+    with pytest.raises(ValueError, match="qk and v must both be"):
+        layer.attend(qk, v[:, :, 1:])
+    with pytest.raises(ValueError, match=r"tokens must have shape \(2, 21\), got \(2, 20\)"):
+        layer.attend(qk, v, tokens.cut(slice(0, 20)))

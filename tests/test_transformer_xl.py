@@ -467,3 +467,31 @@ def test_memory_is_linear() -> None:
     # the largest tensor is one of [L, E] or a chunk's scores, whichever is larger
     assert peaks[-1].largest_bytes is not None
     assert peaks[-1].largest_bytes <= max(8192 * DIM * 4, HEADS * 128 * (128 + 64 + 64) * 4)
+
+
+@pytest.mark.parametrize("same_length", [False, True])
+@pytest.mark.parametrize("more", [0, 3])
+def test_given_queries_keys_and_values_make_the_layer_without_its_projections(same_length: bool, more: int):
+    """The first query begins a segment; what stands before the queries is memory, and gets gradients, too."""
+    layer, x = build(same_length=same_length), data(2, 17 + more).requires_grad_()
+    q, k, v = (layer._heads(project(x)) for project in (layer.to_q, layer.to_k, layer.to_v))
+    r = layer.to_r(layer._waves(5 + 4)).unflatten(-1, (HEADS, -1))
+    got = layer.to_out(layer.attend(q[:, :, more:], k, v, r).transpose(1, 2).flatten(2))
+    before = Tokens.of(torch.ones(2, 17 + more, dtype=torch.bool), start=5 - more if more else 0)
+    state = Memory(x[:, :more], before.cut(slice(0, more)))
+    want = layer(x[:, more:], before.cut(slice(more, None)), state=state).hidden
+    assert torch.allclose(got, want, atol=1e-12)
+    (gradient,) = torch.autograd.grad(layer.attend(q[:, :, more:], k, v, r)[:, :, 0].sum(), k)
+    assert bool(gradient[:, :, :more].any()) == bool(more)
+
+
+def test_attend_refuses_shapes_that_do_not_fit():
+    layer = build()
+    q = torch.zeros(1, HEADS, 20, DIM // HEADS)
+    r = torch.zeros(9, HEADS, DIM // HEADS)
+    with pytest.raises(ValueError, match="with as many keys as queries or more"):
+        layer.attend(q, q[:, :, 1:], q[:, :, 1:], r)
+    with pytest.raises(ValueError, match=r"r must be \[at least 9, 3, 4\], got \(8, 3, 4\)"):
+        layer.attend(q, q, q, r[1:])
+    with pytest.raises(ValueError, match=r"keys must have shape \(1, 20\), got \(1, 19\)"):
+        layer.attend(q, q, q, r, Tokens.all_valid(1, 19))

@@ -158,9 +158,7 @@ class Reformer(Attention):
             raise Unsupported(self.name, "state", "two-sided attention needs all tokens in one call", "causal=True")
         x, tokens = self.enter(x, tokens, state, source)
         B, L, _ = x.shape
-        if choices is not None and choices.shape != (B, self.heads, self.rounds, L, 1):
-            wanted = (B, self.heads, self.rounds, L, 1)
-            raise ValueError(f"choices must be buckets of shape {wanted}, got {tuple(choices.shape)}")
+        self._check_choices(choices, B, L)
         qk, v = self.to_qk(x), self.to_v(x)
         keys, is_new = tokens, torch.ones_like(tokens.valid)
         if state is not None:
@@ -178,6 +176,38 @@ class Reformer(Attention):
             seeded = choices is None and not self._draws
             new = _current_document(keys, qk, v, padded if seeded else padded[:, :, :0])
         return Output(hidden, new, choices=padded[..., padded.shape[3] - L :, :])
+
+    def attend(
+        self,
+        qk: Float[Tensor, "B H L D"],
+        v: Float[Tensor, "B H L D"],
+        tokens: Tokens | None = None,
+        *,
+        choices: Int[Tensor, "B H R L 1"] | None = None,
+    ) -> Float[Tensor, "B H L D"]:
+        """The mechanism on given queries (which are also the keys, before their norm) and values, without projections.
+
+        Args:
+            tokens: default all valid from position 0. At padding the output is zero.
+            choices: buckets to use; default those of the layer's rotations (see `resample` and `seed`).
+        """
+        if qk.ndim != 4 or qk.shape != v.shape or (qk.shape[1], qk.shape[3]) != (self.heads, self.head_width):
+            wanted = f"[batch, {self.heads}, length, {self.head_width}]"
+            raise ValueError(f"qk and v must both be {wanted}, got {tuple(qk.shape)} and {tuple(v.shape)}")
+        B, _, L, _ = qk.shape
+        tokens = Tokens.all_valid(B, L, qk.device) if tokens is None else tokens
+        if tokens.valid.shape != (B, L):
+            raise ValueError(f"tokens must have shape {(B, L)}, got {tuple(tokens.valid.shape)}")
+        self._check_choices(choices, B, L)
+        flat_qk, flat_v = (_take(y.transpose(1, 2), tokens.valid) for y in (qk, v))
+        sizes, is_new = _document_sizes(tokens), torch.ones(len(flat_qk), dtype=torch.bool, device=qk.device)
+        buckets = self._buckets(flat_qk.detach(), sizes, is_new, tokens, None, choices)
+        return _put(self._attend(flat_qk, flat_v, buckets, sizes, None), tokens.valid).transpose(1, 2)
+
+    def _check_choices(self, choices: Tensor | None, B: int, L: int) -> None:
+        wanted = (B, self.heads, self.rounds, L, 1)
+        if choices is not None and choices.shape != wanted:
+            raise ValueError(f"choices must be buckets of shape {wanted}, got {tuple(choices.shape)}")
 
     @property
     def _draws(self) -> bool:

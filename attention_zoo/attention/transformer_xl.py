@@ -163,6 +163,43 @@ class TransformerXL(Attention):
         out = self.to_out(rearrange(out, "b h l d -> b l (h d)"))
         return Output(out, None if state is None else self._remember(hidden, layout))
 
+    def attend(
+        self,
+        q: Float[Tensor, "B H L D"],
+        k: Float[Tensor, "B H S D"],
+        v: Float[Tensor, "B H S D"],
+        r: Float[Tensor, "n H D"],
+        keys: Tokens | None = None,
+    ) -> Float[Tensor, "B H L D"]:
+        """The mechanism on given queries, keys and values, with the layer's u and v but no projections.
+
+        Whoever projects decides where gradients stop: k and v receive those of all pairs, memory included.
+
+        Args:
+            r: keys of the distances 0, 1, ...: as many as a query sees, or more; segment_length + memory_length do.
+            keys: tokens of the S columns, of which the last L are the queries. Default all valid and one document, in
+                which the first query begins a segment.
+        """
+        (B, H, L, D), S = q.shape, k.shape[2]
+        if k.shape != v.shape or k.shape != (B, self.heads, S, self.head_width) or k.shape[1::2] != (H, D) or S < L:
+            raise ValueError(
+                f"q, k and v must be [batch, {self.heads}, length, {self.head_width}], with as many keys as queries or "
+                f"more, got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+            )
+        self._check_lengths()
+        if keys is None:
+            valid = torch.ones(B, S, dtype=torch.bool, device=q.device)
+            keys = Tokens.of(valid, start=(L - S) % self.segment_length)
+        if keys.valid.shape != (B, S):
+            raise ValueError(f"keys must have shape {(B, S)}, got {tuple(keys.valid.shape)}")
+        seen = min(S, self.memory_length + (1 if self.same_length else self.segment_length))
+        if r.shape[1:] != (H, D) or len(r) < seen:
+            raise ValueError(f"r must be [at least {seen}, {H}, {D}], got {tuple(r.shape)}")
+        plan = self._plan(self._layout(keys, L))
+        r = nn.functional.pad(r[: plan.distances], (0, 0, 0, 0, 0, max(0, plan.distances - len(r))))  # of hidden pairs
+        own = (k.detach(), v.detach())
+        return relative_attention(q, k, v, *own, r, self.u, self.v, plan, scale=self.scale)
+
     def _chunked(self, x: Tensor, hidden: Tensor, layout: Layout) -> Float[Tensor, "B H L D"]:
         """Project all keys, then attend in chunks of queries."""
         plan = self._plan(layout)
