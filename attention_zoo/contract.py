@@ -9,7 +9,7 @@ Letters, the same everywhere: B batch, L queries, S keys, H heads, K key/value h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -250,11 +250,13 @@ class Attention(Layer):
         heads: query heads H.
         kv_heads: key/value heads K, a divisor of heads; default heads.
         head_width: D; default dim / heads.
-        bias: whether projections have a bias.
+        bias: whether projections have a bias: all (True), none (False), those into the heads alone ("into", as Qwen 2)
+            or those out of them alone ("out").
         scale: factor on q·k; default D^-0.5.
         causal: whether a token sees only itself and what came before.
         cross: build for cross-attention: keys and values come from `source`.
-        positions: attention-level position scheme by name; embedding-level ones belong to the skeleton.
+        positions: attention-level position scheme, by name or as a mapping `{"name": ..., <options>}`; embedding-level
+            ones belong to the skeleton.
         seed: of everything drawn at random outside of training.
 
     Class attributes:
@@ -279,11 +281,11 @@ class Attention(Layer):
         heads: int,
         kv_heads: int | None = None,
         head_width: int | None = None,
-        bias: bool = True,
+        bias: bool | str = True,
         scale: float | None = None,
         causal: bool = True,
         cross: bool = False,
-        positions: str = "none",
+        positions: str | Mapping[str, Any] = "none",
         seed: int = 0,
     ):
         super().__init__()
@@ -298,8 +300,11 @@ class Attention(Layer):
         self.head_width = dim // heads if head_width is None else head_width
         at_least(1, head_width=self.head_width)
         self.scale = self.head_width**-0.5 if scale is None else scale
+        positions, self.position_options = named("positions", positions)
         self.causal, self.cross, self.positions, self.seed = causal, cross, positions, seed
-        self.has_bias = bias
+        if bias not in (True, False, "into", "out"):
+            raise ValueError(f"bias must be true, false, into or out, got {bias!r}")
+        self.bias_into, self.bias_out = bias in (True, "into"), bias in (True, "out")
         can = self.declared
         if cross and not can.cross:
             raise Unsupported(self.name, "cross=True", "it attends to its own tokens only", "attention=full")
@@ -313,6 +318,8 @@ class Attention(Layer):
             raise Unsupported(
                 self.name, f"positions={positions}", "its scores do not take that scheme", " or ".join(can.positions)
             )
+        if self.position_options and positions in ("none", "relative"):
+            raise ValueError(f"positions={positions} has no options, got {self.position_options!r}")
         if kv_heads != heads and not can.grouped_heads:
             raise Unsupported(self.name, f"kv_heads={kv_heads}", "keys are not grouped", "kv_heads=null")
 
@@ -369,3 +376,23 @@ def one_of(allowed: tuple[str, ...], **options: str) -> None:
     for name, value in options.items():
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def named(option: str, value: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and options of a component that is given by one word, or as a mapping `{"name": ..., <options>}`.
+
+    Raises:
+        ValueError: for a mapping without a name, or anything else.
+    """
+    if isinstance(value, str):
+        return value, {}
+    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+        return value["name"], {key: option for key, option in value.items() if key != "name"}
+    raise ValueError(f"{option} must be a word, or a mapping with a name and options, got {value!r}")
+
+
+def known_options(option: str, given: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise a ValueError that names an option which the component does not have, and those that it has."""
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{option} has no option {key}; it has {', '.join(sorted(known)) or 'none'}")

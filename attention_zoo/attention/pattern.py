@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from attention_zoo.contract import Attention, Output, Source, Tokens, Unsupported, keep
+from attention_zoo.contract import Attention, Output, Source, Tokens, Unsupported, keep, known_options
 from attention_zoo.ops.dispatch import DENSE, TILES, Kernel, check_name, choose, explain
 from attention_zoo.ops.pattern_call import PatternCall
 from attention_zoo.positions import ATTENTION_LEVEL
@@ -60,12 +60,14 @@ class PatternAttention(Attention):
         self.kernel = kernel
         width = self.heads * self.head_width
         kv_width = self.kv_heads * self.head_width
-        self.to_q = nn.Linear(self.dim, width, bias=self.has_bias)
-        self.to_k = nn.Linear(self.dim, kv_width, bias=self.has_bias)
-        self.to_v = nn.Linear(self.dim, kv_width, bias=self.has_bias)
-        self.to_out = nn.Linear(width, self.dim, bias=self.has_bias)
+        self.to_q = nn.Linear(self.dim, width, bias=self.bias_into)
+        self.to_k = nn.Linear(self.dim, kv_width, bias=self.bias_into)
+        self.to_v = nn.Linear(self.dim, kv_width, bias=self.bias_into)
+        self.to_out = nn.Linear(width, self.dim, bias=self.bias_out)
         self.own_global = False
-        self.scheme = ATTENTION_LEVEL[self.positions](heads=self.heads, head_width=self.head_width)
+        scheme = ATTENTION_LEVEL[self.positions]
+        known_options(f"positions={self.positions}", self.position_options, scheme.options)
+        self.scheme = scheme(heads=self.heads, head_width=self.head_width, **self.position_options)
 
     def add_global_projections(self) -> None:
         """Give global queries projections of their own, which start as copies of the others (Longformer)."""

@@ -122,9 +122,9 @@ class Reformer(Attention):
         self.attend_across_buckets, self.correct_duplicates = attend_across_buckets, correct_duplicates
         self.wrap, self.key_norm_epsilon, self.resample, self.kernel = wrap, key_norm_epsilon, resample, kernel
         width = self.heads * self.head_width
-        self.to_qk = nn.Linear(self.dim, width, bias=self.has_bias)
-        self.to_v = nn.Linear(self.dim, width, bias=self.has_bias)
-        self.to_out = nn.Linear(width, self.dim, bias=self.has_bias)
+        self.to_qk = nn.Linear(self.dim, width, bias=self.bias_into)
+        self.to_v = nn.Linear(self.dim, width, bias=self.bias_into)
+        self.to_out = nn.Linear(width, self.dim, bias=self.bias_out)
 
     def pairs(self, length: int) -> float:
         """See `Attention`; hashing counts, too: half a dot product a bucket."""

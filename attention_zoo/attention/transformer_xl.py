@@ -118,11 +118,11 @@ class TransformerXL(Attention):
         if untie_r:
             self.shared_over_depth = ()
         width = self.heads * self.head_width
-        self.to_q = nn.Linear(self.dim, width, bias=self.has_bias)
-        self.to_k = nn.Linear(self.dim, width, bias=self.has_bias)
-        self.to_v = nn.Linear(self.dim, width, bias=self.has_bias)
+        self.to_q = nn.Linear(self.dim, width, bias=self.bias_into)
+        self.to_k = nn.Linear(self.dim, width, bias=self.bias_into)
+        self.to_v = nn.Linear(self.dim, width, bias=self.bias_into)
         self.to_r = nn.Linear(self.dim, width, bias=False)
-        self.to_out = nn.Linear(width, self.dim, bias=self.has_bias)
+        self.to_out = nn.Linear(width, self.dim, bias=self.bias_out)
         self.u = nn.Parameter(torch.empty(self.heads, self.head_width).normal_(std=0.02))
         self.v = nn.Parameter(torch.empty(self.heads, self.head_width).normal_(std=0.02))
 

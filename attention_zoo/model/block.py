@@ -11,17 +11,27 @@ Dropout is on the outputs of branches only: inside attention, fused and recomput
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attention_zoo.contract import Layer, Output, Source, Tokens, add_losses, one_of
+from attention_zoo.contract import Layer, Output, Source, Tokens, add_losses, known_options, named, one_of
 from attention_zoo.model.feed_forward import FeedForward
 from attention_zoo.model.short_conv import ShortConvolution
 
 NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+Named = str | Mapping[str, Any]
+"""A component by its name, or as a mapping `{"name": ..., <options>}`."""
+
+
+def build_norm(norm: Named, dim: int) -> nn.Module:
+    """One of `NORMS` over the last axis. Option: eps, what is added to the variance; default torch's."""
+    name, options = named("norm", norm)
+    one_of(tuple(NORMS), norm=name)
+    known_options(f"norm={name}", options, ("eps",))
+    return NORMS[name](dim, **options)
 
 
 class Chain(Layer):
@@ -65,7 +75,7 @@ class Branch(Layer):
     Args:
         layers: for instance short convolution and attention.
         dim: model width E.
-        norm: layer | rms.
+        norm: see `build_norm`.
         pre_norm: norm before the layers, or after the addition.
         output_dropout: probability to drop a channel of what is added.
         cross: whether the source is for this branch.
@@ -75,16 +85,15 @@ class Branch(Layer):
         self,
         *layers: Layer,
         dim: int,
-        norm: str = "layer",
+        norm: Named = "layer",
         pre_norm: bool = True,
         output_dropout: float = 0.0,
         cross: bool = False,
     ):
         super().__init__()
-        one_of(tuple(NORMS), norm=norm)
         if not 0 <= output_dropout < 1:
             raise ValueError(f"output_dropout must be a probability below 1, got {output_dropout!r}")
-        self.norm = NORMS[norm](dim)
+        self.norm = build_norm(norm, dim)
         self.body = Chain(layers)
         self.dropout = nn.Dropout(output_dropout)
         self.pre_norm, self.cross = pre_norm, cross
@@ -139,9 +148,9 @@ class Block(Chain):
         dim: int,
         cross: Layer | None = None,
         short_conv: int = 0,
-        norm: str = "layer",
+        norm: Named = "layer",
         pre_norm: bool = True,
-        feed_forward: str = "gelu",
+        feed_forward: Named = "gelu",
         ff_mult: int = 4,
         ff_chunks: int = 1,
         output_dropout: float = 0.0,
@@ -153,7 +162,9 @@ class Block(Chain):
         branches = [Branch(*before, attention, **shared)]
         if cross is not None:
             branches.append(Branch(cross, **shared, cross=True))
-        branches.append(Branch(FeedForward(dim=dim, kind=feed_forward, mult=ff_mult, chunks=ff_chunks), **shared))
+        kind, options = named("feed_forward", feed_forward)
+        known_options(f"feed_forward={kind}", options, FeedForward.options)
+        branches.append(Branch(FeedForward(dim=dim, kind=kind, mult=ff_mult, chunks=ff_chunks, **options), **shared))
         super().__init__(branches)
 
     @property

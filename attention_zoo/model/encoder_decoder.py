@@ -28,7 +28,7 @@ class EncoderDecoder(nn.Module):
 
     def __init__(self, *, encoder: Transformer, decoder: Transformer):
         super().__init__()
-        if encoder.causal or encoder.config["head"] != "hidden" or encoder.cross:
+        if encoder.causal or encoder.head_name != "hidden" or encoder.cross:
             raise ValueError("encoder must be built with causal=False, head=hidden and cross=False")
         if not decoder.causal or not decoder.cross:
             raise ValueError("decoder must be built with causal=True and cross=True")

@@ -6,6 +6,8 @@ that their memory falls by the number of chunks at the price of a second forward
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_zoo.contract import Layer, Output, Source, Tokens, at_least, one_of
 
-KINDS = ("gelu", "relu", "swiglu")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
+    "relu": nn.functional.relu,
+    "silu": nn.functional.silu,
+}
+"""`gelu_tanh` is the approximation that GPT-2 and BigBird were trained with (Hendrycks & Gimpel 2016)."""
+KINDS = (*ACTIVATIONS, "swiglu")
 
 
 class FeedForward(Layer):
@@ -23,21 +32,37 @@ class FeedForward(Layer):
 
     Args:
         dim: model width E.
-        kind: gelu | relu | swiglu. A swiglu has three matrices and is 2/3 as wide, so that parameters stay equal.
+        kind: gelu | gelu_tanh | relu | silu | swiglu. A swiglu has three matrices and is 2/3 as wide, so that
+            parameters stay equal.
         mult: width of the hidden layer over E.
         chunks: number of pieces along the length.
+        width: of the hidden layer exactly, whatever mult says.
+        bias: whether the matrices have one.
     """
 
-    def __init__(self, *, dim: int, kind: str = "gelu", mult: int = 4, chunks: int = 1):
+    options = ("width", "bias")
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        kind: str = "gelu",
+        mult: int = 4,
+        chunks: int = 1,
+        width: int | None = None,
+        bias: bool = True,
+    ):
         super().__init__()
         one_of(KINDS, feed_forward=kind)
         at_least(1, dim=dim, ff_mult=mult, ff_chunks=chunks)
         self.kind, self.chunks = kind, chunks
-        wide = mult * dim
-        if kind == "swiglu":
-            wide = -(-wide * 2 // 3 // 8) * 8  # a multiple of 8 suits the hardware
-        self.into = nn.Linear(dim, wide * (2 if kind == "swiglu" else 1))
-        self.out = nn.Linear(wide, dim)
+        if width is None:
+            width = mult * dim
+            if kind == "swiglu":
+                width = -(-width * 2 // 3 // 8) * 8  # a multiple of 8 suits the hardware
+        at_least(1, width=width)
+        self.into = nn.Linear(dim, width * (2 if kind == "swiglu" else 1), bias=bias)
+        self.out = nn.Linear(width, dim, bias=bias)
 
     def initial_state(self, batch_size: int) -> tuple[()]:
         return ()
@@ -65,4 +90,4 @@ class FeedForward(Layer):
         if self.kind == "swiglu":
             gate, value = wide.chunk(2, -1)
             return self.out(nn.functional.silu(gate) * value)
-        return self.out(nn.functional.gelu(wide) if self.kind == "gelu" else nn.functional.relu(wide))
+        return self.out(ACTIVATIONS[self.kind](wide))

@@ -120,7 +120,7 @@ def narrow(logits: Float[Tensor, "B V"], temperature: float, top_k: int, top_p: 
 
 def _check(model, greedy, temperature, top_k, top_p) -> None:
     lm = model.decoder if isinstance(model, EncoderDecoder) else model
-    if lm.config["head"] != "lm" or not lm.causal:
+    if lm.head_name != "lm" or not lm.causal:
         raise ValueError("generate needs a causal model with head=lm")
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}; greedy=True takes the most likely token")

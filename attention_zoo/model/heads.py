@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from attention_zoo.contract import at_least, one_of
+from attention_zoo.contract import at_least, known_options, named, one_of
+from attention_zoo.model.block import Named, build_norm
+from attention_zoo.model.feed_forward import ACTIVATIONS
 
 HEADS = ("lm", "tokens", "classify", "hidden")
 POOLINGS = ("mean", "first")
@@ -18,14 +20,44 @@ class LanguageModel(nn.Module):
     Args:
         embedding: of the input tokens.
         tied: whether its table is the output matrix too.
+        bias: whether each token of the vocabulary has one.
+        transform: an activation: a layer of that kind, E -> E, and a norm come first (BERT's head). Default none.
+        norm: of the transform; see `build_norm`.
     """
 
-    def __init__(self, embedding: nn.Embedding, *, tied: bool):
+    options = ("bias", "transform")
+
+    def __init__(
+        self,
+        embedding: nn.Embedding,
+        *,
+        tied: bool,
+        bias: bool = False,
+        transform: str | None = None,
+        norm: Named = "layer",
+    ):
         super().__init__()
         self.weight = embedding.weight if tied else nn.Parameter(embedding.weight.detach().clone().normal_(std=0.02))
+        self.bias = nn.Parameter(torch.zeros(embedding.num_embeddings)) if bias else None
+        self.transform = None if transform is None else _Transform(embedding.embedding_dim, transform, norm)
 
     def forward(self, hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B L V"]:
-        return nn.functional.linear(hidden, self.weight)
+        if self.transform is not None:
+            hidden = self.transform(hidden)
+        return nn.functional.linear(hidden, self.weight, self.bias)
+
+
+class _Transform(nn.Module):
+    """norm(activation(linear(x)))."""
+
+    def __init__(self, dim: int, activation: str, norm: Named):
+        super().__init__()
+        one_of(tuple(ACTIVATIONS), transform=activation)
+        self.dense, self.norm = nn.Linear(dim, dim), build_norm(norm, dim)
+        self.activation = activation
+
+    def forward(self, x: Float[Tensor, "B L E"]) -> Float[Tensor, "B L E"]:
+        return self.norm(ACTIVATIONS[self.activation](self.dense(x)))
 
 
 class TokenLabels(nn.Module):
@@ -72,20 +104,23 @@ class Hidden(nn.Module):
 
 
 def build_head(
-    head: str,
+    head: Named,
     embedding: nn.Embedding,
     *,
     classes: int | None,
     pooling: str,
     causal: bool,
     tied: bool,
+    norm: Named = "layer",
 ) -> nn.Module:
-    """One of `HEADS`.
+    """One of `HEADS`; "lm" has options, see `LanguageModel`.
 
     Raises:
-        ValueError: for an unknown word, or classes missing or without use.
+        ValueError: for an unknown word or option, or classes missing or without use.
     """
+    head, options = named("head", head)
     one_of(HEADS, head=head)
+    known_options(f"head={head}", options, LanguageModel.options if head == "lm" else ())
     one_of(POOLINGS, pooling=pooling)
     if (head in ("tokens", "classify")) != (classes is not None):
         raise ValueError(f"classes belongs to head=tokens and head=classify, got classes={classes} with head={head}")
@@ -93,7 +128,7 @@ def build_head(
         at_least(1, classes=classes)
     dim = embedding.embedding_dim
     if head == "lm":
-        return LanguageModel(embedding, tied=tied)
+        return LanguageModel(embedding, tied=tied, norm=norm, **options)
     if head == "hidden":
         return Hidden()
     assert classes is not None

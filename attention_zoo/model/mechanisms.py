@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from attention_zoo import registry
-from attention_zoo.contract import Attention, Layer, one_of
+from attention_zoo.contract import Attention, Layer, named, one_of
 from attention_zoo.positions import ATTENTION_LEVEL, EMBEDDING_LEVEL
 
 POSITIONS = tuple(dict.fromkeys([*EMBEDDING_LEVEL, *ATTENTION_LEVEL, "relative"]))
@@ -74,27 +74,28 @@ def _is_registered(cls: type[Attention]) -> bool:
     return cls.name in registry.available() and registry.recipe(cls.name)[0] is cls
 
 
-def layers(attention: Any, *, depth: int, positions: str, seed: int, **shared: Any) -> list[Layer]:
+def layers(attention: Any, *, depth: int, positions: str | Mapping[str, Any], seed: int, **shared: Any) -> list[Layer]:
     """`depth` layers; layer i gets seed + i.
 
     Args:
         attention: see the module.
-        positions: the model's word. Embedding-level ones and "none" ask nothing of a mechanism: one whose scores are
-            relative by nature stays so. The others are passed on.
+        positions: the model's word, or mapping. Embedding-level ones and "none" ask nothing of a mechanism: one whose
+            scores are relative by nature stays so. The others are passed on.
         shared: dim, heads, causal.
 
     Raises:
         Unsupported: where a mechanism cannot honour `positions` or an option.
         ValueError: for a word that is no scheme, or more mechanisms than layers.
     """
-    one_of(POSITIONS, positions=positions)
+    name, _ = named("positions", positions)
+    one_of(POSITIONS, positions=name)
     listed = entries(attention)
     if len(listed) > depth:
         raise ValueError(f"depth must be at least the number of mechanisms listed, {len(listed)}, got {depth}")
-    word = "none" if positions in EMBEDDING_LEVEL else positions
+    passed = "none" if name in EMBEDDING_LEVEL else positions
     made = []
     for index in range(depth):
         entry = listed[index % len(listed)]
-        options = {**shared, "positions": word, "seed": seed, **entry.options}
+        options = {**shared, "positions": passed, "seed": seed, **entry.options}
         made.append(entry.make(**{**options, "seed": options["seed"] + index}))
     return made

@@ -32,7 +32,7 @@ def save(model: Transformer | EncoderDecoder, path: str | Path) -> Path:
         ValueError: if the model's config cannot be written, naming the option.
     """
     header = {"format": FORMAT, "kind": type(model).__name__, "config": _checked(model)}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _own(model).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in own_tensors(model).items()}
     return write_atomic(path, to_bytes(tensors, {"attention_zoo": json.dumps(header, allow_nan=False)}))
 
 
@@ -68,7 +68,7 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Transformer
     return model.to(device).eval()
 
 
-def _own(model: nn.Module) -> dict[str, Tensor]:
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name; those that have several names under the first."""
     named = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
     first = set(named.values())
@@ -108,7 +108,7 @@ def _build(kind: str, config: dict[str, Any]) -> Transformer | EncoderDecoder:
 
 
 def _fill(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    expected = _own(model)
+    expected = own_tensors(model)
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(

@@ -4,12 +4,14 @@
     out = model(ids)                                   # out.logits [B, L, V]
     out = model(ids, state=model.initial_state(B))     # out.state goes into the next call
 
-Embeddings are drawn at E^-1/2 and scaled by √E when read (Vaswani et al. 2017, §3.4), so that tied logits start at unit
-scale. The last norm of a pre-norm stack is here.
+Components are given by a word, or as a mapping of a name and options: `norm={"name": "rms", "eps": 1e-6}`. The last
+norm of a pre-norm stack is here.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +19,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attention_zoo import registry
-from attention_zoo.contract import Source, Tokens, Unsupported, at_least, check_tokens
-from attention_zoo.model.block import NORMS, Block, Stack
+from attention_zoo.contract import Source, Tokens, Unsupported, at_least, check_tokens, known_options, named
+from attention_zoo.model.block import Block, Named, Stack, build_norm
+from attention_zoo.model.embedding import TokenEmbedding
 from attention_zoo.model.global_tokens import ExtraGlobalTokens
 from attention_zoo.model.heads import build_head
 from attention_zoo.model.mechanisms import entries, layers
@@ -55,22 +58,25 @@ class Transformer(nn.Module):
         heads: attention heads of each.
         causal: whether a token sees only the past (decoder) or all (encoder).
         cross: whether each block also attends to a `source`, through full attention.
-        head: lm | tokens | classify | hidden.
+        head: lm | tokens | classify | hidden. Options of lm: see `LanguageModel`.
         classes: number of labels, for tokens and classify.
         pooling: mean | first, for classify.
         positions: sinusoidal | learned | axial (added to embeddings), rotary | alibi (in each attention), relative
-            (Transformer-XL's own), none.
+            (Transformer-XL's own), none. Options: see `positions/`.
         pre_norm: norm before each branch, or after its addition.
-        norm: layer | rms.
-        feed_forward: gelu | relu | swiglu.
+        norm: layer | rms. Option: eps.
+        feed_forward: gelu | gelu_tanh | relu | silu | swiglu. Options: width (exactly; ff_mult has no say), bias.
         ff_mult: its width over E.
         ff_chunks: pieces along the length in which it runs; more save memory.
         short_conv: taps of a short causal convolution before each attention; 0: none.
         output_dropout: probability to drop a channel of what a branch adds.
+        embedding: options of `TokenEmbedding`: scale, types, normed, dropout.
         tied: whether the lm head's matrix is the embedding table.
         reversible: activations O(1) in depth, at the price of a second forward.
         max_length: number of positions that learned and axial tables hold.
         seed: layer i gets seed + i: of all randomness outside of training. Weights come from torch's default generator.
+        origin: of converted weights: where they come from, as plain facts that stay with the model. One has a meaning:
+            with `attention_dropout` above 0, `train()` warns that dropout acts on outputs here.
 
     Raises:
         Unsupported: for what a mechanism does not declare.
@@ -87,24 +93,27 @@ class Transformer(nn.Module):
         heads: int = 4,
         causal: bool = True,
         cross: bool = False,
-        head: str = "lm",
+        head: Named = "lm",
         classes: int | None = None,
         pooling: str = "mean",
-        positions: str = "sinusoidal",
+        positions: Named = "sinusoidal",
         pre_norm: bool = True,
-        norm: str = "layer",
-        feed_forward: str = "gelu",
+        norm: Named = "layer",
+        feed_forward: Named = "gelu",
         ff_mult: int = 4,
         ff_chunks: int = 1,
         short_conv: int = 0,
         output_dropout: float = 0.0,
+        embedding: Mapping[str, Any] | None = None,
         tied: bool = True,
         reversible: bool = False,
         max_length: int = 4096,
         seed: int = 0,
+        origin: Mapping[str, Any] | None = None,
     ):
         given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
+        self._warned = False
         at_least(1, vocab=vocab, dim=dim, depth=depth, heads=heads, max_length=max_length)
         self.config = {**given, "attention": [entry.plain for entry in entries(attention)]}
         self.vocab, self.dim, self.causal, self.cross = vocab, dim, causal, cross
@@ -125,16 +134,41 @@ class Transformer(nn.Module):
             )
             for layer in mechanisms
         ]
-        self.embedding = nn.Embedding(vocab, dim)
-        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
-        scheme = EMBEDDING_LEVEL.get(positions)
-        self.positions = None if scheme is None else scheme(dim=dim, max_length=max_length)
+        known_options("embedding", embedding or {}, TokenEmbedding.options)
+        self.embedding = TokenEmbedding(vocab=vocab, dim=dim, norm=norm, **(embedding or {}))
+        self.positions = self._build_positions(positions, max_length)
         self.extra = ExtraGlobalTokens.asked_for(mechanisms, dim)
         self.stack = (ReversibleStack if reversible else Stack)(blocks)
-        self.norm = NORMS[norm](dim) if pre_norm else nn.Identity()
+        self.norm = build_norm(norm, dim) if pre_norm else nn.Identity()
         self.head = build_head(
-            head, self.embedding, classes=classes, pooling=pooling, causal=causal, tied=tied
-        )  # fmt: skip
+            head, self.embedding, classes=classes, pooling=pooling, causal=causal, tied=tied, norm=norm
+        )
+        self.head_name, _ = named("head", head)
+
+    def _build_positions(self, positions: Named, max_length: int) -> nn.Module | None:
+        name, options = named("positions", positions)
+        scheme = EMBEDDING_LEVEL.get(name)
+        if scheme is None:
+            return None
+        known_options(f"positions={name}", options, scheme.options)
+        if self.causal and options.get("uncounted") is not None:
+            raise Unsupported(
+                f"positions={name}", "uncounted with causal=True", "a state does not remember which tokens counted",
+                "causal=False",
+            )  # fmt: skip
+        return scheme(dim=self.dim, max_length=max_length, **options)
+
+    def train(self, mode: bool = True) -> Transformer:
+        """See `torch.nn.Module.train`. Warns once if the weights were trained with dropout inside attention."""
+        dropped = (self.config["origin"] or {}).get("attention_dropout")
+        if mode and dropped and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"these weights were trained with dropout {dropped} inside attention, which fused kernels do not have: "
+                f"here dropout acts on the outputs of branches alone (output_dropout={self.config['output_dropout']})",
+                stacklevel=2,
+            )
+        return super().train(mode)
 
     @property
     def carries(self) -> bool:
@@ -163,6 +197,7 @@ class Transformer(nn.Module):
         ids: Int[Tensor, "B L"],
         tokens: Tokens | None = None,
         *,
+        types: Int[Tensor, "B L"] | None = None,
         state: Running | None = None,
         source: Source | None = None,
         fresh: Bool[Tensor, " B"] | None = None,
@@ -173,6 +208,7 @@ class Transformer(nn.Module):
             ids: in [0, vocab); anything at padding.
             tokens: what each column is; default all valid. With a state, positions go on by themselves, and document
                 numbers count over the whole stream; see `Running.place`.
+            types: token types, for a model whose embedding has some; default 0 everywhere. Anything at padding.
             state: of the call before, or `initial_state`.
             source: for cross=True; with a state only in the first call.
             fresh: rows that start a new stream: they see nothing of their state. Without a state all do.
@@ -180,12 +216,12 @@ class Transformer(nn.Module):
         Raises:
             ValueError: for ids out of range (on CUDA the embedding's own assertion says so), or a missing source.
         """
-        self._check(ids, tokens, state, source, fresh)
+        self._check(ids, tokens, types, state, source, fresh)
         new = state
         if state is not None:
             valid = torch.ones_like(ids, dtype=torch.bool) if tokens is None else tokens.valid
             tokens, new = state.place(valid, tokens, fresh)
-        x = self._embed(ids, tokens)
+        x = self._embed(ids, tokens, types)
         inner, columns = tokens, None
         if self.extra is not None:
             x, inner, columns = self.extra.insert(x, tokens)
@@ -196,19 +232,26 @@ class Transformer(nn.Module):
             new = new._replace(layers=out.state)
         return ModelOutput(logits, hidden, new, dict(out.losses))
 
-    def _embed(self, ids: Tensor, tokens: Tokens | None) -> Tensor:
+    def _embed(self, ids: Tensor, tokens: Tokens | None, types: Tensor | None) -> Tensor:
         if tokens is not None:
             ids = ids.masked_fill(~tokens.valid, 0)
-        x = self.embedding(ids) * self.dim**0.5
-        if self.positions is None:
-            return x
-        if tokens is None:
-            position = torch.arange(ids.shape[1], device=ids.device)[None]
-        else:
-            position = tokens.position.masked_fill(~tokens.valid, 0)
-        return x + self.positions(position).to(x.dtype)
+            types = None if types is None else types.masked_fill(~tokens.valid, 0)
+        places = None if self.positions is None else self.positions(self._positions_of(ids, tokens))
+        return self.embedding(ids, places, types)
 
-    def _check(self, ids, tokens, state, source, fresh) -> None:
+    def _positions_of(self, ids: Tensor, tokens: Tokens | None) -> Tensor:
+        """[B or 1, L]; -1 at tokens that are not counted."""
+        uncounted = getattr(self.positions, "uncounted", None)
+        if uncounted is not None:
+            if tokens is None:
+                tokens = Tokens.all_valid(ids.shape[0], ids.shape[1], ids.device)
+            counted = Tokens.of(tokens.valid & (ids != uncounted), document=tokens.document)
+            return counted.position.masked_fill(~counted.valid, -1)
+        if tokens is None:
+            return torch.arange(ids.shape[1], device=ids.device)[None]
+        return tokens.position.masked_fill(~tokens.valid, 0)
+
+    def _check(self, ids, tokens, types, state, source, fresh) -> None:
         if ids.ndim != 2 or ids.dtype.is_floating_point or ids.shape[1] == 0:
             raise ValueError(f"ids must be integers [batch, length >= 1], got {ids.dtype} of shape {tuple(ids.shape)}")
         if tokens is not None:
@@ -218,6 +261,17 @@ class Transformer(nn.Module):
             low, high = (int(bound) for bound in real.aminmax())
             if low < 0 or high >= self.vocab:
                 raise ValueError(f"ids must lie in [0, {self.vocab}), got {low if low < 0 else high}")
+        if types is not None:
+            if self.embedding.types is None:
+                raise ValueError("types needs a model whose embedding has some: embedding={'types': 2}")
+            if types.shape != ids.shape or types.dtype.is_floating_point:
+                raise ValueError(
+                    f"types must be integers of shape {tuple(ids.shape)}, got {types.dtype} of {tuple(types.shape)}"
+                )
+            if types.device.type == "cpu":
+                real = types if tokens is None else types.masked_fill(~tokens.valid, 0)
+                if int(real.min()) < 0 or int(real.max()) >= (count := self.embedding.types.num_embeddings):
+                    raise ValueError(f"types must lie in [0, {count}), got {int(real.min())} to {int(real.max())}")
         if source is not None and not self.cross:
             raise ValueError("source needs a model built with cross=True")
         if self.cross and source is None and (state is None or not bool((state.next > 0).any())):

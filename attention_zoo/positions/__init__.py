@@ -1,6 +1,6 @@
 """Position schemes, one a file. Embedding-level ones add to the input once; attention-level ones enter each layer."""
 
-from torch import nn
+from typing import Any
 
 from attention_zoo.positions.alibi import Alibi
 from attention_zoo.positions.axial import Axial
@@ -10,7 +10,7 @@ from attention_zoo.positions.scheme import AttentionPositions
 from attention_zoo.positions.sinusoidal import Sinusoidal
 
 ATTENTION_LEVEL: dict[str, type[AttentionPositions]] = {"none": AttentionPositions, "rotary": Rotary, "alibi": Alibi}
-EMBEDDING_LEVEL: dict[str, type[nn.Module]] = {"sinusoidal": Sinusoidal, "learned": Learned, "axial": Axial}
+EMBEDDING_LEVEL: dict[str, Any] = {"sinusoidal": Sinusoidal, "learned": Learned, "axial": Axial}
 
 __all__ = [
     "ATTENTION_LEVEL", "EMBEDDING_LEVEL", "Alibi", "AttentionPositions", "Axial", "Learned", "Rotary", "Sinusoidal",

@@ -7,6 +7,7 @@ come from the row's vector and half from the column's. O(√max_length · E) par
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +23,8 @@ class Axial(nn.Module):
         dim: model width E.
         max_length: number of positions; a later one is refused.
     """
+
+    options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, dim: int, max_length: int):
         super().__init__()

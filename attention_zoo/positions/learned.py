@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -12,17 +13,27 @@ class Learned(nn.Module):
     Args:
         dim: model width E.
         max_length: number of positions; a later one is refused.
+        scale: factor on what is read; default √E.
+        uncounted: id of a token that takes no position (RoBERTa: its padding). Such a token stands at position -1,
+            whose vector is `nowhere`; the skeleton numbers the others.
     """
 
-    def __init__(self, *, dim: int, max_length: int):
+    options = ("scale", "uncounted")
+
+    def __init__(self, *, dim: int, max_length: int, scale: float | None = None, uncounted: int | None = None):
         super().__init__()
-        self.dim, self.max_length = dim, max_length
+        self.dim, self.max_length, self.uncounted = dim, max_length, uncounted
+        self.scale = dim**0.5 if scale is None else scale
         self.table = nn.Embedding(max_length, dim)
         nn.init.normal_(self.table.weight, std=dim**-0.5)
+        self.nowhere = None if uncounted is None else nn.Parameter(torch.zeros(dim))
 
     def forward(self, position: Int[Tensor, "B L"]) -> Float[Tensor, "B L E"]:
         check_end("learned", position, self.max_length)
-        return self.table(position) * self.dim**0.5
+        if self.nowhere is None:
+            return self.table(position) * self.scale
+        found = torch.where(position[..., None] < 0, self.nowhere, self.table(position.clamp(min=0)))
+        return found * self.scale
 
 
 def check_end(scheme: str, position: Tensor, max_length: int) -> None:

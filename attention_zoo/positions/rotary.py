@@ -1,13 +1,19 @@
 """Rotary positions: turn each pair of channels by an angle that grows with position. Su et al. 2021, eq. 34.
 
 The two halves of a head form the pairs (x_i, x_{i + D/2}), as in the Llama family, not neighbouring channels.
+
+A model is stretched to longer texts by slowing its pairs down: all by the same factor (`linear`: Chen et al. 2023), or
+only those whose wavelength the training length did not hold (`llama3`: the released Llama 3.1), with a ramp between.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from attention_zoo.contract import one_of
 from attention_zoo.positions.scheme import AttentionPositions
 
 
@@ -16,21 +22,61 @@ class Rotary(AttentionPositions):
 
     Args:
         base: wavelength of the slowest pair over 2π, in tokens.
+        scaling: none | linear | llama3.
+        factor: by how much pairs are slowed down.
+        low_freq_factor, high_freq_factor: llama3 slows a pair that turns less than `low` times within
+            `original_length` tokens by the whole factor, and one that turns more than `high` times not at all.
+        original_length: tokens of the training before stretching.
     """
 
-    def __init__(self, *, heads: int, head_width: int, base: float = 10_000.0):
+    options = ("base", "scaling", "factor", "low_freq_factor", "high_freq_factor", "original_length")
+
+    def __init__(
+        self,
+        *,
+        heads: int,
+        head_width: int,
+        base: float = 10_000.0,
+        scaling: str = "none",
+        factor: float = 1.0,
+        low_freq_factor: float = 1.0,
+        high_freq_factor: float = 4.0,
+        original_length: int = 8192,
+    ):
         super().__init__(heads=heads, head_width=head_width)
         if head_width % 2:
             raise ValueError(f"positions=rotary needs an even head_width, got {head_width}")
-        self.base = base
+        one_of(("none", "linear", "llama3"), scaling=scaling)
+        for name, value in (("base", base), ("factor", factor), ("original_length", original_length)):
+            if not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value!r}")
+        if not 0 < low_freq_factor < high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor must be above 0 and below high_freq_factor, got {low_freq_factor!r} "
+                f"and {high_freq_factor!r}"
+            )
+        self.base, self.scaling, self.factor = base, scaling, factor
+        self.turns = (low_freq_factor, high_freq_factor)
+        self.original_length = original_length
 
     def rotate(self, x: Tensor, position: Tensor) -> Tensor:
-        half = self.head_width // 2
         # angles in float32 at least: bfloat16 cannot count past 256
         exact = torch.promote_types(x.dtype, torch.float32)
-        step = self.base ** (-torch.arange(half, device=x.device, dtype=exact) / half)
-        angle = position.to(exact)[..., None] * step
-        angle = angle.view(position.shape[0], *[1] * (x.ndim - 3), position.shape[1], half)
+        angle = position.to(exact)[..., None] * self.steps(x.device, exact)
+        angle = angle.view(position.shape[0], *[1] * (x.ndim - 3), position.shape[1], self.head_width // 2)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         a, b = x.chunk(2, -1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def steps(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[D/2], the angle in radians by which each pair turns from one position to the next."""
+        # in this order of operations, since pretrained models know its rounding: at position 10⁴ it is seen
+        step = 1.0 / (self.base ** (torch.arange(0, self.head_width, 2, device=device, dtype=dtype) / self.head_width))
+        if self.scaling == "none":
+            return step
+        if self.scaling == "linear":
+            return step / self.factor
+        low, high = self.turns
+        turns = self.original_length / (2 * math.pi / step)
+        share = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - share) * step / self.factor + share * step

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -12,6 +14,8 @@ class AttentionPositions(nn.Module):
     """No positions. Subclasses override `rotate`, or `bias`; both must depend on position differences alone."""
 
     has_bias = False
+    options: ClassVar[tuple[str, ...]] = ()
+    """What may be given beside the name; all with defaults."""
 
     def __init__(self, *, heads: int, head_width: int):
         super().__init__()

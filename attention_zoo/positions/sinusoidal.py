@@ -6,6 +6,8 @@ same code under a fixed permutation of channels. Any position has one, so stream
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -19,6 +21,8 @@ class Sinusoidal(nn.Module):
         max_length: not used; the scheme knows no end.
         base: wavelength of the slowest pair over 2π, in tokens.
     """
+
+    options: ClassVar[tuple[str, ...]] = ("base",)
 
     def __init__(self, *, dim: int, max_length: int | None = None, base: float = 10_000.0):
         super().__init__()

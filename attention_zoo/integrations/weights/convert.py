@@ -1,0 +1,62 @@
+"""From a checkpoint of transformers to our skeleton, with the same outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from attention_zoo.integrations.weights.checkpoint import read_checkpoint
+from attention_zoo.integrations.weights.families import FAMILIES
+from attention_zoo.integrations.weights.mapping import fill
+from attention_zoo.integrations.weights.settings import Settings
+from attention_zoo.model.transformer import Transformer
+
+
+def convert(
+    source: str | Path,
+    *,
+    head: str | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    ignore: Collection[str] = (),
+) -> Transformer:
+    """The checkpoint as a model of ours, in evaluation mode. `zoo.save` writes it, `zoo.load` needs no transformers.
+
+    Args:
+        source: a folder with config.json and safetensors or PyTorch files, or the id of a model on the hub.
+        head: "lm" (masked or causal, as the family is) or "hidden"; default what the checkpoint has.
+        dtype: of the weights; default the checkpoint's.
+        revision: branch, tag or commit on the hub.
+        ignore: keys of the config that change nothing, though the conversion does not know them.
+
+    Raises:
+        FileNotFoundError: where something is missing.
+        Unsupported: for a model or a setting that the skeleton cannot honour, by name.
+        ValueError: for a damaged file, and for missing or unknown keys, all of them listed.
+    """
+    found = read_checkpoint(source, revision=revision)
+    settings = Settings(found.config, str(source), ignore)
+    family = FAMILIES.get(settings.model_type)
+    if family is None:
+        raise settings.unsupported(
+            "model_type", settings.model_type, "this family is not converted", " or ".join(sorted(FAMILIES))
+        )
+    plan = family.plan(settings, found.tensors, family.head(settings, found.config.get("architectures"), head))
+    settings.finish()
+    origin = {"model_type": settings.model_type, "attention_dropout": plan.attention_dropout}
+    try:
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn and thrown away: nobody shall notice
+            model = Transformer(**plan.options, origin=origin)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{source}: its config builds no model: {error}") from None
+    model = model.to(dtype or _dtype(found.tensors))
+    left_out = fill(model, plan.rules, found.tensors, unused=plan.unused, where=str(source))
+    model.config["origin"] = {**origin, "left_out": left_out}
+    return model.eval()
+
+
+def _dtype(tensors) -> torch.dtype:
+    """That of the first tensor of floating point."""
+    return next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
