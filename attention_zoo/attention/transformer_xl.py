@@ -74,6 +74,10 @@ class TransformerXL(Attention):
         same_length: every token sees exactly the last M tokens and itself, so that all have the same context. Which
             pairs pass gradients to hidden states still follows the segments.
         untie_r: give each layer its own u and v, instead of one pair shared over depth.
+        clamp_length: distances above it count as it; None: they are told apart however far.
+        initial_memory: what the first tokens of a row remember. "empty": nothing, they see fewer keys (the paper, and
+            the released torch code). "zeros": M hidden states of zeros, which are seen like others (the released
+            TensorFlow code and checkpoints, and Hugging Face); such a row is one document, from its beginning.
         kernel: auto | absorbed | shift | gather. "absorbed" is for few queries and gives no gradients, "shift" needs
             tokens without holes, "gather" does everything. auto takes the first that fits.
         shared: the options of `Attention`. `positions` may be "none" or "relative", which mean the same here: this
@@ -95,6 +99,7 @@ class TransformerXL(Attention):
         truncated=True,
     )
     tiny = {"segment_length": 4, "memory_length": 3}
+    blank: Tensor
     shared_over_depth: tuple[str, ...] = ("u", "v")
     """Parameters that a stack ties over its layers of this kind."""
 
@@ -105,6 +110,8 @@ class TransformerXL(Attention):
         memory_length: int = 512,
         same_length: bool = False,
         untie_r: bool = False,
+        clamp_length: int | None = None,
+        initial_memory: str = "empty",
         kernel: str = "auto",
         **shared: Any,
     ):
@@ -114,6 +121,13 @@ class TransformerXL(Attention):
         one_of(("auto", "absorbed", "shift", "gather"), kernel=kernel)
         self.segment_length, self.memory_length, self.same_length = segment_length, memory_length, same_length
         self._check_lengths()
+        if clamp_length is not None:
+            at_least(1, clamp_length=clamp_length)
+        one_of(("empty", "zeros"), initial_memory=initial_memory)
+        self.clamp_length, self.starts_blank = clamp_length, initial_memory == "zeros"
+        if self.starts_blank:
+            # what a hidden state of zeros is to this layer: zeros, or with pre-norm what the norm makes of them
+            self.register_buffer("blank", torch.zeros(self.dim))
         self.kernel = kernel
         if untie_r:
             self.shared_over_depth = ()
@@ -155,13 +169,32 @@ class TransformerXL(Attention):
             raise Unsupported(self.name, "choices", "it makes no discrete decisions", "choices=None")
         self._check_lengths()
         x, tokens = self.enter(x, tokens, state, source)
-        hidden, keys = x, tokens
+        hidden, keys, carries = x, tokens, state is not None
+        if self.starts_blank:
+            state = self._begun(state, x, tokens)
         if state is not None:
             hidden, keys = torch.cat([state.hidden.to(x.dtype), x], 1), state.tokens.then(tokens)
         layout = self._layout(keys, x.shape[1])
         out = self._absorbed(x, hidden, layout) if self._is_absorbed(x) else self._chunked(x, hidden, layout)
         out = self.to_out(rearrange(out, "b h l d -> b l (h d)"))
-        return Output(out, None if state is None else self._remember(hidden, layout))
+        return Output(out, self._remember(hidden, layout) if carries else None)
+
+    def _begun(self, state: Memory | None, x: Tensor, tokens: Tokens) -> Memory:
+        """The state, with blank hidden states at the M positions before 0 where it is empty yet."""
+        B, M = len(x), self.memory_length
+        if state is None or not state.hidden.shape[1]:
+            column = tokens.valid.long().argmax(1, keepdim=True)
+            held = Tokens.all_valid(B, M, x.device)._replace(
+                document=tokens.document.gather(1, column).expand(B, M),
+                position=torch.arange(-M, 0, device=x.device).expand(B, M),
+            )
+            state = Memory(self.blank.to(x.dtype).expand(B, M, -1), held)
+        if M and bool((tokens.valid & (tokens.document != state.tokens.document[:, -1:])).any()):
+            raise Unsupported(
+                self.name, "initial_memory=zeros with several documents in a row", "only a row's first can begin so",
+                "initial_memory=empty, or one document a row",
+            )  # fmt: skip
+        return state
 
     def attend(
         self,
@@ -256,11 +289,15 @@ class TransformerXL(Attention):
         # angles in float32 at least: bfloat16 cannot count past 256
         exact = torch.promote_types(weight.dtype, torch.float32)
         exponent = torch.arange(0, self.dim, 2, device=weight.device, dtype=exact) / self.dim
-        angle = torch.arange(distances, device=weight.device, dtype=exact)[:, None] * 10_000.0**-exponent
+        distance = torch.arange(distances, device=weight.device, dtype=exact)
+        if self.clamp_length is not None:
+            distance = distance.clamp(max=self.clamp_length)
+        angle = distance[:, None] * 10_000.0**-exponent
         return torch.cat([angle.sin(), angle.cos()], -1).to(weight.dtype)
 
     def _layout(self, keys: Tokens, length: int) -> Layout:
         """Find the first key of each query and of its segment, by binary search over (document, position)."""
+        lowest = -self.memory_length if self.starts_blank else 0
         position, valid = keys.position, keys.valid
         columns = position.shape[1]
         column = torch.arange(columns, device=position.device).expand_as(position)
@@ -275,12 +312,14 @@ class TransformerXL(Attention):
             raise ValueError("tokens.position must strictly increase over the valid tokens of a document")
 
         run = (valid & ~follows).long().cumsum(1)
-        stride = torch.where(valid, position, 0).amax() + 1
-        place = torch.where(valid, run * stride + position, -1).cummax(1).values
+        stride = torch.where(valid, position, 0).amax() + 1 - lowest
+        place = torch.where(valid, run * stride + position - lowest, -1).cummax(1).values
         asked = slice(columns - length, None)
         at, base = torch.where(valid, position, 0)[:, asked], (run * stride)[:, asked]
         border = at - at % self.segment_length
-        first, own = (torch.searchsorted(place, base + start.clamp(min=0)) for start in (self._oldest(at), border))
+        first, own = (
+            torch.searchsorted(place, base + start.clamp(min=lowest) - lowest) for start in (self._oldest(at), border)
+        )
         nothing = column[:, asked] + 1
         first, own = (torch.where(valid[:, asked], found, nothing) for found in (first, own))
         return Layout(keys, first, own, run, aligned)

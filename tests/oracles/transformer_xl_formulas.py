@@ -47,11 +47,15 @@ def double_loop(
     segment: int,
     memory: int,
     same_length: bool,
+    clamp: int | None,
+    zeros: bool,
 ) -> list[Tensor]:
     """Each query of one row in turn, and for each the distances to its keys, one by one.
 
     Args:
         place: position of each column.
+        clamp: distances above it count as it.
+        zeros: whether hidden states of zeros stand before position 0.
     """
 
     def project(name: str, y: Tensor) -> Tensor:
@@ -68,12 +72,12 @@ def double_loop(
         border = p - p % segment
         q = project("q", x[at])
         scores, values = [], []
-        for distance in range(p + 1):
+        for distance in range((p if same_length else p - border + memory) + memory + 1):
             key = p - distance
-            if key not in column or key < (p if same_length else border) - memory:
+            if key < (p if same_length else border) - memory or (key not in column if key >= 0 else not zeros):
                 continue
-            h = x[column[key]] if key >= border else x[column[key]].detach()
-            r = project("r", wave(distance, x.shape[-1]).to(x))
+            h = torch.zeros_like(x[0]) if key < 0 else x[column[key]] if key >= border else x[column[key]].detach()
+            r = project("r", wave(min(distance, clamp or distance), x.shape[-1]).to(x))
             per_head = [
                 (q[n] + leaves["u"][n]).dot(project("k", h)[n]) + (q[n] + leaves["v"][n]).dot(r[n])
                 for n in range(heads)
@@ -92,29 +96,43 @@ def run_double_loop(seed: int, kernel: str, dtype: torch.dtype) -> Errors:
     heads, width, batch = rng.choice([1, 2, 3]), rng.choice([2, 4]), rng.randint(1, 2)
     dim, segment, memory = heads * width, rng.randint(1, 7), rng.randint(0, 9)
     length, bias, same_length = rng.randint(1, 18), rng.random() < 0.5, rng.random() < 0.4
+    clamp, zeros = rng.choice([None, None, rng.randint(1, 8)]), rng.random() < 0.4
     layer = zoo.build(
         "transformer_xl", dim=dim, heads=heads, bias=bias, segment_length=segment, memory_length=memory,
-        same_length=same_length, kernel=kernel,
+        same_length=same_length, clamp_length=clamp, initial_memory="zeros" if zeros else "empty", kernel=kernel,
     )  # fmt: skip
     randomise(layer.to(dtype), seed)
-    valid = padding(rng, batch, length, rng.choice(["none", "right", "left"] + ["holes"] * (kernel != "shift")))
+    # with blanks in front, left padding is a hole
+    kinds = ["none", "right", *(["left"] if kernel != "shift" or not zeros else []), *(["holes"] * (kernel != "shift"))]
+    kind = rng.choice(kinds)
+    valid = padding(rng, batch, length, kind)
     tokens = Tokens.of(valid)
     tokens = at_columns(tokens) if kernel != "shift" and rng.random() < 0.5 else tokens
+    in_pieces = rng.random() < 0.5 and kind in ("none", "right")  # cut where segments end
 
     def run_theirs(leaves: Leaves, x: Tensor) -> Tensor:
         rows = [
             torch.stack(
                 double_loop(
                     leaves, x[row], valid[row].tolist(), tokens.position[row].tolist(), heads=heads, segment=segment,
-                    memory=memory, same_length=same_length,
+                    memory=memory, same_length=same_length, clamp=clamp, zeros=zeros,
                 )
             )
             for row in range(batch)
         ]  # fmt: skip
         return torch.stack(rows)
 
-    x = vectors(seed, batch, length, dim, dtype=dtype)
-    return compare(layer, lambda x: layer(x, tokens).hidden, run_theirs, (x,), valid)
+    def run_ours(x: Tensor) -> Tensor:
+        if not in_pieces:
+            return layer(x, tokens).hidden
+        state, hidden = layer.initial_state(batch), []
+        for piece in torch.arange(length).split(segment):
+            out = layer(x[:, piece], tokens.cut(piece), state=state)
+            state = out.state
+            hidden.append(out.hidden)
+        return torch.cat(hidden, 1)
+
+    return compare(layer, run_ours, run_theirs, (vectors(seed, batch, length, dim, dtype=dtype),), valid)
 
 
 def shifted(scores: Tensor) -> Tensor:
