@@ -111,7 +111,8 @@ class PatternCall:
     @cached_property
     def starts_at_zero(self) -> bool:
         """Whether position equals column at every valid token of an aligned call: only right padding, one document."""
+        valid = self.keys.valid
+        if not self.own_keys or not self.one_document or bool((valid[:, 1:] & ~valid[:, :-1]).any()):
+            return False
         column = torch.arange(self.k.shape[2], device=self.k.device)
-        return (
-            self.own_keys and self.one_document and not bool(((self.keys.position != column) & self.keys.valid).any())
-        )
+        return not bool(((self.keys.position != column) & valid).any())

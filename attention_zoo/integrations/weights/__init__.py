@@ -6,5 +6,6 @@ model = weights.convert("roberta-base")               # a folder, or an id on th
 
 from attention_zoo.integrations.weights.convert import convert
 from attention_zoo.integrations.weights.families import FAMILIES
+from attention_zoo.integrations.weights.inputs import tokens_of
 
-__all__ = ["FAMILIES", "convert"]
+__all__ = ["FAMILIES", "convert", "tokens_of"]

@@ -55,7 +55,9 @@ def encoder(
     prefix: str,
     roberta: bool,
     hidden_act: str = "gelu",
-    pooler: str = "pooler.*",
+    scale: float = 1.0,
+    bias: bool = True,
+    length: int = 512,
 ) -> Plan:
     """The plan of an encoder of BERT's build.
 
@@ -63,8 +65,9 @@ def encoder(
         attention: of our skeleton.
         prefix: of the encoder's names, dot included.
         roberta: whether positions and head are RoBERTa's.
-        hidden_act: the family's default.
-        pooler: pattern of the pooler's names behind the prefix. It feeds heads that are not converted.
+        hidden_act, length: the family's defaults.
+        scale: factor on token embeddings.
+        bias: whether queries, keys and values have one.
     """
     prefix = prefix_of(tensors, prefix)
     settings.only("position_embedding_type", "absolute", instead="a checkpoint with absolute positions")
@@ -74,7 +77,7 @@ def encoder(
     depth, dim = settings.number("num_hidden_layers", 12), settings.number("hidden_size", 768)
     act = activation(settings, "hidden_act", hidden_act)
     dropout = settings.number("hidden_dropout_prob", 0.1)
-    length, padding = settings.number("max_position_embeddings", 512), settings.get("pad_token_id", 1)
+    length, padding = settings.number("max_position_embeddings", length), settings.get("pad_token_id", 1)
     names = _ROBERTA_HEAD if roberta else _BERT_HEAD
     tied, matrices, unused = True, copy("embedding.weight", f"{prefix}embeddings.word_embeddings.weight"), list[str]()
     tie = settings.get("tie_word_embeddings", True)
@@ -97,20 +100,21 @@ def encoder(
         "feed_forward": {"name": act, "width": settings.number("intermediate_size", 3072)},
         "output_dropout": dropout,
         "embedding": {
-            "scale": 1.0, "types": settings.number("type_vocab_size", 2), "normed": True, "dropout": dropout,
+            "scale": scale, "types": settings.number("type_vocab_size", 2), "normed": True, "dropout": dropout,
         },
         "tied": tied,
     }  # fmt: skip
-    rules = {**matrices, **_body(prefix, depth, padding if roberta else None)}
+    rules = {**matrices, **_body(prefix, depth, padding if roberta else None, bias)}
     unused = [
-        *unused, f"{prefix}embeddings.position_ids", f"{prefix}embeddings.token_type_ids", f"{prefix}{pooler}",
+        *unused, f"{prefix}embeddings.position_ids", f"{prefix}embeddings.token_type_ids", f"{prefix}pooler.*",
     ]  # fmt: skip
     if head == "lm":
-        bias = names["bias"] if names["bias"] in tensors else names["decoder.bias"]  # theirs are one tensor
-        rules |= copy("head.bias", bias)
+        # where the checkpoint holds two, the decoder's own is used there
+        own = names["decoder.bias"]
+        rules |= copy("head.bias", own if own in tensors else names["bias"])
         rules |= copies("head.transform.dense", names["dense"]) | copies("head.transform.norm", names["norm"])
         unused += [names["bias"], names["decoder.bias"], "cls.seq_relationship.*"]
-    elif prefix:
+    elif prefix:  # asked for without its head
         unused += [name for name in tensors if not name.startswith(prefix)]
     rules = {ours: _old_names(rule, tensors) for ours, rule in rules.items()}
     return Plan(options, rules, tuple(unused), settings.number("attention_probs_dropout_prob", 0.1))
@@ -132,7 +136,7 @@ _ROBERTA_HEAD = {
 }
 
 
-def _body(prefix: str, depth: int, padding: int | None) -> Rules:
+def _body(prefix: str, depth: int, padding: int | None, bias: bool) -> Rules:
     embeddings = f"{prefix}embeddings"
     rules = copy("embedding.types.weight", f"{embeddings}.token_type_embeddings.weight")
     rules |= copies("embedding.norm", f"{embeddings}.LayerNorm")
@@ -145,7 +149,7 @@ def _body(prefix: str, depth: int, padding: int | None) -> Rules:
     for layer in range(depth):
         theirs = f"{prefix}encoder.layer.{layer}"
         for ours, name in (("to_q", "query"), ("to_k", "key"), ("to_v", "value")):
-            rules |= copies(f"{attention_at(layer)}.{ours}", f"{theirs}.attention.self.{name}")
+            rules |= copies(f"{attention_at(layer)}.{ours}", f"{theirs}.attention.self.{name}", bias=bias)
         rules |= copies(f"{attention_at(layer)}.to_out", f"{theirs}.attention.output.dense")
         rules |= copies(norm_at(layer, 0), f"{theirs}.attention.output.LayerNorm")
         rules |= copies(f"{feed_forward_at(layer)}.into", f"{theirs}.intermediate.dense")

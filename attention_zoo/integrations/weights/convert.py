@@ -50,7 +50,7 @@ def convert(
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn and thrown away: nobody shall notice
             model = Transformer(**plan.options, origin=origin)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{source}: its config builds no model: {error}") from None
+        raise ValueError(f"{source}: its config builds no model: {error}") from None
     model = model.to(dtype or _dtype(found.tensors))
     left_out = fill(model, plan.rules, found.tensors, unused=plan.unused, where=str(source))
     model.config["origin"] = {**origin, "left_out": left_out}

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from attention_zoo.integrations.weights import bert
+from attention_zoo.integrations.weights.bigbird import BIGBIRD
 from attention_zoo.integrations.weights.family import Family
+from attention_zoo.integrations.weights.gpt2 import GPT2
+from attention_zoo.integrations.weights.llama import LLAMA, MISTRAL, QWEN2
+from attention_zoo.integrations.weights.longformer import LONGFORMER
 
 FAMILIES: dict[str, Family] = {
     "bert": bert.BERT,
+    "big_bird": BIGBIRD,
     "camembert": bert.CAMEMBERT,
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "longformer": LONGFORMER,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
     "roberta": bert.ROBERTA,
     "xlm-roberta": bert.XLM_ROBERTA,
 }

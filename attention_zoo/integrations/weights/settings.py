@@ -50,6 +50,11 @@ class Settings:
         value = self._config.get(name)
         return default if value is None else value
 
+    def given(self, name: str, default: Any) -> Any:
+        """The value as it stands, null too; the default only where the key is missing."""
+        self._known.add(name)
+        return self._config.get(name, default)
+
     def number(self, name: str, default: Any = None) -> Any:
         """A number; without a default there must be one."""
         value = self.get(name, default)
