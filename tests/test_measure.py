@@ -109,7 +109,7 @@ def test_a_training_step_moves_the_weights_and_a_decoding_step_goes_on():
     for step in range(3):
         work.before()
         work.run()
-        assert work.state().tokens.position[:, -1].tolist() == [5 + step] * 2
+        assert work.state().columns.tokens.position[:, -1].tolist() == [5 + step] * 2
 
 
 def test_the_resident_set_is_read_in_bytes():

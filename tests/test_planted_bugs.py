@@ -143,20 +143,22 @@ def test_marks_that_depend_on_the_row() -> None:
 
 
 class Forgetful(Full):
-    def _forget(self, k: Tensor, v: Tensor, keys: Tokens) -> Cache:
-        return self.initial_state(k.shape[0])
+    def _keep(self, held: Cache, added: int) -> Cache:
+        return self.initial_state(len(held.columns.tokens.valid))
 
 
 class Hoarding(Longformer):
-    def _forget(self, k: Tensor, v: Tensor, keys: Tokens) -> Cache:
-        return Cache(k, v, keys)
+    def _live(self, keys: Tokens) -> Tensor:
+        return torch.ones_like(keys.valid)
 
 
 class Mixing(Full):
     """Its state says nothing of the batch: every row continues the first."""
 
-    def _forget(self, k: Tensor, v: Tensor, keys: Tokens) -> Cache:
-        return Cache(k[:1].expand_as(k), v[:1].expand_as(v), keys)
+    def _keep(self, held: Cache, added: int) -> Cache:
+        columns = super()._keep(held, added).columns
+        first = (buffer[:1].expand_as(buffer).clone() for buffer in columns.buffers)
+        return Cache(columns._replace(buffers=tuple(first)))
 
 
 def test_a_state_that_is_dropped() -> None:

@@ -24,6 +24,7 @@ from attention_zoo.attention.pattern import PatternAttention, hide
 from attention_zoo.contract import Abilities, Tokens, Unsupported, at_least, one_of
 from attention_zoo.ops.blocks import BLOCKS
 from attention_zoo.ops.dispatch import DENSE, TILES
+from attention_zoo.ops.row import LINKED_ROW, ROW
 
 
 class BigBird(PatternAttention):
@@ -37,12 +38,13 @@ class BigBird(PatternAttention):
             ("reference_eval"); those are two-sided, with window_blocks=3, and `seed` is the layer's number.
         extra_global_tokens: learned tokens that the skeleton puts in front and marks global (ETC); with any, no block
             is global. 0: first and last block are (ITC).
-        kernel: auto | blocks | tiles | dense.
+        kernel: auto | linked_row | row | blocks | tiles | dense.
         shared: the options of `Attention`.
     """
 
     name = "bigbird"
-    kernels = (BLOCKS, TILES, DENSE)
+    kernels = (LINKED_ROW, ROW, BLOCKS, TILES, DENSE)
+    links_blocks = True
     tiny = {"block": 4, "random": 1}
     declared = Abilities(
         causality="strict",

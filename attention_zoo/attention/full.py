@@ -14,18 +14,19 @@ from torch import Tensor
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Abilities, Tokens
 from attention_zoo.ops.dispatch import DENSE, SDPA, TILES
+from attention_zoo.ops.row import ROW
 
 
 class Full(PatternAttention):
     """The baseline, twice: `kernel=sdpa` is torch's fused attention, `kernel=dense` keeps the L x L matrix.
 
     Args:
-        kernel: auto | sdpa | tiles | dense.
+        kernel: auto | row | sdpa | tiles | dense.
         shared: the options of `Attention`.
     """
 
     name = "full"
-    kernels = (SDPA, TILES, DENSE)
+    kernels = (ROW, SDPA, TILES, DENSE)
     declared = Abilities(
         causality="strict",
         carry="prefix",

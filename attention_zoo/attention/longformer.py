@@ -20,6 +20,7 @@ from torch import Tensor
 from attention_zoo.attention.pattern import PatternAttention, hide
 from attention_zoo.contract import Abilities, Tokens, at_least, one_of
 from attention_zoo.ops.dispatch import BANDED, DENSE, TILES
+from attention_zoo.ops.row import ROW
 
 
 class Longformer(PatternAttention):
@@ -29,13 +30,13 @@ class Longformer(PatternAttention):
         window: tokens per side; at least 1.
         dilation: step between the tokens of a window; one number, or one for each head. Reach is window · dilation.
         global_projections: "separate" (the paper) or "shared".
-        kernel: auto | banded | tiles | dense.
+        kernel: auto | row | banded | tiles | dense.
         shared: the options of `Attention`.
     """
 
     name = "longformer"
     tiny = {"window": 3}
-    kernels = (BANDED, TILES, DENSE)
+    kernels = (ROW, BANDED, TILES, DENSE)
     shift_invariant = True
     declared = Abilities(
         causality="strict",

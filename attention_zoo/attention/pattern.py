@@ -14,12 +14,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Attention, Output, Source, Tokens, Unsupported, keep, known_options
+from attention_zoo.contract import Attention, Output, Source, Tokens, Unsupported, known_options
+from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.dispatch import DENSE, TILES, Kernel, check_name, choose, explain
 from attention_zoo.ops.pattern_call import PatternCall
+from attention_zoo.ops.row import ROW
 from attention_zoo.positions import ATTENTION_LEVEL
 
 
@@ -27,13 +29,12 @@ class Cache(NamedTuple):
     """State of a pattern: the keys that a later token may still see.
 
     Fields:
-        k, v: [B, K, S, D], positions applied already.
-        tokens: of the S columns; fillers left, valid right.
+        columns: keys and values, each [B, K, S, D], positions applied already, and their tokens.
+        globals: of patterns that list their blocks, the columns of global tokens, [B, g]; -1 where a row has fewer.
     """
 
-    k: Float[Tensor, "B K S D"]
-    v: Float[Tensor, "B K S D"]
-    tokens: Tokens
+    columns: Columns
+    globals: Int[Tensor, "B g"] | None = None
 
 
 class PatternAttention(Attention):
@@ -44,7 +45,9 @@ class PatternAttention(Attention):
         shared: the options of `Attention`.
     """
 
-    kernels: ClassVar[tuple[Kernel, ...]] = (TILES, DENSE)
+    kernels: ClassVar[tuple[Kernel, ...]] = (ROW, TILES, DENSE)
+    links_blocks: ClassVar[bool] = False
+    """Whether it says by `links` which blocks of keys a row of query blocks sees (`ops.blocks.BlockPattern`)."""
     shift_invariant: ClassVar[bool] = False
     """Whether `bias` depends on the difference of positions alone: then one mask serves all tiles (`BANDED`)."""
     tile = 128
@@ -184,7 +187,7 @@ class PatternAttention(Attention):
     def initial_state(self, batch_size: int) -> Cache:
         weight = self.to_k.weight
         empty = weight.new_zeros(batch_size, self.kv_heads, 0, self.head_width)
-        return Cache(empty, empty, Tokens.none(batch_size, weight.device))
+        return Cache(Columns.of(Tokens.none(batch_size, weight.device), empty, empty))
 
     def forward(
         self,
@@ -203,34 +206,61 @@ class PatternAttention(Attention):
         x, tokens = self.enter(x, tokens, state, source)
         tokens = self.mark(tokens)
         q = self._heads(self.to_q(x))
-        k, v, keys = self._keys(x, tokens, state, source)
-        global_qkv = None
-        if not self.cross:
+        if self.cross:
+            cache = self._source_keys(state, source)
+            out = self._attend_held(q, tokens, cache)
+            new: Cache | None = cache
+        else:
             q = self.scheme.rotate(q, tokens.position)
-            global_qkv = self._global_qkv(x, tokens, state)
-        out = self.attend(q, k, v, tokens, keys, global_qkv=global_qkv)
-        new = None if state is None else self._forget(k, v, keys)
-        return Output(self.to_out(rearrange(out, "b h l d -> b l (h d)")), new, self.losses())
+            k = self.scheme.rotate(self._heads(self.to_k(x)), tokens.position)
+            out, new = self._attend_own(x, tokens, q, k, self._heads(self.to_v(x)), state)
+        hidden = self.to_out(rearrange(out, "b h l d -> b l (h d)"))
+        return Output(hidden, None if state is None else new, self.losses())
 
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b l (h d) -> b h l d", d=self.head_width)
 
-    def _keys(
-        self, x: Tensor, tokens: Tokens, state: Cache | None, source: Source | None
-    ) -> tuple[Tensor, Tensor, Tokens]:
-        if self.cross:
-            if source is None:
-                assert state is not None
-                return state.k, state.v, state.tokens
-            hidden, tokens = self.enter_source(source)
-            return self._heads(self.to_k(hidden)), self._heads(self.to_v(hidden)), self.mark(tokens)
-        k, v = self.scheme.rotate(self._heads(self.to_k(x)), tokens.position), self._heads(self.to_v(x))
-        if state is None or not state.k.shape[2]:
-            return k, v, tokens
-        held = state.tokens
-        late = tokens.is_global & tokens.valid
+    def _source_keys(self, state: Cache | None, source: Source | None) -> Cache:
+        """Keys and values of the source, or those that the state has of it."""
+        if source is None:
+            assert state is not None
+            return state
+        hidden, tokens = self.enter_source(source)
+        return Cache(Columns.of(self.mark(tokens), self._heads(self.to_k(hidden)), self._heads(self.to_v(hidden))))
+
+    def _attend_own(
+        self, x: Tensor, tokens: Tokens, q: Tensor, k: Tensor, v: Tensor, state: Cache | None
+    ) -> tuple[Tensor, Cache | None]:
+        """Attend to the held keys and the call's own; the state that follows."""
+        held = Cache(Columns.of(tokens, k, v)) if state is None else self._append(state, tokens, k, v)
+        out = self._attend_held(q, tokens, held, self._global_qkv(x, tokens))
+        return out, None if state is None else self._keep(held, x.shape[1])
+
+    def _attend_held(
+        self, q: Tensor, tokens: Tokens, cache: Cache, global_qkv: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Tensor:
+        k, v = cache.columns.held
+        call = self._call(q, k, v, tokens, cache.columns.tokens, None, global_qkv)
+        call.columns, call.globals = cache.columns, cache.globals
+        return choose(self.name, self.kernels, self.kernel, call).run(call)
+
+    def _append(self, state: Cache, tokens: Tokens, k: Tensor, v: Tensor) -> Cache:
+        held, late = state.columns, tokens.is_global & tokens.valid
+        forgets = self.own_global or self.reach is not None
+        if held.filled and forgets and bool(late.any()):
+            self._refuse_late(held.tokens, tokens, late)
+        columns = held.append(tokens, k, v, live=self._live, most=self.reach)
+        return Cache(columns, self._list_globals(state, columns, tokens))
+
+    def _keep(self, held: Cache, added: int) -> Cache:
+        """The state after a call that brought `added` columns."""
+        columns = held.columns.settle(added, live=self._live, most=self.reach)
+        return Cache(columns, self._list_globals(held, columns))
+
+    def _refuse_late(self, held: Tokens, tokens: Tokens, late: Tensor) -> None:
+        """Global tokens after the first call: the keys that they must see may be forgotten."""
         if not self.own_global:  # whose keys are not cached: global tokens then need all of theirs in the call
-            forgotten = held.valid.sum(1) < held.next_position
+            forgotten = (self._live(held) & held.valid).sum(1) < held.next_position
             continued = torch.where(held.valid, held.document, -1).amax(1)
             late = late & forgotten[:, None] & (tokens.document == continued[:, None])
         if bool(late.any()):
@@ -238,7 +268,6 @@ class PatternAttention(Attention):
                 self.name, "a global token after the first call", "keys that it must see are not kept",
                 "global tokens in the first call",
             )  # fmt: skip
-        return torch.cat([state.k, k], 2), torch.cat([state.v, v], 2), state.tokens.then(tokens)
 
     def enter_source(self, source: Source) -> tuple[Tensor, Tokens]:
         """Hidden states of the source with padding zeroed."""
@@ -246,25 +275,34 @@ class PatternAttention(Attention):
             raise ValueError(f"source.hidden must be [batch, length, {self.dim}], got {tuple(source.hidden.shape)}")
         return source.hidden.masked_fill(~source.tokens.valid[..., None], 0), source.tokens
 
-    def _global_qkv(self, x: Tensor, tokens: Tokens, state: Cache | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _global_qkv(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor] | None:
         """Longformer's second projection; only computed where a global query is there to use it."""
         if not self.own_global or not bool((tokens.is_global & tokens.valid).any()):
             return None
-        # with a state this is its first call (checked above), so x holds all keys
+        # with a state this is its first call (checked before), so x holds all keys
         q, k, v = (self._heads(project(x)) for project in (self.to_q_global, self.to_k_global, self.to_v_global))
         return self.scheme.rotate(q, tokens.position), self.scheme.rotate(k, tokens.position), v
 
-    def _forget(self, k: Tensor, v: Tensor, keys: Tokens) -> Cache:
-        """Keep what the next token can still see."""
-        if self.cross:
-            return Cache(k, v, keys)
+    def _list_globals(self, before: Cache, columns: Columns, tokens: Tokens | None = None) -> Tensor | None:
+        """Columns of global tokens, found again only where columns moved or such tokens came."""
+        if not self.links_blocks or columns.version < 0:
+            return None
+        stayed = before.globals is not None and columns.fields is before.columns.fields
+        if stayed and (tokens is None or not bool((tokens.is_global & tokens.valid).any())):
+            return before.globals
+        held = columns.tokens
+        mask = held.is_global & held.valid
+        column = torch.arange(columns.filled, device=mask.device)
+        return torch.where(mask, column, -1).topk(int(mask.sum(1).amax()), dim=1).values
+
+    def _live(self, keys: Tokens) -> Bool[Tensor, "B S"]:
+        """What the next token of each row can still see."""
         following = keys.next_position[:, None]
         last = torch.where(keys.valid, keys.document, -1).amax(1, keepdim=True)
         mask = keys.valid & (keys.document == last)
         if self.reach is not None:
             mask = mask & ((following - keys.position <= self.reach) | keys.is_global)
-        tokens, k, v = keep(mask, keys, k, v)
-        return Cache(k, v, tokens)
+        return mask
 
 
 def hide(seen: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo.contract import Tokens
+from attention_zoo.ops.columns import Columns
 
 
 @runtime_checkable  # for the run-time type checks of the tests
@@ -43,6 +44,8 @@ class PatternCall:
     scale: float
     learned: Sequence[Tensor] = ()
     global_qkv: tuple[Tensor, Tensor, Tensor] | None = None  # a second projection, for global queries (Longformer)
+    columns: Columns | None = None  # where k, v and keys are held, if in a state
+    globals: Tensor | None = None  # [B, g], columns of the global keys, if they are listed; -1 fills
 
     # --- the definition, in pieces ---------------------------------------------------------------------------------
     def seen(self, queries: Tokens, keys: Tokens) -> Tensor:
