@@ -45,6 +45,8 @@ def layouts(length: int) -> Iterator[tuple[str, Tokens]]:
     if length > 6:
         holes = torch.rand(2, length, generator=torch.Generator().manual_seed(2)) < 0.7
         yield "holes", Tokens.of(holes)
+        columns = torch.arange(length).expand(2, length)
+        yield "counted by columns", Tokens.of(holes)._replace(position=columns, length=columns * 0 + length)
         document = torch.stack([column[0] // 5, (column[0] > 0).long() + (column[0] > length - 3)])
         yield "documents", Tokens.of(torch.ones(2, length, dtype=torch.bool), document=document)
         yield "documents and holes", Tokens.of(holes, document=document)
@@ -95,6 +97,12 @@ def test_equals_reference(length: int, causal: bool):
         {"wrap": "reference", "correct_duplicates": True, "look_ahead": 1},
         {"wrap": "reference", "attend_across_buckets": False, "correct_duplicates": True},
         {"key_norm_epsilon": 0.1},
+        {"fill": 12, "wrap": "reference"},
+        {"fill": 12, "correct_duplicates": True},
+        {"fill": 4, "wrap": "reference", "look_back": 3, "look_ahead": 2, "rounds": 1},
+        {"fill": 4, "look_back": 5, "look_ahead": 6},
+        {"fill": 4, "look_back": 2, "kernel": "dense"},
+        {"split_above": 2},
         {"scale": 1.0},
         {"seed": 5},
         {"bias": False},

@@ -53,6 +53,18 @@ class Hashed(NamedTuple):
     tokens: Tokens
 
 
+class Documents(NamedTuple):
+    """What tokens are sorted within, row after row.
+
+    Fields:
+        sizes: valid tokens of each.
+        slots: places that these are sorted into; as many, or more with `fill`.
+    """
+
+    sizes: Int[Tensor, " K"]
+    slots: Int[Tensor, " K"]
+
+
 class Reformer(Attention):
     """LSH attention with shared queries and keys.
 
@@ -73,6 +85,13 @@ class Reformer(Attention):
         correct_duplicates: whether a key that several rounds show counts once (the paper's log N_ij) or each time.
         wrap: "row": the first chunk looks back to the last of its own round; "reference": to that of the round before.
         key_norm_epsilon: k = q / sqrt(|q|² + D·epsilon); Hugging Face uses 1e-6.
+        fill: 0: a document has as many chunks and buckets as its tokens ask for. Else, as Hugging Face does: as many as
+            its `Tokens.length` (padding, too, where this counts columns) filled up to a multiple of `fill` asks for, so
+            that chunks of padding stand at the end of each round; and a window that goes round a short ring shows a
+            chunk twice.
+        split_above: more buckets than this are the product of two factors; for `buckets=None`.
+        hash_seed: draw rotations as Hugging Face does with this `hash_seed` on a CPU, the same in every call and every
+            layer; None: by `seed` and `resample`.
         resample: draw rotations at each training call from torch's default generator; False: `seed` decides them, as
             it always does in evaluation.
         kernel: auto | chunks | dense; dense materialises all pairs of tokens, for checking.
@@ -105,13 +124,17 @@ class Reformer(Attention):
         correct_duplicates: bool = False,
         wrap: str = "row",
         key_norm_epsilon: float = 0.0,
+        fill: int = 0,
+        split_above: int = hashing.DIRECT,
+        hash_seed: int | None = None,
         resample: bool = True,
         kernel: str = "auto",
         **shared: Any,
     ):
         super().__init__(**shared)
         at_least(1, rounds=rounds, chunk=chunk)
-        at_least(0, look_back=look_back, look_ahead=look_ahead)
+        at_least(0, look_back=look_back, look_ahead=look_ahead, fill=fill)
+        at_least(2, split_above=split_above)
         one_of(("row", "reference"), wrap=wrap)
         if kernel not in ("auto", "chunks", "dense"):
             raise Unsupported(self.name, f"kernel={kernel}", "it has no such kernel", "auto or chunks or dense")
@@ -121,6 +144,7 @@ class Reformer(Attention):
         self.factors = None if buckets is None else _factors(buckets)
         self.attend_across_buckets, self.correct_duplicates = attend_across_buckets, correct_duplicates
         self.wrap, self.key_norm_epsilon, self.resample, self.kernel = wrap, key_norm_epsilon, resample, kernel
+        self.fill, self.split_above, self.hash_seed = fill, split_above, hash_seed
         width = self.heads * self.head_width
         self.to_qk = nn.Linear(self.dim, width, bias=self.bias_into)
         self.to_v = nn.Linear(self.dim, width, bias=self.bias_into)
@@ -135,7 +159,10 @@ class Reformer(Attention):
 
     def factors_for(self, length: int) -> tuple[int, ...]:
         """Buckets of a document of `length` tokens, as factors that are hashed one by one."""
-        return hashing.bucket_factors(length, self.chunk) if self.factors is None else self.factors
+        if self.factors is not None:
+            return self.factors
+        length = -(-length // self.fill) * self.fill if self.fill else length
+        return hashing.bucket_factors(length, self.chunk, self.split_above)
 
     def initial_state(self, batch_size: int) -> Hashed:
         weight = self.to_qk.weight
@@ -166,9 +193,9 @@ class Reformer(Attention):
             keys, is_new = state.tokens.then(tokens), torch.cat([torch.zeros_like(state.tokens.valid), is_new], 1)
         flat_qk, flat_v = (_take(y, keys.valid).unflatten(-1, (self.heads, -1)) for y in (qk, v))
         is_new = _take(is_new, keys.valid)
-        sizes = _document_sizes(keys)
-        buckets = self._buckets(flat_qk.detach(), sizes, is_new, tokens, state, choices)
-        out = self._attend(flat_qk, flat_v, buckets, sizes, None if state is None else is_new.nonzero()[:, 0])
+        documents = self._documents(keys)
+        buckets = self._buckets(flat_qk.detach(), documents, is_new, tokens, state, choices)
+        out = self._attend(flat_qk, flat_v, buckets, documents, None if state is None else is_new.nonzero()[:, 0])
         hidden = _put(self.to_out(out.flatten(1)), tokens.valid)
         padded = _put(buckets.movedim(-1, 0), keys.valid).permute(0, 2, 3, 1)[..., None]
         new = None
@@ -200,23 +227,32 @@ class Reformer(Attention):
             raise ValueError(f"tokens must have shape {(B, L)}, got {tuple(tokens.valid.shape)}")
         self._check_choices(choices, B, L)
         flat_qk, flat_v = (_take(y.transpose(1, 2), tokens.valid) for y in (qk, v))
-        sizes, is_new = _document_sizes(tokens), torch.ones(len(flat_qk), dtype=torch.bool, device=qk.device)
-        buckets = self._buckets(flat_qk.detach(), sizes, is_new, tokens, None, choices)
-        return _put(self._attend(flat_qk, flat_v, buckets, sizes, None), tokens.valid).transpose(1, 2)
+        documents, is_new = self._documents(tokens), torch.ones(len(flat_qk), dtype=torch.bool, device=qk.device)
+        buckets = self._buckets(flat_qk.detach(), documents, is_new, tokens, None, choices)
+        return _put(self._attend(flat_qk, flat_v, buckets, documents, None), tokens.valid).transpose(1, 2)
 
     def _check_choices(self, choices: Tensor | None, B: int, L: int) -> None:
         wanted = (B, self.heads, self.rounds, L, 1)
         if choices is not None and choices.shape != wanted:
             raise ValueError(f"choices must be buckets of shape {wanted}, got {tuple(choices.shape)}")
 
+    def _documents(self, tokens: Tokens) -> Documents:
+        rows = torch.arange(tokens.valid.shape[0], device=tokens.valid.device)[:, None]
+        names = rows * (tokens.document.amax() + 1) + tokens.document
+        sizes = torch.unique_consecutive(_take(names, tokens.valid), return_counts=True)[1]
+        if not self.fill:
+            return Documents(sizes, sizes)
+        said = _take(tokens.length, tokens.valid)[sizes.cumsum(0) - 1]
+        return Documents(sizes, -(-torch.maximum(said, sizes) // self.fill) * self.fill)
+
     @property
     def _draws(self) -> bool:
-        return self.training and self.resample
+        return self.training and self.resample and self.hash_seed is None
 
     def _buckets(
         self,
         qk: Float[Tensor, "M H D"],
-        sizes: Int[Tensor, " K"],
+        documents: Documents,
         is_new: Bool[Tensor, " M"],
         tokens: Tokens,
         state: Hashed | None,
@@ -232,22 +268,25 @@ class Reformer(Attention):
             buckets[..., is_new] = _bucket_rows(choices, tokens.valid).int()
             missing = missing & ~is_new
         kinds: dict[tuple[int, ...], int] = {}
-        kind = torch.tensor([kinds.setdefault(self.factors_for(n), len(kinds)) for n in sizes.tolist()])
-        kind = kind.to(sizes).repeat_interleave(sizes)
+        kind = torch.tensor([kinds.setdefault(self.factors_for(n), len(kinds)) for n in documents.slots.tolist()])
+        kind = kind.to(documents.sizes).repeat_interleave(documents.sizes)
         for factors, number in kinds.items():
             chosen = missing & (kind == number)
             if not bool(chosen.any()):
                 continue
+            shape = (self.heads, self.rounds, self.head_width, factors)
             if self._draws:
-                rotations = hashing.fresh_rotations(self.heads, self.rounds, self.head_width, factors, qk)
+                rotations = hashing.fresh_rotations(*shape, qk)
+            elif self.hash_seed is not None:
+                rotations = hashing.released_rotations(self.hash_seed, *shape, qk.dtype)
             else:
-                rotations = hashing.seeded_rotations(self.seed, self.heads, self.rounds, self.head_width, factors)
+                rotations = hashing.seeded_rotations(self.seed, *shape)
             buckets[..., chosen] = hashing.hash_tokens(qk[chosen], rotations, factors)
         return buckets
 
     def _remembers(self, state: Hashed, tokens: Tokens) -> bool:
         """Whether the state's buckets are those that its tokens have in this call."""
-        if self._draws or state.buckets.shape[2] != self.rounds:
+        if self._draws or self.fill or state.buckets.shape[2] != self.rounds:
             return False
         old = state.tokens.valid.sum(1)
         now = old + (tokens.valid & (tokens.document == _last_document(state.tokens))).sum(1)
@@ -258,18 +297,19 @@ class Reformer(Attention):
         qk: Float[Tensor, "M H D"],
         v: Float[Tensor, "M H D"],
         buckets: Int[Tensor, "H R M"],
-        sizes: Int[Tensor, " K"],
+        documents: Documents,
         asked: Int[Tensor, " m"] | None,
     ) -> Float[Tensor, "m H D"]:
         if not len(qk if asked is None else asked):
             return v[:0]
         layout = lsh.lay_out(
-            sizes,
+            documents.sizes,
             rounds=self.rounds,
             chunk=self.chunk,
             look_back=self.look_back,
             look_ahead=self.look_ahead,
             across_rounds=self.wrap == "reference",
+            slots=documents.slots if self.fill else None,
         )
         plan = lsh.Plan(
             order=lsh.sort_tokens(buckets, layout.document),
@@ -307,13 +347,6 @@ def _put(y: Tensor, valid: Bool[Tensor, "B S"]) -> Tensor:
 
 def _bucket_rows(buckets: Int[Tensor, "B H R S 1"], valid: Bool[Tensor, "B S"]) -> Int[Tensor, "H R M"]:
     return _take(buckets[..., 0].permute(0, 3, 1, 2), valid).movedim(0, -1)
-
-
-def _document_sizes(tokens: Tokens) -> Int[Tensor, " K"]:
-    """Valid tokens of each document, row after row."""
-    rows = torch.arange(tokens.valid.shape[0], device=tokens.valid.device)[:, None]
-    names = rows * (tokens.document.amax() + 1) + tokens.document
-    return torch.unique_consecutive(_take(names, tokens.valid), return_counts=True)[1]
 
 
 def _last_document(tokens: Tokens) -> Int[Tensor, "B 1"]:

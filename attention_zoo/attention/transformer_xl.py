@@ -211,7 +211,7 @@ class TransformerXL(Attention):
         Args:
             r: keys of the distances 0, 1, ...: as many as a query sees, or more; segment_length + memory_length do.
             keys: tokens of the S columns, of which the last L are the queries. Default all valid and one document, in
-                which the first query begins a segment.
+                which the first query begins a segment. Blank keys before position 0 are the caller's to give.
         """
         (B, H, L, D), S = q.shape, k.shape[2]
         if k.shape != v.shape or k.shape != (B, self.heads, S, self.head_width) or k.shape[1::2] != (H, D) or S < L:

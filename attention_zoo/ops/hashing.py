@@ -19,14 +19,14 @@ DIRECT = 64
 """Buckets hashed by one argmax; more are the product of two, which costs the square root of it."""
 
 
-def bucket_factors(tokens: int, chunk: int) -> tuple[int, ...]:
+def bucket_factors(tokens: int, chunk: int, direct: int = DIRECT) -> tuple[int, ...]:
     """Buckets for a document: the largest power of two that is at most 2·tokens/chunk (the paper's), at least 2.
 
-    A power of two, so that a growing document is hashed anew only when its length has doubled. Above `DIRECT` it is
+    A power of two, so that a growing document is hashed anew only when its length has doubled. Above `direct` it is
     split into two factors, each hashed by itself.
     """
     exponent = max(1, (2 * tokens // chunk).bit_length() - 1)
-    if 1 << exponent <= DIRECT:
+    if 1 << exponent <= direct:
         return (1 << exponent,)
     return 1 << exponent // 2, 1 << exponent - exponent // 2
 
@@ -56,6 +56,15 @@ def fresh_rotations(heads: int, rounds: int, width: int, factors: tuple[int, ...
     return tuple(
         torch.randn(heads, width, rounds, count // 2, dtype=like.dtype, device=like.device) for count in factors
     )
+
+
+def released_rotations(
+    hash_seed: int, heads: int, rounds: int, width: int, factors: tuple[int, ...], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """The same as Hugging Face draws them with this `hash_seed` on a CPU: all factors at once, in `dtype`."""
+    generator = torch.Generator().manual_seed(hash_seed)
+    drawn = torch.randn(heads, width, rounds, sum(factors) // 2, generator=generator, dtype=dtype)
+    return drawn.split([count // 2 for count in factors], -1)
 
 
 def hash_tokens(

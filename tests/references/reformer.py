@@ -26,19 +26,29 @@ def reference(layer: Reformer, x: Tensor, tokens: Tokens, choices: Tensor | None
             columns = [c for c in range(x.shape[1]) if valid[c] and documents[c] == document]
             here = torch.stack([x[b, c] for c in columns])
             given = None if choices is None else choices[b, :, :, columns, 0].tolist()
-            for c, hidden in zip(columns, _document(layer, here, given)):
+            length = max(len(columns), int(tokens.length[b, columns[-1]]))
+            for c, hidden in zip(columns, _document(layer, here, given, slots(layer, len(columns), length))):
                 rows[b][c] = hidden
     return torch.stack([torch.stack(row) for row in rows])
 
 
-def _document(layer: Reformer, x: Tensor, choices: list | None) -> Tensor:
+def slots(layer: Reformer, tokens: int, length: int) -> int:
+    """Places to sort a document's tokens into."""
+    if not layer.fill:
+        return tokens
+    while length % layer.fill:
+        length += 1
+    return length
+
+
+def _document(layer: Reformer, x: Tensor, choices: list | None, places: int) -> Tensor:
     D = layer.head_width
     qk, v = layer.to_qk(x), layer.to_v(x)
     heads = []
     for h in range(layer.heads):
         mine = slice(h * D, (h + 1) * D)
-        buckets = hash_document(layer, qk[:, mine].detach(), h) if choices is None else choices[h]
-        heads.append(_attend(layer, qk[:, mine], v[:, mine], buckets))
+        buckets = hash_document(layer, qk[:, mine].detach(), h, places) if choices is None else choices[h]
+        heads.append(_attend(layer, qk[:, mine], v[:, mine], buckets, places))
     return layer.to_out(torch.cat(heads, -1))
 
 
@@ -48,15 +58,15 @@ def factors(layer: Reformer, length: int) -> list[int]:
     count = 2
     while 2 * count <= 2 * length / layer.chunk:
         count *= 2
-    if count <= 64:
+    if count <= layer.split_above:
         return [count]
     small = int(2 ** (int(math.log2(count)) // 2))
     return [small, count // small]
 
 
-def hash_document(layer: Reformer, q: Tensor, head: int) -> list[list[int]]:
+def hash_document(layer: Reformer, q: Tensor, head: int, places: int | None = None) -> list[list[int]]:
     """Bucket of each token, a list for each round."""
-    counts = factors(layer, len(q))
+    counts = factors(layer, len(q) if places is None else places)
     rotations = seeded_rotations(layer.seed, layer.heads, layer.rounds, layer.head_width, tuple(counts))
     found = []
     for r in range(layer.rounds):
@@ -73,30 +83,32 @@ def hash_document(layer: Reformer, q: Tensor, head: int) -> list[list[int]]:
     return found
 
 
-def windows(layer: Reformer, buckets: list[list[int]]) -> list[list[list[tuple[int, int]]]]:
+def windows(layer: Reformer, buckets: list[list[int]], places: int) -> list[list[list[tuple[int, int]]]]:
     """For each round and token, the (round, token) pairs that its window shows, before any mask."""
     n = len(buckets[0])
     chunks = []
     for r, row in enumerate(buckets):
         order = sorted(range(n), key=lambda i: (row[i], i))
-        chunks.append([[(r, i) for i in order[s : s + layer.chunk]] for s in range(0, n, layer.chunk)])
+        chunks.append([[(r, i) for i in order[s : s + layer.chunk]] for s in range(0, places, layer.chunk)])
     rings = [[chunk for one in chunks for chunk in one]] if layer.wrap == "reference" else chunks
     shown: list[list[list[tuple[int, int]]]] = [[[] for _ in range(n)] for _ in buckets]
     for ring in rings:
         for at, chunk in enumerate(ring):
-            places = []
+            around = []
             for offset in range(-layer.look_back, layer.look_ahead + 1):
-                if (at + offset) % len(ring) not in places:
-                    places.append((at + offset) % len(ring))
+                if layer.fill:
+                    around.append((at + offset) % len(ring) if abs(offset) < len(ring) else at)
+                elif (at + offset) % len(ring) not in around:
+                    around.append((at + offset) % len(ring))
             for r, i in chunk:
-                shown[r][i] = [pair for place in places for pair in ring[place]]
+                shown[r][i] = [pair for place in around for pair in ring[place]]
     return shown
 
 
-def visible(layer: Reformer, buckets: list[list[int]]) -> list[list[list[int]]]:
+def visible(layer: Reformer, buckets: list[list[int]], places: int | None = None) -> list[list[list[int]]]:
     """For each round and token, the keys that it attends to; one that is shown twice stands twice."""
     seen = []
-    for r, tokens in enumerate(windows(layer, buckets)):
+    for r, tokens in enumerate(windows(layer, buckets, len(buckets[0]) if places is None else places)):
         seen.append([])
         for i, pairs in enumerate(tokens):
             keys = [(s, j) for s, j in pairs if j != i and (j < i or not layer.causal)]
@@ -106,10 +118,10 @@ def visible(layer: Reformer, buckets: list[list[int]]) -> list[list[list[int]]]:
     return seen
 
 
-def _attend(layer: Reformer, q: Tensor, v: Tensor, buckets: list[list[int]]) -> Tensor:
+def _attend(layer: Reformer, q: Tensor, v: Tensor, buckets: list[list[int]], places: int) -> Tensor:
     D = q.shape[-1]
     k = torch.stack([row / (row.square().sum() + D * layer.key_norm_epsilon).sqrt() for row in q])
-    seen = visible(layer, buckets)
+    seen = visible(layer, buckets, places)
     rows = []
     for i in range(len(q)):
         everywhere = [j for one in seen for j in one[i]]
