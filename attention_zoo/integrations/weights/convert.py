@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from attention_zoo.integrations.weights.checkpoint import read_checkpoint
 from attention_zoo.integrations.weights.families import FAMILIES
 from attention_zoo.integrations.weights.mapping import fill
 from attention_zoo.integrations.weights.settings import Settings
+from attention_zoo.model.encoder_decoder import EncoderDecoder
+from attention_zoo.model.saved import load
 from attention_zoo.model.transformer import Transformer
 
 
@@ -57,6 +60,16 @@ def convert(
     return model.eval()
 
 
-def _dtype(tensors) -> torch.dtype:
+def open_model(source: str | Path) -> Transformer | EncoderDecoder:
+    """A model from wherever it lies: a file of `zoo.save`, a folder with one, or a checkpoint as `convert` takes it."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return load(path)
+    if path.is_dir() and not (path / "config.json").exists():
+        return load(path / "model.safetensors")
+    return convert(source)
+
+
+def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
     """That of the first tensor of floating point."""
     return next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
