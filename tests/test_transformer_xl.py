@@ -13,10 +13,11 @@ from torch import Tensor
 
 import attention_zoo as zoo
 from attention_zoo.attention import transformer_xl
-from attention_zoo.attention.transformer_xl import Memory, TransformerXL
+from attention_zoo.attention.transformer_xl import TransformerXL
 from attention_zoo.contract import Tokens, Unsupported, keep
 from attention_zoo.measure.memory import peak_memory
 from attention_zoo.ops import partial, relative
+from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.dense import dense
 
 DIM, HEADS = 12, 3
@@ -303,9 +304,9 @@ def test_the_state_holds_what_the_next_token_sees(same_length: bool, most: int) 
         following = position + 1
         oldest = max(0, following - 4 if same_length else following // 5 * 5 - 4)
         assert state.tokens.position.tolist() == [list(range(oldest, following))]
-        assert torch.equal(state.hidden, x[:, oldest:following])
-        assert not state.hidden.requires_grad
-        assert state.hidden.shape[1] <= most
+        assert torch.equal(state.held[0], x[:, oldest:following])
+        assert not state.held[0].requires_grad
+        assert state.held[0].shape[1] <= most
     assert layer(x).state is None
 
 
@@ -323,8 +324,8 @@ def test_tokens_dropped_from_the_state_are_as_if_masked() -> None:
     layer, x, tokens = build(5, 9), data(1, 19), Tokens.all_valid(1, 19)
     _, state = feed(layer, x[:, :13], tokens.cut(slice(0, 13)), [])
     remaining = torch.rand(state.tokens.valid.shape, generator=torch.Generator().manual_seed(0)) < 0.6
-    kept, hidden = keep(remaining, state.tokens, state.hidden)
-    out = layer(x[:, 13:], tokens.cut(slice(13, None)), state=Memory(hidden, kept)).hidden
+    kept, hidden = keep(remaining, state.tokens, *state.held)
+    out = layer(x[:, 13:], tokens.cut(slice(13, None)), state=Columns.of(kept, hidden)).hidden
     valid = torch.ones(1, 19, dtype=torch.bool)
     valid[:, state.tokens.position[~remaining]] = False
     expected = reference(layer, x, tokens._replace(valid=valid))[:, 13:]
@@ -478,7 +479,7 @@ def test_given_queries_keys_and_values_make_the_layer_without_its_projections(sa
     r = layer.to_r(layer._waves(5 + 4)).unflatten(-1, (HEADS, -1))
     got = layer.to_out(layer.attend(q[:, :, more:], k, v, r).transpose(1, 2).flatten(2))
     before = Tokens.of(torch.ones(2, 17 + more, dtype=torch.bool), start=5 - more if more else 0)
-    state = Memory(x[:, :more], before.cut(slice(0, more)))
+    state = Columns.of(before.cut(slice(0, more)), x[:, :more])
     want = layer(x[:, more:], before.cut(slice(more, None)), state=state).hidden
     assert torch.allclose(got, want, atol=1e-12)
     (gradient,) = torch.autograd.grad(layer.attend(q[:, :, more:], k, v, r)[:, :, 0].sum(), k)

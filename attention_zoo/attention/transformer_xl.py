@@ -20,27 +20,20 @@ sees M tokens and itself, where the released code loses one of the M. Dropout an
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens, Unsupported, at_least, keep, one_of
+from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens, Unsupported, at_least, one_of
+from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.relative import Plan, chunk_borders, plan_chunks, project_streams, relative_attention
 
-
-class Memory(NamedTuple):
-    """State: the hidden states that the next token can still see, as the layer received them.
-
-    Fields:
-        hidden: [B, N, E] with N < S + M, detached: gradients never cross from one call into an earlier one.
-        tokens: of the N columns; fillers left, valid right.
-    """
-
-    hidden: Float[Tensor, "B N E"]
-    tokens: Tokens
+TABLE = 256
+"""Tables of distances are made for a multiple of this many, so that growing calls share one."""
 
 
 class Layout(NamedTuple):
@@ -66,7 +59,10 @@ class TransformerXL(Attention):
     A call with a state continues the documents of earlier calls, cut anywhere: outputs are those of the whole prefix.
     Gradients stop at the beginning of the call, so they equal those of one long call where cuts lie on segment borders.
     `segment_length`, `memory_length` and `same_length` may be changed on a built layer, such as to a longer memory in
-    evaluation than in training; the state holds what was reachable when it was made.
+    evaluation than in training; the state holds at least what was reachable when it was made.
+
+    The state are `Columns`: the hidden states that the next token can still see, [B, N, E] as the layer received them,
+    and in decoding a quarter more. They are detached: gradients never cross from one call into an earlier one.
 
     Args:
         segment_length: S, tokens per segment.
@@ -151,16 +147,16 @@ class TransformerXL(Attention):
         seen = (position - self._oldest(position).clamp(min=0) + 1).sum()
         return 1.5 * float(seen)
 
-    def initial_state(self, batch_size: int) -> Memory:
+    def initial_state(self, batch_size: int) -> Columns:
         weight = self.to_q.weight
-        return Memory(weight.new_zeros(batch_size, 0, self.dim), Tokens.none(batch_size, weight.device))
+        return Columns.of(Tokens.none(batch_size, weight.device), weight.new_zeros(batch_size, 0, self.dim))
 
     def forward(
         self,
         x: Float[Tensor, "B L E"],
         tokens: Tokens | None = None,
         *,
-        state: Memory | None = None,
+        state: Columns | None = None,
         source: Source | None = None,
         choices: Any = None,
     ) -> Output:
@@ -169,26 +165,27 @@ class TransformerXL(Attention):
             raise Unsupported(self.name, "choices", "it makes no discrete decisions", "choices=None")
         self._check_lengths()
         x, tokens = self.enter(x, tokens, state, source)
-        hidden, keys, carries = x, tokens, state is not None
-        if self.starts_blank:
-            state = self._begun(state, x, tokens)
-        if state is not None:
-            hidden, keys = torch.cat([state.hidden.to(x.dtype), x], 1), state.tokens.then(tokens)
-        layout = self._layout(keys, x.shape[1])
+        held = self._begun(state, x, tokens) if self.starts_blank else state
+        columns = Columns.of(tokens, x) if held is None else held.append(tokens, x, live=self._live, most=self._most)
+        hidden = columns.held[0].to(x.dtype)
+        layout = self._layout(columns.tokens, x.shape[1])
         out = self._absorbed(x, hidden, layout) if self._is_absorbed(x) else self._chunked(x, hidden, layout)
         out = self.to_out(rearrange(out, "b h l d -> b l (h d)"))
-        return Output(out, self._remember(hidden, layout) if carries else None)
+        if state is None:
+            return Output(out)
+        columns = columns._replace(buffers=(columns.buffers[0].detach(),))
+        return Output(out, columns.settle(x.shape[1], live=self._live, most=self._most))
 
-    def _begun(self, state: Memory | None, x: Tensor, tokens: Tokens) -> Memory:
+    def _begun(self, state: Columns | None, x: Tensor, tokens: Tokens) -> Columns:
         """The state, with blank hidden states at the M positions before 0 where it is empty yet."""
         B, M = len(x), self.memory_length
-        if state is None or not state.hidden.shape[1]:
+        if state is None or not state.filled:
             column = tokens.valid.long().argmax(1, keepdim=True)
             held = Tokens.all_valid(B, M, x.device)._replace(
                 document=tokens.document.gather(1, column).expand(B, M),
                 position=torch.arange(-M, 0, device=x.device).expand(B, M),
             )
-            state = Memory(self.blank.to(x.dtype).expand(B, M, -1), held)
+            state = Columns.of(held, self.blank.to(x.dtype).expand(B, M, -1))
         if M and bool((tokens.valid & (tokens.document != state.tokens.document[:, -1:])).any()):
             raise Unsupported(
                 self.name, "initial_memory=zeros with several documents in a row", "only a row's first can begin so",
@@ -284,16 +281,10 @@ class TransformerXL(Attention):
         return start - self.memory_length
 
     def _waves(self, distances: int) -> Float[Tensor, "n E"]:
-        """R: sines, then cosines, of the distances from 0 on."""
+        """R of the distances from 0 on; one table serves many calls."""
         weight = self.to_r.weight
-        # angles in float32 at least: bfloat16 cannot count past 256
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        exponent = torch.arange(0, self.dim, 2, device=weight.device, dtype=exact) / self.dim
-        distance = torch.arange(distances, device=weight.device, dtype=exact)
-        if self.clamp_length is not None:
-            distance = distance.clamp(max=self.clamp_length)
-        angle = distance[:, None] * 10_000.0**-exponent
-        return torch.cat([angle.sin(), angle.cos()], -1).to(weight.dtype)
+        rounded = -(-distances // TABLE) * TABLE
+        return _table(rounded, self.dim, self.clamp_length, weight.dtype, weight.device)[:distances]
 
     def _layout(self, keys: Tokens, length: int) -> Layout:
         """Find the first key of each query and of its segment, by binary search over (document, position)."""
@@ -341,10 +332,28 @@ class TransformerXL(Attention):
         more = {"position": keys.position, "valid": keys.valid} if gather else {}
         return plan_chunks(layout.first, layout.own, borders, columns, **more)
 
-    def _remember(self, hidden: Tensor, layout: Layout) -> Memory:
-        """Keep what the next token of the current document can still see."""
-        keys = layout.keys
+    @property
+    def _most(self) -> int:
+        """How many tokens before it a token can see."""
+        return self.memory_length + (0 if self.same_length else self.segment_length - 1)
+
+    def _live(self, keys: Tokens) -> Bool[Tensor, "B S"]:
+        """What the next token of each row's current document can still see."""
         oldest = self._oldest(keys.next_position)[:, None]
-        mask = keys.valid & (layout.run == layout.run[:, -1:]) & (keys.position >= oldest)
-        tokens, hidden = keep(mask, keys, hidden.detach())
-        return Memory(hidden, tokens)
+        last = torch.where(keys.valid, keys.document, -1).amax(1, keepdim=True)
+        return keys.valid & (keys.document == last) & (keys.position >= oldest)
+
+
+@lru_cache(maxsize=8)
+def _table(distances: int, width: int, clamp: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """R: sines, then cosines, of the distances from 0 on, [n, E]. Do not modify."""
+    # it may be asked for first where tensors are born unfit for gradients
+    with torch.inference_mode(False):
+        # angles in float32 at least: bfloat16 cannot count past 256
+        exact = torch.promote_types(dtype, torch.float32)
+        exponent = torch.arange(0, width, 2, device=device, dtype=exact) / width
+        distance = torch.arange(distances, device=device, dtype=exact)
+        if clamp is not None:
+            distance = distance.clamp(max=clamp)
+        angle = distance[:, None] * 10_000.0**-exponent
+        return torch.cat([angle.sin(), angle.cos()], -1).to(dtype)
