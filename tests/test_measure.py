@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import attention_zoo as zoo
-from attention_zoo.measure import flops, identity
+from attention_zoo.measure import cell as cell_module
+from attention_zoo.measure import flops, identity, speed
 from attention_zoo.measure.cell import SpeedCell, run_cell
+from attention_zoo.measure.core import Shape, core_of
 from attention_zoo.measure.derived import costs, efficiency_length, growth_exponent, longest_within
 from attention_zoo.measure.environment import device_name, environment
-from attention_zoo.measure.memory import CPU_METHOD, highest_sum, peak_memory, resident_bytes
+from attention_zoo.measure.memory import CPU_METHOD, ResidentPeak, highest_sum, peak_memory
 from attention_zoo.measure.speed import matmul_rate, time_call
-from attention_zoo.measure.work import Shape, prepare
+from attention_zoo.measure.work import prepare
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is present")
@@ -112,9 +116,25 @@ def test_a_training_step_moves_the_weights_and_a_decoding_step_goes_on():
         assert work.state().columns.tokens.position[:, -1].tolist() == [5 + step] * 2
 
 
-def test_the_resident_set_is_read_in_bytes():
-    now, highest = resident_bytes()
-    assert 20 * 2**20 < now <= highest < 2**40
+def test_the_resident_set_grows_by_what_is_touched_and_what_was_freed_before_counts_again():
+    for _ in range(2):
+        meter = ResidentPeak()
+        held = torch.ones(2**24)  # 64 MiB
+        del held
+        assert 60 * 2**20 < meter.bytes() < 80 * 2**20
+    assert ResidentPeak().bytes() < 2**20
+
+
+@pytest.mark.parametrize("phase", ["forward", "forward_backward", "train_step"])
+def test_what_is_held_between_calls_is_inputs_parameters_and_moments(phase):
+    layer = zoo.build("full", dim=8, heads=2)
+    parameters = 4 * sum(each.numel() for each in layer.parameters())
+    work = prepare(layer, Shape(2, 5, CPU, torch.float32), variant="layer", phase=phase)
+    work.before()
+    work.run()
+    inputs = 2 * 5 * 8 * 4 * (1 if phase == "forward" else 2)  # the gradient that comes in, too
+    moments = 2 * parameters + 4 * len(list(layer.parameters())) if phase == "train_step" else 0
+    assert work.held_bytes() == parameters + inputs + moments
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
@@ -132,6 +152,15 @@ def test_timing_warms_up_repeats_and_reports_its_spread():
     assert timing.warmup >= 2
     assert calls == ["before", "call"] * (timing.repeats + timing.warmup)
     assert 0.02 <= timing.seconds_min <= timing.seconds <= timing.seconds_max
+    assert timing.cpu_seconds < timing.seconds  # it slept
+
+
+def test_a_very_long_call_is_made_once(monkeypatch):
+    monkeypatch.setattr(speed, "LONG_S", 0.01)
+    calls = []
+    timing = time_call(lambda: calls.append(time.sleep(0.02)))
+    assert (len(calls), timing.repeats, timing.warmup) == (1, 1, 0)
+    assert timing.seconds >= 0.02
 
 
 def test_a_slow_call_is_timed_once_and_its_preparation_is_not_timed():
@@ -375,7 +404,8 @@ def test_every_backend_is_measured_in_every_phase(backend, phase):
     tokens = 1 if phase == "decode" else 40
     assert row["tokens_per_second"] == pytest.approx(tokens / row["seconds"])
     if row["flops"] is not None:
-        assert row["floor_ratio"] == pytest.approx(row["seconds"] * row["matmul_flops_per_second"] / row["flops"])
+        assert row["floor_ratio"] == pytest.approx(row["seconds"] * row["matmul_flops_per_second"] / row["floor_flops"])
+        assert row["flops"] <= row["floor_flops"] <= 7 / 6 * row["flops"]
 
 
 def test_core_cells_are_given_queries_keys_and_values():
@@ -384,9 +414,56 @@ def test_core_cells_are_given_queries_keys_and_values():
     assert core["flops"] == 3 * 4 * 8 * 2 * pairs
     assert layer["flops"] == core["flops"] + 3 * 4 * 2 * 64 * 16 * 16
     assert core["peak_bytes"] < layer["peak_bytes"]
-    refused = run_cell(SpeedCell("transformer_xl", 64, variant="core", **TINY), **QUICK)
-    assert refused["status"] == "unsupported"
-    assert "use variant=layer instead" in refused["error"]
+    # what a backward of linear memory computes again: the scores
+    assert core["floor_flops"] == core["flops"] + 2 * 8 * 2 * pairs
+
+
+@pytest.mark.parametrize("phase", ["forward", "forward_backward"])
+@pytest.mark.parametrize("backend", zoo.available())
+def test_every_backend_has_a_core(backend, phase):
+    row = run_cell(SpeedCell(backend, 40, variant="core", phase=phase, **TINY), **QUICK)
+    assert (row["status"], row["error"]) == ("ok", None)
+    assert row["flops"] > 0
+    assert row["held_bytes"] >= 2 * 40 * 16 * 4
+    carried = run_cell(SpeedCell(backend, 40, variant="core", phase="decode", **TINY), **QUICK)
+    assert carried["status"] == "unsupported"
+    assert "use variant=layer instead" in carried["error"]
+
+
+def test_a_core_with_a_memory_has_it_in_front_and_counts_its_pairs():
+    cell = SpeedCell("transformer_xl", 12, variant="core", options={"segment_length": 6, "memory_length": 4}, **TINY)
+    core = core_of(cell.build(), cell.shape())
+    q, k, v, r = (tuple(each.shape) for each in core.operands)
+    assert (q, k, v, r) == ((1, 2, 12, 8), (1, 2, 16, 8), (1, 2, 16, 8), (10, 2, 8))
+    assert core.seen == 6
+    seen = sum(4 + at % 6 + 1 for at in range(12))  # the memory, and the segment up to itself
+    assert run_cell(cell, **QUICK)["flops"] == 3 * 4 * 8 * 2 * 1.5 * seen
+
+
+def test_what_has_no_core_is_refused():
+    class Bare(type(zoo.build("full", dim=8, heads=2)).__mro__[2]):
+        name = "bare"
+        declared = zoo.build("full", dim=8, heads=2).declared
+
+    with pytest.raises(zoo.Unsupported, match=r"bare: variant=core is not supported.*use variant=layer"):
+        core_of(Bare(dim=8, heads=2), Shape(1, 4, CPU, torch.float32))
+
+
+def test_a_trace_is_one_that_browsers_read(tmp_path):
+    row = run_cell(SpeedCell("full", 16, **TINY), trace=str(tmp_path), **QUICK)
+    assert row["trace"] == str(tmp_path / f"{row['id']}.json")
+    events = json.loads(Path(row["trace"]).read_text())["traceEvents"]
+    assert any("scaled_dot_product" in event.get("name", "") for event in events)
+
+
+def test_memory_that_is_not_observed_is_no_figure(monkeypatch):
+    assert run_cell(SpeedCell("full", 16, **TINY), observe=False, **QUICK)["peak_bytes"] is None
+    monkeypatch.setattr(cell_module, "LONG_S", 0.0)
+    row = run_cell(SpeedCell("full", 16, **TINY), **QUICK)
+    assert (row["status"], row["peak_bytes"]) == ("ok", None)
+    assert row["peak_method"].startswith("none")
+    assert row["resident_bytes"] is not None
+    assert costs([row], "peak_bytes") == {}
 
 
 def test_a_mistake_is_one_line_in_the_row():

@@ -192,13 +192,16 @@ def test_a_materialised_matrix_over_the_limit_is_counted_and_not_run(tmp_path):
     assert "149.0 GiB of tensors (scores and weights, both L x L), over the limit of 1.0 GiB" in row["error"]
     assert row["wall_seconds"] < 1
     assert row["seconds"] is None
+    assert row["predicted_bytes"] == 2 * 2 * 100_000**2 * 4
 
 
 def test_memory_is_extended_from_shorter_cells_of_the_same_series():
     wanted = SpeedCell("full", 800, **TINY)
     shorter = [done(200, peak=2_000), done(100, peak=1_000)]
     assert predict.over_budget(wanted, shorter, 8_000) is None
-    assert "from 100 and 200 tokens" in predict.over_budget(wanted, shorter, 7_999)
+    excess = predict.over_budget(wanted, shorter, 7_999)
+    assert "from 100 and 200 tokens" in excess.why
+    assert excess.predicted_bytes == 8_000
     square = [done(100, peak=1_000), done(200, peak=4_000)]
     assert predict.over_budget(wanted, square, 64_000) is None
     assert predict.over_budget(wanted, square, 63_999) is not None
@@ -209,7 +212,7 @@ def test_memory_is_extended_from_shorter_cells_of_the_same_series():
 
 def test_what_was_too_much_for_a_shorter_cell_is_too_much_for_a_longer_one():
     wanted = SpeedCell("full", 800, **TINY)
-    assert "400 tokens did not fit" in predict.over_budget(wanted, [done(400, "oom")], None)
+    assert "400 tokens did not fit" in predict.over_budget(wanted, [done(400, "oom")], None).why
     assert "400 tokens timed out" in predict.too_slow(wanted, [done(400, "timeout")])
     assert predict.too_slow(wanted, [done(400, "failed"), done(1600, "timeout")]) is None
 

@@ -6,25 +6,29 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
 from attention_zoo import registry
 from attention_zoo.contract import Attention, Unsupported, at_least, one_of
+from attention_zoo.measure.core import Shape
 from attention_zoo.measure.environment import device_name, environment, usable_cores
 from attention_zoo.measure.flops import LinearFlops, attention_flops, count_pairs
 from attention_zoo.measure.identity import class_digest, identity
-from attention_zoo.measure.memory import peak_memory, resident_bytes
-from attention_zoo.measure.speed import matmul_rate, time_call
-from attention_zoo.measure.work import Phase, Shape, Variant, Work, prepare
+from attention_zoo.measure.memory import Memory, ResidentPeak, peak_memory
+from attention_zoo.measure.speed import LONG_S, matmul_rate, time_call
+from attention_zoo.measure.trace import write_trace
+from attention_zoo.measure.work import Phase, Variant, Work, prepare
 from attention_zoo.model.state import state_bytes
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 FIGURES = (
-    "seconds", "seconds_min", "seconds_max", "repeats", "warmup", "tokens_per_second", "peak_bytes", "reserved_bytes",
-    "resident_bytes", "peak_method", "state_bytes", "flops", "matmul_flops_per_second", "floor_ratio",
+    "seconds", "seconds_min", "seconds_max", "repeats", "warmup", "cpu_seconds", "tokens_per_second", "peak_bytes",
+    "reserved_bytes", "resident_bytes", "peak_method", "held_bytes", "predicted_bytes", "state_bytes", "flops",
+    "floor_flops", "matmul_flops_per_second", "floor_ratio", "trace",
 )  # fmt: skip
 """What a measured row holds besides what describes its cell; all None where the cell did not finish."""
 
@@ -94,6 +98,10 @@ class SpeedCell:
             for value in (getattr(self, each.name) for each in fields(self) if each.name != "length")
         )
 
+    def shape(self) -> Shape:
+        """What its inputs look like."""
+        return Shape(self.batch, self.length, torch.device(self.device), getattr(torch, self.dtype))
+
     def build(self) -> Attention:
         """The layer, on the cell's device and in its dtype."""
         options = dict(self.options)
@@ -124,61 +132,90 @@ def blank_row(cell: SpeedCell, status: str, error: str | None = None) -> dict[st
     }
 
 
-def run_cell(cell: SpeedCell, *, repeats: int = 5, budget_s: float = 4.0) -> dict[str, Any]:
+def run_cell(
+    cell: SpeedCell, *, repeats: int = 5, budget_s: float = 4.0, observe: bool = True, trace: str | None = None
+) -> dict[str, Any]:
     """Measure a cell in this process: time first, then memory in a pass of its own, since observing slows the call.
 
     Args:
         repeats: timed calls at most.
         budget_s: no further repeat once warm-up and repeats have used this.
+        observe: whether the pass for memory is made.
+        trace: a folder; one more call is profiled and written there as a Chrome trace, named by the cell.
 
     Returns:
         The row, whose status is "ok", "oom", "unsupported" or "failed" (with the reason in one line).
     """
     torch.set_num_threads(cell.threads)
     try:
-        figures = _measure(cell, repeats, budget_s)
+        figures = _measure(cell, repeats, budget_s, observe, trace)
     except Unsupported as error:
-        return blank_row(cell, "unsupported", _line(error))
+        return blank_row(cell, "unsupported", one_line(error))
     except Exception as error:  # whatever a mechanism raises is this cell's result, not the end of the table
-        return blank_row(cell, "oom" if ran_out_of_memory(error) else "failed", _named(error))
+        return blank_row(cell, *ending(error))
     return {**blank_row(cell, "ok"), **figures}
 
 
-def _measure(cell: SpeedCell, repeats: int, budget_s: float) -> dict[str, Any]:
+def _measure(cell: SpeedCell, repeats: int, budget_s: float, observe: bool, trace: str | None) -> dict[str, Any]:
     torch.manual_seed(0)
     device, dtype = torch.device(cell.device), getattr(torch, cell.dtype)
     layer = cell.build()
-    work = prepare(layer, Shape(cell.batch, cell.length, device, dtype), variant=cell.variant, phase=cell.phase)
-    before = resident_bytes()
+    work = prepare(layer, cell.shape(), variant=cell.variant, phase=cell.phase)
     linear = LinearFlops(layer)
     rate = matmul_rate(device=device, dtype=dtype)
+    resident = ResidentPeak()
     timing = time_call(work.run, device=device, repeats=repeats, budget_s=budget_s, before=work.before, first=linear)
+    resident_bytes = resident.bytes()
     rate = max(rate, matmul_rate(device=device, dtype=dtype))
-    after = resident_bytes()
-    work.before()
-    memory = peak_memory(work.run, device)
-    flops = _flops(cell, layer, linear.flops)
+    held = work.held_bytes()
+    memory = _observed(work, device, timing.seconds) if observe else None
+    flops, floor = analytic_flops(cell, layer, linear.flops, work.seen)
     return {
         **asdict(timing),
         "tokens_per_second": cell.batch * work.tokens / timing.seconds,
-        "peak_bytes": memory.peak_bytes,
-        "peak_method": memory.method,
-        "reserved_bytes": memory.reserved_bytes,
-        "resident_bytes": after[1] - before[0] if before and after else None,
+        "peak_bytes": memory.peak_bytes if memory else None,
+        "peak_method": memory.method if memory else f"none: a call of over {LONG_S:g} s is not observed",
+        "reserved_bytes": memory.reserved_bytes if memory else None,
+        "resident_bytes": resident_bytes,
+        "held_bytes": held,
         "state_bytes": _state_bytes(work),
         "flops": flops,
+        "floor_flops": floor,
         "matmul_flops_per_second": rate,
-        "floor_ratio": timing.seconds * rate / flops if flops else None,
+        "floor_ratio": timing.seconds * rate / floor if floor else None,
+        "trace": write_trace(work, Path(trace) / f"{cell.identity()}.json", device) if trace else None,
     }
 
 
-def _flops(cell: SpeedCell, layer: Attention, linear: int) -> int | None:
-    decode = cell.phase == "decode"
-    pairs = count_pairs(layer, cell.length + decode, last_row_only=decode)
-    if pairs is None:
+def _observed(work: Work, device: torch.device, seconds: float) -> Memory | None:
+    """The peak, but on a CPU not of a long call: the profiler would hold more than the call itself."""
+    if device.type == "cpu" and seconds > LONG_S:
         return None
-    forward = linear + attention_flops(pairs, batch=cell.batch, heads=cell.heads, head_width=cell.head_width)
-    return forward * (3 if cell.phase in ("forward_backward", "train_step") else 1)
+    work.before()
+    return peak_memory(work.run, device)
+
+
+def analytic_flops(cell: SpeedCell, layer: Attention, linear: int, seen: int = 0) -> tuple[int | None, int | None]:
+    """FLOPs of one call by definition, and of the matrix products that no kernel of linear memory can do without.
+
+    They differ in training alone: attention's backward must compute the scores again, so that it costs 2.5 forwards
+    instead of 2. The time that the second would take at the measured matmul rate is the floor.
+
+    Args:
+        linear: FLOPs of the projections, forward.
+        seen: tokens before those of the call.
+    """
+    before = cell.length if cell.phase == "decode" else seen
+    new = 1 if cell.phase == "decode" else cell.length
+    pairs = count_pairs(layer, before + new, last_row_only=cell.phase == "decode")
+    if pairs is None:
+        return None, None
+    if seen:
+        pairs -= count_pairs(layer, seen) or 0
+    attention = attention_flops(pairs, batch=cell.batch, heads=cell.heads, head_width=cell.head_width)
+    if cell.phase in ("forward_backward", "train_step"):
+        return 3 * (linear + attention), 3 * linear + 7 * attention // 2
+    return linear + attention, linear + attention
 
 
 def _state_bytes(work: Work) -> int | None:
@@ -195,10 +232,12 @@ def ran_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {_line(error)}"
+def ending(error: BaseException) -> tuple[str, str]:
+    """Status and reason of a cell that ended in an exception."""
+    status = "oom" if ran_out_of_memory(error) else "failed"
+    return status, f"{type(error).__name__}: {one_line(error)}"
 
 
-def _line(error: BaseException, most: int = 300) -> str:
+def one_line(error: BaseException, most: int = 300) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:most] if lines else "no message"

@@ -53,6 +53,7 @@ def run_cells(
     repeats: int = 5,
     budget_s: float = 4.0,
     force: bool = False,
+    profile: bool = False,
     on_event: Callable[[CellEvent], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure cells one after the other, shorter lengths first, so that longer ones can be judged by them.
@@ -65,6 +66,7 @@ def run_cells(
             limit, and no prediction but from shorter cells that failed.
         repeats, budget_s: see `speed.time_call`.
         force: measure finished cells again.
+        profile: write a Chrome trace of one call of each cell to `<folder>/traces/`; see `row["trace"]`.
         on_event: called at every step.
 
     Returns:
@@ -77,7 +79,8 @@ def run_cells(
     todo = sorted(dict(zip(names, cells)).items(), key=lambda item: item[1].length)
     kept = {row["id"]: row for row in read_cells(folder)}
     limits = {"timeout_s": timeout_s, "memory_limit_bytes": memory_limit_bytes}
-    how = {"memory_limit_bytes": memory_limit_bytes, "repeats": repeats, "budget_s": budget_s}
+    trace = str(Path(folder) / "traces") if profile else None
+    how = {"memory_limit_bytes": memory_limit_bytes, "repeats": repeats, "budget_s": budget_s, "trace": trace}
     done: list[tuple[SpeedCell, dict[str, Any]]] = []
     found: dict[str, dict[str, Any]] = {}
 
@@ -90,7 +93,7 @@ def run_cells(
                     on_event(CellEvent(kind, index, len(todo), cell, row, waiting))  # noqa: B023  (called at once)
 
             row = kept.get(name)
-            if row is not None and not force and _is_final(row, limits):
+            if row is not None and not force and _is_final(row, limits) and not (profile and _lacks_trace(row)):
                 found[name] = row
                 done.append((cell, row))
                 tell("skipped", row, index + 1)
@@ -123,6 +126,10 @@ def _is_final(row: dict[str, Any], limits: dict[str, Any]) -> bool:
     return row["status"] in ("ok", "unsupported")
 
 
+def _lacks_trace(row: dict[str, Any]) -> bool:
+    return row["status"] == "ok" and not row["trace"]
+
+
 def _as_wide(then: float | None, now: float | None) -> bool:
     # A limit read off free memory wanders; a tenth more is no new chance.
     return then is None or (now is not None and now <= 1.1 * then)
@@ -134,8 +141,8 @@ def _older(cell: SpeedCell, rows: Any) -> dict[str, Any] | None:
 
 
 def _predicted(cell: SpeedCell, done: Any, limit_bytes: int | None) -> dict[str, Any] | None:
-    reason = over_budget(cell, done, limit_bytes)
-    if reason is not None:
-        return blank_row(cell, "oom_predicted", reason)
+    excess = over_budget(cell, done, limit_bytes)
+    if excess is not None:
+        return {**blank_row(cell, "oom_predicted", excess.why), "predicted_bytes": excess.predicted_bytes}
     reason = too_slow(cell, done)
     return None if reason is None else blank_row(cell, "timeout", reason)

@@ -10,10 +10,11 @@ import torch
 from hydra.core.config_store import ConfigStore
 
 from attention_zoo import registry
-from attention_zoo.contract import Unsupported
+from attention_zoo.contract import Unsupported, at_least
 from attention_zoo.measure.cell import SpeedCell
 from attention_zoo.measure.environment import device_name, usable_cores
 from attention_zoo.measure.memory import default_limit
+from attention_zoo.measure.peers.matches import Match, matches
 
 BASELINES = ("full/dense", "full/sdpa")
 """Full attention with its matrix materialised, and fused: everything is compared with both."""
@@ -30,7 +31,7 @@ class BenchmarkConfig:
         lengths: tokens of each row.
         quadratic_up_to: no length above this for backends whose cost is quadratic; null lifts it.
         phases: forward | forward_backward | train_step | prefill | decode.
-        variant: layer (projections included) | core (queries, keys and values given; patterns only).
+        variant: layer (projections included) | core (queries, keys and values given).
         causal: whether tokens see only the past.
         heads, head_width, batch: H, D, B. The model width is H·D.
         device: auto | cpu | cuda | cuda:1.
@@ -41,6 +42,12 @@ class BenchmarkConfig:
         timeout_s: of a cell, process start included.
         memory_limit_gib: of a cell; null takes nine tenths of what is free.
         force: measure finished cells again.
+        profile: write a Chrome trace of one call of each cell into <output>/traces.
+        peers: run ours and its peers in turns instead of measuring cells; see `peers.contest`.
+        against: these peers alone; null takes all.
+        rounds: calls of each side, and ratios of each pair.
+        peer_python: peer -> the Python of an environment that holds it, +peer_python.hf_bigbird_4_57=/there/bin/python.
+        budget: a memory, such as 8GiB: find the longest length that trains within it, besides the cells.
         output: folder of cells/, results.jsonl and results.csv.
     """
 
@@ -63,6 +70,12 @@ class BenchmarkConfig:
     timeout_s: float = 120.0
     memory_limit_gib: float | None = None
     force: bool = False
+    profile: bool = False
+    peers: bool = False
+    against: list[str] | None = None
+    rounds: int = 3
+    peer_python: dict[str, str] = field(default_factory=dict)
+    budget: str | None = None
     output: str = "results"
 
     def cells(self) -> list[SpeedCell]:
@@ -98,7 +111,31 @@ class BenchmarkConfig:
             "repeats": self.repeats,
             "budget_s": self.budget_s,
             "force": self.force,
+            "profile": self.profile,
         }
+
+    def matches(self) -> list[Match]:
+        """Who meets whom, where peers take part.
+
+        Raises:
+            ValueError: as `cells`, and where nobody meets anybody.
+        """
+        at_least(1, rounds=self.rounds)
+        phases = [phase for phase in self.phases if phase in ("forward", "forward_backward")]
+        if len(phases) < len(self.phases):
+            raise ValueError(f"phases must be forward or forward_backward with peers=true, got {self.phases}")
+        named = list(registry.available()) if self.backends is None else list(self.backends)
+        cells = [
+            self._cell(*each.partition("/")[::2], length, phase)
+            for length in sorted(self.lengths)
+            for phase in phases
+            for each in named
+        ]
+        self._check_options({each.partition("/")[0] for each in named})
+        found = matches(cells, against=self.against, quadratic_up_to=self.quadratic_up_to)
+        if not found:
+            raise ValueError("against and backends must leave a match, got none")
+        return found
 
     def _wanted(self, backend: str, length: int) -> bool:
         quadratic = registry.recipe(backend)[0].declared.compute == "quadratic"

@@ -31,7 +31,8 @@ def costs(rows: Iterable[Row], quantity: str) -> dict[int, float]:
     found = {}
     for row in sorted(rows, key=lambda row: row["length"]):
         if row["status"] == "ok":
-            found[row["length"]] = float(row[quantity])
+            if row[quantity] is not None:  # memory of a very long call is not observed
+                found[row["length"]] = float(row[quantity])
         elif row["status"] in FATAL[quantity]:
             found[row["length"]] = math.inf
     return found

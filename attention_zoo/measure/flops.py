@@ -16,7 +16,7 @@ from torch import nn
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Attention, Tokens
 
-TILE = 64
+TILE, COLUMNS = 64, 2**14
 EXACT_TILES = 64
 """Up to so many query tiles (4096 tokens) every one is counted; above, as many are taken as a sample."""
 
@@ -99,5 +99,8 @@ def _seen(layer: PatternAttention, tokens: Tokens, rows: slice) -> float:
     if layer.causal:
         needed = needed & (tokens.position[0] <= q_hi.flatten())
     columns = needed.nonzero().flatten()
-    bias = layer.full_bias(queries, tokens.cut(columns))
-    return float((bias > -torch.inf).sum(dtype=torch.float64)) / bias.shape[1]
+    seen = 0.0
+    for some in columns.split(COLUMNS):
+        bias = layer.full_bias(queries, tokens.cut(some))
+        seen += float((bias > -torch.inf).sum(dtype=torch.float64)) / bias.shape[1]
+    return seen

@@ -6,10 +6,15 @@ as a running sum gives the exact peak. On CUDA the caching allocator counts for 
 
 Every figure is relative to the start of the call: inputs, parameters and whatever else lived before do not count;
 outputs and gradients that the call creates do.
+
+Beside it stands the growth of the resident set, which the system counts: what an allocator keeps and pages of libraries
+that a first call touches are in it, so that it is the upper bound of the two.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,10 +83,33 @@ def _cuda_peak(call: Callable[[], object], device: torch.device) -> Memory:
     return Memory(peak, CUDA_METHOD, torch.cuda.max_memory_reserved(device))
 
 
-def resident_bytes() -> tuple[int, int] | None:
-    """(now, highest so far) of this process's resident set; None where the system does not tell (not Linux)."""
-    fields = _status()
-    return (fields["VmRSS"], fields["VmHWM"]) if fields else None
+class ResidentPeak:
+    """How far the resident set of this process grew above what it was at the start.
+
+    meter = ResidentPeak()
+    call()
+    meter.bytes()  # None where the system does not tell
+    """
+
+    def __init__(self) -> None:
+        # What was freed goes back to the system first: filled again it would not count.
+        gc.collect()
+        _trim()
+        self._start: int | None = None
+        reset = Path("/proc/self/clear_refs")
+        if reset.is_file():
+            reset.write_text("5")  # the highest so far becomes what it is now
+            self._start = _status()["VmRSS"]
+
+    def bytes(self) -> int | None:
+        return None if self._start is None else max(0, _status()["VmHWM"] - self._start)
+
+
+def _trim() -> None:
+    """Ask glibc to hand back what it holds; other C libraries have no such call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def data_bytes() -> int | None:

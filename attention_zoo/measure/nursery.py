@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +19,19 @@ from attention_zoo.measure.cell import SpeedCell, blank_row
 
 CALM = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads that wait sleep, unless the user says otherwise: spinning took 5 to 15 times as long on a busy machine."""
+
+
+def server_environment(here: bool = True) -> dict[str, str]:
+    """Of a process that imports and forks.
+
+    Args:
+        here: it imports what this process imports, whether installed, in the working directory or on the path. Another
+            Python has libraries of its own, and nothing but this package is handed to it.
+    """
+    package = str(Path(str(resources.files("attention_zoo"))).parent)
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path) if here else package
+    # One OpenBLAS thread: numpy's pool would start at import, and threads do not survive a fork.
+    return {**CALM, **os.environ, "PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"}
 
 
 class Nursery:
@@ -43,7 +57,7 @@ class Nursery:
 
         Args:
             timeout_s: then the process is killed and the row says "timeout".
-            how: memory_limit_bytes, repeats and budget_s, see `worker`.
+            how: memory_limit_bytes, and what `run_cell` takes.
         """
         answer, complaint = (Path(self._folder.name) / name for name in ("row.json", "stderr.txt"))
         answer.unlink(missing_ok=True)
@@ -67,15 +81,12 @@ class Nursery:
     def _start(self) -> None:
         if self._server is not None:
             return
-        # One OpenBLAS thread: numpy's pool would start at import, and threads do not survive a fork.
-        # The worker imports what this process imports, whether installed, in the working directory or on the path.
-        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         self._server = subprocess.Popen(
             [sys.executable, "-m", "attention_zoo.measure.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env={**CALM, **os.environ, "PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"},
+            env=server_environment(),
         )
         self._read()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,28 +16,34 @@ EXPONENT = {"constant": 0.0, "linear": 1.0, "loglinear": 1.1, "quadratic": 2.0}
 Done = Sequence[tuple[SpeedCell, dict[str, Any]]]
 
 
-def over_budget(cell: SpeedCell, done: Done, limit_bytes: int | None) -> str | None:
-    """Why this cell would not fit, in one line; None where it may.
+class Excess(NamedTuple):
+    """Why a cell would not fit, in one line, and how many bytes it would take, as far as one can tell."""
+
+    why: str
+    predicted_bytes: int | None
+
+
+def over_budget(cell: SpeedCell, done: Done, limit_bytes: int | None) -> Excess | None:
+    """Whether this cell would not fit; None where it may.
 
     A shorter cell of the same series that ran out of memory settles it. Otherwise the last two lengths of the series
     are extended as a power law (one length alone in proportion), and the L x L matrices of a materialised kernel are
     simply counted.
     """
     shorter = _shorter(cell, done)
-    for earlier, row in shorter:
-        if row["status"] in ("oom", "oom_predicted"):
-            return f"predicted: {earlier.length} tokens did not fit either ({row['error']})"
-    if limit_bytes is None:
-        return None
     found: list[tuple[float, str]] = [(_matrices(cell), "scores and weights, both L x L")]
     measured = [(earlier.length, row["peak_bytes"]) for earlier, row in shorter if row["peak_bytes"]]
     if measured:
         lengths = " and ".join(str(length) for length, _ in measured[-2:])
         found.append((_extended(measured[-2:], cell.length), f"judged from {lengths} tokens"))
     most, why = max(found)
-    if most <= limit_bytes:
+    for earlier, row in shorter:
+        if row["status"] in ("oom", "oom_predicted"):
+            return Excess(f"predicted: {earlier.length} tokens did not fit either ({row['error']})", int(most) or None)
+    if limit_bytes is None or most <= limit_bytes:
         return None
-    return f"predicted: {most / 2**30:.1f} GiB of tensors ({why}), over the limit of {limit_bytes / 2**30:.1f} GiB"
+    said = f"predicted: {most / 2**30:.1f} GiB of tensors ({why}), over the limit of {limit_bytes / 2**30:.1f} GiB"
+    return Excess(said, int(most))
 
 
 def too_slow(cell: SpeedCell, done: Done) -> str | None:

@@ -62,12 +62,15 @@ def named(cell: SpeedCell) -> str:
 
 
 def outcome(row: dict[str, Any]) -> str:
-    """A row in words: "123 ms, 45.1 MiB", or why there is none."""
+    """A row in words: "123 ms, 45.1 MiB" (of tensors, or resident where these were not observed), or why not."""
     if row["status"] != "ok":
         return f"{row['status']}: {row['error']}"
     seconds = row["seconds"]
     took = f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-    return f"{took}, {row['peak_bytes'] / 2**20:,.1f} MiB"
+    if row["peak_bytes"] is not None:
+        return f"{took}, {row['peak_bytes'] / 2**20:,.1f} MiB"
+    resident = row["resident_bytes"]
+    return f"{took}, {resident / 2**20:,.1f} MiB resident" if resident is not None else took
 
 
 def _minutes(seconds: float) -> str:

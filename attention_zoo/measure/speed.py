@@ -15,17 +15,24 @@ from attention_zoo.contract import at_least
 WARM_S = 0.1
 """Warm-up goes on this long, so that short calls meet grown allocators and awake threads."""
 WARM_CALLS = 10
+LONG_S = 20.0
+"""A first call that took longer is the timing: what warming up saves is lost in it, and another would be as long."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call over its repeats: the median to compare, the extremes to judge the noise."""
+    """Seconds of one call over its repeats: the median to compare, the extremes to judge the noise.
+
+    `cpu_seconds` is the median of what this process computed, all threads together: on a quiet machine and one thread
+    as much as `seconds`; less tells that other work had the cores.
+    """
 
     seconds: float
     seconds_min: float
     seconds_max: float
     repeats: int
     warmup: int
+    cpu_seconds: float
 
 
 def time_call(
@@ -37,7 +44,7 @@ def time_call(
     before: Callable[[], object] = lambda: None,
     first: AbstractContextManager[object] | None = None,
 ) -> Timing:
-    """Time `call`: at least one warm-up and one repeat, whatever they cost.
+    """Time `call`: at least one warm-up and one repeat, unless the first call is longer than `LONG_S`.
 
     Args:
         call: takes nothing.
@@ -48,26 +55,41 @@ def time_call(
         first: entered around the first warm-up call alone, to observe what is not timed.
     """
     at_least(1, repeats=repeats)
-    synchronise = torch.cuda.synchronize if torch.device(device).type == "cuda" else _nothing
 
-    def once() -> float:
+    def once() -> tuple[float, float]:
         before()
-        synchronise()
-        start = time.perf_counter()
-        call()
-        synchronise()
-        return time.perf_counter() - start
+        return clock(call, device)
 
     with first or nullcontext():
-        spent, warmup = once(), 1
+        found = [once()]
+    spent, warmup = found[0][0], 1
+    if spent > LONG_S:
+        return _timing(found, 0)
     while spent < min(WARM_S, budget_s) and warmup < WARM_CALLS:
-        spent += once()
+        spent += once()[0]
         warmup += 1
-    seconds: list[float] = []
-    while not seconds or (len(seconds) < repeats and spent < budget_s):
-        seconds.append(once())
-        spent += seconds[-1]
-    return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds), warmup)
+    found = []
+    while not found or (len(found) < repeats and spent < budget_s):
+        found.append(once())
+        spent += found[-1][0]
+    return _timing(found, warmup)
+
+
+def clock(call: Callable[[], object], device: str | torch.device = "cpu") -> tuple[float, float]:
+    """Seconds of one call: on the wall, and of this process's computing."""
+    synchronise = torch.cuda.synchronize if torch.device(device).type == "cuda" else _nothing
+    synchronise()
+    start, computed = time.perf_counter(), time.process_time()
+    call()
+    synchronise()
+    return time.perf_counter() - start, time.process_time() - computed
+
+
+def _timing(found: list[tuple[float, float]], warmup: int) -> Timing:
+    seconds, computed = zip(*found)
+    return Timing(
+        statistics.median(seconds), min(seconds), max(seconds), len(seconds), warmup, statistics.median(computed)
+    )
 
 
 def matmul_rate(*, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024) -> float:

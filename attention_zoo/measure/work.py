@@ -1,19 +1,20 @@
 """What each phase does: the call that a cell measures, and what has to be ready before it.
 
-Layer cells run the whole layer on hidden states, projections included; core cells hand queries, keys and values over.
+Layer cells run the whole layer on hidden states, projections included; core cells hand queries, keys and values over
+(measure/core.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Attention, Tokens, Unsupported
+from attention_zoo.measure.core import Core, Shape, core_of
 
 Variant = Literal["layer", "core"]
 Phase = Literal["forward", "forward_backward", "train_step", "prefill", "decode"]
@@ -28,29 +29,29 @@ class Work:
         before: what must happen before each call, unmeasured.
         tokens: how many tokens of each row one call handles.
         state: the recurrent state that the last call left, or None.
+        held: tensors that are there between calls, and stay: inputs, parameters, an optimizer's moments.
+        seen: tokens of each row that come before those of the call (a memory, or a prefix).
     """
 
     run: Callable[[], Any]
     tokens: int
     before: Callable[[], None] = lambda: None
     state: Callable[[], Any] = lambda: None
+    held: Callable[[], Iterable[Tensor]] = tuple
+    seen: int = 0
 
-
-@dataclass(frozen=True)
-class Shape:
-    """What the inputs of a cell look like."""
-
-    batch: int
-    length: int
-    device: torch.device
-    dtype: torch.dtype
+    def held_bytes(self) -> int:
+        """Bytes that are taken before the call starts; tensors that share memory count once."""
+        return sum(
+            {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in self.held()}.values()
+        )
 
 
 def prepare(layer: Attention, shape: Shape, *, variant: str, phase: str) -> Work:
     """The call of one cell, with random inputs.
 
     Args:
-        variant: "layer" (hidden states in) or "core" (q, k, v in; patterns only).
+        variant: "layer" (hidden states in) or "core" (queries, keys and values in, see `core.core_of`).
         phase: "forward", "forward_backward", "train_step" (with AdamW), "prefill" (forward that leaves a state) or
             "decode" (one more token after `length`).
 
@@ -59,20 +60,37 @@ def prepare(layer: Attention, shape: Shape, *, variant: str, phase: str) -> Work
     """
     layer.train(phase in ("forward_backward", "train_step"))
     if variant == "core":
-        return _core(layer, shape, phase)
+        if phase not in ("forward", "forward_backward"):
+            raise Unsupported(
+                layer.name, f"phase={phase} with variant=core", "a core carries no state", "variant=layer"
+            )
+        return core_work(core_of(layer, shape), backward=phase == "forward_backward")
     x = torch.randn(shape.batch, shape.length, layer.dim, device=shape.device, dtype=shape.dtype)
     if phase in ("prefill", "decode"):
         return _with_state(layer, x, phase)
-    if phase == "forward":
-        return Work(_without_gradients(lambda: layer(x)), shape.length)
-    return _training(layer, x, phase)
-
-
-def _training(layer: Attention, x: Tensor, phase: str) -> Work:
-    x.requires_grad_()
-    grad = torch.randn_like(x)
     parameters = list(layer.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4) if phase == "train_step" else None
+
+    def outputs(x: Tensor) -> list[Tensor]:
+        out = layer(x)
+        return [out.hidden, *out.losses.values()]
+
+    return layer_work(outputs, x, parameters, backward=phase != "forward", optimizer=optimizer)
+
+
+def layer_work(
+    outputs: Callable[[Tensor], Sequence[Tensor]],
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    *,
+    backward: bool,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Work:
+    """A layer on hidden states, ours or a peer's: `outputs` gives hidden states first, then losses."""
+    if not backward:
+        return Work(_without_gradients(lambda: outputs(x)), x.shape[1], held=lambda: [x, *parameters])
+    x.requires_grad_()
+    grad = torch.randn_like(x)
 
     def before() -> None:
         x.grad = None
@@ -80,13 +98,18 @@ def _training(layer: Attention, x: Tensor, phase: str) -> Work:
             parameter.grad = None
 
     def run() -> None:
-        out = layer(x)
-        auxiliary = list(out.losses.values())
-        torch.autograd.backward([out.hidden, *auxiliary], [grad, *(torch.ones_like(loss) for loss in auxiliary)])
+        hidden, *losses = outputs(x)
+        torch.autograd.backward([hidden, *losses], [grad, *map(torch.ones_like, losses)])
         if optimizer is not None:
             optimizer.step()
 
-    return Work(run, x.shape[1], before)
+    def held() -> Iterator[Tensor]:
+        yield from (x, grad, *parameters)
+        if optimizer is not None:
+            for kept in optimizer.state.values():
+                yield from (value for value in kept.values() if isinstance(value, Tensor))
+
+    return Work(run, x.shape[1], before, held=held)
 
 
 def _with_state(layer: Attention, x: Tensor, phase: str) -> Work:
@@ -102,7 +125,10 @@ def _with_state(layer: Attention, x: Tensor, phase: str) -> Work:
         return out
 
     if phase == "prefill":
-        return Work(_without_gradients(prefill), length, lambda: left.update(state=None), lambda: left["state"])
+        return Work(
+            _without_gradients(prefill), length, lambda: left.update(state=None), lambda: left["state"],
+            held=lambda: [x, *layer.parameters()],
+        )  # fmt: skip
     _without_gradients(prefill)()
     step = torch.randn_like(x[:, :1])
     one = torch.ones(batch, 1, dtype=torch.bool, device=x.device)
@@ -117,29 +143,31 @@ def _with_state(layer: Attention, x: Tensor, phase: str) -> Work:
         left["state"] = out.state
         return out
 
-    return Work(_without_gradients(decode), 1, before, lambda: left["state"])
+    return Work(_without_gradients(decode), 1, before, lambda: left["state"], held=lambda: [step, *layer.parameters()])
 
 
-def _core(layer: Attention, shape: Shape, phase: str) -> Work:
-    if not isinstance(layer, PatternAttention):
-        raise Unsupported(layer.name, "variant=core", "it is no pattern on given q, k, v", "variant=layer")
-    if phase not in ("forward", "forward_backward"):
-        raise Unsupported(layer.name, f"phase={phase} with variant=core", "q, k, v carry no state", "variant=layer")
-    heads = (layer.heads, layer.kv_heads, layer.kv_heads)
-    q, k, v = (
-        torch.randn(shape.batch, count, shape.length, layer.head_width, device=shape.device, dtype=shape.dtype)
-        for count in heads
-    )
-    if phase == "forward":
-        return Work(_without_gradients(lambda: layer.attend(q, k, v)), shape.length)
-    for operand in (q, k, v):
-        operand.requires_grad_()
-    grad = torch.randn_like(q)
+def core_work(core: Core, *, backward: bool) -> Work:
+    """A core on its operands, each a leaf that gets its gradient; also a peer's (measure/peers/)."""
+    leaves = (*core.operands, *core.parameters)
+    given: list[Tensor] = []
 
     def before() -> None:
-        q.grad = k.grad = v.grad = None
+        for leaf in leaves:
+            leaf.grad = None
+        # what writes into its inputs gets copies, whose making is not on its bill
+        given[:] = [leaf.clone() if core.writes_inputs else leaf for leaf in core.operands]
 
-    return Work(lambda: layer.attend(q, k, v).backward(grad), shape.length, before)
+    if not backward:
+        forward = _without_gradients(lambda: core.call(*given))
+        return Work(forward, core.tokens, before, held=lambda: leaves, seen=core.seen)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    grad = torch.randn(core.out_shape, device=leaves[0].device, dtype=leaves[0].dtype)
+
+    def run() -> None:
+        core.call(*given).backward(grad)
+
+    return Work(run, core.tokens, before, held=lambda: [*leaves, grad], seen=core.seen)
 
 
 def _without_gradients(call: Callable[[], Any]) -> Callable[[], Any]:

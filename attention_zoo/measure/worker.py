@@ -82,7 +82,7 @@ def limit_memory(cell: SpeedCell, limit_bytes: int) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), cell.device)
         return
     torch.set_num_threads(cell.threads)
-    matmul_rate(size=256)  # threads start now: with no memory left for their stacks they would end the process
+    matmul_rate()  # threads and work space come now: with no memory left for stacks the process would end
     now = data_bytes()
     if now is not None:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)

@@ -8,7 +8,7 @@ from typing import Any
 
 from attention_zoo.files import write_atomic
 from attention_zoo.measure.identity import source_digest
-from attention_zoo.report import charts, page, units
+from attention_zoo.report import charts, page, rivals, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.charts import Chart, Table
 from attention_zoo.report.costs import MEMORY, TIME, Series, Setting
@@ -24,7 +24,7 @@ def build_report(rows: Iterable[Row], path: str | Path, *, title: str = TITLE) -
     """Draw the report.
 
     Args:
-        rows: result rows of every kind (speed, quality, portrait), from `report.rows.read` or fresh.
+        rows: result rows of every kind (speed, peer, budget, quality, portrait), from `report.rows.read` or fresh.
         path: of the HTML file; parent folders are made, an older file is replaced whole.
         title: on top of the page.
 
@@ -50,6 +50,8 @@ def build_report(rows: Iterable[Row], path: str | Path, *, title: str = TITLE) -
     sections = [
         ("summary", "Summary", _summary(found)),
         ("cost", "Memory and time against length", _costs(cost, show)),
+        ("peers", "Against other implementations", _peers(rows)),
+        ("budget", "The longest length within a memory", _budget(rows)),
         ("pareto", "Quality against cost", _pareto(found, look, show)),
         ("learning", "What they learnt", _learning(found.tasks, look, show)),
         ("patterns", "What each token sees", _pictures(rows, look, show)),
@@ -119,6 +121,25 @@ def _costs(cost: list[tuple[Setting, list[Series], list[Chart]]], show: Any) -> 
         if not two:
             parts.append(page.paragraph(f"No cell finished: {setting.words()}.", "note"))
     return "".join(parts)
+
+
+def _peers(rows: list[Row]) -> str:
+    if not results.of(rows, "peer"):
+        return ""
+    return (
+        page.paragraph(rivals.FAIR, "note")
+        + page.table(rivals.peers_table(rows), "text")
+        + page.bullets(rivals.fairness(rows), "note")
+        + "<h3>Figures to reach</h3>"
+        + page.paragraph(rivals.GOALS, "note")
+        + page.table(rivals.figures_table(rows), "text")
+    )
+
+
+def _budget(rows: list[Row]) -> str:
+    if not results.of(rows, "budget"):
+        return ""
+    return page.paragraph(rivals.BUDGET, "note") + page.table(rivals.budgets_table(rows), "text")
 
 
 def _pareto(found: Findings, look: dict[str, Style], show: Any) -> str:

@@ -1,7 +1,7 @@
 """Result rows as they come from results.jsonl: which count, which failed, which are stale, what each is called.
 
-A row is a plain dict (kind "speed", "quality" or "portrait"); the report reads rows and nothing else, so that a file of
-results from another machine is drawn like one's own.
+A row is a plain dict (kind "speed", "peer", "budget", "quality" or "portrait"); the report reads rows and nothing else,
+so that a file of results from another machine is drawn like one's own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ STATUS = {
     "timeout": "timed out",
     "failed": "failed",
     "unsupported": "not supported",
+    "missing": "not installed",
 }
 BASELINES = {("full", "dense"): "full (materialised)", ("full", "sdpa"): "full (fused)"}
 """What every mechanism is compared with, by (backend, kernel): the same sums, with and without L x S in memory."""
@@ -91,6 +92,10 @@ def what(row: Row) -> str:
         name = BASELINES.get((row["backend"], row.get("kernel") or ""), row["backend"])
         phase = str(row.get("phase") or "").replace("_", " + ")
         return f"{name}, {row.get('variant')} {phase}, {row.get('length'):,} tokens"
+    if row["kind"] == "peer":
+        return f"{row['backend']} against {row['title']}, {row['variant']}, {row['length']:,} tokens"
+    if row["kind"] == "budget":
+        return f"{row['backend']}, longest {row['variant']} within {row['budget_bytes']:,} bytes"
     if row["kind"] == "quality":
         return f"{row['backend']}, trained on {row.get('task')}, seed {row.get('seed')}"
     return f"{row['backend']}, attention picture"

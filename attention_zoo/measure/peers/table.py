@@ -1,0 +1,23 @@
+"""Every peer by name, and whether it is there."""
+
+from __future__ import annotations
+
+from attention_zoo.measure.peers.adapter import Adapter
+from attention_zoo.measure.peers.dense_xl import DenseXL
+from attention_zoo.measure.peers.full import Fused, Materialised
+from attention_zoo.measure.peers.hugging_face import BigBird, Longformer, OlderBigBird, Reformer
+from attention_zoo.measure.peers.local_attention import LocalAttention
+from attention_zoo.measure.peers.reformer_pytorch import ReformerPytorch
+
+PEERS: dict[str, type[Adapter]] = {
+    "sdpa": Fused,
+    "materialised": Materialised,
+    "hf_longformer": Longformer,
+    "local_attention": LocalAttention,
+    "hf_bigbird": BigBird,
+    "hf_bigbird_4_57": OlderBigBird,
+    "hf_reformer": Reformer,
+    "reformer_pytorch": ReformerPytorch,
+    "xl_dense": DenseXL,
+}
+"""Adapters by the name that options and rows use. Building one imports its library; the table does not."""

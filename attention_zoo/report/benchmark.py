@@ -1,0 +1,207 @@
+"""A benchmark: cells, or matches with peers, or lengths within a budget; tables for the terminal and files beside.
+
+Everything measured lies in the output folder by its identity, and the page is drawn from all of it, so that several
+calls fill one page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from attention_zoo.files import write_atomic, write_json
+from attention_zoo.measure.budget import longest_trainable, parse_bytes
+from attention_zoo.measure.cell import SpeedCell
+from attention_zoo.measure.cells import read_cells, run_cells
+from attention_zoo.measure.config import BASELINES, BenchmarkConfig
+from attention_zoo.measure.derived import Efficiency, costs, efficiency_length, growth_exponent
+from attention_zoo.measure.nursery import Nursery
+from attention_zoo.measure.peers.contest import run_contest
+from attention_zoo.measure.progress import CellProgress
+from attention_zoo.overview import markdown
+from attention_zoo.report import rivals, units
+from attention_zoo.report.build import build_report
+from attention_zoo.report.charts import Table
+from attention_zoo.report.rows import Row
+from attention_zoo.report.summary import write_csv
+
+TITLE = "What attention costs"
+
+
+def benchmark(config: BenchmarkConfig, console: Console | None = None) -> list[Row]:
+    """Run it, print its tables and write its files; returns the rows of this call.
+
+    Writes results.jsonl and results.csv (the rows of this call), and report.html and figures.md (all in the folder).
+
+    Raises:
+        ValueError: for a wrong option, before anything runs.
+    """
+    console = console or Console()
+    folder = Path(config.output)
+    if config.peers:
+        rows = _contest(config, folder, console)
+    else:
+        budget = None if config.budget is None else parse_bytes(config.budget)
+        cells = config.cells()
+        rows = _measure(config, cells, folder, console)
+        if budget is not None:
+            rows += _budgets(config, cells, rows, budget, folder, console)
+    write_atomic(folder / "results.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    write_csv(rows, folder / "results.csv")
+    everything = [*read_cells(folder), *_kept(folder, "peers"), *_kept(folder, "budgets")]
+    build_report(everything, folder / "report.html", title=TITLE)
+    write_atomic(folder / "figures.md", _figures(everything))
+    console.print(f"wrote results.jsonl, results.csv, report.html and figures.md in {folder}", highlight=False)
+    return rows
+
+
+def _measure(config: BenchmarkConfig, cells: list[SpeedCell], folder: Path, console: Console) -> list[Row]:
+    with CellProgress(console) as progress:
+        rows = run_cells(cells, folder, on_event=progress, **config.how())
+    for phase in config.phases:
+        shown = [pair for pair in zip(cells, rows) if pair[0].phase == phase]
+        console.print(cost_table(f"{phase}, {config.variant}", shown))
+    skipped = progress.kinds["skipped"]
+    if skipped:
+        console.print(f"{skipped} of {len(cells)} cells were finished already; force=true measures them again")
+    return rows
+
+
+def _contest(config: BenchmarkConfig, folder: Path, console: Console) -> list[Row]:
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def keep(rows: list[Row]) -> None:
+        for row in rows:
+            write_json(folder / "peers" / f"{row['id']}.json", row)
+
+    how = config.how()
+    rows = run_contest(
+        config.matches(), rounds=config.rounds, pythons=config.peer_python, say=say, on_rows=keep,
+        timeout_s=how["timeout_s"], memory_limit_bytes=how["memory_limit_bytes"],
+    )  # fmt: skip
+    console.print(_rich("ours and theirs in turns: theirs over ours", rivals.peers_table(rows)))
+    return rows
+
+
+def _budgets(
+    config: BenchmarkConfig, cells: list[SpeedCell], rows: list[Row], budget: int, folder: Path, console: Console
+) -> list[Row]:
+    """The longest trainable length of every series among the cells that trains."""
+    series: dict[Any, list[tuple[SpeedCell, Row]]] = {}
+    for cell, row in zip(cells, rows):
+        if cell.phase in ("forward_backward", "train_step"):
+            series.setdefault(cell.series(), []).append((cell, row))
+    if not series:
+        raise ValueError(f"phases must hold forward_backward or train_step with a budget, got {config.phases}")
+    found = []
+    with Nursery() as nursery:
+
+        def attempt(cell: SpeedCell) -> Row:
+            return nursery.run(
+                cell, timeout_s=config.timeout_s, memory_limit_bytes=budget, repeats=1, budget_s=0.0, observe=False
+            )
+
+        for many in series.values():
+            row = longest_trainable(
+                many[0][0], [row for _, row in many], budget, attempt, timeout_s=config.timeout_s,
+                say=lambda line: console.print(f"within {units.size(budget)}: {line}", highlight=False),
+            )  # fmt: skip
+            write_json(folder / "budgets" / f"{row['id']}.json", row)
+            found.append(row)
+    console.print(_rich(f"longest trainable length within {units.size(budget)}", rivals.budgets_table(found)))
+    return found
+
+
+def _kept(folder: Path, kind: str) -> list[Row]:
+    return [json.loads(path.read_text()) for path in sorted((folder / kind).glob("*.json"))]
+
+
+def _figures(rows: list[Row]) -> str:
+    """The page of figures as Markdown."""
+    parts = ["# Figures to reach", "", rivals.GOALS, "", _markdown(rivals.figures_table(rows))]
+    peers, budgets = rivals.peers_table(rows), rivals.budgets_table(rows)
+    if peers.cells:
+        said = [f"- {line}" for line in rivals.fairness(rows)]
+        parts += ["", "# Against other implementations", "", rivals.FAIR, "", _markdown(peers), "", *said]
+    if budgets.cells:
+        parts += ["", "# Longest trainable length", "", rivals.BUDGET, "", _markdown(budgets)]
+    return "\n".join(parts) + "\n"
+
+
+def _markdown(table: Table) -> str:
+    return markdown(table.headers, table.cells)
+
+
+def _rich(title: str, table: Table) -> RichTable:
+    shown = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, header in enumerate(table.headers):
+        shown.add_column(header, justify="left" if number < 3 else "right")
+    for line in table.cells:
+        shown.add_row(*line)
+    return shown
+
+
+def cost_table(title: str, measured: Iterable[tuple[SpeedCell, Row]]) -> RichTable:
+    """Three lines for each backend and kernel: time, memory, and time as a multiple of its floor."""
+    lines: dict[str, dict[int, Row]] = {}
+    for cell, row in measured:
+        name = cell.backend if cell.kernel == "auto" else f"{cell.backend}/{cell.kernel}"
+        lines.setdefault(name, {})[cell.length] = row
+    lengths = sorted({length for line in lines.values() for length in line})
+    baselines = [name for name in BASELINES if name in lines]
+    caption = (
+        "seconds: median; memory: peak of tensors, ≈ predicted, * resident; × floor: of the time that its matrix "
+        "products alone would take here; grows: exponent of length; beats: from which length on"
+    )
+    shown = RichTable(
+        title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, padding=0
+    )
+    shown.add_column("backend", no_wrap=True)
+    for heading in (*map(str, lengths), "grows", *(f"beats\n{name.partition('/')[2]}" for name in baselines)):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for name, line in lines.items():
+        for quantity, brief in (("seconds", _seconds), ("peak_bytes", _size)):
+            mine = costs(line.values(), quantity)
+            growth = growth_exponent(mine)
+            passes = [efficiency_length(mine, costs(lines[other].values(), quantity)) for other in baselines]
+            shown.add_row(
+                name if quantity == "seconds" else "",
+                *(_brief(line.get(length), brief) for length in lengths),
+                "–" if growth is None else f"{growth:.2f}",
+                *(_where(each) if each and other != name else "–" for other, each in zip(baselines, passes)),
+            )
+        shown.add_row("  × floor", *(_brief(line.get(length), _floor) for length in lengths))
+    return shown
+
+
+def _where(found: Efficiency) -> str:
+    return str(found).replace("not up to", ">")
+
+
+def _brief(row: Row | None, words: Callable[[Row], str | None]) -> str:
+    if row is None:
+        return "–"
+    return words(row) or (row["status"] if row["status"] != "ok" else "–")
+
+
+def _seconds(row: Row) -> str | None:
+    return units.seconds(row["seconds"]) if row["status"] == "ok" else None
+
+
+def _size(row: Row) -> str | None:
+    if row["peak_bytes"] is not None:
+        return units.size(row["peak_bytes"])
+    if row["predicted_bytes"] is not None:
+        return f"≈ {units.size(row['predicted_bytes'])}"
+    return f"{units.size(row['resident_bytes'])}*" if row["resident_bytes"] is not None else None
+
+
+def _floor(row: Row) -> str | None:
+    return None if row["floor_ratio"] is None else f"{row['floor_ratio']:.2f}"

@@ -1,0 +1,105 @@
+"""Tables of what was compared with other implementations, of the figures to reach, and of lengths within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from attention_zoo.measure.peers.figures import verdicts
+from attention_zoo.report import rows as results
+from attention_zoo.report import units
+from attention_zoo.report.charts import Table
+from attention_zoo.report.rows import Row
+from attention_zoo.report.units import NONE
+
+FAIR = (
+    "Both sides in one run, in turns, each in a process of its own; ratios are theirs over ours, so that above 1 ours "
+    "is faster or smaller: the median of adjacent calls, and the range. Before, each peer had to show that it computes "
+    "the same as ours, outputs and gradients."
+)
+GOALS = (
+    "Each figure holds for its own setting alone: core, forward + backward, 8 heads × 64, batch 1; on a CPU one thread."
+)
+BUDGET = (
+    "Parameters, inputs and the peak of one call together. Verified: a process limited to the budget got through at "
+    "the first length and ran out of memory at the second."
+)
+
+
+def peers_table(rows: Iterable[Row]) -> Table:
+    """One line for each of ours and each peer that it met."""
+    headers = [
+        "ours", "setting", "against", "ours takes", "theirs", "time ratio", "ours peaks", "theirs", "memory ratio",
+        "resident ratio", "× floor",
+    ]  # fmt: skip
+    cells = []
+    for row in results.of(rows, "peer"):
+        ok = results.ok(row)
+        spread = f" ({_times(row['time_ratio_min'])} to {_times(row['time_ratio_max'])})" if ok else ""
+        cells.append(
+            [
+                named(row), setting(row), row["title"],
+                units.seconds(row["seconds"]), units.seconds(row["their_seconds"]) if ok else results.why(row),
+                _times(row["time_ratio"]) + spread,
+                units.size(row["peak_bytes"]), units.size(row["their_peak_bytes"]), _times(row["memory_ratio"]),
+                _times(row["resident_ratio"]), units.fixed(row["floor_ratio"]),
+            ]
+        )  # fmt: skip
+    return Table(headers, cells)
+
+
+def fairness(rows: Iterable[Row]) -> list[str]:
+    """For each peer what makes the comparison fair, and how closely it computes the same."""
+    said: dict[str, str] = {}
+    for row in results.of(rows, "peer"):
+        found = row.get("agreement")
+        if found:
+            versions = ", ".join(f"{name} {version}" for name, version in (row.get("versions") or {}).items())
+            worst = max(found["output"], found["gradient"])
+            said[row["against"]] = f"{row['title']} ({versions}): {row['fair']} {worst:.0e} apart on {found['on']}."
+    return list(said.values())
+
+
+def figures_table(rows: Iterable[Row]) -> Table:
+    """The figures to reach: goal, measured, verdict."""
+    cells = []
+    for verdict in verdicts(rows):
+        figure, value = verdict.figure, verdict.value
+        measured = NONE if value is None else f"{value:.0%}" if figure.said.endswith("%") else units.significant(value)
+        cells.append([figure.backend, figure.against, figure.said, measured, verdict.state])
+    return Table(["", "against", "goal", "measured", ""], cells)
+
+
+def budgets_table(rows: Iterable[Row]) -> Table:
+    """The longest trainable lengths."""
+    headers = ["", "setting", "budget", "longest length", "a token", "fits", "does not fit", "verified"]
+    cells = []
+    for row in results.of(rows, "budget"):
+        tried = [f"{row[key]['length']:,}" if row[key] else NONE for key in ("fits", "fails")]
+        length = units.count(row["length"]) if results.ok(row) else results.why(row)
+        verified = "yes" if row["verified"] else row["not_verified"] or "no"
+        cells.append(
+            [named(row), setting(row), units.size(row["budget_bytes"]), length, units.size(row["bytes_per_token"]),
+             *tried, verified]
+        )  # fmt: skip
+    return Table(headers, cells)
+
+
+def named(row: Row) -> str:
+    """A mechanism with its options, in words."""
+    options = {key: value for key, value in results.options(row).items() if key != "kernel"}
+    said = ", ".join(f"{key}={value}" for key, value in options.items())
+    kernel = "" if row.get("kernel") in (None, "auto") else f"/{row['kernel']}"
+    return f"{row['backend']}{kernel}" + (f" ({said})" if said else "")
+
+
+def setting(row: Row) -> str:
+    """Length, direction and what differs from the usual."""
+    parts: list[Any] = [f"{row['length']:,}"] if row.get("kind") == "peer" else []
+    parts += ["causal" if row["causal"] else "two-sided", row["variant"], f"{row['heads']} × {row['head_width']}"]
+    parts += [f"batch {row['batch']}"] if row["batch"] != 1 else []
+    return ", ".join([*parts, row["dtype"], row["device"]])
+
+
+def _times(ratio: float | None) -> str:
+    return NONE if ratio is None else f"{units.significant(ratio)}×"
