@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -73,14 +74,21 @@ def padding(side: str) -> Tensor:
     return kept.long() if side != "none" else torch.ones(3, LENGTH, dtype=torch.long)
 
 
+def checkpoint(model: Any, **how: Any) -> None:
+    """Under the name that this version of transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(how)
+
+
 def some_ids() -> Tensor:
     return torch.randint(3, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
-def run(model: Any, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+def run(model: Any, mask: Any, ids: Tensor | None = None, kept: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
     """Logits of the kept tokens and the gradients of a function of them."""
     model.zero_grad()
-    logits = model(some_ids(), attention_mask=mask).logits[mask.bool()]
+    kept = mask if kept is None else kept
+    logits = model(some_ids() if ids is None else ids, attention_mask=mask).logits[kept.bool()]
     weights = torch.randn(logits.shape, dtype=logits.dtype, generator=torch.Generator().manual_seed(2))
     (logits * weights).sum().backward()
     grads = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
@@ -180,6 +188,78 @@ def test_a_padded_row_is_the_row_alone(kind: str, name: str, side: str) -> None:
         close(together[row, kept], model(ids[row : row + 1, kept]).logits[0])
 
 
+def by_hand(kept: Tensor, window: int | None, causal: bool) -> Tensor:
+    """bool [B, 1, L, L], True where seen: what a user would write, to be handed to the model's own sdpa."""
+    column = torch.arange(kept.shape[1])
+    gap = column[:, None] - column
+    seen = torch.ones_like(gap, dtype=torch.bool)
+    if causal:
+        seen &= gap >= 0
+    if window is not None:
+        seen &= gap.abs() <= window
+    return (seen & kept.bool()[:, None, :])[:, None]
+
+
+def random_padding(rng: random.Random, rows: int, length: int) -> Tensor:
+    """Every row its own: none, left, right or holes; never nothing at all."""
+    kept = torch.ones(rows, length, dtype=torch.long)
+    for row in kept:
+        count = rng.randrange(length)
+        kind = rng.choice(["none", "left", "right", "holes"])
+        if kind == "left":
+            row[:count] = 0
+        elif kind == "right":
+            row[length - count :] = 0
+        elif kind == "holes":
+            row[rng.sample(range(length), count)] = 0
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("kind", [*CAUSAL, *TWO_SIDED])
+def test_longformer_is_sdpa_under_a_mask_by_hand(kind: str, seed: int) -> None:
+    """Random widths, windows, lengths and padding: logits and every gradient."""
+    rng = random.Random(f"{kind} {seed}")
+    own = rng.choice([2, 3, 6, 40])
+    more = {"mistral": {"sliding_window": own}, "modernbert": {"local_attention": 2 * own}}.get(kind, {})
+    model = build(kind, **more)
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    length, window = rng.choice([1, 2, 7, 31, 64, 67]), rng.choice([1, 2, 3, 5, 16, 63])
+    ids, kept = torch.randint(3, VOCAB, (3, length)), random_padding(rng, 3, length)
+    masks: Any = by_hand(kept, window, kind in CAUSAL)
+    if kind == "mistral":
+        masks = by_hand(kept, min(window, own - 1), True)
+    if kind == "modernbert":
+        masks = {"full_attention": masks, "sliding_attention": by_hand(kept, min(window, own), False)}
+    want, want_grads = run(use(model, "sdpa"), masks, ids, kept)
+    got, grads = run(zoo(model, "longformer", window=window), kept, ids, kept)
+    assert want.isfinite().all()
+    close(got, want)
+    for one, other in zip(grads, want_grads):
+        assert (one - other).norm() <= 1e-10 * (1 + other.norm())
+
+
+def test_full_is_their_sdpa_at_padding_on_the_right_too() -> None:
+    """A loss that counts padding is nobody's intention, but it is the same."""
+    model, mask = build("llama"), padding("right")
+    got = zoo(model, "full")(some_ids(), attention_mask=mask).logits
+    close(got, use(model, "sdpa")(some_ids(), attention_mask=mask).logits)
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_row_of_padding_alone_is_finite_and_moves_no_other(kind: str, name: str) -> None:
+    model, mask = zoo(build(kind), name), padding("right")
+    alone = model(some_ids()[:2], attention_mask=mask[:2]).logits
+    mask[2] = 0
+    logits, grads = run(model, mask)
+    assert logits.isfinite().all()
+    assert all(grad.isfinite().all() for grad in grads)
+    close(logits, alone[mask[:2].bool()])
+
+
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +318,31 @@ def test_chunked_prefill_is_one_call(name: str) -> None:
         past, start = out.past_key_values, end
 
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+def test_generation_is_sdpa_under_a_mask_by_hand(kind: str, seed: int) -> None:
+    """Each step's logits, through every cache, against one call of sdpa over what came out."""
+    rng = random.Random(f"{kind} {seed}")
+    own, window, length = rng.choice([2, 4, 40]), rng.choice([1, 2, 5, 30]), rng.choice([1, 2, 9, 14])
+    model = build(kind, **({"sliding_window": own} if kind == "mistral" else {}))
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    ids, kept = torch.randint(3, VOCAB, (3, length)), random_padding(rng, 3, length)
+    kept[:, -1] = 1
+    caches: list[dict[str, Any]] = [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3}]
+    how = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    how |= rng.choice(caches)
+    out = zoo(model, "longformer", window=window).generate(ids, attention_mask=kept, **how)
+    whole = torch.cat([kept, torch.ones(3, 6, dtype=torch.long)], 1)
+    mask = by_hand(whole, min(window, own - 1) if kind == "mistral" else window, True)
+    positions = (whole.cumsum(1) - 1).clamp(min=0)
+    want = use(model, "sdpa")(out.sequences, attention_mask=mask, position_ids=positions).logits[:, length - 1 : -1]
+    assert torch.equal(want.argmax(-1), out.sequences[:, length:])
+    got = torch.stack(out.logits, 1).double()
+    assert (got - want).abs().max() < 1e-6 * want.abs().max()
+
+
 def test_beam_search_keeps_rows_apart() -> None:
     model = zoo(build("llama"), "longformer")
     beams = {"num_beams": 3, "max_new_tokens": 5, "do_sample": False, "attention_mask": padding("left")}
@@ -271,14 +376,57 @@ def test_cross_attention_runs_under_full_alone() -> None:
         rest = {"encoder_hidden_states": source, "encoder_attention_mask": padding("right")[:, :length]}
         expected = use(model, "sdpa")(some_ids(), **rest).logits
         close(zoo(model, "full")(some_ids(), **rest).logits, expected)
-        with pytest.raises(Unsupported, match="cross"):
+        with pytest.raises(Unsupported, match='"cross": "full"'):
             zoo(model, "longformer")(some_ids(), **rest)
+        far = zoo(model, "longformer", window=LENGTH, cross="full")(some_ids(), **rest).logits
+        close(far, expected)
+        near = zoo(model, "longformer", window=2, cross="full")(some_ids(), **rest).logits
+        assert (near - expected).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("length", [LENGTH, 7])
+def test_encoder_decoders_say_what_crosses(length: int) -> None:
+    """BART: three kinds of attention under one name, also where source and target are of one length."""
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, dropout=0.0,
+        decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64, eos_token_id=2,
+        forced_eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.BartForConditionalGeneration(config).double().eval()
+    call = {"input_ids": some_ids(), "attention_mask": padding("right"), "decoder_input_ids": some_ids()[:, :length]}
+    expected = use(model, "sdpa")(**call).logits
+    close(zoo(model, "full")(**call).logits, expected)
+    close(zoo(model, "longformer", window=LENGTH, cross="full")(**call).logits, expected)
+    with pytest.raises(Unsupported, match="cross-attention"):
+        zoo(model, "longformer")(**call)
+    model.config.zoo_attention = {"cross": "same", "window": LENGTH}
+    with pytest.raises(Unsupported, match="cross-attention"):
+        model(**call)
+    call.pop("decoder_input_ids")
+    beams = {"num_beams": 2, "max_new_tokens": 5, "do_sample": False}
+    theirs = use(model, "sdpa").generate(**call, **beams)
+    assert torch.equal(zoo(model, "longformer", window=LENGTH, cross="full").generate(**call, **beams), theirs)
+
+
+def test_an_encoder_decoder_that_says_nothing_is_refused() -> None:
+    config = transformers.MoonshineConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, encoder_num_hidden_layers=1, pad_token_id=0,
+        decoder_num_hidden_layers=1, encoder_num_attention_heads=4, decoder_num_attention_heads=4,
+    )  # fmt: skip
+    model = transformers.MoonshineForConditionalGeneration(config).double().eval()
+    sound, ids = torch.randn(2, 4000, dtype=torch.float64), some_ids()[:2]
+    close(
+        zoo(model, "full")(sound, decoder_input_ids=ids).logits, use(model, "sdpa")(sound, decoder_input_ids=ids).logits
+    )
+    with pytest.raises(Unsupported, match="nothing tells"):
+        zoo(model, "longformer", cross="full")(sound, decoder_input_ids=ids)
 
 
 @pytest.mark.parametrize("name", list(OPTIONS))
 def test_the_loss_falls(name: str) -> None:
     model = zoo(build("llama", dtype=torch.float32), name).train()
-    model.activation_checkpointing_enable()
+    checkpoint(model, use_reentrant=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     ids, losses = some_ids(), []
     for _ in range(12):
@@ -288,6 +436,43 @@ def test_the_loss_falls(name: str) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_checkpointing_changes_no_gradient(name: str, reentrant: bool) -> None:
+    model, mask = zoo(build("llama"), name).train(), padding("left")
+    logits, grads = run(model, mask)
+    checkpoint(model, use_reentrant=reentrant)
+    again, again_grads = run(model, mask)
+    close(again, logits)
+    assert len(again_grads) == len(grads)
+    for one, other in zip(again_grads, grads):
+        close(one, other)
+
+
+def test_their_trainer_trains(tmp_path: Path) -> None:
+    """Batches of mixed lengths, padded by their collator; the trained model is saved with its options."""
+    model = zoo(build("llama", dtype=torch.float32), "longformer", window=3)
+    rows = [{"input_ids": row[:length], "labels": row[:length]} for row, length in zip(some_ids(), (LENGTH, 9, 14))]
+
+    def collate(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        ids = nn.utils.rnn.pad_sequence([row["input_ids"] for row in batch], batch_first=True)
+        return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=25, per_device_train_batch_size=3, learning_rate=3e-3, report_to=[],
+        use_cpu=True, logging_steps=1, save_strategy="no", disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    trainer.save_model()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="zoo_longformer")
+    batch = collate(rows)
+    torch.testing.assert_close(again(**batch).loss, model.eval()(**batch).loss)
+    assert again.config.zoo_attention == {"window": 3}
 
 
 def test_half_precision_is_near_full() -> None:

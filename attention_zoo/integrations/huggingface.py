@@ -7,7 +7,8 @@
     model = AutoModelForCausalLM.from_pretrained(path, config=config, attn_implementation="zoo_longformer")
 
 or, for a model at hand, `model.set_attn_implementation("zoo_longformer")`. Any model that attends through transformers'
-attention interface will do. It keeps its projections, its position scheme, its cache and its `generate`; we decide
+attention interface will do; with others transformers warns and keeps their own (`model.config._attn_implementation`
+says which it is). A model keeps its projections, its position scheme, its cache and its `generate`; we decide
 which keys a query sees. Distances are those of columns, as in every mask of transformers, and positions start at a
 row's first token: padding may stand on either side or in holes, and whatever the cuts, cached generation equals one
 call. Sequences packed by `position_ids`, which transformers recognises where there is neither mask nor cache, are
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Tokens, Unsupported, one_of
 from attention_zoo.integrations.bare import at_columns, bare_pattern, refusal
-from attention_zoo.registry import available, options_of
+from attention_zoo.registry import available, options_of, recipe
 
 PREFIX = "zoo_"
 HARMLESS = frozenset(
@@ -178,7 +179,9 @@ def _read(
         known = known and torch.equal(sees(column[gap:], column[:-gap]), expected)
     if not known:
         raise ValueError("the model masks more than padding, documents, the future and a window; use sdpa or eager")
-    return document, EITHER if not bool(back.any()) else TWO_SIDED if two_sided else CAUSAL, reach
+    if not two_sided and not bool(back.any()):
+        return document, EITHER, -1  # a token sees itself alone: one column, or documents of one token
+    return document, TWO_SIDED if two_sided else CAUSAL, reach
 
 
 class _Layout(NamedTuple):
@@ -188,6 +191,7 @@ class _Layout(NamedTuple):
     start: int  # column of the first query
     causal: bool | None  # None: not to be told from the mask
     reach: int | None
+    alone: bool = False  # a token sees itself and nothing else, whatever the direction and the reach
 
 
 def _layout(mask: Tensor | None, key: Tensor) -> _Layout:
@@ -217,7 +221,9 @@ def _decode(mask: Tensor) -> _Layout:
     # a copy: views would hold the mask that holds them
     position, valid, is_global, document, length, asked = mask[:, 0, :6].clone().unbind(1)
     tokens = Tokens(position, valid.bool(), is_global.bool(), document, length)
-    return _Layout(tokens, int(asked[0].argmax()), directions[direction], None if reach < 0 else reach)
+    return _Layout(
+        tokens, int(asked[0].argmax()), directions[direction], None if reach < 0 else reach, direction == EITHER
+    )
 
 
 # --- the attention: once per layer -----------------------------------------------------------------------------------
@@ -241,7 +247,7 @@ def _interface(name: str) -> Callable[..., tuple[Tensor, None]]:
         """[B, H, L, D] x [B, K, S, D] -> [B, L, H, D], and no weights."""
         _check_call(name, dropout, others)
         layout = _layout(attention_mask, key)
-        if sliding_window is not None and (layout.reach is None or layout.reach + 1 != sliding_window):
+        if sliding_window is not None and layout.reach != sliding_window - 1 and not layout.alone:
             raise ValueError(f"sliding_window={sliding_window} is not what the mask says, a reach of {layout.reach}")
         causal = layout.causal
         if causal is None:
@@ -314,6 +320,11 @@ def _pattern(
     )  # fmt: skip
     if options.pop("cross", "same") == "full" and cross:
         return build("full", {})
+    if cross and not recipe(name)[0].declared.cross:
+        raise Unsupported(
+            PREFIX + name, "cross-attention", "the mechanism attends to its own tokens only",
+            f'{PREFIX}full, or "cross": "full" in zoo_attention',
+        )  # fmt: skip
     if reach is None:
         return build(name, options)
     build(name, options)  # what was asked for must be possible in itself, in every layer alike
