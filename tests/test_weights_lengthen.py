@@ -75,7 +75,7 @@ def test_it_trains_on_at_the_new_length_and_leaves_the_old_model_alone(tmp_path)
         assert all(p.grad is not None for name, p in long.named_parameters() if "nowhere" not in name)
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < losses[0] - 0.5, losses
     assert all(torch.equal(tensor, before[name]) for name, tensor in short.state_dict().items())
 
 

@@ -63,11 +63,19 @@ def convert(
 def open_model(source: str | Path) -> Transformer | EncoderDecoder:
     """A model from wherever it lies: a file of `zoo.save`, a folder with one, or a checkpoint as `convert` takes it."""
     path = Path(source).expanduser()
-    if path.is_file():
-        return load(path)
-    if path.is_dir() and not (path / "config.json").exists():
-        return load(path / "model.safetensors")
-    return convert(source)
+    return load(_file_in(path)) if is_ours(path) else convert(source)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether that is a file, or a folder without the config.json that checkpoints of transformers have."""
+    return path.is_file() or (path.is_dir() and not (path / "config.json").exists())
+
+
+def _file_in(path: Path) -> Path:
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.exists():
+        raise FileNotFoundError(f"{path}: holds neither config.json nor model.safetensors")
+    return file
 
 
 def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
