@@ -74,6 +74,10 @@ def encoder(
     for name in ("is_decoder", "add_cross_attention", "is_encoder_decoder"):
         settings.only(name, False, instead="a checkpoint of an encoder")
     settings.only("pruned_heads", {}, instead="a checkpoint that keeps all heads")
+    settings.only("directionality", "bidi", instead="a two-sided checkpoint")
+    settings.harmless(
+        "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"
+    )
     depth, dim = settings.number("num_hidden_layers", 12), settings.number("hidden_size", 768)
     act = activation(settings, "hidden_act", hidden_act)
     dropout = settings.number("hidden_dropout_prob", 0.1)

@@ -151,6 +151,7 @@ def _mistral(settings: Settings, tensors: Mapping[str, Tensor], head: str) -> Pl
 
 
 def _qwen2(settings: Settings, tensors: Mapping[str, Tensor], head: str) -> Plan:
+    settings.only("use_mrope", False, instead="a checkpoint of text alone")
     depth = settings.number("num_hidden_layers", 32)
     window = settings.given("sliding_window", 4096) if settings.get("use_sliding_window", False) else None
     settings.harmless("sliding_window")  # where it is not in use

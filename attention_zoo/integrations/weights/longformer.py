@@ -23,7 +23,8 @@ def _plan(settings: Settings, tensors: Mapping[str, Tensor], head: str) -> Plan:
         raise settings.unsupported("attention_window", windows, "one even number a layer is needed", f"{depth} of them")
     settings.only("attention_dilation", [1] * depth, instead="a checkpoint without dilation")
     settings.only("autoregressive", False, instead="a two-sided checkpoint")
-    settings.harmless("attention_mode", "ignore_attention_mask", "onnx_export")
+    settings.only("ignore_attention_mask", False, instead="a checkpoint that honours the mask")
+    settings.harmless("attention_mode", "onnx_export")
     attention = [{"name": "longformer", "window": window // 2, "global_projections": "separate"} for window in windows]
     plan = encoder(settings, tensors, head, attention=attention, prefix="longformer.", roberta=True)
     prefix = prefix_of(tensors, "longformer.")

@@ -12,8 +12,8 @@ from attention_zoo.contract import Unsupported
 
 HARMLESS = frozenset({
     # about the file
-    "_name_or_path", "_commit_hash", "architectures", "dtype", "model_type", "name_or_path", "tokenizer_class",
-    "torch_dtype", "transformers_version",
+    "_name_or_path", "_commit_hash", "_num_labels", "architectures", "dtype", "model_type", "name_or_path",
+    "tokenizer_class", "torch_dtype", "transformers_version",
     # about ids and labels
     "bos_token_id", "cls_token_id", "decoder_start_token_id", "eos_token_id", "finetuning_task", "id2label", "label2id",
     "mask_token_id", "num_labels", "pad_token_id", "problem_type", "sep_token_id", "task_specific_params",
