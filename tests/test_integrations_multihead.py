@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
 import pytest
@@ -134,6 +135,31 @@ def test_a_pattern_is_torch_under_the_mask_of_its_definition(name: str, causal: 
         close(one, other)
 
 
+@pytest.mark.parametrize("seed", range(16))
+def test_longformer_is_torch_under_a_mask_by_hand(seed: int) -> None:
+    """Random windows, lengths, holes and layouts; the window's edges are where a mask of one's own has them."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    length, window, first = rng.choice([1, 2, 17, 130, 257]), rng.choice([1, 2, 5, 16, 129]), rng.random() < 0.5
+    theirs, ours = pair("longformer", {"window": window}, batch_first=first)
+    for one, other in zip(theirs.parameters(), ours.parameters()):
+        other.data.copy_(nn.init.normal_(one, std=0.4))
+    x = data(B, length, E)
+    ignore = torch.rand(B, length) < rng.choice([0.0, 0.2, 0.6])
+    gap = torch.arange(length)[:, None] - torch.arange(length)
+    causal = rng.random() < 0.5
+    hidden = (gap.abs() > window) | (causal & (gap < 0)) | ignore[:, None, :]
+    sees = ~hidden.all(-1)
+    bias = torch.zeros(hidden.shape, dtype=torch.float64).masked_fill(hidden & sees[..., None], -torch.inf)
+    given = x if first else x.transpose(0, 1)
+    want = theirs(given, given, given, attn_mask=bias.repeat_interleave(H, 0), need_weights=False)[0]
+    got = ours(given, given, given, key_padding_mask=ignore, attn_mask=gap < 0 if causal and length > 1 else None)[0]
+    kept = sees & ~ignore if first else (sees & ~ignore).T
+    close(got[kept], want[kept])
+    for one, other in zip(grads(ours, got[kept], x), grads(theirs, want[kept], x)):
+        close(one, other)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", list(OPTIONS))
 def test_a_padded_row_is_the_row_alone(name: str, side: str) -> None:
@@ -180,11 +206,143 @@ def test_it_works_inside_a_torch_encoder(name: str) -> None:
     close(encoder(changed, mask=FUTURE, is_causal=True)[:, :9], causal[:, :9])
 
 
-def test_nested_tensors_are_refused() -> None:
-    ours = MultiheadAttention(E, H, batch_first=True, attention="longformer")
-    nested = torch.nested.nested_tensor([torch.ones(3, E), torch.ones(2, E)], layout=torch.jagged)
-    with pytest.raises(ValueError, match="enable_nested_tensor"):
-        ours(nested, nested, nested)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", ["longformer", "bigbird"])
+@pytest.mark.parametrize("built", ["with it", "before"])
+def test_no_fused_path_of_torch_goes_around_it(name: str, built: str) -> None:
+    """Padding, evaluation, no gradients, nested tensors as torch would have them: when it would go around."""
+
+    def ours() -> MultiheadAttention:
+        torch.manual_seed(7)
+        return MultiheadAttention(E, H, batch_first=True, attention=name, dtype=torch.float64, **OPTIONS[name])
+
+    layer = nn.TransformerEncoderLayer(E, H, 32, dropout=0.0, batch_first=True, dtype=torch.float64)
+    if built == "with it":
+        layer.self_attn = ours()
+        with pytest.warns(UserWarning, match="enable_nested_tensor is True, but"):
+            encoder = nn.TransformerEncoder(layer, 1)
+    else:
+        encoder = nn.TransformerEncoder(layer, 1)
+        encoder.layers[0].self_attn = ours()  # type: ignore[union-attr]
+    x, ignore = data(B, L, E), padding()
+    with torch.no_grad():
+        evaluated = encoder.eval()(x, src_key_padding_mask=ignore)
+    trained = encoder.train()(x, src_key_padding_mask=ignore)
+    close(evaluated[~ignore], trained[~ignore].detach())
+    full = ours()
+    full.attention, full.options = "full", {}
+    encoder.layers[0].self_attn = full  # type: ignore[union-attr]
+    assert (encoder(x, src_key_padding_mask=ignore)[~ignore] - trained[~ignore]).abs().max() > 1e-3
+
+
+def test_it_works_inside_a_torch_decoder() -> None:
+    """Self-attention is ours; attention to the memory stays torch's, or is ours with attention="full"."""
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(E, H, 32, dropout=0.0, batch_first=True, dtype=torch.float64)
+    x, memory, ignore = data(B, L, E), data(B, 9, E), padding()
+    rest: dict[str, Any] = {"tgt_mask": FUTURE, "tgt_is_causal": True, "memory_key_padding_mask": ignore[:, :9]}
+    want = layer(x, memory, **rest)
+    for part, options in (("self_attn", {"attention": "longformer", "window": L}), ("multihead_attn", {})):
+        mine = MultiheadAttention(E, H, batch_first=True, dtype=torch.float64, **options)
+        mine.load_state_dict(getattr(layer, part).state_dict())
+        setattr(layer, part, mine)
+    for module in (layer.train(), layer.eval()):
+        close(module(x, memory, **rest), want)
+
+
+def test_autocast_and_half_precision() -> None:
+    ours = MultiheadAttention(E, H, batch_first=True, attention="longformer", window=4)
+    x = torch.randn(B, L, E)
+    want = ours(x, x, x)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = ours(x, x, x)[0]
+    assert got.dtype == torch.bfloat16
+    got.float().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in ours.parameters())
+    halves = ours.bfloat16()(*[x.bfloat16()] * 3)[0]
+    for one in (got, halves):
+        assert (one.float() - want).abs().max() < 0.03 * want.abs().max()
+
+
+def test_a_mask_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it is changed in place; and is_causal spares the look."""
+    from attention_zoo.integrations import multihead
+
+    looks: list[tuple[int, ...]] = []
+    look = multihead._look
+    monkeypatch.setattr(multihead, "_look", lambda mask: (looks.append(mask.shape), look(mask))[1])
+    _, ours = pair("longformer", batch_first=True)
+    x, mask = data(B, L, E), FUTURE.clone()
+    ours(x, x, x, attn_mask=FUTURE.clone(), is_causal=True)
+    assert looks == []
+    first = ours(x, x, x, attn_mask=mask)[0]
+    close(ours(x, x, x, attn_mask=mask)[0], first)
+    assert len(looks) == 1
+    mask[5, 0] = True
+    with pytest.raises(Unsupported, match="attn_mask"):
+        ours(x, x, x, attn_mask=mask)
+    mask.zero_()
+    close(ours(x, x, x, attn_mask=mask)[0], ours(x, x, x)[0])
+    assert len(looks) == 3
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 257, 600])
+def test_the_look_at_a_mask_misses_no_cell(length: int) -> None:
+    from attention_zoo.integrations.multihead import _look
+
+    causal = torch.ones(length, length, dtype=torch.bool).triu(1)
+    for mask in (causal, causal.expand(2, -1, -1), torch.zeros(length, length).masked_fill(causal, -torch.inf)):
+        assert _look(mask) == (length > 1, True)
+    assert _look(torch.zeros_like(causal)) == (False, True)
+    for row, column in {(0, 0), (length - 1, 0), (length - 1, length - 1), (length // 2, length - 1)}:
+        for base in (causal, torch.zeros_like(causal)):
+            one = base.clone()
+            one[row, column] ^= True
+            assert _look(one) == ((False, False) if length > 2 else _look(one)), (row, column)
+        soft = torch.zeros(length, length)
+        soft[row, column] = 0.5
+        assert _look(soft) == (False, False)
+
+
+def test_it_compiles_around_the_kernels() -> None:
+    _, ours = pair("longformer", batch_first=True)
+    x = data(B, L, E)
+    layer = nn.Sequential(nn.Linear(E, E, dtype=torch.float64))
+
+    def model(x: Tensor) -> Tensor:
+        y = layer(x)
+        return ours(y, y, y, is_causal=True)[0] + y
+
+    with torch.no_grad():
+        close(torch.compile(model, backend="eager")(x), model(x))
+
+
+def test_the_same_tokens_by_another_name() -> None:
+    """Views of the same memory are self-attention; a copy may be anything, and is refused."""
+    _, ours = pair("longformer")
+    x = data(B, L, E)
+    y = ours(x.transpose(0, 1), x.transpose(0, 1), x.transpose(0, 1))[0]
+    close(y, ours(*[x.transpose(0, 1)] * 3)[0])
+    with pytest.raises(Unsupported, match="not the query"):
+        ours(x, x.clone(), x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_are_rows_of_their_own(layout: torch.layout) -> None:
+    _, ours = pair("longformer", batch_first=True)
+    rows = [data(3, E), data(11, E), data(1, E)]
+    nested = torch.nested.as_nested_tensor(rows, layout=layout)
+    for causal in (False, True):
+        out = ours(nested, nested, nested, is_causal=causal)[0]
+        assert out.layout == layout
+        for one, row in zip(out.unbind(), rows):
+            close(one, ours(row, row, row, is_causal=causal)[0])
+    with pytest.raises(ValueError, match="at once"):
+        ours(nested, nested, nested + 1)
+    _, full = pair("full", batch_first=True)
+    with pytest.raises(ValueError, match="need_weights"):
+        full(nested, nested, nested)
 
 
 def test_what_full_leaves_to_torch() -> None:
@@ -209,6 +367,8 @@ def test_what_full_leaves_to_torch() -> None:
     [
         ({"need_weights": True}, "need_weights"),
         ({"attn_mask": FUTURE.tril(3)}, "attn_mask"),
+        ({"attn_mask": FUTURE[:-1, :-1]}, "attn_mask must be"),
+        ({"attn_mask": FUTURE[:, :-1], "is_causal": True}, "attn_mask must be"),
         ({"attn_mask": torch.rand(L, L, dtype=torch.float64)}, "attn_mask"),
         ({"attn_mask": ~FUTURE}, "attn_mask"),
         ({"key_padding_mask": torch.rand(B, L, dtype=torch.float64)}, "key_padding_mask"),

@@ -109,9 +109,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             is_causal: causal attention; attn_mask may then be left out, and is not looked at.
         """
         if query.is_nested:
-            raise ValueError(
-                "query must be no nested tensor; build nn.TransformerEncoder with enable_nested_tensor=False"
-            )
+            if not (query is key is value) or key_padding_mask is not None or not self.batch_first:
+                raise ValueError("nested tensors must be query, key and value at once, with batch_first and no padding")
+            return self._nested(query, need_weights, attn_mask, average_attn_weights, is_causal), None
         weighed = self.attention == "full" if need_weights is None else need_weights
         itself = query is key or query.is_set_to(key)
         self._check_shape(attn_mask, query, key)
@@ -127,6 +127,17 @@ class MultiheadAttention(nn.MultiheadAttention):
             query, key, value, key_padding_mask, weighed, attn_mask, average_attn_weights, is_causal
         )
         return out, weights
+
+    def _nested(self, query: Tensor, *rest: Any) -> Tensor:
+        """Rows of their own lengths, as nn.TransformerEncoder makes of padding in evaluation."""
+        rows = query.unbind()
+        padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows], device=padded.device)
+        padding = torch.arange(padded.shape[1], device=padded.device) >= lengths[:, None]
+        out, weights = self(padded, padded, padded, padding, *rest)
+        if weights is not None:
+            raise ValueError("need_weights must be False with nested tensors")
+        return torch.nested.as_nested_tensor([row[:n] for row, n in zip(out, lengths.tolist())], layout=query.layout)
 
     def _cells(self, query: Tensor, key: Tensor) -> tuple[int, int]:
         axis = 1 if self.batch_first and query.ndim == 3 else 0
