@@ -6,11 +6,15 @@ Drawn at E^-1/2 and scaled by √E when read (Vaswani et al. 2017, §3.4), so th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import at_least
+from attention_zoo.contract import at_least, known_options
+from attention_zoo.model.adaptive import AdaptiveEmbedding
 from attention_zoo.model.block import Named, build_norm
 
 
@@ -71,3 +75,14 @@ class TokenEmbedding(nn.Embedding):
         if self.norm is not None:
             x = self.norm(x)
         return self.dropout(x)
+
+
+def build_embedding(
+    options: Mapping[str, Any], *, vocab: int, dim: int, norm: Named
+) -> TokenEmbedding | AdaptiveEmbedding:
+    """With an option `cutoffs` an `AdaptiveEmbedding`, else a `TokenEmbedding`; `options` are its own."""
+    if "cutoffs" in options:
+        known_options("embedding with cutoffs", options, AdaptiveEmbedding.options)
+        return AdaptiveEmbedding(vocab=vocab, dim=dim, **options)
+    known_options("embedding", options, TokenEmbedding.options)
+    return TokenEmbedding(vocab=vocab, dim=dim, norm=norm, **options)

@@ -32,8 +32,8 @@ class EncoderDecoder(nn.Module):
             raise ValueError("encoder must be built with causal=False, head=hidden and cross=False")
         if not decoder.causal or not decoder.cross:
             raise ValueError("decoder must be built with causal=True and cross=True")
-        if encoder.dim != decoder.dim:
-            raise ValueError(f"encoder and decoder must have the same dim, got {encoder.dim} and {decoder.dim}")
+        if encoder.width != decoder.dim:
+            raise ValueError(f"encoder and decoder must have the same dim, got {encoder.width} and {decoder.dim}")
         self.encoder, self.decoder = encoder, decoder
         self.config = {"encoder": encoder.config, "decoder": decoder.config}
         self.vocab, self.dim = decoder.vocab, decoder.dim

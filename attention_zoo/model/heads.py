@@ -7,7 +7,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from attention_zoo.contract import at_least, known_options, named, one_of
+from attention_zoo.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from attention_zoo.model.block import Named, build_norm
+from attention_zoo.model.embedding import TokenEmbedding
 from attention_zoo.model.feed_forward import ACTIVATIONS
 
 HEADS = ("lm", "tokens", "classify", "hidden")
@@ -19,6 +21,7 @@ class LanguageModel(nn.Module):
 
     Args:
         embedding: of the input tokens.
+        dim: width of the hidden states.
         tied: whether its table is the output matrix too.
         bias: whether each token of the vocabulary has one.
         transform: an activation: a layer of that kind, E -> E, and a norm come first (BERT's head). Default none.
@@ -29,17 +32,19 @@ class LanguageModel(nn.Module):
 
     def __init__(
         self,
-        embedding: nn.Embedding,
+        embedding: TokenEmbedding,
         *,
+        dim: int,
         tied: bool,
         bias: bool = False,
         transform: str | None = None,
         norm: Named = "layer",
     ):
         super().__init__()
-        self.weight = embedding.weight if tied else nn.Parameter(embedding.weight.detach().clone().normal_(std=0.02))
-        self.bias = nn.Parameter(torch.zeros(embedding.num_embeddings)) if bias else None
-        self.transform = None if transform is None else _Transform(embedding.embedding_dim, transform, norm)
+        vocab = embedding.num_embeddings
+        self.weight = embedding.weight if tied else nn.Parameter(torch.empty(vocab, dim).normal_(std=0.02))
+        self.bias = nn.Parameter(torch.zeros(vocab)) if bias else None
+        self.transform = None if transform is None else _Transform(dim, transform, norm)
 
     def forward(self, hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B L V"]:
         if self.transform is not None:
@@ -105,30 +110,41 @@ class Hidden(nn.Module):
 
 def build_head(
     head: Named,
-    embedding: nn.Embedding,
+    embedding: TokenEmbedding | AdaptiveEmbedding,
     *,
+    dim: int,
     classes: int | None,
     pooling: str,
     causal: bool,
     tied: bool,
     norm: Named = "layer",
 ) -> nn.Module:
-    """One of `HEADS`; "lm" has options, see `LanguageModel`.
+    """One of `HEADS`; "lm" has options, see `LanguageModel`, or `AdaptiveSoftmax` where the embedding is adaptive.
+
+    Args:
+        dim: width of the hidden states.
 
     Raises:
         ValueError: for an unknown word or option, or classes missing or without use.
     """
     head, options = named("head", head)
     one_of(HEADS, head=head)
-    known_options(f"head={head}", options, LanguageModel.options if head == "lm" else ())
+    known = (AdaptiveSoftmax if isinstance(embedding, AdaptiveEmbedding) else LanguageModel).options
+    known_options(f"head={head}", options, known if head == "lm" else ())
     one_of(POOLINGS, pooling=pooling)
     if (head in ("tokens", "classify")) != (classes is not None):
         raise ValueError(f"classes belongs to head=tokens and head=classify, got classes={classes} with head={head}")
     if classes is not None:
         at_least(1, classes=classes)
-    dim = embedding.embedding_dim
+    if head == "lm" and isinstance(embedding, AdaptiveEmbedding):
+        return AdaptiveSoftmax(embedding, tied=tied, **options)
     if head == "lm":
-        return LanguageModel(embedding, tied=tied, norm=norm, **options)
+        assert isinstance(embedding, TokenEmbedding)
+        if tied and dim != embedding.embedding_dim:
+            raise ValueError(
+                f"tied=True needs hidden states as wide as embeddings, {embedding.embedding_dim}, got {dim}"
+            )
+        return LanguageModel(embedding, dim=dim, tied=tied, norm=norm, **options)
     if head == "hidden":
         return Hidden()
     assert classes is not None

@@ -2,10 +2,10 @@
 
     (a, b) -> (b, a + f(b))     for every branch f in turn; start (x, x), result (a + b) / 2
 
-As in Kitaev et al. 2020, §3, but the streams end in their mean instead of side by side, so that heads and parameter
-counts are those of the plain stack. Activations are O(1) in depth: backward undoes one branch at a time and runs it
-again. What cannot be recomputed exactly is kept on a tape: the random number generators' states (dropout draws the
-same mask) and each layer's `choices` (LSH buckets would flip under rounding).
+As in Kitaev et al. 2020, §3, but the streams end in their mean, so that heads and parameter counts are those of the
+plain stack; `end="both"` leaves them side by side, as the released code does. Activations are O(1) in depth: backward
+undoes one branch at a time and runs it again. What cannot be recomputed exactly is kept on a tape: the random number
+generators' states (dropout draws the same mask) and each layer's `choices` (LSH buckets would flip under rounding).
 
 - Streams are restored up to rounding, which adds up over depth: keep them in float32 (autocast does).
 - Gradients reach the input, parameters, auxiliary losses and `source`, but no incoming state: it counts as constant.
@@ -14,7 +14,7 @@ same mask) and each layer's `choices` (LSH buckets would flip under rounding).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attention_zoo.contract import Output, Source, Tokens, add_losses
-from attention_zoo.model.block import Branch, Stack
+from attention_zoo.model.block import Block, Branch, Stack
 from attention_zoo.ops.function import once
 
 
@@ -35,8 +35,11 @@ class ReversibleStack(Stack):
 
     recompute = True
 
-    def __init__(self, blocks):
+    def __init__(self, blocks: Sequence[Block], *, end: bool | str = True):
         super().__init__(blocks)
+        if end not in (True, "both"):
+            raise ValueError(f"reversible must be false, true or both, got {end!r}")
+        self.end = end
         if not all(branch.pre_norm for branch in self.branches):
             raise ValueError("reversible=True needs pre_norm=True: a norm after the addition cannot be undone")
 
@@ -66,7 +69,8 @@ class ReversibleStack(Stack):
             a, b = _run(call, record, x, x, hidden)
             named = record.losses
         new = None if state is None else self._nested(record.states)
-        return Output((a + b) / 2, new, named, self._nested(record.choices))
+        hidden = torch.cat([a, b], -1) if self.end == "both" else (a + b) / 2
+        return Output(hidden, new, named, self._nested(record.choices))
 
     def _nested(self, flat: list[Any]) -> tuple[Any, ...]:
         """One entry a branch -> a tuple of tuples, as blocks hold them."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from attention_zoo import registry
 from attention_zoo.contract import Source, Tokens, Unsupported, at_least, check_tokens, known_options, named
 from attention_zoo.model.block import Block, Named, Stack, build_norm
-from attention_zoo.model.embedding import TokenEmbedding
+from attention_zoo.model.embedding import build_embedding
 from attention_zoo.model.global_tokens import ExtraGlobalTokens
 from attention_zoo.model.heads import build_head
 from attention_zoo.model.mechanisms import entries, layers
@@ -36,7 +36,7 @@ class ModelOutput(NamedTuple):
 
     Fields:
         logits: [B, L, V] (lm), [B, L, C] (tokens), [B, C] (classify) or None (hidden).
-        hidden: [B, L, E], after the last norm; finite at padding.
+        hidden: [B, L, E], after the last norm; finite at padding. 2E wide with `reversible="both"`.
         state: None in, None out.
         losses: auxiliary losses by name, weighted already.
     """
@@ -70,9 +70,12 @@ class Transformer(nn.Module):
         ff_chunks: pieces along the length in which it runs; more save memory.
         short_conv: taps of a short causal convolution before each attention; 0: none.
         output_dropout: probability to drop a channel of what a branch adds.
-        embedding: options of `TokenEmbedding`: scale, types, normed, dropout.
+        embedding: options of `TokenEmbedding`: scale, types, normed, dropout; or, with cutoffs, of `AdaptiveEmbedding`:
+            divide, width, scale, dropout.
         tied: whether the lm head's matrix is the embedding table.
-        reversible: activations O(1) in depth, at the price of a second forward.
+        reversible: activations O(1) in depth, at the price of a second forward. True: the two streams end in their
+            mean; "both": side by side, so that last norm and head are twice as wide (Reformer).
+        last_norm: whether a pre-norm stack ends with a norm.
         max_length: number of positions that learned and axial tables hold.
         seed: layer i gets seed + i: of all randomness outside of training. Weights come from torch's default generator.
         origin: of converted weights: where they come from, as plain facts that stay with the model. One has a meaning:
@@ -106,7 +109,8 @@ class Transformer(nn.Module):
         output_dropout: float = 0.0,
         embedding: Mapping[str, Any] | None = None,
         tied: bool = True,
-        reversible: bool = False,
+        reversible: bool | str = False,
+        last_norm: bool = True,
         max_length: int = 4096,
         seed: int = 0,
         origin: Mapping[str, Any] | None = None,
@@ -134,14 +138,14 @@ class Transformer(nn.Module):
             )
             for layer in mechanisms
         ]
-        known_options("embedding", embedding or {}, TokenEmbedding.options)
-        self.embedding = TokenEmbedding(vocab=vocab, dim=dim, norm=norm, **(embedding or {}))
+        self.embedding = build_embedding(embedding or {}, vocab=vocab, dim=dim, norm=norm)
         self.positions = self._build_positions(positions, max_length)
         self.extra = ExtraGlobalTokens.asked_for(mechanisms, dim)
-        self.stack = (ReversibleStack if reversible else Stack)(blocks)
-        self.norm = build_norm(norm, dim) if pre_norm else nn.Identity()
+        self.stack = ReversibleStack(blocks, end=reversible) if reversible else Stack(blocks)
+        self.width = 2 * dim if reversible == "both" else dim
+        self.norm = build_norm(norm, self.width) if pre_norm and last_norm else nn.Identity()
         self.head = build_head(
-            head, self.embedding, classes=classes, pooling=pooling, causal=causal, tied=tied, norm=norm
+            head, self.embedding, dim=self.width, classes=classes, pooling=pooling, causal=causal, tied=tied, norm=norm
         )
         self.head_name, _ = named("head", head)
 

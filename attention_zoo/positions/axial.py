@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from attention_zoo.contract import at_least
 from attention_zoo.positions.learned import check_end
 
 
@@ -22,20 +23,35 @@ class Axial(nn.Module):
     Args:
         dim: model width E.
         max_length: number of positions; a later one is refused.
+        columns: of the grid; default √max_length.
+        row_width: channels that come from the row's vector; default E/2.
+        scale: factor on what is read; default √E.
     """
 
-    options: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[str, ...]] = ("columns", "row_width", "scale")
 
-    def __init__(self, *, dim: int, max_length: int):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        max_length: int,
+        columns: int | None = None,
+        row_width: int | None = None,
+        scale: float | None = None,
+    ):
         super().__init__()
-        self.dim, self.max_length = dim, max_length
-        self.columns = math.isqrt(max_length - 1) + 1
-        self.row = nn.Embedding(-(-max_length // self.columns), dim // 2)
-        self.column = nn.Embedding(self.columns, dim - dim // 2)
+        self.max_length, self.scale = max_length, dim**0.5 if scale is None else scale
+        self.columns = math.isqrt(max_length - 1) + 1 if columns is None else columns
+        row_width = dim // 2 if row_width is None else row_width
+        at_least(1, columns=self.columns)
+        if not 0 <= row_width <= dim:
+            raise ValueError(f"row_width must be between 0 and dim={dim}, got {row_width}")
+        self.row = nn.Embedding(-(-max_length // self.columns), row_width)
+        self.column = nn.Embedding(self.columns, dim - row_width)
         for table in (self.row, self.column):
             nn.init.normal_(table.weight, std=dim**-0.5)
 
     def forward(self, position: Int[Tensor, "B L"]) -> Float[Tensor, "B L E"]:
         check_end("axial", position, self.max_length)
         row, column = self.row(position // self.columns), self.column(position % self.columns)
-        return torch.cat([row, column], -1) * self.dim**0.5
+        return torch.cat([row, column], -1) * self.scale

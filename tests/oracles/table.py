@@ -7,9 +7,28 @@ from typing import NamedTuple
 
 import torch
 
-from . import bigbird, longformer, reformer, reversible, torch_modules, transformer_xl, transformer_xl_formulas
+from . import (
+    bigbird,
+    longformer,
+    reformer,
+    reversible,
+    torch_modules,
+    transformer_xl,
+    transformer_xl_formulas,
+    transformer_xl_recorded,
+)
 from .case import USUAL, Bounds, Case, Errors
 
+MODULES = (
+    torch_modules,
+    reversible,
+    longformer,
+    bigbird,
+    reformer,
+    transformer_xl,
+    transformer_xl_formulas,
+    transformer_xl_recorded,
+)
 DTYPES = (torch.float32, torch.float64)
 HEAD = """\
 # Against code that is not ours
@@ -41,7 +60,7 @@ class Row(NamedTuple):
 
 
 def all_cases() -> Iterator[Case]:
-    for module in (torch_modules, reversible, longformer, bigbird, reformer, transformer_xl, transformer_xl_formulas):
+    for module in MODULES:
         yield from module.cases()
 
 

@@ -1,0 +1,1 @@
+"""Numbers of real TransfoXL models: dump.py makes them where transformers still runs these, `models/` keeps some."""
