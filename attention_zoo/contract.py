@@ -335,6 +335,10 @@ class Attention(Layer):
         """
         return None
 
+    def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Any) -> Any:
+        """The state after a call, without the call's output: a step at a long context can be had without attending."""
+        return self(x, tokens, state=state).state
+
     def enter(self, x: Tensor, tokens: Tokens | None, state: Any, source: Source | None) -> tuple[Tensor, Tokens]:
         """Check one call and zero the padding, so that not even NaN spreads from it."""
         if x.ndim != 3 or x.shape[-1] != self.dim:

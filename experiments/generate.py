@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 import attention_zoo as zoo
-from attention_zoo.model.generate import generate
+from attention_zoo.model.generate import stream
 
 
 def main() -> None:
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=0, help="draw among the k most likely; 0: all")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw among those that reach p together")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prefill-chunk", type=int, default=None, help="tokens of the prompt read at once")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     path = given.model / "model.safetensors" if given.model.is_dir() else given.model
@@ -36,7 +38,7 @@ def main() -> None:
             raise ValueError(f"{path}: generate writes bytes and needs a model over them (task=text)")
         ids = torch.tensor([list(prompt)], device=given.device)
         greedy = given.temperature == 0
-        written = generate(
+        tokens = stream(
             model,
             ids,
             steps=given.steps,
@@ -46,10 +48,20 @@ def main() -> None:
             top_p=1.0 if greedy else given.top_p,
             seed=given.seed,
             cached=model.carries,
+            prefill_chunk=given.prefill_chunk,
         )
+        start = time.perf_counter()
+        text = [int(next(tokens))]
+        first = time.perf_counter()
+        text += [int(token) for token in tokens]
+        end = time.perf_counter()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print((prompt + bytes(written[0].tolist())).decode(errors="replace"))
+    print((prompt + bytes(text)).decode(errors="replace"))
+    report = f"prefill: {len(prompt):,} tokens, {len(prompt) / (first - start):,.0f} tokens/s"
+    if len(text) > 1:
+        report += f"; decode: {len(text) - 1:,} tokens, {(len(text) - 1) / (end - first):,.1f} tokens/s"
+    print(report, file=sys.stderr)
 
 
 if __name__ == "__main__":

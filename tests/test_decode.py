@@ -12,7 +12,7 @@ from torch import Tensor
 import attention_zoo as zoo
 from attention_zoo import Tokens
 from attention_zoo.model.state import detach, reorder
-from attention_zoo.testing.case import Case, close, piece, run
+from attention_zoo.testing.case import Case, close, piece, ragged, run
 
 CARRYING = [name for name in zoo.available() if Case.of(name).can.carry == "prefix"]
 CONSTANT = [name for name in CARRYING if Case.of(name).can.state == "constant"]
@@ -117,3 +117,15 @@ def test_nothing_that_a_graph_needs_is_overwritten():
     out.hidden.square().sum().backward()
     assert x.grad is not None
     assert x.grad[:, 4:8].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", CARRYING)
+def test_what_is_remembered_is_what_a_call_leaves(name):
+    case = Case.of(name)
+    layer, x, tokens = case.build(causal=True), case.data(3, 40), Tokens.of(ragged(40, [40, 21, 9], "left"))
+    state = layer.initial_state(3)
+    for start, stop in ((0, 13), (13, 30)):
+        with torch.no_grad():
+            state = layer.remember(x[:, start:stop], piece(tokens, start, stop), state=state)
+    found = run(layer, x[:, 30:], piece(tokens, 30, 40), state=state).hidden
+    close(found, run(layer, x, tokens).hidden[:, 30:], name)

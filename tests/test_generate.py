@@ -7,7 +7,7 @@ import torch
 from small_models import CARRYING, CAUSAL, PREFIX, TWO_SIDED, VOCAB, entry, far, in_pieces, ragged, small, some_ids
 
 from attention_zoo import EncoderDecoder, Source, Tokens, Transformer, generate
-from attention_zoo.model.generate import draw, narrow
+from attention_zoo.model.generate import draw, narrow, stream
 
 
 def depth_of(name: str) -> int:
@@ -43,6 +43,28 @@ def test_ragged_prompts_are_written_on_as_if_alone(name, side, cached):
     written = generate(model, torch.where(valid, ids, 3), steps=8, valid=valid, greedy=True, cached=cached)
     for row in range(3):
         assert written[row].tolist() == by_hand(model, ids[row, valid[row]], 8)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", PREFIX)
+def test_prompts_may_be_read_in_chunks(name, side):
+    """Also where a chunk is nothing but padding in some rows, or in all."""
+    model = small(name, short_conv=3)
+    valid, ids = ragged(21, [17, 5, 1], side), some_ids(length=21)
+    whole = generate(model, ids, steps=8, valid=valid, greedy=True, prefill_chunk=21)
+    for chunk in (1, 3, 8, 40):
+        assert torch.equal(generate(model, ids, steps=8, valid=valid, greedy=True, prefill_chunk=chunk), whole)
+    assert torch.equal(torch.stack(list(stream(model, ids, steps=8, valid=valid, greedy=True)), 1), whole)
+
+
+def test_the_last_logits_are_those_of_the_last_valid_token():
+    model, ids = small("full"), some_ids(length=9)
+    tokens = Tokens.of(ragged(9, [9, 5, 1], "right"))
+    whole = model(ids, tokens).logits
+    assert far(model(ids, tokens, last_only=True).logits[:, 0], whole[[0, 1, 2], [8, 4, 0]]) < 1e-12
+    assert far(model(ids, last_only=True).logits, model(ids).logits[:, -1:]) < 1e-12
+    with pytest.raises(ValueError, match="last_only needs a head that answers for each token, got head=classify"):
+        small("full", head="classify", classes=2)(ids, last_only=True)
 
 
 def test_hybrid_stacks_and_extra_global_tokens():
@@ -131,6 +153,7 @@ def test_the_model_is_left_as_it_was():
     ({"top_k": -1}, "top_k must be a number of tokens, 0 for all, got -1"),
     ({"top_p": 0.0}, "top_p must be a probability above 0, got 0.0"),
     ({"top_p": 1.5}, "top_p must be a probability above 0, got 1.5"),
+    ({"prefill_chunk": 0}, "prefill_chunk must be an integer of at least 1, got 0"),
     ({"greedy": True, "top_k": 3}, "greedy=True takes no temperature"),
     ({"valid": torch.zeros(2, 3, dtype=torch.bool)}, "at least one token of every prompt"),
 ], ids=str)  # fmt: skip

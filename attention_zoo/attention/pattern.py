@@ -212,10 +212,18 @@ class PatternAttention(Attention):
             new: Cache | None = cache
         else:
             q = self.scheme.rotate(q, tokens.position)
-            k = self.scheme.rotate(self._heads(self.to_k(x)), tokens.position)
-            out, new = self._attend_own(x, tokens, q, k, self._heads(self.to_v(x)), state)
+            out, new = self._attend_own(x, tokens, q, *self._own_keys(x, tokens), state)
         hidden = self.to_out(rearrange(out, "b h l d -> b l (h d)"))
         return Output(hidden, None if state is None else new, self.losses())
+
+    def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Cache) -> Cache:
+        """See `Attention`: keys and values alone."""
+        x, tokens = self.enter(x, tokens, state, None)
+        tokens = self.mark(tokens)
+        return self._keep(self._append(state, tokens, *self._own_keys(x, tokens)), x.shape[1])
+
+    def _own_keys(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        return self.scheme.rotate(self._heads(self.to_k(x)), tokens.position), self._heads(self.to_v(x))
 
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "b l (h d) -> b h l d", d=self.head_width)

@@ -165,16 +165,25 @@ class TransformerXL(Attention):
             raise Unsupported(self.name, "choices", "it makes no discrete decisions", "choices=None")
         self._check_lengths()
         x, tokens = self.enter(x, tokens, state, source)
-        held = self._begun(state, x, tokens) if self.starts_blank else state
-        columns = Columns.of(tokens, x) if held is None else held.append(tokens, x, live=self._live, most=self._most)
+        columns = self._append(x, tokens, state)
         hidden = columns.held[0].to(x.dtype)
         layout = self._layout(columns.tokens, x.shape[1])
         out = self._absorbed(x, hidden, layout) if self._is_absorbed(x) else self._chunked(x, hidden, layout)
         out = self.to_out(rearrange(out, "b h l d -> b l (h d)"))
-        if state is None:
-            return Output(out)
+        return Output(out, None if state is None else self._keep(columns, x.shape[1]))
+
+    def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Columns) -> Columns:
+        """See `Attention`: hidden states as they come."""
+        x, tokens = self.enter(x, tokens, state, None)
+        return self._keep(self._append(x, tokens, state), x.shape[1])
+
+    def _append(self, x: Tensor, tokens: Tokens, state: Columns | None) -> Columns:
+        held = self._begun(state, x, tokens) if self.starts_blank else state
+        return Columns.of(tokens, x) if held is None else held.append(tokens, x, live=self._live, most=self._most)
+
+    def _keep(self, columns: Columns, added: int) -> Columns:
         columns = columns._replace(buffers=(columns.buffers[0].detach(),))
-        return Output(out, columns.settle(x.shape[1], live=self._live, most=self._most))
+        return columns.settle(added, live=self._live, most=self._most)
 
     def _begun(self, state: Columns | None, x: Tensor, tokens: Tokens) -> Columns:
         """The state, with blank hidden states at the M positions before 0 where it is empty yet."""

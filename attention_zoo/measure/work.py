@@ -15,9 +15,13 @@ from torch import Tensor
 
 from attention_zoo.contract import Attention, Tokens, Unsupported
 from attention_zoo.measure.core import Core, Shape, core_of
+from attention_zoo.model.state import reserve
 
 Variant = Literal["layer", "core"]
 Phase = Literal["forward", "forward_backward", "train_step", "prefill", "decode"]
+
+PIECE, AHEAD = 8192, 1024
+"""Tokens by which the context of a decoding step is built, and steps for which a growing cache has room."""
 
 
 @dataclass
@@ -129,7 +133,7 @@ def _with_state(layer: Attention, x: Tensor, phase: str) -> Work:
             _without_gradients(prefill), length, lambda: left.update(state=None), lambda: left["state"],
             held=lambda: [x, *layer.parameters()],
         )  # fmt: skip
-    _without_gradients(prefill)()
+    left["state"] = _context(layer, x)
     step = torch.randn_like(x[:, :1])
     one = torch.ones(batch, 1, dtype=torch.bool, device=x.device)
 
@@ -138,12 +142,23 @@ def _with_state(layer: Attention, x: Tensor, phase: str) -> Work:
         left["next"] += 1
 
     def decode() -> Any:
-        # Each step goes on from the last: a state that was written in place must not be used again.
+        # each step goes on from the last: an older state would have to be copied
         out = layer(step, left["tokens"], state=left["state"])
         left["state"] = out.state
         return out
 
     return Work(_without_gradients(decode), 1, before, lambda: left["state"], held=lambda: [step, *layer.parameters()])
+
+
+@torch.no_grad()
+def _context(layer: Attention, x: Tensor) -> Any:
+    """The state of a layer that has read x: what a step goes on from, without attending to all of it before."""
+    state = reserve(layer.initial_state(len(x)), x.shape[1] + AHEAD)
+    for start in range(0, x.shape[1], PIECE):
+        piece = x[:, start : start + PIECE]
+        valid = torch.ones(piece.shape[:2], dtype=torch.bool, device=x.device)
+        state = layer.remember(piece, Tokens.of(valid, start=start), state=state)
+    return state
 
 
 def core_work(core: Core, *, backward: bool) -> Work:

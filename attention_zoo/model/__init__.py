@@ -1,13 +1,13 @@
 """The skeleton: blocks, stacks, heads, generation, saved models."""
 
 from attention_zoo.model.encoder_decoder import EncoderDecoder
-from attention_zoo.model.generate import generate
+from attention_zoo.model.generate import generate, stream
 from attention_zoo.model.parameters import parameter_count, unequal
 from attention_zoo.model.saved import load, save
-from attention_zoo.model.state import Running, detach, reorder, state_bytes
+from attention_zoo.model.state import Running, detach, reorder, reserve, state_bytes
 from attention_zoo.model.transformer import ModelOutput, Transformer
 
 __all__ = [
     "EncoderDecoder", "ModelOutput", "Running", "Transformer", "detach", "generate", "load", "parameter_count",
-    "reorder", "save", "state_bytes", "unequal",
+    "reorder", "reserve", "save", "state_bytes", "stream", "unequal",
 ]  # fmt: skip

@@ -66,15 +66,16 @@ class EncoderDecoder(nn.Module):
         state: Running | None = None,
         source: Int[Tensor, "B S"] | tuple[Tensor, Tokens] | Source | None = None,
         fresh: Bool[Tensor, " B"] | None = None,
+        last_only: bool = False,
     ) -> ModelOutput:
         """Run one call of the decoder.
 
         Args:
-            ids, tokens, state, fresh: see `Transformer.forward`.
+            ids, tokens, state, fresh, last_only: see `Transformer.forward`.
             source: ids, (ids, tokens), or what `encode` gave; with a state only in the first call.
         """
         losses: dict[str, Tensor] = {}
         if source is not None and not isinstance(source, Source):
             source, losses = self.encode(*source) if isinstance(source, tuple) else self.encode(source)
-        out = self.decoder(ids, tokens, state=state, source=source, fresh=fresh)
+        out = self.decoder(ids, tokens, state=state, source=source, fresh=fresh, last_only=last_only)
         return out._replace(losses=add_losses(losses, out.losses))

@@ -1,10 +1,12 @@
 """Write on from a prompt: greedily, or by sampling with temperature, top-k (Fan et al. 2018) and top-p (Holtzman 2020).
 
-The cache is the model's own state, hence as small as its mechanisms allow.
+The prompt is read in chunks (prefill), then one token at a time (decoding). The cache is the model's own state, hence
+as small as its mechanisms allow; caches that grow are made for the whole text at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -13,11 +15,24 @@ from torch import Tensor
 
 from attention_zoo.contract import Tokens, at_least
 from attention_zoo.model.encoder_decoder import EncoderDecoder
+from attention_zoo.model.state import reserve
 from attention_zoo.model.transformer import Transformer
+
+CHUNK = 4096
+"""Tokens of a prompt that are read at once."""
+
+
+def generate(model: Transformer | EncoderDecoder, ids: Int[Tensor, "B L"], **options: Any) -> Int[Tensor, "B n"]:
+    """New tokens, without the prompt. See `stream` for the arguments.
+
+    Returns:
+        [B, n]; n is steps, or less once all rows have ended.
+    """
+    return torch.stack(list(stream(model, ids, **options)), 1)
 
 
 @torch.no_grad()
-def generate(
+def stream(
     model: Transformer | EncoderDecoder,
     ids: Int[Tensor, "B L"],
     *,
@@ -31,8 +46,9 @@ def generate(
     seed: int = 0,
     source: Any = None,
     cached: bool = True,
-) -> Int[Tensor, "B n"]:
-    """New tokens, without the prompt.
+    prefill_chunk: int | None = None,
+) -> Iterator[Int[Tensor, " B"]]:
+    """New tokens one after the other, as they are made.
 
     Args:
         model: with an lm head; it is in evaluation mode meanwhile.
@@ -47,9 +63,11 @@ def generate(
         seed: of the draws.
         source: for cross-attention, as the model takes it.
         cached: False reads the whole prefix again at each step, which any model can: slow, and nothing is kept.
+        prefill_chunk: tokens of the prompt that are read at once: fewer need less memory. Default `CHUNK`, or the whole
+            prompt where a layer is not strictly causal (LSH), whose chunks would hash by their own lengths.
 
-    Returns:
-        [B, n]; n is steps, or less once all rows have ended.
+    Yields:
+        [B], a token for each row.
 
     Raises:
         ValueError: for an option outside its rule, or a row without a valid token.
@@ -57,6 +75,8 @@ def generate(
     """
     at_least(1, steps=steps)
     _check(model, greedy, temperature, top_k, top_p)
+    if prefill_chunk is not None:
+        at_least(1, prefill_chunk=prefill_chunk)
     if valid is None:
         valid = torch.ones_like(ids, dtype=torch.bool)
     if not bool(valid.any(1).all()):
@@ -65,35 +85,52 @@ def generate(
     training = model.training
     model.eval()
     try:
-        return _write(model, ids, valid, steps, eos, source, cached, lambda logits: (
-            logits.argmax(-1) if greedy else draw(logits, temperature, top_k, top_p, generator)
-        ))  # fmt: skip
+        sizes = (steps, prefill_chunk)
+        reader = _cached(model, ids, valid, source, *sizes) if cached else _again(model, ids, valid, source)
+        logits = next(reader)
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        for step in range(steps):
+            token = logits.argmax(-1) if greedy else draw(logits, temperature, top_k, top_p, generator)
+            if eos is not None:
+                token = torch.where(ended, eos, token)
+                ended = ended | (token == eos)
+            yield token
+            if step == steps - 1 or (eos is not None and bool(ended.all())):
+                break
+            logits = reader.send(token)
     finally:
         model.train(training)
 
 
-def _write(model, ids, valid, steps, eos, source, cached, choose) -> Tensor:
-    B, device = len(ids), ids.device
-    rows = torch.arange(B, device=device)
-    state = model.initial_state(B) if cached else None
-    written: list[Tensor] = []
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
-    for _ in range(steps):
-        out = model(ids, Tokens.of(valid), state=state, source=source)
-        last = torch.where(valid, torch.arange(valid.shape[1], device=device), -1).amax(1)
-        token = choose(out.logits[rows, last])
-        if eos is not None:
-            token = torch.where(ended, eos, token)
-            ended = ended | (token == eos)
-        written.append(token)
-        if eos is not None and bool(ended.all()):
-            break
-        fed = token[:, None]
-        if cached:
-            ids, valid, state, source = fed, torch.ones_like(fed, dtype=torch.bool), out.state, None
-        else:
-            ids, valid = torch.cat([ids, fed], 1), torch.cat([valid, torch.ones_like(fed, dtype=torch.bool)], 1)
-    return torch.stack(written, 1)
+def _cached(model, ids, valid, source, steps, chunk) -> Generator[Tensor, Tensor, None]:
+    """Logits [B, V] of the next token; is sent the one that was chosen."""
+    lm = _writer(model)
+    if chunk is None:
+        strict = all(layer.abilities.causality == "strict" for layer in lm.stack.attentions)
+        chunk = CHUNK if strict else ids.shape[1]
+    start = int(valid.any(0).long().argmax())  # a column that is padding in all rows says nothing
+    state = reserve(model.initial_state(len(ids)), ids.shape[1] - start + steps)
+    logits = None
+    for at in range(start, ids.shape[1], chunk):
+        here = valid[:, at : at + chunk]
+        out = model(ids[:, at : at + chunk], Tokens.of(here), state=state, source=source, last_only=True)
+        state, source = out.state, None
+        found = out.logits[:, 0]
+        logits = found if logits is None else torch.where(here.any(1, keepdim=True), found, logits)
+        del out
+    while True:
+        assert logits is not None
+        token = yield logits
+        out = model(token[:, None], state=state, last_only=True)
+        logits, state = out.logits[:, 0], out.state
+
+
+def _again(model, ids, valid, source) -> Generator[Tensor, Tensor, None]:
+    """The same by reading all tokens anew each time."""
+    while True:
+        token = yield model(ids, Tokens.of(valid), source=source, last_only=True).logits[:, 0]
+        ids = torch.cat([ids, token[:, None]], 1)
+        valid = torch.cat([valid, torch.ones_like(valid[:, :1])], 1)
 
 
 def draw(
@@ -118,8 +155,12 @@ def narrow(logits: Float[Tensor, "B V"], temperature: float, top_k: int, top_p: 
     return torch.empty_like(logits).scatter_(-1, order, ranked)
 
 
+def _writer(model: Transformer | EncoderDecoder) -> Transformer:
+    return model.decoder if isinstance(model, EncoderDecoder) else model
+
+
 def _check(model, greedy, temperature, top_k, top_p) -> None:
-    lm = model.decoder if isinstance(model, EncoderDecoder) else model
+    lm = _writer(model)
     if lm.head_name != "lm" or not lm.causal:
         raise ValueError("generate needs a causal model with head=lm")
     if temperature <= 0:

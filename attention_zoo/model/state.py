@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from attention_zoo.contract import Tokens
+from attention_zoo.ops.columns import Columns
 
 State = TypeVar("State")
 
@@ -93,20 +94,25 @@ def detach(state: State) -> State:
     return _map(torch.Tensor.detach, state)
 
 
+def reserve(state: State, columns: int) -> State:
+    """The same state; what grows with the context makes room for so many columns when it is next moved."""
+    return _map(lambda held: held._replace(reserve=columns), state, Columns)
+
+
 def state_bytes(state: Any) -> int:
     """Bytes that a state keeps alive: whole storages, each once, since a small view of a large one is not small."""
     storages = [tensor.untyped_storage() for tensor in _tensors(state)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    if isinstance(tree, Tensor):
+def _map(function: Callable[[Any], Any], tree: Any, kind: type = Tensor) -> Any:
+    if isinstance(tree, kind):
         return function(tree)
     if isinstance(tree, tuple | list):
-        parts = [_map(function, part) for part in tree]
+        parts = [_map(function, part, kind) for part in tree]
         return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
     if isinstance(tree, dict):
-        return {key: _map(function, part) for key, part in tree.items()}
+        return {key: _map(function, part, kind) for key, part in tree.items()}
     return tree
 
 

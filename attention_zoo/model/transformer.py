@@ -205,6 +205,7 @@ class Transformer(nn.Module):
         state: Running | None = None,
         source: Source | None = None,
         fresh: Bool[Tensor, " B"] | None = None,
+        last_only: bool = False,
     ) -> ModelOutput:
         """Run one call.
 
@@ -216,11 +217,12 @@ class Transformer(nn.Module):
             state: of the call before, or `initial_state`.
             source: for cross=True; with a state only in the first call.
             fresh: rows that start a new stream: they see nothing of their state. Without a state all do.
+            last_only: hidden and logits of each row's last valid token alone, L = 1: all that decoding asks for.
 
         Raises:
             ValueError: for ids out of range (on CUDA the embedding's own assertion says so), or a missing source.
         """
-        self._check(ids, tokens, types, state, source, fresh)
+        self._check(ids, tokens, types, state, source, fresh, last_only)
         new = state
         if state is not None:
             valid = torch.ones_like(ids, dtype=torch.bool) if tokens is None else tokens.valid
@@ -230,8 +232,12 @@ class Transformer(nn.Module):
         if self.extra is not None:
             x, inner, columns = self.extra.insert(x, tokens)
         out = self.stack(x, inner, state=None if state is None else state.layers, source=source)
-        hidden = self.norm(out.hidden if columns is None else ExtraGlobalTokens.strip(out.hidden, columns))
-        logits = self.head(hidden, None if tokens is None else tokens.valid)
+        hidden = out.hidden if columns is None else ExtraGlobalTokens.strip(out.hidden, columns)
+        asked = None if tokens is None else tokens.valid
+        if last_only:
+            hidden, asked = _last(hidden, asked), None
+        hidden = self.norm(hidden)
+        logits = self.head(hidden, asked)
         if new is not None:
             new = new._replace(layers=out.state)
         return ModelOutput(logits, hidden, new, dict(out.losses))
@@ -255,7 +261,7 @@ class Transformer(nn.Module):
             return torch.arange(ids.shape[1], device=ids.device)[None]
         return tokens.position.masked_fill(~tokens.valid, 0)
 
-    def _check(self, ids, tokens, types, state, source, fresh) -> None:
+    def _check(self, ids, tokens, types, state, source, fresh, last_only) -> None:
         if ids.ndim != 2 or ids.dtype.is_floating_point or ids.shape[1] == 0:
             raise ValueError(f"ids must be integers [batch, length >= 1], got {ids.dtype} of shape {tuple(ids.shape)}")
         if tokens is not None:
@@ -276,6 +282,8 @@ class Transformer(nn.Module):
                 real = types if tokens is None else types.masked_fill(~tokens.valid, 0)
                 if int(real.min()) < 0 or int(real.max()) >= (count := self.embedding.types.num_embeddings):
                     raise ValueError(f"types must lie in [0, {count}), got {int(real.min())} to {int(real.max())}")
+        if last_only and self.head_name == "classify":
+            raise ValueError("last_only needs a head that answers for each token, got head=classify")
         if source is not None and not self.cross:
             raise ValueError("source needs a model built with cross=True")
         if self.cross and source is None and (state is None or not bool((state.next > 0).any())):
@@ -284,3 +292,11 @@ class Transformer(nn.Module):
             raise ValueError("fresh is for one stream of text; with cross=True start a new state instead")
         if fresh is not None and fresh.shape != ids.shape[:1]:
             raise ValueError(f"fresh must be of shape {tuple(ids.shape[:1])}, got {tuple(fresh.shape)}")
+
+
+def _last(hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B 1 E"]:
+    """Of the last valid token of each row; of any where there is none."""
+    if valid is None or hidden.shape[1] == 1:
+        return hidden[:, -1:]
+    column = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), 0).amax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), column][:, None]
