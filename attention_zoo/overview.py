@@ -1,18 +1,22 @@
-"""What there is, in tables: abilities of every backend, and which kernel would run here and why.
+"""What there is: abilities of every backend, which kernel would run here and why, and each mechanism on a page.
 
 python -m attention_zoo                  # abilities
 python -m attention_zoo kernels          # kernels on this machine, at 4096 tokens
+python -m attention_zoo about longformer # paper, released code, ours, how it was checked; options, abilities, kernels
 """
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
 
 from attention_zoo.attention.pattern import PatternAttention
-from attention_zoo.contract import Tokens
-from attention_zoo.registry import available, recipe
+from attention_zoo.contract import Attention, Tokens
+from attention_zoo.registry import available, options_of, recipe
 
 COLUMNS = (
     "backend", "causal", "two-sided", "carries state", "global tokens", "cross", "compute", "memory", "state",
@@ -58,6 +62,46 @@ def kernel_rows(length: int, device: str = "cpu", dtype: torch.dtype = torch.flo
             rows.append((name, kernel, reason or ("runs, chosen by auto" if first else "runs")))
             first = first and reason is not None
     return rows
+
+
+def about(name: str) -> str:
+    """One mechanism on a page, in Markdown: what its module says of it, its options, abilities and kernels.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    cls, _ = recipe(name)
+    text = inspect.getdoc(sys.modules[cls.__module__]) or inspect.getdoc(cls) or "It says nothing of itself."
+    (abilities,) = abilities_rows([name])
+    parts = [f"# {name}", text, "## Options", markdown(("option", "default", "meaning"), option_rows(name))]
+    parts += ["## Abilities", markdown(("ability", "here"), list(zip(COLUMNS, abilities))[1:])]
+    if issubclass(cls, PatternAttention):
+        kernels = [(kernel.name, kernel.about) for kernel in cls.kernels]
+        parts += ["## Kernels, fastest first", markdown(("kernel", "what it is"), kernels)]
+    return "\n\n".join(parts)
+
+
+def option_rows(name: str) -> list[tuple[str, str, str]]:
+    """Option, default and meaning: the mechanism's own, then those that all share."""
+    cls, _ = recipe(name)
+    meanings = {**_described(Attention), **_described(cls)}
+    shared = inspect.signature(Attention).parameters
+    ordered = sorted(options_of(name).items(), key=lambda item: (item[0] in shared, item[0] == "kernel"))
+    return [(key, _default(value), meanings.get(key, "")) for key, value in ordered]
+
+
+def _default(value: object) -> str:
+    return "must be given" if value is inspect.Parameter.empty else "null" if value is None else str(value)
+
+
+def _described(cls: type) -> dict[str, str]:
+    """What the `Args:` of a class say of each option."""
+    found = re.search(r"^Args:\n((?: .*\n|\n)+)", (inspect.getdoc(cls) or "") + "\n", re.MULTILINE)
+    meanings: dict[str, str] = {}
+    for names, text in re.findall(r"^    (\w[\w, ]*): (.*(?:\n     .*)*)", found[1] if found else "", re.MULTILINE):
+        meaning = " ".join(text.split()).replace("|", "\\|")
+        meanings |= dict.fromkeys(names.split(", "), meaning)
+    return meanings
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

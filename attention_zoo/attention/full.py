@@ -1,6 +1,21 @@
-"""Full attention: every token sees every token. Vaswani et al. 2017, §3.2.
+"""Full attention: every token sees every token. Vaswani et al. 2017, "Attention Is All You Need", §3.2.
+
+    out_i = sum_j softmax_j(scale · q_i·k_j) v_j,    scale = D^-0.5;    causal: j up to i alone
 
 O(L²) compute; memory O(L²) with `kernel=dense` (materialised) and O(L) with the fused default.
+
+Paper: H heads of width E / H, projections without bias; what a token must not see is set to -inf before the softmax.
+
+Released code (tensor2tensor): adds -1e9 instead of -inf, so that a row that sees nothing averages over everything, and
+drops out attention weights, of which the paper does not speak.
+
+Here: -inf, and a row that sees nothing yields zeros. Projections have a bias unless `bias=False`: that is what torch
+and the pretrained models have. Dropout acts on outputs, not on weights, which the fused kernels never hold. `kv_heads`
+groups heads (Ainslie et al. 2023): consecutive query heads share one key and value head.
+
+Checked: against torch.nn.MultiheadAttention, two-sided, causal and across, and as part of the skeleton against
+torch.nn.TransformerEncoder and -Decoder (tests/oracles/torch_modules.py). Largest error of outputs and gradients 6e-7
+in float32 and 1e-15 in float64 (tests/oracles/README.md). Every kernel against `kernel=dense`, by the contract suite.
 """
 
 from __future__ import annotations

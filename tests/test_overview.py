@@ -1,0 +1,72 @@
+"""`python -m attention_zoo`: tables of what there is, and a page for each mechanism."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import attention_zoo as zoo
+from attention_zoo import overview
+from attention_zoo.__main__ import main
+from attention_zoo.registry import options_of, recipe
+
+
+@pytest.mark.parametrize("name", zoo.available())
+def test_a_page_holds_text_options_abilities_and_kernels(name: str) -> None:
+    page = overview.about(name)
+    cls = recipe(name)[0]
+    module = inspect.getdoc(inspect.getmodule(cls))
+    assert module is not None
+    assert page.startswith(f"# {name}\n\n{module}")
+    rows = {row[0]: row for row in overview.option_rows(name)}
+    assert set(rows) == set(options_of(name))
+    for option, default in options_of(name).items():
+        expected = (
+            "must be given" if default is inspect.Parameter.empty else "null" if default is None else str(default)
+        )
+        assert rows[option][1] == expected
+        assert rows[option][2], f"{option} of {name} is not described"
+        assert "| " + " | ".join(rows[option]) + " |" in page
+    assert f"| compute | {cls.declared.compute} |" in page
+    for kernel in getattr(cls, "kernels", ()):
+        assert f"| {kernel.name} | {kernel.about} |" in page
+
+
+@pytest.mark.parametrize("name", ["full", "longformer", "bigbird"])
+def test_a_page_says_what_paper_code_and_we_do_and_how_it_was_checked(name: str) -> None:
+    page = overview.about(name)
+    places = [page.index(f"\n\n{word}") for word in ("Paper", "Released code", "Here", "Checked", "## Options")]
+    assert places == sorted(places)
+
+
+def test_own_options_come_first_with_their_meaning() -> None:
+    rows = overview.option_rows("longformer")
+    assert rows[0] == ("window", "256", "tokens per side; at least 1.")
+    names = [row[0] for row in rows]
+    assert names.index("dilation") < names.index("dim")
+    assert "Reach is window · dilation." in rows[names.index("dilation")][2], "a second line belongs to it"
+
+
+def test_the_command_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["about", "bigbird", "--markdown"])
+    assert capsys.readouterr().out.strip() == overview.about("bigbird")
+    main(["about", "bigbird"])
+    drawn = capsys.readouterr().out
+    assert "window_blocks" in drawn
+    assert "Zaheer et al. 2020" in drawn
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["about"], "takes the name"),
+        (["kernels", "full"], "takes the name"),
+        (["about", "longfomer"], "did you mean longformer"),
+        (["nothing"], "invalid choice"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+    assert message in capsys.readouterr().err.splitlines()[-1]
