@@ -35,9 +35,9 @@ def test_every_grid_is_a_whole_plan(grid):
 @pytest.mark.slow
 def test_cells_peers_and_budgets_fill_one_page(tmp_path):
     console = Console(width=200, record=True)
-    common = {**QUICK, "variant": "core", "output": str(tmp_path)}
+    common = {**QUICK, "head_width": 64, "variant": "core", "output": str(tmp_path)}
     config = BenchmarkConfig(
-        backends=["longformer"], baselines=False, lengths=[2048, 4096], budget="96MiB", memory_limit_gib=1, **common
+        backends=["longformer"], baselines=False, lengths=[1024, 2048], budget="96MiB", memory_limit_gib=1, **common
     )
     cell, _, budget = benchmark(config, console)
     assert (cell["kind"], budget["kind"], budget["verified"]) == ("speed", "budget", True)
@@ -84,11 +84,12 @@ def test_a_peer_that_is_not_installed_is_a_line_that_says_how():
         "time_ratio": None, "time_ratio_min": None, "time_ratio_max": None, "memory_ratio": None,
         "resident_ratio": None, "peak_bytes": 1000, "their_peak_bytes": None, "floor_ratio": None,
         "agreement": None, "versions": None,
-        "kernel": "auto", "config": {"options": {"block": 32}},
+        "kernel": "auto", "phase": "forward", "threads": 1, "config": {"options": {"block": 32}},
     }  # fmt: skip
-    ((ours, where, against, takes, theirs, *_),) = rivals.peers_table([row]).cells
-    assert (ours, against, takes) == ("bigbird (block=32)", "HF BigBird", "500 ms")
-    assert where == "1,024, two-sided, core, 8 × 64, batch 2, float32, cpu"
+    (cells,) = rivals.peers_table([row]).cells
+    ours, tokens, where, against, ratio, *_, takes, theirs, _, _ = cells
+    assert (ours, tokens, against, ratio, takes) == ("bigbird (block=32)", "1,024", "HF BigBird", "–", "500 ms")
+    assert where == "two-sided, core, forward, 8 × 64, batch 2, float32, cpu, threads 1"
     assert theirs == "not installed: pip install 'transformers>=5.2,<6'"
     assert rivals.fairness([row]) == []
     assert results.what(row) == "bigbird against HF BigBird, core, 1,024 tokens"

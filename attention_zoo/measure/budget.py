@@ -16,10 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from attention_zoo import registry
 from attention_zoo.measure.cell import SpeedCell
 from attention_zoo.measure.derived import growth_exponent
 from attention_zoo.measure.environment import device_name, environment
 from attention_zoo.measure.identity import identity
+from attention_zoo.measure.predict import EXPONENT
 
 Row = dict[str, Any]
 MARGIN = 0.03
@@ -102,7 +104,7 @@ def longest_trainable(
     answer = law.longest(budget_bytes)
     if answer < 2 * MULTIPLE:
         return _row(cell, budget_bytes, points, law, status="failed", error=f"the budget ends at {answer} tokens")
-    seconds = _seconds(measured, answer)
+    seconds = _seconds(cell, measured, answer)
     if seconds > timeout_s:
         why = f"not tried: a run would take about {seconds:,.0f} s, over timeout_s={timeout_s:g}"
         return _row(cell, budget_bytes, points, law, length=answer, why=why)
@@ -133,11 +135,12 @@ def longest_trainable(
     return _row(cell, budget_bytes, points, law, length=answer, fits=fits, fails=fails, why=why)
 
 
-def _seconds(measured: Mapping[int, Row], length: int) -> float:
-    """Of the calls of an attempt, by the law of the measured lengths, at least linear."""
-    seconds = {each: row["seconds"] for each, row in measured.items()}
-    longest = max(seconds)
-    return 2 * seconds[longest] * (length / longest) ** max(1.0, growth_exponent(seconds) or 1.0)
+def _seconds(cell: SpeedCell, measured: Mapping[int, Row], length: int) -> float:
+    """Of the calls of an attempt, by the growth that the backend declares: that of few and short calls is noise."""
+    longest = max(measured)
+    growth = EXPONENT[registry.recipe(cell.backend)[0].declared.compute]
+    seconds: float = 2 * measured[longest]["seconds"] * (length / longest) ** max(1.0, growth)
+    return seconds
 
 
 def _rounded(length: float, up: bool = False) -> int:

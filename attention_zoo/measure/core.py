@@ -70,8 +70,15 @@ def core_of(layer: Attention, shape: Shape) -> Core:
     if not names or not sizes.keys() >= set(names):
         raise Unsupported(layer.name, "variant=core", "it has no attend(q, k, v)", "variant=layer")
     operands = tuple(torch.randn(sizes[name], device=shape.device, dtype=shape.dtype) for name in names)
+    if names[:3] != ("q", "k", "v") or "r" in names:  # these work on rows, as projections write them; patterns on heads
+        operands = tuple(_rows_first(each) for each in operands)
     parameters = tuple(each for name, each in layer.named_parameters(recurse=False)) if "r" in names else ()
     return Core(operands, attend, (B, H, L, D), L, parameters, whole_segments(layer, before))
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    """The same [B, H, L, D], but [B, L, H, D] in memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if x.ndim == 4 else x
 
 
 def memory_columns(layer: Any) -> int:

@@ -32,6 +32,8 @@ from attention_zoo.report.rows import Row
 from attention_zoo.report.summary import write_csv
 
 TITLE = "What attention costs"
+WIDE = ("resident ratio", "ours peaks", "theirs peaks")
+"""Columns that only the page has room for."""
 
 
 def benchmark(config: BenchmarkConfig, console: Console | None = None) -> list[Row]:
@@ -86,7 +88,7 @@ def _contest(config: BenchmarkConfig, folder: Path, console: Console) -> list[Ro
         config.matches(), rounds=config.rounds, pythons=config.peer_python, say=say, on_rows=keep,
         timeout_s=how["timeout_s"], memory_limit_bytes=how["memory_limit_bytes"],
     )  # fmt: skip
-    console.print(_rich("ours and theirs in turns: theirs over ours", rivals.peers_table(rows)))
+    console.print(_rich("ours and theirs in turns: theirs over ours", rivals.peers_table(rows), WIDE))
     return rows
 
 
@@ -139,11 +141,23 @@ def _markdown(table: Table) -> str:
     return markdown(table.headers, table.cells)
 
 
-def _rich(title: str, table: Table) -> RichTable:
-    shown = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, header in enumerate(table.headers):
-        shown.add_column(header, justify="left" if number < 3 else "right")
-    for line in table.cells:
+def _rich(title: str, table: Table, without: tuple[str, ...] = ()) -> RichTable:
+    """For a terminal: what is the same in all lines goes into the title, and words are never cut."""
+    columns = list(zip(*table.cells))
+    place = table.headers.index("setting")
+    common = columns[place][0].split(", ")
+    common = [part for part in common if all(part in cell.split(", ") for cell in columns[place])]
+    columns[place] = tuple(
+        ", ".join(part for part in cell.split(", ") if part not in common) for cell in columns[place]
+    )
+    shown = RichTable(
+        title=f"{title}; {', '.join(common)}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    kept = [n for n, column in enumerate(columns) if any(column) and table.headers[n] not in without]
+    for number in kept:
+        words = max(len(word) for cell in columns[number] for word in [*cell.split(), ""])
+        shown.add_column(table.headers[number], justify="left" if number <= place else "right", min_width=words)
+    for line in zip(*(columns[number] for number in kept)):
         shown.add_row(*line)
     return shown
 

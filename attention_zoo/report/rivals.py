@@ -29,23 +29,35 @@ BUDGET = (
 def peers_table(rows: Iterable[Row]) -> Table:
     """One line for each of ours and each peer that it met."""
     headers = [
-        "ours", "setting", "against", "ours takes", "theirs", "time ratio", "ours peaks", "theirs", "memory ratio",
-        "resident ratio", "× floor",
+        "ours", "tokens", "setting", "against", "time ratio", "range", "memory ratio", "resident ratio", "× floor",
+        "ours takes", "theirs takes", "ours peaks", "theirs peaks",
     ]  # fmt: skip
     cells = []
-    for row in results.of(rows, "peer"):
+    for row in sorted(results.of(rows, "peer"), key=_order):
         ok = results.ok(row)
-        spread = f" ({_times(row['time_ratio_min'])} to {_times(row['time_ratio_max'])})" if ok else ""
+        low, high = (row[key] for key in ("time_ratio_min", "time_ratio_max"))
+        spread = f"{units.significant(low)}–{units.significant(high)}" if ok else NONE
         cells.append(
             [
-                named(row), setting(row), row["title"],
+                named(row), f"{row['length']:,}", setting(row), row["title"],
+                _times(row["time_ratio"]) + _busy(row), spread,
+                _times(row["memory_ratio"]), _times(row["resident_ratio"]), units.fixed(row["floor_ratio"]),
                 units.seconds(row["seconds"]), units.seconds(row["their_seconds"]) if ok else results.why(row),
-                _times(row["time_ratio"]) + spread,
-                units.size(row["peak_bytes"]), units.size(row["their_peak_bytes"]), _times(row["memory_ratio"]),
-                _times(row["resident_ratio"]), units.fixed(row["floor_ratio"]),
+                units.size(row["peak_bytes"]), units.size(row["their_peak_bytes"]),
             ]
         )  # fmt: skip
     return Table(headers, cells)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    return row["device"], row["variant"], row["backend"], row["causal"], row["length"], row["against"]
+
+
+def _busy(row: Row) -> str:
+    """Where the clock and the processor tell different things, other work had the cores."""
+    wall, cpu = row["time_ratio"], row.get("cpu_time_ratio")
+    apart = row["device"] == "cpu" and wall and cpu and not 0.8 < wall / cpu < 1.25
+    return f"; {_times(cpu)} in CPU time: the machine was busy" if apart else ""
 
 
 def fairness(rows: Iterable[Row]) -> list[str]:
@@ -72,14 +84,14 @@ def figures_table(rows: Iterable[Row]) -> Table:
 
 def budgets_table(rows: Iterable[Row]) -> Table:
     """The longest trainable lengths."""
-    headers = ["", "setting", "budget", "longest length", "a token", "fits", "does not fit", "verified"]
+    headers = ["", "setting", "longest length", "budget", "a token", "fits", "does not fit", "verified"]
     cells = []
-    for row in results.of(rows, "budget"):
+    for row in sorted(results.of(rows, "budget"), key=lambda row: (row["budget_bytes"], named(row))):
         tried = [f"{row[key]['length']:,}" if row[key] else NONE for key in ("fits", "fails")]
         length = units.count(row["length"]) if results.ok(row) else results.why(row)
         verified = "yes" if row["verified"] else row["not_verified"] or "no"
         cells.append(
-            [named(row), setting(row), units.size(row["budget_bytes"]), length, units.size(row["bytes_per_token"]),
+            [named(row), setting(row), length, units.size(row["budget_bytes"]), units.size(row["bytes_per_token"]),
              *tried, verified]
         )  # fmt: skip
     return Table(headers, cells)
@@ -94,11 +106,11 @@ def named(row: Row) -> str:
 
 
 def setting(row: Row) -> str:
-    """Length, direction and what differs from the usual."""
-    parts: list[Any] = [f"{row['length']:,}"] if row.get("kind") == "peer" else []
-    parts += ["causal" if row["causal"] else "two-sided", row["variant"], f"{row['heads']} × {row['head_width']}"]
-    parts += [f"batch {row['batch']}"] if row["batch"] != 1 else []
-    return ", ".join([*parts, row["dtype"], row["device"]])
+    """All but the length, in words."""
+    parts = ["causal" if row["causal"] else "two-sided", row["variant"], row["phase"].replace("_", " + ")]
+    parts += [f"{row['heads']} × {row['head_width']}"] + ([f"batch {row['batch']}"] if row["batch"] != 1 else [])
+    parts += [row["dtype"], row["device"]]
+    return ", ".join([*parts, f"threads {row['threads']}"] if row["device"] == "cpu" else parts)
 
 
 def _times(ratio: float | None) -> str:

@@ -12,15 +12,16 @@ import json
 import os
 import socket
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib import metadata
 from typing import Any
 
 import torch
 import torch.fx.experimental.symbolic_shapes  # which the first backward would import
 
-from attention_zoo.contract import Unsupported
+from attention_zoo.contract import Attention, Unsupported
 from attention_zoo.measure.cell import SpeedCell, analytic_flops, ending, one_line
+from attention_zoo.measure.flops import LinearFlops
 from attention_zoo.measure.memory import ResidentPeak, peak_memory
 from attention_zoo.measure.peers.table import PEERS
 from attention_zoo.measure.speed import clock, matmul_rate
@@ -124,26 +125,29 @@ def _time(talk: Any, answer: Any, ours: SpeedCell, peer: str | None) -> None:
             short.before()
             short.run()
         del short
-    work = _work(ours, peer)
+    layer = ours.build()
+    work = _work(ours, peer, layer)
     rate = matmul_rate(device=ours.device, dtype=dtype)
-    floor = analytic_flops(ours, ours.build(), 0, work.seen)[1] if peer is None and ours.variant == "core" else None
+    linear = LinearFlops(layer)
     answer(status="ok")
     resident: int | None = None
     for line in talk:
         if json.loads(line) == "end":
+            floor = analytic_flops(ours, layer, linear.flops, work.seen)[1] if peer is None else None
             rate = max(rate, matmul_rate(device=ours.device, dtype=dtype))
             answer(status="ok", resident_bytes=resident, matmul_flops_per_second=rate, floor_flops=floor)
             return
         work.before()
         meter = ResidentPeak() if resident is None else None
-        seconds, computed = clock(work.run, ours.device)
+        with linear if meter else nullcontext():
+            seconds, computed = clock(work.run, ours.device)
         if meter is not None:
             resident = meter.bytes()
         answer(status="ok", seconds=seconds, cpu_seconds=computed)
 
 
-def _work(ours: SpeedCell, peer: str | None) -> Work:
-    layer = ours.build()
+def _work(ours: SpeedCell, peer: str | None, layer: Attention | None = None) -> Work:
+    layer = ours.build() if layer is None else layer
     if peer is None:
         return prepare(layer, ours.shape(), variant=ours.variant, phase=ours.phase)
     return PEERS[peer](layer, ours.shape()).work(ours.variant, ours.phase)
