@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from attention_zoo.attention.reformer import Reformer
 from attention_zoo.contract import Tokens, Unsupported
 from attention_zoo.measure.memory import peak_memory
-from attention_zoo.ops import hashing, lsh, partial
+from attention_zoo.ops import hashing, lsh
 from attention_zoo.ops.dense import dense
 
 DIM, HEADS = 12, 3
@@ -122,12 +122,6 @@ def test_many_steps_and_blocks_of_heads(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(lsh._SLOTS, "cpu", 1)
     assert_equals_reference(build(), 29)
     assert_equals_reference(build(causal=False, wrap="reference"), 19)
-
-
-def test_without_the_fused_operator(monkeypatch: pytest.MonkeyPatch):
-    """Two matrix products, as on a GPU."""
-    monkeypatch.setattr(partial, "FUSED", False)
-    assert_equals_reference(build(), 29)
 
 
 @pytest.mark.parametrize("causal", [True, False])

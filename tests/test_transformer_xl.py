@@ -16,7 +16,7 @@ from attention_zoo.attention import transformer_xl
 from attention_zoo.attention.transformer_xl import TransformerXL
 from attention_zoo.contract import Tokens, Unsupported, keep
 from attention_zoo.measure.memory import peak_memory
-from attention_zoo.ops import partial, relative
+from attention_zoo.ops import relative
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.dense import dense
 
@@ -125,13 +125,6 @@ def test_without_bias_with_another_scale_and_head_width() -> None:
     layer = build(bias=False, scale=0.4, head_width=6, positions="relative")
     assert {name.rpartition(".")[2] for name, _ in layer.named_parameters()} == {"weight", "u", "v"}
     compare(layer, Tokens.all_valid(2, 13), "options")
-
-
-def test_the_path_of_other_devices_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partial, "FUSED", False)
-    for kernel in ("auto", "gather"):
-        for layout, tokens in layouts(13):
-            compare(build(kernel=kernel), tokens, f"{kernel}, {layout}")
 
 
 @pytest.mark.parametrize("length", [1, 7, 1009, 4096])

@@ -160,7 +160,7 @@ class BigBird(PatternAttention):
             ends = (first <= 0) | (low <= 0) | (last >= blocks - 1) | (high >= blocks - 1)
             found = found | ends | (blocks <= self._reference.full_blocks)
         # tiles that span more rows of blocks than a tile without holes are taken whole
-        widest = self.tile // self.block + 2
+        widest = 2 * self.tile // self.block + 2
         found = found | (last - first >= widest)
         for row in (first + step for step in range(widest)):
             picks = self._plan.picks(row, blocks).flatten(-2)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from attention_zoo.ops.dense import dense
 from attention_zoo.ops.function import exact, once
-from attention_zoo.ops.partial import partial, partial_backward
+from attention_zoo.ops.partial import Scratch, partial, partial_backward
 
 # What one step may hold: scores of the chunks attended at once, and slots of the heads handled at once. On CPU a step
 # should stay near the cache; on a GPU a few steps should fill the device (these two are not measured).
@@ -267,10 +267,11 @@ class _Block:
         query_table, key_table = self.table(q, dtype=k.dtype), self.table(k, v, dtype=k.dtype)
         out = k.new_empty(len(self.active), C, D)
         lse = k.new_empty(len(self.active), C)
+        scratch = Scratch()
         for step, queries, _, keys, bias in self.steps(k.dtype):
             rows, (k, v) = _rows(query_table, queries), _rows(key_table, keys).chunk(2, -1)
-            part, part_lse = partial(rows, k, v, bias, scale=self.plan.scale)
-            out[step], lse[step] = part[:, 0], part_lse[:, 0]
+            part, part_lse = partial(rows, k, v, bias, scale=self.plan.scale, scratch=scratch)
+            out[step], lse[step] = part[:, 0], part_lse[:, 0, :, 0]
         lse = lse.view(-1)[self.asked_slots]
         total = lse.logsumexp(1)
         weights = (lse - total.masked_fill(total == -torch.inf, 0)[:, None]).exp()
@@ -284,16 +285,32 @@ class _Block:
         k, factor = _keys(q, self.plan.epsilon)
         asked = slice(None) if self.plan.asked is None else self.plan.asked
         query_table, key_table = self.table(q, grad, out, dtype=k.dtype), self.table(k, v, dtype=k.dtype)
-        # rows that were not asked: +inf makes their weights exactly zero, where exp(score) might overflow
+        # rows that were not asked, or that see nothing: +inf makes their weights exactly zero
         lse_table = lse.new_full((self.rows + 1,), torch.inf)
-        lse_table[: self.rows].view(self.H, -1)[:, asked] = lse.T
+        lse_table[: self.rows].view(self.H, -1)[:, asked] = lse.masked_fill(lse == -torch.inf, torch.inf).T
         dq_slots = k.new_empty(len(self.active), C, D)
         dk_slots, dv_slots = k.new_zeros(2, len(self.contents), C * D)
+        scratch = Scratch()
         for step, queries, windows, keys, bias in self.steps(k.dtype):
             rows, grads, outs = _rows(query_table, queries).chunk(3, -1)
             key_rows, values = _rows(key_table, keys).chunk(2, -1)
-            parts = partial_backward(
-                grads, rows, key_rows, values, outs, lse_table[queries][:, None], bias, scale=self.plan.scale
+            delta = (grads * outs).sum(-1, keepdim=True)
+            parts = (
+                scratch("dq", rows.shape, rows).zero_(),
+                scratch("dk", key_rows.shape, rows).zero_(),
+                scratch("dv", values.shape, rows).zero_(),
+            )
+            partial_backward(
+                grads,
+                rows,
+                key_rows,
+                values,
+                delta,
+                lse_table[queries][:, None, :, None],
+                bias,
+                scale=self.plan.scale,
+                into=parts,
+                scratch=scratch,
             )
             dq_slots[step] = parts[0][:, 0]
             for total, part in ((dk_slots, parts[1]), (dv_slots, parts[2])):

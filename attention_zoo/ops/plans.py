@@ -3,104 +3,126 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from attention_zoo.contract import Tokens
 from attention_zoo.ops.pattern_call import PatternCall
-from attention_zoo.ops.tiles import Part, Tile, run_tiles
-
-WIDEST = 4096
-"""Most keys in one part: bounds the bias of a tile when a row sees everything."""
+from attention_zoo.ops.tiles import Part, Rows, Tile, run_tiles, scores_at_once
 
 
 def run_local(call: PatternCall, local: list[Tile]) -> Tensor:
-    """Run the local tiles of a pattern, with global keys merged in and global rows put over the result."""
+    """Run the local tiles of a pattern, with global keys merged in, and global rows in place of what it gave them."""
     if call.any_global_key:
         columns, chosen = gather_columns(call.keys, call.keys.is_global & call.keys.valid)
-        near = _same_documents(call, call.queries, [tile.rows for tile in local], chosen)
+        near = _same_documents(
+            call, call.queries, [tile.rows for tile in local if isinstance(tile.rows, slice)], chosen
+        )
+        width = most_keys(call, call.pattern.tile)
+        pieces: dict[tuple[int, int], Tensor] = {}  # the same tensor for all tiles: it is then gathered once
         local = [
-            Tile(rows, [*parts, *_global_parts(call, rows, columns, chosen, some)])
-            for (rows, parts), some in zip(local, near)
+            Tile(tile.rows, [*tile.parts, *_global_parts(call, _span(tile), columns, chosen, some, width, pieces)])
+            for tile, some in zip(local, near)
         ]
+    if not call.any_global_query:
+        return run_tiles(call.q, call.k, call.v, local, scale=call.scale, learned=call.learned)
+    columns, queries = gather_columns(call.queries, call.queries.is_global & call.queries.valid)
+    tiles = _everyone_tiles(call, queries)
+    if call.global_qkv is None:
+        decided = [Tile(Rows(columns[:, _span(tile)], queries.valid[:, _span(tile)]), tile.parts) for tile in tiles]
+        return run_tiles(call.q, call.k, call.v, [*local, *decided], scale=call.scale, learned=call.learned)
     out = run_tiles(call.q, call.k, call.v, local, scale=call.scale, learned=call.learned)
-    if call.any_global_query:
-        out = put_global_rows(out, call.queries, global_rows(call, *(call.global_qkv or (call.q, call.k, call.v))))
-    return out
+    q, k, v = call.global_qkv
+    q = q.gather(2, columns[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+    rows = run_tiles(q, k, v, tiles, scale=call.scale, learned=call.learned)
+    return put_global_rows(out, call.queries, (columns, rows, queries))
+
+
+def _span(tile: Tile) -> slice:
+    assert isinstance(tile.rows, slice)
+    return tile.rows
+
+
+def most_keys(call: PatternCall, rows: int) -> int:
+    """Most keys of a part for so many rows, so that no step holds more scores than it should."""
+    return max(64, scores_at_once(call.q) // (call.q.shape[1] * max(1, rows)))
+
+
+def _cuts(start: int, stop: int, most: int) -> list[tuple[int, int]]:
+    """The range in as few pieces of at most `most` as there can be, all of about the same size."""
+    count = -(-(stop - start) // most)
+    borders = [start + (stop - start) * piece // count for piece in range(count)] + [stop]
+    return list(pairwise(borders))
 
 
 def near_tiles(call: PatternCall) -> list[Tile]:
     """Tiles by the pattern's own `near`: any positions, holes, caches and documents."""
-    size = call.pattern.tile
+    size = 2 * call.pattern.tile
     q_range, k_range = _ranges(call.queries, size), _ranges(call.keys, size)
-    count = q_range.lo.shape[1]
+    count, most = q_range.lo.shape[1], most_keys(call, size)
     tiles = []
     for start in range(0, count, 64):  # some rows of the tile matrix at a time: it must not be quadratic itself
         need = _need(call, q_range.some(start, start + 64), k_range)
         for i, row in enumerate(need.cpu().unbind(0), start):
             rows = slice(i * size, min((i + 1) * size, call.q.shape[2]))
             found = torch.nonzero(row).flatten().tolist()
-            tiles.append(Tile(rows, [_near_part(call, rows, run) for run in _runs(found, size, call.k.shape[2])]))
+            tiles.append(Tile(rows, [_near_part(call, rows, run) for run in _runs(found, size, call.k.shape[2], most)]))
     return tiles
 
 
 def band_tiles(call: PatternCall) -> list[Tile]:
-    """Tiles of an aligned, shift-invariant pattern: contiguous keys, and one bias for all tiles of the same shape."""
-    L, S, size, reach = call.q.shape[2], call.k.shape[2], call.pattern.tile, call.pattern.reach
-    assert reach is not None
-    memo: dict[tuple[int, int, int], Tensor] = {}
-    plain = call.all_valid and call.one_document and not call.any_global_key
+    """Tiles of an aligned, shift-invariant pattern: contiguous keys, and one bias for all tiles."""
+    L, S, size = call.q.shape[2], call.k.shape[2], call.pattern.tile
+    assert call.pattern.reach is not None
+    reach = min(call.pattern.reach, S)
+    bias = _BandBias(call, size, reach)
     tiles = []
     for start in range(0, L, size):
         rows = slice(start, min(start + size, L))
         first, last = start + S - L, rows.stop - 1 + S - L
-        lo, hi = max(0, first - reach), min(S, last + 1 + (0 if call.pattern.causal else reach))
-        parts = []
-        for a in range(lo, hi, WIDEST):
-            columns = slice(a, min(a + WIDEST, hi))
-            parts.append(Part(columns, _band_bias(call, rows, columns, first - a, memo, plain)))
+        low, high = max(0, first - reach), min(S, last + 1 + (0 if call.pattern.causal else reach))
+        parts = [
+            Part(slice(a, b), partial(bias, rows, slice(a, b))) for a, b in _cuts(low, high, most_keys(call, size))
+        ]
         tiles.append(Tile(rows, parts))
     return tiles
 
 
-def _band_bias(call: PatternCall, rows: slice, columns: slice, offset: int, memo: dict, plain: bool):
-    """Bias of a tile whose first query stands `offset` columns after its first key."""
-    n, m = rows.stop - rows.start, columns.stop - columns.start
+class _BandBias:
+    """The bias of every tile: what one tile would have that reaches beyond both ends, cut to the keys there are."""
 
-    def shape_bias() -> Tensor:
-        key = (offset, n, m)
-        if key in memo and not call.learned:
-            return memo[key]
-        device = call.q.device
-        base = Tokens.all_valid(1, 1, device)
-        shift = max(0, -offset)
+    def __init__(self, call: PatternCall, size: int, reach: int):
+        self.call, self.size, self.reach = call, size, reach
+        self.plain = call.all_valid and call.one_document and not call.any_global_key
+        self.offset = call.k.shape[2] - call.q.shape[2]
+        self.held: Tensor | None = None
 
-        def at(first: int, count: int) -> Tokens:
-            position = torch.arange(first, first + count, device=device)[None]
-            other = [field.expand(1, count) for field in (base.valid, base.is_global, base.document, base.length)]
-            return Tokens(position, *other)
-
-        queries, keys = at(offset + shift, n), at(shift, m)
-        bias = call.pattern.scores_bias(queries, keys)
-        if call.pattern.causal:
-            future = keys.position[:, None, :] > queries.position[:, :, None]
-            bias = bias.masked_fill(future[:, None], -torch.inf)
-        memo[key] = bias
-        return bias
-
-    if plain:
-        return shape_bias
-
-    def masked() -> Tensor:
+    def __call__(self, rows: slice, columns: slice) -> Tensor:
+        call, before = self.call, columns.start - (rows.start + self.offset) + self.reach
+        whole = self._whole() if self.held is None or call.learned else self.held
+        bias = whole[:, :, : rows.stop - rows.start, before : before + columns.stop - columns.start]
+        if self.plain:
+            return bias
         queries, keys = call.queries.cut(rows), call.keys.cut(columns)
         seen = keys.valid if not call.any_global_key else keys.valid & ~keys.is_global
         seen = seen[:, None, None, :]
         if not call.one_document:
             seen = seen & (keys.document[:, None, :] == queries.document[:, :, None])[:, None]
-        return shape_bias().masked_fill(~seen, -torch.inf)
+        return bias.masked_fill(~seen, -torch.inf)
 
-    return masked
+    def _whole(self) -> Tensor:
+        """Of queries at `reach`, `reach` + 1, ... and all the keys that one of them sees, from position 0 on."""
+        call, device = self.call, self.call.q.device
+        keys = Tokens.all_valid(1, self.size + self.reach * (1 if call.pattern.causal else 2), device)
+        queries = keys.cut(slice(self.reach, self.reach + self.size))
+        self.held = call.pattern.scores_bias(queries, keys)
+        if call.pattern.causal:
+            future = keys.position[:, None, :] > queries.position[:, :, None]
+            self.held = self.held.masked_fill(future[:, None], -torch.inf)
+        return self.held
 
 
 # --- global tokens ---------------------------------------------------------------------------------------------------
@@ -113,12 +135,24 @@ def gather_columns(tokens: Tokens, mask: Tensor) -> tuple[Tensor, Tokens]:
     return order, chosen._replace(valid=chosen.valid & mask.gather(1, order))
 
 
-def _global_parts(call: PatternCall, rows: slice, columns: Tensor, chosen: Tokens, some: slice) -> list[Part]:
+def _global_parts(
+    call: PatternCall,
+    rows: slice | Rows,
+    columns: Tensor,
+    chosen: Tokens,
+    some: slice,
+    width: int,
+    pieces: dict[tuple[int, int], Tensor],
+) -> list[Part]:
+    assert isinstance(rows, slice)
+
     def part(a: int, b: int) -> Part:
         keys = chosen.cut(slice(a, b))
-        return Part(columns[:, a:b], lambda: everyone_bias(call, call.queries.cut(rows), keys))
+        return Part(
+            pieces.setdefault((a, b), columns[:, a:b]), lambda: everyone_bias(call, call.queries.cut(rows), keys)
+        )
 
-    return [part(a, min(a + WIDEST, some.stop)) for a in range(some.start, some.stop, WIDEST)]
+    return [part(a, b) for a, b in _cuts(some.start, some.stop, width)]
 
 
 def _same_documents(call: PatternCall, queries: Tokens, rows: list[slice], keys: Tokens) -> list[slice]:
@@ -145,21 +179,18 @@ def everyone_bias(call: PatternCall, queries: Tokens, keys: Tokens) -> Tensor:
     return torch.where(call.seen(queries, keys), zero, -torch.inf)
 
 
-def global_rows(call: PatternCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tokens]:
-    """Outputs of global queries, which see everything: columns [B, n], out [B, H, n, D], their tokens."""
-    columns, queries = gather_columns(call.queries, call.queries.is_global & call.queries.valid)
-    index = columns[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
-    size = call.pattern.tile
+def _everyone_tiles(call: PatternCall, queries: Tokens) -> list[Tile]:
+    """Tiles of queries that see everything; their rows count the given queries."""
+    count, size = queries.valid.shape[1], 2 * call.pattern.tile
 
     def part(rows: slice, keys: slice) -> Part:
         return Part(keys, lambda: everyone_bias(call, queries.cut(rows), call.keys.cut(keys)))
 
-    runs = [slice(a, min(a + size, columns.shape[1])) for a in range(0, columns.shape[1], size)]
-    tiles = []
-    for rows, some in zip(runs, _same_documents(call, queries, runs, call.keys)):
-        cuts = range(some.start, some.stop, WIDEST)
-        tiles.append(Tile(rows, [part(rows, slice(a, min(a + WIDEST, some.stop))) for a in cuts]))
-    return columns, run_tiles(q.gather(2, index), k, v, tiles, scale=call.scale, learned=call.learned), queries
+    runs = [slice(a, min(a + size, count)) for a in range(0, count, size)]
+    return [
+        Tile(rows, [part(rows, slice(a, b)) for a, b in _cuts(some.start, some.stop, most_keys(call, size))])
+        for rows, some in zip(runs, _same_documents(call, queries, runs, call.keys))
+    ]
 
 
 def put_global_rows(out: Tensor, queries: Tokens, rows: tuple[Tensor, Tensor, Tokens]) -> Tensor:
@@ -212,21 +243,21 @@ def _need(call: PatternCall, q: _Ranges, k: _Ranges) -> Tensor:
     return need.any(0)
 
 
-def _runs(tiles: list[int], size: int, columns: int) -> Iterator[slice | list[slice]]:
+def _runs(tiles: list[int], size: int, columns: int, most: int) -> Iterator[slice | list[slice]]:
     """Key columns of the needed tiles: a run of neighbours stays one slice; scattered ones are gathered together."""
     runs: list[slice] = []
     for j in tiles:
         a, b = j * size, min((j + 1) * size, columns)
-        if runs and runs[-1].stop == a and b - runs[-1].start <= WIDEST:
+        if runs and runs[-1].stop == a and b - runs[-1].start <= most:
             runs[-1] = slice(runs[-1].start, b)
         else:
             runs.append(slice(a, b))
     scattered: list[slice] = []
     for run in runs:
-        if run.stop - run.start >= 4 * size:
+        if run.stop - run.start >= min(4 * size, most):
             yield run
             continue
-        if scattered and sum(s.stop - s.start for s in scattered) + run.stop - run.start > WIDEST:
+        if scattered and sum(s.stop - s.start for s in scattered) + run.stop - run.start > most:
             yield scattered
             scattered = []
         scattered.append(run)

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attention_zoo.ops.function import exact, once
-from attention_zoo.ops.partial import partial
+from attention_zoo.ops.partial import Scratch, partial
 
 ROWS = 128
 """Queries per chunk, at most."""
@@ -193,15 +193,22 @@ class _Relative(torch.autograd.Function):
         table = _falling(r, exact)
         out = _rows_first(q, L, q.dtype)
         lse = q.new_empty(B, H, L, dtype=exact)
+        scratch = Scratch()
         for chunk, heads in _tiles(plan, q):
             rows, keys = slice(chunk.start, chunk.stop), slice(chunk.low, chunk.high)
             query = q[:, heads, rows].to(exact)
             shape = _Shift(plan, chunk) if plan.position is None else _Gather(plan, chunk)
             bias = shape.scores(((query + w[heads, None]) * scale).transpose(0, 1), shape.cut(table[heads]))
             _hide(bias, plan, chunk)
-            out[:, heads, rows], lse[:, heads, rows] = partial(
-                query + u[heads, None], k[:, heads, keys], v[:, heads, keys], bias.transpose(0, 1), scale=scale
+            out[:, heads, rows], found = partial(
+                query + u[heads, None],
+                k[:, heads, keys],
+                v[:, heads, keys],
+                bias.transpose(0, 1),
+                scale=scale,
+                scratch=scratch,
             )
+            lse[:, heads, rows] = found[..., 0]
         ctx.save_for_backward(q, k, v, r, u, w, out, lse)
         ctx.plan, ctx.scale = plan, scale
         return out

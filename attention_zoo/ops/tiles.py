@@ -8,27 +8,37 @@ place: plain autograd through `k[:, :, a:b]` would allocate a full-size zero ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attention_zoo.ops.function import exact, once
-from attention_zoo.ops.partial import merge, partial, partial_backward, weights_and_gradient
+from attention_zoo.ops.partial import Scratch, merge, partial, partial_backward
 
 Bias = Callable[[], Tensor | None]
+
+SCORES = {"cpu": 1 << 19}
+"""Scores that a step should hold, over batch and heads: near the cache on a CPU. See `scores_at_once`."""
+_SCORES_GPU = 1 << 26  # a few steps should fill the device
+
+
+def scores_at_once(x: Tensor) -> int:
+    """How many scores a step on this tensor's device should hold. Two copies of them exist in backward."""
+    return SCORES.get(x.device.type, _SCORES_GPU)
 
 
 class Part(NamedTuple):
     """Keys that one tile sees, with their bias.
 
     Fields:
-        keys: which columns of k and v. A slice is a view without a copy; int [n] is the same for all batch rows;
-            int [B, n] is each row's own; int [B|1, H, g, m] is each head's own for each of g equal groups of the tile's
-            rows, counted in blocks of `block` columns: n = m · block. k and v must then be contiguous and made of whole
-            blocks; gathering long contiguous runs is what makes this fast (20 times, measured on CPU).
+        keys: which columns of k and v. A slice (with any step) is a view without a copy; int [n] is the same for all
+            batch rows; int [B, n] is each row's own, and is gathered once for all tiles that hold the same tensor;
+            int [B|1, H, g, m] is each head's own for each of g equal groups of the tile's rows, counted in blocks of
+            `block` columns: n = m · block. k and v must then be contiguous and made of whole blocks; gathering long
+            contiguous runs is what makes this fast (20 times, measured on CPU).
         bias: called when needed, forward and again backward; -inf unseen, or None. [B|1, H|1, rows|1, n]; with groups
             [B|1, H|1, g, rows / g|1, n].
         block: columns per entry of per-head `keys`.
@@ -39,10 +49,21 @@ class Part(NamedTuple):
     block: int = 1
 
 
-class Tile(NamedTuple):
-    """Query rows and the parts that they see. Every row belongs to at most one tile; rows in none yield zeros."""
+class Rows(NamedTuple):
+    """Each batch row's own query rows; where `valid` is False it has fewer, and the entry is ignored."""
 
-    rows: slice
+    columns: Int[Tensor, "B n"]
+    valid: Bool[Tensor, "B n"]
+
+
+class Tile(NamedTuple):
+    """Query rows and the parts that they see.
+
+    Every row belongs to at most one tile with a slice of rows (with any step), and to at most one with `Rows`, which
+    then decides alone. Rows in none yield zeros.
+    """
+
+    rows: slice | Rows
     parts: Sequence[Part]
 
 
@@ -56,6 +77,7 @@ def run_tiles(
     learned: Sequence[Tensor] = (),
 ) -> Float[Tensor, "B H L D"]:
     """Attention along the tiles. `learned` are tensors that the biases depend on and that want a gradient."""
+    tiles = sorted(tiles, key=lambda tile: isinstance(tile.rows, Rows))
     return _Tiles.apply(q, k, v, tiles, scale, *learned)
 
 
@@ -67,116 +89,257 @@ class _Tiles(torch.autograd.Function):
         exact = torch.promote_types(q.dtype, torch.float32)
         # laid out as the next projection wants it: merging the heads is then free
         out = q.new_zeros(B, L, H, D).transpose(1, 2)
-        lse = q.new_full((B, H, L), -torch.inf, dtype=exact)
-        for rows, parts in tiles:
+        lse = q.new_full((B, H, L, 1), -torch.inf, dtype=exact)
+        deciding = []  # log-sum-exp of tiles with `Rows`
+        scratch, shared = Scratch(), _Shared(k, v)
+        for step in _steps(q, k, v, tiles):
             total: tuple[Tensor, Tensor] | None = None
-            for part in parts:
-                view = _View(part, H)
-                found = partial(
-                    view.rows(q[:, :, rows]), view.take(k), view.take(v), view.flat(part.bias()), scale=scale
-                )
-                found = view.unrows(found[0]), view.unrows(found[1][..., None])[..., 0]
+            query = step.rows(q)
+            for part in step.parts:
+                view = _View(part, step, H)
+                keys, values = view.take(k, v, shared, scratch)
+                bias = view.bias()
+                found = partial(view.split(query), keys, values, bias, scale=scale, scratch=scratch)
+                found = view.join(found[0]), view.join(found[1])
                 total = found if total is None else merge(*total, *found)
-            if total is not None:
-                out[:, :, rows], lse[:, :, rows] = total
-        ctx.save_for_backward(q, k, v, out, lse, *learned)
-        ctx.tiles, ctx.scale = tiles, scale
+            if total is None:
+                continue
+            step.put(out, total[0])
+            found_lse = total[1]
+            if isinstance(step.tile.rows, Rows):
+                valid = _some(step.tile.rows.valid, step.batch)[:, None, :, None]
+                deciding.append(found_lse.masked_fill(~valid | (found_lse == -torch.inf), torch.inf))
+                found_lse = torch.full_like(found_lse, torch.inf)
+            step.put(lse, found_lse)
+        # rows that see nothing, or that another tile decides: +inf makes their weights zero
+        lse.masked_fill_(lse == -torch.inf, torch.inf)
+        ctx.save_for_backward(q, k, v, out, lse, *deciding, *learned)
+        ctx.tiles, ctx.scale, ctx.deciding = tiles, scale, len(deciding)
         return out
 
     @staticmethod
     @once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor):
-        q, k, v, out, lse, *learned = saved
+        q, k, v, out, lse, *more = saved
+        deciding, learned = iter(more[: ctx.deciding]), more[ctx.deciding :]
         exact = torch.promote_types(q.dtype, torch.float32)
-        H = q.shape[1]
         dq = torch.zeros_like(q)
-        dk, dv = (torch.zeros(x.shape, dtype=exact, device=x.device) for x in (k, v))
+        dk, dv = (torch.zeros_like(x, dtype=exact) for x in (k, v))
         dlearned = [torch.zeros_like(x) for x in learned]
-        for rows, parts in ctx.tiles:
-            for part in parts:
-                view = _View(part, H)
-                mine = [view.rows(x[:, :, rows]) for x in (grad, q, out)]
-                my_lse = view.rows(lse[:, :, rows][..., None])[..., 0]
-                keys, values = view.take(k), view.take(v)
-                bias = view.flat(part.bias())
-                gq, gk, gv = partial_backward(mine[0], mine[1], keys, values, mine[2], my_lse, bias, scale=ctx.scale)
-                dq[:, :, rows] += view.unrows(gq).to(q.dtype)
-                view.add(dk, gk)
-                view.add(dv, gv)
+        scratch, shared = Scratch(), _Shared(k, v)
+        for step in _steps(q, k, v, ctx.tiles):
+            if not step.parts:
+                continue
+            query, dout = step.rows(q), step.rows(grad).to(exact)
+            delta = (dout * step.rows(out)).sum(-1, keepdim=True)
+            mine = next(deciding) if isinstance(step.tile.rows, Rows) else step.rows(lse)
+            dquery = scratch("dq", query.shape, lse).zero_()
+            for part in step.parts:
+                view = _View(part, step, q.shape[1])
+                keys, values = view.take(k, v, shared, scratch)
+                dkeys, dvalues = view.gradients(dk, dv, shared, scratch)
+                bias = view.bias()
+                dscores = partial_backward(
+                    view.split(dout),
+                    view.split(query),
+                    keys,
+                    values,
+                    view.split(delta),
+                    view.split(mine),
+                    bias,
+                    scale=ctx.scale,
+                    into=(view.split(dquery), dkeys, dvalues),
+                    scratch=scratch,
+                )
+                view.add(dk, dv, dkeys, dvalues)
                 if learned:
-                    _learn(dlearned, learned, part, view, (mine[0], mine[1], keys, values, mine[2], my_lse), ctx.scale)
+                    _learn(dlearned, learned, view, dscores)
+            step.put(dq, dquery)
+        shared.add(dk, dv)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, *dlearned
 
 
-def _learn(total: list[Tensor], learned: list[Tensor], part: Part, view: _View, operands: tuple, scale: float) -> None:
+def _learn(total: list[Tensor], learned: Sequence[Tensor], view: _View, dscores: Tensor) -> None:
     """Add the gradient that this part's bias hands to what it was computed from."""
     with torch.enable_grad():
-        bias = view.flat(part.bias())
+        bias = view.bias()
     if bias is None or not bias.requires_grad:
         return
-    exact = torch.promote_types(operands[1].dtype, torch.float32)
-    grad, q, k, v, out, lse = (x.to(exact) for x in operands)
-    _, dscores = weights_and_gradient(grad, q, k, v, out, lse, bias.detach().to(exact), scale=scale)
     dbias = dscores.sum_to_size(bias.shape).to(bias.dtype)
     for into, share in zip(total, torch.autograd.grad(bias, learned, dbias, allow_unused=True)):
         if share is not None:
             into += share
 
 
+class _Step(NamedTuple):
+    """One tile for some batch rows."""
+
+    tile: Tile
+    batch: slice | None  # None: all
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        return self.tile.parts
+
+    def rows(self, x: Float[Tensor, "B H L d"]) -> Float[Tensor, "b H n d"]:
+        rows, x = self.tile.rows, _some(x, self.batch)
+        return x[:, :, rows] if isinstance(rows, slice) else x.gather(2, self._index(rows, x))
+
+    def put(self, into: Float[Tensor, "B H L d"], values: Float[Tensor, "b H n d"]) -> None:
+        """Set the tile's rows."""
+        rows, into = self.tile.rows, _some(into, self.batch)
+        if isinstance(rows, slice):
+            into[:, :, rows] = values
+            return
+        index, valid = self._index(rows, into), _some(rows.valid, self.batch)[:, None, :, None]
+        old = into.gather(2, index)
+        into.scatter_(2, index, torch.where(valid, values.to(into.dtype), old))
+
+    def _index(self, rows: Rows, x: Tensor) -> Tensor:
+        return _some(rows.columns, self.batch)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+
+
+def _steps(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile]) -> Iterator[_Step]:
+    """Tiles, for as many batch rows at once as `SCORES` allows, or one where heads and batch do not merge in memory."""
+    B, H = q.shape[:2]
+    merges = all(x.shape[1] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in (q, k, v))
+    limit = scores_at_once(q)
+    for tile in tiles:
+        size = 1
+        if B > 1 and merges:
+            size = max(1, limit // (H * _count(tile.rows, q.shape[2]) * _widest(tile, k.shape[2])))
+        for start in range(0, B, size):
+            yield _Step(tile, None if size >= B else slice(start, min(start + size, B)))
+
+
+def _some(x: Tensor, batch: slice | None) -> Tensor:
+    return x if batch is None else x[batch]
+
+
+def _count(rows: slice | Rows, columns: int) -> int:
+    return len(range(columns)[rows]) if isinstance(rows, slice) else rows.columns.shape[1]
+
+
+def _widest(tile: Tile, columns: int) -> int:
+    return max((_width(part, columns) for part in tile.parts), default=1)
+
+
+def _width(part: Part, columns: int) -> int:
+    return len(range(columns)[part.keys]) if isinstance(part.keys, slice) else part.keys.shape[-1] * part.block
+
+
 class _View:
     """How one part's operands look to `partial`: groups of rows with keys of their own become extra heads."""
 
-    def __init__(self, part: Part, heads: int):
-        self.keys, self.heads, self.block = part.keys, heads, part.block
+    def __init__(self, part: Part, step: _Step, heads: int):
+        self.part, self.keys, self.heads, self.block, self.batch = part, part.keys, heads, part.block, step.batch
         # 0: all heads and rows see the same keys
         self.groups = part.keys.shape[2] if isinstance(part.keys, Tensor) and part.keys.ndim == 4 else 0
+        self.index: Tensor | None = None
 
-    def rows(self, x: Tensor) -> Tensor:
+    def split(self, x: Tensor) -> Tensor:
         """[B, H, rows, D] -> [B, H·g, rows / g, D]."""
         return x.unflatten(2, (self.groups, -1)).flatten(1, 2) if self.groups else x
 
-    def unrows(self, x: Tensor) -> Tensor:
+    def join(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (self.heads, self.groups)).flatten(2, 3) if self.groups else x
 
-    def flat(self, bias: Tensor | None) -> Tensor | None:
-        """[B|1, H|1, g, rows / g, n] -> [B|1, H·g, rows / g, n]."""
-        if bias is None or not self.groups:
-            return bias
-        return bias.expand(-1, self.heads, -1, -1, -1).flatten(1, 2)
+    def bias(self) -> Tensor | None:
+        """[B|1, H|1, rows|1, n], or with groups [B|1, H·g, rows / g|1, n]."""
+        bias = self.part.bias()
+        if bias is None:
+            return None
+        bias = _some(bias, self.batch) if bias.shape[0] > 1 else bias
+        return bias.expand(-1, self.heads, -1, -1, -1).flatten(1, 2) if self.groups else bias
 
-    def take(self, x: Tensor) -> Tensor:
-        """The part's columns of k or v, [B, K, S, D] -> [B, K, n, D] or [B, H·g, n, D]."""
-        if isinstance(self.keys, slice):
-            return x[:, :, self.keys]
-        if self.keys.ndim == 1:
-            return x.index_select(2, self.keys)
-        if self.keys.ndim == 2:
-            index = self.keys[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-            return x.gather(2, index)
-        taken = self._blocks(x).index_select(0, self._index(x))
-        return taken.view(x.shape[0], self.heads * self.groups, -1, x.shape[3])
+    def take(self, k: Tensor, v: Tensor, shared: _Shared, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        """The part's columns of k and v, [b, K, n, D] or [b, H·g, n, D]."""
+        keys = self.keys
+        if isinstance(keys, Tensor) and keys.ndim == 4:
+            return self._gather(k, "k", scratch), self._gather(v, "v", scratch)
+        if isinstance(keys, Tensor) and keys.ndim == 2:
+            k, v = (_some(x, self.batch) for x in shared.take(keys))
+            return k, v
+        k, v = _some(k, self.batch), _some(v, self.batch)
+        if isinstance(keys, slice):
+            return k[:, :, keys], v[:, :, keys]
+        return k.index_select(2, keys), v.index_select(2, keys)
 
-    def add(self, into: Tensor, grad: Tensor) -> None:
-        """Add gradients of the taken columns in place."""
-        if isinstance(self.keys, slice):
-            into[:, :, self.keys] += grad
-        elif self.keys.ndim == 1:
-            into.index_add_(2, self.keys, grad)
-        elif self.keys.ndim == 2:
-            into.scatter_add_(2, self.keys[:, None, :, None].expand_as(grad), grad)
-        else:
-            blocks = self._blocks(into)
-            blocks.index_add_(0, self._index(into), grad.reshape(-1, blocks.shape[1]))
+    def gradients(self, dk: Tensor, dv: Tensor, shared: _Shared, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        """Where the gradients of what was taken are added: the real place, or zeros for `add` to add."""
+        keys = self.keys
+        if isinstance(keys, Tensor) and keys.ndim == 2:
+            dk, dv = (_some(x, self.batch) for x in shared.gradients(keys, dk))
+            return dk, dv
+        dk, dv = _some(dk, self.batch), _some(dv, self.batch)
+        if isinstance(keys, slice):
+            return dk[:, :, keys], dv[:, :, keys]
+        b, K, _, D = dk.shape
+        shape = (b, K, len(keys), D) if keys.ndim == 1 else (b, self.heads * self.groups, self._width, D)
+        return scratch("dk", shape, dk).zero_(), scratch("dv", shape, dv).zero_()
+
+    def add(self, dk: Tensor, dv: Tensor, dkeys: Tensor, dvalues: Tensor) -> None:
+        if not isinstance(self.keys, Tensor) or self.keys.ndim == 2:
+            return
+        for into, grad in ((dk, dkeys), (dv, dvalues)):
+            if self.keys.ndim == 1:
+                _some(into, self.batch).index_add_(2, self.keys, grad)
+            else:
+                blocks = self._blocks(into)
+                blocks.index_add_(0, self._index(into), grad.view(-1, blocks.shape[1]))
+
+    def _gather(self, x: Tensor, name: str, scratch: Scratch) -> Tensor:
+        blocks, index = self._blocks(x), self._index(x)
+        taken = scratch(name, (len(index), blocks.shape[1]), x)
+        torch.index_select(blocks, 0, index, out=taken)
+        return taken.view(-1, self.heads * self.groups, self._width, x.shape[3])
+
+    @property
+    def _width(self) -> int:
+        assert isinstance(self.keys, Tensor)
+        return self.keys.shape[-1] * self.block
 
     def _blocks(self, x: Tensor) -> Tensor:
         """[B, K, S, D] -> [B·K·S / block, block·D], a view."""
         return x.view(-1, self.block * x.shape[3])
 
     def _index(self, x: Tensor) -> Tensor:
-        """Rows of `_blocks(x)` that the part takes, flat [B·H·g·m]; consecutive heads share a key head."""
-        B, K, S, _ = x.shape
-        assert isinstance(self.keys, Tensor)
-        assert S % self.block == 0
-        batch = torch.arange(B, device=x.device)[:, None] * K
-        head = torch.arange(self.heads, device=x.device) // (self.heads // K)
-        return ((batch + head)[:, :, None, None] * (S // self.block) + self.keys).flatten()
+        """Rows of `_blocks(x)` that the part takes, flat [b·H·g·m]; consecutive heads share a key head."""
+        if self.index is None:
+            B, K, S, _ = x.shape
+            assert isinstance(self.keys, Tensor)
+            assert S % self.block == 0
+            batch = _some(torch.arange(B, device=x.device), self.batch)[:, None] * K
+            head = torch.arange(self.heads, device=x.device) // (self.heads // K)
+            keys = _some(self.keys, self.batch) if self.keys.shape[0] > 1 else self.keys
+            self.index = ((batch + head)[:, :, None, None] * (S // self.block) + keys).flatten()
+        return self.index
+
+
+class _Shared:
+    """Columns of k and v that many tiles take, gathered once, and the sums of their gradients."""
+
+    def __init__(self, k: Tensor, v: Tensor):
+        self.k, self.v = k, v
+        self._taken: dict[int, tuple[Tensor, Tensor]] = {}
+        self._sums: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+
+    def take(self, keys: Int[Tensor, "B n"]) -> tuple[Tensor, Tensor]:
+        if id(keys) not in self._taken:
+            self._taken[id(keys)] = _gather(self.k, keys), _gather(self.v, keys)
+        return self._taken[id(keys)]
+
+    def gradients(self, keys: Int[Tensor, "B n"], like: Tensor) -> tuple[Tensor, Tensor]:
+        if id(keys) not in self._sums:
+            k, v = self.take(keys)
+            self._sums[id(keys)] = keys, (torch.zeros_like(k, dtype=like.dtype), torch.zeros_like(v, dtype=like.dtype))
+        return self._sums[id(keys)][1]
+
+    def add(self, dk: Tensor, dv: Tensor) -> None:
+        for keys, sums in self._sums.values():
+            for into, grad in zip((dk, dv), sums):
+                into.scatter_add_(2, keys[:, None, :, None].expand_as(grad), grad)
+
+
+def _gather(x: Tensor, keys: Int[Tensor, "B n"]) -> Tensor:
+    return x.gather(2, keys[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
