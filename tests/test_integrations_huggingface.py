@@ -491,6 +491,19 @@ def test_training_after_inference_mode() -> None:
     close(run(model, mask)[0], first)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_step_reads_no_files_and_builds_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's options are looked up, not parsed: a token of generation passes every layer."""
+    from attention_zoo import registry
+    from attention_zoo.integrations import bare
+
+    model = zoo(build(kind), "longformer", window=11)
+    model(some_ids())
+    for place, name in ((registry, "recipe"), (bare, "recipe"), (bare, "build"), (bare, "options_of")):
+        monkeypatch.setattr(place, name, lambda *_, **__: pytest.fail("a second call asks again"))
+    model(some_ids())
+
+
 def test_the_first_call_draws_nothing() -> None:
     model = zoo(build("llama"), "longformer", window=11)
     torch.manual_seed(5)

@@ -75,14 +75,6 @@ def bare_pattern(
         Unsupported: for a mechanism or an option that cannot work so.
         ValueError: for an unknown name, or a value outside its rule.
     """
-    reason = refusal(name)
-    if reason is not None:
-        raise Unsupported(name, "attention on given queries, keys and values", reason, "longformer, bigbird or full")
-    allowed = own_options(name)
-    decided = inspect.signature(Attention).parameters
-    for key in options:
-        if key in decided and key not in allowed:
-            raise Unsupported(name, f"option {key}", "the model around it decides that", " or ".join(allowed))
     try:
         text = json.dumps(dict(options), sort_keys=True)
     except TypeError as error:
@@ -105,6 +97,7 @@ def _build(
     dtype: torch.dtype,
 ) -> PatternAttention:
     given = json.loads(options)
+    _check_options(name, given)  # here, behind the cache: it reads the mechanism's defaults from their file
     if "global_projections" in options_of(name):
         given = {"global_projections": "shared", **given}
     seed = given.pop("seed", 0) + layer
@@ -116,6 +109,16 @@ def _build(
         assert isinstance(pattern, PatternAttention)
         _check(name, pattern)
         return pattern.requires_grad_(False).eval().to(device=device, dtype=dtype)
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    reason = refusal(name)
+    if reason is not None:
+        raise Unsupported(name, "attention on given queries, keys and values", reason, "longformer, bigbird or full")
+    allowed, decided = own_options(name), inspect.signature(Attention).parameters
+    for key in options:
+        if key in decided and key not in allowed:
+            raise Unsupported(name, f"option {key}", "the model around it decides that", " or ".join(allowed))
 
 
 def _check(name: str, pattern: PatternAttention) -> None:

@@ -37,10 +37,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from attention_zoo.attention.longformer import Longformer
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Tokens, Unsupported, one_of
 from attention_zoo.integrations.bare import at_columns, bare_pattern, refusal
-from attention_zoo.registry import available, options_of, recipe
+from attention_zoo.registry import available, recipe
 
 PREFIX = "zoo_"
 HARMLESS = frozenset(
@@ -254,6 +255,7 @@ def _interface(name: str) -> Callable[..., tuple[Tensor, None]]:
             causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         L, S = query.shape[2], key.shape[2]
         crosses = not causal and (L != S or _is_cross(name, module))
+        pattern = _pattern(name, module, query, key, causal, crosses, layout.reach)
         keys = layout.keys
         if crosses:
             queries = Tokens.all_valid(query.shape[0], L, query.device)
@@ -261,17 +263,23 @@ def _interface(name: str) -> Callable[..., tuple[Tensor, None]]:
             end = layout.start + L
             if end > S or (attention_mask is None and L != S):
                 raise ValueError(f"{L} queries over {S} keys need a mask that says where they stand")
-            # a static cache is longer than what is written; queries are then the last of the keys
-            key, value, keys = key[:, :, :end], value[:, :, :end], keys.cut(slice(0, end))
-            queries = keys if layout.start == 0 else keys.cut(slice(layout.start, end))
+            # a static cache is longer than what is written, and any cache than what a window reaches
+            seen = slice(_first(pattern, layout.start), end)
+            key, value, keys = key[:, :, seen], value[:, :, seen], keys.cut(seen)
+            queries = keys if keys.valid.shape[1] == L else keys.cut(slice(-L, None))
             if name == "full" and L > 1:  # then equal to sdpa at padding, too: somebody's loss may count it
                 queries = queries._replace(valid=torch.ones_like(queries.valid))
-        pattern = _pattern(name, module, query, key, causal, crosses, layout.reach)
         scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
         out = pattern.attend(query, key, value, queries, keys, scale=scale)
         return out.transpose(1, 2).contiguous(), None
 
     return attention
+
+
+def _first(pattern: PatternAttention, start: int) -> int:
+    """The first column that queries from column `start` on may see: columns are as far apart as positions."""
+    marks = type(pattern).mark is not PatternAttention.mark  # global tokens are seen from everywhere
+    return 0 if marks or pattern.reach is None else max(0, start - pattern.reach)
 
 
 def _check_call(name: str, dropout: float, others: Mapping[str, Any]) -> None:
@@ -327,20 +335,20 @@ def _pattern(
         )  # fmt: skip
     if reach is None:
         return build(name, options)
-    build(name, options)  # what was asked for must be possible in itself, in every layer alike
-    return build(*_within(name, options, reach))
+    # what was asked for must be possible in itself, in every layer alike
+    return build(*_within(name, options, build(name, options), reach))
 
 
-def _within(name: str, options: dict[str, Any], reach: int) -> tuple[str, dict[str, Any]]:
+def _within(name: str, options: dict[str, Any], pattern: PatternAttention, reach: int) -> tuple[str, dict[str, Any]]:
     """A pattern that sees what the given one and the model's own sliding window both allow."""
     if name == "full":
         kernel = {key: value for key, value in options.items() if key == "kernel"}
         return "longformer", {"window": reach, **kernel}
-    window = options.get("window", options_of(name).get("window", 0))
     steps = options.get("dilation", 1)
-    if name != "longformer" or any(step != 1 for step in ([steps] if isinstance(steps, int) else steps)):
+    plain = all(step == 1 for step in ([steps] if isinstance(steps, int) else steps))
+    if not isinstance(pattern, Longformer) or not plain:
         raise Unsupported(
             name, f"a layer of the model's with a sliding window of {reach}", "what both allow is no pattern of ours",
             "full or longformer without dilation, or layers without a window (config.layer_types)",
         )  # fmt: skip
-    return name, {**options, "window": min(window, reach)}
+    return name, {**options, "window": min(pattern.window, reach)}
