@@ -264,6 +264,8 @@ class Attention(Layer):
         declared: its abilities at the default options.
         tiny: options at which a few dozen tokens already straddle every border of the mechanism; the contract suite
             tests under them (window 3, chunk 4, ...). Whole numbers among them are taken for lengths in tokens.
+        companions: layers that models of this backend mix in and that are no backends: part -> class, as dotted names.
+            They are built as "backend.part".
 
     Raises:
         Unsupported: for what the mechanism does not declare in `declared`.
@@ -273,6 +275,7 @@ class Attention(Layer):
     name: ClassVar[str]
     declared: ClassVar[Abilities]
     tiny: ClassVar[Mapping[str, Any]] = {}
+    companions: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,

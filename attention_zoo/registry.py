@@ -38,9 +38,17 @@ def _shipped() -> tuple[str, ...]:
 def recipe(name: str) -> tuple[type[Attention], dict[str, Any]]:
     """The class of a backend and its default options.
 
+    Args:
+        name: one of `available()`, or "backend.part": a layer that models of a backend mix in and that is none by
+            itself, from the backend's `companions`.
+
     Raises:
         ValueError: for an unknown name, listing the known ones and the nearest.
     """
+    backend, _, part = name.partition(".")
+    if part and backend in available() and part in (companions := recipe(backend)[0].companions):
+        module, _, attribute = companions[part].rpartition(".")
+        return _checked(getattr(importlib.import_module(module), attribute), name), {}
     if name in _shipped():
         text = resources.files("attention_zoo.conf").joinpath("attention", f"{name}.yaml").read_text()
         return _split(OmegaConf.to_container(OmegaConf.create(text)), name)

@@ -111,6 +111,7 @@ class Reformer(Attention):
         adjustable=("rounds",),
     )
     tiny = {"chunk": 4, "rounds": 2}
+    companions = {"local": "attention_zoo.attention.reformer_local.ReformerLocal"}
 
     def __init__(
         self,

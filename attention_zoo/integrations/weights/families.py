@@ -8,6 +8,7 @@ from attention_zoo.integrations.weights.family import Family
 from attention_zoo.integrations.weights.gpt2 import GPT2
 from attention_zoo.integrations.weights.llama import LLAMA, MISTRAL, QWEN2
 from attention_zoo.integrations.weights.longformer import LONGFORMER
+from attention_zoo.integrations.weights.reformer import REFORMER
 from attention_zoo.integrations.weights.transformer_xl import TRANSFORMER_XL
 
 FAMILIES: dict[str, Family] = {
@@ -19,6 +20,7 @@ FAMILIES: dict[str, Family] = {
     "longformer": LONGFORMER,
     "mistral": MISTRAL,
     "qwen2": QWEN2,
+    "reformer": REFORMER,
     "roberta": bert.ROBERTA,
     "transfo-xl": TRANSFORMER_XL,
     "xlm-roberta": bert.XLM_ROBERTA,
