@@ -33,7 +33,7 @@ def test_a_page_holds_text_options_abilities_and_kernels(name: str) -> None:
         assert f"| {kernel.name} | {kernel.about} |" in page
 
 
-@pytest.mark.parametrize("name", ["full", "longformer", "bigbird"])
+@pytest.mark.parametrize("name", ["full", "longformer", "bigbird", "reformer", "transformer_xl"])
 def test_a_page_says_what_paper_code_and_we_do_and_how_it_was_checked(name: str) -> None:
     page = overview.about(name)
     places = [page.index(f"\n\n{word}") for word in ("Paper", "Released code", "Here", "Checked", "## Options")]
