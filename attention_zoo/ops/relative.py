@@ -27,11 +27,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attention_zoo.ops.function import exact, once
-from attention_zoo.ops.partial import Scratch, partial
+from attention_zoo.ops.partial import LOG2E, Scratch, add_product, partial
 
 ROWS = 128
 """Queries per chunk, at most."""
-TILE = {"cpu": 1 << 20, "cuda": 1 << 26}
+TILE = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Scores in work at once, about: a chunk goes in groups of heads. Small on a CPU, for the cache, large on CUDA."""
 
 
@@ -198,7 +198,7 @@ class _Relative(torch.autograd.Function):
             rows, keys = slice(chunk.start, chunk.stop), slice(chunk.low, chunk.high)
             query = q[:, heads, rows].to(exact)
             shape = _Shift(plan, chunk) if plan.position is None else _Gather(plan, chunk)
-            bias = shape.scores(((query + w[heads, None]) * scale).transpose(0, 1), shape.cut(table[heads]))
+            bias = shape.scores(((query + w[heads, None]) * scale).transpose(0, 1), shape.cut(table[heads]), scratch)
             _hide(bias, plan, chunk)
             out[:, heads, rows], found = partial(
                 query + u[heads, None],
@@ -224,7 +224,9 @@ class _Relative(torch.autograd.Function):
         # +inf makes all weights of a row that sees nothing zero, instead of exp(-inf + inf)
         lse = torch.where(lse == -torch.inf, torch.inf, lse)
         dq = _rows_first(q, L, exact)
-        dk, dv, dk_own, dv_own = (_rows_first(q, S, exact).zero_() for _ in range(4))
+        dk, dv = (_rows_first(q, S, exact).zero_() for _ in range(2))
+        dk_own, dv_own = (_rows_first(q, S, exact).zero_() if needed else None for needed in ctx.needs_input_grad[3:5])
+        scratch = Scratch()
         du, dw = u.new_zeros(u.shape, dtype=exact), w.new_zeros(w.shape, dtype=exact)
         for chunk, heads in _tiles(plan, q):
             rows, keys = slice(chunk.start, chunk.stop), slice(chunk.low, chunk.high)
@@ -235,13 +237,14 @@ class _Relative(torch.autograd.Function):
             to_distances = (query + w[heads, None, None]) * scale
             distance_keys = shape.cut(table[heads])
 
-            weights = shape.scores(to_distances, distance_keys)
-            weights += to_keys @ key.transpose(-1, -2)
+            distance_scores = shape.scores(to_distances, distance_keys, scratch)
+            weights = _product(to_keys, key, "weights", scratch).add_(distance_scores)
             _hide(weights, plan, chunk)
-            weights.sub_(lse[:, heads, rows].transpose(0, 1)[..., None]).exp_()
-            dweights = dout @ value.transpose(-1, -2)
+            exponent = lse[:, heads, rows].transpose(0, 1)[..., None] * -LOG2E
+            torch.add(exponent, weights, alpha=LOG2E, out=weights).exp2_()
+            dweights = _product(dout, value, "dweights", scratch)
             dweights -= (dout * result).sum(-1, keepdim=True)
-            dscores, dproduct = shape.gradient(dweights, weights)
+            dscores, dproduct = shape.gradient(dweights, weights, scratch)
 
             _collect(dk, dk_own, heads, dscores, to_keys, plan, chunk)
             _collect(dv, dv_own, heads, weights, dout, plan, chunk)
@@ -255,7 +258,8 @@ class _Relative(torch.autograd.Function):
         dr = dtable[:, :-1].flip(1).transpose(0, 1)
         gradients = (dq.mul_(scale), dk, dv, dk_own, dv_own, dr, du.mul_(scale), dw.mul_(scale))
         dtypes = (q, k, v, k, v, r, u, w)
-        return *(gradient.to(like.dtype) for gradient, like in zip(gradients, dtypes)), None, None
+        found = (None if grad is None else grad.to(like.dtype) for grad, like in zip(gradients, dtypes))
+        return *found, None, None
 
 
 def _tiles(plan: Plan, q: Tensor) -> Iterator[tuple[Chunk, slice]]:
@@ -289,13 +293,17 @@ class _Shift:
         """The distances of the oldest key seen from the last row, down to 0, and the spare row."""
         return table[:, table.shape[1] - self.columns - 1 :]
 
-    def scores(self, queries: Float[Tensor, "H B l D"], table: Tensor) -> Float[Tensor, "H B l s"]:
-        return self._view(queries.flatten(1, 2) @ table.transpose(-1, -2), queries.shape[1])
+    def scores(self, queries: Float[Tensor, "H B l D"], table: Tensor, scratch: Scratch) -> Float[Tensor, "H B l s"]:
+        """In the scratch."""
+        H, B = queries.shape[:2]
+        product = scratch("product", (H, B * self.rows, self.columns + 1), table)
+        torch.bmm(queries.flatten(1, 2), table.transpose(1, 2), out=product)
+        return self._view(product, B)
 
-    def gradient(self, dweights: Tensor, weights: Tensor) -> tuple[Tensor, Float[Tensor, "H Bl n"]]:
-        """dweights · weights, and the same as the gradient of the product with the table."""
+    def gradient(self, dweights: Tensor, weights: Tensor, scratch: Scratch) -> tuple[Tensor, Float[Tensor, "H Bl n"]]:
+        """dweights · weights, and the same as the gradient of the product with the table. In the scratch."""
         H, B = weights.shape[:2]
-        product = weights.new_empty(H, B * self.rows, self.columns + 1)
+        product = scratch("product", (H, B * self.rows, self.columns + 1), weights)
         corners = product.view(H, B, -1)
         corners[..., : self.rows - 1] = 0
         corners[..., -1] = 0
@@ -321,16 +329,25 @@ class _Gather:
     def cut(self, table: Tensor) -> Tensor:
         return table
 
-    def scores(self, queries: Float[Tensor, "H B l D"], table: Tensor) -> Float[Tensor, "H B l s"]:
+    def scores(self, queries: Float[Tensor, "H B l D"], table: Tensor, scratch: Scratch) -> Float[Tensor, "H B l s"]:
         return (queries @ table[:, None].transpose(-1, -2)).gather(-1, self._index(len(queries)))
 
-    def gradient(self, dweights: Tensor, weights: Tensor) -> tuple[Tensor, Float[Tensor, "H Bl n"]]:
+    def gradient(self, dweights: Tensor, weights: Tensor, scratch: Scratch) -> tuple[Tensor, Float[Tensor, "H Bl n"]]:
         dscores = dweights.mul_(weights)
         product = dscores.new_zeros(*dscores.shape[:-1], self.n + 1)
         return dscores, product.scatter_add_(-1, self._index(len(dscores)), dscores).flatten(1, 2)
 
     def _index(self, heads: int) -> Int[Tensor, "H B l s"]:
         return self.row.expand(heads, *self.row.shape)
+
+
+def _product(
+    rows: Float[Tensor, "H B l D"], keys: Float[Tensor, "H B s D"], name: str, scratch: Scratch
+) -> Float[Tensor, "H B l s"]:
+    H, B, l, _ = rows.shape
+    found = scratch(name, (H, B, l, keys.shape[2]), rows)
+    torch.bmm(rows.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out=found.view(H * B, l, -1))
+    return found
 
 
 def _hide(scores: Float[Tensor, "H B l s"], plan: Plan, chunk: Chunk) -> None:
@@ -352,7 +369,7 @@ def _hide(scores: Float[Tensor, "H B l s"], plan: Plan, chunk: Chunk) -> None:
 
 def _collect(
     every: Tensor,
-    own: Tensor,
+    own: Tensor | None,
     heads: slice,
     weights: Float[Tensor, "H B l s"],
     rows: Float[Tensor, "H B l D"],
@@ -360,6 +377,10 @@ def _collect(
     chunk: Chunk,
 ) -> None:
     """Add weightsᵀ · rows to the gradient of the chunk's keys: from all pairs, and from those inside own segments."""
+    if own is None:
+        into = every[:, heads, chunk.low : chunk.high].transpose(0, 1)
+        add_product(into, weights.flatten(0, 1).transpose(1, 2), rows.flatten(0, 1))
+        return
     total = (weights.transpose(-1, -2) @ rows).transpose(0, 1)
     every[:, heads, chunk.low : chunk.high] += total
     own[:, heads, chunk.all_own : chunk.high] += total[:, :, chunk.all_own - chunk.low :]
