@@ -13,6 +13,7 @@ from attention_zoo.measure.config import BenchmarkConfig, register
 from attention_zoo.report import rivals
 from attention_zoo.report import rows as results
 from attention_zoo.report.benchmark import benchmark
+from attention_zoo.report.palette import styles
 
 GRIDS = ("peers", "short", "growth", "cuda", "long_core", "long_layer")
 QUICK = {"heads": 2, "head_width": 8, "threads": 1, "device": "cpu", "repeats": 1, "budget_s": 0.01}
@@ -60,6 +61,7 @@ def test_cells_peers_and_budgets_fill_one_page(tmp_path):
     for word in (
         "Against other implementations",
         "Figures to reach",
+        "Ours and theirs",
         "The longest length within a memory",
         "Time against",
     ):
@@ -74,6 +76,20 @@ def test_a_budget_needs_something_that_trains_and_a_size(tmp_path):
     with pytest.raises(ValueError, match=r"budget must be a size such as 8GiB or 512MiB, got 'much'"):
         benchmark(BenchmarkConfig(budget="much", **common))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_chart_of_ratios_holds_every_pair_that_was_timed():
+    row = {
+        "kind": "peer", "backend": "bigbird", "against": "sdpa", "title": "SDPA", "status": "ok", "causal": False,
+        "variant": "core", "phase": "forward", "heads": 8, "head_width": 64, "batch": 1, "dtype": "float32",
+        "device": "cpu", "threads": 1, "length": 1024, "time_ratio": 12.0, "memory_ratio": 0.5,
+        "config": {"options": {}},
+    }  # fmt: skip
+    many = [row, {**row, "against": "hf_bigbird", "title": "HF BigBird"}, {**row, "length": 2048, "time_ratio": None}]
+    (chart,) = rivals.ratios(many, styles(["bigbird"]))
+    assert [list(trace.y) for trace in chart.figure.data] == [[12.0], [12.0]]
+    assert chart.table.cells == [["bigbird", title, "12.0×", "0.500×"] for title in ("HF BigBird", "SDPA")]
+    assert "1,024 tokens" in chart.note
 
 
 def test_a_peer_that_is_not_installed_is_a_line_that_says_how():

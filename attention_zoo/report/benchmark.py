@@ -88,7 +88,9 @@ def _contest(config: BenchmarkConfig, folder: Path, console: Console) -> list[Ro
         config.matches(), rounds=config.rounds, pythons=config.peer_python, say=say, on_rows=keep,
         timeout_s=how["timeout_s"], memory_limit_bytes=how["memory_limit_bytes"],
     )  # fmt: skip
-    console.print(_rich("ours and theirs in turns: theirs over ours", rivals.peers_table(rows), WIDE))
+    console.print(
+        _rich("ours and theirs in turns: theirs over ours", rivals.peers_table(rows), WIDE), width=_width(console)
+    )
     return rows
 
 
@@ -117,7 +119,10 @@ def _budgets(
             )  # fmt: skip
             write_json(folder / "budgets" / f"{row['id']}.json", row)
             found.append(row)
-    console.print(_rich(f"longest trainable length within {units.size(budget)}", rivals.budgets_table(found)))
+    console.print(
+        _rich(f"longest trainable length within {units.size(budget)}", rivals.budgets_table(found)),
+        width=_width(console),
+    )
     return found
 
 
@@ -160,6 +165,11 @@ def _rich(title: str, table: Table, without: tuple[str, ...] = ()) -> RichTable:
     for line in zip(*(columns[number] for number in kept)):
         shown.add_row(*line)
     return shown
+
+
+def _width(console: Console) -> int | None:
+    """A file is as wide as it must be."""
+    return None if console.is_terminal else 160
 
 
 def cost_table(title: str, measured: Iterable[tuple[SpeedCell, Row]]) -> RichTable:

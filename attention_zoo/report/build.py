@@ -50,7 +50,7 @@ def build_report(rows: Iterable[Row], path: str | Path, *, title: str = TITLE) -
     sections = [
         ("summary", "Summary", _summary(found)),
         ("cost", "Memory and time against length", _costs(cost, show)),
-        ("peers", "Against other implementations", _peers(rows)),
+        ("peers", "Against other implementations", _peers(rows, look, show)),
         ("budget", "The longest length within a memory", _budget(rows)),
         ("pareto", "Quality against cost", _pareto(found, look, show)),
         ("learning", "What they learnt", _learning(found.tasks, look, show)),
@@ -123,11 +123,12 @@ def _costs(cost: list[tuple[Setting, list[Series], list[Chart]]], show: Any) -> 
     return "".join(parts)
 
 
-def _peers(rows: list[Row]) -> str:
+def _peers(rows: list[Row], look: dict[str, Style], show: Any) -> str:
     if not results.of(rows, "peer"):
         return ""
     return (
         page.paragraph(rivals.FAIR, "note")
+        + show(*rivals.ratios(rows, look))
         + page.table(rivals.peers_table(rows), "text")
         + page.bullets(rivals.fairness(rows), "note")
         + "<h3>Figures to reach</h3>"

@@ -60,7 +60,8 @@ def style_of(series: Series, styles: dict[str, Style]) -> Style:
     return BASELINE[series.kernel] if series.baseline else styles[series.backend]
 
 
-def _figure(x: str, y: str, **layout: Any) -> go.Figure:
+def blank_figure(x: str, y: str, **layout: Any) -> go.Figure:
+    """A figure in the style of the page, with titles on both axes."""
     axis: dict[str, Any] = {
         "gridcolor": GRID, "linecolor": GRID, "tickcolor": GRID, "zeroline": False, "automargin": True,
         "title": {"font": {"size": 12, "color": MUTED}, "standoff": 8}, "fixedrange": False,
@@ -84,7 +85,7 @@ def _figure(x: str, y: str, **layout: Any) -> go.Figure:
     return figure
 
 
-def _log_axis(
+def log_axis(
     update: Any, values: Sequence[float], words: Any, *, binary: bool, pad: float = 0.08
 ) -> tuple[float, float]:
     """Explicit ticks on a logarithmic axis that holds all values; returns its range in decades."""
@@ -109,7 +110,7 @@ def _line(style: Style, width: float = 2) -> dict[str, Any]:
     return {"color": style.color, "width": width, "dash": style.dash}
 
 
-def _marker(style: Style, size: int = 9) -> dict[str, Any]:
+def marker_of(style: Style, size: int = 9) -> dict[str, Any]:
     return {"color": style.color, "symbol": style.marker, "size": size, "line": {"width": 1.5, "color": style.color}}
 
 
@@ -123,13 +124,13 @@ def cost(setting: Setting, many: list[Series], styles: dict[str, Style], key: st
     lengths = sorted({length for series in many for length in series.rows})
     if not values:
         return None
-    figure = _figure("length in tokens", unit)
+    figure = blank_figure("length in tokens", unit)
     figure.update_xaxes(
         type="log", tickvals=lengths, ticktext=[f"{length:,}" for length in lengths],
         range=[math.log10(lengths[0]) - 0.06, math.log10(lengths[-1]) + 0.06],
     )  # fmt: skip
     failing = [series for series in many if series.failures()]
-    low, high = _log_axis(figure.update_yaxes, values, words, binary=key == MEMORY)
+    low, high = log_axis(figure.update_yaxes, values, words, binary=key == MEMORY)
     step = (high - low) * 0.05
     top = high + step * len(failing)
     figure.update_yaxes(range=[low, top])
@@ -142,7 +143,7 @@ def cost(setting: Setting, many: list[Series], styles: dict[str, Style], key: st
         if found:
             figure.add_scatter(
                 x=list(found), y=list(found.values()), mode="lines+markers", name=series.label,
-                legendgroup=series.label, line=_line(style), marker=_marker(style), hovertext=hover, hoverinfo="text",
+                legendgroup=series.label, line=_line(style), marker=marker_of(style), hovertext=hover, hoverinfo="text",
                 error_y=_range(series, key, style),
             )  # fmt: skip
         legend.append((series.label, style))
@@ -209,10 +210,10 @@ def pareto(task: Task, many: list[Series], length: int, styles: dict[str, Style]
     if not points:
         return None
     better = "lower" if task.lower_is_better else "higher"
-    figure = _figure(
+    figure = blank_figure(
         f"{axis} at {length:,} tokens (lower is better)", f"{METRIC_WORDS[task.metric]} ({better} is better)"
     )
-    _log_axis(figure.update_xaxes, [value for *_, value in points], words, binary=key == MEMORY, pad=0.12)
+    log_axis(figure.update_xaxes, [value for *_, value in points], words, binary=key == MEMORY, pad=0.12)
     legend, cells = [], []
     for learnt, series, value in points:
         style = style_of(series, styles)
@@ -221,7 +222,7 @@ def pareto(task: Task, many: list[Series], length: int, styles: dict[str, Style]
         error = {"type": "data", "symmetric": False, "thickness": 1.2, "width": 4, "color": style.color,
                  "array": [max(learnt.values) - quality], "arrayminus": [quality - min(learnt.values)]}  # fmt: skip
         figure.add_scatter(
-            x=[value], y=[quality], mode="markers", name=label, legendgroup=label, marker=_marker(style, 13),
+            x=[value], y=[quality], mode="markers", name=label, legendgroup=label, marker=marker_of(style, 13),
             error_y=error if learnt.seeds > 1 else None, hoverinfo="text",
             hovertext=[f"{label}<br>{words(value)}<br>{learnt.words()} {METRIC_WORDS[task.metric]}"],
         )  # fmt: skip
@@ -268,7 +269,7 @@ def trajectory(
     share = metric and task.metric == "accuracy"
     factor = 1 / math.log(2) if bits and not metric else 1.0
     unit = METRIC_WORDS[task.metric] if metric else "loss in bits per byte" if bits else "loss in nats"
-    figure = _figure(x, unit)
+    figure = blank_figure(x, unit)
     if share:
         figure.update_yaxes(**SHARE_AXIS)
     legend, cells = [], []
@@ -281,7 +282,7 @@ def trajectory(
             said = [units.percent(y) if share else units.fixed(y, 3) for y in ys]
             figure.add_scatter(
                 x=xs, y=ys, mode="lines" if len(xs) > 1 else "markers", name=learnt.label, legendgroup=learnt.label,
-                line=_line(style, 2 if len(drawn) == 1 else 1.2), marker=_marker(style, 6), hoverinfo="text",
+                line=_line(style, 2 if len(drawn) == 1 else 1.2), marker=marker_of(style, 6), hoverinfo="text",
                 hovertext=[f"{learnt.label}, seed {row.get('seed')}<br>{x} {a:,}: {b}" for a, b in zip(xs, said)],
             )  # fmt: skip
             picks = sorted({round(i * (len(xs) - 1) / 5) for i in range(6)})
@@ -298,7 +299,7 @@ def accuracy(task: Task, styles: dict[str, Style]) -> Chart | None:
     """Accuracy on every evaluation set, with the bar that full attention must clear."""
     if task.metric != "accuracy" or not task.sets:
         return None
-    figure = _figure("evaluation set", "accuracy of recalled values")
+    figure = blank_figure("evaluation set", "accuracy of recalled values")
     figure.update_yaxes(**SHARE_AXIS)
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=[spoken(name) for name in task.sets])
     legend, cells = [], []
@@ -307,7 +308,7 @@ def accuracy(task: Task, styles: dict[str, Style]) -> Chart | None:
         found = {spoken(name): value for name in task.sets if (value := learnt.on(name)) is not None}
         figure.add_scatter(
             x=list(found), y=list(found.values()), mode="lines+markers", name=learnt.label, legendgroup=learnt.label,
-            line=_line(style, 1.5), marker=_marker(style, 11), hoverinfo="text", cliponaxis=False,
+            line=_line(style, 1.5), marker=marker_of(style, 11), hoverinfo="text", cliponaxis=False,
             hovertext=[f"{learnt.label}<br>{name}: {units.percent(value)}" for name, value in found.items()],
         )  # fmt: skip
         legend.append((learnt.label, style))
@@ -328,7 +329,7 @@ def picture(row: Row, style: Style) -> Chart:
     for number, kind in enumerate(kinds):
         steps += [[number / len(kinds), shades[kind]], [(number + 1) / len(kinds), shades[kind]]]
     place = {kind: number for number, kind in enumerate(kinds)}
-    figure = _figure("key", "query")
+    figure = blank_figure("key", "query")
     figure.add_heatmap(
         z=[[place[kind] for kind in line] for line in pairs], colorscale=steps, zmin=-0.5, zmax=len(kinds) - 0.5,
         showscale=False, xgap=0, ygap=0, hovertemplate="query %{y}, key %{x}<extra></extra>",

@@ -6,16 +6,17 @@ from collections.abc import Iterable
 from typing import Any
 
 from attention_zoo.measure.peers.figures import verdicts
+from attention_zoo.report import charts, units
 from attention_zoo.report import rows as results
-from attention_zoo.report import units
-from attention_zoo.report.charts import Table
+from attention_zoo.report.charts import Chart, Table
+from attention_zoo.report.palette import MUTED, Style
 from attention_zoo.report.rows import Row
 from attention_zoo.report.units import NONE
 
 FAIR = (
     "Both sides in one run, in turns, each in a process of its own; ratios are theirs over ours, so that above 1 ours "
     "is faster or smaller: the median of adjacent calls, and the range. Before, each peer had to show that it computes "
-    "the same as ours, outputs and gradients."
+    "the same as ours, outputs and gradients. “CPU” is the ratio of processor time, told where other work had the cores."
 )
 GOALS = (
     "Each figure holds for its own setting alone: core, forward + backward, 8 heads × 64, batch 1; on a CPU one thread."
@@ -57,7 +58,42 @@ def _busy(row: Row) -> str:
     """Where the clock and the processor tell different things, other work had the cores."""
     wall, cpu = row["time_ratio"], row.get("cpu_time_ratio")
     apart = row["device"] == "cpu" and wall and cpu and not 0.8 < wall / cpu < 1.25
-    return f"; {_times(cpu)} in CPU time: the machine was busy" if apart else ""
+    return f" (CPU {_times(cpu)})" if apart else ""
+
+
+def ratios(rows: Iterable[Row], styles: dict[str, Style]) -> list[Chart]:
+    """For each setting that peers were met in: how many times faster and smaller ours is than each."""
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(results.of(rows, "peer"), key=_order):
+        if results.ok(row) and row["time_ratio"] and row["memory_ratio"]:
+            what = setting(row).removeprefix("causal, ").removeprefix("two-sided, ")
+            groups.setdefault(f"{what}, {row['length']:,} tokens", []).append(row)
+    return [_ratio_chart(what, many, styles, number) for number, (what, many) in enumerate(groups.items())]
+
+
+def _ratio_chart(what: str, many: list[Row], styles: dict[str, Style], number: int) -> Chart:
+    figure = charts.blank_figure("times less memory than theirs", "times faster than theirs")
+    for update, key in ((figure.update_xaxes, "memory_ratio"), (figure.update_yaxes, "time_ratio")):
+        values = [1.0, *(row[key] for row in many)]
+        charts.log_axis(update, [*values, 1.5 * max(values)], _times, binary=False, pad=0.12)
+    figure.add_hline(y=1, line={"color": MUTED, "width": 1, "dash": "dot"})
+    figure.add_vline(x=1, line={"color": MUTED, "width": 1, "dash": "dot"})
+    legend: dict[str, Style] = {}
+    for row in many:
+        style = styles[row["backend"]]
+        legend[row["backend"]] = Style(style.color, style.marker, "none")
+        direction = "causal" if row["causal"] else "two-sided"
+        said = f"{named(row)}, {direction}, against {row['title']}"
+        figure.add_scatter(
+            x=[row["memory_ratio"]], y=[row["time_ratio"]], mode="markers+text", text=[row["title"]],
+            textposition="top center", textfont={"size": 10}, marker=charts.marker_of(style, 10),
+            name=row["backend"], legendgroup=row["backend"], hoverinfo="text", cliponaxis=False,
+            hovertext=[f"{said}<br>{_times(row['time_ratio'])} faster, {_times(row['memory_ratio'])} less memory"],
+        )  # fmt: skip
+    cells = [[named(row), row["title"], _times(row["time_ratio"]), _times(row["memory_ratio"])] for row in many]
+    note = f"{what[0].upper()}{what[1:]}. To the right and above the dotted lines ours is smaller and faster."
+    table = Table(["", "against", "times faster", "times less memory"], cells)
+    return Chart(f"peers-{number}", "Ours and theirs", note, figure, table, list(legend.items()))
 
 
 def fairness(rows: Iterable[Row]) -> list[str]:
