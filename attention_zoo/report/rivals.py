@@ -16,7 +16,8 @@ from attention_zoo.report.units import NONE
 FAIR = (
     "Both sides in one run, in turns, each in a process of its own; ratios are theirs over ours, so that above 1 ours "
     "is faster or smaller: the median of adjacent calls, and the range. Before, each peer had to show that it computes "
-    "the same as ours, outputs and gradients. “CPU” is the ratio of processor time, told where other work had the cores."
+    "the same as ours, outputs and gradients. “CPU” is the ratio of processor time, told where other work had the "
+    "cores."
 )
 GOALS = (
     "Each figure holds for its own setting alone: core, forward + backward, 8 heads × 64, batch 1; on a CPU one thread."
