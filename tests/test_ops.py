@@ -182,3 +182,18 @@ def test_autocast_rounds_projections_but_not_the_sums_inside(name):
     assert got.hidden.dtype == torch.bfloat16
     assert (got.hidden - want.hidden).norm() < 0.005 * want.hidden.norm()
     assert (grad - want_grad).norm() < 0.008 * want_grad.norm()
+
+
+@pytest.mark.parametrize("name", ["full", "longformer", "bigbird"])
+def test_channels_need_not_be_neighbours_in_memory(name):
+    """No kernel may read them as if they were: rotated heads of width two are not, nor may a caller's be."""
+    layer = zoo.build(name, dim=16, heads=4).double()
+    tokens = zoo.Tokens.of(torch.arange(19)[None].expand(2, -1) > 2)
+    leaves = operands(L=19, S=19)
+    for kernel, reason in layer.explain(*leaves, tokens, tokens):
+        if reason is None:
+            spread = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in leaves]
+            assert all(x.stride(-1) != 1 for x in spread)
+            want = layer.attend(*leaves, tokens, tokens, kernel="dense")
+            got = layer.attend(*spread, tokens, tokens, kernel=kernel)
+            equal_with_gradients(got[:, :, 3:], want[:, :, 3:], leaves)

@@ -32,6 +32,7 @@ CASES: dict[str, tuple[tuple[Any, Any], dict[str, Any]]] = {
     "llama": (LLAMA, {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-3}),
     "llama-wide-heads": (LLAMA, {"num_key_value_heads": 1, "head_dim": 6, "attention_bias": True, "mlp_bias": True}),
     "llama-tied": (LLAMA, {"tie_word_embeddings": True, **rope()}),
+    "llama-narrow-heads": (LLAMA, {"num_key_value_heads": 1, "head_dim": 2}),
     "llama-linear": (LLAMA, {"num_key_value_heads": 3, **rope("linear", factor=4.0)}),
     "llama3": (LLAMA, {"num_key_value_heads": 1, "head_dim": 16, **LLAMA3}),
     "mistral-window": (MISTRAL, {"num_key_value_heads": 1, "sliding_window": 5}),
