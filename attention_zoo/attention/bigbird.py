@@ -35,7 +35,7 @@ from torch import Tensor
 from attention_zoo.attention.bigbird_plans import Plan, Reference, Uniform
 from attention_zoo.attention.pattern import PatternAttention, hide
 from attention_zoo.contract import Abilities, Tokens, Unsupported, at_least, one_of
-from attention_zoo.ops.blocks import BLOCKS
+from attention_zoo.ops.blocks import BLOCKS, TRITON_BLOCKS
 from attention_zoo.ops.dispatch import DENSE, TILES
 from attention_zoo.ops.row import LINKED_ROW, ROW
 
@@ -51,12 +51,12 @@ class BigBird(PatternAttention):
             ("reference_eval"); those are two-sided, with window_blocks=3, and `seed` is the layer's number.
         extra_global_tokens: learned tokens that the skeleton puts in front and marks global (ETC); with any, no block
             is global. 0: first and last block are (ITC).
-        kernel: auto | linked_row | row | blocks | tiles | dense.
+        kernel: auto | linked_row | row | triton | blocks | tiles | dense.
         shared: the options of `Attention`.
     """
 
     name = "bigbird"
-    kernels = (LINKED_ROW, ROW, BLOCKS, TILES, DENSE)
+    kernels = (LINKED_ROW, ROW, TRITON_BLOCKS, BLOCKS, TILES, DENSE)
     links_blocks = True
     tiny = {"block": 4, "random": 1}
     declared = Abilities(

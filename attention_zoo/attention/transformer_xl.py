@@ -46,6 +46,7 @@ from torch import Tensor, nn
 
 from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens, Unsupported, at_least, one_of
 from attention_zoo.ops.columns import Columns
+from attention_zoo.ops.dispatch import triton_reason
 from attention_zoo.ops.relative import Plan, chunk_borders, plan_chunks, project_streams, relative_attention
 
 TABLE = 256
@@ -90,8 +91,9 @@ class TransformerXL(Attention):
         initial_memory: what the first tokens of a row remember. "empty": nothing, they see fewer keys (the paper, and
             the released torch code). "zeros": M hidden states of zeros, which are seen like others (the released
             TensorFlow code and checkpoints, and Hugging Face); such a row is one document, from its beginning.
-        kernel: auto | absorbed | shift | gather. "absorbed" is for few queries and gives no gradients, "shift" needs
-            tokens without holes, "gather" does everything. auto takes the first that fits.
+        kernel: auto | absorbed | triton | shift | gather. "absorbed" is for few queries and gives no gradients, "triton"
+            needs CUDA, it and "shift" need tokens without holes, "gather" does everything. auto takes the first that
+            fits.
         shared: the options of `Attention`. `positions` may be "none" or "relative", which mean the same here: this
             mechanism always has its own. `bias` does not concern W_r, which has none.
     """
@@ -130,7 +132,7 @@ class TransformerXL(Attention):
         super().__init__(**shared)
         if self.dim % 2:
             raise ValueError(f"dim must be even for sines and cosines of distances, got {self.dim}")
-        one_of(("auto", "absorbed", "shift", "gather"), kernel=kernel)
+        one_of(("auto", "absorbed", "triton", "shift", "gather"), kernel=kernel)
         self.segment_length, self.memory_length, self.same_length = segment_length, memory_length, same_length
         self._check_lengths()
         if clamp_length is not None:
@@ -250,15 +252,15 @@ class TransformerXL(Attention):
         seen = min(S, self.memory_length + (1 if self.same_length else self.segment_length))
         if r.shape[1:] != (H, D) or len(r) < seen:
             raise ValueError(f"r must be [at least {seen}, {H}, {D}], got {tuple(r.shape)}")
-        plan = self._plan(self._layout(keys, L))
+        plan = self._plan(self._layout(keys, L), q.dtype)
         r = nn.functional.pad(r[: plan.distances], (0, 0, 0, 0, 0, max(0, plan.distances - len(r))))  # of hidden pairs
         own = (k.detach(), v.detach())
         return relative_attention(q, k, v, *own, r, self.u, self.v, plan, scale=self.scale)
 
     def _chunked(self, x: Tensor, hidden: Tensor, layout: Layout) -> Float[Tensor, "B H L D"]:
         """Project all keys, then attend in chunks of queries."""
-        plan = self._plan(layout)
         q = self._heads(self.to_q(x))
+        plan = self._plan(layout, q.dtype)
         k, k_own = (self._heads(stream) for stream in project_streams(hidden, self.to_k.weight, self.to_k.bias))
         v, v_own = (self._heads(stream) for stream in project_streams(hidden, self.to_v.weight, self.to_v.bias))
         r = rearrange(self.to_r(self._waves(plan.distances)), "n (h d) -> n h d", h=self.heads)
@@ -340,13 +342,22 @@ class TransformerXL(Attention):
         first, own = (torch.where(valid[:, asked], found, nothing) for found in (first, own))
         return Layout(keys, first, own, run, aligned)
 
-    def _plan(self, layout: Layout) -> Plan:
+    def _plan(self, layout: Layout, dtype: torch.dtype) -> Plan:
         """Choose the kernel and cut the queries into chunks."""
         if self.kernel == "shift" and not layout.aligned:
             raise Unsupported(
                 self.name, "kernel=shift", "columns are not positions here (holes, or forgotten tokens)",
                 "kernel=auto or gather",
             )  # fmt: skip
+        reason = None if self.kernel in ("auto", "triton") else "another kernel is asked for"
+        reason = reason or self._refuse_triton(layout, dtype)
+        if self.kernel == "triton" and reason:
+            raise Unsupported(self.name, "kernel=triton", reason, "kernel=auto")
+        if reason is None:
+            # no pair is farther apart than this, and no need to wait for the device to say by how much
+            farthest = self.memory_length + (1 if self.same_length else self.segment_length)
+            distances = min(layout.keys.position.shape[1], farthest)
+            return Plan(layout.first, layout.own, (), distances, None, None, triton=True)
         gather = self.kernel == "gather" or not layout.aligned
         keys, length = layout.keys, layout.first.shape[1]
         columns = keys.position.shape[1]
@@ -356,6 +367,16 @@ class TransformerXL(Attention):
         borders = chunk_borders(length, self.segment_length, phase)
         more = {"position": keys.position, "valid": keys.valid} if gather else {}
         return plan_chunks(layout.first, layout.own, borders, columns, **more)
+
+    def _refuse_triton(self, layout: Layout, dtype: torch.dtype) -> str | None:
+        """Why the Triton kernel cannot run this call, or None."""
+        if reason := triton_reason(layout.first.device):
+            return reason
+        if not layout.aligned:
+            return "columns are not positions here (holes, or forgotten tokens)"
+        from attention_zoo.ops.triton_relative import refuse
+
+        return refuse(self.head_width, dtype)
 
     @property
     def _most(self) -> int:

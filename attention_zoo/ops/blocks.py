@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attention_zoo.contract import Tokens
-from attention_zoo.ops.dispatch import Kernel
+from attention_zoo.ops.dispatch import Kernel, triton_reason
 from attention_zoo.ops.pattern_call import Pattern, PatternCall
-from attention_zoo.ops.plans import run_local
+from attention_zoo.ops.plans import gather_columns, run_local, with_global_rows
 from attention_zoo.ops.tiles import Part, Tile
 
 ROWS = 8
@@ -64,6 +64,18 @@ def _refuse(call: PatternCall) -> str | None:
 
 
 def _run(call: PatternCall) -> Tensor:
+    call, layout, links, weight = _laid_out(call)
+    biases = _Biases(call, layout.keys, layout.block)
+    call = layout.move_queries(call)
+    # a few queries against a long cache: take the columns that they need, and leave the others where they are
+    few = links[0].numel() * layout.block < call.k.shape[1] * call.k.shape[2]
+    call = replace(call, k=call.k.contiguous(), v=call.v.contiguous()) if few else layout.move_keys(call)
+    steps = _steps(call, biases, layout.first, links, weight, layout.source if few else None)
+    return layout.back(run_local(call, steps))
+
+
+def _laid_out(call: PatternCall) -> tuple[PatternCall, _Aligned | _Moved, Tensor, Tensor]:
+    """The call with its rows that see all marked, where its blocks lie, and their links with weights."""
     pattern = cast(BlockPattern, call.pattern)
     everything = pattern.sees_all(call.queries)
     if everything is not None:
@@ -71,17 +83,60 @@ def _run(call: PatternCall) -> Tensor:
         queries = call.queries
         call = replace(call, queries=queries._replace(is_global=queries.is_global | (everything & queries.valid)))
     layout = _Aligned(call) if call.starts_at_zero else _Moved(call)
-    links, weight = layout.links(pattern)
-    biases = _Biases(call, layout.keys, pattern.block)
-    call = layout.move_queries(call)
-    # a few queries against a long cache: take the columns that they need, and leave the others where they are
-    few = links[0].numel() * pattern.block < call.k.shape[1] * call.k.shape[2]
-    call = replace(call, k=call.k.contiguous(), v=call.v.contiguous()) if few else layout.move_keys(call)
-    steps = _steps(call, biases, layout.first, links, weight, layout.source if few else None)
-    return layout.back(run_local(call, steps))
+    return call, layout, *layout.links(pattern)
 
 
 BLOCKS = Kernel("blocks", _run, _refuse, "key blocks gathered for a few query blocks a step; backward recomputes")
+
+
+def _run_triton(call: PatternCall) -> Tensor:
+    from attention_zoo.ops.triton_blocks import Lists, block_attention
+
+    call, layout, links, weight = _laid_out(call)
+    call = layout.move_keys(layout.move_queries(call))
+    (B, H, L, _), block = call.q.shape, layout.block
+    usable = call.keys.valid & ~call.keys.is_global
+    k, v, time = call.k, call.v, torch.arange(call.k.shape[2], device=call.k.device).expand(B, -1)
+    label = torch.where(usable, call.keys.document, -1)
+    links = torch.where(weight == -torch.inf, -1, links)
+    if call.any_global_key:
+        # copied behind the others into blocks that all are linked to: there each counts once
+        columns, chosen = gather_columns(call.keys, call.keys.is_global & call.keys.valid)
+        fill = -columns.shape[1] % block
+        columns = F.pad(columns, (0, fill))
+        k, v = (torch.cat([x, _take(x, columns)], 2) for x in (k, v))
+        time = torch.cat([time, columns], 1)
+        label = torch.cat([label, F.pad(torch.where(chosen.valid, chosen.document, -1), (0, fill), value=-1)], 1)
+        extra = torch.arange(call.k.shape[2] // block, k.shape[2] // block, device=k.device)
+        links = torch.cat([links, extra.expand(*links.shape[:3], -1)], 3)
+        weight = F.pad(weight, (0, len(extra)))
+    links, count, weight = Lists.packed(links.expand(B, -1, -1, -1), weight.expand(B, -1, -1, -1))
+    before = layout.first % block
+    around = (before, links.shape[2] * block - before - L)
+    asked = torch.where(call.queries.valid, call.queries.document, -2)
+    lists = Lists(
+        links, count, F.pad(time[:, layout.first : layout.first + L], around).int(), F.pad(asked, around, value=-2).int(),
+        time.int(), label.int(), block, call.pattern.causal, False, weight=weight, first_slot=before,
+    )  # fmt: skip
+    out = block_attention(call.q, k, v, lists, scale=call.scale)
+    return layout.back(with_global_rows(call, out))
+
+
+def _refuse_triton(call: PatternCall) -> str | None:
+    if reason := triton_reason(call.q.device):
+        return reason
+    from attention_zoo.ops.triton_blocks import refuse
+
+    if reason := refuse(cast(BlockPattern, call.pattern).block, call.q.shape[3], call.q.dtype):
+        return reason
+    if call.has_position_bias:
+        return "the position scheme adds to the scores"
+    return _refuse(call)
+
+
+TRITON_BLOCKS = Kernel(
+    "triton", _run_triton, _refuse_triton, "one Triton kernel walks the list of key blocks of each query block"
+)
 
 
 class _Aligned:

@@ -6,15 +6,15 @@ cannot raises with its reason and those of all others. Nothing is ever substitut
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from attention_zoo.contract import Tokens, Unsupported
-from attention_zoo.ops import plans
+from attention_zoo.contract import Unsupported
+from attention_zoo.ops import fused, plans
 from attention_zoo.ops.dense import dense
 from attention_zoo.ops.pattern_call import PatternCall
 
@@ -54,6 +54,17 @@ def choose(backend: str, kernels: Sequence[Kernel], wanted: str, call: PatternCa
 def explain(kernels: Sequence[Kernel], call: PatternCall) -> list[tuple[str, str | None]]:
     """Every kernel, fastest first, with the reason why it cannot run this call, or None."""
     return [(kernel.name, kernel.refuse(call)) for kernel in kernels]
+
+
+TRITON_DEVICES = ("cuda",)
+"""Where our Triton kernels may run; tests add "cpu", where Triton's interpreter runs them."""
+
+
+def triton_reason(device: torch.device) -> str | None:
+    """Why our Triton kernels cannot run there, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None if device.type in TRITON_DEVICES else f"it runs on CUDA, not on {device.type}"
 
 
 # --- kernels that any pattern may list -------------------------------------------------------------------------------
@@ -103,7 +114,6 @@ BANDED = Kernel(
 
 def _run_sdpa(call: PatternCall) -> Tensor:
     q, k, v = call.q, call.k, call.v
-    grouped = q.shape[1] != k.shape[1]
     mask, causal = None, False
     if call.pattern.causal and q.shape[2] > 1:
         causal = True  # right padding lies in the future of every valid token
@@ -111,13 +121,13 @@ def _run_sdpa(call: PatternCall) -> Tensor:
         # a row without any key shows them all: its output is padding, and must only be finite
         seen = call.keys.valid | ~call.keys.valid.any(1, keepdim=True)
         mask = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -torch.inf)[:, None, None, :]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=call.scale, enable_gqa=grouped
-    )
+    return fused.fused(q, k, v, mask, scale=call.scale, causal=causal)
 
 
 def _refuse_sdpa(call: PatternCall) -> str | None:
-    if call.pattern.position_bias(_one(call.queries), _one(call.keys)) is not None:
+    if reason := fused.refuse(call.q):
+        return reason
+    if call.has_position_bias:
         return "the position scheme adds to the scores"
     if call.global_qkv is not None and call.any_global_query:
         return "global queries have projections of their own"
@@ -132,10 +142,6 @@ def _refuse_sdpa(call: PatternCall) -> str | None:
     if call.q.shape[2] != call.k.shape[2]:
         return "a causal mask with earlier keys is not square"
     return None if call.starts_at_zero else "a causal mask cannot hide padding on the left or in holes"
-
-
-def _one(tokens: Tokens) -> Tokens:
-    return tokens.cut(slice(0, 1))
 
 
 SDPA = Kernel("sdpa", _run_sdpa, _refuse_sdpa, "torch's fused scaled_dot_product_attention: O(L²) time, O(L) memory")

@@ -72,6 +72,12 @@ class PatternCall:
         return bool((self.queries.is_global & self.queries.valid).any())
 
     @cached_property
+    def has_position_bias(self) -> bool:
+        """Whether the position scheme adds to the scores."""
+        one = (tokens.cut(slice(0, 1)) for tokens in (self.queries, self.keys))
+        return self.pattern.position_bias(*one) is not None
+
+    @cached_property
     def all_valid(self) -> bool:
         return bool(self.keys.valid.all())
 

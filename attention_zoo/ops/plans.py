@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from attention_zoo.contract import Tokens
+from attention_zoo.ops.fused import fused
 from attention_zoo.ops.pattern_call import PatternCall
 from attention_zoo.ops.tiles import Part, Rows, Tile, run_tiles, scores_at_once
+
+FUSED_ROWS = 1024
+"""Global queries in one fused call: bounds its mask."""
 
 
 def run_local(call: PatternCall, local: list[Tile]) -> Tensor:
@@ -35,10 +39,7 @@ def run_local(call: PatternCall, local: list[Tile]) -> Tensor:
         decided = [Tile(Rows(columns[:, _span(tile)], queries.valid[:, _span(tile)]), tile.parts) for tile in tiles]
         return run_tiles(call.q, call.k, call.v, [*local, *decided], scale=call.scale, learned=call.learned)
     out = run_tiles(call.q, call.k, call.v, local, scale=call.scale, learned=call.learned)
-    q, k, v = call.global_qkv
-    q = q.gather(2, columns[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-    rows = run_tiles(q, k, v, tiles, scale=call.scale, learned=call.learned)
-    return put_global_rows(out, call.queries, (columns, rows, queries))
+    return with_global_rows(call, out)
 
 
 def _span(tile: Tile) -> slice:
@@ -191,6 +192,32 @@ def _everyone_tiles(call: PatternCall, queries: Tokens) -> list[Tile]:
         Tile(rows, [part(rows, slice(a, b)) for a, b in _cuts(some.start, some.stop, most_keys(call, size))])
         for rows, some in zip(runs, _same_documents(call, queries, runs, call.keys))
     ]
+
+
+def with_global_rows(call: PatternCall, out: Tensor) -> Tensor:
+    """The result of a pattern's local part, with the rows of global queries put over it."""
+    if not call.any_global_query:
+        return out
+    columns, queries = gather_columns(call.queries, call.queries.is_global & call.queries.valid)
+    q, k, v = call.global_qkv or (call.q, call.k, call.v)
+    q = q.gather(2, columns[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+    if q.is_cuda and not call.has_position_bias:
+        rows = fused_rows(call, q, k, v, queries)
+    else:
+        rows = run_tiles(q, k, v, _everyone_tiles(call, queries), scale=call.scale, learned=call.learned)
+    return put_global_rows(out, call.queries, (columns, rows, queries))
+
+
+def fused_rows(call: PatternCall, q: Tensor, k: Tensor, v: Tensor, queries: Tokens) -> Tensor:
+    """Rows that see everything by torch's fused attention, for GPUs; without a position bias. Masks are rows x S."""
+    found = []
+    for start in range(0, q.shape[2], FUSED_ROWS):
+        some = slice(start, start + FUSED_ROWS)
+        # a filler sees everything: it is thrown away, and must only be finite
+        seen = call.seen(queries.cut(some), call.keys) | ~queries.valid[:, None, some, None]
+        bias = torch.zeros((), dtype=q.dtype, device=q.device).where(seen, -torch.inf)
+        found.append(fused(q[:, :, some], k, v, bias, scale=call.scale))
+    return torch.cat(found, 2)
 
 
 def put_global_rows(out: Tensor, queries: Tokens, rows: tuple[Tensor, Tensor, Tokens]) -> Tensor:

@@ -64,6 +64,7 @@ class Plan(NamedTuple):
         chunks: in order, covering all queries.
         distances: how many distances, from 0 on, the table of distance keys must hold.
         position, valid: of the key columns, where these do not stand as positions do ("gather"); else None ("shift").
+        triton: run by ops/triton_relative.py ("triton"), which needs no chunks; else by this file.
     """
 
     first: Int[Tensor, "B L"]
@@ -72,6 +73,7 @@ class Plan(NamedTuple):
     distances: int
     position: Int[Tensor, "B S"] | None
     valid: Bool[Tensor, "B S"] | None
+    triton: bool = False
 
 
 def chunk_borders(length: int, segment: int, phase: int) -> list[int]:
@@ -149,6 +151,12 @@ def relative_attention(
         u, w: added to the queries before they meet keys and distances (the paper's u and v).
         scale: factor on both terms.
     """
+    if plan.triton:
+        from attention_zoo.ops import triton_relative
+
+        return triton_relative.relative_attention(
+            q, k, v, k_own, v_own, r, u, w, plan.first, plan.own, scale=scale
+        )  # fmt: skip
     return _Relative.apply(q, k, v, k_own, v_own, r, u, w, plan, scale)
 
 

@@ -1,0 +1,54 @@
+"""torch's fused scaled_dot_product_attention, on the fastest of its engines.
+
+Left to itself torch takes FlashAttention 2 on CUDA, also on Hopper, where cuDNN's engine is about twice as fast
+(pytorch#142132). Order of preference there: cuDNN, flash, memory-efficient. The fourth engine, which materialises L x S,
+is never taken: what the three cannot run (float64) raises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ENGINES = {
+    True: [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
+    False: [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION],
+}
+"""Engines in order of preference, from Hopper on and before it."""
+HALF = (torch.float16, torch.bfloat16)
+
+
+def fused(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float, causal: bool = False
+) -> Tensor:
+    """Attention [B, H, L, D] x [B, K, S, D]; O(L) memory beside what is given.
+
+    Args:
+        bias: added to the scores, in the dtype of q, [B|1, H|1, L|1, S].
+        causal: hide later columns; then L is S and there is no bias.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    if grouped and (q.dtype not in HALF or bias is not None):
+        # the memory-efficient engine knows no groups; torch would silently materialise instead
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        grouped = False
+    if bias is not None:
+        bias = bias.expand(-1, q.shape[1], q.shape[2], -1)
+    hopper = torch.cuda.get_device_capability(q.device) >= (9, 0)
+    with sdpa_kernel(ENGINES[hopper], set_priority=True):
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+
+
+def refuse(q: Tensor) -> str | None:
+    """Why no engine with O(L) memory takes these operands, or None."""
+    if q.is_cuda and q.dtype not in (torch.float32, *HALF):
+        return f"no fused engine on CUDA takes {str(q.dtype).removeprefix('torch.')}"
+    return None
