@@ -9,9 +9,11 @@ Letters, the same everywhere: B batch, L queries, S keys, H heads, K key/value h
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -242,6 +244,15 @@ class Layer(nn.Module):
         raise NotImplementedError
 
 
+_layers: WeakValueDictionary[int, Attention] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def layer_of(number: int) -> Attention:
+    """The attention layer of this `number`: how a compiled graph names it."""
+    return _layers[number]
+
+
 class Attention(Layer):
     """Base of all attention mechanisms: the shared options and the checks that are the same for each.
 
@@ -258,6 +269,9 @@ class Attention(Layer):
         positions: attention-level position scheme, by name or as a mapping `{"name": ..., <options>}`; embedding-level
             ones belong to the skeleton.
         seed: of everything drawn at random outside of training.
+
+    Attributes:
+        number: of this very layer in this process.
 
     Class attributes:
         name: of the backend.
@@ -292,6 +306,7 @@ class Attention(Layer):
         seed: int = 0,
     ):
         super().__init__()
+        self._enlist()
         at_least(1, dim=dim, heads=heads)
         if head_width is None and dim % heads:
             raise ValueError(f"heads must divide dim, got heads={heads} for dim={dim} (or give head_width)")
@@ -326,9 +341,21 @@ class Attention(Layer):
         if kv_heads != heads and not can.grouped_heads:
             raise Unsupported(self.name, f"kv_heads={kv_heads}", "keys are not grouped", "kv_heads=null")
 
+    def _enlist(self) -> None:
+        self.number = next(_numbers)
+        _layers[self.number] = self
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._enlist()  # a copy is another layer
+
     @property
     def abilities(self) -> Abilities:
         return self.declared
+
+    def choices_shape(self, batch: int, length: int) -> tuple[int, ...] | None:
+        """Shape of `Output.choices`, int32, where the mechanism makes some."""
+        return None
 
     def pairs(self, length: int) -> float | None:
         """How many query-key pairs one forward call over `length` tokens scores per head, for the FLOP count.

@@ -19,6 +19,10 @@ if os.environ.get("ATTENTION_ZOO_TYPECHECK") == "1":
 
 import torch
 
+if not torch.cuda.is_available():
+    # read once, when triton is first imported: our kernels then run on a CPU, slowly
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from attention_zoo.contract import Attention, Output, Source, Tokens, Unsupported, known_options
 from attention_zoo.ops.columns import Columns
+from attention_zoo.ops.compiled import one_operator
 from attention_zoo.ops.dispatch import DENSE, TILES, Kernel, check_name, choose, explain
 from attention_zoo.ops.pattern_call import PatternCall
 from attention_zoo.ops.row import ROW
@@ -190,6 +191,7 @@ class PatternAttention(Attention):
         empty = weight.new_zeros(batch_size, self.kv_heads, 0, self.head_width)
         return Cache(Columns.of(Tokens.none(batch_size, weight.device), empty, empty))
 
+    @one_operator
     def forward(
         self,
         x: Float[Tensor, "B L E"],

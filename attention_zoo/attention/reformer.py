@@ -44,6 +44,8 @@ from torch import Tensor, nn
 
 from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens, Unsupported, at_least, keep, one_of
 from attention_zoo.ops import hashing, lsh
+from attention_zoo.ops.compiled import one_operator
+from attention_zoo.ops.dispatch import triton_reason
 
 
 class Hashed(NamedTuple):
@@ -103,7 +105,7 @@ class Reformer(Attention):
             layer; None: by `seed` and `resample`.
         resample: draw rotations at each training call from torch's default generator; False: `seed` decides them, as
             it always does in evaluation.
-        kernel: auto | chunks | dense; dense materialises all pairs of tokens, for checking.
+        kernel: auto | triton | chunks | dense; dense materialises all pairs of tokens, for checking.
         shared: the options of `Attention`.
     """
 
@@ -146,8 +148,8 @@ class Reformer(Attention):
         at_least(0, look_back=look_back, look_ahead=look_ahead, fill=fill)
         at_least(2, split_above=split_above)
         one_of(("row", "reference"), wrap=wrap)
-        if kernel not in ("auto", "chunks", "dense"):
-            raise Unsupported(self.name, f"kernel={kernel}", "it has no such kernel", "auto or chunks or dense")
+        if kernel not in ("auto", "triton", "chunks", "dense"):
+            raise Unsupported(self.name, f"kernel={kernel}", "it has no such kernel", "auto, triton, chunks or dense")
         if not key_norm_epsilon >= 0:
             raise ValueError(f"key_norm_epsilon must be at least 0, got {key_norm_epsilon}")
         self.rounds, self.chunk, self.look_back, self.look_ahead = rounds, chunk, look_back, look_ahead
@@ -180,6 +182,7 @@ class Reformer(Attention):
         buckets = torch.zeros(batch_size, self.heads, 0, 0, 1, dtype=torch.int32, device=weight.device)
         return Hashed(empty, empty, buckets, Tokens.none(batch_size, weight.device))
 
+    @one_operator
     def forward(
         self,
         x: Float[Tensor, "B L E"],
@@ -241,8 +244,11 @@ class Reformer(Attention):
         buckets = self._buckets(flat_qk.detach(), documents, is_new, tokens, None, choices)
         return _put(self._attend(flat_qk, flat_v, buckets, documents, None), tokens.valid).transpose(1, 2)
 
+    def choices_shape(self, batch: int, length: int) -> tuple[int, ...]:
+        return batch, self.heads, self.rounds, length, 1
+
     def _check_choices(self, choices: Tensor | None, B: int, L: int) -> None:
-        wanted = (B, self.heads, self.rounds, L, 1)
+        wanted = self.choices_shape(B, L)
         if choices is not None and choices.shape != wanted:
             raise ValueError(f"choices must be buckets of shape {wanted}, got {tuple(choices.shape)}")
 
@@ -331,7 +337,20 @@ class Reformer(Attention):
             epsilon=self.key_norm_epsilon,
             once=self.correct_duplicates,
         )
-        return lsh.lsh_attention(qk, v, plan, kernel="chunks" if self.kernel == "auto" else self.kernel)
+        return lsh.lsh_attention(qk, v, plan, kernel=self._kernel(plan, qk))
+
+    def _kernel(self, plan: lsh.Plan, qk: Tensor) -> str:
+        """The kernel that runs this call."""
+        if self.kernel not in ("auto", "triton"):
+            return self.kernel
+        reason = triton_reason(qk.device)
+        if reason is None:
+            from attention_zoo.ops.triton_lsh import refuse
+
+            reason = refuse(plan, self.head_width, qk.dtype)
+        if reason and self.kernel == "triton":
+            raise Unsupported(self.name, "kernel=triton", reason, "kernel=auto")
+        return "chunks" if reason else "triton"
 
 
 def _factors(buckets: int | Sequence[int]) -> tuple[int, ...]:

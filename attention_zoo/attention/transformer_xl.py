@@ -46,6 +46,7 @@ from torch import Tensor, nn
 
 from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens, Unsupported, at_least, one_of
 from attention_zoo.ops.columns import Columns
+from attention_zoo.ops.compiled import one_operator
 from attention_zoo.ops.dispatch import triton_reason
 from attention_zoo.ops.relative import Plan, chunk_borders, plan_chunks, project_streams, relative_attention
 
@@ -91,9 +92,9 @@ class TransformerXL(Attention):
         initial_memory: what the first tokens of a row remember. "empty": nothing, they see fewer keys (the paper, and
             the released torch code). "zeros": M hidden states of zeros, which are seen like others (the released
             TensorFlow code and checkpoints, and Hugging Face); such a row is one document, from its beginning.
-        kernel: auto | absorbed | triton | shift | gather. "absorbed" is for few queries and gives no gradients, "triton"
-            needs CUDA, it and "shift" need tokens without holes, "gather" does everything. auto takes the first that
-            fits.
+        kernel: auto | absorbed | triton | shift | gather. "absorbed" is for few queries and gives no gradients,
+            "triton" needs CUDA, it and "shift" need tokens without holes, "gather" does everything. auto takes the
+            first that fits.
         shared: the options of `Attention`. `positions` may be "none" or "relative", which mean the same here: this
             mechanism always has its own. `bias` does not concern W_r, which has none.
     """
@@ -169,6 +170,7 @@ class TransformerXL(Attention):
         weight = self.to_q.weight
         return Columns.of(Tokens.none(batch_size, weight.device), weight.new_zeros(batch_size, 0, self.dim))
 
+    @one_operator
     def forward(
         self,
         x: Float[Tensor, "B L E"],

@@ -266,7 +266,8 @@ class Transformer(nn.Module):
             raise ValueError(f"ids must be integers [batch, length >= 1], got {ids.dtype} of shape {tuple(ids.shape)}")
         if tokens is not None:
             check_tokens(tokens, ids.shape)
-        if ids.device.type == "cpu":  # elsewhere reading a number back would make every call wait
+        # elsewhere reading a number back would make every call wait, and a graph break
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
             real = ids if tokens is None else ids.masked_fill(~tokens.valid, 0)
             low, high = (int(bound) for bound in real.aminmax())
             if low < 0 or high >= self.vocab:

@@ -94,7 +94,8 @@ def _run_triton(call: PatternCall) -> Tensor:
 
     call, layout, links, weight = _laid_out(call)
     call = layout.move_keys(layout.move_queries(call))
-    (B, H, L, _), block = call.q.shape, layout.block
+    B, _, L, _ = call.q.shape
+    block = layout.block
     usable = call.keys.valid & ~call.keys.is_global
     k, v, time = call.k, call.v, torch.arange(call.k.shape[2], device=call.k.device).expand(B, -1)
     label = torch.where(usable, call.keys.document, -1)
@@ -110,14 +111,23 @@ def _run_triton(call: PatternCall) -> Tensor:
         extra = torch.arange(call.k.shape[2] // block, k.shape[2] // block, device=k.device)
         links = torch.cat([links, extra.expand(*links.shape[:3], -1)], 3)
         weight = F.pad(weight, (0, len(extra)))
-    links, count, weight = Lists.packed(links.expand(B, -1, -1, -1), weight.expand(B, -1, -1, -1))
+    links, count, added = Lists.packed(links.expand(B, -1, -1, -1), weight.expand(B, -1, -1, -1))
     before = layout.first % block
     around = (before, links.shape[2] * block - before - L)
     asked = torch.where(call.queries.valid, call.queries.document, -2)
     lists = Lists(
-        links, count, F.pad(time[:, layout.first : layout.first + L], around).int(), F.pad(asked, around, value=-2).int(),
-        time.int(), label.int(), block, call.pattern.causal, False, weight=weight, first_slot=before,
-    )  # fmt: skip
+        links,
+        count,
+        q_time=F.pad(time[:, layout.first : layout.first + L], around).int(),
+        q_label=F.pad(asked, around, value=-2).int(),
+        k_time=time.int(),
+        k_label=label.int(),
+        block=block,
+        causal=call.pattern.causal,
+        strict=False,
+        weight=added,
+        first_slot=before,
+    )
     out = block_attention(call.q, k, v, lists, scale=call.scale)
     return layout.back(with_global_rows(call, out))
 

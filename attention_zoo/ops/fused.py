@@ -1,8 +1,8 @@
 """torch's fused scaled_dot_product_attention, on the fastest of its engines.
 
-Left to itself torch takes FlashAttention 2 on CUDA, also on Hopper, where cuDNN's engine is about twice as fast
-(pytorch#142132). Order of preference there: cuDNN, flash, memory-efficient. The fourth engine, which materialises L x S,
-is never taken: what the three cannot run (float64) raises.
+Left to itself torch takes FlashAttention 2 on CUDA, also on Hopper, where cuDNN's engine is reported to be about twice
+as fast (pytorch#142132). Order of preference there: cuDNN, flash, memory-efficient. The fourth engine, which
+materialises L x S, is never taken on CUDA: what the three cannot run (float64) is refused.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ ENGINES = {
 HALF = (torch.float16, torch.bfloat16)
 
 
-def fused(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float, causal: bool = False
-) -> Tensor:
+def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float, causal: bool = False) -> Tensor:
     """Attention [B, H, L, D] x [B, K, S, D]; O(L) memory beside what is given.
 
     Args:

@@ -148,15 +148,24 @@ def lsh_attention(
     A token attends to itself only where it sees nothing else in any round; then its output is its value.
 
     Args:
-        kernel: "chunks" (linear memory, recomputing backward) or "dense" (M x M by plain autograd, for checking).
+        kernel: "chunks" (linear memory, recomputing backward), "triton" (the same by our Triton kernels), or "dense"
+            (M x M by plain autograd, for checking).
     """
     if kernel == "dense":
         return _dense(q, v, plan)
-    out: Tensor = _Chunks.apply(q, v, plan)
+    out: Tensor = _Chunks.apply(q, v, plan, _block_class(kernel))
     return out
 
 
-class _Block:
+def _block_class(kernel: str) -> type[Block]:
+    if kernel != "triton":
+        return Block
+    from attention_zoo.ops.triton_lsh import TritonBlock
+
+    return TritonBlock
+
+
+class Block:
     """The chunks of a few heads: rows are (head, token), chunks (head, round, chunk), slots (head, round, chunk, slot).
 
     Within a document a row's number grows with time; the number `rows` stands for an empty slot.
@@ -206,6 +215,13 @@ class _Block:
             else:
                 rows[:, self.plan.asked, number] = part.transpose(0, 1).to(dtype)
         return table.flatten(1)
+
+    def scalars(self, x: Float[Tensor, "asked H"], fill: float) -> Float[Tensor, " rows_and_one"]:
+        """One number a row, `fill` for the empty slot and the rows that were not asked."""
+        table = x.new_full((self.rows + 1,), fill)
+        asked = slice(None) if self.plan.asked is None else self.plan.asked
+        table[: self.rows].view(self.H, -1)[:, asked] = x.T
+        return table
 
     def steps(self, exact: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
         """A few chunks at a time: which of the active ones, query rows, chunks of the windows, key rows, bias."""
@@ -262,8 +278,31 @@ class _Block:
 
     def forward(self, q: Tensor, v: Tensor) -> tuple[Float[Tensor, "h m D"], Float[Tensor, "h m"]]:
         """Output and log-sum-exp of the asked tokens; zeros and -inf where one sees nothing."""
-        C, D = self.plan.layout.chunk, q.shape[-1]
         k, _ = _keys(q, self.plan.epsilon)
+        out, lse = self.attend(q, k, v)
+        lse = lse.view(-1)[self.asked_slots]
+        total = lse.logsumexp(1)
+        weights = (lse - total.masked_fill(total == -torch.inf, 0)[:, None]).exp()
+        return _sum_rounds(out.view(-1, q.shape[-1]), self.asked_slots, weights), total
+
+    def backward(
+        self, q: Tensor, v: Tensor, grad: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Float[Tensor, "h M D"], Float[Tensor, "h M D"]]:
+        """Gradients of q and v, but for tokens that see only themselves."""
+        k, factor = _keys(q, self.plan.epsilon)
+        asked = slice(None) if self.plan.asked is None else self.plan.asked
+        dq_slots, dk_slots, dv_slots = self.attend_backward(q, k, v, grad, out, lse)
+        dk, dv = (_sum_rounds(slots.view(-1, q.shape[-1]), self.slots) for slots in (dk_slots, dv_slots))
+        k, factor = k.transpose(0, 1), factor.transpose(0, 1)
+        dq = dk.sub_(k * (k * dk).sum(-1, keepdim=True)).mul_(factor)
+        dq[:, asked] += _sum_rounds(dq_slots.view(-1, q.shape[-1]), self.asked_slots)
+        return dq, dv
+
+    # --- what the Triton kernels do in place of the steps: from rows to slots
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Float[Tensor, "active C D"], Float[Tensor, "active C"]]:
+        """Output and log-sum-exp of the slots of the active chunks."""
+        C, D = self.plan.layout.chunk, q.shape[-1]
         query_table, key_table = self.table(q, dtype=k.dtype), self.table(k, v, dtype=k.dtype)
         out = k.new_empty(len(self.active), C, D)
         lse = k.new_empty(len(self.active), C)
@@ -272,22 +311,16 @@ class _Block:
             rows, (k, v) = _rows(query_table, queries), _rows(key_table, keys).chunk(2, -1)
             part, part_lse = partial(rows, k, v, bias, scale=self.plan.scale, scratch=scratch)
             out[step], lse[step] = part[:, 0], part_lse[:, 0, :, 0]
-        lse = lse.view(-1)[self.asked_slots]
-        total = lse.logsumexp(1)
-        weights = (lse - total.masked_fill(total == -torch.inf, 0)[:, None]).exp()
-        return _sum_rounds(out.view(-1, D), self.asked_slots, weights), total
+        return out, lse
 
-    def backward(
-        self, q: Tensor, v: Tensor, grad: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Float[Tensor, "h M D"], Float[Tensor, "h M D"]]:
-        """Gradients of q and v, but for tokens that see only themselves."""
+    def attend_backward(
+        self, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the queries in the slots of the active chunks, of keys and values in all slots."""
         C, D = self.plan.layout.chunk, q.shape[-1]
-        k, factor = _keys(q, self.plan.epsilon)
-        asked = slice(None) if self.plan.asked is None else self.plan.asked
         query_table, key_table = self.table(q, grad, out, dtype=k.dtype), self.table(k, v, dtype=k.dtype)
         # rows that were not asked, or that see nothing: +inf makes their weights exactly zero
-        lse_table = lse.new_full((self.rows + 1,), torch.inf)
-        lse_table[: self.rows].view(self.H, -1)[:, asked] = lse.masked_fill(lse == -torch.inf, torch.inf).T
+        lse_table = self.scalars(lse.masked_fill(lse == -torch.inf, torch.inf), torch.inf)
         dq_slots = k.new_empty(len(self.active), C, D)
         dk_slots, dv_slots = k.new_zeros(2, len(self.contents), C * D)
         scratch = Scratch()
@@ -317,11 +350,7 @@ class _Block:
                 # a chunk is the same neighbour of one other chunk only: no two rows of an index_add meet
                 for window, share in zip(windows.unbind(1), part.reshape(*windows.shape, C * D).unbind(1)):
                     total.index_add_(0, window, share)
-        dk, dv = (_sum_rounds(slots.view(-1, D), self.slots) for slots in (dk_slots, dv_slots))
-        k, factor = k.transpose(0, 1), factor.transpose(0, 1)
-        dq = dk.sub_(k * (k * dk).sum(-1, keepdim=True)).mul_(factor)
-        dq[:, asked] += _sum_rounds(dq_slots.view(-1, D), self.asked_slots)
-        return dq, dv
+        return dq_slots, dk_slots, dv_slots
 
 
 def _keys(q: Float[Tensor, "M h D"], epsilon: float) -> tuple[Float[Tensor, "M h D"], Float[Tensor, "M h 1"]]:
@@ -350,45 +379,45 @@ def _sum_rounds(
     return total
 
 
-def _blocks(plan: Plan) -> Iterator[_Block]:
+def _blocks(plan: Plan, kind: type[Block]) -> Iterator[Block]:
     H = len(plan.order)
     limit = _SLOTS.get(plan.order.device.type, _SLOTS_GPU)
     size = max(1, limit // (plan.layout.neighbours.shape[0] * plan.layout.chunk))
     for start in range(0, H, size):
-        yield _Block(plan, slice(start, min(start + size, H)))
+        yield kind(plan, slice(start, min(start + size, H)))
 
 
 class _Chunks(torch.autograd.Function):
     @staticmethod
     @exact
-    def forward(ctx: Any, q: Tensor, v: Tensor, plan: Plan) -> Tensor:
+    def forward(ctx: Any, q: Tensor, v: Tensor, plan: Plan, kind: type[Block]) -> Tensor:
         asked = slice(None) if plan.asked is None else plan.asked
         out = torch.empty_like(q[asked])
         lse = out.new_empty(out.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-        for block in _blocks(plan):
+        for block in _blocks(plan, kind):
             heads = block.heads
             part, total = block.forward(q[:, heads], v[:, heads])
             alone = (total == -torch.inf).T[..., None]
             out[:, heads] = torch.where(alone, v[asked, heads], part.transpose(0, 1).to(q.dtype))
             lse[:, heads] = total.T
         ctx.save_for_backward(q, v, out, lse)
-        ctx.plan = plan._replace(order=plan.order.int())
+        ctx.plan, ctx.kind = plan._replace(order=plan.order.int()), kind
         return out
 
     @staticmethod
     @once
-    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (q, v, out, lse), plan = saved, ctx.plan
         asked = slice(None) if plan.asked is None else plan.asked
         dq, dv = torch.empty_like(q), torch.empty_like(v)
-        for block in _blocks(plan):
+        for block in _blocks(plan, ctx.kind):
             heads = block.heads
             mine = (q[:, heads], v[:, heads], grad[:, heads], out[:, heads], lse[:, heads])
             part_q, part_v = block.backward(*mine)
             alone = (lse[:, heads] == -torch.inf)[..., None]
             part_v[:, asked] += torch.where(alone, grad[:, heads], 0).transpose(0, 1)
             dq[:, heads], dv[:, heads] = part_q.transpose(0, 1), part_v.transpose(0, 1)
-        return dq, dv, None
+        return dq, dv, None, None
 
 
 def _dense(q: Tensor, v: Tensor, plan: Plan) -> Tensor:
@@ -398,7 +427,7 @@ def _dense(q: Tensor, v: Tensor, plan: Plan) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
         heads = []
         for head in range(q.shape[1]):
-            met = _Block(plan, slice(head, head + 1)).times_met(asked[None], tokens[None])[0]
+            met = Block(plan, slice(head, head + 1)).times_met(asked[None], tokens[None])[0]
             hidden = tokens >= asked[:, None] if plan.causal else tokens == asked[:, None]
             met = met.masked_fill(hidden, 0)
             k, _ = _keys(q[:, head : head + 1], plan.epsilon)

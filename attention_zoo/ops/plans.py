@@ -31,11 +31,9 @@ def run_local(call: PatternCall, local: list[Tile]) -> Tensor:
             Tile(tile.rows, [*tile.parts, *_global_parts(call, _span(tile), columns, chosen, some, width, pieces)])
             for tile, some in zip(local, near)
         ]
-    if not call.any_global_query:
-        return run_tiles(call.q, call.k, call.v, local, scale=call.scale, learned=call.learned)
-    columns, queries = gather_columns(call.queries, call.queries.is_global & call.queries.valid)
-    tiles = _everyone_tiles(call, queries)
-    if call.global_qkv is None:
+    if call.any_global_query and call.global_qkv is None:
+        columns, queries = gather_columns(call.queries, call.queries.is_global & call.queries.valid)
+        tiles = _everyone_tiles(call, queries)
         decided = [Tile(Rows(columns[:, _span(tile)], queries.valid[:, _span(tile)]), tile.parts) for tile in tiles]
         return run_tiles(call.q, call.k, call.v, [*local, *decided], scale=call.scale, learned=call.learned)
     out = run_tiles(call.q, call.k, call.v, local, scale=call.scale, learned=call.learned)

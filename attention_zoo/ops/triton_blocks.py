@@ -1,13 +1,13 @@
 """Triton kernels: blocks of queries, each against a list of key blocks of its own; forward and backward.
 
-The fast path of BigBird (blocks of neighbouring columns) and of LSH attention (chunks of sorted tokens) on CUDA. A
-program takes one query block and one head, walks its list and keeps a running softmax (Dao et al. 2022, FlashAttention):
-nothing but output and log-sum-exp is written. Backward recomputes: dq walks the same lists; dk and dv walk the lists
-turned round, cut into `PIECE` entries a program, so that a block that everybody sees (a global one) is no bottleneck,
-and summed without atomics. O(L·list·block) time, O(L·D) memory.
+The path of BigBird (blocks of neighbouring columns) and of LSH attention (chunks of sorted tokens) on CUDA. A program
+takes one query block and one head, walks its list and keeps a running softmax (Dao et al. 2022, FlashAttention), so
+that nothing but output and log-sum-exp is written. Backward recomputes: dq walks the same lists; dk and dv walk the
+lists turned round, cut into `PIECE` entries a program, so that a block that everybody sees (a global one) is no
+bottleneck, and summed without atomics. O(L·list·block) time, O(L·D) memory.
 
-Tokens are counted in *slots*: block n holds the slots n·C ... n·C + C - 1, and a slot holds a token or is empty. Whether
-a pair is seen is decided by two integers a slot: equal labels (document, bucket; negative: empty), and time.
+Tokens are counted in *slots*: block n holds the slots n·C ... n·C + C - 1, and a slot holds a token or is empty.
+Whether a pair is seen is decided by two integers a slot: equal labels (document, bucket; negative: empty), and time.
 
 Sums and softmax are float32; products take the tensors' own type, exact ("ieee") for float32.
 
@@ -93,7 +93,7 @@ def _slots(rows, times, labels, block, first, C: tl.constexpr, BC: tl.constexpr,
     slot = block * C + lane
     label = tl.load(labels + slot, mask=lane < C, other=-3)
     time = tl.load(times + slot, mask=lane < C, other=0)
-    if HAS_ROWS:
+    if HAS_ROWS:  # noqa: SIM108  (as in the other kernels: a branch that the compiler decides)
         row = tl.load(rows + slot, mask=lane < C, other=0)
     else:
         row = slot - first
@@ -104,7 +104,7 @@ def _slots(rows, times, labels, block, first, C: tl.constexpr, BC: tl.constexpr,
 def _seen(q_time, q_label, k_time, k_label, CAUSAL: tl.constexpr, STRICT: tl.constexpr):
     seen = q_label[:, None] == k_label[None, :]
     if CAUSAL:
-        if STRICT:
+        if STRICT:  # noqa: SIM108
             seen = seen & (k_time[None, :] < q_time[:, None])
         else:
             seen = seen & (k_time[None, :] <= q_time[:, None])
@@ -330,7 +330,7 @@ def backward(
     )  # fmt: skip
     entries, block, start, stop = _turned(lists, M)
     dk, dv = (torch.empty(len(block), C * D, device=q.device) for _ in range(2))
-    links, _, *tables = _tables(lists)
+    _, _, *tables = _tables(lists)
     *slots, _, W, _, groups, first = _sizes(q, k, lists)
     _backward_kv[(len(block),)](
         q, k, v, grad, delta, lse, dk, dv, entries, block, start, stop, *tables, *strides, *lse.stride()[:2],
@@ -339,9 +339,7 @@ def backward(
     # pieces of one block, and heads that share their keys, add up
     z = block.long() // M
     target = (z // H * K + z % H // (H // K)) * M + block % M
-    return tuple(
-        x.new_zeros(B * K * M, C * D).index_add_(0, target, x).view(B, K, M * C, D) for x in (dk, dv)
-    )  # type: ignore[return-value]
+    return tuple(x.new_zeros(B * K * M, C * D).index_add_(0, target, x).view(B, K, M * C, D) for x in (dk, dv))  # type: ignore[return-value]
 
 
 def _rows_last(x: Tensor) -> Tensor:
@@ -380,7 +378,7 @@ def _turned(lists: Lists, M: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     Without waiting for the device: there are at least as many pieces as needed, the rest are empty.
     """
-    B, H, N, W = lists.links.shape
+    B, H, _, W = lists.links.shape
     device = lists.links.device
     listed = torch.arange(W, device=device) < lists.count[..., None]
     owner = torch.arange(B * H, device=device).view(B, H, 1, 1)

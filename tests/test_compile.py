@@ -1,0 +1,159 @@
+"""torch.compile: one graph for a whole model, equal to eager mode, any length, nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import attention_zoo as zoo
+from attention_zoo.contract import layer_of
+from attention_zoo.ops.compiled import TAPES
+
+# torch's own compiler warns of its own code
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+
+
+def small(name: str, **options) -> zoo.Transformer:
+    own = {"resample": False} if name == "reformer" else {}
+    mechanism = {"name": name, **own, **options}
+    return zoo.Transformer(attention=mechanism, vocab=30, dim=16, depth=1, heads=2)
+
+
+def step(model, ids, tokens=None):
+    """Logits and gradients of one training step; a parameter without a gradient has zeros."""
+    logits = model(ids, tokens).logits
+    loss = logits.square().mean() if tokens is None else logits[tokens.valid].square().mean()
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [logits, *(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found))]
+
+
+def same(got, want) -> None:
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", zoo.available())
+def test_one_graph_serves_every_length(name: str) -> None:
+    """fullgraph=True raises at any graph break; the counter counts compilations."""
+    model = small(name)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for length in (33, 65, 40, 129):
+        ids = torch.randint(0, 30, (2, length))
+        same(step(compiled, ids), step(model, ids))
+    assert counter.frame_count == 1, f"{name} was compiled {counter.frame_count} times"
+    gc.collect()
+    assert not TAPES, "a finished step leaves nothing behind"
+
+
+@pytest.mark.parametrize("name", ["longformer", "reformer"])
+def test_padding_documents_and_global_tokens_do_not_break_the_graph(name: str) -> None:
+    model = small(name)
+    valid = torch.arange(37) < torch.tensor([[37], [21]])
+    document = (torch.arange(37) // 20).expand(2, -1)
+    flags = None if name == "reformer" else torch.zeros_like(valid).index_fill(1, torch.tensor([3]), True)
+    tokens = zoo.Tokens.of(valid, flags, document)
+    ids = torch.randint(0, 30, (2, 37))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    got, want = step(compiled, ids, tokens), step(model, ids, tokens)
+    same([got[0][valid], *got[1:]], [want[0][valid], *want[1:]])
+
+
+def test_mixed_precision_is_that_of_eager_mode() -> None:
+    model = small("longformer")
+    ids = torch.randint(0, 30, (2, 37))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = step(compiled, ids), step(model, ids)
+    assert got[0].dtype == want[0].dtype == torch.bfloat16
+    same(got, want)
+
+
+def test_frozen_parameters_inference_and_abandoned_calls_leave_no_tape() -> None:
+    model = small("transformer_xl")
+    attention = model.stack.attentions[0]
+    attention.to_k.weight.requires_grad_(False)
+    ids = torch.randint(0, 30, (1, 9))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    out = compiled(ids).logits
+    assert len(TAPES) == 1
+    out.sum().backward()
+    assert not TAPES
+    assert attention.to_k.weight.grad is None
+    assert attention.to_v.weight.grad is not None
+    out = compiled(ids).logits
+    del out
+    gc.collect()
+    assert not TAPES, "a call whose output nobody kept"
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+    assert not TAPES
+
+
+def test_choices_and_cross_attention_pass_through_the_operator() -> None:
+    torch.manual_seed(0)
+    reformer = zoo.build("reformer", dim=16, heads=2, chunk=4)  # draws rotations at each call
+    x = torch.randn(2, 13, 16)
+    compiled = torch.compile(reformer, backend="aot_eager", fullgraph=True)
+    out = compiled(x)
+    torch.testing.assert_close(reformer(x, choices=out.choices).hidden, out.hidden)
+    torch.testing.assert_close(compiled(x, choices=out.choices).hidden, out.hidden)
+    cross = zoo.build("full", dim=16, heads=2, causal=False, cross=True)
+    source = zoo.Source(torch.randn(2, 5, 16, requires_grad=True), zoo.Tokens.all_valid(2, 5))
+    results = []
+    for layer in (cross, torch.compile(cross, backend="aot_eager", fullgraph=True)):
+        hidden = layer(x, source=source).hidden
+        results.append((hidden, *torch.autograd.grad(hidden.square().sum(), source.hidden)))
+    same(*results)
+
+
+def test_a_call_with_a_state_runs_eagerly_behind_a_graph_break() -> None:
+    model = small("longformer", window=3).eval()
+    ids = torch.randint(0, 30, (1, 12))
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        first = compiled(ids[:, :8], state=model.initial_state(1))
+        rest = compiled(ids[:, 8:], state=first.state)
+        torch.testing.assert_close(rest.logits, model(ids).logits[:, 8:], atol=1e-5, rtol=1e-5)
+
+
+def test_copies_are_other_layers() -> None:
+    layer = zoo.build("full", dim=8, heads=1)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    twins = [copy.deepcopy(layer), copy.copy(layer), torch.load(buffer, weights_only=False)]
+    for twin in twins:
+        assert twin.number != layer.number
+        assert layer_of(twin.number) is twin
+    assert layer_of(layer.number) is layer
+
+
+def test_going_back_twice_is_refused_aloud() -> None:
+    model = small("full")
+    loss = torch.compile(model, backend="aot_eager")(torch.randint(0, 30, (1, 5))).logits.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward only"):
+        loss.backward()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+def test_inductor_builds_the_whole_model() -> None:
+    model = small("longformer")
+    compiled = torch.compile(model, fullgraph=True)
+    ids = torch.randint(0, 30, (2, 37))
+    for a, b in zip(step(compiled, ids), step(model, ids), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
