@@ -356,7 +356,7 @@ def test_pairs_are_counted() -> None:
     [
         ({"segment": 0}, "segment_length must be an integer of at least 1, got 0"),
         ({"memory": -1}, "memory_length must be an integer of at least 0, got -1"),
-        ({"kernel": "fast"}, "kernel must be one of auto, absorbed, shift, gather, got 'fast'"),
+        ({"kernel": "fast"}, "kernel must be one of auto, absorbed, triton, shift, gather, got 'fast'"),
         ({"dim": 9}, "dim must be even"),
         ({"causal": False}, "causal=False is not supported"),
         ({"cross": True, "causal": False}, "cross=True is not supported"),

@@ -33,7 +33,7 @@ _TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe)
 
 def one_operator(forward: Callable[..., Output]) -> Callable[..., Output]:
     """Make the forward of a mechanism one operator where `torch.compile` traces it; elsewhere leave it alone."""
-    eager = torch.compiler.disable(forward)
+    eager = torch._disable_dynamo(forward)  # as torch.compiler.disable, without loading the compiler
 
     @wraps(forward)
     def guarded(
