@@ -330,8 +330,8 @@ class Block:
             delta = (grads * outs).sum(-1, keepdim=True)
             parts = (
                 scratch("dq", rows.shape, rows).zero_(),
-                scratch("dk", key_rows.shape, rows).zero_(),
-                scratch("dv", values.shape, rows).zero_(),
+                scratch("dk", key_rows.shape, rows),
+                scratch("dv", values.shape, rows),
             )
             partial_backward(
                 grads,
@@ -344,6 +344,7 @@ class Block:
                 scale=self.plan.scale,
                 into=parts,
                 scratch=scratch,
+                fresh=True,
             )
             dq_slots[step] = parts[0][:, 0]
             for total, part in ((dk_slots, parts[1]), (dv_slots, parts[2])):

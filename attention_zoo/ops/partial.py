@@ -82,6 +82,7 @@ def partial_backward(
     scale: float,
     into: tuple[Float[Tensor, "B H L D"], Float[Tensor, "B K S D"], Float[Tensor, "B K S D"]],
     scratch: Scratch | None = None,
+    fresh: bool = False,
 ) -> Float[Tensor, "B H L S"]:
     """Add this part's share of dq, dk, dv to `into`, in place.
 
@@ -90,6 +91,7 @@ def partial_backward(
         delta: grad · merged output, summed over D.
         lse: of the merged attention, as `merge` left it; but +inf for rows that see nothing, which makes their weights
             exactly zero.
+        fresh: overwrite dk and dv, whatever they hold, instead of adding to them.
 
     Returns:
         The gradient of the scores (before `scale`): what a learned bias receives. In the scratch.
@@ -97,6 +99,9 @@ def partial_backward(
     scratch = scratch or Scratch()
     grad, q, k, v = (_exact(x) for x in (grad, q, k, v))
     if not q.numel() or not k.shape[2]:
+        if fresh:
+            into[1].zero_()
+            into[2].zero_()
         return q.new_empty(*q.shape[:3], k.shape[2])
     weights = scores(q, k, bias, scale=scale, scratch=scratch)
     heads, rows, _ = weights.shape
@@ -107,8 +112,8 @@ def partial_backward(
     dscores.baddbmm_(grad, v.transpose(1, 2), beta=-1).mul_(weights)
     dq, dk, dv = into
     add_product(dq, dscores, k, scale)
-    add_product(dk, dscores.transpose(1, 2), q, scale)
-    add_product(dv, weights.transpose(1, 2), grad)
+    add_product(dk, dscores.transpose(1, 2), q, scale, fresh=fresh)
+    add_product(dv, weights.transpose(1, 2), grad, fresh=fresh)
     return dscores.view(*dq.shape[:3], k.shape[1])
 
 
@@ -134,13 +139,22 @@ def scores(
 
 
 def add_product(
-    into: Float[Tensor, "B H n D"], a: Float[Tensor, "N n m"], b: Float[Tensor, "N m D"], alpha: float = 1.0
+    into: Float[Tensor, "B H n D"],
+    a: Float[Tensor, "N n m"],
+    b: Float[Tensor, "N m D"],
+    alpha: float = 1.0,
+    *,
+    fresh: bool = False,
 ) -> None:
-    """into += alpha · a @ b, without a temporary where the heads of `into` are those of the product."""
+    """into += alpha · a @ b, without a temporary where the heads of `into` are those of the product.
+
+    With `fresh`, into = alpha · a @ b.
+    """
     B, H, n, D = into.shape
     if a.shape[0] == B * H and (B == 1 or H == 1 or into.stride(0) == H * into.stride(1)):
-        into.view(B * H, n, D).baddbmm_(a, b, alpha=alpha)
+        into.view(B * H, n, D).baddbmm_(a, b, beta=0 if fresh else 1, alpha=alpha)
     else:
+        into = into.zero_() if fresh else into
         into.add_((a @ b).view(into.shape), alpha=alpha)
 
 

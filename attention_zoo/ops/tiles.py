@@ -150,6 +150,7 @@ class _Tiles(torch.autograd.Function):
                     scale=ctx.scale,
                     into=(view.split(dquery), dkeys, dvalues),
                     scratch=scratch,
+                    fresh=view.fresh,
                 )
                 view.add(dk, dv, dkeys, dvalues)
                 if learned:
@@ -266,7 +267,7 @@ class _View:
         return k.index_select(2, keys), v.index_select(2, keys)
 
     def gradients(self, dk: Tensor, dv: Tensor, shared: _Shared, scratch: Scratch) -> tuple[Tensor, Tensor]:
-        """Where the gradients of what was taken are added: the real place, or zeros for `add` to add."""
+        """Where the gradients of what was taken go: the real place, or one of their own from which `add` adds them."""
         keys = self.keys
         if isinstance(keys, Tensor) and keys.ndim == 2:
             dk, dv = (_some(x, self.batch) for x in shared.gradients(keys, dk))
@@ -276,11 +277,17 @@ class _View:
             return dk[:, :, keys], dv[:, :, keys]
         b, K, _, D = dk.shape
         shape = (b, K, len(keys), D) if keys.ndim == 1 else (b, self.heads * self.groups, self._width, D)
-        return scratch("dk", shape, dk).zero_(), scratch("dv", shape, dv).zero_()
+        return scratch("dk", shape, dk), scratch("dv", shape, dv)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the gradients have a place of their own."""
+        return isinstance(self.keys, Tensor) and self.keys.ndim != 2
 
     def add(self, dk: Tensor, dv: Tensor, dkeys: Tensor, dvalues: Tensor) -> None:
-        if not isinstance(self.keys, Tensor) or self.keys.ndim == 2:
+        if not self.fresh:
             return
+        assert isinstance(self.keys, Tensor)
         for into, grad in ((dk, dkeys), (dv, dvalues)):
             if self.keys.ndim == 1:
                 _some(into, self.batch).index_add_(2, self.keys, grad)
