@@ -630,6 +630,16 @@ def test_masks_that_are_more_than_documents_raise() -> None:
         huggingface.describe(**shape, mask_function=lambda row, head, q, k: (k <= q) & (q - k < 5))
 
 
+def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, fine in (("5.22.1", False), ("4.57.6", False), ("5.23.0", True), ("5.30.0.dev0", True)):
+        monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+        if fine:
+            assert "zoo_full" in huggingface.register()
+        else:
+            with pytest.raises(ImportError, match=r"5\.23 or later"):
+                huggingface.register()
+
+
 def test_without_transformers_one_line_says_so() -> None:
     script = (
         "import sys; sys.modules['transformers'] = None\n"

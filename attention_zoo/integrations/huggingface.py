@@ -44,6 +44,8 @@ from attention_zoo.integrations.bare import at_columns, bare_pattern, refusal
 from attention_zoo.registry import available, recipe
 
 PREFIX = "zoo_"
+LEAST = (5, 23)
+"""The oldest transformers that was tested. Earlier ones call masks in other ways, and results would be wrong."""
 HARMLESS = frozenset(
     {
         "cache_position", "deterministic", "encoder_hidden_states", "num_items_in_batch", "output_hidden_states",
@@ -67,17 +69,22 @@ def register(*names: str) -> tuple[str, ...]:
         The names to give as attn_implementation.
 
     Raises:
-        ImportError: without transformers.
+        ImportError: without transformers, or with an older one than was tested.
         Unsupported: for a named mechanism that cannot work inside such a model, with the reason.
         ValueError: for an unknown name.
     """
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers import AttentionInterface, AttentionMaskInterface, __version__
     except ImportError as error:
         raise ImportError(
             f"attention_zoo.integrations.huggingface needs transformers: pip install 'attention-zoo[huggingface]' "
             f"({error})"
         ) from error
+    if tuple(map(int, __version__.split(".")[:2])) < LEAST:
+        raise ImportError(
+            f"attention_zoo.integrations.huggingface needs transformers {LEAST[0]}.{LEAST[1]} or later, whose masks "
+            f"say where queries stand; got {__version__}: pip install 'attention-zoo[huggingface]'"
+        )
     for name in names:
         reason = refusal(name)
         if reason is not None:
@@ -106,13 +113,12 @@ def _patterns() -> tuple[str, ...]:
 
 def describe(
     batch_size: int,
+    q_length: int,
     kv_length: int,
     mask_function: Callable[..., Tensor],
-    q_length: int | None = None,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     attention_mask: Tensor | None = None,
-    cache_position: Tensor | None = None,
     local_size: int | None = None,
     use_vmap: bool = False,
     config: Any = None,
@@ -130,7 +136,6 @@ def describe(
         mask_function: (row, head, query, key) -> bool. It is not evaluated for all pairs but read: at neighbours, and
             at the border of the window.
         attention_mask: bool [B, length], False at padding.
-        cache_position: instead of q_length and q_offset, before transformers 5.4.
         local_size: of a sliding window or of chunks.
         use_vmap: whether the model adds conditions of its own.
         config: the model's.
@@ -138,9 +143,6 @@ def describe(
     Raises:
         ValueError: for a mask that is not made of padding, documents, causality and a sliding window.
     """
-    if cache_position is not None:
-        q_length, q_offset, device = len(cache_position), cache_position[0], cache_position.device
-    assert q_length is not None
     if use_vmap:
         raise ValueError("the model adds a mask function of its own, which a pattern cannot honour; use sdpa or eager")
     if local_size is not None and local_size != getattr(config, "sliding_window", None):
