@@ -19,6 +19,11 @@ from attention_zoo import Tokens
 from .case import FLOAT64, Bounds, Case, Errors, Leaves, at_columns, compare, padding, randomise, vectors
 
 KERNELS = ("auto", "blocks", "tiles", "dense")
+SHORT = Bounds(
+    {torch.float32: Errors(1e-6, 4e-6), torch.float64: FLOAT64},
+    "Where a softmax is nearly one-hot the gradients of queries cancel: ours is 1.9e-6 from its own float64 there, "
+    "theirs 1.7e-6.",
+)
 LONG = Bounds(
     {torch.float32: Errors(5e-6, 5e-6), torch.float64: FLOAT64},
     "Scores of up to 10 amplify rounding in float32: at 1,024 tokens theirs is 1.9e-6 from its own float64 result.",
@@ -86,7 +91,8 @@ def cases() -> Iterator[Case]:
         name = f"seed {seed}, {kernel}"
         yield Case("bigbird", "Hugging Face BigBird, training", name, partial(run, seed, kernel, "reference"))
         yield Case("bigbird", "Hugging Face BigBird, evaluation", name, partial(run, seed, kernel, "reference_eval"))
-        yield Case("bigbird", "Hugging Face BigBird, short and so in full", name, partial(run, seed, kernel, "full"))
+        full = partial(run, seed, kernel, "full")
+        yield Case("bigbird", "Hugging Face BigBird, short and so in full", name, full, SHORT)
     for seed, blocks in ((0, 16), (1, 32)):
         yield Case(
             "bigbird", "Hugging Face BigBird, training, 1,024 tokens", f"seed {seed}, {blocks} blocks",

@@ -45,7 +45,7 @@ def run(model: Transformer, ids: Tensor, cuts: list[int]) -> tuple[Tensor, list[
         out = model(piece, state=state)
         state = out.state
         logits.append(out.logits)
-    return torch.cat(logits, 1), [block[0][0].hidden for block in state.layers]
+    return torch.cat(logits, 1), [block[0][0].held[0] for block in state.layers]
 
 
 def errors(folder: Path, kind: str, dtype: torch.dtype, *, at_once: bool = False) -> Errors:
