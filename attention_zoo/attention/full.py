@@ -29,6 +29,7 @@ from torch import Tensor
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Abilities, Tokens
 from attention_zoo.ops.dispatch import DENSE, SDPA, TILES
+from attention_zoo.ops.flex import FLEX
 from attention_zoo.ops.row import ROW
 
 
@@ -36,12 +37,13 @@ class Full(PatternAttention):
     """The baseline, twice: `kernel=sdpa` is torch's fused attention, `kernel=dense` keeps the L x L matrix.
 
     Args:
-        kernel: auto | row | sdpa | tiles | dense.
+        kernel: auto | row | sdpa | flex | tiles | dense.
         shared: the options of `Attention`.
     """
 
     name = "full"
-    kernels = (ROW, SDPA, TILES, DENSE)
+    unweighted = True
+    kernels = (ROW, SDPA, FLEX, TILES, DENSE)
     declared = Abilities(
         causality="strict",
         carry="prefix",

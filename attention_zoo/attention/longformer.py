@@ -37,7 +37,9 @@ from torch import Tensor
 from attention_zoo.attention.pattern import PatternAttention, hide
 from attention_zoo.contract import Abilities, Tokens, at_least, one_of
 from attention_zoo.ops.dispatch import BANDED, DENSE, TILES
+from attention_zoo.ops.flex import FLEX
 from attention_zoo.ops.row import ROW
+from attention_zoo.ops.xformers import XFORMERS
 
 
 class Longformer(PatternAttention):
@@ -47,14 +49,15 @@ class Longformer(PatternAttention):
         window: tokens per side; at least 1.
         dilation: step between the tokens of a window; one number, or one for each head. Reach is window · dilation.
         global_projections: "separate" (the paper) or "shared".
-        kernel: auto | row | banded | tiles | dense.
+        kernel: auto | row | flex | banded | xformers | tiles | dense.
         shared: the options of `Attention`.
     """
 
     name = "longformer"
     tiny = {"window": 3}
-    kernels = (ROW, BANDED, TILES, DENSE)
+    kernels = (ROW, FLEX, BANDED, XFORMERS, TILES, DENSE)
     shift_invariant = True
+    unweighted = True
     declared = Abilities(
         causality="strict",
         carry="prefix",
@@ -93,6 +96,7 @@ class Longformer(PatternAttention):
         common = steps[:1] if len(set(steps)) == 1 else steps
         self.register_buffer("dilation", torch.tensor(common), persistent=False)
         self._reach = window * max(steps)
+        self.contiguous = max(steps) == 1
 
     @property
     def reach(self) -> int:

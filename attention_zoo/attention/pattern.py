@@ -51,6 +51,8 @@ class PatternAttention(Attention):
     """Whether it says by `links` which blocks of keys a row of query blocks sees (`ops.blocks.BlockPattern`)."""
     shift_invariant: ClassVar[bool] = False
     """Whether `bias` depends on the difference of positions alone: then one mask serves all tiles (`BANDED`)."""
+    unweighted: ClassVar[bool] = False
+    """Whether `bias` is 0 or -inf and nothing between, whatever the options."""
     tile = 64
     """Query rows of a tile, few so that little of what is read is hidden; twice as many where tiles must be looked for.
     Smaller in tests, so that short lengths straddle many borders."""

@@ -268,6 +268,17 @@ def _need(call: PatternCall, q: _Ranges, k: _Ranges) -> Tensor:
     return need.any(0)
 
 
+def needed_pairs(call: PatternCall, size: int) -> tuple[Tensor, Tensor]:
+    """Every tile of `size` rows and columns that may matter: its row and its column, row by row."""
+    q_range, k_range = _ranges(call.queries, size), _ranges(call.keys, size)
+    found = []
+    for start in range(0, q_range.lo.shape[1], 64):  # the matrix of tiles is never there as a whole
+        row, column = _need(call, q_range.some(start, start + 64), k_range).nonzero().unbind(1)
+        found.append(torch.stack([row + start, column]))
+    row, column = torch.cat(found, 1)
+    return row, column
+
+
 def _runs(tiles: list[int], size: int, columns: int, most: int) -> Iterator[slice | list[slice]]:
     """Key columns of the needed tiles: a run of neighbours stays one slice; scattered ones are gathered together."""
     runs: list[slice] = []

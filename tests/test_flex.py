@@ -1,0 +1,154 @@
+"""FlexAttention for patterns: lists of blocks, layouts and gradients against the definition.
+
+On a CPU torch runs it uncompiled, L x S, and refuses to go back: the refusal is lifted here, so that masks, position
+biases and the merge of global keys are proven in both directions; its compiled kernels are for tests/test_cuda.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.attention import flex_attention as torch_flex
+
+import attention_zoo as zoo
+from attention_zoo.attention.pattern import PatternAttention
+from attention_zoo.contract import Abilities
+from attention_zoo.ops import flex
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_cuda.py runs it compiled"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # of torch, that this way is slow
+]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "BLOCK", 16)
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    torch._dynamo.reset()
+
+
+class Weighted(PatternAttention):
+    """Sees neighbours, and counts those at even distances twice."""
+
+    name = "weighted"
+    declared = Abilities(
+        causality="strict", carry="prefix", two_sided=True, global_tokens="any", cross=False,
+        compute="quadratic", activations="linear", state="linear", positions=("none", "alibi"),
+    )  # fmt: skip
+
+    def bias(self, queries, keys):
+        gap = (queries.position[:, :, None] - keys.position[:, None, :])[:, None].abs()
+        return torch.where(gap % 2 == 0, math.log(2), 0.0).masked_fill(gap > 9, -torch.inf)
+
+
+def tokens_of(layout: str, length: int) -> zoo.Tokens:
+    valid = torch.ones(2, length, dtype=torch.bool)
+    flags = document = None
+    if layout == "left":
+        valid[1, : length // 3] = False
+    if layout == "holes, documents, global":
+        valid[0, 3::7] = False
+        document = torch.arange(length)[None] // torch.tensor([[length // 2 + 1], [length]])
+        flags = torch.zeros_like(valid)
+        flags[:, 5] = flags[:, length - 4] = True
+    return zoo.Tokens.of(valid, flags, document)
+
+
+@pytest.mark.parametrize("layout", ["all", "left", "holes, documents, global"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("longformer", {"window": 20, "kv_heads": 1}),
+        ("longformer", {"window": 5, "dilation": 3, "causal": False, "positions": "alibi"}),
+        ("full", {"positions": "alibi"}),
+        ("full", {"causal": False}),
+        ("weighted", {"causal": False, "positions": "alibi"}),
+    ],
+    ids=lambda value: str(value),
+)
+def test_equals_the_definition(name: str, options: dict, layout: str) -> None:
+    shared = {"dim": 32, "heads": 2, **options}
+    layer = Weighted(**shared) if name == "weighted" else zoo.build(name, **shared)
+    length = 61
+    tokens = tokens_of(layout, length)
+    x = torch.randn(2, length, 32, requires_grad=True)
+    marked = layer.mark(tokens)
+    q, k, v = (layer._heads(project(x)) for project in (layer.to_q, layer.to_k, layer.to_v))
+    own = layer._global_qkv(x, marked) if layer.own_global else None
+    call = layer._call(q, k, v, tokens, tokens, None, own)
+    inside = tokens.valid[:, None, :, None]
+    weight = torch.randn_like(q) * inside
+    want = layer.attend(q, k, v, tokens, tokens, kernel="dense", global_qkv=own)
+    got = flex.FLEX.run(call)
+    torch.testing.assert_close(got * inside, want * inside, atol=2e-5, rtol=2e-5)
+    pairs = [torch.autograd.grad((out * weight).sum(), x, retain_graph=True)[0] for out in (got, want)]
+    torch.testing.assert_close(*pairs, atol=5e-5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("L", "S"), [(1, 1), (16, 16), (61, 61), (17, 90), (130, 130)])
+def test_lists_hold_every_pair_that_is_seen_and_are_no_wider_than_needed(L: int, S: int, causal: bool) -> None:
+    layer = zoo.build("longformer", dim=16, heads=1, window=20, causal=causal)
+    q, k = torch.zeros(1, 1, L, 16), torch.zeros(1, 1, S, 16)
+    call = layer._call(q, k, k, None, None, None, None)
+    rows, columns = flex.bucket(L) // 16, flex.bucket(S) // 16
+    seen = layer.full_bias(call.queries, call.keys)[0, 0] > -torch.inf
+    needed = torch.zeros(rows, columns, dtype=torch.bool)
+    for i, j in seen.nonzero().tolist():
+        needed[i // 16, j // 16] = True
+    by_arithmetic = flex.both_sides(call, rows, columns)
+    row, column = flex.needed_pairs(call, 16)
+    by_ranges = flex.lists_of_pairs(row, column, rows), flex.lists_of_pairs(column, row, columns)
+    for forth, back in (by_arithmetic, by_ranges):
+        for lists, want in ((forth, needed), (back, needed.T)):
+            listed = torch.zeros_like(want)
+            for n, count in enumerate(lists.number[0, 0].tolist()):
+                mine = lists.blocks[0, 0, n, :count].tolist()
+                assert len(set(mine)) == len(mine), "a block is visited once"
+                listed[n, mine] = True
+            assert (listed | ~want).all(), "a block with a visible pair is missing"
+            assert lists.blocks.shape[-1] <= 8, "lists are as wide as the longest, whatever the length"
+            assert int((listed & ~want).sum()) <= 2 * len(want), "blocks in vain"
+
+
+def test_lengths_fall_into_few_buckets(monkeypatch) -> None:
+    monkeypatch.setattr(flex, "BLOCK", 128)
+    sizes = {flex.bucket(length) for length in range(1, 65537)}
+    assert len(sizes) <= 4 * 10
+    for length in (1, 127, 128, 129, 1000, 12289, 40000, 65536):
+        found = flex.bucket(length)
+        assert found % 128 == 0
+        assert length <= found <= max(128, 1.25 * length + 128)
+
+
+def test_the_table_of_blocks_grows_with_the_length_and_not_with_its_square() -> None:
+    layer = zoo.build("longformer", dim=16, heads=1, window=20)
+    sizes = []
+    for length in (512, 1024, 2048):
+        q = torch.zeros(1, 1, length, 16)
+        lists = flex.both_sides(layer._call(q, q, q, None, None, None, None), length // 16, length // 16)
+        sizes.append(sum(one.blocks.numel() for one in lists))
+    assert sizes[1] == 2 * sizes[0]
+    assert sizes[2] == 4 * sizes[0]
+
+
+def test_it_refuses_with_a_reason(monkeypatch) -> None:
+    monkeypatch.setattr(flex, "BLOCK", 128)
+    layer = zoo.build("longformer", dim=32, heads=2, kernel="flex")
+    with pytest.raises(zoo.Unsupported, match=r"kernel=flex is not supported.*on cpu it has no backward"):
+        layer(torch.zeros(1, 200, 32))
+    q = torch.zeros(1, 2, 200, 16)
+
+    def reason(name, q, **options):
+        layer = zoo.build(name, dim=32, heads=q.shape[1], **options)
+        return flex.unfit(layer._call(q, q, q, None, None, None, None))
+
+    assert reason("longformer", q) is None
+    assert reason("full", q, causal=False) is None
+    assert "float64" in reason("longformer", q.double())
+    assert "patterns of their own" in reason("longformer", q, dilation=[1, 2])
+    assert "16 wide" in reason("longformer", q[..., :8])
+    assert "fewer than 128" in reason("longformer", q[:, :, :100])
