@@ -11,6 +11,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -53,12 +54,13 @@ def kernel_rows(length: int, device: str = "cpu", dtype: torch.dtype = torch.flo
     for name in available():
         cls, defaults = recipe(name)
         if not issubclass(cls, PatternAttention):
-            rows.append((name, "own", "runs"))
-            continue
-        layer = cls(dim=64, heads=1, causal=cls.declared.causality != "none", **defaults)
-        q = torch.empty(1, 1, length, 64, device=device, dtype=dtype)
+            found = _own_kernels(cls(dim=64, heads=1, **defaults), device, dtype)
+        else:
+            layer = cls(dim=64, heads=1, causal=cls.declared.causality != "none", **defaults).to(device)
+            q = torch.empty(1, 1, length, 64, device=device, dtype=dtype)
+            found = layer.explain(q, q, q, *[Tokens.all_valid(1, length, device)] * 2)
         first = True
-        for kernel, reason in layer.explain(q, q, q, *[Tokens.all_valid(1, length, device)] * 2):
+        for kernel, reason in found:
             rows.append((name, kernel, reason or ("runs, chosen by auto" if first else "runs")))
             first = first and reason is not None
     return rows
@@ -102,6 +104,12 @@ def _described(cls: type) -> dict[str, str]:
         meaning = " ".join(text.split()).replace("|", "\\|")
         meanings |= dict.fromkeys(names.split(", "), meaning)
     return meanings
+
+
+def _own_kernels(layer: Any, device: str, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+    """What a mechanism that is no pattern says of its kernels, if it says anything."""
+    explain = getattr(layer, "explain_kernels", None)
+    return [("own", None)] if explain is None else explain(torch.device(device), dtype)
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

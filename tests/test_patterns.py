@@ -88,7 +88,9 @@ def test_a_named_kernel_runs_or_says_why_not():
     tokens = layout("left", 20, False)
     with pytest.raises(Unsupported, match=r"full: kernel=sdpa.*cannot hide padding on the left.*kernel=auto"):
         layer(torch.randn(B, 20, 16, dtype=torch.float64), tokens)
-    with pytest.raises(Unsupported, match=r"longformer: kernel=flash is not supported.*banded or xformers or tiles or dense"):
+    with pytest.raises(
+        Unsupported, match=r"longformer: kernel=flash is not supported.*banded or xformers or tiles or dense"
+    ):
         zoo.build("longformer", dim=16, heads=2, kernel="flash")
 
 

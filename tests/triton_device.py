@@ -17,10 +17,19 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Relative to the largest value."""
 
 
+def _interprets() -> bool:
+    """Whether a loop to a bound that is read from memory runs: with some pairs of versions none does."""
+    import interpreter_probe
+
+    return interpreter_probe.works()
+
+
 @pytest.fixture
 def on_triton(monkeypatch: pytest.MonkeyPatch) -> str:
     """The device; on a CPU our kernels are allowed to run there."""
-    pytest.importorskip("triton", reason="triton is not installed")
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    if DEVICE == "cpu" and not _interprets():
+        pytest.skip(f"the interpreter of triton {triton.__version__} does not work with this numpy (triton#9171)")
     monkeypatch.setattr(dispatch, "TRITON_DEVICES", ("cuda", "cpu"))
     return DEVICE
 

@@ -337,17 +337,26 @@ class Reformer(Attention):
             epsilon=self.key_norm_epsilon,
             once=self.correct_duplicates,
         )
-        return lsh.lsh_attention(qk, v, plan, kernel=self._kernel(plan, qk))
+        return lsh.lsh_attention(qk, v, plan, kernel=self._kernel(qk))
 
-    def _kernel(self, plan: lsh.Plan, qk: Tensor) -> str:
+    def explain_kernels(self, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+        """Every kernel, fastest first, with the reason why it cannot run there, or None."""
+        return [("triton", self._refuse_triton(device, dtype)), ("chunks", None), ("dense", None)]
+
+    def _refuse_triton(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if reason := triton_reason(device):
+            return reason
+        if self.correct_duplicates:
+            return "it cannot count in how many rounds a pair meets (correct_duplicates)"
+        from attention_zoo.ops.triton_blocks import refuse
+
+        return refuse(self.chunk, self.head_width, dtype)
+
+    def _kernel(self, qk: Tensor) -> str:
         """The kernel that runs this call."""
         if self.kernel not in ("auto", "triton"):
             return self.kernel
-        reason = triton_reason(qk.device)
-        if reason is None:
-            from attention_zoo.ops.triton_lsh import refuse
-
-            reason = refuse(plan, self.head_width, qk.dtype)
+        reason = self._refuse_triton(qk.device, qk.dtype)
         if reason and self.kernel == "triton":
             raise Unsupported(self.name, "kernel=triton", reason, "kernel=auto")
         return "chunks" if reason else "triton"

@@ -370,12 +370,21 @@ class TransformerXL(Attention):
         more = {"position": keys.position, "valid": keys.valid} if gather else {}
         return plan_chunks(layout.first, layout.own, borders, columns, **more)
 
+    def explain_kernels(self, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+        """Every kernel, fastest first, with the reason why it cannot run many tokens without holes there, or None."""
+        few = "it is for few queries, and gives no gradients"
+        return [("absorbed", few), ("triton", self._refuse_device(device, dtype)), ("shift", None), ("gather", None)]
+
     def _refuse_triton(self, layout: Layout, dtype: torch.dtype) -> str | None:
         """Why the Triton kernel cannot run this call, or None."""
-        if reason := triton_reason(layout.first.device):
+        reason = self._refuse_device(layout.first.device, dtype)
+        if reason is None and not layout.aligned:
+            reason = "columns are not positions here (holes, or forgotten tokens)"
+        return reason
+
+    def _refuse_device(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if reason := triton_reason(device):
             return reason
-        if not layout.aligned:
-            return "columns are not positions here (holes, or forgotten tokens)"
         from attention_zoo.ops.triton_relative import refuse
 
         return refuse(self.head_width, dtype)

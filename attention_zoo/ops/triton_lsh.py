@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from attention_zoo.ops import triton_blocks
-from attention_zoo.ops.lsh import Block, Plan
+from attention_zoo.ops.lsh import Block
 from attention_zoo.ops.triton_blocks import Lists
-
-
-def refuse(plan: Plan, head_width: int, dtype: torch.dtype) -> str | None:
-    """Why this call cannot run here, or None."""
-    if plan.once:
-        return "it cannot count in how many rounds a pair meets (correct_duplicates)"
-    return triton_blocks.refuse(plan.layout.chunk, head_width, dtype)
 
 
 class TritonBlock(Block):
