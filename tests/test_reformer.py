@@ -306,7 +306,7 @@ def test_nothing_but_padding():
     layer, x = build(), data(2, 5).requires_grad_()
     out = layer(x, tokens, state=layer.initial_state(2))
     assert bool((out.hidden == 0).all())
-    assert out.state.qk.shape[1] == 0
+    assert out.state.columns.filled == 0
     gradient = torch.autograd.grad(out.hidden.sum(), [x, *layer.parameters()], materialize_grads=True)
     assert all(bool((part == 0).all()) for part in gradient)
 
@@ -418,10 +418,10 @@ def test_a_state_keeps_the_current_document_alone():
     tokens = Tokens.of(torch.ones(2, 20, dtype=torch.bool), document=document)
     whole = layer(x, tokens).hidden
     first = layer(x[:, :12], tokens.cut(slice(0, 12)), state=layer.initial_state(2))
-    assert first.state.tokens.valid.sum(1).tolist() == [6, 12]
+    assert first.state.columns.tokens.valid.sum(1).tolist() == [6, 12]
     second = layer(x[:, 12:], tokens.cut(slice(12, 20)), state=first.state)
     torch.testing.assert_close(second.hidden, whole[:, 12:], atol=1e-12, rtol=0)
-    assert second.state.tokens.valid.sum(1).tolist() == [14, 20]
+    assert second.state.columns.tokens.valid.sum(1).tolist() == [14, 20]
 
 
 def test_a_state_does_not_carry_drawn_or_replayed_buckets():
@@ -432,7 +432,7 @@ def test_a_state_does_not_carry_drawn_or_replayed_buckets():
     begin, end = tokens.cut(slice(0, 17)), tokens.cut(slice(17, 24))
     expected = layer(x).hidden[:, 17:]
     drawn = layer.train()(x[:, :17], begin, state=layer.initial_state(1))
-    assert drawn.state.buckets.shape[2] == 0
+    assert drawn.state.columns.buffers[2].shape[2] == 0
     replayed = layer.eval()(x[:, :17], begin, state=layer.initial_state(1), choices=drawn.choices)
     for state in (drawn.state, replayed.state):
         torch.testing.assert_close(layer(x[:, 17:], end, state=state).hidden, expected, atol=1e-12, rtol=0)

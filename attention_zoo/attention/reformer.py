@@ -35,6 +35,7 @@ Token by token: tests/references/reformer.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -42,8 +43,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens, Unsupported, at_least, keep, one_of
-from attention_zoo.ops import hashing, lsh
+from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens, Unsupported, at_least, one_of
+from attention_zoo.ops import hashing, lsh, lsh_step
+from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator
 from attention_zoo.ops.dispatch import triton_reason
 
@@ -52,16 +54,14 @@ class Hashed(NamedTuple):
     """State: the projected tokens of each row's current document.
 
     Fields:
-        qk, v: [B, S, H·D].
-        buckets: [B, H, R, S, 1] by the seeded rotations and the bucket count of the length so far; R is 0 where they
-            came from elsewhere (drawn in training, or replayed), and are to be hashed again.
-        tokens: of the S columns; fillers left, valid right.
+        columns: qk and v, [B, S, H·D], and buckets, [B, H, R, S, 1], by the seeded rotations and the bucket count of
+            the length so far; R is 0 where they came from elsewhere (drawn in training, or replayed), and are to be
+            hashed again.
+        sorted: the order of the first of them, once steps need it.
     """
 
-    qk: Float[Tensor, "B S HD"]
-    v: Float[Tensor, "B S HD"]
-    buckets: Int[Tensor, "B H R S 1"]
-    tokens: Tokens
+    columns: Columns
+    sorted: lsh_step.Sorted | None = None
 
 
 class Documents(NamedTuple):
@@ -81,7 +81,9 @@ class Reformer(Attention):
 
     `Output.choices` are the buckets, int32 [B, H, rounds, L, 1]; handed back they are replayed. With a state every call
     equals the last rows of the whole prefix in one call. The prefix is hashed again when its bucket count changes, that
-    is when its length doubles; until then a step hashes its own tokens only.
+    is when its length doubles; until then a step hashes its own tokens only. Single-token steps without gradients cost
+    the same at any length but for that, and for sorting the prefix every thousandth time (ops/lsh_step.py); they need
+    consecutive tokens, the defaults of `wrap`, `look_ahead`, `fill` and `kernel`. Other calls sort the whole prefix.
 
     `rounds` may be changed on a built layer: more in evaluation are slower and nearer to full attention.
 
@@ -180,7 +182,7 @@ class Reformer(Attention):
         weight = self.to_qk.weight
         empty = weight.new_zeros(batch_size, 0, self.heads * self.head_width)
         buckets = torch.zeros(batch_size, self.heads, 0, 0, 1, dtype=torch.int32, device=weight.device)
-        return Hashed(empty, empty, buckets, Tokens.none(batch_size, weight.device))
+        return Hashed(Columns.of(Tokens.none(batch_size, weight.device), empty, empty, buckets))
 
     @one_operator
     def forward(
@@ -200,10 +202,13 @@ class Reformer(Attention):
         B, L, _ = x.shape
         self._check_choices(choices, B, L)
         qk, v = self.to_qk(x), self.to_v(x)
+        if state is not None and choices is None and self._is_step(tokens, state):
+            return self._step(qk, v, tokens, state)
         keys, is_new = tokens, torch.ones_like(tokens.valid)
         if state is not None:
-            qk, v = torch.cat([state.qk, qk], 1), torch.cat([state.v, v], 1)
-            keys, is_new = state.tokens.then(tokens), torch.cat([torch.zeros_like(state.tokens.valid), is_new], 1)
+            held = state.columns
+            qk, v = torch.cat([held.held[0], qk], 1), torch.cat([held.held[1], v], 1)
+            keys, is_new = held.tokens.then(tokens), torch.cat([torch.zeros_like(held.tokens.valid), is_new], 1)
         flat_qk, flat_v = (_take(y, keys.valid).unflatten(-1, (self.heads, -1)) for y in (qk, v))
         is_new = _take(is_new, keys.valid)
         documents = self._documents(keys)
@@ -214,8 +219,56 @@ class Reformer(Attention):
         new = None
         if state is not None:
             seeded = choices is None and not self._draws
-            new = _current_document(keys, qk, v, padded if seeded else padded[:, :, :0])
+            columns = Columns.of(keys, qk, v, padded if seeded else padded[:, :, :0], reserve=state.columns.reserve)
+            new = Hashed(columns.settle(L, live=_current))
         return Output(hidden, new, choices=padded[..., padded.shape[3] - L :, :])
+
+    def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Hashed) -> Hashed:
+        """See `Attention`: projections alone; the next call hashes."""
+        x, tokens = self.enter(x, tokens, state, None)
+        qk, v, buckets = state.columns.buffers
+        columns = state.columns._replace(buffers=(qk, v, buckets[:, :, :0]))
+        added = (self.to_qk(x), self.to_v(x), buckets.new_zeros(len(x), self.heads, 0, x.shape[1], 1))
+        return Hashed(columns.append(tokens, *added, live=_current).settle(x.shape[1], live=_current))
+
+    def _is_step(self, tokens: Tokens, state: Hashed) -> bool:
+        """Whether this call is one more token for each row, whose windows can be found without sorting."""
+        plain = self.kernel == "auto" and self.wrap == "row" and not self.look_ahead
+        held = state.columns
+        if not plain or tokens.valid.shape[1] != 1 or torch.is_grad_enabled() or not held.steady:
+            return False
+        return held.goes_on(tokens) and self._remembers(state, tokens)
+
+    def _step(self, qk: Float[Tensor, "B 1 HD"], v: Float[Tensor, "B 1 HD"], tokens: Tokens, state: Hashed) -> Output:
+        """See ops/lsh_step.py."""
+        one = torch.ones_like(tokens.valid[:, 0])
+        q = qk[:, 0].unflatten(-1, (self.heads, -1))
+        sizes = state.columns.tokens.valid.sum(1) + 1
+        found = self._buckets(q, Documents(one.long(), sizes), one, tokens, None, None)  # [H, R, B]
+        mine = found.movedim(-1, 0)[..., None, None]
+        columns = state.columns.append(tokens, qk, v, mine, live=_current)
+        all_qk, all_v, all_buckets = columns.held
+        buckets, valid = all_buckets[..., 0], columns.tokens.valid
+        known = state.sorted
+        if known is None or columns.fields is not state.columns.fields or known.is_stale(columns.filled):
+            count = max(math.prod(self.factors_for(size)) for size in sizes.tolist())
+            known = lsh_step.Sorted.of(buckets[..., :-1], valid[:, :-1], count)
+        column, seen = lsh_step.windows(
+            known, buckets, columns.filled - sizes, chunk=self.chunk, look_back=self.look_back
+        )
+        if not self.attend_across_buckets:
+            seen = seen & (buckets.gather(-1, column) == mine[..., 0])
+        out = lsh_step.attend(
+            q,
+            all_qk.unflatten(-1, (self.heads, -1)),
+            all_v.unflatten(-1, (self.heads, -1)),
+            column.flatten(2),
+            seen.flatten(2),
+            scale=self.scale,
+            epsilon=self.key_norm_epsilon,
+            once=self.correct_duplicates,
+        )
+        return Output(self.to_out(out.flatten(1))[:, None], Hashed(columns, known), choices=mine)
 
     def attend(
         self,
@@ -278,7 +331,7 @@ class Reformer(Attention):
         buckets = torch.zeros(self.heads, self.rounds, len(qk), dtype=torch.int32, device=qk.device)
         missing = torch.ones_like(is_new)
         if state is not None and self._remembers(state, tokens):
-            buckets[..., ~is_new] = _bucket_rows(state.buckets, state.tokens.valid)
+            buckets[..., ~is_new] = _bucket_rows(state.columns.held[2], state.columns.tokens.valid)
             missing = missing & is_new
         if choices is not None:
             buckets[..., is_new] = _bucket_rows(choices, tokens.valid).int()
@@ -302,10 +355,11 @@ class Reformer(Attention):
 
     def _remembers(self, state: Hashed, tokens: Tokens) -> bool:
         """Whether the state's buckets are those that its tokens have in this call."""
-        if self._draws or self.fill or state.buckets.shape[2] != self.rounds:
+        held = state.columns
+        if self._draws or self.fill or held.buffers[2].shape[2] != self.rounds:
             return False
-        old = state.tokens.valid.sum(1)
-        now = old + (tokens.valid & (tokens.document == _last_document(state.tokens))).sum(1)
+        old = held.tokens.valid.sum(1)
+        now = old + (tokens.valid & (tokens.document == _last_document(held.tokens))).sum(1)
         return all(self.factors_for(a) == self.factors_for(b) for a, b in zip(old.tolist(), now.tolist()) if a)
 
     def _attend(
@@ -393,7 +447,6 @@ def _last_document(tokens: Tokens) -> Int[Tensor, "B 1"]:
     return torch.nn.functional.pad(document, (1, 0), value=-1).amax(1, keepdim=True)
 
 
-def _current_document(tokens: Tokens, qk: Tensor, v: Tensor, buckets: Tensor) -> Hashed:
+def _current(tokens: Tokens) -> Bool[Tensor, "B S"]:
     """Tokens of finished documents are never asked for again."""
-    tokens, qk, v, buckets = keep(tokens.valid & (tokens.document == _last_document(tokens)), tokens, qk, v, buckets)
-    return Hashed(qk, v, buckets, tokens)
+    return tokens.valid & (tokens.document == _last_document(tokens))

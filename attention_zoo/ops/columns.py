@@ -82,7 +82,7 @@ class Columns(NamedTuple):
             joined = (torch.cat(pair, -2) for pair in zip(self.held, tensors))
             return Columns.of(self.tokens.then(tokens), *joined, reserve=self.reserve)
         into = self if self._may_write(added, tensors) else self._moved(live, most, added, tensors)
-        loose = into.loose + added if into.loose or not into._goes_on(tokens) else 0
+        loose = into.loose + added if into.loose or not into.goes_on(tokens) else 0
         for buffer, new in zip(into.buffers, tensors):
             buffer.narrow(-2, into.filled, added).copy_(new)
         for field, news in zip(into.fields, tokens):
@@ -100,7 +100,7 @@ class Columns(NamedTuple):
         holes = self.loose > 0 and self.loose * MOVED >= self.filled
         return self._moved(live, most, 0, self.buffers) if self.version < 0 or many or holes else self
 
-    def _goes_on(self, tokens: Tokens) -> bool:
+    def goes_on(self, tokens: Tokens) -> bool:
         """Whether these are the next tokens of each row's current document, without padding."""
         last = slice(self.filled - 1, self.filled)
         fields = self.fields
