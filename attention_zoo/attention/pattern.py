@@ -252,9 +252,22 @@ class PatternAttention(Attention):
     def _attend_held(
         self, q: Tensor, tokens: Tokens, cache: Cache, global_qkv: tuple[Tensor, Tensor, Tensor] | None = None
     ) -> Tensor:
-        k, v = cache.columns.held
-        call = self._call(q, k, v, tokens, cache.columns.tokens, None, global_qkv)
-        call.columns, call.globals = cache.columns, cache.globals
+        columns = cache.columns
+        k, v = columns.held
+        # all tokens are marked: those held were when they came
+        call = PatternCall(
+            self,
+            q,
+            k,
+            v,
+            tokens,
+            columns.tokens,
+            self.scale,
+            self.bias_parameters(),
+            global_qkv,
+            columns,
+            cache.globals,
+        )
         return choose(self.name, self.kernels, self.kernel, call).run(call)
 
     def _append(self, state: Cache, tokens: Tokens, k: Tensor, v: Tensor) -> Cache:

@@ -237,7 +237,8 @@ class Reformer(Attention):
         held = state.columns
         if not plain or tokens.valid.shape[1] != 1 or torch.is_grad_enabled() or not held.steady:
             return False
-        return held.goes_on(tokens) and self._remembers(state, tokens)
+        sizes = held.tokens.valid.sum(1)
+        return held.goes_on(tokens) and self._keeps_buckets(state) and self._hash_alike(sizes, sizes + 1)
 
     def _step(self, qk: Float[Tensor, "B 1 HD"], v: Float[Tensor, "B 1 HD"], tokens: Tokens, state: Hashed) -> Output:
         """See ops/lsh_step.py."""
@@ -355,11 +356,17 @@ class Reformer(Attention):
 
     def _remembers(self, state: Hashed, tokens: Tokens) -> bool:
         """Whether the state's buckets are those that its tokens have in this call."""
-        held = state.columns
-        if self._draws or self.fill or held.buffers[2].shape[2] != self.rounds:
+        if not self._keeps_buckets(state):
             return False
-        old = held.tokens.valid.sum(1)
-        now = old + (tokens.valid & (tokens.document == _last_document(held.tokens))).sum(1)
+        held = state.columns.tokens
+        old = held.valid.sum(1)
+        now = old + (tokens.valid & (tokens.document == _last_document(held))).sum(1)
+        return self._hash_alike(old, now)
+
+    def _keeps_buckets(self, state: Hashed) -> bool:
+        return not self._draws and not self.fill and state.columns.buffers[2].shape[2] == self.rounds
+
+    def _hash_alike(self, old: Int[Tensor, " B"], now: Int[Tensor, " B"]) -> bool:
         return all(self.factors_for(a) == self.factors_for(b) for a, b in zip(old.tolist(), now.tolist()) if a)
 
     def _attend(
