@@ -177,9 +177,9 @@ def test_a_state_of_the_wrong_row() -> None:
 
 def test_a_memory_one_token_short() -> None:
     class Short(TransformerXL):
-        def _remember(self, hidden: Tensor, layout: Any) -> Any:
-            memory = super()._remember(hidden, layout)
-            return type(memory)(memory.hidden[:, 1:], memory.tokens.cut(slice(1, None)))
+        def _live(self, keys: Tokens) -> Tensor:
+            live = super()._live(keys)
+            return live.scatter(1, live.long().argmax(1, keepdim=True), value=False)
 
     caught(Short, "any_cut_equals_one_call", "every_call_is_the_tail_of_the_whole_prefix")
 
