@@ -11,7 +11,10 @@ from attention_zoo.ops.dense import dense
 from attention_zoo.testing.case import Case
 
 __all__ = ["on_triton"]
-pytestmark = pytest.mark.usefixtures("on_triton")
+pytestmark = [
+    pytest.mark.usefixtures("on_triton"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # older interpreters' own
+]
 
 
 def equal(case: Case, layer, x, tokens, where: str, device: str) -> None:

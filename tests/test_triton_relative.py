@@ -11,7 +11,10 @@ import attention_zoo as zoo
 from attention_zoo.testing.case import Case
 
 __all__ = ["on_triton"]
-pytestmark = pytest.mark.usefixtures("on_triton")
+pytestmark = [
+    pytest.mark.usefixtures("on_triton"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # older interpreters' own
+]
 
 
 def definition(q, k, v, k_own, v_own, r, u, w, first, own, scale) -> Tensor:

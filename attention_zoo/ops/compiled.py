@@ -4,8 +4,11 @@ Which tiles, chunks or runs a call has is decided on the host, from its masks an
 could trace. So under `torch.compile` a mechanism is one opaque operator, from hidden states to hidden states, that runs
 as it does in eager mode, planning included. One graph holds the whole model, `fullgraph=True` and dynamic lengths
 included. The price: its projections are not fused with their neighbours (they are matrix products, which a compiler
-hands to the same libraries), CUDA graphs leave it out, and each call costs some 0.1 ms on the host, forward and
-backward together. Calls with a state, as decoding makes them, run eagerly instead: there the graph does break.
+hands to the same libraries), CUDA graphs leave it out, and a call costs the host more than in eager mode: measured on
+one CPU core for one layer at 8 tokens, 2.1 ms instead of 1.1 forward and backward, 0.9 instead of 0.5 forward, guards
+included. Calls with a state, as decoding makes them, run eagerly instead: there the graph does break.
+
+A parameter that a call does not use has a gradient of zeros, where eager mode leaves None.
 
 Backward needs what the kernels saved. The operator keeps that in a table of *tapes*, and hands out the tape's number
 as a tensor, which autograd keeps as long as backward may come; when that tensor goes, the tape goes.
