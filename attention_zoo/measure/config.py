@@ -76,7 +76,7 @@ class BenchmarkConfig:
     rounds: int = 3
     peer_python: dict[str, str] = field(default_factory=dict)
     budget: str | None = None
-    output: str = "results"
+    output: str = "runs/benchmark"
 
     def cells(self) -> list[SpeedCell]:
         """Every cell of the grid, shortest lengths first.
