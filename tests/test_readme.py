@@ -74,6 +74,21 @@ def test_the_module_example_runs():
     torch.testing.assert_close(cut[names["valid"]], whole[names["valid"]], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("what", ["huggingface.register", "integrations.multihead", "integrations import weights"])
+def test_the_examples_of_integrations_run(what, tmp_path, monkeypatch):
+    (example,) = [block for block in blocks("python") if what in block]
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(example, names)
+    if "generate" in example:
+        assert names["tokens"].shape == (1, 308)
+    elif "MultiheadAttention" in example:
+        assert names["out"].shape == (2, 300, 64)
+    else:
+        longer = names["long"].eval()(names["ids"], names["weights"].tokens_of(names["attention_mask"])).logits
+        torch.testing.assert_close(longer, names["logits"], atol=1e-5, rtol=1e-5)
+
+
 def test_the_example_of_a_new_mechanism_passes_the_contract_suite(tmp_path, monkeypatch):
     (example,) = [block for block in blocks("python") if "class Strided" in block]
     (recipe,) = [yaml.safe_load(block) for block in blocks("yaml")]
