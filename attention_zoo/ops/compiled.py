@@ -81,7 +81,14 @@ def _recording(record: bool) -> Iterator[None]:
         yield
 
 
-@torch.library.custom_op("attention_zoo::attend", mutates_args=(), tags=_TAGS)
+# schemas are written out: they cannot be read from annotations that a run-time checker has wrapped
+_SCHEMA = (
+    "(Tensor x, Tensor[] tokens, Tensor[] source, Tensor[] choices, Tensor[] parameters, bool[] learns, SymInt layer, "
+    "ScalarType? autocast, bool record) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("attention_zoo::attend", mutates_args=(), schema=_SCHEMA, tags=_TAGS)
 def _attend(
     x: Tensor,
     tokens: list[Tensor],
@@ -140,7 +147,9 @@ def _(x, tokens, source, choices, parameters, learns, layer, autocast, record):
     )
 
 
-@torch.library.custom_op("attention_zoo::attend_backward", mutates_args=())
+@torch.library.custom_op(
+    "attention_zoo::attend_backward", mutates_args=(), schema="(Tensor grad, Tensor tape, Tensor[] inputs) -> Tensor[]"
+)
 def _attend_backward(grad: Tensor, tape: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     """Gradients of x, the source's hidden states if there are any, and the parameters; zeros where there is none."""
     found = TAPES.pop(int(tape), None)
