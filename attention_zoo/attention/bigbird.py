@@ -38,6 +38,7 @@ from attention_zoo.contract import Abilities, Tokens, Unsupported, at_least, one
 from attention_zoo.ops.blocks import BLOCKS, TRITON_BLOCKS
 from attention_zoo.ops.dispatch import DENSE, TILES
 from attention_zoo.ops.row import LINKED_ROW, ROW
+from attention_zoo.ops.short import SHORT
 
 
 class BigBird(PatternAttention):
@@ -51,12 +52,12 @@ class BigBird(PatternAttention):
             ("reference_eval"); those are two-sided, with window_blocks=3, and `seed` is the layer's number.
         extra_global_tokens: learned tokens that the skeleton puts in front and marks global (ETC); with any, no block
             is global. 0: first and last block are (ITC).
-        kernel: auto | linked_row | row | triton | blocks | tiles | dense.
+        kernel: auto | linked_row | row | short | triton | blocks | tiles | dense.
         shared: the options of `Attention`.
     """
 
     name = "bigbird"
-    kernels = (LINKED_ROW, ROW, TRITON_BLOCKS, BLOCKS, TILES, DENSE)
+    kernels = (LINKED_ROW, ROW, SHORT, TRITON_BLOCKS, BLOCKS, TILES, DENSE)
     links_blocks = True
     tiny = {"block": 4, "random": 1}
     declared = Abilities(

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from attention_zoo.attention.pattern import PatternAttention, hide
 from attention_zoo.contract import Abilities, Tokens, at_least, one_of
-from attention_zoo.ops.dispatch import BANDED, DENSE, TILES
+from attention_zoo.ops.dispatch import BANDED, DENSE, TILES, WHOLE_BAND
 from attention_zoo.ops.flex import FLEX
 from attention_zoo.ops.row import ROW
 from attention_zoo.ops.xformers import XFORMERS
@@ -49,13 +49,13 @@ class Longformer(PatternAttention):
         window: tokens per side; at least 1.
         dilation: step between the tokens of a window; one number, or one for each head. Reach is window · dilation.
         global_projections: "separate" (the paper) or "shared".
-        kernel: auto | row | flex | banded | xformers | tiles | dense.
+        kernel: auto | row | sdpa | flex | banded | xformers | tiles | dense.
         shared: the options of `Attention`.
     """
 
     name = "longformer"
     tiny = {"window": 3}
-    kernels = (ROW, FLEX, BANDED, XFORMERS, TILES, DENSE)
+    kernels = (ROW, WHOLE_BAND, FLEX, BANDED, XFORMERS, TILES, DENSE)
     shift_invariant = True
     unweighted = True
     declared = Abilities(
@@ -105,4 +105,5 @@ class Longformer(PatternAttention):
     def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B #H L S"]:
         gap = (queries.position[:, :, None] - keys.position[:, None, :])[:, None]
         step = self.dilation[:, None, None]
-        return hide((gap.abs() <= self.window * step) & (gap % step == 0))
+        seen = gap.abs() <= self.window * step
+        return hide(seen if self.contiguous else seen & (gap % step == 0))

@@ -145,3 +145,16 @@ def _refuse_sdpa(call: PatternCall) -> str | None:
 
 
 SDPA = Kernel("sdpa", _run_sdpa, _refuse_sdpa, "torch's fused scaled_dot_product_attention: O(L²) time, O(L) memory")
+
+
+def _refuse_whole_band(call: PatternCall) -> str | None:
+    if not (call.pattern.shift_invariant and call.pattern.unweighted) or not getattr(call.pattern, "contiguous", False):
+        return "the pattern is no band without gaps"
+    if call.pattern.reach is None or call.k.shape[2] - 1 > call.pattern.reach:
+        return "there are keys beyond the window"
+    if not call.starts_at_zero:
+        return "columns are not positions here (padding on the left, holes, documents, or forgotten keys)"
+    return _refuse_sdpa(call)
+
+
+WHOLE_BAND = Kernel("sdpa", _run_sdpa, _refuse_whole_band, "full attention where the window holds every key: torch's")

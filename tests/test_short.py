@@ -1,0 +1,116 @@
+"""Short calls: what runs them equals the definition, is taken where it may be, and says why where it may not."""
+
+import pytest
+import torch
+
+import attention_zoo as zoo
+from attention_zoo import Tokens
+from attention_zoo.ops.short import KEYS
+
+
+def build(name, **options):
+    torch.manual_seed(0)
+    return zoo.build(name, dim=32, heads=4, **options).double()
+
+
+def operands(L, S, heads=4, batch=2, lay=lambda x: x):
+    g = torch.Generator().manual_seed(L + S)
+    shapes = ((batch, 4, L, 8), (batch, heads, S, 8), (batch, heads, S, 8))
+    return [lay(torch.randn(shape, generator=g, dtype=torch.float64)).requires_grad_() for shape in shapes]
+
+
+def compare(layer, kernel, qkv, *tokens):
+    found = []
+    for name in (kernel, "dense"):
+        out = layer.attend(*qkv, *tokens, kernel=name)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+        found.append([out, *torch.autograd.grad(out, qkv, weight)])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+OPTIONS = [
+    {"causal": True},
+    {"causal": False},
+    {"causal": True, "block": 7, "random": 5, "positions": "alibi", "kv_heads": 2},
+    {"causal": False, "block": 7, "positions": "alibi"},
+    {"causal": False, "plan": "reference"},
+    {"causal": False, "plan": "reference_eval"},
+    {"causal": False, "extra_global_tokens": 2, "window_blocks": 1, "random": 0},
+    {"causal": True, "extra_global_tokens": 2, "random": 0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_bigbird_equals_the_definition(options):
+    layer = build("bigbird", **{"block": 11, **options})
+    for L in (1, 2, 10, 11, 12, 257, 311):
+        compare(layer, "short", operands(L, L, layer.kv_heads))
+    if layer.causal:  # later queries: they begin inside a block
+        for L, S in ((1, 34), (20, 39), (270, 311)):
+            compare(layer, "short", operands(L, S, layer.kv_heads))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_bigbird_at_its_longest(causal):
+    """A row may see nothing among the first hundreds of keys."""
+    layer = build("bigbird", causal=causal, extra_global_tokens=1, random=1, block=64)
+    compare(layer, "short", operands(KEYS, KEYS, batch=1))
+
+
+def test_channels_need_not_lie_side_by_side():
+    def transposed(x):
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+    for causal in (True, False):
+        qkv = operands(60, 60, lay=transposed)
+        compare(build("bigbird", causal=causal, block=8), "short", qkv)
+        compare(build("longformer", causal=causal, window=60), "sdpa", qkv)
+
+
+def test_what_is_remembered_of_one_call_does_not_leak_into_another():
+    layer = build("bigbird", causal=False, block=8)
+    flags = torch.zeros(2, 60, dtype=torch.bool)
+    flags[:, 16:24] = True
+    marked = Tokens.of(torch.ones_like(flags), flags)
+    for _ in range(2):
+        for L in (60, 57):
+            compare(layer, "short", operands(L, L))
+        compare(layer, "short", operands(60, 60), marked, marked)
+    with torch.inference_mode():
+        layer.attend(*operands(41, 41))
+    compare(layer, "short", operands(41, 41))
+
+
+def test_which_calls_of_bigbird_are_short():
+    layer = build("bigbird", block=16)
+
+    def reason(L, tokens=None, dtype=torch.float64):
+        qkv = [x.detach().to(dtype) for x in operands(L, L)]
+        return dict(layer.explain(*qkv, tokens, tokens))["short"]
+
+    whole = torch.ones(2, 100, dtype=torch.bool)
+    some = torch.zeros_like(whole)
+    some[:, 40] = True
+    padded = whole.clone()
+    padded[0, 90:] = False
+    assert reason(KEYS) is None
+    assert "no short call" in reason(KEYS + 1)
+    assert "round the bias" in reason(100, dtype=torch.bfloat16)
+    assert "columns are not positions" in reason(100, Tokens.of(padded))
+    assert "less than a block is global" in reason(100, Tokens.of(whole, some))
+    layer = build("bigbird", block=4)
+    assert "64 blocks of 4" in reason(257)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_window_that_holds_every_key_is_full_attention(causal):
+    layer = build("longformer", causal=causal, window=20, kv_heads=2)
+    for L in (1, 2, 20, 21):
+        compare(layer, "sdpa", operands(L, L, 2))
+        assert dict(layer.explain(*operands(L, L, 2)))["sdpa"] is None
+    assert "beyond the window" in dict(layer.explain(*operands(22, 22, 2)))["sdpa"]
+    layer = build("longformer", causal=causal, window=20, dilation=2)
+    assert "without gaps" in dict(layer.explain(*operands(9, 9)))["sdpa"]
+    layer = build("longformer", causal=causal, window=20, positions="alibi")
+    assert "position scheme" in dict(layer.explain(*operands(9, 9)))["sdpa"]
