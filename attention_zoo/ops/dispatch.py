@@ -112,16 +112,29 @@ BANDED = Kernel(
 )
 
 
+MASK = 2**23
+"""Most cells of a mask that fused attention is given on a CPU, 32 MiB in float32: for a segment behind its past."""
+
+
 def _run_sdpa(call: PatternCall) -> Tensor:
     q, k, v = call.q, call.k, call.v
+    if _unmasked(call) is not None:
+        seen = call.seen(call.queries, call.keys)
+        out = fused.fused(q, k, v, _mask(seen, q.dtype), scale=call.scale)
+        return out.masked_fill(~seen.any(-1, keepdim=True), 0)
     mask, causal = None, False
     if call.pattern.causal and q.shape[2] > 1:
         causal = True  # right padding lies in the future of every valid token
     elif not call.all_valid:
-        # a row without any key shows them all: its output is padding, and must only be finite
-        seen = call.keys.valid | ~call.keys.valid.any(1, keepdim=True)
-        mask = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -torch.inf)[:, None, None, :]
+        mask = _mask(call.keys.valid[:, None, None, :], q.dtype)
     return fused.fused(q, k, v, mask, scale=call.scale, causal=causal)
+
+
+def _mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    # a row without any key shows them all, so that its weights are finite
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
+        ~(seen | ~seen.any(-1, keepdim=True)), -torch.inf
+    )
 
 
 def _refuse_sdpa(call: PatternCall) -> str | None:
@@ -131,6 +144,14 @@ def _refuse_sdpa(call: PatternCall) -> str | None:
         return "the position scheme adds to the scores"
     if call.global_qkv is not None and call.any_global_query:
         return "global queries have projections of their own"
+    reason = _unmasked(call)
+    if reason is None or (not call.q.is_cuda and call.q.shape[0] * call.q.shape[2] * call.k.shape[2] <= MASK):
+        return None
+    return f"{reason}, and a mask of L x S would be too large"
+
+
+def _unmasked(call: PatternCall) -> str | None:
+    """Why a mask of queries x keys is needed, or None."""
     if not call.one_document:
         return "rows hold several documents"
     if not call.pattern.causal:
