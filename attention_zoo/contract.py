@@ -114,9 +114,9 @@ class Tokens(NamedTuple):
         column = torch.where(self.valid, torch.arange(after.shape[1], device=after.device), 0).amax(1, keepdim=True)
         return after.gather(1, column)[:, 0]
 
-    def cut(self, columns: slice | Tensor) -> Tokens:
-        """The same columns of every row."""
-        return Tokens(*(field[:, columns] for field in self))
+    def cut(self, columns: slice | Tensor, rows: slice = slice(None)) -> Tokens:
+        """The same columns of these rows, by default of all."""
+        return Tokens(*(field[rows, columns] for field in self))
 
     def take(self, columns: Int[Tensor, "B n"]) -> Tokens:
         """Each row its own columns."""

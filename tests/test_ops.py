@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import attention_zoo as zoo
+from attention_zoo.ops import tiles as tiles_module
 from attention_zoo.ops.dense import dense
 from attention_zoo.ops.partial import merge, partial, partial_backward
 from attention_zoo.ops.tiles import Part, Tile, run_tiles
@@ -96,17 +97,17 @@ def test_every_kind_of_keys_equals_dense(kind):
             pieces = [slice(0, 5), slice(5, S)]
             for piece in pieces:
                 used[:, :, rows, piece] = full[:, :, rows, piece]
-                parts.append(Part(piece, lambda rows=rows, piece=piece: full[:, :, rows, piece]))
+                parts.append(Part(piece, lambda batch, rows=rows, piece=piece: full[batch, :, rows, piece]))
         elif kind == "shared":
             keys = torch.randperm(S, generator=g)[:6]
             used[:, :, rows, keys] = full[:, :, rows][..., keys]
-            parts.append(Part(keys, lambda rows=rows, keys=keys: full[:, :, rows][..., keys]))
+            parts.append(Part(keys, lambda batch, rows=rows, keys=keys: full[batch, :, rows][..., keys]))
         elif kind == "per_row":
             keys = torch.stack([torch.randperm(S, generator=g)[:6] for _ in range(B)])
             bias = torch.stack([full[b, :, rows][..., keys[b]] for b in range(B)])
             for b in range(B):
                 used[b, :, rows, keys[b]] = bias[b]
-            parts.append(Part(keys, lambda bias=bias: bias))
+            parts.append(Part(keys, lambda batch, bias=bias: bias[batch]))
         else:
             block, batch = (1, 1) if kind == "per_head" else (3, B)
             count = S // block
@@ -117,9 +118,23 @@ def test_every_kind_of_keys_equals_dense(kind):
                 mine = slice(start + 2 * group, start + 2 * group + 2)
                 bias[b, h, group] = full[b, h, mine][:, columns[b, h, group]]
                 used[b, h, mine, columns[b, h, group]] = bias[b, h, group]
-            parts.append(Part(keys, lambda bias=bias: bias, block))
+            parts.append(Part(keys, lambda batch, bias=bias: bias[batch], block))
         tiles.append(Tile(rows, parts))
     equal_with_gradients(run_tiles(q, k, v, tiles, scale=SCALE), dense(q, k, v, used, scale=SCALE), (q, k, v))
+
+
+def test_a_step_asks_for_the_bias_of_its_own_batch_rows_alone(monkeypatch):
+    monkeypatch.setitem(tiles_module.SCORES, "cpu", 2 * 2 * 8 * 8)  # two batch rows of two heads at a time
+    q, k, v = operands(B=5, H=2, L=8, S=8)
+    full, asked = random_bias(5, 1, 8, 8, seen=0.7), []
+
+    def bias(batch):
+        asked.append(range(5)[batch])
+        return full[batch]
+
+    got = run_tiles(q, k, v, [Tile(slice(0, 8), [Part(slice(0, 8), bias)])], scale=SCALE)
+    equal_with_gradients(got, dense(q, k, v, full, scale=SCALE), (q, k, v))
+    assert asked == [range(2), range(2, 4), range(4, 5)] * 2
 
 
 def test_a_learned_bias_gets_its_gradient():
@@ -131,7 +146,7 @@ def test_a_learned_bias_gets_its_gradient():
         return (-slope[:, None, None] * distance[rows, keys])[None].masked_fill(distance[rows, keys] > 3, -torch.inf)
 
     tiles = [
-        Tile(slice(a, a + 3), [Part(slice(b, b + 3), lambda a=a, b=b: bias(slice(a, a + 3), slice(b, b + 3)))
+        Tile(slice(a, a + 3), [Part(slice(b, b + 3), lambda batch, a=a, b=b: bias(slice(a, a + 3), slice(b, b + 3)))
                                for b in (0, 3)])
         for a in (0, 3)
     ]  # fmt: skip
@@ -141,7 +156,7 @@ def test_a_learned_bias_gets_its_gradient():
 
 def test_rows_in_no_tile_yield_zeros_and_no_gradient():
     q, k, v = operands()
-    out = run_tiles(q, k, v, [Tile(slice(0, 4), [Part(slice(0, 11), lambda: None)])], scale=SCALE)
+    out = run_tiles(q, k, v, [Tile(slice(0, 4), [Part(slice(0, 11), lambda batch: None)])], scale=SCALE)
     assert not out[:, :, 4:].any()
     (dq,) = torch.autograd.grad(out.sum(), q)
     assert not dq[:, :, 4:].any()
@@ -171,7 +186,7 @@ def test_half_precision_is_summed_in_float32():
     q, k, v = operands(L=64, S=64, dtype=torch.float32)
     want = dense(q.double(), k.double(), v.double(), scale=SCALE)
     half = [x.detach().bfloat16() for x in (q, k, v)]
-    got = run_tiles(*half, [Tile(slice(0, 64), [Part(slice(0, 64), lambda: None)])], scale=SCALE)
+    got = run_tiles(*half, [Tile(slice(0, 64), [Part(slice(0, 64), lambda batch: None)])], scale=SCALE)
     naive = dense(*half, scale=SCALE)
     assert got.dtype == torch.bfloat16
     assert (got - want).abs().max() <= 2 * (naive - want).abs().max()

@@ -299,6 +299,10 @@ def _columns(links: Tensor, source: Tensor, block: int) -> Tensor:
     return source.expand(B, -1).unflatten(1, (-1, block))[row, links].flatten(-2)
 
 
+def _some(x: Tensor, batch: slice) -> Tensor:
+    return x[batch] if len(x) > 1 else x
+
+
 class _Biases:
     """Biases of the steps of one call, built when a step runs."""
 
@@ -309,13 +313,15 @@ class _Biases:
         self.usable = None if bool(usable.all()) else usable.unflatten(1, (-1, block))
         self.by_distance = _by_distance(call, keys.valid.shape[1])
 
-    def step(self, links: Tensor, weight: Tensor, start: int, stop: int) -> Tensor:
-        """[B|1, H, g, n|1, m · block] for the queries at start .. stop, g groups of n, linked to [B|1, H, g, m]."""
+    def step(self, links: Tensor, weight: Tensor, start: int, stop: int, batch: slice) -> Tensor:
+        """[b|1, H, g, n|1, m · block] for the queries at start .. stop, g groups of n, linked to [B|1, H, g, m]."""
+        links, weight = _some(links, batch), _some(weight, batch)
         groups, block = links.shape[2], self.block
         bias = weight[..., None].expand(*weight.shape, block)
         if self.usable is not None:
-            row = torch.arange(len(self.usable), device=self.device)[:, None, None, None]
-            bias = bias.masked_fill(~self.usable[row, links], -torch.inf)
+            usable = _some(self.usable, batch)
+            row = torch.arange(len(usable), device=self.device)[:, None, None, None]
+            bias = bias.masked_fill(~usable[row, links], -torch.inf)
         bias = bias.flatten(-2)[..., None, :]
         column = torch.arange(block, device=self.device)
         query = torch.arange(start, stop, device=self.device).view(groups, -1, 1)

@@ -119,7 +119,8 @@ MASK = 2**23
 def _run_sdpa(call: PatternCall) -> Tensor:
     q, k, v = call.q, call.k, call.v
     if _unmasked(call) is not None:
-        seen = call.seen(call.queries, call.keys)
+        rows = slice(0, 1 if call.rows_alike else None)
+        seen = call.seen(call.queries.cut(slice(None), rows), call.keys.cut(slice(None), rows))
         out = fused.fused(q, k, v, _mask(seen, q.dtype), scale=call.scale)
         return out.masked_fill(~seen.any(-1, keepdim=True), 0)
     mask, causal = None, False
@@ -145,7 +146,10 @@ def _refuse_sdpa(call: PatternCall) -> str | None:
     if call.global_qkv is not None and call.any_global_query:
         return "global queries have projections of their own"
     reason = _unmasked(call)
-    if reason is None or (not call.q.is_cuda and call.q.shape[0] * call.q.shape[2] * call.k.shape[2] <= MASK):
+    if reason is None:
+        return None
+    masks = 1 if call.rows_alike else call.q.shape[0]
+    if not call.q.is_cuda and masks * call.q.shape[2] * call.k.shape[2] <= MASK:
         return None
     return f"{reason}, and a mask of L x S would be too large"
 

@@ -53,7 +53,9 @@ class PatternCall:
     # --- the definition, in pieces ---------------------------------------------------------------------------------
     def seen(self, queries: Tokens, keys: Tokens) -> Tensor:
         """Bool [B, 1, L, S]: padding, document and causality."""
-        seen = keys.valid[:, None, :] & (keys.document[:, None, :] == queries.document[:, :, None])
+        seen = keys.valid[:, None, :]
+        if not self.one_document:
+            seen = seen & (keys.document[:, None, :] == queries.document[:, :, None])
         if self.pattern.causal:
             seen = seen & (keys.position[:, None, :] <= queries.position[:, :, None])
         return seen[:, None]
@@ -88,8 +90,10 @@ class PatternCall:
     def one_document(self) -> bool:
         """Whether no row holds two documents."""
         document = self.keys.document
-        known = torch.where(self.keys.valid, document, document.amax(1, keepdim=True)) if document.numel() else document
-        same = bool((known == known[:, :1]).all()) if document.numel() else True
+        if not document.numel():
+            return True
+        known = torch.where(self.keys.valid, document, document.amax(1, keepdim=True))
+        same = bool((known == known[:, :1]).all())
         return same and (self.own_keys or bool((self.queries.document == known[:, -1:]).all()))
 
     @cached_property
@@ -104,6 +108,15 @@ class PatternCall:
             getattr(tail, name) is getattr(self.queries, name)
             or torch.equal(getattr(tail, name), getattr(self.queries, name))
             for name in names
+        )
+
+    @cached_property
+    def rows_alike(self) -> bool:
+        """Whether every batch row has the same positions, padding and documents, so that one mask serves all."""
+        return all(
+            torch.equal(field, field[:1].expand_as(field))
+            for tokens in (self.queries, self.keys)
+            for field in (tokens.position, tokens.valid, tokens.document)
         )
 
     @cached_property

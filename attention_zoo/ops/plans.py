@@ -16,6 +16,7 @@ from attention_zoo.ops.tiles import Part, Rows, Tile, run_tiles, scores_at_once
 
 FUSED_ROWS = 1024
 """Global queries in one fused call: bounds its mask."""
+ALL = slice(None)
 
 
 def run_local(call: PatternCall, local: list[Tile]) -> Tensor:
@@ -101,13 +102,13 @@ class _BandBias:
         self.offset = call.k.shape[2] - call.q.shape[2]
         self.held: Tensor | None = None
 
-    def __call__(self, rows: slice, columns: slice) -> Tensor:
+    def __call__(self, rows: slice, columns: slice, batch: slice) -> Tensor:
         call, before = self.call, columns.start - (rows.start + self.offset) + self.reach
         whole = self._whole() if self.held is None or call.learned else self.held
         bias = whole[:, :, : rows.stop - rows.start, before : before + columns.stop - columns.start]
         if self.plain:
             return bias
-        queries, keys = call.queries.cut(rows), call.keys.cut(columns)
+        queries, keys = call.queries.cut(rows, batch), call.keys.cut(columns, batch)
         seen = keys.valid if not call.any_global_key else keys.valid & ~keys.is_global
         seen = seen[:, None, None, :]
         if not call.one_document:
@@ -150,7 +151,8 @@ def _global_parts(
     def part(a: int, b: int) -> Part:
         keys = chosen.cut(slice(a, b))
         return Part(
-            pieces.setdefault((a, b), columns[:, a:b]), lambda: everyone_bias(call, call.queries.cut(rows), keys)
+            pieces.setdefault((a, b), columns[:, a:b]),
+            lambda batch: everyone_bias(call, call.queries.cut(rows, batch), keys.cut(ALL, batch)),
         )
 
     return [part(a, b) for a, b in _cuts(some.start, some.stop, width)]
@@ -185,7 +187,7 @@ def _everyone_tiles(call: PatternCall, queries: Tokens) -> list[Tile]:
     count, size = queries.valid.shape[1], 2 * call.pattern.tile
 
     def part(rows: slice, keys: slice) -> Part:
-        return Part(keys, lambda: everyone_bias(call, queries.cut(rows), call.keys.cut(keys)))
+        return Part(keys, lambda batch: everyone_bias(call, queries.cut(rows, batch), call.keys.cut(keys, batch)))
 
     runs = [slice(a, min(a + size, count)) for a in range(0, count, size)]
     return [
@@ -305,6 +307,6 @@ def _runs(tiles: list[int], size: int, columns: int, most: int) -> Iterator[slic
 
 def _near_part(call: PatternCall, rows: slice, run: slice | list[slice]) -> Part:
     if isinstance(run, slice):
-        return Part(run, lambda: call.local_bias(call.queries.cut(rows), call.keys.cut(run)))
+        return Part(run, lambda batch: call.local_bias(call.queries.cut(rows, batch), call.keys.cut(run, batch)))
     columns = torch.cat([torch.arange(s.start, s.stop, device=call.k.device) for s in run])
-    return Part(columns, lambda: call.local_bias(call.queries.cut(rows), call.keys.cut(columns)))
+    return Part(columns, lambda batch: call.local_bias(call.queries.cut(rows, batch), call.keys.cut(columns, batch)))

@@ -18,7 +18,7 @@ from torch import Tensor
 from attention_zoo.ops.function import exact, once
 from attention_zoo.ops.partial import Scratch, merge, partial, partial_backward
 
-Bias = Callable[[], Tensor | None]
+Bias = Callable[[slice], Tensor | None]
 
 SCORES = {"cpu": 1 << 19}
 """Scores that a step should hold, over batch and heads: near the cache on a CPU. See `scores_at_once`."""
@@ -39,8 +39,8 @@ class Part(NamedTuple):
             int [B|1, H, g, m] is each head's own for each of g equal groups of the tile's rows, counted in blocks of
             `block` columns: n = m · block. k and v must then be contiguous and made of whole blocks; gathering long
             contiguous runs is what makes this fast (20 times, measured on CPU).
-        bias: called when needed, forward and again backward; -inf unseen, or None. [B|1, H|1, rows|1, n]; with groups
-            [B|1, H|1, g, rows / g|1, n].
+        bias: called with the batch rows that it is needed for, forward and again backward; -inf unseen, or None.
+            [b|1, H|1, rows|1, n] for b batch rows; with groups [b|1, H|1, g, rows / g|1, n].
         block: columns per entry of per-head `keys`.
     """
 
@@ -246,11 +246,10 @@ class _View:
         return x.unflatten(1, (self.heads, self.groups)).flatten(2, 3) if self.groups else x
 
     def bias(self) -> Tensor | None:
-        """[B|1, H|1, rows|1, n], or with groups [B|1, H·g, rows / g|1, n]."""
-        bias = self.part.bias()
+        """[b|1, H|1, rows|1, n], or with groups [b|1, H·g, rows / g|1, n]."""
+        bias = self.part.bias(self.batch or slice(None))
         if bias is None:
             return None
-        bias = _some(bias, self.batch) if bias.shape[0] > 1 else bias
         return bias.expand(-1, self.heads, -1, -1, -1).flatten(1, 2) if self.groups else bias
 
     def take(self, k: Tensor, v: Tensor, shared: _Shared, scratch: Scratch) -> tuple[Tensor, Tensor]:
