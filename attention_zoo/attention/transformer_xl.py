@@ -255,7 +255,9 @@ class TransformerXL(Attention):
         if r.shape[1:] != (H, D) or len(r) < seen:
             raise ValueError(f"r must be [at least {seen}, {H}, {D}], got {tuple(r.shape)}")
         plan = self._plan(self._layout(keys, L), q.dtype)
-        r = nn.functional.pad(r[: plan.distances], (0, 0, 0, 0, 0, max(0, plan.distances - len(r))))  # of hidden pairs
+        if len(r) != plan.distances:  # cutting and padding cost a copy of the table each, and one of its gradient
+            hidden = max(0, plan.distances - len(r))  # distances of hidden pairs
+            r = nn.functional.pad(r[: plan.distances], (0, 0, 0, 0, 0, hidden))
         own = (k.detach(), v.detach())
         return relative_attention(q, k, v, *own, r, self.u, self.v, plan, scale=self.scale)
 

@@ -224,57 +224,66 @@ class _Relative(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, r, u, w, out, lse = saved
-        plan, scale = ctx.plan, ctx.scale
-        L, S, exact = q.shape[2], k.shape[2], lse.dtype
-        table = _falling(r, exact)
-        dtable = torch.zeros_like(table)
-        # +inf makes all weights of a row that sees nothing zero, instead of exp(-inf + inf)
-        lse = torch.where(lse == -torch.inf, torch.inf, lse)
-        dq = _rows_first(q, L, exact)
-        dk, dv = (_rows_first(q, S, exact).zero_() for _ in range(2))
-        dk_own, dv_own = (_rows_first(q, S, exact).zero_() if needed else None for needed in ctx.needs_input_grad[3:5])
-        scratch = Scratch()
-        du, dw = u.new_zeros(u.shape, dtype=exact), w.new_zeros(w.shape, dtype=exact)
-        for chunk, heads in _tiles(plan, q):
-            rows, keys = slice(chunk.start, chunk.stop), slice(chunk.low, chunk.high)
-            shape = _Shift(plan, chunk) if plan.position is None else _Gather(plan, chunk)
-            query, dout, result = (x[:, heads, rows].transpose(0, 1).to(exact) for x in (q, grad, out))
-            key, value = (x[:, heads, keys].transpose(0, 1).to(exact) for x in (k, v))
-            to_keys = (query + u[heads, None, None]) * scale
-            to_distances = (query + w[heads, None, None]) * scale
-            distance_keys = shape.cut(table[heads])
-
-            distance_scores = shape.scores(to_distances, distance_keys, scratch)
-            weights = _product(to_keys, key, "weights", scratch).add_(distance_scores)
-            _hide(weights, plan, chunk)
-            exponent = lse[:, heads, rows].transpose(0, 1)[..., None] * -LOG2E
-            torch.add(exponent, weights, alpha=LOG2E, out=weights).exp2_()
-            dweights = _product(dout, value, "dweights", scratch)
-            dweights -= (dout * result).sum(-1, keepdim=True)
-            dscores, dproduct = shape.gradient(dweights, weights, scratch)
-
-            _collect(dk, dk_own, heads, dscores, to_keys, plan, chunk)
-            _collect(dv, dv_own, heads, weights, dout, plan, chunk)
-            for_keys = dscores @ key
-            for_distances = (dproduct @ distance_keys).view_as(query)
-            dtable_part = shape.cut(dtable[heads])
-            dtable_part += dproduct.transpose(-1, -2) @ to_distances.flatten(1, 2)
-            du[heads] += for_keys.sum((1, 2))
-            dw[heads] += for_distances.sum((1, 2))
-            dq[:, heads, rows] = for_keys.add_(for_distances).transpose(0, 1)
+        q, k, v, r, u, w, *_ = saved
+        own = ctx.needs_input_grad[3:5]
+        # its working memory is gone by the time that the table of distances is turned round, which takes a copy
+        dq, dk, dv, dk_own, dv_own, dtable, du, dw = _backward(saved, grad, own, ctx.plan, ctx.scale)
         dr = dtable[:, :-1].flip(1).transpose(0, 1)
-        gradients = (dq.mul_(scale), dk, dv, dk_own, dv_own, dr, du.mul_(scale), dw.mul_(scale))
+        gradients = (dq.mul_(ctx.scale), dk, dv, dk_own, dv_own, dr, du.mul_(ctx.scale), dw.mul_(ctx.scale))
         dtypes = (q, k, v, k, v, r, u, w)
         found = (None if grad is None else grad.to(like.dtype) for grad, like in zip(gradients, dtypes))
         return *found, None, None
 
 
+def _backward(
+    saved: tuple[Tensor, ...], grad: Tensor, own: tuple[bool, bool], plan: Plan, scale: float
+) -> tuple[Any, ...]:
+    """Gradients of q, k, v, k_own and v_own (None where not wanted), the falling table, u and w; most without scale."""
+    q, k, v, r, u, w, out, lse = saved
+    L, S, exact = q.shape[2], k.shape[2], lse.dtype
+    table = _falling(r, exact)
+    dtable = torch.zeros_like(table)
+    # +inf makes all weights of a row that sees nothing zero, instead of exp(-inf + inf)
+    lse = torch.where(lse == -torch.inf, torch.inf, lse)
+    dq = _rows_first(q, L, exact)
+    dk, dv = (_rows_first(q, S, exact).zero_() for _ in range(2))
+    dk_own, dv_own = (_rows_first(q, S, exact).zero_() if wanted else None for wanted in own)
+    scratch = Scratch()
+    du, dw = u.new_zeros(u.shape, dtype=exact), w.new_zeros(w.shape, dtype=exact)
+    for chunk, heads in _tiles(plan, q):
+        rows, keys = slice(chunk.start, chunk.stop), slice(chunk.low, chunk.high)
+        shape = _Shift(plan, chunk) if plan.position is None else _Gather(plan, chunk)
+        query, dout, result = (x[:, heads, rows].transpose(0, 1).to(exact) for x in (q, grad, out))
+        key, value = (x[:, heads, keys].transpose(0, 1).to(exact) for x in (k, v))
+        to_keys = (query + u[heads, None, None]) * scale
+        to_distances = (query + w[heads, None, None]) * scale
+        distance_keys = shape.cut(table[heads])
+
+        distance_scores = shape.scores(to_distances, distance_keys, scratch)
+        weights = _product(to_keys, key, "weights", scratch).add_(distance_scores)
+        _hide(weights, plan, chunk)
+        exponent = lse[:, heads, rows].transpose(0, 1)[..., None] * -LOG2E
+        torch.add(exponent, weights, alpha=LOG2E, out=weights).exp2_()
+        dweights = _product(dout, value, "dweights", scratch)
+        dweights -= (dout * result).sum(-1, keepdim=True)
+        dscores, dproduct = shape.gradient(dweights, weights, scratch)
+
+        _collect(dk, dk_own, heads, dscores, to_keys, plan, chunk)
+        _collect(dv, dv_own, heads, weights, dout, plan, chunk)
+        for_keys = dscores @ key
+        for_distances = (dproduct @ distance_keys).view_as(query)
+        shape.cut(dtable[heads]).baddbmm_(dproduct.transpose(-1, -2), to_distances.flatten(1, 2))
+        du[heads] += for_keys.sum((1, 2))
+        dw[heads] += for_distances.sum((1, 2))
+        dq[:, heads, rows] = for_keys.add_(for_distances).transpose(0, 1)
+    return dq, dk, dv, dk_own, dv_own, dtable, du, dw
+
+
 def _tiles(plan: Plan, q: Tensor) -> Iterator[tuple[Chunk, slice]]:
-    """Every chunk, in groups of as many heads as `TILE` allows."""
+    """Every chunk, in groups of as many heads as `TILE` allows; the widest early, so that scratch memory never grows."""
     B, H = q.shape[:2]
     limit = TILE["cuda" if q.is_cuda else "cpu"]
-    for chunk in plan.chunks:
+    for chunk in reversed(plan.chunks):
         group = max(1, limit // (B * (chunk.stop - chunk.start) * (chunk.high - chunk.low)))
         for head in range(0, H, group):
             yield chunk, slice(head, head + group)
