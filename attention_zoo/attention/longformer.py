@@ -14,10 +14,10 @@ Its chunked form has neither dilation nor a causal form. It takes the softmax in
 global query attends again with what was computed for its window, to be overwritten.
 
 Here: `window` counts one side: Hugging Face's attention_window=512 is window=256. The causal form sees the `window`
-tokens before a token, and itself, and global tokens of its past. Dilation is by head and works in every form. As in
-the released code, a key that is both global and in the window counts once, and non-global queries see global keys
-through the ordinary projections. `global_projections="shared"` leaves the second projections out. Positions count
-tokens, not padding.
+tokens before a token, and itself, and global tokens of its past. Dilation is by head, works in every form, and costs no
+more than a window without gaps (heads that share a key head but not a dilation excepted). As in the released code, a
+key that is both global and in the window counts once, and non-global queries see global keys through the ordinary
+projections. `global_projections="shared"` leaves the second projections out. Positions count tokens, not padding.
 
 Checked: against Hugging Face's Longformer (random windows, padding on either side and in holes, global tokens;
 dilation on residue classes, since theirs has none) and local-attention (exact windows, causal and two-sided), in
@@ -95,12 +95,16 @@ class Longformer(PatternAttention):
         # heads that share a dilation share the mask
         common = steps[:1] if len(set(steps)) == 1 else steps
         self.register_buffer("dilation", torch.tensor(common), persistent=False)
-        self._reach = window * max(steps)
+        self._reach, self._strides = window * max(steps), tuple(common)
         self.contiguous = max(steps) == 1
 
     @property
     def reach(self) -> int:
         return self._reach
+
+    @property
+    def strides(self) -> Sequence[int]:
+        return self._strides
 
     def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B #H L S"]:
         gap = (queries.position[:, :, None] - keys.position[:, None, :])[:, None]

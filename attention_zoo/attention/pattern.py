@@ -9,6 +9,7 @@ The base alone applies, in this order: mark, bias, global override, position bia
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, ClassVar, NamedTuple
 
@@ -87,6 +88,12 @@ class PatternAttention(Attention):
     def reach(self) -> int | None:
         """How many positions away the farthest key is that a query may see; None: any. Lets caches forget."""
         return None
+
+    @property
+    def strides(self) -> Sequence[int]:
+        """How many positions apart the keys stand that a query sees, for each head or one for all; the `reach` of a
+        head is in proportion to its stride. Kernels skip the keys between (`BANDED`)."""
+        return (1,)
 
     def mark(self, tokens: Tokens) -> Tokens:
         """Tokens with those marked global that this pattern makes global by their position. Must be idempotent."""

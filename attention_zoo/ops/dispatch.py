@@ -108,7 +108,7 @@ def _refuse_banded(call: PatternCall) -> str | None:
 
 
 BANDED = Kernel(
-    "banded", _run_banded, _refuse_banded, "contiguous keys per tile, one mask for all; backward recomputes"
+    "banded", _run_banded, _refuse_banded, "evenly spaced keys per tile, one mask for all; backward recomputes"
 )
 
 

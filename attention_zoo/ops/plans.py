@@ -29,7 +29,7 @@ def run_local(call: PatternCall, local: list[Tile]) -> Tensor:
         width = most_keys(call, call.pattern.tile)
         pieces: dict[tuple[int, int], Tensor] = {}  # the same tensor for all tiles: it is then gathered once
         local = [
-            Tile(tile.rows, [*tile.parts, *_global_parts(call, _span(tile), columns, chosen, some, width, pieces)])
+            tile._replace(parts=[*tile.parts, *_global_parts(call, _span(tile), columns, chosen, some, width, pieces)])
             for tile, some in zip(local, near)
         ]
     if call.any_global_query and call.global_qkv is None:
@@ -74,38 +74,59 @@ def near_tiles(call: PatternCall) -> list[Tile]:
 
 
 def band_tiles(call: PatternCall) -> list[Tile]:
-    """Tiles of an aligned, shift-invariant pattern: contiguous keys, and one bias for all tiles."""
-    L, S, size = call.q.shape[2], call.k.shape[2], call.pattern.tile
+    """Tiles of an aligned, shift-invariant pattern: evenly spaced keys, and one bias for all tiles of a stride."""
+    H, strides = call.q.shape[1], call.pattern.strides
     assert call.pattern.reach is not None
-    reach = min(call.pattern.reach, S)
-    if reach + size >= S:
+    borders = [h for h in range(1, len(strides)) if strides[h] != strides[h - 1]]
+    if any(border % (H // call.k.shape[1]) for border in borders):
+        strides, borders = (1,), []  # one key head, several strides: all keys in reach, most of them masked
+    heads = [slice(a, b) for a, b in pairwise([0, *borders, H])] if borders else [slice(None)]
+    reach = call.pattern.reach // max(strides)
+    return [tile for some in heads for tile in _stride_tiles(call, some, strides[some.start or 0], reach)]
+
+
+def _stride_tiles(call: PatternCall, heads: slice, stride: int, reach: int) -> list[Tile]:
+    """Tiles of heads that see every `stride`-th column: those of a residue class see each other as a band without gaps.
+
+    Beltagy et al. 2020, §3.1 (dilated window).
+    """
+    L, S, size = call.q.shape[2], call.k.shape[2], call.pattern.tile
+    reach = min(reach, S // stride)
+    if reach + size >= S // stride:
         size *= 2  # a tile sees about all keys, whatever its size: fewer are faster
-    bias = _BandBias(call, size, reach)
+    bias = _BandBias(call, size, reach, stride)
     tiles = []
-    for start in range(0, L, size):
-        rows = slice(start, min(start + size, L))
-        first, last = start + S - L, rows.stop - 1 + S - L
-        low, high = max(0, first - reach), min(S, last + 1 + (0 if call.pattern.causal else reach))
-        parts = [
-            Part(slice(a, b), partial(bias, rows, slice(a, b))) for a, b in _cuts(low, high, most_keys(call, size))
-        ]
-        tiles.append(Tile(rows, parts))
+    for key in range(min(stride, S)):  # first column of the class
+        row = (key - (S - L)) % stride  # and its first query
+        before = (row + S - L - key) // stride  # keys of the class before the first query
+        rows, keys = len(range(row, L, stride)), len(range(key, S, stride))
+        for start in range(0, rows, size):
+            stop = min(start + size, rows)
+            low, high = max(0, start + before - reach), stop + before + (0 if call.pattern.causal else reach)
+            some = slice(row + start * stride, row + (stop - 1) * stride + 1, stride)
+            parts = []
+            for a, b in _cuts(low, min(keys, high), most_keys(call, size)):
+                columns = slice(key + a * stride, key + (b - 1) * stride + 1, stride)
+                parts.append(Part(columns, partial(bias, some, columns)))
+            tiles.append(Tile(some, parts, heads))
     return tiles
 
 
 class _BandBias:
     """The bias of every tile: what one tile would have that reaches beyond both ends, cut to the keys there are."""
 
-    def __init__(self, call: PatternCall, size: int, reach: int):
-        self.call, self.size, self.reach = call, size, reach
+    def __init__(self, call: PatternCall, size: int, reach: int, stride: int):
+        self.call, self.size, self.reach, self.stride = call, size, reach, stride
         self.plain = call.all_valid and call.one_document and not call.any_global_key
         self.offset = call.k.shape[2] - call.q.shape[2]
         self.held: Tensor | None = None
 
     def __call__(self, rows: slice, columns: slice, batch: slice) -> Tensor:
-        call, before = self.call, columns.start - (rows.start + self.offset) + self.reach
+        call = self.call
+        before = (columns.start - (rows.start + self.offset)) // self.stride + self.reach
+        height, width = (len(range(x.start, x.stop, self.stride)) for x in (rows, columns))
         whole = self._whole() if self.held is None or call.learned else self.held
-        bias = whole[:, :, : rows.stop - rows.start, before : before + columns.stop - columns.start]
+        bias = whole[:, :, :height, before : before + width]
         if self.plain:
             return bias
         queries, keys = call.queries.cut(rows, batch), call.keys.cut(columns, batch)
@@ -119,6 +140,7 @@ class _BandBias:
         """Of queries at `reach`, `reach` + 1, ... and all the keys that one of them sees, from position 0 on."""
         call, device = self.call, self.call.q.device
         keys = Tokens.all_valid(1, self.size + self.reach * (1 if call.pattern.causal else 2), device)
+        keys = keys._replace(position=keys.position * self.stride)
         queries = keys.cut(slice(self.reach, self.reach + self.size))
         self.held = call.pattern.scores_bias(queries, keys)
         if call.pattern.causal:

@@ -280,7 +280,7 @@ def _backward(
 
 
 def _tiles(plan: Plan, q: Tensor) -> Iterator[tuple[Chunk, slice]]:
-    """Every chunk, in groups of as many heads as `TILE` allows; the widest early, so that scratch memory never grows."""
+    """Every chunk, in groups of as many heads as `TILE` allows; the widest early, so that scratch never grows."""
     B, H = q.shape[:2]
     limit = TILE["cuda" if q.is_cuda else "cpu"]
     for chunk in reversed(plan.chunks):

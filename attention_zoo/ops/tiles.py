@@ -59,12 +59,17 @@ class Rows(NamedTuple):
 class Tile(NamedTuple):
     """Query rows and the parts that they see.
 
-    Every row belongs to at most one tile with a slice of rows (with any step), and to at most one with `Rows`, which
-    then decides alone. Rows in none yield zeros.
+    Every row of every head belongs to at most one tile with a slice of rows (with any step), and to at most one with
+    `Rows`, which then decides alone. Rows in none yield zeros.
+
+    Fields:
+        heads: which query heads; a group that shares a key head stays together, and keys that are each head's own want
+            all heads. Biases are of all heads, or 1, whatever it says.
     """
 
     rows: slice | Rows
     parts: Sequence[Part]
+    heads: slice = slice(None)
 
 
 def run_tiles(
@@ -96,7 +101,7 @@ class _Tiles(torch.autograd.Function):
             total: tuple[Tensor, Tensor] | None = None
             query = step.rows(q)
             for part in step.parts:
-                view = _View(part, step, H)
+                view = _View(part, step, q, k)
                 keys, values = view.take(k, v, shared, scratch)
                 bias = view.bias()
                 found = partial(view.split(query), keys, values, bias, scale=scale, scratch=scratch)
@@ -135,7 +140,7 @@ class _Tiles(torch.autograd.Function):
             mine = next(deciding) if isinstance(step.tile.rows, Rows) else step.rows(lse)
             dquery = scratch("dq", query.shape, lse).zero_()
             for part in step.parts:
-                view = _View(part, step, q.shape[1])
+                view = _View(part, step, q, k)
                 keys, values = view.take(k, v, shared, scratch)
                 dkeys, dvalues = view.gradients(dk, dv, shared, scratch)
                 bias = view.bias()
@@ -184,13 +189,13 @@ class _Step(NamedTuple):
 
     def rows(self, x: Float[Tensor, "B H L d"]) -> Float[Tensor, "b H n d"]:
         rows, x = self.tile.rows, _some(x, self.batch)
-        return x[:, :, rows] if isinstance(rows, slice) else x.gather(2, self._index(rows, x))
+        return x[:, self.tile.heads, rows] if isinstance(rows, slice) else x.gather(2, self._index(rows, x))
 
     def put(self, into: Float[Tensor, "B H L d"], values: Float[Tensor, "b H n d"]) -> None:
         """Set the tile's rows."""
         rows, into = self.tile.rows, _some(into, self.batch)
         if isinstance(rows, slice):
-            into[:, :, rows] = values
+            into[:, self.tile.heads, rows] = values
             return
         index, valid = self._index(rows, into), _some(rows.valid, self.batch)[:, None, :, None]
         old = into.gather(2, index)
@@ -207,7 +212,7 @@ def _steps(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile]) -> Iterator[_
     limit = scores_at_once(q)
     for tile in tiles:
         size = 1
-        if B > 1 and merges:
+        if B > 1 and merges and tile.heads == slice(None):
             size = max(1, limit // (H * _count(tile.rows, q.shape[2]) * _widest(tile, k.shape[2])))
         for start in range(0, B, size):
             yield _Step(tile, None if size >= B else slice(start, min(start + size, B)))
@@ -232,8 +237,11 @@ def _width(part: Part, columns: int) -> int:
 class _View:
     """How one part's operands look to `partial`: groups of rows with keys of their own become extra heads."""
 
-    def __init__(self, part: Part, step: _Step, heads: int):
-        self.part, self.keys, self.heads, self.block, self.batch = part, part.keys, heads, part.block, step.batch
+    def __init__(self, part: Part, step: _Step, q: Tensor, k: Tensor):
+        self.part, self.keys, self.block, self.batch = part, part.keys, part.block, step.batch
+        self.rows_heads, first, last = step.tile.heads, *step.tile.heads.indices(q.shape[1])[:2]
+        self.heads, group = last - first, q.shape[1] // k.shape[1]
+        self.key_heads = slice(first // group, last // group)
         # 0: all heads and rows see the same keys
         self.groups = part.keys.shape[2] if isinstance(part.keys, Tensor) and part.keys.ndim == 4 else 0
         self.index: Tensor | None = None
@@ -250,7 +258,12 @@ class _View:
         bias = self.part.bias(self.batch or slice(None))
         if bias is None:
             return None
+        bias = bias[:, self.rows_heads] if bias.shape[1] > 1 else bias
         return bias.expand(-1, self.heads, -1, -1, -1).flatten(1, 2) if self.groups else bias
+
+    def _mine(self, x: Tensor) -> Tensor:
+        """The batch rows and key heads that the step is about."""
+        return _some(x, self.batch)[:, self.key_heads]
 
     def take(self, k: Tensor, v: Tensor, shared: _Shared, scratch: Scratch) -> tuple[Tensor, Tensor]:
         """The part's columns of k and v, [b, K, n, D] or [b, H·g, n, D]."""
@@ -258,9 +271,9 @@ class _View:
         if isinstance(keys, Tensor) and keys.ndim == 4:
             return self._gather(k, "k", scratch), self._gather(v, "v", scratch)
         if isinstance(keys, Tensor) and keys.ndim == 2:
-            k, v = (_some(x, self.batch) for x in shared.take(keys))
+            k, v = (self._mine(x) for x in shared.take(keys))
             return k, v
-        k, v = _some(k, self.batch), _some(v, self.batch)
+        k, v = self._mine(k), self._mine(v)
         if isinstance(keys, slice):
             return k[:, :, keys], v[:, :, keys]
         return k.index_select(2, keys), v.index_select(2, keys)
@@ -269,9 +282,9 @@ class _View:
         """Where the gradients of what was taken go: the real place, or one of their own from which `add` adds them."""
         keys = self.keys
         if isinstance(keys, Tensor) and keys.ndim == 2:
-            dk, dv = (_some(x, self.batch) for x in shared.gradients(keys, dk))
+            dk, dv = (self._mine(x) for x in shared.gradients(keys, dk))
             return dk, dv
-        dk, dv = _some(dk, self.batch), _some(dv, self.batch)
+        dk, dv = self._mine(dk), self._mine(dv)
         if isinstance(keys, slice):
             return dk[:, :, keys], dv[:, :, keys]
         b, K, _, D = dk.shape
@@ -289,7 +302,7 @@ class _View:
         assert isinstance(self.keys, Tensor)
         for into, grad in ((dk, dkeys), (dv, dvalues)):
             if self.keys.ndim == 1:
-                _some(into, self.batch).index_add_(2, self.keys, grad)
+                self._mine(into).index_add_(2, self.keys, grad)
             else:
                 blocks = self._blocks(into)
                 blocks.index_add_(0, self._index(into), grad.view(-1, blocks.shape[1]))
