@@ -12,7 +12,7 @@ import pytest
 from report_rows import LENGTHS, LOSSES, made_up, portrait, quality, speed, unfinished
 from rich.console import Console
 
-from attention_zoo.report import Findings, build_report, costs, headline, read, rich_table, write_csv
+from attention_zoo.report import Findings, build_report, charts, costs, headline, read, rich_table, write_csv
 from attention_zoo.report import quality as learnt
 from attention_zoo.report.costs import MEMORY, TIME
 from attention_zoo.report.palette import DARK, place, styles
@@ -34,6 +34,15 @@ def figures_of(page: str) -> dict:
     found = re.search(r'<script id="figures" type="application/json">(.*?)</script>', page, re.S)
     assert found
     return json.loads(found.group(1))
+
+
+def test_decoding_is_drawn_as_tokens_a_second_and_the_state_that_is_carried():
+    changes = {"phase": "decode", "seconds": 0.002, "tokens_per_second": 500.0, "state_bytes": 2**20}
+    rows = [speed("longformer", "auto", length, **changes) for length in LENGTHS]
+    [(_, _, drawn)] = charts.all_costs(rows, styles(["longformer"]))
+    assert [chart.title for chart in drawn] == ["State against context", "Speed against context"]
+    assert [set(chart.table.cells[0][1:]) for chart in drawn] == [{"1.00 MiB"}, {"500"}]
+    assert all(list(chart.figure.data[0].x) == list(LENGTHS) for chart in drawn)
 
 
 def test_page_holds_every_section_and_loads_nothing(tmp_path):

@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 
 from attention_zoo.report import costs, patterns, units
 from attention_zoo.report import rows as results
-from attention_zoo.report.costs import MEMORY, TIME, Series, Setting
+from attention_zoo.report.costs import MEMORY, RATE, STATE, TIME, Series, Setting
 from attention_zoo.report.palette import BASELINE, BLANK, GRID, INK, MUTED, PAPER, Style
 from attention_zoo.report.quality import LEARNT, METRIC_WORDS, Learnt, Task, spoken
 from attention_zoo.report.rows import Row
@@ -115,10 +115,12 @@ def marker_of(style: Style, size: int = 9) -> dict[str, Any]:
 
 
 def cost(setting: Setting, many: list[Series], styles: dict[str, Style], key: str, *, name: str) -> Chart | None:
-    """Time or memory against length, both axes logarithmic. Cells that did not finish are crosses at the top."""
+    """One cost against length, both axes logarithmic. Cells that did not finish are crosses at the top."""
     title, unit, words = {
         TIME: ("Time against length", "seconds of one call (median)", units.seconds),
         MEMORY: ("Memory against length", "peak bytes of tensors", units.size),
+        RATE: ("Speed against context", "tokens a second (median)", units.millions),
+        STATE: ("State against context", "bytes carried to the next call", units.size),
     }[key]
     values = [value for series in many for value in series.values(key).values()]
     lengths = sorted({length for series in many for length in series.rows})
@@ -130,7 +132,7 @@ def cost(setting: Setting, many: list[Series], styles: dict[str, Style], key: st
         range=[math.log10(lengths[0]) - 0.06, math.log10(lengths[-1]) + 0.06],
     )  # fmt: skip
     failing = [series for series in many if series.failures()]
-    low, high = log_axis(figure.update_yaxes, values, words, binary=key == MEMORY)
+    low, high = log_axis(figure.update_yaxes, values, words, binary=key in (MEMORY, STATE))
     step = (high - low) * 0.05
     top = high + step * len(failing)
     figure.update_yaxes(range=[low, top])
@@ -359,6 +361,6 @@ def all_costs(rows: Iterable[Row], styles: dict[str, Style]) -> list[tuple[Setti
     found = []
     for number, setting in enumerate(costs.settings(rows)):
         many = costs.lines(rows, setting)
-        drawn = [cost(setting, many, styles, key, name=f"cost{number}") for key in (MEMORY, TIME)]
+        drawn = [cost(setting, many, styles, key, name=f"cost{number}") for key in costs.told(setting)]
         found.append((setting, many, [chart for chart in drawn if chart is not None]))
     return found

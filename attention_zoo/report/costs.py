@@ -16,6 +16,7 @@ from attention_zoo.report import rows as results
 from attention_zoo.report.rows import BASELINES, Row
 
 TIME, MEMORY = "seconds", "peak_bytes"
+RATE, STATE = "tokens_per_second", "state_bytes"
 
 
 class Setting(NamedTuple):
@@ -63,6 +64,11 @@ class Series:
 
     def failures(self) -> dict[int, Row]:
         return {length: row for length, row in sorted(self.rows.items()) if not results.ok(row)}
+
+
+def told(setting: Setting) -> tuple[str, str]:
+    """What one asks about: bytes and seconds of a call; where a state is carried its bytes, and tokens a second."""
+    return (STATE, RATE) if setting.phase in ("prefill", "decode") else (MEMORY, TIME)
 
 
 def settings(rows: Iterable[Row]) -> list[Setting]:
