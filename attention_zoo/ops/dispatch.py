@@ -148,8 +148,8 @@ def _refuse_sdpa(call: PatternCall) -> str | None:
     reason = _unmasked(call)
     if reason is None:
         return None
-    masks = 1 if call.rows_alike else call.q.shape[0]
-    if not call.q.is_cuda and masks * call.q.shape[2] * call.k.shape[2] <= MASK:
+    (B, _, L, _), S = call.q.shape, call.k.shape[2]
+    if not call.q.is_cuda and (1 if call.rows_alike else B) * L * S <= MASK:
         return None
     return f"{reason}, and a mask of L x S would be too large"
 
