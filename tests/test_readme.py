@@ -13,7 +13,7 @@ import yaml
 
 import attention_zoo as zoo
 from attention_zoo import overview
-from attention_zoo.report import Findings, markdown_table, read
+from attention_zoo.report import Findings, markdown_table, read, rivals
 from attention_zoo.testing import contract_checks
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +57,16 @@ def test_the_table_of_results_is_that_of_the_committed_rows():
     assert markdown_table(Findings.of(read([ROOT / path]))) in between("results")
     for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", between("results")):
         assert (ROOT / picture).stat().st_size > 10_000
+
+
+def test_the_tables_of_peers_and_of_goals_are_those_of_the_committed_rows():
+    (path,) = re.findall(r"\(([\w/.-]+results\.jsonl)\)", between("peers"))
+    rows = read([ROOT / path])
+    peers = [row for row in rows if row["kind"] == "peer"]
+    table = rivals.short_table([row for row in peers if row["length"] > 1024 or row["backend"] == "transformer_xl"])
+    assert overview.markdown(table.headers, table.cells) in between("peers")
+    goals = rivals.figures_table(rows)
+    assert overview.markdown(goals.headers, goals.cells) in (ROOT / path).with_name("figures.md").read_text()
 
 
 def test_every_link_leads_somewhere():

@@ -51,6 +51,21 @@ def peers_table(rows: Iterable[Row]) -> Table:
     return Table(headers, cells)
 
 
+def short_table(rows: Iterable[Row]) -> Table:
+    """The same for a page of prose, where one sentence tells the setting."""
+    cells = [
+        [
+            f"{named(row)}, {'causal' if row['causal'] else 'two-sided'}", f"{row['length']:,}", row["title"],
+            _times(row["time_ratio"]), _times(row["memory_ratio"]),
+            units.seconds(row["seconds"]), units.size(row["peak_bytes"]),
+        ]
+        for row in sorted(results.of(rows, "peer"), key=_order)
+        if results.ok(row)
+    ]  # fmt: skip
+    headers = ["", "tokens", "against", "times faster", "times less memory", "ours takes", "ours peaks"]
+    return Table(headers, cells)
+
+
 def _order(row: Row) -> tuple[Any, ...]:
     return row["device"], row["variant"], row["backend"], row["causal"], row["length"], row["against"]
 
