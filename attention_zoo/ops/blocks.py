@@ -26,8 +26,8 @@ from attention_zoo.ops.pattern_call import Pattern, PatternCall
 from attention_zoo.ops.plans import gather_columns, run_local, with_global_rows
 from attention_zoo.ops.tiles import Part, Tile
 
-ROWS = 8
-"""Most query blocks of a step. More is no faster (KV of a step no longer fits the cache), and costs memory."""
+ROWS = 4
+"""Most query blocks of a step. With more, its scores no longer stay near the cache: a twentieth slower at 8."""
 GATHERED = 1 << 21
 """Most elements of keys that a step gathers, over the batch: bounds its memory for wide models and large batches."""
 
@@ -277,6 +277,7 @@ def _steps(
     (B, _, L, D), block = call.q.shape, biases.block
     end = first + L
     weight = weight.to(torch.promote_types(call.q.dtype, torch.float32))
+    plain = biases.plain(links, weight)
     most = max(1, min(ROWS, GATHERED // (B * links.shape[1] * links.shape[3] * block * D)))
     tiles, start = [], first
     while start < end:
@@ -285,7 +286,7 @@ def _steps(
         stop = start + whole * block if whole else min(end, start - start % block + block)
         rows = slice(start // block - first // block, (stop - 1) // block + 1 - first // block)
         mine = links[:, :, rows]
-        bias = partial(biases.step, mine, weight[:, :, rows], start, stop)
+        bias = _no_bias if all(plain[rows]) else partial(biases.step, mine, weight[:, :, rows], start, stop)
         part = Part(mine, bias, block) if source is None else Part(_columns(mine, source, block), bias)
         tiles.append(Tile(slice(start - first, stop - first), [part]))
         start = stop
@@ -303,6 +304,10 @@ def _some(x: Tensor, batch: slice) -> Tensor:
     return x[batch] if len(x) > 1 else x
 
 
+def _no_bias(batch: slice) -> None:
+    return None
+
+
 class _Biases:
     """Biases of the steps of one call, built when a step runs."""
 
@@ -312,6 +317,16 @@ class _Biases:
         usable = keys.valid & ~keys.is_global
         self.usable = None if bool(usable.all()) else usable.unflatten(1, (-1, block))
         self.by_distance = _by_distance(call, keys.valid.shape[1])
+
+    def plain(self, links: Tensor, weight: Tensor) -> list[bool]:
+        """For each row of query blocks, whether it sees all it is linked to, unweighted: then it has no bias."""
+        if self.causal or self.by_distance is not None:
+            return [False] * links.shape[2]
+        seen = weight == 0
+        if self.usable is not None:
+            row = torch.arange(len(self.usable), device=self.device)[:, None, None, None]
+            seen = seen & self.usable.all(-1)[row, links]
+        return seen.all(-1).all(0).all(0).tolist()
 
     def step(self, links: Tensor, weight: Tensor, start: int, stop: int, batch: slice) -> Tensor:
         """[b|1, H, g, n|1, m · block] for the queries at start .. stop, g groups of n, linked to [B|1, H, g, m]."""

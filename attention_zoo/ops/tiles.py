@@ -93,7 +93,9 @@ class _Tiles(torch.autograd.Function):
         B, H, L, D = q.shape
         exact = torch.promote_types(q.dtype, torch.float32)
         # laid out as the next projection wants it: merging the heads is then free
-        out = q.new_zeros(B, L, H, D).transpose(1, 2)
+        out = q.new_empty(B, L, H, D).transpose(1, 2)
+        if not _all_rows(tiles, q):
+            out.zero_()
         lse = q.new_full((B, H, L, 1), -torch.inf, dtype=exact)
         deciding = []  # log-sum-exp of tiles with `Rows`
         scratch, shared = Scratch(), _Shared(k, v)
@@ -128,7 +130,7 @@ class _Tiles(torch.autograd.Function):
         q, k, v, out, lse, *more = saved
         deciding, learned = iter(more[: ctx.deciding]), more[ctx.deciding :]
         exact = torch.promote_types(q.dtype, torch.float32)
-        dq = torch.zeros_like(q)
+        dq = torch.empty_like(q) if _all_rows(ctx.tiles, q) else torch.zeros_like(q)
         dk, dv = (torch.zeros_like(x, dtype=exact) for x in (k, v))
         dlearned = [torch.zeros_like(x) for x in learned]
         scratch, shared = Scratch(), _Shared(k, v)
@@ -216,6 +218,17 @@ def _steps(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile]) -> Iterator[_
             size = max(1, limit // (H * _count(tile.rows, q.shape[2]) * _widest(tile, k.shape[2])))
         for start in range(0, B, size):
             yield _Step(tile, None if size >= B else slice(start, min(start + size, B)))
+
+
+def _all_rows(tiles: Sequence[Tile], q: Tensor) -> bool:
+    """Whether each row of each head is written by a tile with a slice of rows."""
+    H, L = q.shape[1:3]
+    written = (
+        len(range(H)[tile.heads]) * _count(tile.rows, L)
+        for tile in tiles
+        if tile.parts and isinstance(tile.rows, slice)
+    )
+    return sum(written) == H * L
 
 
 def _some(x: Tensor, batch: slice | None) -> Tensor:
