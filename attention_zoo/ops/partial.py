@@ -118,10 +118,10 @@ def partial_backward(
 
 
 def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge two parts over disjoint keys into the attention over both. Overwrites `more`."""
+    """Merge two parts over disjoint keys into the attention over both. Overwrites `out` and `more`."""
     total = torch.logaddexp(lse, more_lse)
     anchor = total.clamp(min=-1e30)
-    return (out * (lse - anchor).exp_()).add_(more.mul_((more_lse - anchor).exp_())), total
+    return out.mul_((lse - anchor).exp_()).add_(more.mul_((more_lse - anchor).exp_())), total
 
 
 def scores(

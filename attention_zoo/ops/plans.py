@@ -174,7 +174,7 @@ def _global_parts(
         keys = chosen.cut(slice(a, b))
         return Part(
             pieces.setdefault((a, b), columns[:, a:b]),
-            lambda batch: everyone_bias(call, call.queries.cut(rows, batch), keys.cut(ALL, batch)),
+            lambda batch: _global_bias(call, call.queries.cut(rows, batch), keys.cut(ALL, batch)),
         )
 
     return [part(a, b) for a, b in _cuts(some.start, some.stop, width)]
@@ -197,6 +197,12 @@ def _same_documents(call: PatternCall, queries: Tokens, rows: list[slice], keys:
     return [slice(a, b) for a, b in zip(start.tolist(), stop.tolist())]
 
 
+def _global_bias(call: PatternCall, queries: Tokens, keys: Tokens) -> Tensor | None:
+    """`everyone_bias`, or None where it would be all zeros."""
+    shown = not call.pattern.causal and call.one_document and not call.has_position_bias
+    return None if shown and bool(keys.valid.all()) else everyone_bias(call, queries, keys)
+
+
 def everyone_bias(call: PatternCall, queries: Tokens, keys: Tokens) -> Tensor:
     """Between a global token and anyone: the position bias, padding, document and causality, but no pattern."""
     extra = call.pattern.position_bias(queries, keys)
@@ -209,7 +215,7 @@ def _everyone_tiles(call: PatternCall, queries: Tokens) -> list[Tile]:
     count, size = queries.valid.shape[1], 2 * call.pattern.tile
 
     def part(rows: slice, keys: slice) -> Part:
-        return Part(keys, lambda batch: everyone_bias(call, queries.cut(rows, batch), call.keys.cut(keys, batch)))
+        return Part(keys, lambda batch: _global_bias(call, queries.cut(rows, batch), call.keys.cut(keys, batch)))
 
     runs = [slice(a, min(a + size, count)) for a in range(0, count, size)]
     return [
