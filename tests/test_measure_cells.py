@@ -145,7 +145,10 @@ def test_the_row_says_what_was_measured_and_where(tmp_path):
     assert row["state_bytes"] >= 2 * 3 * 24 * 16 * 4  # keys and values
     assert row["environment"]["source"] == identity.source_digest()
     assert row["environment"]["threads"] == 1
-    assert row["environment"]["wait_policy"] == os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    told = {key: row["environment"][key] for key in ("wait_policy", "spin_count")}
+    names = {"wait_policy": "OMP_WAIT_POLICY", "spin_count": "GOMP_SPINCOUNT"}
+    users = {key: os.environ.get(name) for key, name in names.items()}
+    assert told == (users if any(users.values()) else {"wait_policy": "PASSIVE", "spin_count": "2000"})
     assert SpeedCell(**row["config"]) == cell
     assert json.loads((tmp_path / "cells" / f"{row['id']}.json").read_text()) == row
 

@@ -17,8 +17,8 @@ def environment() -> dict[str, Any]:
     """Machine and software of this process, as plain JSON values.
 
     Returns:
-        cpu (model name), cores (usable by this process), threads (intra-op), wait_policy (of OpenMP; None: its
-        default), memory_bytes (of the machine), torch, python, platform, package (version), source (digest, see
+        cpu (model name), cores (usable by this process), threads (intra-op), wait_policy and spin_count (of
+        OpenMP; None: its default), memory_bytes (of the machine), torch, python, platform, package (version), source (digest, see
         `identity.source_digest`), and cuda: None, or device, count, memory_bytes, capability, runtime.
     """
     return {
@@ -26,6 +26,7 @@ def environment() -> dict[str, Any]:
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "spin_count": os.environ.get("GOMP_SPINCOUNT"),
         "memory_bytes": _memory_bytes(),
         "torch": torch.__version__,
         "python": platform.python_version(),
