@@ -357,9 +357,10 @@ def test_a_figure_is_reached_missed_or_open_by_the_rows_of_its_own_setting():
         {"options": {"window": 128}}, {"head_width": 32}, {"dtype": "bfloat16"}, {"time_ratio": None},
     ):  # fmt: skip
         assert states([peer_row(**other)])[key] == "open", other
-    floor = ("longformer", "matmul floor", "≤ 2× the floor")
+    floor = ("longformer ±256", "matmul floor", "≤ 2× the floor")
     assert states([peer_row()])[floor] == "reached"
     assert states([peer_row(floor_ratio=2.1)])[floor] == "missed"
+    assert states([peer_row(causal=True)])[floor] == "open"
 
 
 def test_the_best_of_two_peers_counts_and_both_must_be_there():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from readme_tables import reach_table
 
 import attention_zoo as zoo
 from attention_zoo import overview
@@ -65,6 +66,7 @@ def test_the_tables_of_peers_and_of_goals_are_those_of_the_committed_rows():
     peers = [row for row in rows if row["kind"] == "peer"]
     table = rivals.short_table([row for row in peers if row["length"] > 1024 or row["backend"] == "transformer_xl"])
     assert overview.markdown(table.headers, table.cells) in between("peers")
+    assert overview.markdown(*reach_table()) in between("peers")
     goals = rivals.figures_table(rows)
     assert overview.markdown(goals.headers, goals.cells) in (ROOT / path).with_name("figures.md").read_text()
 

@@ -17,9 +17,9 @@ def environment() -> dict[str, Any]:
     """Machine and software of this process, as plain JSON values.
 
     Returns:
-        cpu (model name), cores (usable by this process), threads (intra-op), wait_policy and spin_count (of
-        OpenMP; None: its default), memory_bytes (of the machine), torch, python, platform, package (version), source (digest, see
-        `identity.source_digest`), and cuda: None, or device, count, memory_bytes, capability, runtime.
+        cpu (model name), cores (usable by this process), threads (intra-op), wait_policy and spin_count (of OpenMP;
+        None: its default), memory_bytes (of the machine), torch, python, platform, package (version), source (digest,
+        see `identity.source_digest`), and cuda: None, or device, count, memory_bytes, capability, runtime.
     """
     return {
         "cpu": _cpu_model(),

@@ -110,12 +110,14 @@ def _pair(
     return found
 
 
-def _floor(backend: str, what: str, options: Row, length: int, goal: float) -> Figure:
+def _floor(backend: str, what: str, options: Row, goal: float, *, length: int, causal: bool) -> Figure:
     def measure(rows: list[Row]) -> float | None:
         found = [
             row["floor_ratio"]
             for row in rows
-            if row["backend"] == backend and row.get("floor_ratio") and _in(row, {**CPU, "length": length}, options)
+            if row["backend"] == backend
+            and row.get("floor_ratio")
+            and _in(row, {**CPU, "length": length, "causal": causal}, options)
         ]
         return found[-1] if found else None
 
@@ -208,9 +210,9 @@ FIGURES: tuple[Figure, ...] = (
         "transformer_xl", "transformer_xl 512 + 512", ("xl_dense",), "original dense formulation", XL_512,
         length=512, causal=True, faster=1.1, less=5,
     ),
-    _floor("longformer", "longformer", WINDOW, 16384, 2),
-    _floor("bigbird", "bigbird", BLOCKS, 16384, 2),
-    _floor("transformer_xl", "transformer_xl 2048 + 512", XL_2048, 2048, 3),
+    _floor("longformer", "longformer ±256", WINDOW, 2, **LONG),
+    _floor("bigbird", "bigbird", BLOCKS, 2, **LONG),
+    _floor("transformer_xl", "transformer_xl 2048 + 512", XL_2048, 3, length=2048, causal=True),
     *(
         _growth(name, name, key, noun, goal)
         for name in ("longformer", "bigbird", "reformer", "transformer_xl")
