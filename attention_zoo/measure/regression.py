@@ -88,7 +88,7 @@ def complaint(name: str, found: dict[str, int | None], recorded: dict[str, Any])
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(f"usage: {COMMAND}")
     path = Path(sys.argv[1])
     before = json.loads(path.read_text()) if path.is_file() else {"torch": torch_release(), "cells": {}}
