@@ -8,7 +8,7 @@ import torch
 import attention_zoo as zoo
 from attention_zoo.ops import tiles as tiles_module
 from attention_zoo.ops.dense import dense
-from attention_zoo.ops.partial import merge, partial, partial_backward
+from attention_zoo.ops.partial import Scratch, Sums, partial, partial_backward
 from attention_zoo.ops.tiles import Part, Tile, run_tiles
 
 SCALE = 0.3
@@ -47,16 +47,21 @@ def test_partial_is_dense_and_reports_the_log_sum_exp(shape):
     close(lse, scores.logsumexp(-1, keepdim=True).detach())
 
 
-def test_two_parts_merge_into_the_whole_forward_and_backward():
+@pytest.mark.parametrize("every", [None, 1, 2])
+def test_two_parts_merge_into_the_whole_forward_and_backward(every):
+    """Also where every row, or every second, is known to be mild."""
     q, k, v = operands()
+    mild = None if every is None else (torch.arange(9) % every == 0)[:, None].expand(2, 4, 9, 1)
     bias = random_bias(2, 4, 9, 11)
     bias[0, 0, 3, :6] = -torch.inf  # sees only the second part
     bias[1, 2, 4] = -torch.inf  # sees nothing at all
     want = dense(q, k, v, bias, scale=SCALE)
     a, b = slice(0, 6), slice(6, 11)
     with torch.no_grad():
-        halves = [partial(q, k[:, :, s], v[:, :, s], bias[..., s], scale=SCALE) for s in (a, b)]
-        out, lse = merge(*halves[0], *halves[1])
+        sums = Sums(q, Scratch(), mild)
+        for s in (a, b):
+            sums.add(q, k[:, :, s], v[:, :, s], bias[..., s], scale=SCALE)
+        out, lse = sums.end()
         close(out, want)
         grad = torch.randn_like(out)
         delta, lse = (grad * out).sum(-1, keepdim=True), lse.masked_fill(lse == -torch.inf, torch.inf)

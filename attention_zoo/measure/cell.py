@@ -166,7 +166,7 @@ def _measure(cell: SpeedCell, repeats: int, budget_s: float, observe: bool, trac
     resident = ResidentPeak()
     timing = time_call(work.run, device=device, repeats=repeats, budget_s=budget_s, before=work.before, first=linear)
     resident_bytes = resident.bytes()
-    rate = max(rate, matmul_rate(device=device, dtype=dtype))
+    rate = (rate + matmul_rate(device=device, dtype=dtype)) / 2
     held = work.held_bytes()
     memory = _observed(work, device, timing.seconds) if observe else None
     flops, floor = analytic_flops(cell, layer, linear.flops, work.seen)

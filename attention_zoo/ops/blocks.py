@@ -1,6 +1,6 @@
 """The blocks kernel: a few rows of query blocks a step, each with key blocks of its own, gathered for each head.
 
-For patterns that are made of whole blocks (BigBird). Per step it gathers the linked key blocks of up to `ROWS` query
+For patterns that are made of whole blocks (BigBird). Per step it gathers the linked key blocks of a few query
 blocks as long contiguous runs, folds rows into heads and runs them as one part; global tokens are merged in as in every
 pattern (ops/plans.py), and backward gathers again. O(L·m) time for m links, O(L) memory: of the pattern nothing but its
 list of links is kept, one number per head, row and link.
@@ -24,12 +24,10 @@ from attention_zoo.contract import Tokens
 from attention_zoo.ops.dispatch import Kernel, triton_reason
 from attention_zoo.ops.pattern_call import Pattern, PatternCall
 from attention_zoo.ops.plans import gather_columns, run_local, with_global_rows
-from attention_zoo.ops.tiles import Part, Tile
+from attention_zoo.ops.tiles import Bias, Part, Tile, scores_at_once
 
-ROWS = 4
-"""Most query blocks of a step. With more, its scores no longer stay near the cache: a twentieth slower at 8."""
 GATHERED = 1 << 21
-"""Most elements of keys that a step gathers, over the batch: bounds its memory for wide models and large batches."""
+"""Most elements of keys that a step gathers for one sequence: bounds its memory for wide models."""
 
 
 class BlockPattern(Pattern, Protocol):
@@ -71,7 +69,7 @@ def _run(call: PatternCall) -> Tensor:
     few = links[0].numel() * layout.block < call.k.shape[1] * call.k.shape[2]
     call = replace(call, k=call.k.contiguous(), v=call.v.contiguous()) if few else layout.move_keys(call)
     steps = _steps(call, biases, layout.first, links, weight, layout.source if few else None)
-    return layout.back(run_local(call, steps))
+    return layout.back(run_local(call, steps, None if few else layout.first))
 
 
 def _laid_out(call: PatternCall) -> tuple[PatternCall, _Aligned | _Moved, Tensor, Tensor]:
@@ -274,23 +272,36 @@ def _steps(
         first: column of the first query; `links` and `weight` begin with its block.
         source: the call's columns that make up the blocks; None: k and v are laid out in blocks.
     """
-    (B, _, L, D), block = call.q.shape, biases.block
-    end = first + L
+    block, end = biases.block, first + call.q.shape[2]
     weight = weight.to(torch.promote_types(call.q.dtype, torch.float32))
     plain = biases.plain(links, weight)
-    most = max(1, min(ROWS, GATHERED // (B * links.shape[1] * links.shape[3] * block * D)))
-    tiles, start = [], first
-    while start < end:
-        # a first or last row of queries that is cut short is a step of its own
-        whole = 0 if start % block else min(most, (end - start) // block)
-        stop = start + whole * block if whole else min(end, start - start % block + block)
-        rows = slice(start // block - first // block, (stop - 1) // block + 1 - first // block)
-        mine = links[:, :, rows]
-        bias = _no_bias if all(plain[rows]) else partial(biases.step, mine, weight[:, :, rows], start, stop)
-        part = Part(mine, bias, block) if source is None else Part(_columns(mine, source, block), bias)
-        tiles.append(Tile(slice(start - first, stop - first), [part]))
-        start = stop
+    heads, rows = _step_size(call, links.shape[3], block)
+    tiles = []
+    for head in range(0, call.q.shape[1], heads):
+        mine, start = slice(head, head + heads), first
+        while start < end:
+            # a first or last row of queries that is cut short is a step of its own
+            whole = 0 if start % block else min(rows, (end - start) // block)
+            stop = start + whole * block if whole else min(end, start - start % block + block)
+            some = slice(start // block - first // block, (stop - 1) // block + 1 - first // block)
+            keys = links[:, mine, some]
+            bias: Bias = _no_bias
+            if not all(plain[some]):
+                bias = partial(biases.step, keys, weight[:, mine, some], mine, start, stop)
+            part = Part(keys, bias, block) if source is None else Part(_columns(keys, source, block), bias)
+            tiles.append(Tile(slice(start - first, stop - first), [part], mine))
+            start = stop
     return tiles
+
+
+def _step_size(call: PatternCall, links: int, block: int) -> tuple[int, int]:
+    """Heads and rows of query blocks of a step."""
+    (_, H, L, D), group = call.q.shape, call.q.shape[1] // call.k.shape[1]
+    most = min(scores_at_once(call.q) // (links * block * block), GATHERED // (links * block * D))
+    # few heads and many rows keep the keys near the cache; but a mask of global keys is made once for all heads
+    masked = call.any_global_key and (call.pattern.causal or not call.one_document or not call.all_valid)
+    rows = max(1, min(most // (H if masked else group), -(-L // block)))
+    return min(H, max(1, most // (rows * group)) * group), rows
 
 
 def _columns(links: Tensor, source: Tensor, block: int) -> Tensor:
@@ -328,8 +339,8 @@ class _Biases:
             seen = seen & self.usable.all(-1)[row, links]
         return seen.all(-1).all(0).all(0).tolist()
 
-    def step(self, links: Tensor, weight: Tensor, start: int, stop: int, batch: slice) -> Tensor:
-        """[b|1, H, g, n|1, m · block] for the queries at start .. stop, g groups of n, linked to [B|1, H, g, m]."""
+    def step(self, links: Tensor, weight: Tensor, heads: slice, start: int, stop: int, batch: slice) -> Tensor:
+        """[b|1, h, g, n|1, m · block] for the queries at start .. stop, g groups of n, linked to [B|1, h, g, m]."""
         links, weight = _some(links, batch), _some(weight, batch)
         groups, block = links.shape[2], self.block
         bias = weight[..., None].expand(*weight.shape, block)
@@ -346,7 +357,8 @@ class _Biases:
         if self.by_distance is not None:
             key = (links[..., None] * block + column).flatten(-2)[..., None, :]
             head = torch.arange(links.shape[1], device=self.device)[:, None, None, None]
-            bias = bias + self.by_distance[head, key - query + self.by_distance.shape[1] // 2]
+            by_distance = self.by_distance[heads]
+            bias = bias + by_distance[head, key - query + by_distance.shape[1] // 2]
         return bias
 
 

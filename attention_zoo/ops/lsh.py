@@ -25,6 +25,7 @@ from torch import Tensor
 
 from attention_zoo.ops.dense import dense
 from attention_zoo.ops.function import exact, once
+from attention_zoo.ops.mild import MILD, norms
 from attention_zoo.ops.partial import Scratch, partial, partial_backward
 
 # What one step may hold: scores of the chunks attended at once, and slots of the heads handled at once. On CPU a step
@@ -307,9 +308,11 @@ class Block:
         out = k.new_empty(len(self.active), C, D)
         lse = k.new_empty(len(self.active), C)
         scratch = Scratch()
+        mild = norms(query_table) * self.plan.scale <= MILD if q.is_cpu else None
         for step, queries, _, keys, bias in self.steps(k.dtype):
             rows, (k, v) = _rows(query_table, queries), _rows(key_table, keys).chunk(2, -1)
-            part, part_lse = partial(rows, k, v, bias, scale=self.plan.scale, scratch=scratch)
+            small = None if mild is None else mild[queries][:, None, :, None]
+            part, part_lse = partial(rows, k, v, bias, scale=self.plan.scale, scratch=scratch, mild=small)
             out[step], lse[step] = part[:, 0], part_lse[:, 0, :, 0]
         return out, lse
 

@@ -1,13 +1,17 @@
 """Partial attention: some of the keys now, the others elsewhere, merged exactly. The heart of every efficient path.
 
-A part returns its output and the log-sum-exp of its scores; two parts merge into what one softmax over both gives. In
-backward each part is run with the *merged* log-sum-exp, so that the parts' gradients simply add and nothing but output
-and log-sum-exp is ever saved: memory is O(L·D).
+Parts over disjoint keys are added to the same `Sums`, which end in the output and the log-sum-exp of one softmax over
+all of them. In backward each part is run with that merged log-sum-exp, so that the parts' gradients simply add and
+nothing but output and log-sum-exp is ever saved: memory is O(L·D).
 
-Each step is matrix products over all heads at once, and as few passes over the scores between them as can be. Two
-things make this as fast on a CPU as torch's fused kernel forward, and faster backward, without a private operator: the
-exponential is base 2 (half the cost of base e there), its factor riding along with the subtraction before it; and
-scores live in a `Scratch` that all steps of a call share, since fresh memory costs as much as the arithmetic on it.
+Each step is matrix products over all heads at once, and as few passes over the scores between them as can be. That
+makes this as fast on a CPU as torch's fused kernel forward, and faster backward, without a private operator:
+
+- the exponential is base 2 (half the cost of base e there), and its factor rides along with the product;
+- what is added to the scores stands in their memory before the product does, which adds to it;
+- rows whose scores are known to be small (ops/mild.py) take their exponentials as they are: where all rows of a part
+  are such, nobody looks for their largest scores or subtracts them;
+- scores live in a `Scratch` that all steps of a call share: fresh memory costs as much as the arithmetic on it.
 """
 
 from __future__ import annotations
@@ -15,10 +19,11 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 LOG2E = math.log2(math.e)
+_LOWEST = -1e30  # instead of -inf, since -inf - -inf would be NaN
 
 
 class Scratch:
@@ -40,6 +45,72 @@ class Scratch:
         return self._last[name]
 
 
+class Sums:
+    """A softmax over parts that are added one after the other (Milakov and Gimelshein 2018, online softmax).
+
+    Exponentials are relative to each row's largest score so far; in rows that are mild they are taken as they are, so
+    that such a row is computed alike to the last bit, whatever the others are.
+    """
+
+    def __init__(self, q: Float[Tensor, "B H L D"], scratch: Scratch, mild: Bool[Tensor, "B H L 1"] | None = None):
+        """For these queries; sums are float32 at least, in the scratch, so that one object at a time is in use.
+
+        Args:
+            mild: rows whose scores are known to be small; None: none is.
+        """
+        like = q.new_empty((), dtype=torch.promote_types(q.dtype, torch.float32))
+        self.scratch, self.mild, self.empty = scratch, mild, True
+        self.values, self.weights = (scratch("values", q.shape, like), scratch("weights", (*q.shape[:3], 1), like))
+        self.shift: Tensor | None = None  # of the exponents, base 2
+        if mild is None or not bool(mild.all()):
+            self.shift = scratch("shift", self.weights.shape, like).fill_(_LOWEST)
+
+    def add(
+        self,
+        q: Float[Tensor, "B h l D"],
+        k: Float[Tensor, "B K S D"],
+        v: Float[Tensor, "B K S D"],
+        bias: Float[Tensor, "#B #h #l #S"] | None = None,
+        *,
+        scale: float,
+    ) -> None:
+        """Add these keys. Rows may be grouped into more heads, in the order of memory.
+
+        Args:
+            bias: added to the scaled scores; -inf hides a key.
+        """
+        if not q.numel() or not k.shape[2]:
+            return
+        q, k, v = (_exact(x) for x in (q, k, v))
+        weights = exponents(q, k, bias, scale=scale, scratch=self.scratch)
+        rows = weights.shape[:2]
+        total, values = self.weights.view(*rows, 1), self.values.view(*rows, -1)
+        if self.shift is not None:
+            shift = self.shift.view(*rows, 1)
+            peak = torch.maximum(weights.amax(-1, keepdim=True), shift)
+            if self.mild is not None:
+                peak.masked_fill_(self.mild.reshape(peak.shape), 0)
+            weights.sub_(peak)
+            if not self.empty:
+                factor = shift.sub_(peak).exp2_()
+                total.mul_(factor)
+                values.mul_(factor)
+            shift.copy_(peak)
+        weights.exp2_()
+        found = weights.sum(-1, keepdim=True)
+        total.copy_(found) if self.empty else total.add_(found)
+        values.baddbmm_(weights, v.flatten(0, 1), beta=0 if self.empty else 1)
+        self.empty = False
+
+    def end(self) -> tuple[Float[Tensor, "B H L D"], Float[Tensor, "B H L 1"]]:
+        """Output (zeros where a row saw nothing) and log-sum-exp of the scores (-inf there). Overwrites the sums."""
+        if self.empty:
+            return self.values.zero_(), self.weights.fill_(-torch.inf)
+        values = self.values.div_(self.weights.clamp(min=1e-30))
+        lse = self.weights.log_()
+        return values, lse if self.shift is None else lse.add_(self.shift, alpha=1 / LOG2E)
+
+
 def partial(
     q: Float[Tensor, "B H L D"],
     k: Float[Tensor, "B K S D"],
@@ -48,26 +119,12 @@ def partial(
     *,
     scale: float,
     scratch: Scratch | None = None,
+    mild: Bool[Tensor, "B H L 1"] | None = None,
 ) -> tuple[Float[Tensor, "B H L D"], Float[Tensor, "B H L 1"]]:
-    """Attention over these keys, without autograd.
-
-    Args:
-        bias: added to the scaled scores; -inf hides a key.
-
-    Returns:
-        out in float32 at least (zeros where a row sees nothing) and lse, the log-sum-exp of the row's scores
-        (-inf where it sees nothing).
-    """
-    q, k, v = (_exact(x) for x in (q, k, v))
-    if not q.numel() or not k.shape[2]:
-        return torch.zeros_like(q), q.new_full((*q.shape[:3], 1), -torch.inf)
-    weights = scores(q, k, bias, scale=scale, scratch=scratch or Scratch())
-    peak = weights.amax(-1, keepdim=True).clamp_(min=-1e30)  # -inf - -inf would be NaN
-    torch.add(peak * -LOG2E, weights, alpha=LOG2E, out=weights).exp2_()
-    total = weights.sum(-1, keepdim=True)
-    lse = peak.add_(total.log())
-    out = torch.bmm(weights, v.flatten(0, 1)).div_(total.clamp_(min=1e-30))
-    return out.view(q.shape), lse.view(*q.shape[:3], 1)
+    """Attention over these keys alone, without autograd: `Sums` of one part. The results are in the scratch."""
+    sums = Sums(q, scratch or Scratch(), mild)
+    sums.add(q, k, v, bias, scale=scale)
+    return sums.end()
 
 
 def partial_backward(
@@ -89,7 +146,7 @@ def partial_backward(
     Args:
         grad: of the merged output.
         delta: grad · merged output, summed over D.
-        lse: of the merged attention, as `merge` left it; but +inf for rows that see nothing, which makes their weights
+        lse: of the merged attention, as `Sums` end in; but +inf for rows that see nothing, which makes their weights
             exactly zero.
         fresh: overwrite dk and dv, whatever they hold, instead of adding to them.
 
@@ -103,13 +160,12 @@ def partial_backward(
             into[1].zero_()
             into[2].zero_()
         return q.new_empty(*q.shape[:3], k.shape[2])
-    weights = scores(q, k, bias, scale=scale, scratch=scratch)
+    weights = exponents(q, k, bias, lse, scale=scale, scratch=scratch).exp2_()
     heads, rows, _ = weights.shape
-    torch.add(lse.reshape(heads, rows, 1) * -LOG2E, weights, alpha=LOG2E, out=weights).exp2_()
-    dscores = scratch("dscores", weights.shape, q).copy_(delta.reshape(heads, rows, 1))
+    dscores = scratch("dscores", weights.shape, q).copy_(-delta.reshape(heads, rows, 1))
     D = q.shape[3]
     grad, q, k, v = grad.reshape(heads, rows, D), q.reshape(heads, rows, D), k.flatten(0, 1), v.flatten(0, 1)
-    dscores.baddbmm_(grad, v.transpose(1, 2), beta=-1).mul_(weights)
+    dscores.baddbmm_(grad, v.transpose(1, 2)).mul_(weights)
     dq, dk, dv = into
     add_product(dq, dscores, k, scale)
     add_product(dk, dscores.transpose(1, 2), q, scale, fresh=fresh)
@@ -117,25 +173,28 @@ def partial_backward(
     return dscores.view(*dq.shape[:3], k.shape[1])
 
 
-def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge two parts over disjoint keys into the attention over both. Overwrites `out` and `more`."""
-    total = torch.logaddexp(lse, more_lse)
-    anchor = total.clamp(min=-1e30)
-    return out.mul_((lse - anchor).exp_()).add_(more.mul_((more_lse - anchor).exp_())), total
-
-
-def scores(
-    q: Float[Tensor, "B H L D"], k: Float[Tensor, "B K S D"], bias: Tensor | None, *, scale: float, scratch: Scratch
+def exponents(
+    q: Float[Tensor, "B H L D"],
+    k: Float[Tensor, "B K S D"],
+    bias: Float[Tensor, "#B #H #L #S"] | None,
+    lse: Float[Tensor, "B H L 1"] | None = None,
+    *,
+    scale: float,
+    scratch: Scratch,
 ) -> Float[Tensor, "BK HL S"]:
-    """scale · q·k + bias, where consecutive query heads share a key head: their rows stand one after another."""
+    """log2(e) · (scale · q·k + bias - lse). Consecutive query heads share a key head: their rows stand together."""
     (B, H, L, D), (K, S) = q.shape, k.shape[1:3]
     found = scratch("scores", (B * K, H // K * L, S), q)
-    if bias is not None:
-        found.view(B, H, L, S).copy_(bias)
+    inside = found.view(B, H, L, S)
     # the product is added to what is there already: no pass of its own
-    return found.baddbmm_(
-        q.reshape(B * K, -1, D), k.flatten(0, 1).transpose(1, 2), beta=0 if bias is None else 1, alpha=scale
-    )
+    if bias is not None and lse is not None:
+        torch.add(lse * -LOG2E, bias, alpha=LOG2E, out=inside)
+    elif bias is not None:
+        torch.mul(bias.expand(inside.shape), LOG2E, out=inside)
+    elif lse is not None:
+        inside.copy_(lse * -LOG2E)
+    beta = 0 if bias is None and lse is None else 1
+    return found.baddbmm_(q.reshape(B * K, -1, D), k.flatten(0, 1).transpose(1, 2), beta=beta, alpha=scale * LOG2E)
 
 
 def add_product(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attention_zoo.contract import Tokens
 from attention_zoo.ops.fused import fused
+from attention_zoo.ops.mild import mild_rows
 from attention_zoo.ops.pattern_call import PatternCall
 from attention_zoo.ops.tiles import Part, Rows, Tile, run_tiles, scores_at_once
 
@@ -19,8 +20,15 @@ FUSED_ROWS = 1024
 ALL = slice(None)
 
 
-def run_local(call: PatternCall, local: list[Tile]) -> Tensor:
-    """Run the local tiles of a pattern, with global keys merged in, and global rows in place of what it gave them."""
+def run_local(call: PatternCall, local: list[Tile], first: int | None = None) -> Tensor:
+    """Run the local tiles of a pattern, with global keys merged in, and global rows in place of what it gave them.
+
+    Args:
+        first: the column of the first query, where queries stand in consecutive columns; None: not known.
+    """
+    if first is None and call.own_keys:
+        first = call.k.shape[2] - call.q.shape[2]
+    mild = mild_rows(call, first)
     if call.any_global_key:
         columns, chosen = gather_columns(call.keys, call.keys.is_global & call.keys.valid)
         near = _same_documents(
@@ -36,9 +44,9 @@ def run_local(call: PatternCall, local: list[Tile]) -> Tensor:
         columns, queries = gather_columns(call.queries, call.queries.is_global & call.queries.valid)
         tiles = _everyone_tiles(call, queries)
         decided = [Tile(Rows(columns[:, _span(tile)], queries.valid[:, _span(tile)]), tile.parts) for tile in tiles]
-        return run_tiles(call.q, call.k, call.v, [*local, *decided], scale=call.scale, learned=call.learned)
-    out = run_tiles(call.q, call.k, call.v, local, scale=call.scale, learned=call.learned)
-    return with_global_rows(call, out)
+        local = [*local, *decided]
+    out = run_tiles(call.q, call.k, call.v, local, scale=call.scale, learned=call.learned, mild=mild)
+    return with_global_rows(call, out) if call.global_qkv is not None else out
 
 
 def _span(tile: Tile) -> slice:

@@ -259,13 +259,15 @@ def _backward(
         to_distances = (query + w[heads, None, None]) * scale
         distance_keys = shape.cut(table[heads])
 
+        # products are added to what is there already: no passes of their own
+        weights, dweights = (scratch(name, (*query.shape[:3], key.shape[2]), key) for name in ("weights", "dweights"))
         distance_scores = shape.scores(to_distances, distance_keys, scratch)
-        weights = _product(to_keys, key, "weights", scratch).add_(distance_scores)
-        _hide(weights, plan, chunk)
         exponent = lse[:, heads, rows].transpose(0, 1)[..., None] * -LOG2E
-        torch.add(exponent, weights, alpha=LOG2E, out=weights).exp2_()
-        dweights = _product(dout, value, "dweights", scratch)
-        dweights -= (dout * result).sum(-1, keepdim=True)
+        torch.add(exponent, distance_scores, alpha=LOG2E, out=weights)
+        _hide(weights, plan, chunk)
+        _add_scores(weights, to_keys, key, LOG2E).exp2_()
+        dweights.copy_((dout * result).sum(-1, keepdim=True).neg_())
+        _add_scores(dweights, dout, value)
         dscores, dproduct = shape.gradient(dweights, weights, scratch)
 
         _collect(dk, dk_own, heads, dscores, to_keys, plan, chunk)
@@ -358,13 +360,12 @@ class _Gather:
         return self.row.expand(heads, *self.row.shape)
 
 
-def _product(
-    rows: Float[Tensor, "H B l D"], keys: Float[Tensor, "H B s D"], name: str, scratch: Scratch
+def _add_scores(
+    into: Float[Tensor, "H B l s"], rows: Float[Tensor, "H B l D"], keys: Float[Tensor, "H B s D"], scale: float = 1.0
 ) -> Float[Tensor, "H B l s"]:
-    H, B, l, _ = rows.shape
-    found = scratch(name, (H, B, l, keys.shape[2]), rows)
-    torch.bmm(rows.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out=found.view(H * B, l, -1))
-    return found
+    """into += scale · rows · keysᵀ."""
+    into.flatten(0, 1).baddbmm_(rows.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=scale)
+    return into
 
 
 def _hide(scores: Float[Tensor, "H B l s"], plan: Plan, chunk: Chunk) -> None:

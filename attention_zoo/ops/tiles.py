@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attention_zoo.ops.function import exact, once
-from attention_zoo.ops.partial import Scratch, merge, partial, partial_backward
+from attention_zoo.ops.partial import Scratch, Sums, partial_backward
 
 Bias = Callable[[slice], Tensor | None]
 
@@ -36,11 +36,12 @@ class Part(NamedTuple):
     Fields:
         keys: which columns of k and v. A slice (with any step) is a view without a copy; int [n] is the same for all
             batch rows; int [B, n] is each row's own, and is gathered once for all tiles that hold the same tensor;
-            int [B|1, H, g, m] is each head's own for each of g equal groups of the tile's rows, counted in blocks of
-            `block` columns: n = m · block. k and v must then be contiguous and made of whole blocks; gathering long
-            contiguous runs is what makes this fast (20 times, measured on CPU).
+            int [B|1, h, g, m] is the own of each of the tile's heads for each of g equal groups of the tile's rows,
+            counted in blocks of `block` columns: n = m · block. k and v must then be contiguous and made of whole
+            blocks; gathering long contiguous runs is what makes this fast (20 times, measured on CPU).
         bias: called with the batch rows that it is needed for, forward and again backward; -inf unseen, or None.
-            [b|1, H|1, rows|1, n] for b batch rows; with groups [b|1, H|1, g, rows / g|1, n].
+            [b|1, H|1, rows|1, n] for b batch rows, of all heads; with groups, of the tile's,
+            [b|1, h|1, g, rows / g|1, n].
         block: columns per entry of per-head `keys`.
     """
 
@@ -63,8 +64,7 @@ class Tile(NamedTuple):
     `Rows`, which then decides alone. Rows in none yield zeros.
 
     Fields:
-        heads: which query heads; a group that shares a key head stays together, and keys that are each head's own want
-            all heads. Biases are of all heads, or 1, whatever it says.
+        heads: which query heads; a group that shares a key head stays together.
     """
 
     rows: slice | Rows
@@ -80,16 +80,31 @@ def run_tiles(
     *,
     scale: float,
     learned: Sequence[Tensor] = (),
+    mild: Bool[Tensor, "B H L 1"] | None = None,
 ) -> Float[Tensor, "B H L D"]:
-    """Attention along the tiles. `learned` are tensors that the biases depend on and that want a gradient."""
+    """Attention along the tiles.
+
+    Args:
+        learned: tensors that the biases depend on and that want a gradient.
+        mild: rows whose scores are known to be small (ops/mild.py); None: none is.
+    """
     tiles = sorted(tiles, key=lambda tile: isinstance(tile.rows, Rows))
-    return _Tiles.apply(q, k, v, tiles, scale, *learned)
+    return _Tiles.apply(q, k, v, tiles, scale, mild, *learned)
 
 
 class _Tiles(torch.autograd.Function):
     @staticmethod
     @exact
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float, *learned: Tensor):
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tiles: Sequence[Tile],
+        scale: float,
+        mild: Tensor | None,
+        *learned: Tensor,
+    ) -> Tensor:
         B, H, L, D = q.shape
         exact = torch.promote_types(q.dtype, torch.float32)
         # laid out as the next projection wants it: merging the heads is then free
@@ -100,19 +115,16 @@ class _Tiles(torch.autograd.Function):
         deciding = []  # log-sum-exp of tiles with `Rows`
         scratch, shared = Scratch(), _Shared(k, v)
         for step in _steps(q, k, v, tiles):
-            total: tuple[Tensor, Tensor] | None = None
+            if not step.parts:
+                continue
             query = step.rows(q)
+            sums = Sums(query, scratch, None if mild is None else step.rows(mild))
             for part in step.parts:
                 view = _View(part, step, q, k)
                 keys, values = view.take(k, v, shared, scratch)
-                bias = view.bias()
-                found = partial(view.split(query), keys, values, bias, scale=scale, scratch=scratch)
-                found = view.join(found[0]), view.join(found[1])
-                total = found if total is None else merge(*total, *found)
-            if total is None:
-                continue
-            step.put(out, total[0])
-            found_lse = total[1]
+                sums.add(view.split(query), keys, values, view.bias(), scale=scale)
+            found, found_lse = sums.end()
+            step.put(out, found)
             if isinstance(step.tile.rows, Rows):
                 valid = _some(step.tile.rows.valid, step.batch)[:, None, :, None]
                 deciding.append(found_lse.masked_fill(~valid | (found_lse == -torch.inf), torch.inf))
@@ -133,14 +145,14 @@ class _Tiles(torch.autograd.Function):
         dq = torch.empty_like(q) if _all_rows(ctx.tiles, q) else torch.zeros_like(q)
         dk, dv = (torch.zeros_like(x, dtype=exact) for x in (k, v))
         dlearned = [torch.zeros_like(x) for x in learned]
-        scratch, shared = Scratch(), _Shared(k, v)
+        scratch, shared, delta = Scratch(), _Shared(k, v), _delta(grad, out, lse)
         for step in _steps(q, k, v, ctx.tiles):
             if not step.parts:
                 continue
             query, dout = step.rows(q), step.rows(grad).to(exact)
-            delta = (dout * step.rows(out)).sum(-1, keepdim=True)
             mine = next(deciding) if isinstance(step.tile.rows, Rows) else step.rows(lse)
-            dquery = scratch("dq", query.shape, lse).zero_()
+            in_place = isinstance(step.tile.rows, slice) and dq.dtype == exact and step.rows(dq).is_contiguous()
+            dquery = (step.rows(dq) if in_place else scratch("dq", query.shape, lse)).zero_()
             for part in step.parts:
                 view = _View(part, step, q, k)
                 keys, values = view.take(k, v, shared, scratch)
@@ -151,7 +163,7 @@ class _Tiles(torch.autograd.Function):
                     view.split(query),
                     keys,
                     values,
-                    view.split(delta),
+                    view.split(step.rows(delta)),
                     view.split(mine),
                     bias,
                     scale=ctx.scale,
@@ -162,9 +174,19 @@ class _Tiles(torch.autograd.Function):
                 view.add(dk, dv, dkeys, dvalues)
                 if learned:
                     _learn(dlearned, learned, view, dscores)
-            step.put(dq, dquery)
+            if not in_place:
+                step.put(dq, dquery)
         shared.add(dk, dv)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, *dlearned
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, *dlearned
+
+
+def _delta(grad: Tensor, out: Tensor, like: Float[Tensor, "B H L 1"]) -> Float[Tensor, "B H L 1"]:
+    """grad · out, summed over D; some rows at a time, since a copy of either is as large as a gradient."""
+    delta = torch.empty_like(like)
+    for start in range(0, out.shape[2], 512):
+        rows = slice(start, start + 512)
+        torch.sum(grad[:, :, rows].to(like.dtype) * out[:, :, rows], -1, keepdim=True, out=delta[:, :, rows])
+    return delta
 
 
 def _learn(total: list[Tensor], learned: Sequence[Tensor], view: _View, dscores: Tensor) -> None:
@@ -263,16 +285,14 @@ class _View:
         """[B, H, rows, D] -> [B, H·g, rows / g, D]."""
         return x.unflatten(2, (self.groups, -1)).flatten(1, 2) if self.groups else x
 
-    def join(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (self.heads, self.groups)).flatten(2, 3) if self.groups else x
-
     def bias(self) -> Tensor | None:
         """[b|1, H|1, rows|1, n], or with groups [b|1, H·g, rows / g|1, n]."""
         bias = self.part.bias(self.batch or slice(None))
         if bias is None:
             return None
-        bias = bias[:, self.rows_heads] if bias.shape[1] > 1 else bias
-        return bias.expand(-1, self.heads, -1, -1, -1).flatten(1, 2) if self.groups else bias
+        if self.groups:
+            return bias.expand(-1, self.heads, -1, -1, -1).flatten(1, 2)
+        return bias[:, self.rows_heads] if bias.shape[1] > 1 else bias
 
     def _mine(self, x: Tensor) -> Tensor:
         """The batch rows and key heads that the step is about."""
@@ -342,7 +362,8 @@ class _View:
             assert isinstance(self.keys, Tensor)
             assert S % self.block == 0
             batch = _some(torch.arange(B, device=x.device), self.batch)[:, None] * K
-            head = torch.arange(self.heads, device=x.device) // (self.heads // K)
+            head = torch.arange(self.key_heads.start, self.key_heads.stop, device=x.device)
+            head = head.repeat_interleave(self.heads // len(head))
             keys = _some(self.keys, self.batch) if self.keys.shape[0] > 1 else self.keys
             self.index = ((batch + head)[:, :, None, None] * (S // self.block) + keys).flatten()
         return self.index

@@ -35,6 +35,7 @@ class Side:
     lost: Lost | None = None
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)  # FLOPs a second of a matrix product, around each call of ours
     figures: Row = field(default_factory=dict)
 
     @property
@@ -175,6 +176,8 @@ class _Heat:
         took = side.contender.ask("call")
         side.seconds.append(took["seconds"])
         side.cpu_seconds.append(took["cpu_seconds"])
+        if side.peer is None:
+            side.rates.append(took["matmul_flops_per_second"])
         return took["seconds"], took["cpu_seconds"]
 
     def _finish(self, side: Side) -> None:
@@ -210,7 +213,7 @@ class _Heat:
             **{f"their_{key}": value for key, value in other.items()},
             "floor_flops": ours.figures.get("floor_flops"),
             "floor_ratio": _floor_ratio(ours),
-            "matmul_flops_per_second": ours.figures.get("matmul_flops_per_second"),
+            "matmul_flops_per_second": statistics.median(ours.rates) if ours.rates else None,
             "agreement": theirs.figures.get("agreement"),
             "versions": theirs.figures.get("versions"),
             "config": config,
@@ -234,5 +237,8 @@ def _over(theirs: float | None, ours: float | None) -> float | None:
 
 
 def _floor_ratio(side: Side) -> float | None:
-    floor, rate = side.figures.get("floor_flops"), side.figures.get("matmul_flops_per_second")
-    return statistics.median(side.seconds) * rate / floor if floor and rate and side.seconds else None
+    """Median over the calls, each against the rate that was measured around it."""
+    floor = side.figures.get("floor_flops")
+    if not floor or not side.seconds:
+        return None
+    return statistics.median(seconds * rate / floor for seconds, rate in zip(side.seconds, side.rates))

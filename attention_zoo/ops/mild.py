@@ -1,0 +1,56 @@
+"""Rows whose scores are known to be small, so that their exponentials need no shift by the row's largest score.
+
+By Cauchy and Schwarz no score is larger than scale · |q| · |k|, of either sign. The norms cost a hundredth of the
+attention; they save a search and a subtraction over all its scores. Each row is judged by itself and by keys that it
+may see, never by padding, the future or other documents: what cannot reach a row must not change its last bit either.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from attention_zoo.ops.pattern_call import PatternCall
+
+MILD = 44.0
+"""Largest score that is taken as it is: e^44 leaves float32 room for a million keys times values up to 10^13."""
+_APART = float(1 << 20)  # documents of a row, in the order of their numbers, are this far apart; norms are cut below it
+
+
+def mild_rows(call: PatternCall, first: int | None) -> Bool[Tensor, "B H L 1"] | None:
+    """Rows of all heads whose scores cannot exceed `MILD`, whatever they see; None: none is known to be such.
+
+    On a CPU alone: elsewhere the host would wait for the answers.
+
+    Args:
+        first: the column of the first query; None: queries do not stand in consecutive columns.
+    """
+    if first is None or call.has_position_bias or not call.q.is_cpu or not call.q.numel():
+        return None
+    longest = _longest_seen(call)[:, :, first : first + call.q.shape[2]]
+    longest = longest.repeat_interleave(call.q.shape[1] // longest.shape[1], 1)
+    return (norms(call.q) * longest * call.scale <= MILD)[..., None]  # false for NaN
+
+
+def _longest_seen(call: PatternCall) -> Float[Tensor, "B K S"]:
+    """For the token of each column, a bound of the norms of all keys that it may see."""
+    keys = call.keys
+    found = norms(call.k)
+    if not call.all_valid:
+        found = found.where(keys.valid[:, None], 0)
+    if call.one_document:
+        if call.pattern.causal:
+            return found.cummax(-1).values
+        return found.amax(-1, keepdim=True).expand_as(found)
+    # one running maximum for all documents: a later one stands higher
+    floor = keys.document.where(keys.valid, 0).cummax(1).values[:, None].double() * _APART
+    found = found.double().clamp(max=_APART / 2)
+    longest = (found + floor).cummax(-1).values - floor
+    if not call.pattern.causal:
+        longest = torch.maximum(longest, (found - floor).flip(-1).cummax(-1).values.flip(-1) + floor)
+    return longest
+
+
+def norms(x: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
