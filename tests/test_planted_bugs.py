@@ -15,7 +15,7 @@ from attention_zoo.attention.pattern import Cache, PatternAttention
 from attention_zoo.attention.reformer import Reformer
 from attention_zoo.attention.transformer_xl import TransformerXL
 from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens
-from attention_zoo.ops import hashing, lsh, plans, tiles
+from attention_zoo.ops import hashing, lsh, lsh_layout, plans, tiles
 from attention_zoo.ops.pattern_call import PatternCall
 from attention_zoo.testing import contract_checks
 
@@ -209,8 +209,8 @@ def test_a_memory_that_is_not_detached() -> None:
 
 def test_a_wrap_to_the_chunk_of_another_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows and documents in one ring of chunks."""
-    right = lsh.lay_out
-    monkeypatch.setattr(lsh, "lay_out", lambda sizes, **more: right(sizes.sum(0, keepdim=True), **more))
+    right = lsh_layout.lay_out
+    monkeypatch.setattr(lsh_layout, "lay_out", lambda sizes, **more: right(sizes.sum(0, keepdim=True), **more))
     names = ("a_row_alone_equals_itself_in_a_batch", "documents_in_one_row_equal_documents_apart")
     caught(Reformer, *names, "fast_equals_slow")
 

@@ -44,7 +44,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens, Unsupported, at_least, one_of
-from attention_zoo.ops import hashing, lsh, lsh_step
+from attention_zoo.ops import hashing, lsh, lsh_layout, lsh_step
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator
 from attention_zoo.ops.dispatch import triton_reason
@@ -379,7 +379,7 @@ class Reformer(Attention):
     ) -> Float[Tensor, "m H D"]:
         if not len(qk if asked is None else asked):
             return v[:0]
-        layout = lsh.lay_out(
+        layout = lsh_layout.lay_out(
             documents.sizes,
             rounds=self.rounds,
             chunk=self.chunk,
@@ -389,7 +389,7 @@ class Reformer(Attention):
             slots=documents.slots if self.fill else None,
         )
         plan = lsh.Plan(
-            order=lsh.sort_tokens(buckets, layout.document),
+            order=lsh_layout.sort_tokens(buckets, layout.document),
             layout=layout,
             buckets=None if self.attend_across_buckets else buckets,
             asked=asked,

@@ -20,12 +20,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attention_zoo.ops.dense import dense
 from attention_zoo.ops.function import exact, once
-from attention_zoo.ops.mild import MILD, norms
+from attention_zoo.ops.lsh_layout import Layout
 from attention_zoo.ops.partial import Scratch, partial, partial_backward
 
 # What one step may hold: scores of the chunks attended at once, and slots of the heads handled at once. On CPU a step
@@ -33,88 +33,6 @@ from attention_zoo.ops.partial import Scratch, partial, partial_backward
 _SCORES = {"cpu": 2**19}
 _SLOTS = {"cpu": 2**16}
 _SCORES_GPU, _SLOTS_GPU = 2**23, 2**18
-
-
-# --- layout ----------------------------------------------------------------------------------------------------------
-
-
-class Layout(NamedTuple):
-    """Where sorted tokens go, the same for all heads and, but for the numbering of chunks, for all rounds.
-
-    Fields:
-        chunk: C, slots in a chunk; the last chunk of a document may be partly empty.
-        document: [M], index of each token's document.
-        slot: [M], slot of the i-th token in sorted order, below N·C.
-        neighbours: [R·N, W], chunks that each chunk attends to, itself first; chunk n of round r is number r·N + n.
-        present: [R·N, W], False where a short ring would repeat a chunk and repeats do not count.
-        rounds: R.
-        across_rounds: whether a window may reach into another round.
-    """
-
-    chunk: int
-    document: Int[Tensor, " M"]
-    slot: Int[Tensor, " M"]
-    neighbours: Int[Tensor, "RN W"]
-    present: Bool[Tensor, "RN W"]
-    rounds: int
-    across_rounds: bool
-
-
-def lay_out(
-    sizes: Int[Tensor, " K"],
-    *,
-    rounds: int,
-    chunk: int,
-    look_back: int,
-    look_ahead: int,
-    across_rounds: bool,
-    slots: Int[Tensor, " K"] | None = None,
-) -> Layout:
-    """Chunks of K documents with `sizes` tokens each, every one at least 1.
-
-    Each document's chunks form a ring in each round or, `across_rounds`, one ring over all rounds. A ring shorter than
-    the window shows a chunk once.
-
-    Args:
-        slots: at least `sizes`: make chunks for so many, the last of which may be empty, and let short rings show a
-            chunk as often as their window reaches it (a step of a whole ring or more stays at the own chunk).
-    """
-    device = sizes.device
-    chunks = ((sizes if slots is None else slots) + chunk - 1) // chunk
-    first = chunks.cumsum(0) - chunks
-    documents = torch.arange(len(sizes), device=device)
-    document = documents.repeat_interleave(sizes)
-    within = torch.arange(len(document), device=device) - (sizes.cumsum(0) - sizes)[document]
-    slot = first[document] * chunk + within
-    owner = documents.repeat_interleave(chunks)
-    total = len(owner)
-    inside = torch.arange(total, device=device) - first[owner]
-    ring, start = chunks[owner][None, :, None], first[owner][None, :, None]
-    steps = torch.tensor([0, *range(-1, -look_back - 1, -1), *range(1, look_ahead + 1)], device=device)
-    number = torch.arange(rounds, device=device)[:, None, None]
-    if slots is not None:
-        steps = torch.where(steps.abs() < ring * (rounds if across_rounds else 1), steps, 0)
-    if across_rounds:
-        place = (number * ring + inside[None, :, None] + steps) % (rounds * ring)
-        neighbours = place // ring * total + start + place % ring
-    else:
-        neighbours = number * total + start + (inside[None, :, None] + steps) % ring
-    neighbours = neighbours.view(rounds * total, -1)
-    width = neighbours.shape[1]
-    earlier = torch.ones(width, width, dtype=torch.bool, device=device).tril(-1)
-    present = ~((neighbours[:, :, None] == neighbours[:, None, :]) & earlier).any(-1)
-    if slots is not None:
-        present = torch.ones_like(present)
-    return Layout(chunk, document, slot, neighbours, present, rounds, across_rounds)
-
-
-def sort_tokens(buckets: Int[Tensor, "H R M"], document: Int[Tensor, " M"]) -> Int[Tensor, "H R M"]:
-    """Order by (document, bucket, place)."""
-    key = document * (buckets.amax() + 1) + buckets
-    return key.argsort(dim=-1, stable=True)
-
-
-# --- attention -------------------------------------------------------------------------------------------------------
 
 
 class Plan(NamedTuple):
@@ -308,11 +226,9 @@ class Block:
         out = k.new_empty(len(self.active), C, D)
         lse = k.new_empty(len(self.active), C)
         scratch = Scratch()
-        mild = norms(query_table) * self.plan.scale <= MILD if q.is_cpu else None
         for step, queries, _, keys, bias in self.steps(k.dtype):
             rows, (k, v) = _rows(query_table, queries), _rows(key_table, keys).chunk(2, -1)
-            small = None if mild is None else mild[queries][:, None, :, None]
-            part, part_lse = partial(rows, k, v, bias, scale=self.plan.scale, scratch=scratch, mild=small)
+            part, part_lse = partial(rows, k, v, bias, scale=self.plan.scale, scratch=scratch)
             out[step], lse[step] = part[:, 0], part_lse[:, 0, :, 0]
         return out, lse
 

@@ -30,13 +30,13 @@ def mild_rows(call: PatternCall, first: int | None) -> Bool[Tensor, "B H L 1"] |
         return None
     longest = _longest_seen(call)[:, :, first : first + call.q.shape[2]]
     longest = longest.repeat_interleave(call.q.shape[1] // longest.shape[1], 1)
-    return (norms(call.q) * longest * call.scale <= MILD)[..., None]  # false for NaN
+    return (_norms(call.q) * longest * call.scale <= MILD)[..., None]  # false for NaN
 
 
 def _longest_seen(call: PatternCall) -> Float[Tensor, "B K S"]:
     """For the token of each column, a bound of the norms of all keys that it may see."""
     keys = call.keys
-    found = norms(call.k)
+    found = _norms(call.k)
     if not call.all_valid:
         found = found.where(keys.valid[:, None], 0)
     if call.one_document:
@@ -52,5 +52,5 @@ def _longest_seen(call: PatternCall) -> Float[Tensor, "B K S"]:
     return longest
 
 
-def norms(x: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
+def _norms(x: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))

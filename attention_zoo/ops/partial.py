@@ -119,10 +119,9 @@ def partial(
     *,
     scale: float,
     scratch: Scratch | None = None,
-    mild: Bool[Tensor, "B H L 1"] | None = None,
 ) -> tuple[Float[Tensor, "B H L D"], Float[Tensor, "B H L 1"]]:
     """Attention over these keys alone, without autograd: `Sums` of one part. The results are in the scratch."""
-    sums = Sums(q, scratch or Scratch(), mild)
+    sums = Sums(q, scratch or Scratch())
     sums.add(q, k, v, bias, scale=scale)
     return sums.end()
 

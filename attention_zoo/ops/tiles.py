@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from attention_zoo.ops.function import exact, once
@@ -211,7 +211,7 @@ class _Step(NamedTuple):
     def parts(self) -> Sequence[Part]:
         return self.tile.parts
 
-    def rows(self, x: Float[Tensor, "B H L d"]) -> Float[Tensor, "b H n d"]:
+    def rows(self, x: Shaped[Tensor, "B H L d"]) -> Shaped[Tensor, "b H n d"]:
         rows, x = self.tile.rows, _some(x, self.batch)
         return x[:, self.tile.heads, rows] if isinstance(rows, slice) else x.gather(2, self._index(rows, x))
 
