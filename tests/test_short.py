@@ -5,7 +5,13 @@ import torch
 
 import attention_zoo as zoo
 from attention_zoo import Tokens
+from attention_zoo.ops import short
 from attention_zoo.ops.short import KEYS
+
+
+@pytest.fixture
+def always_worth_it(monkeypatch):
+    monkeypatch.setattr(short, "WORTH", {False: 1e9, True: 1e9})
 
 
 def build(name, **options):
@@ -42,7 +48,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_bigbird_equals_the_definition(options):
+def test_bigbird_equals_the_definition(options, always_worth_it):
     layer = build("bigbird", **{"block": 11, **options})
     for L in (1, 2, 10, 11, 12, 257, 311):
         compare(layer, "short", operands(L, L, layer.kv_heads))
@@ -52,13 +58,13 @@ def test_bigbird_equals_the_definition(options):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_bigbird_at_its_longest(causal):
+def test_bigbird_at_its_longest(causal, always_worth_it):
     """A row may see nothing among the first hundreds of keys."""
     layer = build("bigbird", causal=causal, extra_global_tokens=1, random=1, block=64)
     compare(layer, "short", operands(KEYS, KEYS, batch=1))
 
 
-def test_channels_need_not_lie_side_by_side():
+def test_channels_need_not_lie_side_by_side(always_worth_it):
     def transposed(x):
         return x.transpose(2, 3).contiguous().transpose(2, 3)
 
@@ -68,7 +74,7 @@ def test_channels_need_not_lie_side_by_side():
         compare(build("longformer", causal=causal, window=60), "sdpa", qkv)
 
 
-def test_what_is_remembered_of_one_call_does_not_leak_into_another():
+def test_what_is_remembered_of_one_call_does_not_leak_into_another(always_worth_it):
     layer = build("bigbird", causal=False, block=8)
     flags = torch.zeros(2, 60, dtype=torch.bool)
     flags[:, 16:24] = True
@@ -94,8 +100,10 @@ def test_which_calls_of_bigbird_are_short():
     some[:, 40] = True
     padded = whole.clone()
     padded[0, 90:] = False
-    assert reason(KEYS) is None
     assert "no short call" in reason(KEYS + 1)
+    linked = (2 + 3) * 16 + 16  # window, random, first block
+    assert reason(3 * linked) is None
+    assert f"{3 * linked + 1} keys are no short call where a query sees {linked}" in reason(3 * linked + 1)
     assert "round the bias" in reason(100, dtype=torch.bfloat16)
     assert "columns are not positions" in reason(100, Tokens.of(padded))
     assert "less than a block is global" in reason(100, Tokens.of(whole, some))
@@ -114,3 +122,10 @@ def test_a_window_that_holds_every_key_is_full_attention(causal):
     assert "without gaps" in dict(layer.explain(*operands(9, 9)))["sdpa"]
     layer = build("longformer", causal=causal, window=20, positions="alibi")
     assert "position scheme" in dict(layer.explain(*operands(9, 9)))["sdpa"]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_how_many_blocks_are_linked_is_told(options):
+    layer = build("bigbird", **{"block": 11, **options})
+    row = torch.arange(9)[None]
+    assert layer.linked == layer.links(row, torch.full_like(row, 9))[0].shape[-1]

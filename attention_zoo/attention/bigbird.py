@@ -171,6 +171,11 @@ class BigBird(PatternAttention):
 
     # --- for the blocks kernel -------------------------------------------------------------------------------------
 
+    @property
+    def linked(self) -> int:
+        ends = 2 if self._reference else 0
+        return ends + self.side + 1 + (0 if self.causal else self.side) + self.random
+
     def blocks_of(self, tokens: Tokens) -> Int[Tensor, "B L"]:
         return torch.zeros_like(tokens.length) if self.causal else self._blocks_of(tokens.length)
 

@@ -35,6 +35,11 @@ class BlockPattern(Pattern, Protocol):
 
     block: int
 
+    @property
+    def linked(self) -> int:
+        """How many key blocks `links` lists for a row, global ones not among them."""
+        ...
+
     def blocks_of(self, tokens: Tokens) -> Int[Tensor, "B L"]:
         """How many blocks each token's document has; 0 where the pattern is causal, which must not know."""
         ...

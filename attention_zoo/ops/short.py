@@ -1,8 +1,8 @@
 """The short kernel: a pattern of blocks by torch's fused attention, its links as a bias. For few keys on a CPU.
 
-Up to about a thousand tokens most blocks are linked to by some head, and gathering each head's own costs more than
-multiplying by all of them. The bias is computed for pairs of blocks and spread to tokens. For backward L x S
-numbers are kept, hence `KEYS`: at most 4 MiB a head in float32, once for the whole batch. O(L·S) time.
+Where a query is linked to most keys, gathering each head's own blocks costs more than multiplying by all of them. The
+bias is computed for pairs of blocks and spread to tokens. For backward L x S numbers are kept, hence `KEYS`: at most
+4 MiB a head in float32, once for the whole batch. O(L·S) time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from attention_zoo.ops.pattern_call import PatternCall
 from attention_zoo.ops.plans import with_global_rows
 
 KEYS = 1024
-"""Most keys: bounds the bias. Beyond, linked blocks are few among all."""
+"""Most keys: bounds the bias."""
+WORTH = {False: 1.7, True: 3.0}
+"""Most keys for each that a query is linked to, two-sided and causal (which leaves out half of all pairs): beyond, the
+blocks kernel is faster. At 1,024 tokens and blocks of 64 two-sided by a fifth, at blocks of 16 three times."""
 BLOCKS = 64
 """Most blocks of keys: bounds what is computed for pairs of them."""
 ROWS = 256
@@ -44,10 +47,21 @@ def _refuse(call: PatternCall) -> str | None:
         return "the bias learns"
     if not call.starts_at_zero or not call.all_valid:
         return "columns are not positions here (padding, holes, documents or forgotten keys)"
+    if reason := _too_few_links(call):
+        return reason
     whole = keys.is_global[:1, ::block].repeat_interleave(block, 1)[:, :S]
     asked = call.queries.is_global != whole[:, S - L :]
     if bool((keys.is_global != whole).any() | asked.any() | (keys.length != keys.length[:1, :1]).any()):
         return "batch rows differ, or less than a block is global"
+    return None
+
+
+def _too_few_links(call: PatternCall) -> str | None:
+    pattern = cast(BlockPattern, call.pattern)
+    linked = pattern.linked * pattern.block + int(call.keys.is_global[0].sum())
+    most = int(WORTH[pattern.causal] * linked)
+    if call.k.shape[2] > most:
+        return f"{call.k.shape[2]} keys are no short call where a query sees {linked} (at most {most})"
     return None
 
 
