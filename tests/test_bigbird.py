@@ -133,14 +133,23 @@ def test_layouts_that_waste_blocks_are_left_to_tiles() -> None:
     assert_equal_to_dense(layer, tokens, ("auto",))
 
 
-def test_steps_of_any_size_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, tokens = build(False), Tokens.of(ragged(150, [150, 87, 3]))
-    qkv = operands(3, 150, 150)
-    whole = layer.attend(*qkv, tokens, tokens, kernel="blocks")
+@pytest.mark.parametrize("options", [{}, {"kv_heads": 2, "positions": "alibi"}], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_steps_of_any_size_agree(monkeypatch: pytest.MonkeyPatch, causal: bool, options: dict) -> None:
+    """A step may be one head, or the heads that share a key head; gradients too."""
+    layer, tokens = build(causal, **options), Tokens.of(ragged(150, [150, 87, 3]))
+    qkv = operands(3, 150, 150, layer.kv_heads)
+
+    def run() -> list[torch.Tensor]:
+        out = layer.attend(*qkv, tokens, tokens, kernel="blocks")
+        return [out, *torch.autograd.grad(out.square().sum(), qkv)]
+
+    whole = run()
     for name, size in (("tiles.SCORES", {"cpu": 1}), ("tiles.SCORES", {"cpu": 5000}), ("blocks.GATHERED", 1)):
         with monkeypatch.context() as patch:
             patch.setattr(f"attention_zoo.ops.{name}", size)
-            assert torch.allclose(layer.attend(*qkv, tokens, tokens, kernel="blocks"), whole, rtol=0, atol=1e-13)
+            for mine, want in zip(run(), whole):
+                assert torch.allclose(mine, want, rtol=0, atol=1e-12)
 
 
 def test_gradients_of_the_blocks_kernel_match_finite_differences() -> None:

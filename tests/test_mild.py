@@ -24,7 +24,7 @@ def layouts():
     valid = torch.ones(2, L, dtype=torch.bool)
     padded = valid.clone()
     padded[0, :20], padded[1, 70:] = False, False
-    document = (torch.arange(L) // 37)[None].expand(2, L)
+    document = (2**60 + torch.arange(L) // 37)[None].expand(2, L)
     flags = torch.zeros(2, L, dtype=torch.bool)
     flags[:, 40] = True
     return {

@@ -15,7 +15,7 @@ from attention_zoo.ops.pattern_call import PatternCall
 
 MILD = 44.0
 """Largest score that is taken as it is: e^44 leaves float32 room for a million keys times values up to 10^13."""
-_APART = float(1 << 20)  # documents of a row, in the order of their numbers, are this far apart; norms are cut below it
+_APART = float(1 << 20)  # how far apart the documents of a row are put; norms are cut below it
 
 
 def mild_rows(call: PatternCall, first: int | None) -> Bool[Tensor, "B H L 1"] | None:
@@ -44,7 +44,11 @@ def _longest_seen(call: PatternCall) -> Float[Tensor, "B K S"]:
             return found.cummax(-1).values
         return found.amax(-1, keepdim=True).expand_as(found)
     # one running maximum for all documents: a later one stands higher
-    floor = keys.document.where(keys.valid, 0).cummax(1).values[:, None].double() * _APART
+    document = keys.document.where(keys.valid, 0).cummax(1).values
+    number = (document.diff(dim=1) != 0).cumsum(
+        1
+    )  # of the document in its row: ids may be any, and too large to add to
+    floor = torch.nn.functional.pad(number, (1, 0))[:, None].double() * _APART
     found = found.double().clamp(max=_APART / 2)
     longest = (found + floor).cummax(-1).values - floor
     if not call.pattern.causal:
