@@ -133,8 +133,11 @@ def test_layouts_that_waste_blocks_are_left_to_tiles() -> None:
     assert_equal_to_dense(layer, tokens, ("auto",))
 
 
-@pytest.mark.parametrize("options", [{}, {"kv_heads": 2, "positions": "alibi"}], ids=str)
-@pytest.mark.parametrize("causal", [False, True])
+ALIBI = {"kv_heads": 2, "positions": "alibi"}
+SETTINGS = [(False, {}), (True, {}), (False, ALIBI), (True, ALIBI), (False, {"plan": "reference"})]
+
+
+@pytest.mark.parametrize(("causal", "options"), SETTINGS)
 def test_steps_of_any_size_agree(monkeypatch: pytest.MonkeyPatch, causal: bool, options: dict) -> None:
     """A step may be one head, or the heads that share a key head; gradients too."""
     layer, tokens = build(causal, **options), Tokens.of(ragged(150, [150, 87, 3]))
