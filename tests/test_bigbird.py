@@ -137,10 +137,22 @@ ALIBI = {"kv_heads": 2, "positions": "alibi"}
 SETTINGS = [(False, {}), (True, {}), (False, ALIBI), (True, ALIBI), (False, {"plan": "reference"})]
 
 
+def weigh_heads(layer: BigBird) -> None:
+    """Links that weigh differently in each head, as a plan may make them."""
+    links, heads = layer.links, torch.arange(HEADS)[:, None, None]
+
+    def weighed(*rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found, weight = links(*rows)
+        return found, weight + heads / 8
+
+    layer.links = weighed  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize(("causal", "options"), SETTINGS)
 def test_steps_of_any_size_agree(monkeypatch: pytest.MonkeyPatch, causal: bool, options: dict) -> None:
     """A step may be one head, or the heads that share a key head; gradients too."""
     layer, tokens = build(causal, **options), Tokens.of(ragged(150, [150, 87, 3]))
+    weigh_heads(layer)
     qkv = operands(3, 150, 150, layer.kv_heads)
 
     def run() -> list[torch.Tensor]:

@@ -124,6 +124,62 @@ def test_a_window_that_holds_every_key_is_full_attention(causal):
     assert "position scheme" in dict(layer.explain(*operands(9, 9)))["sdpa"]
 
 
+BANDS = [
+    {"window": 30},
+    {"window": 3, "positions": "alibi", "kv_heads": 2},
+    {"window": 5, "dilation": 3},
+    {"window": 5, "dilation": [1, 2, 3, 7], "kv_heads": 2},
+]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("options", BANDS, ids=str)
+def test_a_band_equals_the_definition(options, causal):
+    layer = build("longformer", causal=causal, **options)
+    for L, S in ((1, 1), (2, 2), (31, 31), (256, 256), (1, 40), (20, 39), (31, 131)):
+        compare(layer, "short", operands(L, S, layer.kv_heads))
+        flags = torch.zeros(2, S, dtype=torch.bool)
+        flags[:, [0, S // 2]] = True
+        keys = Tokens.of(torch.ones_like(flags), flags)
+        compare(layer, "short", operands(L, S, layer.kv_heads), keys.cut(slice(S - L, S)), keys)
+
+
+def test_global_tokens_of_a_short_band_have_their_own_projections():
+    layer, flags = build("longformer", causal=False, window=3), torch.zeros(2, 40, dtype=torch.bool)
+    flags[:, [0, 17]] = True
+    with torch.no_grad():
+        layer.to_v_global.weight.mul_(2)
+    x, tokens = torch.randn(2, 40, 32, dtype=torch.float64), Tokens.of(torch.ones_like(flags), flags)
+    found = []
+    for layer.kernel in ("short", "dense"):
+        found.append(layer(x, tokens).hidden)
+    torch.testing.assert_close(*found, atol=1e-12, rtol=1e-12)
+
+
+def test_which_calls_of_a_band_are_short():
+    def reason(L, tokens=None, dtype=torch.float64, causal=False, **options):
+        qkv = [x.detach().to(dtype) for x in operands(L, L)]
+        layer = build("longformer", causal=causal, **options)
+        return dict(layer.explain(*qkv, tokens, tokens))["short"]
+
+    whole = torch.ones(2, 100, dtype=torch.bool)
+    some = torch.zeros_like(whole)
+    some[0, 40] = True
+    padded = whole.clone()
+    padded[0, 90:] = False
+    assert reason(256, window=2) is None
+    assert "257 keys are no short call at this window (at most 256)" in reason(257, window=2)
+    assert reason(464, window=200) is None
+    assert "at most 464" in reason(465, window=200)
+    assert "at most 256" in reason(257, window=200, causal=True)  # tiles leave out the future
+    assert "at most 256" in reason(257, window=20, dilation=10)
+    assert f"at most {KEYS}" in reason(KEYS + 1, window=900)
+    assert reason(100, window=2, dtype=torch.bfloat16) is None
+    assert "round the bias" in reason(100, window=2, dtype=torch.bfloat16, positions="alibi")
+    assert "columns are not positions" in reason(100, Tokens.of(padded), window=2)
+    assert "batch rows differ" in reason(100, Tokens.of(whole, some), window=2)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_how_many_blocks_are_linked_is_told(options):
     layer = build("bigbird", **{"block": 11, **options})

@@ -39,6 +39,7 @@ from attention_zoo.contract import Abilities, Tokens, at_least, one_of
 from attention_zoo.ops.dispatch import BANDED, DENSE, TILES, WHOLE_BAND
 from attention_zoo.ops.flex import FLEX
 from attention_zoo.ops.row import ROW
+from attention_zoo.ops.short_band import SHORT_BAND
 from attention_zoo.ops.xformers import XFORMERS
 
 
@@ -49,13 +50,13 @@ class Longformer(PatternAttention):
         window: tokens per side; at least 1.
         dilation: step between the tokens of a window; one number, or one for each head. Reach is window · dilation.
         global_projections: "separate" (the paper) or "shared".
-        kernel: auto | row | sdpa | flex | banded | xformers | tiles | dense.
+        kernel: auto | row | sdpa | short | flex | banded | xformers | tiles | dense.
         shared: the options of `Attention`.
     """
 
     name = "longformer"
     tiny = {"window": 3}
-    kernels = (ROW, WHOLE_BAND, FLEX, BANDED, XFORMERS, TILES, DENSE)
+    kernels = (ROW, WHOLE_BAND, SHORT_BAND, FLEX, BANDED, XFORMERS, TILES, DENSE)
     shift_invariant = True
     unweighted = True
     declared = Abilities(

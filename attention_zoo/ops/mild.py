@@ -45,9 +45,8 @@ def _longest_seen(call: PatternCall) -> Float[Tensor, "B K S"]:
         return found.amax(-1, keepdim=True).expand_as(found)
     # one running maximum for all documents: a later one stands higher
     document = keys.document.where(keys.valid, 0).cummax(1).values
-    number = (document.diff(dim=1) != 0).cumsum(
-        1
-    )  # of the document in its row: ids may be any, and too large to add to
+    # documents are counted within the row: ids may be any, and too large to add to
+    number = (document.diff(dim=1) != 0).cumsum(1)
     floor = torch.nn.functional.pad(number, (1, 0))[:, None].double() * _APART
     found = found.double().clamp(max=_APART / 2)
     longest = (found + floor).cummax(-1).values - floor

@@ -85,12 +85,12 @@ def _run(call: PatternCall) -> Tensor:
 SHORT = Kernel("short", _run, _refuse, f"up to {KEYS} keys: torch's fused attention on all of them, links as its bias")
 
 
-_known: WeakKeyDictionary[Any, tuple[Any, Tensor]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Any, tuple[Any, Tensor | None]] = WeakKeyDictionary()
 """Each pattern's last bias between blocks, with what it depends on: links are costly for so few tokens."""
 
 
-def _of_blocks(call: PatternCall, keys: Tokens) -> Tensor:
-    """The bias between blocks, [1, H, n, n]: all tokens of a block see, and are seen, alike."""
+def _of_blocks(call: PatternCall, keys: Tokens) -> Tensor | None:
+    """The bias between blocks, [1, H, n, n]: all tokens of a block see, and are seen, alike. None: all see all."""
     pattern = cast(BlockPattern, call.pattern)
     first = keys.cut(slice(0, None, pattern.block))
     made_of = (pattern.block, first.length.tolist(), first.is_global.tolist(), call.q.dtype)
@@ -99,17 +99,19 @@ def _of_blocks(call: PatternCall, keys: Tokens) -> Tensor:
         everyone = first.is_global[:, None, :, None] | first.is_global[:, None, None, :]
         with torch.inference_mode(False):  # it outlives this call
             bias = pattern.bias(first, first).detach().masked_fill(everyone, 0).to(call.q.dtype)
-        known = _known[pattern] = (made_of, bias)
+        known = _known[pattern] = (made_of, bias if pattern.causal or bool(bias.any()) else None)
     return known[1]
 
 
-def _of_tokens(call: PatternCall, keys: Tokens, blocks: Tensor, rows: slice, columns: slice) -> Tensor:
+def _of_tokens(call: PatternCall, keys: Tokens, blocks: Tensor | None, rows: slice, columns: slice) -> Tensor | None:
     """The bias of these columns of queries and of keys, [1, H, rows, n]. A query sees its own block, so something."""
     block = cast(BlockPattern, call.pattern).block
+    extra = call.pattern.position_bias(keys.cut(rows), keys.cut(columns))
+    if blocks is None:
+        return None if extra is None else extra.to(call.q.dtype)
     row = torch.arange(rows.start, rows.stop, device=blocks.device)
     wide = blocks.repeat_interleave(block, 3)[..., columns]
     bias = wide.index_select(2, row // block)
-    extra = call.pattern.position_bias(keys.cut(rows), keys.cut(columns))
     bias = bias if extra is None else bias + extra.to(bias.dtype)
     if call.pattern.causal:
         # earlier columns are past for all of these rows

@@ -92,7 +92,7 @@ class Case:
             yield {"kv_heads": 1}
 
     def build(
-        self, *, dtype: torch.dtype = torch.float64, tiny: bool = True, tile: int = 8, **options: Any
+        self, *, dtype: torch.dtype = torch.float64, tiny: bool = True, tile: int = 4, **options: Any
     ) -> Attention:
         """A layer in evaluation mode, the same at every call, with weights large enough to make sharp distributions.
 
