@@ -70,12 +70,15 @@ def _run(call: PatternCall) -> Tensor:
     # the fused call wants channels side by side
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (call.q, call.k, call.v))
     keys = Tokens(*(field[:1] for field in call.keys))  # all batch rows are alike
-    blocks = _of_blocks(call, keys)
-    size = ROWS if call.pattern.causal else L
+    blocks, causal = _of_blocks(call, keys), call.pattern.causal
+    if blocks is None and not call.has_position_bias and (L == S or not causal):
+        out = fused(q, k, v, scale=call.scale, causal=causal)
+        return out if call.global_qkv is None else with_global_rows(call, out)
+    size = ROWS if causal else L
     found = []
     for start in range(0, L, size):
         rows = slice(start, min(start + size, L))
-        seen = slice(0, rows.stop + S - L if call.pattern.causal else S)
+        seen = slice(0, rows.stop + S - L if causal else S)
         bias = _of_tokens(call, keys, blocks, slice(rows.start + S - L, rows.stop + S - L), seen)
         found.append(fused(q[:, :, rows], k[:, :, seen], v[:, :, seen], bias, scale=call.scale))
     out = found[0] if len(found) == 1 else torch.cat(found, 2)
@@ -90,7 +93,10 @@ _known: WeakKeyDictionary[Any, tuple[Any, Tensor | None]] = WeakKeyDictionary()
 
 
 def _of_blocks(call: PatternCall, keys: Tokens) -> Tensor | None:
-    """The bias between blocks, [1, H, n, n]: all tokens of a block see, and are seen, alike. None: all see all."""
+    """The bias between blocks, [1, H, n, n]: all tokens of a block see, and are seen, alike.
+
+    None: it hides and weighs nothing but the future.
+    """
     pattern = cast(BlockPattern, call.pattern)
     first = keys.cut(slice(0, None, pattern.block))
     made_of = (pattern.block, first.length.tolist(), first.is_global.tolist(), call.q.dtype)
@@ -99,19 +105,20 @@ def _of_blocks(call: PatternCall, keys: Tokens) -> Tensor | None:
         everyone = first.is_global[:, None, :, None] | first.is_global[:, None, None, :]
         with torch.inference_mode(False):  # it outlives this call
             bias = pattern.bias(first, first).detach().masked_fill(everyone, 0).to(call.q.dtype)
-        known = _known[pattern] = (made_of, bias if pattern.causal or bool(bias.any()) else None)
+        past = bias.tril() if pattern.causal else bias
+        known = _known[pattern] = (made_of, bias if bool(past.any()) else None)
     return known[1]
 
 
-def _of_tokens(call: PatternCall, keys: Tokens, blocks: Tensor | None, rows: slice, columns: slice) -> Tensor | None:
+def _of_tokens(call: PatternCall, keys: Tokens, blocks: Tensor | None, rows: slice, columns: slice) -> Tensor:
     """The bias of these columns of queries and of keys, [1, H, rows, n]. A query sees its own block, so something."""
     block = cast(BlockPattern, call.pattern).block
-    extra = call.pattern.position_bias(keys.cut(rows), keys.cut(columns))
+    row = torch.arange(rows.start, rows.stop, device=call.q.device)
     if blocks is None:
-        return None if extra is None else extra.to(call.q.dtype)
-    row = torch.arange(rows.start, rows.stop, device=blocks.device)
-    wide = blocks.repeat_interleave(block, 3)[..., columns]
-    bias = wide.index_select(2, row // block)
+        bias = call.q.new_zeros(1, 1, len(row), columns.stop)
+    else:
+        bias = blocks.repeat_interleave(block, 3)[..., columns].index_select(2, row // block)
+    extra = call.pattern.position_bias(keys.cut(rows), keys.cut(columns))
     bias = bias if extra is None else bias + extra.to(bias.dtype)
     if call.pattern.causal:
         # earlier columns are past for all of these rows
