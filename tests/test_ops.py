@@ -9,7 +9,7 @@ import attention_zoo as zoo
 from attention_zoo.ops import tiles as tiles_module
 from attention_zoo.ops.dense import dense
 from attention_zoo.ops.partial import Scratch, Sums, partial, partial_backward
-from attention_zoo.ops.tiles import Part, Tile, run_tiles
+from attention_zoo.ops.tiles import Part, Tile, blocks_in, run_tiles
 
 SCALE = 0.3
 
@@ -51,7 +51,7 @@ def test_partial_is_dense_and_reports_the_log_sum_exp(shape):
 def test_two_parts_merge_into_the_whole_forward_and_backward(every):
     """Also where every row, or every second, is known to be mild."""
     q, k, v = operands()
-    mild = None if every is None else (torch.arange(9) % every == 0)[:, None].expand(2, 4, 9, 1)
+    mild = False if every is None else (torch.arange(9) % every == 0)[:, None].expand(2, 4, 9, 1)
     bias = random_bias(2, 4, 9, 11)
     bias[0, 0, 3, :6] = -torch.inf  # sees only the second part
     bias[1, 2, 4] = -torch.inf  # sees nothing at all
@@ -123,7 +123,7 @@ def test_every_kind_of_keys_equals_dense(kind):
                 mine = slice(start + 2 * group, start + 2 * group + 2)
                 bias[b, h, group] = full[b, h, mine][:, columns[b, h, group]]
                 used[b, h, mine, columns[b, h, group]] = bias[b, h, group]
-            parts.append(Part(keys, lambda batch, bias=bias: bias[batch], block))
+            parts.append(Part(blocks_in(k, H, keys, block), lambda batch, bias=bias: bias[batch], block))
         tiles.append(Tile(rows, parts))
     equal_with_gradients(run_tiles(q, k, v, tiles, scale=SCALE), dense(q, k, v, used, scale=SCALE), (q, k, v))
 

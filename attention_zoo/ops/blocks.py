@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from attention_zoo.contract import Tokens
 from attention_zoo.ops.dispatch import Kernel, triton_reason
 from attention_zoo.ops.pattern_call import Pattern, PatternCall
-from attention_zoo.ops.plans import gather_columns, run_local, with_global_rows
-from attention_zoo.ops.tiles import Bias, Part, Tile, scores_at_once
+from attention_zoo.ops.plans import gather_columns, no_bias, run_local, with_global_rows
+from attention_zoo.ops.tiles import Bias, Part, Tile, blocks_in, scores_at_once
 
 GATHERED = 1 << 21
 """Most elements of keys that a step gathers for one sequence: bounds its memory for wide models."""
@@ -281,6 +281,10 @@ def _steps(
     weight = weight.to(torch.promote_types(call.q.dtype, torch.float32))
     plain = biases.plain(links, weight)
     heads, rows = _step_size(call, links.shape[3], block)
+    if source is None:
+        taken, size = blocks_in(call.k, call.q.shape[1], links, block), block
+    else:
+        taken, size = blocks_in(call.k, call.q.shape[1], _columns(links, source, block), 1), 1
     tiles = []
     for head in range(0, call.q.shape[1], heads):
         mine, start = slice(head, head + heads), first
@@ -289,11 +293,10 @@ def _steps(
             whole = 0 if start % block else min(rows, (end - start) // block)
             stop = start + whole * block if whole else min(end, start - start % block + block)
             some = slice(start // block - first // block, (stop - 1) // block + 1 - first // block)
-            keys = links[:, mine, some]
-            bias: Bias = _no_bias
+            bias: Bias = no_bias
             if not all(plain[some]):
-                bias = partial(biases.step, keys, weight[:, mine, some], mine, start, stop)
-            part = Part(keys, bias, block) if source is None else Part(_columns(keys, source, block), bias)
+                bias = partial(biases.step, links[:, mine, some], weight[:, mine, some], mine, start, stop)
+            part = Part(taken[:, mine, some], bias, size)
             tiles.append(Tile(slice(start - first, stop - first), [part], mine))
             start = stop
     return tiles
@@ -318,10 +321,6 @@ def _columns(links: Tensor, source: Tensor, block: int) -> Tensor:
 
 def _some(x: Tensor, batch: slice) -> Tensor:
     return x[batch] if len(x) > 1 else x
-
-
-def _no_bias(batch: slice) -> None:
-    return None
 
 
 class _Biases:

@@ -8,7 +8,8 @@ Each step is matrix products over all heads at once, and as few passes over the 
 makes this as fast on a CPU as torch's fused kernel forward, and faster backward, without a private operator:
 
 - the exponential is base 2 (half the cost of base e there), and its factor rides along with the product;
-- what is added to the scores stands in their memory before the product does, which adds to it;
+- what is added to the scores stands in their memory before the product does, which adds to it (zeros too: MKL fills
+  them in more slowly than `zero_`);
 - rows whose scores are known to be small (ops/mild.py) take their exponentials as they are: where all rows of a part
   are such, nobody looks for their largest scores or subtracts them;
 - scores live in a `Scratch` that all steps of a call share: fresh memory costs as much as the arithmetic on it.
@@ -31,18 +32,18 @@ class Scratch:
 
     def __init__(self) -> None:
         self._whole: dict[str, Tensor] = {}
-        self._last: dict[str, Tensor] = {}
+        self._views: dict[str, dict[tuple[int, ...], Tensor]] = {}
 
     def __call__(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Contiguous, in the dtype and on the device of `like`; valid until the name is asked for again."""
-        last = self._last.get(name)
-        if last is not None and last.shape == shape:
-            return last
-        whole, count = self._whole.get(name), math.prod(shape)
-        if whole is None or whole.numel() < count:
-            whole = self._whole[name] = like.new_empty(count)
-        self._last[name] = whole[:count].view(shape)
-        return self._last[name]
+        views = self._views.setdefault(name, {})
+        if shape not in views:
+            whole, count = self._whole.get(name), math.prod(shape)
+            if whole is None or whole.numel() < count:
+                whole = self._whole[name] = like.new_empty(count)
+                views.clear()
+            views[shape] = whole[:count].view(shape)
+        return views[shape]
 
 
 class Sums:
@@ -52,17 +53,17 @@ class Sums:
     that such a row is computed alike to the last bit, whatever the others are.
     """
 
-    def __init__(self, q: Float[Tensor, "B H L D"], scratch: Scratch, mild: Bool[Tensor, "B H L 1"] | None = None):
+    def __init__(self, q: Float[Tensor, "B H L D"], scratch: Scratch, mild: Bool[Tensor, "B H L 1"] | bool = False):
         """For these queries; sums are float32 at least, in the scratch, so that one object at a time is in use.
 
         Args:
-            mild: rows whose scores are known to be small; None: none is.
+            mild: rows whose scores are known to be small; True or False: all or none.
         """
         like = q.new_empty((), dtype=torch.promote_types(q.dtype, torch.float32))
         self.scratch, self.mild, self.empty = scratch, mild, True
         self.values, self.weights = (scratch("values", q.shape, like), scratch("weights", (*q.shape[:3], 1), like))
         self.shift: Tensor | None = None  # of the exponents, base 2
-        if mild is None or not bool(mild.all()):
+        if not (mild if isinstance(mild, bool) else bool(mild.all())):
             self.shift = scratch("shift", self.weights.shape, like).fill_(_LOWEST)
 
     def add(
@@ -88,7 +89,7 @@ class Sums:
         if self.shift is not None:
             shift = self.shift.view(*rows, 1)
             peak = torch.maximum(weights.amax(-1, keepdim=True), shift)
-            if self.mild is not None:
+            if isinstance(self.mild, Tensor):
                 peak.masked_fill_(self.mild.reshape(peak.shape), 0)
             weights.sub_(peak)
             if not self.empty:
@@ -102,13 +103,20 @@ class Sums:
         values.baddbmm_(weights, v.flatten(0, 1), beta=0 if self.empty else 1)
         self.empty = False
 
-    def end(self) -> tuple[Float[Tensor, "B H L D"], Float[Tensor, "B H L 1"]]:
-        """Output (zeros where a row saw nothing) and log-sum-exp of the scores (-inf there). Overwrites the sums."""
+    def end(
+        self, into: Float[Tensor, "B H L D"] | None = None
+    ) -> tuple[Float[Tensor, "B H L D"], Float[Tensor, "B H L 1"]]:
+        """Output (zeros where a row saw nothing) and log-sum-exp of the scores (-inf there). Overwrites the sums.
+
+        Args:
+            into: where the output goes, of any layout and floating dtype; default the scratch.
+        """
+        into = self.values if into is None else into
         if self.empty:
-            return self.values.zero_(), self.weights.fill_(-torch.inf)
-        values = self.values.div_(self.weights.clamp(min=1e-30))
+            return into.zero_(), self.weights.fill_(-torch.inf)
+        torch.div(self.values, self.weights.clamp(min=1e-30), out=into)
         lse = self.weights.log_()
-        return values, lse if self.shift is None else lse.add_(self.shift, alpha=1 / LOG2E)
+        return into, lse if self.shift is None else lse.add_(self.shift, alpha=1 / LOG2E)
 
 
 def partial(
@@ -192,8 +200,9 @@ def exponents(
         torch.mul(bias.expand(inside.shape), LOG2E, out=inside)
     elif lse is not None:
         inside.copy_(lse * -LOG2E)
-    beta = 0 if bias is None and lse is None else 1
-    return found.baddbmm_(q.reshape(B * K, -1, D), k.flatten(0, 1).transpose(1, 2), beta=beta, alpha=scale * LOG2E)
+    else:
+        found.zero_()
+    return found.baddbmm_(q.reshape(B * K, -1, D), k.flatten(0, 1).transpose(1, 2), alpha=scale * LOG2E)
 
 
 def add_product(

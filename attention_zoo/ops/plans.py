@@ -30,16 +30,11 @@ def run_local(call: PatternCall, local: list[Tile], first: int | None = None) ->
         first = call.k.shape[2] - call.q.shape[2]
     mild = mild_rows(call, first)
     if call.any_global_key:
-        columns, chosen = gather_columns(call.keys, call.keys.is_global & call.keys.valid)
+        keys = _GlobalKeys(call)
         near = _same_documents(
-            call, call.queries, [tile.rows for tile in local if isinstance(tile.rows, slice)], chosen
+            call, call.queries, [tile.rows for tile in local if isinstance(tile.rows, slice)], keys.chosen
         )
-        width = most_keys(call, call.pattern.tile)
-        pieces: dict[tuple[int, int], Tensor] = {}  # the same tensor for all tiles: it is then gathered once
-        local = [
-            tile._replace(parts=[*tile.parts, *_global_parts(call, _span(tile), columns, chosen, some, width, pieces)])
-            for tile, some in zip(local, near)
-        ]
+        local = [tile._replace(parts=[*tile.parts, *keys.parts(_span(tile), some)]) for tile, some in zip(local, near)]
     if call.any_global_query and call.global_qkv is None:
         columns, queries = gather_columns(call.queries, call.queries.is_global & call.queries.valid)
         tiles = _everyone_tiles(call, queries)
@@ -167,25 +162,25 @@ def gather_columns(tokens: Tokens, mask: Tensor) -> tuple[Tensor, Tokens]:
     return order, chosen._replace(valid=chosen.valid & mask.gather(1, order))
 
 
-def _global_parts(
-    call: PatternCall,
-    rows: slice | Rows,
-    columns: Tensor,
-    chosen: Tokens,
-    some: slice,
-    width: int,
-    pieces: dict[tuple[int, int], Tensor],
-) -> list[Part]:
-    assert isinstance(rows, slice)
+class _GlobalKeys:
+    """The global keys of a call, to be parts of its tiles."""
 
-    def part(a: int, b: int) -> Part:
-        keys = chosen.cut(slice(a, b))
-        return Part(
-            pieces.setdefault((a, b), columns[:, a:b]),
-            lambda batch: _global_bias(call, call.queries.cut(rows, batch), keys.cut(ALL, batch)),
-        )
+    def __init__(self, call: PatternCall):
+        self.call = call
+        self.columns, self.chosen = gather_columns(call.keys, call.keys.is_global & call.keys.valid)
+        self.width, self.all_seen = most_keys(call, call.pattern.tile), _all_seen(call, self.chosen)
+        self.pieces: dict[tuple[int, int], Tensor] = {}  # the same tensor for all tiles: it is then gathered once
 
-    return [part(a, b) for a, b in _cuts(some.start, some.stop, width)]
+    def parts(self, rows: slice, some: slice) -> list[Part]:
+        """What queries at these rows see of some of the keys."""
+        return [self._part(rows, a, b) for a, b in _cuts(some.start, some.stop, self.width)]
+
+    def _part(self, rows: slice, a: int, b: int) -> Part:
+        columns = self.pieces.setdefault((a, b), self.columns[:, a:b])
+        if self.all_seen:
+            return Part(columns, no_bias)
+        call, keys = self.call, self.chosen.cut(slice(a, b))
+        return Part(columns, lambda batch: _global_bias(call, call.queries.cut(rows, batch), keys.cut(ALL, batch)))
 
 
 def _same_documents(call: PatternCall, queries: Tokens, rows: list[slice], keys: Tokens) -> list[slice]:
@@ -205,10 +200,19 @@ def _same_documents(call: PatternCall, queries: Tokens, rows: list[slice], keys:
     return [slice(a, b) for a, b in zip(start.tolist(), stop.tolist())]
 
 
+def no_bias(batch: slice) -> None:
+    """Of a part whose keys are all seen: None."""
+
+
+def _all_seen(call: PatternCall, keys: Tokens) -> bool:
+    """Whether `everyone_bias` is zero at these keys."""
+    shown = not call.pattern.causal and call.one_document and not call.has_position_bias
+    return shown and bool(keys.valid.all())
+
+
 def _global_bias(call: PatternCall, queries: Tokens, keys: Tokens) -> Tensor | None:
     """`everyone_bias`, or None where it would be all zeros."""
-    shown = not call.pattern.causal and call.one_document and not call.has_position_bias
-    return None if shown and bool(keys.valid.all()) else everyone_bias(call, queries, keys)
+    return None if _all_seen(call, keys) else everyone_bias(call, queries, keys)
 
 
 def everyone_bias(call: PatternCall, queries: Tokens, keys: Tokens) -> Tensor:
@@ -220,9 +224,11 @@ def everyone_bias(call: PatternCall, queries: Tokens, keys: Tokens) -> Tensor:
 
 def _everyone_tiles(call: PatternCall, queries: Tokens) -> list[Tile]:
     """Tiles of queries that see everything; their rows count the given queries."""
-    count, size = queries.valid.shape[1], 2 * call.pattern.tile
+    count, size, all_seen = queries.valid.shape[1], 2 * call.pattern.tile, _all_seen(call, call.keys)
 
     def part(rows: slice, keys: slice) -> Part:
+        if all_seen:
+            return Part(keys, no_bias)
         return Part(keys, lambda batch: _global_bias(call, queries.cut(rows, batch), call.keys.cut(keys, batch)))
 
     runs = [slice(a, min(a + size, count)) for a in range(0, count, size)]

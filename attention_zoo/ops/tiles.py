@@ -36,9 +36,9 @@ class Part(NamedTuple):
     Fields:
         keys: which columns of k and v. A slice (with any step) is a view without a copy; int [n] is the same for all
             batch rows; int [B, n] is each row's own, and is gathered once for all tiles that hold the same tensor;
-            int [B|1, h, g, m] is the own of each of the tile's heads for each of g equal groups of the tile's rows,
-            counted in blocks of `block` columns: n = m · block. k and v must then be contiguous and made of whole
-            blocks; gathering long contiguous runs is what makes this fast (20 times, measured on CPU).
+            int [B, h, g, m] is the own of each of the tile's heads for each of g equal groups of the tile's rows, as
+            `blocks_in` counts blocks of `block` columns: n = m · block. k and v must then be contiguous; gathering long
+            contiguous runs is what makes this fast (20 times, measured on CPU).
         bias: called with the batch rows that it is needed for, forward and again backward; -inf unseen, or None.
             [b|1, H|1, rows|1, n] for b batch rows, of all heads; with groups, of the tile's,
             [b|1, h|1, g, rows / g|1, n].
@@ -70,6 +70,21 @@ class Tile(NamedTuple):
     rows: slice | Rows
     parts: Sequence[Part]
     heads: slice = slice(None)
+
+
+def blocks_in(
+    k: Float[Tensor, "B K S D"], heads: int, links: Int[Tensor, "#B H R m"], block: int
+) -> Int[Tensor, "B H R m"]:
+    """Which blocks of all of k, in the order of memory, these blocks of each head's columns are.
+
+    Args:
+        heads: of the queries, H; consecutive ones share a key head.
+    """
+    B, K, S, _ = k.shape
+    if S % block:
+        raise ValueError(f"S must be whole blocks of {block}, got {S}")
+    first = torch.arange(B * K, device=k.device).view(B, K) * (S // block)
+    return links + first.repeat_interleave(heads // K, 1)[:, :, None, None]
 
 
 def run_tiles(
@@ -114,18 +129,21 @@ class _Tiles(torch.autograd.Function):
         lse = q.new_full((B, H, L, 1), -torch.inf, dtype=exact)
         deciding = []  # log-sum-exp of tiles with `Rows`
         scratch, shared = Scratch(), _Shared(k, v)
+        all_mild = mild is not None and bool(mild.all())
         for step in _steps(q, k, v, tiles):
             if not step.parts:
                 continue
             query = step.rows(q)
-            sums = Sums(query, scratch, None if mild is None else step.rows(mild))
+            sums = Sums(query, scratch, all_mild if all_mild or mild is None else step.rows(mild))
             for part in step.parts:
                 view = _View(part, step, q, k)
                 keys, values = view.take(k, v, shared, scratch)
                 sums.add(view.split(query), keys, values, view.bias(), scale=scale)
-            found, found_lse = sums.end()
-            step.put(out, found)
-            if isinstance(step.tile.rows, Rows):
+            if isinstance(step.tile.rows, slice):
+                _, found_lse = sums.end(step.rows(out))
+            else:
+                found, found_lse = sums.end()
+                step.put(out, found)
                 valid = _some(step.tile.rows.valid, step.batch)[:, None, :, None]
                 deciding.append(found_lse.masked_fill(~valid | (found_lse == -torch.inf), torch.inf))
                 found_lse = torch.full_like(found_lse, torch.inf)
@@ -279,11 +297,13 @@ class _View:
         self.key_heads = slice(first // group, last // group)
         # 0: all heads and rows see the same keys
         self.groups = part.keys.shape[2] if isinstance(part.keys, Tensor) and part.keys.ndim == 4 else 0
-        self.index: Tensor | None = None
 
     def split(self, x: Tensor) -> Tensor:
         """[B, H, rows, D] -> [B, H·g, rows / g, D]."""
-        return x.unflatten(2, (self.groups, -1)).flatten(1, 2) if self.groups else x
+        if not self.groups:
+            return x
+        b, heads, rows, width = x.shape
+        return x.reshape(b, heads * self.groups, rows // self.groups, width)
 
     def bias(self) -> Tensor | None:
         """[b|1, H|1, rows|1, n], or with groups [b|1, H·g, rows / g|1, n]."""
@@ -338,10 +358,10 @@ class _View:
                 self._mine(into).index_add_(2, self.keys, grad)
             else:
                 blocks = self._blocks(into)
-                blocks.index_add_(0, self._index(into), grad.view(-1, blocks.shape[1]))
+                blocks.index_add_(0, self._index(), grad.view(-1, blocks.shape[1]))
 
     def _gather(self, x: Tensor, name: str, scratch: Scratch) -> Tensor:
-        blocks, index = self._blocks(x), self._index(x)
+        blocks, index = self._blocks(x), self._index()
         taken = scratch(name, (len(index), blocks.shape[1]), x)
         torch.index_select(blocks, 0, index, out=taken)
         return taken.view(-1, self.heads * self.groups, self._width, x.shape[3])
@@ -355,18 +375,10 @@ class _View:
         """[B, K, S, D] -> [B·K·S / block, block·D], a view."""
         return x.view(-1, self.block * x.shape[3])
 
-    def _index(self, x: Tensor) -> Tensor:
-        """Rows of `_blocks(x)` that the part takes, flat [b·H·g·m]; consecutive heads share a key head."""
-        if self.index is None:
-            B, K, S, _ = x.shape
-            assert isinstance(self.keys, Tensor)
-            assert S % self.block == 0
-            batch = _some(torch.arange(B, device=x.device), self.batch)[:, None] * K
-            head = torch.arange(self.key_heads.start, self.key_heads.stop, device=x.device)
-            head = head.repeat_interleave(self.heads // len(head))
-            keys = _some(self.keys, self.batch) if self.keys.shape[0] > 1 else self.keys
-            self.index = ((batch + head)[:, :, None, None] * (S // self.block) + keys).flatten()
-        return self.index
+    def _index(self) -> Tensor:
+        """Rows of `_blocks(x)` that the part takes, flat [b·H·g·m]."""
+        assert isinstance(self.keys, Tensor)
+        return _some(self.keys, self.batch).flatten()
 
 
 class _Shared:
