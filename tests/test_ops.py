@@ -8,8 +8,9 @@ import torch
 import attention_zoo as zoo
 from attention_zoo.ops import tiles as tiles_module
 from attention_zoo.ops.dense import dense
-from attention_zoo.ops.partial import Scratch, Sums, partial, partial_backward
-from attention_zoo.ops.tiles import Part, Tile, blocks_in, run_tiles
+from attention_zoo.ops.partial import LOG2E, Asked, Scratch, Sums, fold, partial, partial_backward
+from attention_zoo.ops.parts import Part, blocks_in
+from attention_zoo.ops.tiles import Tile, run_tiles
 
 SCALE = 0.3
 
@@ -60,16 +61,19 @@ def test_two_parts_merge_into_the_whole_forward_and_backward(every):
     with torch.no_grad():
         sums = Sums(q, Scratch(), mild)
         for s in (a, b):
-            sums.add(q, k[:, :, s], v[:, :, s], bias[..., s], scale=SCALE)
+            keys, values = (x[:, :, s].flatten(0, 1) for x in (k, v))
+            sums.add(fold(q, 2), keys, values, bias[..., s], scale=SCALE, shape=(2, 4, 9))
         out, lse = sums.end()
         close(out, want)
         grad = torch.randn_like(out)
-        delta, lse = (grad * out).sum(-1, keepdim=True), lse.masked_fill(lse == -torch.inf, torch.inf)
+        down = -(grad * out).sum(-1, keepdim=True)
+        shift = -LOG2E * lse.masked_fill(lse == -torch.inf, torch.inf)
         got = [torch.zeros_like(x) for x in (q, k, v)]
+        asked = Asked(*(fold(x, 2) for x in (grad, q, down, shift)))
         for s in (a, b):
-            into = (got[0], got[1][:, :, s], got[2][:, :, s])
-            args = (grad, q, k[:, :, s], v[:, :, s], delta, lse, bias[..., s])
-            partial_backward(*args, scale=SCALE, into=into)
+            keys = [x[:, :, s].flatten(0, 1) for x in (k, v)]
+            into = (fold(got[0], 2), *(x.view(4, 11, 8)[:, s] for x in got[1:]))
+            partial_backward(asked, *keys, bias[..., s], scale=SCALE, into=into, shape=(2, 4, 9))
     for mine, want_gradient in zip(got, torch.autograd.grad(want, (q, k, v), grad)):
         close(mine, want_gradient)
 
@@ -82,8 +86,11 @@ def test_partial_with_no_keys_or_no_queries_sees_nothing():
     none = q[:, :, :0]
     out, lse = partial(none, k, v, scale=SCALE)
     assert out.shape == (2, 4, 0, 8)
-    into = tuple(torch.zeros_like(x) for x in (none, k, v))
-    partial_backward(out, none, k, v, lse, lse, scale=SCALE, into=into)
+    asked, keys = Asked(*(fold(x, 2) for x in (out, none, lse, lse))), [x.flatten(0, 1) for x in (k, v)]
+    into = tuple(torch.ones_like(x) for x in (asked.q, *keys))
+    partial_backward(asked, *keys, scale=SCALE, into=into)
+    assert all(g.all() for g in into)
+    partial_backward(asked, *keys, scale=SCALE, into=into, fresh=True)
     assert all(not g.any() for g in into)
 
 

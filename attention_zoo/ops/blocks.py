@@ -22,9 +22,10 @@ from torch.nn import functional as F
 
 from attention_zoo.contract import Tokens
 from attention_zoo.ops.dispatch import Kernel, triton_reason
+from attention_zoo.ops.parts import Bias, Part, blocks_in
 from attention_zoo.ops.pattern_call import Pattern, PatternCall
 from attention_zoo.ops.plans import gather_columns, no_bias, run_local, with_global_rows
-from attention_zoo.ops.tiles import Bias, Part, Tile, blocks_in, scores_at_once
+from attention_zoo.ops.tiles import Tile, scores_at_once
 
 GATHERED = 1 << 21
 """Most elements of keys that a step gathers for one sequence: bounds its memory for wide models."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from attention_zoo.ops.dense import dense
 from attention_zoo.ops.function import exact, once
 from attention_zoo.ops.lsh_layout import Layout
-from attention_zoo.ops.partial import Scratch, partial, partial_backward
+from attention_zoo.ops.partial import LOG2E, Asked, Scratch, partial, partial_backward
 
 # What one step may hold: scores of the chunks attended at once, and slots of the heads handled at once. On CPU a step
 # should stay near the cache; on a GPU a few steps should fill the device (these two are not measured).
@@ -228,6 +228,7 @@ class Block:
         scratch = Scratch()
         for step, queries, _, keys, bias in self.steps(k.dtype):
             rows, (k, v) = _rows(query_table, queries), _rows(key_table, keys).chunk(2, -1)
+            rows, k, v = (x[:, None] for x in (rows, k, v))
             part, part_lse = partial(rows, k, v, bias, scale=self.plan.scale, scratch=scratch)
             out[step], lse[step] = part[:, 0], part_lse[:, 0, :, 0]
         return out, lse
@@ -239,33 +240,31 @@ class Block:
         C, D = self.plan.layout.chunk, q.shape[-1]
         query_table, key_table = self.table(q, grad, out, dtype=k.dtype), self.table(k, v, dtype=k.dtype)
         # rows that were not asked, or that see nothing: +inf makes their weights exactly zero
-        lse_table = self.scalars(lse.masked_fill(lse == -torch.inf, torch.inf), torch.inf)
+        shift_table = self.scalars(lse.masked_fill(lse == -torch.inf, torch.inf) * -LOG2E, -torch.inf)
         dq_slots = k.new_empty(len(self.active), C, D)
         dk_slots, dv_slots = k.new_zeros(2, len(self.contents), C * D)
         scratch = Scratch()
         for step, queries, windows, keys, bias in self.steps(k.dtype):
             rows, grads, outs = _rows(query_table, queries).chunk(3, -1)
             key_rows, values = _rows(key_table, keys).chunk(2, -1)
-            delta = (grads * outs).sum(-1, keepdim=True)
+            down = (grads * outs).sum(-1, keepdim=True).neg_()
             parts = (
                 scratch("dq", rows.shape, rows).zero_(),
                 scratch("dk", key_rows.shape, rows),
                 scratch("dv", values.shape, rows),
             )
             partial_backward(
-                grads,
-                rows,
+                Asked(grads, rows, down, shift_table[queries][..., None]),
                 key_rows,
                 values,
-                delta,
-                lse_table[queries][:, None, :, None],
                 bias,
                 scale=self.plan.scale,
                 into=parts,
+                shape=(len(rows), 1, C),
                 scratch=scratch,
                 fresh=True,
             )
-            dq_slots[step] = parts[0][:, 0]
+            dq_slots[step] = parts[0]
             for total, part in ((dk_slots, parts[1]), (dv_slots, parts[2])):
                 # a chunk is the same neighbour of one other chunk only: no two rows of an index_add meet
                 for window, share in zip(windows.unbind(1), part.reshape(*windows.shape, C * D).unbind(1)):
@@ -281,8 +280,8 @@ def _keys(q: Float[Tensor, "M h D"], epsilon: float) -> tuple[Float[Tensor, "M h
     return exact * factor, factor
 
 
-def _rows(table: Float[Tensor, "rows width"], rows: Int[Tensor, "a n"]) -> Float[Tensor, "a 1 n width"]:
-    return table.index_select(0, rows.flatten()).view(len(rows), 1, rows.shape[1], -1)
+def _rows(table: Float[Tensor, "rows width"], rows: Int[Tensor, "a n"]) -> Float[Tensor, "a n width"]:
+    return table.index_select(0, rows.flatten()).view(*rows.shape, -1)
 
 
 def _sum_rounds(

@@ -18,6 +18,7 @@ makes this as fast on a CPU as torch's fused kernel forward, and faster backward
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -59,35 +60,36 @@ class Sums:
         Args:
             mild: rows whose scores are known to be small; True or False: all or none.
         """
-        like = q.new_empty((), dtype=torch.promote_types(q.dtype, torch.float32))
-        self.scratch, self.mild, self.empty = scratch, mild, True
-        self.values, self.weights = (scratch("values", q.shape, like), scratch("weights", (*q.shape[:3], 1), like))
-        self.shift: Tensor | None = None  # of the exponents, base 2
-        if not (mild if isinstance(mild, bool) else bool(mild.all())):
-            self.shift = scratch("shift", self.weights.shape, like).fill_(_LOWEST)
+        self.like = q.new_empty((), dtype=torch.promote_types(q.dtype, torch.float32))
+        self.shape, self.scratch, self.mild, self.empty = q.shape, scratch, mild, True
+        self.shifted = not (mild if isinstance(mild, bool) else bool(mild.all()))
+        if self.shifted:
+            self._rows("shift").fill_(_LOWEST)  # of the exponents, base 2
 
     def add(
         self,
-        q: Float[Tensor, "B h l D"],
-        k: Float[Tensor, "B K S D"],
-        v: Float[Tensor, "B K S D"],
-        bias: Float[Tensor, "#B #h #l #S"] | None = None,
+        q: Float[Tensor, "N n D"],
+        k: Float[Tensor, "N m D"],
+        v: Float[Tensor, "N m D"],
+        bias: Float[Tensor, "#B #h #l #m"] | None = None,
         *,
         scale: float,
+        shape: tuple[int, int, int] = (1, 1, 1),
     ) -> None:
-        """Add these keys. Rows may be grouped into more heads, in the order of memory.
+        """Add these keys. The N · n rows are the queries, in the order of memory.
 
         Args:
             bias: added to the scaled scores; -inf hides a key.
+            shape: of the rows that the bias is for, (B, h, l).
         """
-        if not q.numel() or not k.shape[2]:
+        if not q.numel() or not k.shape[1]:
             return
-        q, k, v = (_exact(x) for x in (q, k, v))
-        weights = exponents(q, k, bias, scale=scale, scratch=self.scratch)
+        q, k, v = _exact(q), _exact(k), _exact(v)
+        weights = exponents(q, k, bias, None, scale=scale, shape=shape, scratch=self.scratch)
         rows = weights.shape[:2]
-        total, values = self.weights.view(*rows, 1), self.values.view(*rows, -1)
-        if self.shift is not None:
-            shift = self.shift.view(*rows, 1)
+        total, values = self._rows("weights", rows), self.scratch("values", q.shape, self.like)
+        if self.shifted:
+            shift = self._rows("shift", rows)
             peak = torch.maximum(weights.amax(-1, keepdim=True), shift)
             if isinstance(self.mild, Tensor):
                 peak.masked_fill_(self.mild.reshape(peak.shape), 0)
@@ -100,7 +102,7 @@ class Sums:
         weights.exp2_()
         found = weights.sum(-1, keepdim=True)
         total.copy_(found) if self.empty else total.add_(found)
-        values.baddbmm_(weights, v.flatten(0, 1), beta=0 if self.empty else 1)
+        values.baddbmm_(weights, v, beta=0 if self.empty else 1)
         self.empty = False
 
     def end(
@@ -111,12 +113,17 @@ class Sums:
         Args:
             into: where the output goes, of any layout and floating dtype; default the scratch.
         """
-        into = self.values if into is None else into
+        values, weights = self.scratch("values", self.shape, self.like), self._rows("weights")
+        into = values if into is None else into
         if self.empty:
-            return into.zero_(), self.weights.fill_(-torch.inf)
-        torch.div(self.values, self.weights.clamp(min=1e-30), out=into)
-        lse = self.weights.log_()
-        return into, lse if self.shift is None else lse.add_(self.shift, alpha=1 / LOG2E)
+            return into.zero_(), weights.fill_(-torch.inf)
+        torch.div(values, weights.clamp(min=1e-30), out=into)
+        lse = weights.log_()
+        return into, lse.add_(self._rows("shift"), alpha=1 / LOG2E) if self.shifted else lse
+
+    def _rows(self, name: str, rows: tuple[int, ...] | None = None) -> Tensor:
+        """One number a row."""
+        return self.scratch(name, (*(self.shape[:3] if rows is None else rows), 1), self.like)
 
 
 def partial(
@@ -130,99 +137,107 @@ def partial(
 ) -> tuple[Float[Tensor, "B H L D"], Float[Tensor, "B H L 1"]]:
     """Attention over these keys alone, without autograd: `Sums` of one part. The results are in the scratch."""
     sums = Sums(q, scratch or Scratch())
-    sums.add(q, k, v, bias, scale=scale)
+    B, H, L, _ = q.shape
+    sums.add(fold(q, k.shape[1]), k.flatten(0, 1), v.flatten(0, 1), bias, scale=scale, shape=(B, H, L))
     return sums.end()
 
 
+class Asked(NamedTuple):
+    """Rows that a gradient has come back for.
+
+    Fields:
+        grad: of the merged output.
+        q: queries.
+        down: -(grad · merged output), summed over D.
+        shift: -log2(e) · log-sum-exp of the merged attention; but -inf for rows that see nothing, which makes their
+            weights exactly zero.
+    """
+
+    grad: Float[Tensor, "*rows D"]
+    q: Float[Tensor, "*rows D"]
+    down: Float[Tensor, "*rows 1"]
+    shift: Float[Tensor, "*rows 1"]
+
+
 def partial_backward(
-    grad: Float[Tensor, "B H L D"],
-    q: Float[Tensor, "B H L D"],
-    k: Float[Tensor, "B K S D"],
-    v: Float[Tensor, "B K S D"],
-    delta: Float[Tensor, "B H L 1"],
-    lse: Float[Tensor, "B H L 1"],
-    bias: Float[Tensor, "#B #H #L #S"] | None = None,
+    asked: Asked,
+    k: Float[Tensor, "N m D"],
+    v: Float[Tensor, "N m D"],
+    bias: Float[Tensor, "#B #h #l #m"] | None = None,
     *,
     scale: float,
-    into: tuple[Float[Tensor, "B H L D"], Float[Tensor, "B K S D"], Float[Tensor, "B K S D"]],
+    into: tuple[Float[Tensor, "N n D"], Float[Tensor, "N m D"], Float[Tensor, "N m D"]],
+    shape: tuple[int, int, int] = (1, 1, 1),
     scratch: Scratch | None = None,
     fresh: bool = False,
-) -> Float[Tensor, "B H L S"]:
+) -> Float[Tensor, "N n m"]:
     """Add this part's share of dq, dk, dv to `into`, in place.
 
     Args:
-        grad: of the merged output.
-        delta: grad · merged output, summed over D.
-        lse: of the merged attention, as `Sums` end in; but +inf for rows that see nothing, which makes their weights
-            exactly zero.
+        asked: rows [N, n].
+        shape: of the rows that the bias is for, (B, h, l).
         fresh: overwrite dk and dv, whatever they hold, instead of adding to them.
 
     Returns:
         The gradient of the scores (before `scale`): what a learned bias receives. In the scratch.
     """
     scratch = scratch or Scratch()
-    grad, q, k, v = (_exact(x) for x in (grad, q, k, v))
-    if not q.numel() or not k.shape[2]:
-        if fresh:
-            into[1].zero_()
-            into[2].zero_()
-        return q.new_empty(*q.shape[:3], k.shape[2])
-    weights = exponents(q, k, bias, lse, scale=scale, scratch=scratch).exp2_()
-    heads, rows, _ = weights.shape
-    dscores = scratch("dscores", weights.shape, q).copy_(-delta.reshape(heads, rows, 1))
-    D = q.shape[3]
-    grad, q, k, v = grad.reshape(heads, rows, D), q.reshape(heads, rows, D), k.flatten(0, 1), v.flatten(0, 1)
-    dscores.baddbmm_(grad, v.transpose(1, 2)).mul_(weights)
+    grad, q, k, v = _exact(asked.grad), _exact(asked.q), _exact(k), _exact(v)
     dq, dk, dv = into
-    add_product(dq, dscores, k, scale)
-    add_product(dk, dscores.transpose(1, 2), q, scale, fresh=fresh)
-    add_product(dv, weights.transpose(1, 2), grad, fresh=fresh)
-    return dscores.view(*dq.shape[:3], k.shape[1])
+    if not q.numel() or not k.shape[1]:
+        if fresh:
+            dk.zero_()
+            dv.zero_()
+        return q.new_empty(*q.shape[:2], k.shape[1])
+    weights = exponents(q, k, bias, asked.shift, scale=scale, shape=shape, scratch=scratch).exp2_()
+    dscores = scratch("dscores", weights.shape, q).copy_(asked.down)
+    dscores.baddbmm_(grad, v.transpose(1, 2)).mul_(weights)
+    beta = 0 if fresh else 1
+    dq.baddbmm_(dscores, k, alpha=scale)
+    dk.baddbmm_(dscores.transpose(1, 2), q, beta=beta, alpha=scale)
+    dv.baddbmm_(weights.transpose(1, 2), grad, beta=beta)
+    return dscores
 
 
 def exponents(
-    q: Float[Tensor, "B H L D"],
-    k: Float[Tensor, "B K S D"],
-    bias: Float[Tensor, "#B #H #L #S"] | None,
-    lse: Float[Tensor, "B H L 1"] | None = None,
+    q: Float[Tensor, "N n D"],
+    k: Float[Tensor, "N m D"],
+    bias: Float[Tensor, "#B #h #l #m"] | None,
+    shift: Float[Tensor, "N n 1"] | None,
     *,
     scale: float,
+    shape: tuple[int, int, int],
     scratch: Scratch,
-) -> Float[Tensor, "BK HL S"]:
-    """log2(e) · (scale · q·k + bias - lse). Consecutive query heads share a key head: their rows stand together."""
-    (B, H, L, D), (K, S) = q.shape, k.shape[1:3]
-    found = scratch("scores", (B * K, H // K * L, S), q)
-    inside = found.view(B, H, L, S)
+) -> Float[Tensor, "N n m"]:
+    """log2(e) · (scale · q·k + bias) + shift. The bias is for rows of this shape, (B, h, l)."""
+    found = scratch("scores", (*q.shape[:2], k.shape[1]), q)
     # the product is added to what is there already: no pass of its own
-    if bias is not None and lse is not None:
-        torch.add(lse * -LOG2E, bias, alpha=LOG2E, out=inside)
-    elif bias is not None:
-        torch.mul(bias.expand(inside.shape), LOG2E, out=inside)
-    elif lse is not None:
-        inside.copy_(lse * -LOG2E)
+    if bias is not None:
+        inside = scratch("scores", (*shape, k.shape[1]), q)
+        if shift is None:
+            torch.mul(bias.expand(inside.shape), LOG2E, out=inside)
+        else:
+            torch.add(shift.view(*shape, 1), bias, alpha=LOG2E, out=inside)
+    elif shift is not None:
+        found.copy_(shift)
     else:
         found.zero_()
-    return found.baddbmm_(q.reshape(B * K, -1, D), k.flatten(0, 1).transpose(1, 2), alpha=scale * LOG2E)
+    return found.baddbmm_(q, k.transpose(1, 2), alpha=scale * LOG2E)
 
 
-def add_product(
-    into: Float[Tensor, "B H n D"],
-    a: Float[Tensor, "N n m"],
-    b: Float[Tensor, "N m D"],
-    alpha: float = 1.0,
-    *,
-    fresh: bool = False,
-) -> None:
-    """into += alpha · a @ b, without a temporary where the heads of `into` are those of the product.
+def fold(x: Float[Tensor, "B H L d"], groups: int) -> Float[Tensor, "N n d"]:
+    """Rows as products want them: those of each of a sequence's groups of heads together, N = B · groups."""
+    B, H, L, width = x.shape
+    return x.reshape(B * groups, H * L // groups, width)
 
-    With `fresh`, into = alpha · a @ b.
-    """
+
+def add_product(into: Float[Tensor, "B H n D"], a: Float[Tensor, "N n m"], b: Float[Tensor, "N m D"]) -> None:
+    """into += a @ b, without a temporary where the heads of `into` are those of the product."""
     B, H, n, D = into.shape
     if a.shape[0] == B * H and (B == 1 or H == 1 or into.stride(0) == H * into.stride(1)):
-        into.view(B * H, n, D).baddbmm_(a, b, beta=0 if fresh else 1, alpha=alpha)
+        into.view(B * H, n, D).baddbmm_(a, b)
     else:
-        into = into.zero_() if fresh else into
-        into.add_((a @ b).view(into.shape), alpha=alpha)
+        into.add_((a @ b).view(into.shape))
 
 
 def _exact(x: Tensor) -> Tensor:

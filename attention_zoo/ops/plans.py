@@ -12,8 +12,9 @@ from torch import Tensor
 from attention_zoo.contract import Tokens
 from attention_zoo.ops.fused import fused
 from attention_zoo.ops.mild import mild_rows
+from attention_zoo.ops.parts import Part
 from attention_zoo.ops.pattern_call import PatternCall
-from attention_zoo.ops.tiles import Part, Rows, Tile, run_tiles, scores_at_once
+from attention_zoo.ops.tiles import Rows, Tile, run_tiles, scores_at_once
 
 FUSED_ROWS = 1024
 """Global queries in one fused call: bounds its mask."""

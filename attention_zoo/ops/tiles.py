@@ -8,7 +8,7 @@ place: plain autograd through `k[:, :, a:b]` would allocate a full-size zero ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +16,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from attention_zoo.ops.function import exact, once
-from attention_zoo.ops.partial import Scratch, Sums, partial_backward
-
-Bias = Callable[[slice], Tensor | None]
+from attention_zoo.ops.partial import LOG2E, Asked, Scratch, Sums, partial_backward
+from attention_zoo.ops.parts import Part, Shared, View, some_rows
 
 SCORES = {"cpu": 1 << 19}
 """Scores that a step should hold, over batch and heads: near the cache on a CPU. See `scores_at_once`."""
@@ -28,26 +27,6 @@ _SCORES_GPU = 1 << 26  # a few steps should fill the device
 def scores_at_once(x: Tensor) -> int:
     """How many scores a step on this tensor's device should hold. Two copies of them exist in backward."""
     return SCORES.get(x.device.type, _SCORES_GPU)
-
-
-class Part(NamedTuple):
-    """Keys that one tile sees, with their bias.
-
-    Fields:
-        keys: which columns of k and v. A slice (with any step) is a view without a copy; int [n] is the same for all
-            batch rows; int [B, n] is each row's own, and is gathered once for all tiles that hold the same tensor;
-            int [B, h, g, m] is the own of each of the tile's heads for each of g equal groups of the tile's rows, as
-            `blocks_in` counts blocks of `block` columns: n = m · block. k and v must then be contiguous; gathering long
-            contiguous runs is what makes this fast (20 times, measured on CPU).
-        bias: called with the batch rows that it is needed for, forward and again backward; -inf unseen, or None.
-            [b|1, H|1, rows|1, n] for b batch rows, of all heads; with groups, of the tile's,
-            [b|1, h|1, g, rows / g|1, n].
-        block: columns per entry of per-head `keys`.
-    """
-
-    keys: slice | Tensor
-    bias: Bias
-    block: int = 1
 
 
 class Rows(NamedTuple):
@@ -70,21 +49,6 @@ class Tile(NamedTuple):
     rows: slice | Rows
     parts: Sequence[Part]
     heads: slice = slice(None)
-
-
-def blocks_in(
-    k: Float[Tensor, "B K S D"], heads: int, links: Int[Tensor, "#B H R m"], block: int
-) -> Int[Tensor, "B H R m"]:
-    """Which blocks of all of k, in the order of memory, these blocks of each head's columns are.
-
-    Args:
-        heads: of the queries, H; consecutive ones share a key head.
-    """
-    B, K, S, _ = k.shape
-    if S % block:
-        raise ValueError(f"S must be whole blocks of {block}, got {S}")
-    first = torch.arange(B * K, device=k.device).view(B, K) * (S // block)
-    return links + first.repeat_interleave(heads // K, 1)[:, :, None, None]
 
 
 def run_tiles(
@@ -128,7 +92,7 @@ class _Tiles(torch.autograd.Function):
             out.zero_()
         lse = q.new_full((B, H, L, 1), -torch.inf, dtype=exact)
         deciding = []  # log-sum-exp of tiles with `Rows`
-        scratch, shared = Scratch(), _Shared(k, v)
+        scratch, shared = Scratch(), Shared(k, v)
         all_mild = mild is not None and bool(mild.all())
         for step in _steps(q, k, v, tiles):
             if not step.parts:
@@ -136,15 +100,15 @@ class _Tiles(torch.autograd.Function):
             query = step.rows(q)
             sums = Sums(query, scratch, all_mild if all_mild or mild is None else step.rows(mild))
             for part in step.parts:
-                view = _View(part, step, q, k)
+                view = View(part, step.tile.heads, step.batch, q, k)
                 keys, values = view.take(k, v, shared, scratch)
-                sums.add(view.split(query), keys, values, view.bias(), scale=scale)
+                sums.add(view.fold(query), keys, values, view.bias(), scale=scale, shape=view.shape(query))
             if isinstance(step.tile.rows, slice):
                 _, found_lse = sums.end(step.rows(out))
             else:
                 found, found_lse = sums.end()
                 step.put(out, found)
-                valid = _some(step.tile.rows.valid, step.batch)[:, None, :, None]
+                valid = some_rows(step.tile.rows.valid, step.batch)[:, None, :, None]
                 deciding.append(found_lse.masked_fill(~valid | (found_lse == -torch.inf), torch.inf))
                 found_lse = torch.full_like(found_lse, torch.inf)
             step.put(lse, found_lse)
@@ -158,56 +122,55 @@ class _Tiles(torch.autograd.Function):
     @once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor):
         q, k, v, out, lse, *more = saved
-        deciding, learned = iter(more[: ctx.deciding]), more[ctx.deciding :]
+        deciding, learned = more[: ctx.deciding], more[ctx.deciding :]
         exact = torch.promote_types(q.dtype, torch.float32)
         dq = torch.empty_like(q) if _all_rows(ctx.tiles, q) else torch.zeros_like(q)
         dk, dv = (torch.zeros_like(x, dtype=exact) for x in (k, v))
         dlearned = [torch.zeros_like(x) for x in learned]
-        scratch, shared, delta = Scratch(), _Shared(k, v), _delta(grad, out, lse)
+        scratch, shared, down = Scratch(), Shared(k, v), _down(grad, out, lse)
+        shift, *deciding = (x * -LOG2E for x in (lse, *deciding))
         for step in _steps(q, k, v, ctx.tiles):
             if not step.parts:
                 continue
-            query, dout = step.rows(q), step.rows(grad).to(exact)
-            mine = next(deciding) if isinstance(step.tile.rows, Rows) else step.rows(lse)
+            mine = deciding.pop(0) if isinstance(step.tile.rows, Rows) else step.rows(shift)
+            query = step.rows(q)
+            asked = Asked(step.rows(grad).to(exact), query, step.rows(down), mine)
             in_place = isinstance(step.tile.rows, slice) and dq.dtype == exact and step.rows(dq).is_contiguous()
             dquery = (step.rows(dq) if in_place else scratch("dq", query.shape, lse)).zero_()
             for part in step.parts:
-                view = _View(part, step, q, k)
+                view = View(part, step.tile.heads, step.batch, q, k)
                 keys, values = view.take(k, v, shared, scratch)
                 dkeys, dvalues = view.gradients(dk, dv, shared, scratch)
-                bias = view.bias()
                 dscores = partial_backward(
-                    view.split(dout),
-                    view.split(query),
+                    Asked(*(view.fold(x) for x in asked)),
                     keys,
                     values,
-                    view.split(step.rows(delta)),
-                    view.split(mine),
-                    bias,
+                    view.bias(),
                     scale=ctx.scale,
-                    into=(view.split(dquery), dkeys, dvalues),
+                    into=(view.fold(dquery), dkeys, dvalues),
+                    shape=view.shape(query),
                     scratch=scratch,
                     fresh=view.fresh,
                 )
                 view.add(dk, dv, dkeys, dvalues)
                 if learned:
-                    _learn(dlearned, learned, view, dscores)
+                    _learn(dlearned, learned, view, dscores.view(*view.shape(query), -1))
             if not in_place:
                 step.put(dq, dquery)
         shared.add(dk, dv)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, *dlearned
 
 
-def _delta(grad: Tensor, out: Tensor, like: Float[Tensor, "B H L 1"]) -> Float[Tensor, "B H L 1"]:
-    """grad · out, summed over D; some rows at a time, since a copy of either is as large as a gradient."""
-    delta = torch.empty_like(like)
+def _down(grad: Tensor, out: Tensor, like: Float[Tensor, "B H L 1"]) -> Float[Tensor, "B H L 1"]:
+    """-(grad · out), summed over D; some rows at a time, since a copy of either is as large as a gradient."""
+    down = torch.empty_like(like)
     for start in range(0, out.shape[2], 512):
         rows = slice(start, start + 512)
-        torch.sum(grad[:, :, rows].to(like.dtype) * out[:, :, rows], -1, keepdim=True, out=delta[:, :, rows])
-    return delta
+        torch.sum(grad[:, :, rows].to(like.dtype) * out[:, :, rows], -1, keepdim=True, out=down[:, :, rows])
+    return down.neg_()
 
 
-def _learn(total: list[Tensor], learned: Sequence[Tensor], view: _View, dscores: Tensor) -> None:
+def _learn(total: list[Tensor], learned: Sequence[Tensor], view: View, dscores: Tensor) -> None:
     """Add the gradient that this part's bias hands to what it was computed from."""
     with torch.enable_grad():
         bias = view.bias()
@@ -230,21 +193,21 @@ class _Step(NamedTuple):
         return self.tile.parts
 
     def rows(self, x: Shaped[Tensor, "B H L d"]) -> Shaped[Tensor, "b H n d"]:
-        rows, x = self.tile.rows, _some(x, self.batch)
+        rows, x = self.tile.rows, some_rows(x, self.batch)
         return x[:, self.tile.heads, rows] if isinstance(rows, slice) else x.gather(2, self._index(rows, x))
 
     def put(self, into: Float[Tensor, "B H L d"], values: Float[Tensor, "b H n d"]) -> None:
         """Set the tile's rows."""
-        rows, into = self.tile.rows, _some(into, self.batch)
+        rows, into = self.tile.rows, some_rows(into, self.batch)
         if isinstance(rows, slice):
             into[:, self.tile.heads, rows] = values
             return
-        index, valid = self._index(rows, into), _some(rows.valid, self.batch)[:, None, :, None]
+        index, valid = self._index(rows, into), some_rows(rows.valid, self.batch)[:, None, :, None]
         old = into.gather(2, index)
         into.scatter_(2, index, torch.where(valid, values.to(into.dtype), old))
 
     def _index(self, rows: Rows, x: Tensor) -> Tensor:
-        return _some(rows.columns, self.batch)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+        return some_rows(rows.columns, self.batch)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
 
 
 def _steps(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile]) -> Iterator[_Step]:
@@ -271,10 +234,6 @@ def _all_rows(tiles: Sequence[Tile], q: Tensor) -> bool:
     return sum(written) == H * L
 
 
-def _some(x: Tensor, batch: slice | None) -> Tensor:
-    return x if batch is None else x[batch]
-
-
 def _count(rows: slice | Rows, columns: int) -> int:
     return len(range(columns)[rows]) if isinstance(rows, slice) else rows.columns.shape[1]
 
@@ -285,126 +244,3 @@ def _widest(tile: Tile, columns: int) -> int:
 
 def _width(part: Part, columns: int) -> int:
     return len(range(columns)[part.keys]) if isinstance(part.keys, slice) else part.keys.shape[-1] * part.block
-
-
-class _View:
-    """How one part's operands look to `partial`: groups of rows with keys of their own become extra heads."""
-
-    def __init__(self, part: Part, step: _Step, q: Tensor, k: Tensor):
-        self.part, self.keys, self.block, self.batch = part, part.keys, part.block, step.batch
-        self.rows_heads, first, last = step.tile.heads, *step.tile.heads.indices(q.shape[1])[:2]
-        self.heads, group = last - first, q.shape[1] // k.shape[1]
-        self.key_heads = slice(first // group, last // group)
-        # 0: all heads and rows see the same keys
-        self.groups = part.keys.shape[2] if isinstance(part.keys, Tensor) and part.keys.ndim == 4 else 0
-
-    def split(self, x: Tensor) -> Tensor:
-        """[B, H, rows, D] -> [B, H·g, rows / g, D]."""
-        if not self.groups:
-            return x
-        b, heads, rows, width = x.shape
-        return x.reshape(b, heads * self.groups, rows // self.groups, width)
-
-    def bias(self) -> Tensor | None:
-        """[b|1, H|1, rows|1, n], or with groups [b|1, H·g, rows / g|1, n]."""
-        bias = self.part.bias(self.batch or slice(None))
-        if bias is None:
-            return None
-        if self.groups:
-            return bias.expand(-1, self.heads, -1, -1, -1).flatten(1, 2)
-        return bias[:, self.rows_heads] if bias.shape[1] > 1 else bias
-
-    def _mine(self, x: Tensor) -> Tensor:
-        """The batch rows and key heads that the step is about."""
-        return _some(x, self.batch)[:, self.key_heads]
-
-    def take(self, k: Tensor, v: Tensor, shared: _Shared, scratch: Scratch) -> tuple[Tensor, Tensor]:
-        """The part's columns of k and v, [b, K, n, D] or [b, H·g, n, D]."""
-        keys = self.keys
-        if isinstance(keys, Tensor) and keys.ndim == 4:
-            return self._gather(k, "k", scratch), self._gather(v, "v", scratch)
-        if isinstance(keys, Tensor) and keys.ndim == 2:
-            k, v = (self._mine(x) for x in shared.take(keys))
-            return k, v
-        k, v = self._mine(k), self._mine(v)
-        if isinstance(keys, slice):
-            return k[:, :, keys], v[:, :, keys]
-        return k.index_select(2, keys), v.index_select(2, keys)
-
-    def gradients(self, dk: Tensor, dv: Tensor, shared: _Shared, scratch: Scratch) -> tuple[Tensor, Tensor]:
-        """Where the gradients of what was taken go: the real place, or one of their own from which `add` adds them."""
-        keys = self.keys
-        if isinstance(keys, Tensor) and keys.ndim == 2:
-            dk, dv = (self._mine(x) for x in shared.gradients(keys, dk))
-            return dk, dv
-        dk, dv = self._mine(dk), self._mine(dv)
-        if isinstance(keys, slice):
-            return dk[:, :, keys], dv[:, :, keys]
-        b, K, _, D = dk.shape
-        shape = (b, K, len(keys), D) if keys.ndim == 1 else (b, self.heads * self.groups, self._width, D)
-        return scratch("dk", shape, dk), scratch("dv", shape, dv)
-
-    @property
-    def fresh(self) -> bool:
-        """Whether the gradients have a place of their own."""
-        return isinstance(self.keys, Tensor) and self.keys.ndim != 2
-
-    def add(self, dk: Tensor, dv: Tensor, dkeys: Tensor, dvalues: Tensor) -> None:
-        if not self.fresh:
-            return
-        assert isinstance(self.keys, Tensor)
-        for into, grad in ((dk, dkeys), (dv, dvalues)):
-            if self.keys.ndim == 1:
-                self._mine(into).index_add_(2, self.keys, grad)
-            else:
-                blocks = self._blocks(into)
-                blocks.index_add_(0, self._index(), grad.view(-1, blocks.shape[1]))
-
-    def _gather(self, x: Tensor, name: str, scratch: Scratch) -> Tensor:
-        blocks, index = self._blocks(x), self._index()
-        taken = scratch(name, (len(index), blocks.shape[1]), x)
-        torch.index_select(blocks, 0, index, out=taken)
-        return taken.view(-1, self.heads * self.groups, self._width, x.shape[3])
-
-    @property
-    def _width(self) -> int:
-        assert isinstance(self.keys, Tensor)
-        return self.keys.shape[-1] * self.block
-
-    def _blocks(self, x: Tensor) -> Tensor:
-        """[B, K, S, D] -> [B·K·S / block, block·D], a view."""
-        return x.view(-1, self.block * x.shape[3])
-
-    def _index(self) -> Tensor:
-        """Rows of `_blocks(x)` that the part takes, flat [b·H·g·m]."""
-        assert isinstance(self.keys, Tensor)
-        return _some(self.keys, self.batch).flatten()
-
-
-class _Shared:
-    """Columns of k and v that many tiles take, gathered once, and the sums of their gradients."""
-
-    def __init__(self, k: Tensor, v: Tensor):
-        self.k, self.v = k, v
-        self._taken: dict[int, tuple[Tensor, Tensor]] = {}
-        self._sums: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
-
-    def take(self, keys: Int[Tensor, "B n"]) -> tuple[Tensor, Tensor]:
-        if id(keys) not in self._taken:
-            self._taken[id(keys)] = _gather(self.k, keys), _gather(self.v, keys)
-        return self._taken[id(keys)]
-
-    def gradients(self, keys: Int[Tensor, "B n"], like: Tensor) -> tuple[Tensor, Tensor]:
-        if id(keys) not in self._sums:
-            k, v = self.take(keys)
-            self._sums[id(keys)] = keys, (torch.zeros_like(k, dtype=like.dtype), torch.zeros_like(v, dtype=like.dtype))
-        return self._sums[id(keys)][1]
-
-    def add(self, dk: Tensor, dv: Tensor) -> None:
-        for keys, sums in self._sums.values():
-            for into, grad in zip((dk, dv), sums):
-                into.scatter_add_(2, keys[:, None, :, None].expand_as(grad), grad)
-
-
-def _gather(x: Tensor, keys: Int[Tensor, "B n"]) -> Tensor:
-    return x.gather(2, keys[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
