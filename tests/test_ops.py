@@ -1,6 +1,10 @@
 """The execution core against its definition: partial, merge, tiles with every kind of keys, learned biases."""
 
 import itertools
+import math
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ import torch
 import attention_zoo as zoo
 from attention_zoo.ops import tiles as tiles_module
 from attention_zoo.ops.dense import dense
+from attention_zoo.ops.pages import LEAST, PAGE, large_pages
 from attention_zoo.ops.partial import LOG2E, Asked, Scratch, Sums, fold, partial, partial_backward
 from attention_zoo.ops.parts import Part, blocks_in
 from attention_zoo.ops.tiles import Tile, run_tiles
@@ -234,3 +239,27 @@ def test_channels_need_not_be_neighbours_in_memory(name):
             want = layer.attend(*leaves, tokens, tokens, kernel="dense")
             got = layer.attend(*spread, tokens, tokens, kernel=kernel)
             equal_with_gradients(got[:, :, 3:], want[:, :, 3:], leaves)
+
+
+def hinted(x) -> bool:
+    """Whether the kernel was asked for large pages in the middle of this tensor."""
+    middle, found = x.data_ptr() + x.numel() * x.element_size() // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            found = int(match[1], 16) <= middle < int(match[2], 16)
+        elif found and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError("not mapped")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the hint is Linux's")
+def test_large_results_lie_on_large_pages():
+    size = 17 * PAGE // 4 + 3  # beyond 32 MiB the allocator gives each tensor memory of its own
+    assert hinted(large_pages(torch.empty(size)))
+    assert not hinted(torch.empty(size))
+    for start in (0, 1, 77):  # only what is whole pages of its own
+        whole = torch.arange(size, dtype=torch.float32)
+        assert large_pages(whole[start:]).data_ptr() == whole[start:].data_ptr()
+        assert torch.equal(whole, torch.arange(size, dtype=torch.float32))
+    for shape in ((0,), (3,), (LEAST // 4 - 1,)):
+        assert large_pages(torch.ones(shape)).sum() == math.prod(shape)

@@ -27,6 +27,49 @@ def test_the_mask_is_the_definition(causal: bool, length: int, columns: int) -> 
     torch.testing.assert_close(got, want)
 
 
+LAYOUTS = {
+    "documents": ([29, 29], True),
+    "documents and padding before": ([29, 17], True),
+    "padding before": ([29, 11], False),
+}
+
+
+def layout(name: str) -> zoo.Tokens:
+    kept, packed = LAYOUTS[name]
+    valid = torch.arange(29) >= 29 - torch.tensor(kept)[:, None]
+    document = torch.arange(29) // torch.tensor([[9], [13]]) if packed else None
+    return zoo.Tokens.of(valid, None, document)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_causal_documents_are_one_row_without_padding(monkeypatch, name: str, kv_heads: int) -> None:
+    """All but xformers' own kernel: their mask as a matrix, our packing, and gradients through both."""
+    ops = pytest.importorskip("xformers.ops", reason="xformers is not installed")
+
+    def attention(q, k, v, attn_bias, scale):
+        assert len(q) == 1
+        grouped = q.ndim == 5
+        q, k, v = (x.flatten(2, 3).transpose(1, 2) if grouped else x.transpose(1, 2) for x in (q, k, v))
+        bias = attn_bias.materialize((q.shape[2], k.shape[2]), dtype=q.dtype)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2)
+        return out.unflatten(2, (kv_heads, -1)) if grouped else out
+
+    monkeypatch.setattr(ops, "memory_efficient_attention", attention)
+    layer, tokens = zoo.build("longformer", dim=64, heads=4, window=3, kv_heads=kv_heads), layout(name)
+    shapes = ((2, heads, 29, 16) for heads in (4, kv_heads, kv_heads))
+    qkv = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    call = layer._call(*qkv, tokens, tokens, None, None)
+    assert ours.unfit(call) is None
+    found = []
+    for out in (ours.XFORMERS.run(call), layer.attend(*qkv, tokens, tokens, kernel="dense")):
+        out = out * tokens.valid[:, None, :, None]
+        found.append([out, *torch.autograd.grad(out.square().sum(), qkv)])
+    for got, want in zip(*found):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
 def test_it_refuses_with_a_reason() -> None:
     def reason(length: int = 9, tokens: zoo.Tokens | None = None, **options) -> str | None:
         return ours.unfit(call_of(zoo.build("longformer", dim=32, heads=2, **options), length, None, tokens))
@@ -37,9 +80,13 @@ def test_it_refuses_with_a_reason() -> None:
     assert reason() is None
     assert reason(tokens=zoo.Tokens.of(right)) is None
     assert "two-sided" in str(reason(tokens=zoo.Tokens.of(right), causal=False))
-    assert "left" in str(reason(tokens=zoo.Tokens.of(right.flip(1))))
+    holes = torch.arange(9)[None] % 4 != 2
+    assert reason(tokens=zoo.Tokens.of(right.flip(1))) is None
+    assert "holes" in str(reason(tokens=zoo.Tokens.of(holes)))
     assert "global" in str(reason(tokens=zoo.Tokens.of(valid, flags)))
-    assert "documents" in str(reason(tokens=zoo.Tokens.of(valid, None, (torch.arange(9) // 5)[None])))
+    packed = zoo.Tokens.of(valid, None, (torch.arange(9) // 5)[None])
+    assert reason(tokens=packed) is None
+    assert "other documents from a two-sided" in str(reason(tokens=packed, causal=False))
     assert "dilation" in str(reason(dilation=2))
     assert "position scheme" in str(reason(positions="alibi"))
     assert "no band" in str(ours.unfit(call_of(zoo.build("full", dim=32, heads=2), 9)))

@@ -26,6 +26,7 @@ from torch import Tensor
 from attention_zoo.ops.dense import dense
 from attention_zoo.ops.function import exact, once
 from attention_zoo.ops.lsh_layout import Layout
+from attention_zoo.ops.pages import large_pages
 from attention_zoo.ops.partial import LOG2E, Asked, Scratch, partial, partial_backward
 
 # What one step may hold: scores of the chunks attended at once, and slots of the heads handled at once. On CPU a step
@@ -125,7 +126,7 @@ class Block:
         Parts hold the block's heads, and all tokens or the asked ones (the others are zeros).
         """
         D = parts[0].shape[-1]
-        table = torch.empty(self.rows + 1, len(parts), D, dtype=dtype, device=parts[0].device)
+        table = large_pages(torch.empty(self.rows + 1, len(parts), D, dtype=dtype, device=parts[0].device))
         table[self.rows if self.plan.asked is None else slice(None)] = 0
         rows = table[: self.rows].view(self.H, self.M, len(parts), D)
         for number, part in enumerate(parts):
@@ -223,7 +224,7 @@ class Block:
         """Output and log-sum-exp of the slots of the active chunks."""
         C, D = self.plan.layout.chunk, q.shape[-1]
         query_table, key_table = self.table(q, dtype=k.dtype), self.table(k, v, dtype=k.dtype)
-        out = k.new_empty(len(self.active), C, D)
+        out = large_pages(k.new_empty(len(self.active), C, D))
         lse = k.new_empty(len(self.active), C)
         scratch = Scratch()
         for step, queries, _, keys, bias in self.steps(k.dtype):
@@ -241,8 +242,8 @@ class Block:
         query_table, key_table = self.table(q, grad, out, dtype=k.dtype), self.table(k, v, dtype=k.dtype)
         # rows that were not asked, or that see nothing: +inf makes their weights exactly zero
         shift_table = self.scalars(lse.masked_fill(lse == -torch.inf, torch.inf) * -LOG2E, -torch.inf)
-        dq_slots = k.new_empty(len(self.active), C, D)
-        dk_slots, dv_slots = k.new_zeros(2, len(self.contents), C * D)
+        dq_slots = large_pages(k.new_empty(len(self.active), C, D))
+        dk_slots, dv_slots = large_pages(k.new_empty(2, len(self.contents), C * D)).zero_()
         scratch = Scratch()
         for step, queries, windows, keys, bias in self.steps(k.dtype):
             rows, grads, outs = _rows(query_table, queries).chunk(3, -1)
@@ -288,7 +289,7 @@ def _sum_rounds(
     x: Float[Tensor, "slots D"], slots: Int[Tensor, "h R n"], weights: Float[Tensor, "h R n"] | None = None
 ) -> Float[Tensor, "h n D"]:
     """Sorted back into the order of tokens and summed over rounds."""
-    total = x.new_zeros(slots.shape[0], slots.shape[2], x.shape[1])
+    total = large_pages(x.new_empty(slots.shape[0], slots.shape[2], x.shape[1])).zero_()
     for number in range(slots.shape[1]):
         rows = x.index_select(0, slots[:, number].flatten()).view(total.shape)
         if weights is None:
@@ -311,7 +312,7 @@ class _Chunks(torch.autograd.Function):
     @exact
     def forward(ctx: Any, q: Tensor, v: Tensor, plan: Plan, kind: type[Block]) -> Tensor:
         asked = slice(None) if plan.asked is None else plan.asked
-        out = torch.empty_like(q[asked])
+        out = large_pages(torch.empty_like(q[asked]))
         lse = out.new_empty(out.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
         for block in _blocks(plan, kind):
             heads = block.heads
@@ -328,7 +329,7 @@ class _Chunks(torch.autograd.Function):
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (q, v, out, lse), plan = saved, ctx.plan
         asked = slice(None) if plan.asked is None else plan.asked
-        dq, dv = torch.empty_like(q), torch.empty_like(v)
+        dq, dv = large_pages(torch.empty_like(q)), large_pages(torch.empty_like(v))
         for block in _blocks(plan, ctx.kind):
             heads = block.heads
             mine = (q[:, heads], v[:, heads], grad[:, heads], out[:, heads], lse[:, heads])

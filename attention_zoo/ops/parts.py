@@ -73,6 +73,10 @@ class View:
         """[b, h, rows, d] of queries -> [N, n, d]; a view if x is contiguous."""
         return fold(x, self.apart)
 
+    def sees(self, x: Tensor) -> bool:
+        """Whether `fold` of this is a view of it."""
+        return self.fold(x).data_ptr() == x.data_ptr()
+
     def shape(self, query: Tensor) -> tuple[int, int, int]:
         """Of the rows that the bias is for: [b, h, rows], or with groups [b, h·g, rows / g]."""
         b, h, rows, _ = query.shape

@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attention_zoo.ops.function import exact, once
+from attention_zoo.ops.pages import large_pages
 from attention_zoo.ops.partial import LOG2E, Scratch, add_product, partial
 
 ROWS = 128
@@ -294,7 +295,7 @@ def _tiles(plan: Plan, q: Tensor) -> Iterator[tuple[Chunk, slice]]:
 def _rows_first(like: Tensor, rows: int, dtype: torch.dtype) -> Float[Tensor, "B H n D"]:
     """Uninitialised, [B, n, H, D] in memory: as projections write and read it."""
     B, H, _, D = like.shape
-    return like.new_empty(B, rows, H, D, dtype=dtype).transpose(1, 2)
+    return large_pages(like.new_empty(B, rows, H, D, dtype=dtype)).transpose(1, 2)
 
 
 def _falling(r: Float[Tensor, "n H D"], dtype: torch.dtype) -> Float[Tensor, "H n+1 D"]:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from attention_zoo.ops.function import exact, once
+from attention_zoo.ops.pages import large_pages
 from attention_zoo.ops.partial import LOG2E, Asked, Scratch, Sums, partial_backward
 from attention_zoo.ops.parts import Part, Shared, View, some_rows
 
@@ -87,7 +88,7 @@ class _Tiles(torch.autograd.Function):
         B, H, L, D = q.shape
         exact = torch.promote_types(q.dtype, torch.float32)
         # laid out as the next projection wants it: merging the heads is then free
-        out = q.new_empty(B, L, H, D).transpose(1, 2)
+        out = large_pages(q.new_empty(B, L, H, D)).transpose(1, 2)
         if not _all_rows(tiles, q):
             out.zero_()
         lse = q.new_full((B, H, L, 1), -torch.inf, dtype=exact)
@@ -124,8 +125,10 @@ class _Tiles(torch.autograd.Function):
         q, k, v, out, lse, *more = saved
         deciding, learned = more[: ctx.deciding], more[ctx.deciding :]
         exact = torch.promote_types(q.dtype, torch.float32)
-        dq = torch.empty_like(q) if _all_rows(ctx.tiles, q) else torch.zeros_like(q)
-        dk, dv = (torch.zeros_like(x, dtype=exact) for x in (k, v))
+        dq = large_pages(torch.empty_like(q))
+        if not _all_rows(ctx.tiles, q):
+            dq.zero_()
+        dk, dv = (large_pages(torch.empty_like(x, dtype=exact)).zero_() for x in (k, v))
         dlearned = [torch.zeros_like(x) for x in learned]
         scratch, shared, down = Scratch(), Shared(k, v), _down(grad, out, lse)
         shift, *deciding = (x * -LOG2E for x in (lse, *deciding))
@@ -135,10 +138,11 @@ class _Tiles(torch.autograd.Function):
             mine = deciding.pop(0) if isinstance(step.tile.rows, Rows) else step.rows(shift)
             query = step.rows(q)
             asked = Asked(step.rows(grad).to(exact), query, step.rows(down), mine)
-            in_place = isinstance(step.tile.rows, slice) and dq.dtype == exact and step.rows(dq).is_contiguous()
+            views = [View(part, step.tile.heads, step.batch, q, k) for part in step.parts]
+            in_place = isinstance(step.tile.rows, slice) and dq.dtype == exact
+            in_place = in_place and all(view.sees(step.rows(dq)) for view in views)
             dquery = (step.rows(dq) if in_place else scratch("dq", query.shape, lse)).zero_()
-            for part in step.parts:
-                view = View(part, step.tile.heads, step.batch, q, k)
+            for view in views:
                 keys, values = view.take(k, v, shared, scratch)
                 dkeys, dvalues = view.gradients(dk, dv, shared, scratch)
                 dscores = partial_backward(
