@@ -3,7 +3,6 @@
 import itertools
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -252,7 +251,7 @@ def hinted(x) -> bool:
     raise AssertionError("not mapped")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the hint is Linux's")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the hint is Linux's")
 def test_large_results_lie_on_large_pages():
     size = 17 * PAGE // 4 + 3  # beyond 32 MiB the allocator gives each tensor memory of its own
     assert hinted(large_pages(torch.empty(size)))
