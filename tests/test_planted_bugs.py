@@ -104,9 +104,9 @@ def test_a_window_off_by_one() -> None:
 
 
 def test_a_global_key_that_only_the_first_tile_sees(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = plans._global_parts
+    parts = plans._GlobalKeys.parts
     monkeypatch.setattr(
-        plans, "_global_parts", lambda call, rows, *more: [] if rows.start else parts(call, rows, *more)
+        plans._GlobalKeys, "parts", lambda keys, rows, some: [] if rows.start else parts(keys, rows, some)
     )
     caught(Longformer, "fast_equals_slow_over_many_tiles")
 
