@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 
-from . import WAYS, Counts
-from .kinds import KINDS
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where pytest finds the modules that tests share
+
+from faults import WAYS, Counts
+from faults.kinds import KINDS
 
 HEAD = ("fault", "tries", "wrong result", "result lost", "raw error", "hung", "process left")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from . import Counts
+from . import Counts, scores
 
 
 class Kind(Protocol):
@@ -23,3 +23,4 @@ class Kind(Protocol):
 
 
 KINDS: dict[str, Kind] = {}
+KINDS["scores"] = scores
