@@ -127,7 +127,7 @@ class WandbTracker(Tracker):
             while not self._ended.wait(0.02):
                 now, started = time.monotonic(), self._started
                 if now > (called + start_s if started is None else max(called, started)) + finish_s:
-                    self._said.put(f"W&B did not finish within {now - called:.0f} s and was ended; {self._cure()}")
+                    self._say(f"W&B did not finish within {now - called:.0f} s and was ended; {self._cure()}")
                     break
         finally:
             with self._closing:
@@ -137,12 +137,16 @@ class WandbTracker(Tracker):
         self._tell()
 
     def _cure(self) -> str:
-        return f"what it has not sent lies in {self.info.folder}/wandb (wandb sync), metrics.jsonl has every figure"
+        return f"{self.info.folder}/wandb has what it wrote down (wandb sync), metrics.jsonl has every figure"
 
     def _send(self, message: dict[str, Any]) -> None:
         if not self._ended.is_set():
             self._messages.put(plain(message))
         self._tell()
+
+    def _say(self, line: str) -> None:
+        if not self._closed:  # what is broken by ending it is no news
+            self._said.put(line)
 
     def _tell(self) -> None:
         """Say in the run's own thread what the other one has to say."""
@@ -160,7 +164,7 @@ class WandbTracker(Tracker):
             if process is not None and alive:
                 self._heard(process, wait_s=None)
         except OSError as error:
-            self._said.put(f"W&B has ended: {error.strerror or error}; metrics.jsonl has every figure")
+            self._say(f"W&B has ended: {error.strerror or error}; metrics.jsonl has every figure")
         finally:
             self._ended.set()
 
@@ -181,10 +185,10 @@ class WandbTracker(Tracker):
             process.end(0.0)
             problem = answer.get("problem", "no answer in time")
             if mode == "offline":
-                self._said.put(f"W&B does not start: {problem}; metrics.jsonl has every figure")
+                self._say(f"W&B does not start: {problem}; metrics.jsonl has every figure")
             else:
                 sync = f"wandb sync {self.info.folder}/wandb/offline-run-*"
-                self._said.put(f"W&B: {problem}; this run goes on offline ({sync})")
+                self._say(f"W&B: {problem}; this run goes on offline ({sync})")
         return None
 
     def _heard(self, process: _Process, wait_s: float | None) -> bool:
@@ -192,7 +196,7 @@ class WandbTracker(Tracker):
         while answer := process.answer(wait_s):
             if "finished" in answer:
                 return False
-            self._said.put(f"W&B {answer['problem']}; {self._cure()}")
+            self._say(f"W&B {answer['problem']}; {self._cure()}")
             if "over" in answer:
                 return False
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from . import Counts, scores
+from . import Counts, kills, scores, wandb_server
 
 
 class Kind(Protocol):
@@ -24,3 +24,5 @@ class Kind(Protocol):
 
 KINDS: dict[str, Kind] = {}
 KINDS["scores"] = scores
+KINDS["kills"] = kills
+KINDS["wandb"] = wandb_server
