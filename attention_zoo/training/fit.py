@@ -59,6 +59,8 @@ class History:
         Raises:
             TypeError: for fields that are not those of a history.
         """
+        if state.keys() != asdict(self).keys():
+            raise TypeError(f"a history has the fields {', '.join(asdict(self))}")
         self.__dict__.update(asdict(History(**state)))
 
 
