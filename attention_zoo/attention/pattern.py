@@ -142,10 +142,11 @@ class PatternAttention(Attention):
         queries, keys = self.mark(queries), self.mark(keys)
         bias, extra = self.bias(queries, keys), self.position_bias(queries, keys)
         everyone = queries.is_global[:, None, :, None] | keys.is_global[:, None, None, :]
-        bias = torch.where(everyone, torch.zeros((), dtype=bias.dtype, device=bias.device), bias)
+        bias = bias.masked_fill(everyone, 0)
         bias = bias if extra is None else bias + extra
-        none = self.to_out.weight.new_empty(0, 0, 0, 0)
-        seen = PatternCall(self, none, none, none, queries, keys, self.scale).seen(queries, keys)
+        any_operand = self.to_out.weight
+        call = PatternCall(self, any_operand, any_operand, any_operand, queries, keys, 1.0)
+        seen = call.seen(queries, keys)
         return bias.masked_fill(~seen, -torch.inf)
 
     # --- final: running it -----------------------------------------------------------------------------------------

@@ -121,18 +121,15 @@ def _run_sdpa(call: PatternCall) -> Tensor:
     q, k, v = call.q, call.k, call.v
     if _unmasked(call) is not None:
         rows = slice(0, 1 if call.rows_alike else None)
-        queries = call.queries.cut(slice(None), rows)
-        seen = call.seen(queries, call.keys.cut(slice(None), rows))
-        out = fused.fused(q, k, v, _mask(seen, q.dtype), scale=call.scale)
-        return out.masked_fill(~(seen.any(-1, keepdim=True) & queries.valid[:, None, :, None]), 0)
+        seen = call.seen(call.queries.cut(slice(None), rows), call.keys.cut(slice(None), rows))
+        return call.blank(fused.fused(q, k, v, _mask(seen, q.dtype), scale=call.scale), seen)
     if call.pattern.causal and q.shape[2] > 1:
         # right padding lies in the future of every valid token
         return call.blank(fused.fused(q, k, v, scale=call.scale, causal=True))
     if call.all_valid:
         return call.blank(fused.fused(q, k, v, scale=call.scale))
     seen = call.keys.valid[:, None, None, :]
-    out = fused.fused(q, k, v, _mask(seen, q.dtype), scale=call.scale)
-    return out.masked_fill(~(seen.any(-1, keepdim=True) & call.queries.valid[:, None, :, None]), 0)
+    return call.blank(fused.fused(q, k, v, _mask(seen, q.dtype), scale=call.scale), seen)
 
 
 def _mask(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -109,9 +109,13 @@ class PatternCall:
             return None
         return self.queries.valid[:, None, :, None]
 
-    def blank(self, out: Tensor) -> Tensor:
-        """The output with zeros where no query is."""
-        return out if self.asked is None else out.masked_fill(~self.asked, 0)
+    def blank(self, out: Tensor, seen: Tensor | None = None) -> Tensor:
+        """The output with zeros where no query is, nor, if given, any of the `seen` keys, bool [#B, 1, #L, S]."""
+        rows = self.asked if seen is None else seen.any(-1, keepdim=True) & self.queries.valid[:, None, :, None]
+        if rows is None:
+            return out
+        # in the order of memory: the copy that this makes is the one that the next projection reads
+        return out.transpose(1, 2).masked_fill(~rows.transpose(1, 2), 0).transpose(1, 2)
 
     @cached_property
     def one_document(self) -> bool:
@@ -129,7 +133,7 @@ class PatternCall:
     @cached_property
     def own_keys(self) -> bool:
         """Whether queries are the last rows of the keys, token for token."""
-        L, S = self.q.shape[2], self.k.shape[2]
+        L, S = self.queries.valid.shape[1], self.keys.valid.shape[1]
         if L > S:
             return False
         tail = self.keys.cut(slice(S - L, S))
@@ -150,29 +154,16 @@ class PatternCall:
         """Whether column distance is position distance within each document: no holes, no forgotten keys."""
         if not self.own_keys:
             return False
-        if self.starts_at_zero:
+        if self.all_valid and self.starts_at_zero:
             return True
-        follows, gap, columns = self._gaps
-        return not bool((follows & (gap != columns)).any())
-
-    @cached_property
-    def in_order(self) -> bool:
-        """Whether of two valid tokens of a document the one in the later column has the later position."""
-        if self.aligned:
-            return True
-        follows, gap, _ = self._gaps
-        return not bool((follows & (gap <= 0)).any())
-
-    @cached_property
-    def _gaps(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each key: whether another of its document is before it, and how many positions and columns."""
         tokens = self.keys
         column = torch.arange(tokens.valid.shape[1], device=tokens.valid.device).expand_as(tokens.valid)
         last = torch.where(tokens.valid, column, -1).cummax(1).values
         before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
         at = before.clamp(min=0)
         follows = tokens.valid & (before >= 0) & (tokens.document.gather(1, at) == tokens.document)
-        return follows, tokens.position - tokens.position.gather(1, at), column - before
+        gap = tokens.position - tokens.position.gather(1, at)
+        return not bool((follows & (gap != column - before)).any())
 
     @cached_property
     def starts_at_zero(self) -> bool:
@@ -180,10 +171,10 @@ class PatternCall:
         valid = self.keys.valid
         if not self.own_keys or not self.one_document:
             return False
+        if not self.all_valid and bool((valid[:, 1:] & ~valid[:, :-1]).any()):
+            return False
         elsewhere = self.keys.position != torch.arange(self.k.shape[2], device=self.k.device)
-        if self.all_valid:
-            return not bool(elsewhere.any())
-        return not bool((valid[:, 1:] & ~valid[:, :-1]).any()) and not bool((elsewhere & valid).any())
+        return not bool((elsewhere if self.all_valid else elsewhere & valid).any())
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

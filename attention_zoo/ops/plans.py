@@ -28,7 +28,7 @@ def run_local(call: PatternCall, local: list[Tile], asked: Tensor | None, first:
         asked: which rows are queries, as `PatternCall.asked`.
         first: see `mild_rows`.
     """
-    if first is None and call.own_keys and (not call.pattern.causal or call.in_order):
+    if first is None and call.own_keys:
         first = call.k.shape[2] - call.q.shape[2]
     mild = mild_rows(call, first)
     if call.any_global_key:
@@ -42,9 +42,7 @@ def run_local(call: PatternCall, local: list[Tile], asked: Tensor | None, first:
         tiles = _everyone_tiles(call, queries)
         decided = [Tile(Rows(columns[:, _span(tile)], queries.valid[:, _span(tile)]), tile.parts) for tile in tiles]
         local = [*local, *decided]
-    out = run_tiles(
-        call.q, call.k, call.v, local, scale=call.scale, learned=call.learned, mild=mild, asked=asked
-    )
+    out = run_tiles(call.q, call.k, call.v, local, scale=call.scale, learned=call.learned, mild=mild, asked=asked)
     return with_global_rows(call, out) if call.global_qkv is not None else out
 
 
