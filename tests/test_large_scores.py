@@ -1,4 +1,4 @@
-"""Whatever factor, norm, bias and width is accepted is computed rightly; what is no query yields zeros by every kernel."""
+"""What is accepted of factors, norms, biases and widths is computed rightly; what is no query yields zeros."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ def mild_rows(call: PatternCall, first: int | None) -> Bool[Tensor, "B H L 1"] |
     Of rows that are no query nothing is said. On a CPU alone: elsewhere the host would wait for the answers.
 
     Args:
-        first: the column of the first query, where queries stand in consecutive columns; None: not known. Positions rise
-            over the valid columns of a document (`Tokens`): a causal query sees none beyond its own column.
+        first: the column of the first query, where queries stand in consecutive columns; None: not known. Positions
+            rise over the valid columns of a document (`Tokens`), so that a causal query sees none beyond its column.
     """
     if first is None or call.has_position_bias or not call.q.is_cpu or not call.q.numel():
         return None

@@ -123,9 +123,8 @@ class PatternCall:
         document = self.keys.document
         if not document.numel():
             return True
-        if self.all_valid:
-            known = document
-        else:
+        known = document
+        if not self.all_valid:
             known = torch.where(self.keys.valid, document, document.amax(1, keepdim=True))
         same = bool((known == known[:, :1]).all())
         return same and (self.own_keys or bool((self.queries.document == known[:, -1:]).all()))

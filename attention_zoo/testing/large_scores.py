@@ -10,13 +10,13 @@ import copy
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Attention, Tokens
 from attention_zoo.testing.case import PRIME, Case, close, feed, gradients
 from attention_zoo.testing.check import check
-from attention_zoo.testing.numerics import kernels, truths, with_kernel
+from attention_zoo.testing.numerics import kernels, truths
 from attention_zoo.testing.states import carries_exactly, layouts
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -96,9 +96,8 @@ def _truth(
 
 @check(lambda case: issubclass(case.cls, PatternAttention))
 def large_scores_of_given_queries_and_keys(case: Case) -> None:
-    """Every kernel on the same queries, keys and values; what is no query yields zeros, and has no part in gradients."""
+    """Every kernel on the same queries, keys and values; padding yields zeros, and has no part in gradients."""
     generator = torch.Generator().manual_seed(17)
-    heads = case.heads
     for causal in case.sides:
         layer = case.build(causal=causal)
         assert isinstance(layer, PatternAttention)
@@ -107,21 +106,20 @@ def large_scores_of_given_queries_and_keys(case: Case) -> None:
             for dtype in DTYPES:
                 longest = 8.0 if dtype == torch.bfloat16 else 30.0
                 sizes = torch.tensor([0.01, 1.0, 8.0, longest])[torch.arange(PRIME) % 4, None]
-                given = [torch.randn(3, heads, PRIME, layer.head_width, generator=generator) for _ in range(3)]
-                leaves = [(x * size).to(dtype).requires_grad_() for x, size in zip(given, (sizes, sizes, 1.0))]
-                weight = torch.randn(given[0].shape, generator=generator, dtype=torch.float64)
-                doubles = [x.detach().double().requires_grad_() for x in leaves]
-                truth = layer.attend(*doubles, tokens, tokens, kernel="dense")
-                expected = torch.autograd.grad((truth * weight * asked).sum(), doubles)
-                for kernel, reason in layer.explain(*leaves, tokens, tokens):
+                q, k, v, weight = torch.randn(4, 3, case.heads, PRIME, layer.head_width, generator=generator).to(dtype)
+                q, k, v = (x.detach().requires_grad_() for x in ((q * sizes).to(dtype), (k * sizes).to(dtype), v))
+                a, b, c = (x.detach().double().requires_grad_() for x in (q, k, v))
+                truth = layer.attend(a, b, c, tokens, tokens, kernel="dense")
+                expected = torch.autograd.grad((truth * weight * asked).sum(), (a, b, c))
+                for kernel, reason in layer.explain(q, k, v, tokens, tokens):
                     if reason is not None:
                         continue
                     where = f"{case.name} causal={causal} {dtype} {layout}, kernel={kernel}, large scores"
-                    out = with_kernel(layer, kernel).attend(*leaves, tokens, tokens)
+                    out = layer.attend(q, k, v, tokens, tokens, kernel=kernel)
                     assert not bool(out.masked_fill(asked, 0).any()), f"{where}: padding yields something"
                     close(out.double(), truth.detach() * asked, where, TOLERANCE[dtype])
                     # a gradient at padding, too, must reach nothing
-                    found = torch.autograd.grad((out * weight.to(dtype)).sum(), leaves)
+                    found = torch.autograd.grad((out * weight).sum(), (q, k, v))
                     for name, grad, right in zip("qkv", found, expected):
                         close(grad.double(), right, f"{where}, gradient of {name}", TOLERANCE[dtype])
 
@@ -130,7 +128,6 @@ def large_scores_of_given_queries_and_keys(case: Case) -> None:
 def large_scores_through_a_state(case: Case) -> None:
     """Call by call, with gradients and as decoding does, against one call."""
     layer, x = build(case, True), data(case, torch.float64).requires_grad_()
-    assert isinstance(layer, nn.Module)
     cuts = [5, 13, 14, 15, 20]
     for layout, tokens in layouts(case, cuts[0]):
         where = f"{case.name} {layout}, cut at {cuts}, large scores"
