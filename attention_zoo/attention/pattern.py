@@ -55,7 +55,7 @@ class PatternAttention(Attention):
     unweighted: ClassVar[bool] = False
     """Whether `bias` is 0 or -inf and nothing between, whatever the options."""
     counts_keys: ClassVar[bool] = False
-    """Whether finite values of `bias` are 0 or logarithms of a few, of how often a key counts: kernels then need not look
+    """Whether finite values of `bias` are 0 or logarithms of a few, of how often a key counts: then nobody need look
     for a row's largest score where q·k is small (ops/mild.py)."""
     tile = 64
     """Query rows of a tile, few so that little of what is read is hidden; twice as many where tiles must be looked for.
