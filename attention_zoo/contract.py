@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -263,7 +264,7 @@ class Attention(Layer):
         head_width: D; default dim / heads.
         bias: whether projections have a bias: all (True), none (False), those into the heads alone ("into", as Qwen 2)
             or those out of them alone ("out").
-        scale: factor on q·k; default D^-0.5.
+        scale: factor on q·k, from -10,000 to 10,000; default D^-0.5.
         causal: whether a token sees only itself and what came before.
         cross: build for cross-attention: keys and values come from `source`.
         positions: attention-level position scheme, by name or as a mapping `{"name": ..., <options>}`; embedding-level
@@ -318,6 +319,7 @@ class Attention(Layer):
         self.head_width = dim // heads if head_width is None else head_width
         at_least(1, head_width=self.head_width)
         self.scale = self.head_width**-0.5 if scale is None else scale
+        check_scale(self.scale)
         positions, self.position_options = named("positions", positions)
         self.causal, self.cross, self.positions, self.seed = causal, cross, positions, seed
         if bias not in (True, False, "into", "out"):
@@ -403,6 +405,16 @@ def at_least(least: int, **options: int) -> None:
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+LARGEST_SCALE = 10_000.0
+"""Of scores; beyond, float32 could not tell the scores of ordinary vectors apart."""
+
+
+def check_scale(scale: float) -> None:
+    """Raise a ValueError unless this is a factor on q·k that softmax can work with, of either sign."""
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not abs(scale) <= LARGEST_SCALE:
+        raise ValueError(f"scale must be a number from {-LARGEST_SCALE:g} to {LARGEST_SCALE:g}, got {scale!r}")
 
 
 def one_of(allowed: tuple[str, ...], **options: str) -> None:

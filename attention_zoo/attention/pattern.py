@@ -54,6 +54,9 @@ class PatternAttention(Attention):
     """Whether `bias` depends on the difference of positions alone: then one mask serves all tiles (`BANDED`)."""
     unweighted: ClassVar[bool] = False
     """Whether `bias` is 0 or -inf and nothing between, whatever the options."""
+    counts_keys: ClassVar[bool] = False
+    """Whether finite values of `bias` are 0 or logarithms of a few, of how often a key counts: then nobody need look
+    for a row's largest score where q·k is small (ops/mild.py)."""
     tile = 64
     """Query rows of a tile, few so that little of what is read is hidden; twice as many where tiles must be looked for.
     Smaller in tests, so that short lengths straddle many borders."""
@@ -139,10 +142,11 @@ class PatternAttention(Attention):
         queries, keys = self.mark(queries), self.mark(keys)
         bias, extra = self.bias(queries, keys), self.position_bias(queries, keys)
         everyone = queries.is_global[:, None, :, None] | keys.is_global[:, None, None, :]
-        bias = torch.where(everyone, torch.zeros((), dtype=bias.dtype, device=bias.device), bias)
+        bias = bias.masked_fill(everyone, 0)
         bias = bias if extra is None else bias + extra
-        none = self.to_out.weight.new_empty(0, 0, 0, 0)
-        seen = PatternCall(self, none, none, none, queries, keys, self.scale).seen(queries, keys)
+        any_operand = self.to_out.weight
+        call = PatternCall(self, any_operand, any_operand, any_operand, queries, keys, 1.0)
+        seen = call.seen(queries, keys)
         return bias.masked_fill(~seen, -torch.inf)
 
     # --- final: running it -----------------------------------------------------------------------------------------
