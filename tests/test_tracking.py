@@ -16,6 +16,8 @@ from attention_zoo.files import read_jsonl
 from attention_zoo.tracking import Guarded, JsonlTracker, NoTracker, RunInfo, Trackers, WandbTracker
 from attention_zoo.tracking.tracker import figures
 from attention_zoo.tracking.wandb_process import key_for
+from attention_zoo.training.config import compose_training
+from attention_zoo.training.run import run_training
 
 KEY = "0" * 40
 
@@ -99,6 +101,20 @@ def test_online_every_figure_reaches_the_server(tmp_path: Path) -> None:
     for step in range(5):
         assert f'\\"step\\":{step}' in said.replace(" ", "")
     assert "final/loss" in said
+
+
+def test_a_failed_run_reaches_the_server_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose_training(["task=mqar", "model.heads=3", "trainer.progress=none", "tracker.finish_timeout=20"])
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with Server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        row = run_training(config, tmp_path / "run")
+    assert row["error"] == "model.heads must divide model.dim, got heads=3 for dim=64"
+    assert row["notices"] == []
+    said = "".join(server.stream)
+    assert row["error"] in said
+    assert '\\"failed\\"' in said
+    assert '"exitcode":1' in said.replace(" ", "")
 
 
 @pytest.mark.slow

@@ -163,8 +163,8 @@ class WandbTracker(Tracker):
                     process.send(message)
             if process is not None and alive:
                 self._heard(process, wait_s=None)
-        except OSError as error:
-            self._say(f"W&B has ended: {error.strerror or error}; metrics.jsonl has every figure")
+        except Exception as error:  # the end of a thread: whatever it is, the run must hear of it
+            self._say(f"W&B has ended ({' '.join(str(error).split())}); metrics.jsonl has every figure")
         finally:
             self._ended.set()
 
@@ -175,7 +175,9 @@ class WandbTracker(Tracker):
                 if self._closed:
                     return None
                 drop = MISLEADING if mode == "offline" else ()
-                self._process = process = _Process(self._start | {"mode": mode}, drop)
+                self._process = process = _Process(drop)
+            with contextlib.suppress(OSError):  # it has ended already, which is its answer
+                process.send(self._start | {"mode": mode})
             answer = process.answer(LOCAL_SECONDS)
             if "imported" in answer:
                 answer = process.answer(LOCAL_SECONDS if mode == "offline" else self.init_timeout)
@@ -206,11 +208,10 @@ class _Process:
     """A running wandb_process.py, with everything that it starts.
 
     Args:
-        start: its first message.
         drop: environment variables that it shall not see.
     """
 
-    def __init__(self, start: Mapping[str, Any], drop: tuple[str, ...]):
+    def __init__(self, drop: tuple[str, ...]):
         env = {name: value for name, value in os.environ.items() if name not in (*FOREIGN, *drop)}
         env.setdefault("WANDB_PROGRAM", sys.argv[0] or "python")
         script = Path(__file__).with_name("wandb_process.py")
@@ -222,12 +223,12 @@ class _Process:
         self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._over = threading.Event()
         threading.Thread(target=self._read, daemon=True, name="wandb answers").start()
-        self.send(start)
 
     def _read(self) -> None:
         assert self._process.stdout is not None
         for text in self._process.stdout:
-            self._answers.put(json.loads(text))
+            if text.endswith(b"\n"):  # else it died over it
+                self._answers.put(json.loads(text))
         self._process.stdout.close()
         self._answers.put({"problem": "has ended", "over": True})
         self._over.set()

@@ -284,6 +284,8 @@ class _Run:
 
     def _follow_failure(self) -> Tracker:
         """The tracker of a run that failed before it had one: who follows a sweep shall see those too."""
+        if not isinstance(self.row["config"].get("tracker"), Mapping):
+            return NoTracker(self._info(self.row["config"]))
         try:
             return self._follow(self.row["config"])
         except Exception as error:  # of the tracker itself, which may be why the run failed
