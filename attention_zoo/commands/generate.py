@@ -40,9 +40,7 @@ def run(words: Sequence[str], program: str) -> None:
     parser.add_argument("--top-k", type=int, default=0, help="draw among the k most likely; 0: all (default)")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw among those that reach p together")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
-    parser.add_argument(
-        "--prefill-chunk", type=int, default=None, help="tokens of the prompt read at once; default all"
-    )
+    parser.add_argument("--prefill-chunk", type=int, default=None, help="tokens of the prompt read at once (all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     given = parser.parse_args(words)
     device_name(given.device)  # refuses one that is not there

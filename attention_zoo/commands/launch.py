@@ -7,9 +7,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from attention_zoo import stopping
@@ -32,9 +35,9 @@ def launch(work: Callable[[], Any]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        stopping.install()
-        code = work()
-        sys.stdout.flush()
+        with _signals():
+            code = work()
+            sys.stdout.flush()
     except KeyboardInterrupt as asked:
         stop = asked if isinstance(asked, stopping.Stopped) else stopping.Stopped()
         say(f"{stop}; what is finished is kept: the same command goes on from there")
@@ -51,6 +54,20 @@ def launch(work: Callable[[], Any]) -> int:
     except Exception as error:
         return told(error)
     return OK if code is None else int(code)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Signals end the work as `Stopped`; whoever called the command from Python has their own back after it."""
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    stopping.install()
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:  # one that was not set from Python cannot be set back from it
+                    signal.signal(number, handler)
 
 
 def told(error: BaseException) -> int:

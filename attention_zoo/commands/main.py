@@ -48,11 +48,13 @@ def _dispatch(words: list[str], program: str | None) -> int:
     if name == "generate":
         from attention_zoo.commands import generate
 
-        return generate.run(rest, program)
+        generate.run(rest, program)
+        return OK
     if name in PLAIN:
         from attention_zoo.commands import tables
 
-        return tables.run(name, rest, program)
+        tables.run(name, rest, program)
+        return OK
     known = [*COMMANDS, *PLAIN]
     near = difflib.get_close_matches(name, known, 1)
     raise ValueError(
