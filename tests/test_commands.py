@@ -7,6 +7,8 @@ import errno
 import importlib
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -306,6 +308,18 @@ def test_the_help_says_a_word_on_each_option(name: str, capsys: pytest.CaptureFi
         assert word, f"{key} of {name} is not described where it is defined"
         assert f"  {key}={'...' if value == 'must be given' else value}" in text
         assert " ".join(word.split()[:2]) in " ".join(text.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_form_that_the_help_shows_is_understood(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    examples = re.findall(rf"^  attention-zoo {name}(.*?)(?:   .*)?$", capsys.readouterr().out, re.MULTILINE)
+    assert examples
+    for example in examples:
+        assert not set("[]{}*?~") & set(re.sub(r"'[^']*'", "", example)), f"zsh takes these for itself: {example}"
+        words = [re.sub(r"=([^,\[{]+),.*", r"=\1", word) for word in shlex.split(example) if word != "-m"]
+        assert main([name, *words, "--cfg", "job"]) == 0, capsys.readouterr().err
+        assert not capsys.readouterr().err
 
 
 def test_the_help_is_that_of_the_choices_made(capsys: pytest.CaptureFixture[str]) -> None:
