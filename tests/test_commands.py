@@ -32,6 +32,8 @@ from attention_zoo.commands.launch import launch
 from attention_zoo.commands.main import PLAIN, main
 from attention_zoo.commands.refusals import EXTRAS, flags, of_hydra
 from attention_zoo.commands.work import COMMANDS, Command, Outcome, failures
+from attention_zoo.files import append_jsonl
+from attention_zoo.report.compare import CompareConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -193,6 +195,26 @@ def row(kind: str, status: str) -> dict[str, Any]:
 )
 def test_failures_are_counted_and_limits_are_no_failures(rows: list[dict[str, Any]], words: str) -> None:
     assert failures(rows) == words
+
+
+def test_benchmark_and_compare_end_with_1_when_a_result_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row("speed", "failed"), row("speed", "ok"), row("quality", "lost")]
+
+    def compare(config: CompareConfig) -> Path:
+        for each in rows:
+            append_jsonl(tmp_path / config.output / "results.jsonl", each)
+        return tmp_path / config.output / "report.html"
+
+    monkeypatch.setattr("attention_zoo.report.benchmark.benchmark", lambda config: rows)
+    monkeypatch.setattr("attention_zoo.report.compare.compare", compare)
+    for name in ("benchmark", "compare"):
+        assert main([name, "output=out"]) == 1
+        assert capsys.readouterr().err == "error: 1 of 2 cells and 1 of 1 trainings failed\n"
+    rows[:] = [row("speed", "ok"), row("quality", "unsupported")]
+    assert (main(["benchmark", "output=out"]), main(["compare", "output=again"])) == (0, 0)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture
