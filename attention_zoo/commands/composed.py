@@ -78,7 +78,7 @@ class Job:
 def _complete(composed: DictConfig) -> None:
     """Refuse a config with a hole in it, naming the place."""
     if missing := sorted(OmegaConf.missing_keys(composed)):
-        raise ValueError(f"{' and '.join(missing)} must be given: {missing[0]}=...")
+        raise ValueError(f"{' and '.join(missing)} must be given, got ???")
     OmegaConf.to_container(composed, resolve=True)
 
 

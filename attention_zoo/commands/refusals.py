@@ -33,7 +33,7 @@ def of_hydra(error: BaseException) -> str | None:
         if "is not a DictConfig" in str(error.__cause__) or "to Dict" in str(error.__cause__):
             return f"{given[2]} must be a mapping, got {given[3]}: '{given[2]}={{name: value}}'"
     if isinstance(error, InterpolationResolutionError):
-        return f"{error.full_key or 'the config'} refers to what is not there: {text.splitlines()[0]}"
+        return f"{error.full_key or 'config'}: {text.splitlines()[0]}"
     if (override := getattr(error, "override", None)) is not None:
         wrong = text.splitlines()[0]
         return (
