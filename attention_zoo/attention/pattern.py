@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Attention, Output, Source, Tokens, Unsupported, known_options
+from attention_zoo.contract import Attention, Output, Source, Tokens, Unsupported, hold, known_options, unshared
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator
 from attention_zoo.ops.dispatch import DENSE, TILES, Kernel, check_name, choose, explain
@@ -184,14 +184,17 @@ class PatternAttention(Attention):
                 f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
             )
         if keys is None:
-            keys = Tokens.all_valid(k.shape[0], k.shape[2], k.device)
+            keys = unshared(Tokens.all_valid(k.shape[0], k.shape[2], k.device))
         if queries is None:
+            (keys,) = hold(keys)
             queries = keys.cut(slice(k.shape[2] - q.shape[2], None))
         for name, tokens, columns in (("queries", queries, q.shape[2]), ("keys", keys, k.shape[2])):
             if tokens.valid.shape != (q.shape[0], columns):
                 raise ValueError(f"{name} must have shape {(q.shape[0], columns)}, got {tuple(tokens.valid.shape)}")
+        alone = queries is keys
+        queries, keys = hold(queries, keys)
         marked = self.mark(keys)
-        queries = marked if queries is keys else self.mark(queries)
+        queries = marked if alone else self.mark(queries)
         scale = self.scale if scale is None else scale
         return PatternCall(self, q, k, v, queries, marked, scale, self.bias_parameters(), global_qkv)
 
@@ -244,8 +247,9 @@ class PatternAttention(Attention):
         """Keys and values of the source, or those that the state has of it."""
         if source is None:
             assert state is not None
-            return state
-        hidden, tokens = self.enter_source(source)
+            (tokens,) = hold(state.columns.tokens)
+            return state._replace(columns=state.columns._replace(fields=tokens))
+        hidden, tokens = self.enter_source(source, kept=state is not None)
         return Cache(Columns.of(self.mark(tokens), self._heads(self.to_k(hidden)), self._heads(self.to_v(hidden))))
 
     def _attend_own(
@@ -302,11 +306,12 @@ class PatternAttention(Attention):
                 "global tokens in the first call",
             )  # fmt: skip
 
-    def enter_source(self, source: Source) -> tuple[Tensor, Tokens]:
-        """Hidden states of the source with padding zeroed."""
+    def enter_source(self, source: Source, kept: bool = False) -> tuple[Tensor, Tokens]:
+        """Hidden states of the source with padding zeroed, and its tokens, held; `kept`: by a state."""
         if source.hidden.ndim != 3 or source.hidden.shape[-1] != self.dim:
             raise ValueError(f"source.hidden must be [batch, length, {self.dim}], got {tuple(source.hidden.shape)}")
-        return source.hidden.masked_fill(~source.tokens.valid[..., None], 0), source.tokens
+        (tokens,) = hold(source.tokens, kept=kept)
+        return source.hidden.masked_fill(~tokens.valid[..., None], 0), tokens
 
     def _global_qkv(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor] | None:
         """Longformer's second projection; only computed where a global query is there to use it."""

@@ -43,7 +43,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens, Unsupported, at_least, one_of
+from attention_zoo.contract import (
+    Abilities,
+    Attention,
+    Output,
+    Source,
+    Tokens,
+    Unsupported,
+    at_least,
+    hold,
+    one_of,
+    unshared,
+)
 from attention_zoo.ops import hashing, lsh, lsh_layout, lsh_step
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator
@@ -289,7 +300,7 @@ class Reformer(Attention):
             wanted = f"[batch, {self.heads}, length, {self.head_width}]"
             raise ValueError(f"qk and v must both be {wanted}, got {tuple(qk.shape)} and {tuple(v.shape)}")
         B, _, L, _ = qk.shape
-        tokens = Tokens.all_valid(B, L, qk.device) if tokens is None else tokens
+        (tokens,) = hold(unshared(Tokens.all_valid(B, L, qk.device)) if tokens is None else tokens)
         if tokens.valid.shape != (B, L):
             raise ValueError(f"tokens must have shape {(B, L)}, got {tuple(tokens.valid.shape)}")
         self._check_choices(choices, B, L)

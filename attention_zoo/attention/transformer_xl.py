@@ -44,7 +44,18 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens, Unsupported, at_least, one_of
+from attention_zoo.contract import (
+    Abilities,
+    Attention,
+    Output,
+    Source,
+    Tokens,
+    Unsupported,
+    at_least,
+    hold,
+    one_of,
+    unshared,
+)
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator
 from attention_zoo.ops.dispatch import triton_reason
@@ -248,7 +259,8 @@ class TransformerXL(Attention):
         self._check_lengths()
         if keys is None:
             valid = torch.ones(B, S, dtype=torch.bool, device=q.device)
-            keys = Tokens.of(valid, start=(L - S) % self.segment_length)
+            keys = unshared(Tokens.of(valid, start=(L - S) % self.segment_length))
+        (keys,) = hold(keys)
         if keys.valid.shape != (B, S):
             raise ValueError(f"keys must have shape {(B, S)}, got {tuple(keys.valid.shape)}")
         seen = min(S, self.memory_length + (1 if self.same_length else self.segment_length))

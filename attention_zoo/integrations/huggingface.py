@@ -39,8 +39,8 @@ from torch import Tensor, nn
 
 from attention_zoo.attention.longformer import Longformer
 from attention_zoo.attention.pattern import PatternAttention
-from attention_zoo.contract import Tokens, Unsupported, one_of
-from attention_zoo.integrations.bare import at_columns, bare_pattern, refusal
+from attention_zoo.contract import Tokens, Unsupported, one_of, unshared
+from attention_zoo.integrations.bare import at_columns, at_padding_too, bare_pattern, refusal
 from attention_zoo.registry import available, recipe
 
 PREFIX = "zoo_"
@@ -191,6 +191,7 @@ class _Layout(NamedTuple):
     """What a layer learns from the mask, or from its absence."""
 
     keys: Tokens
+    everywhere: Tokens  # the same, for queries that count at padding, too
     start: int  # column of the first query
     causal: bool | None  # None: not to be told from the mask
     reach: int | None
@@ -200,7 +201,8 @@ class _Layout(NamedTuple):
 def _layout(mask: Tensor | None, key: Tensor) -> _Layout:
     B, _, S, _ = key.shape
     if mask is None:
-        return _Layout(Tokens.all_valid(B, S, key.device), 0, None, None)
+        keys = unshared(Tokens.all_valid(B, S, key.device))
+        return _Layout(keys, keys, 0, None, None)
     found = getattr(mask, "zoo_layout", None)
     if found is None:
         found = _decode(mask)
@@ -208,7 +210,10 @@ def _layout(mask: Tensor | None, key: Tensor) -> _Layout:
     if mask.shape[0] != B or mask.shape[3] != S:
         raise ValueError(f"the mask describes {mask.shape[0]} x {mask.shape[3]} keys, the attention has {B} x {S}")
     if mask.device != key.device:
-        return found._replace(keys=Tokens(*(field.to(key.device) for field in found.keys)))
+        keys, everywhere = (
+            unshared(Tokens(*(field.to(key.device) for field in tokens))) for tokens in (found.keys, found.everywhere)
+        )
+        return found._replace(keys=keys, everywhere=everywhere)
     return found
 
 
@@ -223,9 +228,14 @@ def _decode(mask: Tensor) -> _Layout:
         )
     # a copy: views would hold the mask that holds them
     position, valid, is_global, document, length, asked = mask[:, 0, :6].clone().unbind(1)
-    tokens = Tokens(position, valid.bool(), is_global.bool(), document, length)
+    tokens = unshared(Tokens(position, valid.bool(), is_global.bool(), document, length))
     return _Layout(
-        tokens, int(asked[0].argmax()), directions[direction], None if reach < 0 else reach, direction == EITHER
+        tokens,
+        at_padding_too(tokens),
+        int(asked[0].argmax()),
+        directions[direction],
+        None if reach < 0 else reach,
+        direction == EITHER,
     )
 
 
@@ -260,7 +270,7 @@ def _interface(name: str) -> Callable[..., tuple[Tensor, None]]:
         pattern = _pattern(name, module, query, key, causal, crosses, layout.reach)
         keys = layout.keys
         if crosses:
-            queries = Tokens.all_valid(query.shape[0], L, query.device)
+            queries = unshared(Tokens.all_valid(query.shape[0], L, query.device))
         else:
             end = layout.start + L
             if end > S or (attention_mask is None and L != S):
@@ -270,7 +280,7 @@ def _interface(name: str) -> Callable[..., tuple[Tensor, None]]:
             key, value, keys = key[:, :, seen], value[:, :, seen], keys.cut(seen)
             queries = keys if keys.valid.shape[1] == L else keys.cut(slice(-L, None))
             if name == "full" and L > 1:  # then equal to sdpa at padding, too: somebody's loss may count it
-                queries = queries._replace(valid=torch.ones_like(queries.valid))
+                queries = layout.everywhere if L == S else layout.everywhere.cut(slice(layout.start, end))
         scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
         out = pattern.attend(query, key, value, queries, keys, scale=scale)
         return out.transpose(1, 2).contiguous(), None

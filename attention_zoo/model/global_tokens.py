@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Layer, Tokens, Unsupported
+from attention_zoo.contract import Held, Layer, Tokens, Unsupported
 
 
 class ExtraGlobalTokens(nn.Module):
@@ -76,7 +76,7 @@ class ExtraGlobalTokens(nn.Module):
         yes = torch.ones_like(number, dtype=torch.bool)
         return (
             wide,
-            Tokens(
+            Held(
                 spread(tokens.position + count, number, 0),
                 spread(tokens.valid, yes, False),
                 spread(tokens.is_global, yes, False),

@@ -19,7 +19,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attention_zoo import registry
-from attention_zoo.contract import Source, Tokens, Unsupported, at_least, check_tokens, known_options, named
+from attention_zoo.contract import (
+    Source,
+    Tokens,
+    Unsupported,
+    at_least,
+    check_tokens,
+    hold,
+    known_options,
+    named,
+    unshared,
+)
 from attention_zoo.model.block import Block, Named, Stack, build_norm
 from attention_zoo.model.embedding import build_embedding
 from attention_zoo.model.global_tokens import ExtraGlobalTokens
@@ -224,9 +234,14 @@ class Transformer(nn.Module):
         """
         self._check(ids, tokens, types, state, source, fresh, last_only)
         new = state
+        # once for all layers
+        tokens = None if tokens is None else hold(tokens)[0]
+        if source is not None:
+            source = source._replace(tokens=hold(source.tokens, kept=state is not None)[0])
         if state is not None:
             valid = torch.ones_like(ids, dtype=torch.bool) if tokens is None else tokens.valid
             tokens, new = state.place(valid, tokens, fresh)
+            tokens = unshared(tokens) if torch.is_grad_enabled() else tokens
         x = self._embed(ids, tokens, types)
         inner, columns = tokens, None
         if self.extra is not None:

@@ -61,7 +61,7 @@ class Columns(NamedTuple):
     @property
     def tokens(self) -> Tokens:
         """What the columns held are, views."""
-        return Tokens(*(field.narrow(1, 0, self.filled) for field in self.fields))
+        return type(self.fields)(*(field.narrow(1, 0, self.filled) for field in self.fields))
 
     @property
     def room(self) -> int:
