@@ -257,7 +257,7 @@ class PatternAttention(Attention):
     ) -> tuple[Tensor, Cache | None]:
         """Attend to the held keys and the call's own; the state that follows."""
         held = Cache(Columns.of(tokens, k, v)) if state is None else self._append(state, tokens, k, v)
-        out = self._attend_held(q, tokens, held, self._global_qkv(x, tokens))
+        out = self._attend_held(q, tokens, held, self._global_qkv(x, tokens, held.columns.filled))
         return out, None if state is None else self._keep(held, x.shape[1])
 
     def _attend_held(
@@ -295,11 +295,12 @@ class PatternAttention(Attention):
         return Cache(columns, self._list_globals(held, columns))
 
     def _refuse_late(self, held: Tokens, tokens: Tokens, late: Tensor) -> None:
-        """Global tokens after the first call: the keys that they must see may be forgotten."""
-        if not self.own_global:  # whose keys are not cached: global tokens then need all of theirs in the call
+        """Global tokens in a document that earlier calls began: the keys that they must see may be forgotten."""
+        continued = torch.where(held.valid, held.document, -1).amax(1)
+        late = late & (tokens.document == continued[:, None])
+        if not self.own_global:  # with projections of their own they need all of their keys in the call
             forgotten = (self._live(held) & held.valid).sum(1) < held.next_position
-            continued = torch.where(held.valid, held.document, -1).amax(1)
-            late = late & forgotten[:, None] & (tokens.document == continued[:, None])
+            late = late & forgotten[:, None]
         if bool(late.any()):
             raise Unsupported(
                 self.name, "a global token after the first call", "keys that it must see are not kept",
@@ -313,13 +314,20 @@ class PatternAttention(Attention):
         (tokens,) = hold(source.tokens, kept=kept)
         return source.hidden.masked_fill(~tokens.valid[..., None], 0), tokens
 
-    def _global_qkv(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Longformer's second projection; only computed where a global query is there to use it."""
+    def _global_qkv(self, x: Tensor, tokens: Tokens, columns: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Longformer's second projection; only computed where a global query is there to use it.
+
+        Args:
+            columns: of keys, of which the call's own are the last. Those before it are zeros: a global query's document
+                begins in its call (checked before), so it sees none of them.
+        """
         if not self.own_global or not bool((tokens.is_global & tokens.valid).any()):
             return None
-        # with a state this is its first call (checked before), so x holds all keys
         q, k, v = (self._heads(project(x)) for project in (self.to_q_global, self.to_k_global, self.to_v_global))
-        return self.scheme.rotate(q, tokens.position), self.scheme.rotate(k, tokens.position), v
+        q, k = self.scheme.rotate(q, tokens.position), self.scheme.rotate(k, tokens.position)
+        if earlier := columns - x.shape[1]:
+            k, v = (nn.functional.pad(y, (0, 0, earlier, 0)) for y in (k, v))
+        return q, k, v
 
     def _list_globals(self, before: Cache, columns: Columns, tokens: Tokens | None = None) -> Tensor | None:
         """Columns of global tokens, found again only where columns moved or such tokens came."""

@@ -123,12 +123,13 @@ def _run_sdpa(call: PatternCall) -> Tensor:
         seen = call.seen(call.queries.cut(slice(None), rows), call.keys.cut(slice(None), rows))
         out = fused.fused(q, k, v, _mask(seen, q.dtype), scale=call.scale)
         return out.masked_fill(~seen.any(-1, keepdim=True), 0)
-    mask, causal = None, False
-    if call.pattern.causal and q.shape[2] > 1:
-        causal = True  # right padding lies in the future of every valid token
-    elif not call.all_valid:
-        mask = _mask(call.keys.valid[:, None, None, :], q.dtype)
-    return fused.fused(q, k, v, mask, scale=call.scale, causal=causal)
+    if call.pattern.causal and q.shape[2] > 1:  # right padding lies in the future of every valid token
+        return fused.fused(q, k, v, scale=call.scale, causal=True)
+    if call.all_valid:
+        return fused.fused(q, k, v, scale=call.scale)
+    seen = call.keys.valid[:, None, None, :]
+    out = fused.fused(q, k, v, _mask(seen, q.dtype), scale=call.scale)
+    return out.masked_fill(~seen.any(-1, keepdim=True), 0)
 
 
 def _mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
