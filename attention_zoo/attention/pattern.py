@@ -22,6 +22,7 @@ from attention_zoo.contract import Attention, Output, Source, Tokens, Unsupporte
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator
 from attention_zoo.ops.dispatch import DENSE, TILES, Kernel, check_name, choose, explain
+from attention_zoo.ops.function import zeros_for
 from attention_zoo.ops.pattern_call import PatternCall
 from attention_zoo.ops.row import ROW
 from attention_zoo.positions import ATTENTION_LEVEL
@@ -168,8 +169,7 @@ class PatternAttention(Attention):
             kernel: default the layer's.
             global_qkv: a second projection of the same tokens, for the rows of global queries.
         """
-        call = self._call(q, k, v, queries, keys, scale, global_qkv)
-        return choose(self.name, self.kernels, kernel or self.kernel, call).run(call)
+        return self._run(self._call(q, k, v, queries, keys, scale, global_qkv), kernel or self.kernel)
 
     def explain(
         self, q: Tensor, k: Tensor, v: Tensor, queries: Tokens | None = None, keys: Tokens | None = None
@@ -279,7 +279,12 @@ class PatternAttention(Attention):
             columns,
             cache.globals,
         )
-        return choose(self.name, self.kernels, self.kernel, call).run(call)
+        return self._run(call, self.kernel)
+
+    def _run(self, call: PatternCall, kernel: str) -> Float[Tensor, "B H L D"]:
+        if not (call.q.numel() and call.k.numel()):
+            return zeros_for(call.q, (call.q, call.k, call.v))
+        return choose(self.name, self.kernels, kernel, call).run(call)
 
     def _append(self, state: Cache, tokens: Tokens, k: Tensor, v: Tensor) -> Cache:
         held, late = state.columns, tokens.is_global & tokens.valid
@@ -339,7 +344,8 @@ class PatternAttention(Attention):
         held = columns.tokens
         mask = held.is_global & held.valid
         column = torch.arange(columns.filled, device=mask.device)
-        return torch.where(mask, column, -1).topk(int(mask.sum(1).amax()), dim=1).values
+        most = int(mask.sum(1).amax()) if len(mask) else 0
+        return torch.where(mask, column, -1).topk(most, dim=1).values
 
     def _live(self, keys: Tokens) -> Bool[Tensor, "B S"]:
         """What the next token of each row can still see."""

@@ -59,6 +59,7 @@ from attention_zoo.ops import hashing, lsh, lsh_layout, lsh_step
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator
 from attention_zoo.ops.dispatch import triton_reason
+from attention_zoo.ops.function import zeros_for
 
 
 class Hashed(NamedTuple):
@@ -304,6 +305,8 @@ class Reformer(Attention):
         if tokens.valid.shape != (B, L):
             raise ValueError(f"tokens must have shape {(B, L)}, got {tuple(tokens.valid.shape)}")
         self._check_choices(choices, B, L)
+        if not (B and L):
+            return zeros_for(v, (qk, v))
         flat_qk, flat_v = (_take(y.transpose(1, 2), tokens.valid) for y in (qk, v))
         documents, is_new = self._documents(tokens), torch.ones(len(flat_qk), dtype=torch.bool, device=qk.device)
         buckets = self._buckets(flat_qk.detach(), documents, is_new, tokens, None, choices)

@@ -59,6 +59,7 @@ from attention_zoo.contract import (
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator
 from attention_zoo.ops.dispatch import triton_reason
+from attention_zoo.ops.function import zeros_for
 from attention_zoo.ops.relative import Plan, chunk_borders, plan_chunks, project_streams, relative_attention
 
 TABLE = 256
@@ -266,6 +267,8 @@ class TransformerXL(Attention):
         seen = min(S, self.memory_length + (1 if self.same_length else self.segment_length))
         if r.shape[1:] != (H, D) or len(r) < seen:
             raise ValueError(f"r must be [at least {seen}, {H}, {D}], got {tuple(r.shape)}")
+        if not (B and L):
+            return zeros_for(q, (q, k, v, r, self.u, self.v))
         plan = self._plan(self._layout(keys, L), q.dtype)
         if len(r) != plan.distances:  # cutting and padding cost a copy of the table each, and one of its gradient
             hidden = max(0, plan.distances - len(r))  # distances of hidden pairs

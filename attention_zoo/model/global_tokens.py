@@ -60,7 +60,7 @@ class ExtraGlobalTokens(nn.Module):
         starts = tokens.valid & (tokens.position == 0)
         before = starts.long().cumsum(1) * count
         columns = torch.arange(L, device=x.device) + before
-        width = L + int(before[:, -1].max())
+        width = L + (int(before[:, -1].max()) if B else count)
         # every start reserves the `count` columns before its own
         places = columns[..., None] - count + torch.arange(count, device=x.device)
         row, column, number = (starts[..., None] & (places >= 0)).nonzero(as_tuple=True)

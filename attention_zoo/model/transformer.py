@@ -282,7 +282,7 @@ class Transformer(nn.Module):
         if tokens is not None:
             check_tokens(tokens, ids.shape)
         # elsewhere reading a number back would make every call wait, and a graph break
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and len(ids):
             real = ids if tokens is None else ids.masked_fill(~tokens.valid, 0)
             low, high = (int(bound) for bound in real.aminmax())
             if low < 0 or high >= self.vocab:
@@ -294,7 +294,7 @@ class Transformer(nn.Module):
                 raise ValueError(
                     f"types must be integers of shape {tuple(ids.shape)}, got {types.dtype} of {tuple(types.shape)}"
                 )
-            if types.device.type == "cpu":
+            if types.device.type == "cpu" and len(types):
                 real = types if tokens is None else types.masked_fill(~tokens.valid, 0)
                 if int(real.min()) < 0 or int(real.max()) >= (count := self.embedding.types.num_embeddings):
                     raise ValueError(f"types must lie in [0, {count}), got {int(real.min())} to {int(real.max())}")
@@ -302,7 +302,7 @@ class Transformer(nn.Module):
             raise ValueError("last_only needs a head that answers for each token, got head=classify")
         if source is not None and not self.cross:
             raise ValueError("source needs a model built with cross=True")
-        if self.cross and source is None and (state is None or not bool((state.next > 0).any())):
+        if self.cross and source is None and (state is None or (len(ids) and not bool((state.next > 0).any()))):
             raise ValueError("source must be given to a model built with cross=True, in the first call at least")
         if self.cross and fresh is not None:
             raise ValueError("fresh is for one stream of text; with cross=True start a new state instead")

@@ -6,7 +6,7 @@ x + layer(x), `autograd.grad` goes past the mark and the missing term is silentl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
@@ -23,6 +23,17 @@ def exact(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(ctx, first, *rest)
 
     return guarded
+
+
+def zeros_for(like: Tensor, inputs: Iterable[Tensor]) -> Tensor:
+    """What comes of no rows, no queries or no keys: zeros, with a gradient of zeros for each of the inputs."""
+    dtype, kind = like.dtype, like.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    zeros = torch.zeros(like.shape, dtype=dtype, device=like.device)
+    for each in inputs:
+        zeros = zeros + each.flatten()[:0].sum().to(dtype)
+    return zeros
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
