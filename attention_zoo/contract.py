@@ -286,8 +286,18 @@ _numbers = itertools.count()
 
 
 def layer_of(number: int) -> Attention:
-    """The attention layer of this `number`: how a compiled graph names it."""
-    return _layers[number]
+    """The attention layer of this `number`: how a compiled graph names it.
+
+    Raises:
+        RuntimeError: if it is gone, or the graph is another process's.
+    """
+    layer = _layers.get(number)
+    if layer is None:
+        raise RuntimeError(
+            f"a compiled graph asks for attention layer {number}, which this process does not have: compile the model "
+            f"where it runs, and keep it as long as its graph"
+        )
+    return layer
 
 
 class Attention(Layer):

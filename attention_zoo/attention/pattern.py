@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from attention_zoo.contract import Attention, Output, Source, Tokens, Unsupported, hold, known_options, unshared
 from attention_zoo.ops.columns import Columns
-from attention_zoo.ops.compiled import one_operator
+from attention_zoo.ops.compiled import one_operator, refuse_export
 from attention_zoo.ops.dispatch import DENSE, TILES, Kernel, check_name, choose, explain
 from attention_zoo.ops.function import zeros_for
 from attention_zoo.ops.pattern_call import PatternCall
@@ -169,6 +169,7 @@ class PatternAttention(Attention):
             kernel: default the layer's.
             global_qkv: a second projection of the same tokens, for the rows of global queries.
         """
+        refuse_export(self.name)
         return self._run(self._call(q, k, v, queries, keys, scale, global_qkv), kernel or self.kernel)
 
     def explain(

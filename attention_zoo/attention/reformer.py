@@ -57,7 +57,7 @@ from attention_zoo.contract import (
 )
 from attention_zoo.ops import hashing, lsh, lsh_layout, lsh_step
 from attention_zoo.ops.columns import Columns
-from attention_zoo.ops.compiled import one_operator
+from attention_zoo.ops.compiled import one_operator, refuse_export
 from attention_zoo.ops.dispatch import triton_reason
 from attention_zoo.ops.function import zeros_for
 
@@ -297,6 +297,7 @@ class Reformer(Attention):
             tokens: default all valid from position 0. At padding the output is zero.
             choices: buckets to use; default those of the layer's rotations (see `resample` and `seed`).
         """
+        refuse_export(self.name)
         if qk.ndim != 4 or qk.shape != v.shape or (qk.shape[1], qk.shape[3]) != (self.heads, self.head_width):
             wanted = f"[batch, {self.heads}, length, {self.head_width}]"
             raise ValueError(f"qk and v must both be {wanted}, got {tuple(qk.shape)} and {tuple(v.shape)}")

@@ -57,7 +57,7 @@ from attention_zoo.contract import (
     unshared,
 )
 from attention_zoo.ops.columns import Columns
-from attention_zoo.ops.compiled import one_operator
+from attention_zoo.ops.compiled import one_operator, refuse_export
 from attention_zoo.ops.dispatch import triton_reason
 from attention_zoo.ops.function import zeros_for
 from attention_zoo.ops.relative import Plan, chunk_borders, plan_chunks, project_streams, relative_attention
@@ -251,6 +251,7 @@ class TransformerXL(Attention):
             keys: tokens of the S columns, of which the last L are the queries. Default all valid and one document, in
                 which the first query begins a segment. Blank keys before position 0 are the caller's to give.
         """
+        refuse_export(self.name)
         (B, H, L, D), S = q.shape, k.shape[2]
         if k.shape != v.shape or k.shape != (B, self.heads, S, self.head_width) or k.shape[1::2] != (H, D) or S < L:
             raise ValueError(

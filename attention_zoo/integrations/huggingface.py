@@ -41,6 +41,7 @@ from attention_zoo.attention.longformer import Longformer
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Tokens, Unsupported, one_of, unshared
 from attention_zoo.integrations.bare import at_columns, at_padding_too, bare_pattern, refusal
+from attention_zoo.ops.compiled import refuse_export
 from attention_zoo.registry import available, recipe
 
 PREFIX = "zoo_"
@@ -143,6 +144,7 @@ def describe(
     Raises:
         ValueError: for a mask that is not made of padding, documents, causality and a sliding window.
     """
+    refuse_export(getattr(config, "_attn_implementation", None) or f"{PREFIX}attention")
     if use_vmap:
         raise ValueError("the model adds a mask function of its own, which a pattern cannot honour; use sdpa or eager")
     if local_size is not None and local_size != getattr(config, "sliding_window", None):
@@ -258,6 +260,7 @@ def _interface(name: str) -> Callable[..., tuple[Tensor, None]]:
         **others: Any,
     ) -> tuple[Tensor, None]:
         """[B, H, L, D] x [B, K, S, D] -> [B, L, H, D], and no weights."""
+        refuse_export(PREFIX + name)
         _check_call(name, dropout, others)
         layout = _layout(attention_mask, key)
         if sliding_window is not None and layout.reach != sliding_window - 1 and not layout.alone:

@@ -27,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Tokens, Unsupported, unshared
 from attention_zoo.integrations.bare import at_columns, at_padding_too, bare_pattern
+from attention_zoo.ops.compiled import refuse_export
 
 ROWS = 256
 """Rows of a mask that are looked at together."""
@@ -118,6 +119,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         causal, plain = (True, True) if is_causal else _direction(attn_mask)
         reason = self._beyond(weighed, plain, itself, causal)
         if reason is None:
+            refuse_export(self.attention)
             return self._mechanism(query, key, value, key_padding_mask, causal, itself), None
         if self.attention != "full":
             raise Unsupported(self.attention, *reason)
