@@ -142,15 +142,10 @@ def unshared(tokens: Tokens) -> Tokens:
 
 
 def hold(*many: Tokens, kept: bool = False) -> tuple[Tokens, ...]:
-    """Tokens as they are now, whatever their owner does to his masks before backward reads them again.
+    """Copies where gradients are on, of what is not held yet: masks may be filled again before backward reads them.
 
-    The boundary of every call: behind it kernels may keep tokens by reference, for backward and for states. Copies
-    are made where gradients are on, once: those that are held already stay as they are. Inside of `torch.compile`
-    tokens are the compiler's, and the operator that it calls holds its own.
-
-    Args:
-        many: tensors that they share stay shared.
-        kept: a state will keep them: copy them without gradients, too.
+    The boundary of every call: behind it tokens may be kept by reference, for backward and for states. What they share
+    stays shared. `kept`: by a state: copy without gradients, too. In `torch.compile` the operator inside does this.
     """
     if not (kept or torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return many
@@ -286,18 +281,13 @@ _numbers = itertools.count()
 
 
 def layer_of(number: int) -> Attention:
-    """The attention layer of this `number`: how a compiled graph names it.
-
-    Raises:
-        RuntimeError: if it is gone, or the graph is another process's.
-    """
-    layer = _layers.get(number)
-    if layer is None:
+    """The attention layer of this `number`: how a compiled graph names it. RuntimeError if it is not here."""
+    if number not in _layers:
         raise RuntimeError(
             f"a compiled graph asks for attention layer {number}, which this process does not have: compile the model "
             f"where it runs, and keep it as long as its graph"
         )
-    return layer
+    return _layers[number]
 
 
 class Attention(Layer):

@@ -14,6 +14,7 @@ import attention_zoo as zoo
 from attention_zoo import Source, Tokens
 from attention_zoo.contract import Held, hold
 from attention_zoo.integrations.multihead import MultiheadAttention
+from attention_zoo.ops.columns import Columns
 
 LENGTH = 29
 LAYERS: dict[str, dict[str, Any]] = {
@@ -147,6 +148,24 @@ def test_a_state_keeps_what_it_saw(name: str, gradients: bool) -> None:
                 mask[1] = False
             found.append(model(ids[:, 2:], state=state).logits)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("what", ["full", "longformer tiles", "bigbird tiles", "transformer_xl gather"])
+def test_a_states_own_tokens_are_not_changed_unnoticed(what: str) -> None:
+    """They are handed out without a copy: backward says so, as torch does of what it saved."""
+    name = what.split()[0]
+    layer = zoo.build(**entry(name, dim=16, heads=2, **LAYERS[what])).double()
+    x, tokens = torch.randn(2, 3, 16, dtype=torch.float64), Tokens.all_valid(2, 3)
+    for first in (0, 2):  # nothing is forgotten in so few columns
+        state = layer.initial_state(2)
+        if first:
+            state = layer(x[:, :first], tokens.cut(slice(0, first)), state=state).state
+        out = layer(x[:, first:], tokens.cut(slice(first, 3)), state=state)
+        out.hidden.sum().backward(retain_graph=True)  # nothing was changed yet
+        columns = out.state if isinstance(out.state, Columns) else out.state.columns
+        columns.fields.valid.fill_(False)
+        with pytest.raises(RuntimeError, match=r"tokens of a state.*have been modified by an inplace operation"):
+            out.hidden.sum().backward()
 
 
 def test_torchs_drop_in() -> None:

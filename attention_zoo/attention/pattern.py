@@ -22,7 +22,7 @@ from attention_zoo.contract import Attention, Output, Source, Tokens, Unsupporte
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator, refuse_export
 from attention_zoo.ops.dispatch import DENSE, TILES, Kernel, check_name, choose, explain
-from attention_zoo.ops.function import zeros_for
+from attention_zoo.ops.function import watch, zeros_for
 from attention_zoo.ops.pattern_call import PatternCall
 from attention_zoo.ops.row import ROW
 from attention_zoo.positions import ATTENTION_LEVEL
@@ -224,7 +224,7 @@ class PatternAttention(Attention):
         q = self._heads(self.to_q(x))
         if self.cross:
             cache = self._source_keys(state, source)
-            out = self._attend_held(q, tokens, cache)
+            out = self._attend_held(q, tokens, cache, shared=state is not None)
             new: Cache | None = cache
         else:
             q = self.scheme.rotate(q, tokens.position)
@@ -258,12 +258,20 @@ class PatternAttention(Attention):
     ) -> tuple[Tensor, Cache | None]:
         """Attend to the held keys and the call's own; the state that follows."""
         held = Cache(Columns.of(tokens, k, v)) if state is None else self._append(state, tokens, k, v)
-        out = self._attend_held(q, tokens, held, self._global_qkv(x, tokens, held.columns.filled))
+        more = self._global_qkv(x, tokens, held.columns.filled)
+        out = self._attend_held(q, tokens, held, more, shared=state is not None)
         return out, None if state is None else self._keep(held, x.shape[1])
 
     def _attend_held(
-        self, q: Tensor, tokens: Tokens, cache: Cache, global_qkv: tuple[Tensor, Tensor, Tensor] | None = None
+        self,
+        q: Tensor,
+        tokens: Tokens,
+        cache: Cache,
+        global_qkv: tuple[Tensor, Tensor, Tensor] | None = None,
+        *,
+        shared: bool,
     ) -> Tensor:
+        """Attend to the held keys; `shared`: with a state."""
         columns = cache.columns
         k, v = columns.held
         # all tokens are marked: those held were when they came
@@ -280,7 +288,8 @@ class PatternAttention(Attention):
             columns,
             cache.globals,
         )
-        return self._run(call, self.kernel)
+        out = self._run(call, self.kernel)
+        return watch(out, call.keys) if shared else out
 
     def _run(self, call: PatternCall, kernel: str) -> Float[Tensor, "B H L D"]:
         if not (call.q.numel() and call.k.numel()):

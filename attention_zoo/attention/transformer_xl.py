@@ -59,7 +59,7 @@ from attention_zoo.contract import (
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator, refuse_export
 from attention_zoo.ops.dispatch import triton_reason
-from attention_zoo.ops.function import zeros_for
+from attention_zoo.ops.function import watch, zeros_for
 from attention_zoo.ops.relative import Plan, chunk_borders, plan_chunks, project_streams, relative_attention
 
 TABLE = 256
@@ -201,6 +201,7 @@ class TransformerXL(Attention):
         hidden = columns.held[0].to(x.dtype)
         layout = self._layout(columns.tokens, x.shape[1])
         out = self._absorbed(x, hidden, layout) if self._is_absorbed(x) else self._chunked(x, hidden, layout)
+        out = out if state is None else watch(out, layout.keys)
         out = self.to_out(rearrange(out, "b h l d -> b l (h d)"))
         return Output(out, None if state is None else self._keep(columns, x.shape[1]))
 

@@ -6,6 +6,7 @@ x + layer(x), `autograd.grad` goes past the mark and the missing term is silentl
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
@@ -34,6 +35,29 @@ def zeros_for(like: Tensor, inputs: Iterable[Tensor]) -> Tensor:
     for each in inputs:
         zeros = zeros + each.flatten()[:0].sum().to(dtype)
     return zeros
+
+
+def watch(out: Tensor, fields: Iterable[Tensor]) -> Tensor:
+    """`out`, whose backward raises if these tensors were written to by then, as it does for what autograd saved.
+
+    For what a state shares with backward: it is handed to the caller without a copy. Costs neither operators nor
+    memory: a tensor that nobody else keeps is read by nobody.
+    """
+    if not out.requires_grad:
+        return out
+    seen = [(weakref.ref(field), field._version) for field in fields if not field.is_inference()]
+
+    def check(_: Tensor) -> None:
+        for reference, version in seen:
+            field = reference()
+            if field is not None and field._version != version:
+                raise RuntimeError(
+                    "tokens of a state that are needed for gradient computation have been modified by an inplace "
+                    "operation: run backward first, or change a copy"
+                )
+
+    out.register_hook(check)
+    return out
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
