@@ -106,6 +106,8 @@ def _warnings(rows: Rows, found: Findings) -> str:
         said.append(
             f"{len(rows.left_out)} rows or files could not be drawn and are left out; they are named at the end."
         )
+    if rows.replaced:
+        said.append(f"{rows.replaced} results of older code are not drawn: the same was measured again.")
     for task in found.tasks:
         said += [f"{task.title}: {obstacle}." for obstacle in task.obstacles()]
         parity = task.parity()

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from attention_zoo.files import plain
+from attention_zoo.measure.identity import COSMETIC, source_digest
 from attention_zoo.report import schema
 
 Row = dict[str, Any]
@@ -34,6 +35,11 @@ FROM = "from"
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _DEEPEST = 40
+_WORK = (
+    FROM, "kind", "backend", "against", "task", "seed", "seq_len", "variant", "phase", "kernel", "length", "batch",
+    "heads", "head_width", "causal", "device", "dtype", "threads", "budget_bytes",
+)  # fmt: skip
+"""What a row says of its work beside its config."""
 
 
 class LeftOut(NamedTuple):
@@ -51,25 +57,29 @@ class Rows(list[Row]):
 
     Fields:
         left_out: what was not fit to be drawn.
+        replaced: how many results of older code are not among them, since the code at hand measured the same again.
     """
 
-    def __init__(self, rows: Iterable[Row] = (), left_out: Iterable[LeftOut] = ()):
+    def __init__(self, rows: Iterable[Row] = (), left_out: Iterable[LeftOut] = (), replaced: int = 0):
         super().__init__(rows)
-        self.left_out = list(left_out)
+        self.left_out, self.replaced = list(left_out), replaced
 
 
-def sift(rows: Iterable[Any], where: str = "") -> Rows:
-    """Check rows; those that were checked before are handed back as they are.
-
-    Args:
-        rows: of any kind and in any state.
-        where: names the file in what is said about a row.
-
-    Returns:
-        the good ones, made plain (see `files.plain`), one for each identity; and in words what is wrong with the rest.
-    """
+def sift(rows: Iterable[Any]) -> Rows:
+    """Rows fit to be drawn, one for each result; those that were sifted before are handed back as they are."""
     if isinstance(rows, Rows):
         return rows
+    good, bad = check(rows)
+    return fresh(unique(good), bad)
+
+
+def check(rows: Iterable[Any], where: str | None = None) -> tuple[list[Row], list[LeftOut]]:
+    """Rows that are what their kind must be (`schema`), made plain, and what is wrong with the others.
+
+    Args:
+        rows: anything.
+        where: names the file in what is said about a row; None for rows of no file.
+    """
     good, bad = [], []
     for number, row in enumerate(rows, 1):
         try:
@@ -81,7 +91,27 @@ def sift(rows: Iterable[Any], where: str = "") -> Rows:
             good.append(row)
         else:
             bad.append(LeftOut(f"{where}, row {number}" if where else f"row {number}", wrong))
-    return Rows(unique(good), bad)
+    return good, bad
+
+
+def fresh(rows: list[Row], left_out: Iterable[LeftOut] = ()) -> Rows:
+    """Rows without those of older code that measured what the code at hand measured again, in the same place."""
+    mine = source_digest()
+    again = {_work(row) for row in rows if row.get("id") and _code(row) == mine}
+    kept = [row for row in rows if _code(row) == mine or not row.get("id") or _work(row) not in again]
+    return Rows(kept, left_out, len(rows) - len(kept))
+
+
+def _code(row: Row) -> Any:
+    return (row.get("environment") or {}).get("source")
+
+
+def _work(row: Row) -> str:
+    """All that says what was done and where, but for the code."""
+    config = {key: value for key, value in (row.get("config") or {}).items() if key not in COSMETIC}
+    environment = row.get("environment") or {}
+    place = [environment.get(key) for key in ("cpu", "cuda", "torch")]
+    return json.dumps([[row.get(key) for key in _WORK], place, config, row.get("data")], sort_keys=True)
 
 
 def clean(value: Any) -> Any:

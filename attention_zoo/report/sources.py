@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from attention_zoo.files import Damaged, read_json, read_jsonl
 from attention_zoo.report import schema
-from attention_zoo.report.rows import FROM, LeftOut, Row, Rows, sift, unique
+from attention_zoo.report.rows import FROM, LeftOut, Row, Rows, check, fresh, unique
 
 TABLE, RESULT = "results.jsonl", "result.json"
 KEPT = ("cells", "peers", "budgets")
@@ -44,14 +45,14 @@ def read(results: Any) -> Rows:
     good: list[Row] = []
     bad: list[LeftOut] = []
     for file, home in homes.items():
-        found = _rows(file)
-        bad += found.left_out
+        found, wrong = _rows(file)
+        bad += wrong
         good += [{**row, FROM: names[home]} for row in found] if len(names) > 1 else found
     if not good:
         first = f"; {bad[0]}" + (f", and {len(bad) - 1} more" if len(bad) > 1 else "") if bad else ""
         said = ", ".join(repr(str(path)) for path in given[:3]) or "nothing"
         raise ValueError(f"results must hold at least one row that can be drawn, got {said}{first}")
-    return Rows(unique(good), bad)
+    return fresh(unique(good), bad)
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -93,27 +94,21 @@ def _names(homes: list[Path]) -> dict[Path, str]:
     return {home: home.name if home == around else home.relative_to(around).as_posix() for home in homes}
 
 
-def _rows(file: Path) -> Rows:
+def _rows(file: Path) -> tuple[list[Row], list[LeftOut]]:
     lost: list[LeftOut] = []
-
-    def keep(sentence: str) -> None:
-        lost.append(LeftOut(*_halves(sentence, file)))
-
     try:
-        rows = [read_json(file)] if file.suffix == ".json" else list(read_jsonl(file, keep))
+        single = file.suffix == ".json"
+        rows = [read_json(file)] if single else list(read_jsonl(file, lambda said: lost.append(_located(said, file))))
     except (Damaged, OSError) as error:
-        return Rows([], [LeftOut(*_halves(str(error), file))])
+        return [], [_located(str(error), file)]
     if not rows and not lost:
         lost.append(LeftOut(str(file), "holds no rows"))
-    found = sift(rows, str(file))
-    return Rows(found, [*lost, *found.left_out])
+    good, bad = check(rows, str(file))
+    return good, [*lost, *bad]
 
 
-def _halves(sentence: str, file: Path) -> tuple[str, str]:
-    """A sentence about a file as where and what."""
-    rest = sentence.removeprefix(str(file)).lstrip(", ")
-    place, number = (str(file), rest)
-    if rest.startswith("line "):
-        count, _, number = rest.removeprefix("line ").partition(" ")
-        place = f"{file}, line {count}"
-    return place, number.removesuffix("; left out")
+def _located(sentence: str, file: Path) -> LeftOut:
+    """A sentence about a file, as where and what."""
+    what = sentence.removeprefix(str(file)).removesuffix("; left out")
+    line = re.match(r", (line \d+) ", what)
+    return LeftOut(f"{file}, {line[1]}", what[line.end() :]) if line else LeftOut(str(file), what.strip(" :"))

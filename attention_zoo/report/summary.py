@@ -196,6 +196,14 @@ def headline(found: Findings) -> list[str]:
     return said
 
 
+def remarks(found: Findings) -> list[str]:
+    """What did not go well, a line each: results without a figure, and what could not be read or drawn."""
+    names = labels(found.rows)
+    lost = [row for row in found.rows if not results.ok(row)]
+    said = [f"{results.what(row, names.get(id(row)))}: {results.why(row)}" for row in lost]
+    return said + [f"left out: {each}" for each in found.rows.left_out]
+
+
 def _cost_sentence(found: Findings, many: list[Series], length: int, key: str) -> str:
     """The cheapest mechanism beside both baselines, at the longest common length, among what was measured alike."""
     verb, best = ("peaks at", "least") if key == MEMORY else ("takes", "fastest")
