@@ -108,8 +108,8 @@ def labels(groups: Sequence[Group], names: Mapping[tuple[str, str], str]) -> lis
         groups: those of one chart or table.
         names: of (backend, kernel) where the two together have one, such as the baselines.
     """
-    common = differing([group.shared for group in groups])
-    common.sort(key=lambda key: (key not in ("file",), key))
+    common = [key for key in differing([group.shared for group in groups]) if not _told_by_file(groups, key)]
+    common.sort(key=lambda key: (key != "file", key))
     found = []
     for group in groups:
         alike = [other for other in groups if (other.backend, other.kernel) == (group.backend, group.kernel)]
@@ -125,12 +125,24 @@ def labels(groups: Sequence[Group], names: Mapping[tuple[str, str], str]) -> lis
     return apart(found)
 
 
+def _told_by_file(groups: Sequence[Group], key: str) -> bool:
+    """Whether files that differ in something (such as their machine) are told apart by their names already."""
+    found: dict[Any, set[Any]] = {}
+    for group in groups:
+        place = dict(group.place)
+        if key in ("file", *dict(group.made)) or "file" not in place:
+            return False
+        found.setdefault(place["file"], set()).add(place.get(key))
+    return all(len(values) == 1 for values in found.values())
+
+
 def words(facts: Facts, keys: Sequence[str]) -> list[str]:
     """Facts as one writes them; a file is named by its name alone."""
     said = []
     for key in keys:
         if key in facts:
-            value = facts[key] if len(facts[key]) <= WIDEST else f"{facts[key][: WIDEST - 1]}…"
+            value = facts[key][:8] if key == "code" else facts[key]
+            value = value if len(value) <= WIDEST else f"{value[: WIDEST - 1]}…"
             said.append(value if key == "file" else f"{key}={value}")
     return said
 

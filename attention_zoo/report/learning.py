@@ -71,9 +71,8 @@ def _pairs(task: Task, many: list[Series]) -> list[tuple[Learnt, Series]]:
     found = []
     for learnt in (each for each in task.learnt if each.rows):
         mine = [series for series in many if series.backend == learnt.backend]
-        file = dict(learnt.group.place).get("file")
-        if file in [series.place.get("file") for series in many]:
-            mine = [series for series in mine if series.place.get("file") == file]
+        if len({series.place.get("file") for series in many}) > 1:
+            mine = [series for series in mine if series.place.get("file") == dict(learnt.group.place).get("file")]
         options = {each.group.options for each in task.learnt if each.backend == learnt.backend and each.rows}
         if len(options | {series.group.options for series in mine}) > 2:
             # one set of options for trainings and one for costs may be the same in two ways of writing; more may not

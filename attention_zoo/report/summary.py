@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,8 @@ class Findings:
         for series in self.series:
             found.setdefault(series.group.place, []).append(series)
         keys = groups.differing([dict(place) for place in found])
+        if len({dict(place).get("file") for place in found}) == len(found):
+            keys = [key for key in keys if key == "file"]
         said = groups.apart([", ".join(groups.words(dict(place), keys)) for place in found])
         return list(zip(said, found.values()))
 
@@ -135,30 +138,27 @@ def summary(found: Findings) -> Summary:
 
 def _lines(found: Findings) -> list[_Line]:
     """What was learnt stands beside the cost of its backend, but where trainings differ in more than the seed: then
-    each group stands beside the cost of its own name, or alone."""
-    sizes = {(number, each.backend): sum(other.backend == each.backend for other in task.learnt)
-             for number, task in enumerate(found.tasks) for each in task.learnt}  # fmt: skip
-
-    def home(number: int, each: Learnt) -> str:
-        return each.backend if sizes[number, each.backend] == 1 and each.label == each.backend else each.label
-
+    each group stands beside the cost of its own name, or alone. With costs of several files, their own alone count."""
     files = {series.place.get("file") for series in found.series}
+    every = [(number, each) for number, task in enumerate(found.tasks) for each in task.learnt]
+    sizes = Counter((number, each.backend) for number, each in every)
 
-    def beside(each: Learnt, series: Series | None) -> bool:
-        file = dict(each.group.place).get("file")
-        return series is None or file not in files or series.place.get("file") == file
+    def beside(number: int, each: Learnt, series: Series) -> bool:
+        alone = sizes[number, each.backend] == 1 and each.label == each.backend
+        same = len(files) == 1 or dict(each.group.place).get("file") == series.place.get("file")
+        return same and (each.label == series.label or (alone and each.backend == series.backend))
 
-    names = [(series.label, series.backend, series) for series in found.series]
-    backends = {series.backend for series in found.series}
-    homes = dict.fromkeys(home(n, each) for n, task in enumerate(found.tasks) for each in task.learnt)
-    labels = {series.label for series in found.series}
-    rest = [(name, name, None) for name in homes if name not in backends and name not in labels]
-    return [
-        _Line(label, series, [
-            [each for each in task.learnt if home(number, each) in (label, backend) and beside(each, series)]
-            for number, task in enumerate(found.tasks)
-        ])
-        for label, backend, series in [*names, *rest]
+    lines = [
+        _Line(series.label, series, [[each for each in task.learnt if beside(number, each, series)]
+                                     for number, task in enumerate(found.tasks)])
+        for series in found.series
+    ]  # fmt: skip
+    placed = {id(each) for line in lines for many in line.learnt for each in many}
+    rest = dict.fromkeys(each.label for _, each in every if id(each) not in placed)
+    return lines + [
+        _Line(label, None, [[each for each in task.learnt if each.label == label and id(each) not in placed]
+                            for task in found.tasks])
+        for label in rest
     ]  # fmt: skip
 
 
@@ -179,8 +179,9 @@ def headline(found: Findings) -> list[str]:
     said = []
     for place, many in found.places():
         where = f"{place}: " if place else ""
-        if found.length is not None:
-            both = (_cost_sentence(found, many, found.length, key) for key in (MEMORY, TIME))
+        common = found.length or costs.longest_common_length(many)
+        if common is not None:
+            both = (_cost_sentence(found, many, common, key) for key in (MEMORY, TIME))
             said += [where + sentence for sentence in both if sentence]
             said += [where + sentence for sentence in _overtaking(found, many)]
     for task in found.tasks:
@@ -269,11 +270,13 @@ def rich_table(found: Findings) -> RichTable:
     headings, lines, notes = _brief(found)
     table = RichTable(title_justify="left", header_style="bold", padding=(0, 1, 0, 0), box=box.SIMPLE)
     table.caption, table.caption_justify = "\n".join(notes) or None, "left"
-    table.add_column(headings[0], no_wrap=True)
-    for heading in headings[1:]:
-        table.add_column(Text("\n".join(heading)), justify="right")
-    for line in lines:
-        table.add_row(*map(Text, line))  # text of rows is no markup
+    for number, heading in enumerate(headings):
+        said = heading if isinstance(heading, str) else "\n".join(heading)
+        # a narrow terminal folds words rather than cut them
+        table.add_column(Text(said), justify="right" if number else "left", overflow="fold")
+    for name, *cells in lines:
+        # text of rows is no markup; a range goes below its figure
+        table.add_row(Text(name), *(Text(cell.replace(" (", "\n(")) for cell in cells))
     return table
 
 
