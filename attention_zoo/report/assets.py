@@ -3,8 +3,8 @@
 STYLE = """
 :root{color-scheme:light dark;--ink:#20242a;--muted:#5f6772;--line:#e2e5e9;--paper:#fefefe;--soft:#f4f6f8;
 --warn:#8a5200;--warnbg:#fff6e6;--warnline:#f0d9ae;--link:#1d5fc4}
-@media screen and (prefers-color-scheme:dark){:root{--ink:#e6e8eb;--muted:#98a1ad;--line:#2b3038;--paper:#171a1f;--soft:#1f242b;
---warn:#f2c078;--warnbg:#2a2317;--warnline:#4d3f22;--link:#8ab8ff}}
+@media screen and (prefers-color-scheme:dark){:root{--ink:#e6e8eb;--muted:#98a1ad;--line:#2b3038;--paper:#171a1f;
+--soft:#1f242b;--warn:#f2c078;--warnbg:#2a2317;--warnline:#4d3f22;--link:#8ab8ff}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;scroll-behavior:smooth}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,'Segoe UI',Roboto,
@@ -62,7 +62,8 @@ background:var(--soft);padding:.08em .3em;border-radius:4px}
 footer{margin-top:3.5rem;color:var(--muted);font-size:.8125rem;border-top:1px solid var(--line);padding-top:1rem}
 @media (max-width:760px){main{padding:20px 16px 48px}h1{font-size:1.5rem}.charts{grid-template-columns:minmax(0,1fr)}
 .plot{height:330px}.pictures{grid-template-columns:repeat(2,minmax(0,1fr));gap:20px 14px}
-dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}th,td{padding:.38rem .55rem}}
+dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}th,td{padding:.38rem .55rem}
+tbody th{max-width:46vw;white-space:normal;overflow-wrap:anywhere}}
 @page{size:A4 landscape;margin:11mm}
 @media print{html{font-size:11.5px}body{font-size:1rem}main{max-width:none;padding:0}nav,details{display:none}
 h2{margin-top:1.6rem}h2,h3,figcaption{break-after:avoid}tr,dt,dd,.warn{break-inside:avoid}
@@ -79,8 +80,8 @@ figure{display:inline-block;vertical-align:top;width:48%;margin:0 1% 1.2rem 0;br
 """
 
 # Figures are written in the light theme's colours; DARK maps each to its partner. A legend button shows and hides the
-# traces of its group. A chart is marked drawn once plotly has finished, so that tests can count. Its drawing scales with
-# its box, since paper is narrower than the screen that it was drawn for; and paper is light, whatever the screen.
+# traces of its group. A chart is marked drawn once plotly has finished, so that tests can count. It scales with its
+# box, since paper is narrower than the screen that it was drawn for; and paper is light, whatever the screen.
 SCRIPT = """
 (function () {
   const read = id => JSON.parse(document.getElementById(id).textContent);

@@ -37,6 +37,12 @@ def build_report(rows: Iterable[Row], path: str | Path, *, title: str = TITLE) -
         ValueError: for no rows at all that can be drawn.
         OSError: naming the path, where it cannot be written.
     """
+    body, drawn = draw(rows, title)
+    return write_atomic(path, page.page(results.clean(title), body, drawn))
+
+
+def draw(rows: Iterable[Row], title: str = TITLE) -> tuple[str, list[Chart]]:
+    """What stands on the page, and its charts; see `build_report`."""
     rows = results.sift(rows)
     if not rows:
         first = f": {rows.left_out[0]}" if rows.left_out else ""
@@ -71,14 +77,14 @@ def build_report(rows: Iterable[Row], path: str | Path, *, title: str = TITLE) -
     sections = [each for each in sections if each[2]]
     links = "".join(f'<a href="#{key}">{heading}</a>' for key, heading, _ in sections)
     body = (
-        f"<h1>{page.escape(title := results.clean(title))}</h1>"
+        f"<h1>{page.escape(results.clean(title))}</h1>"
         + page.bullets(headline(found), "lead")
         + _warnings(rows, found)
         + f"<nav>{links}</nav>"
         + "".join(page.section(key, heading, content) for key, heading, content in sections)
         + "<footer>Drawn by attention_zoo from result rows alone; every figure can be read in results.jsonl.</footer>"
     )
-    return write_atomic(path, page.page(title, body, drawn))
+    return body, drawn
 
 
 def _look(rows: list[Row], names: dict[int, str]) -> dict[str, Style]:

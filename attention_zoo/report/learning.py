@@ -30,7 +30,7 @@ def pareto(task: Task, many: list[Series], length: int, styles: dict[str, Style]
     if not points:
         return None
     better = "lower" if task.lower_is_better else "higher"
-    figure = blank_figure(f"{axis} at {length:,} tokens (lower is better)", f"{task.judged} ({better} is better)")
+    figure = blank_figure(f"{axis} at {length:,} tokens (lower is better)", f"{task.brief} ({better} is better)")
     log_axis(figure.update_xaxes, [value for *_, value in points], words, binary=key == MEMORY, pad=0.12)
     legend, cells = [], []
     for learnt, series, value in points:
@@ -106,7 +106,7 @@ def trajectory(
     bits = task.metric == "bits_per_byte"
     share = metric and task.metric == "accuracy"
     factor = 1 / math.log(2) if bits and not metric else 1.0
-    unit = task.judged if metric else "loss in bits per byte" if bits else "loss in nats"
+    unit = task.brief if metric else "loss in bits per byte" if bits else "loss in nats"
     figure = blank_figure(x, unit)
     if share:
         figure.update_yaxes(**SHARE_AXIS)

@@ -147,6 +147,13 @@ class Task:
         return SETS.get(self.sets[0], f"“{spoken(self.sets[0])}”") if self.sets else None
 
     @property
+    def brief(self) -> str:
+        """The metric, and the set where it is not the only kind that there is, a test set: where room is short."""
+        main = self.sets[0] if self.sets else "test"
+        plain = main == "test" or main.startswith("length")
+        return metric_words(self.metric) + ("" if plain else f", {spoken(main)}")
+
+    @property
     def judged(self) -> str:
         """The metric and the set that it was taken on."""
         return metric_words(self.metric) + (f" on {self.main}" if self.main else "")

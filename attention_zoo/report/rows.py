@@ -35,6 +35,7 @@ FROM = "from"
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _DEEPEST = 40
+_LARGEST = 10**300
 _WORK = (
     FROM, "kind", "backend", "against", "task", "seed", "seq_len", "variant", "phase", "kernel", "length", "batch",
     "heads", "head_width", "causal", "device", "dtype", "threads", "budget_bytes",
@@ -118,7 +119,7 @@ def clean(value: Any) -> Any:
     """The same as plain JSON values, without control characters: it may be shown anywhere.
 
     Raises:
-        ValueError: for what is nested deeper than any row is.
+        ValueError: for what is nested deeper than any row is, or a number that is too long to be written.
     """
     return _clean(plain(value), _DEEPEST)
 
@@ -126,6 +127,8 @@ def clean(value: Any) -> Any:
 def _clean(value: Any, depth: int) -> Any:
     if depth < 0:
         raise ValueError(f"must be nested at most {_DEEPEST} deep")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise ValueError("a whole number has more than 300 digits")
     if isinstance(value, str):
         return _CONTROL.sub("\ufffd", value)
     if isinstance(value, dict):

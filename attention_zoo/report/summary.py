@@ -21,7 +21,7 @@ from attention_zoo.overview import markdown
 from attention_zoo.report import costs, groups, quality, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.costs import MEMORY, TIME, Series, Setting
-from attention_zoo.report.quality import Learnt, Task, metric_words, spoken
+from attention_zoo.report.quality import Learnt, Task
 from attention_zoo.report.rows import Row, Rows
 from attention_zoo.report.units import NONE
 
@@ -103,7 +103,7 @@ def summary(found: Findings) -> Summary:
     lines = _lines(found)
     for number, task in enumerate(found.tasks):
         said = [" / ".join(each.words() for each in line.learnt[number]) for line in lines]
-        columns.append(("What it learnt", _column(task), [words or NONE for words in said]))
+        columns.append(("What it learnt", f"{task.named}: {task.brief}", [words or NONE for words in said]))
     if found.length is not None:
         columns += _at(f"At {found.length:,} tokens", lines, [found.length for _ in lines])
     if found.series:
@@ -160,13 +160,6 @@ def _lines(found: Findings) -> list[_Line]:
                             for task in found.tasks])
         for label in rest
     ]  # fmt: skip
-
-
-def _column(task: Task) -> str:
-    """The title of a task's column: the set is named but where it is the only kind that there is, a test set."""
-    main = task.sets[0] if task.sets else "test"
-    plain = main == "test" or main.startswith("length")
-    return f"{task.named}: {metric_words(task.metric)}" + ("" if plain else f", {spoken(main)}")
 
 
 def _at(group: str, lines: list[_Line], lengths: Sequence[int | None]) -> Iterator[tuple[str, str, list[str]]]:
