@@ -34,7 +34,11 @@ def pareto(task: Task, many: list[Series], length: int, styles: dict[str, Style]
     log_axis(figure.update_xaxes, [value for *_, value in points], words, binary=key == MEMORY, pad=0.12)
     legend, cells = [], []
     for learnt, series, value in points:
-        style = style_of(series, styles) if learnt.label == learnt.backend else pick(styles, learnt.label, series.label)
+        style = (
+            style_of(series, styles)
+            if learnt.label == learnt.backend
+            else pick(styles, learnt.label, series.label, series.backend)
+        )
         alone = learnt.label in (learnt.backend, series.label)
         label = series.label if alone else f"{series.label}: {learnt.label}"
         quality = learnt.mean or 0.0

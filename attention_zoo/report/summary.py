@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -261,15 +262,17 @@ def _list(parts: list[str]) -> str:
 def rich_table(found: Findings) -> RichTable:
     """What fits a terminal of 80 columns: quality, cost at the common length, growth, overtaking fused attention."""
     headings, lines, notes = _brief(found)
-    table = RichTable(title_justify="left", header_style="bold", padding=(0, 1, 0, 0), box=box.SIMPLE)
+    table = RichTable(
+        title_justify="left", header_style="bold", padding=(0, 1, 0, 0), box=box.SIMPLE, pad_edge=False, show_edge=False
+    )
     table.caption, table.caption_justify = "\n".join(notes) or None, "left"
-    for number, heading in enumerate(headings):
-        said = heading if isinstance(heading, str) else "\n".join(heading)
+    table.add_column(headings[0], no_wrap=True)
+    for heading in headings[1:]:
         # a narrow terminal folds words rather than cut them
-        table.add_column(Text(said), justify="right" if number else "left", overflow="fold")
+        table.add_column(Text("\n".join(heading)), justify="right", overflow="fold")
     for name, *cells in lines:
         # text of rows is no markup; a range goes below its figure
-        table.add_row(Text(name), *(Text(cell.replace(" (", "\n(")) for cell in cells))
+        table.add_row(Text(textwrap.fill(name, 18)), *(Text(cell.replace(" (", "\n(")) for cell in cells))
     return table
 
 
