@@ -170,7 +170,7 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(one_line(error)) from None
     trainer, model = full["trainer"], full["model"]
     if not full["attention"]:
-        raise ValueError("attention must be one mechanism; for a stack of several use hybrid=[longformer,full]")
+        raise ValueError("attention must be one mechanism; for a stack of several use 'hybrid=[longformer,full]'")
     at_least(1, **{name: full[name] for name in ("steps", "seq_len", "batch")})
     at_least(0, seed=full["seed"])
     names = ("accumulate", "eval_every", "log_every", "checkpoint_every")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from . import Counts, kills, scores, wandb_server
+from . import Counts, kills, reports, scores, wandb_server
 
 
 class Kind(Protocol):
@@ -26,3 +26,4 @@ KINDS: dict[str, Kind] = {}
 KINDS["scores"] = scores
 KINDS["kills"] = kills
 KINDS["wandb"] = wandb_server
+KINDS["reports"] = reports
