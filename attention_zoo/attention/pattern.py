@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Attention, Output, Source, Tokens, Unsupported, known_options
+from attention_zoo.contract import Attention, Output, Source, Tokens, Unsupported, known_options, place_of
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator
 from attention_zoo.ops.dispatch import DENSE, TILES, Kernel, check_name, choose, explain
@@ -127,7 +127,7 @@ class PatternAttention(Attention):
     # --- final: the definition assembled ---------------------------------------------------------------------------
 
     def position_bias(self, queries: Tokens, keys: Tokens) -> Tensor | None:
-        return self.scheme.bias(queries, keys) if self.scheme.has_bias else None
+        return self.scheme.bias(queries, keys, place_of(self)[1]) if self.scheme.has_bias else None
 
     def scores_bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "#B #H L S"]:
         """`bias` and position bias, before masks and without the global override."""
@@ -141,7 +141,8 @@ class PatternAttention(Attention):
         everyone = queries.is_global[:, None, :, None] | keys.is_global[:, None, None, :]
         bias = torch.where(everyone, torch.zeros((), dtype=bias.dtype, device=bias.device), bias)
         bias = bias if extra is None else bias + extra
-        none = self.to_out.weight.new_empty(0, 0, 0, 0)
+        device, dtype = place_of(self)
+        none = torch.empty(0, 0, 0, 0, device=device, dtype=dtype)
         seen = PatternCall(self, none, none, none, queries, keys, self.scale).seen(queries, keys)
         return bias.masked_fill(~seen, -torch.inf)
 
@@ -196,9 +197,9 @@ class PatternAttention(Attention):
         return PatternCall(self, q, k, v, queries, marked, scale, self.bias_parameters(), global_qkv)
 
     def initial_state(self, batch_size: int) -> Cache:
-        weight = self.to_k.weight
-        empty = weight.new_zeros(batch_size, self.kv_heads, 0, self.head_width)
-        return Cache(Columns.of(Tokens.none(batch_size, weight.device), empty, empty))
+        device, dtype = place_of(self)
+        empty = torch.zeros(batch_size, self.kv_heads, 0, self.head_width, device=device, dtype=dtype)
+        return Cache(Columns.of(Tokens.none(batch_size, device), empty, empty))
 
     @one_operator
     def forward(

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attention_zoo import registry
-from attention_zoo.contract import Source, Tokens, Unsupported, at_least, check_tokens, known_options, named
+from attention_zoo.contract import Source, Tokens, Unsupported, at_least, check_tokens, known_options, named, place_of
 from attention_zoo.model.block import Block, Named, Stack, build_norm
 from attention_zoo.model.embedding import build_embedding
 from attention_zoo.model.global_tokens import ExtraGlobalTokens
@@ -194,7 +194,7 @@ class Transformer(nn.Module):
             raise Unsupported(
                 "this model", "state", "it is two-sided or a mechanism keeps none", "state=None and all tokens at once"
             )
-        return Running.start(self.stack.initial_state(batch_size), batch_size, self.embedding.weight.device)
+        return Running.start(self.stack.initial_state(batch_size), batch_size, place_of(self.embedding)[0])
 
     def forward(
         self,
@@ -246,7 +246,9 @@ class Transformer(nn.Module):
         if tokens is not None:
             ids = ids.masked_fill(~tokens.valid, 0)
             types = None if types is None else types.masked_fill(~tokens.valid, 0)
-        places = None if self.positions is None else self.positions(self._positions_of(ids, tokens))
+        places = None
+        if self.positions is not None:
+            places = self.positions(self._positions_of(ids, tokens), place_of(self.embedding)[1])
         return self.embedding(ids, places, types)
 
     def _positions_of(self, ids: Tensor, tokens: Tokens | None) -> Tensor:
