@@ -341,4 +341,4 @@ class PatternAttention(Attention):
 
 def hide(seen: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """0 where seen, -inf elsewhere: a plain pattern's bias."""
-    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
+    return torch.zeros(seen.shape, dtype=torch.float32, device=seen.device).masked_fill(~seen, -torch.inf)

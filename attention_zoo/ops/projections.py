@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registered
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from attention_zoo.ops.function import once
 from attention_zoo.ops.relative import project_streams
@@ -21,7 +22,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def is_plain(layer: nn.Module) -> bool:
     """Whether a call of this module is x · weightᵀ + bias and nothing else, and so may be computed past it."""
     return (
-        type(layer) is nn.Linear
+        type(layer) in (nn.Linear, NonDynamicallyQuantizableLinear)  # torch's own attention has the second
         and "forward" not in vars(layer)
         and not any(getattr(layer, hooks) for hooks in _HOOKS)
         and not any(getattr(registered, f"_global{hooks}") for hooks in _HOOKS)
