@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attention_zoo"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("files", "contract"),
+    ("files", "locks", "stopping", "options", "contract"),
     ("ops",),
     ("positions",),
     ("attention",),

@@ -1,0 +1,82 @@
+"""One writer a folder: a lock that the system gives back when its owner dies, however it dies."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from attention_zoo.files import Damaged, read_json, write_json
+
+LOCK, OWNER = ".lock", ".owner.json"
+
+
+class Busy(ValueError):
+    """Somebody else works in this folder. One line: who, where, since when."""
+
+
+@contextmanager
+def owning(folder: str | Path, *, wait_s: float = 0.0, notice: Callable[[str], None] = print) -> Iterator[Path]:
+    """Own a folder, which is made, for the length of a `with`.
+
+    Args:
+        folder: whose files nobody else shall write.
+        wait_s: how long to wait for an owner to end; infinity: as long as it takes.
+        notice: told once that it waits, and for whom.
+
+    Raises:
+        Busy: if somebody else owns it, and still does after `wait_s`.
+        OSError: where no lock can be written, naming the folder.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, is_singleton=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if wait_s <= 0:
+                raise Busy(_said(folder)) from None
+            notice(f"{_said(folder)}; waiting for it")
+            try:
+                lock.acquire(timeout=wait_s if wait_s < float("inf") else -1)
+            except Timeout:
+                raise Busy(_said(folder)) from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
+    try:
+        write_json(folder / OWNER, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
+        yield folder
+    finally:
+        (folder / OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+def owner(folder: str | Path) -> dict[str, object] | None:
+    """Who owns a folder now, as pid, host and since (seconds since 1970); None where nobody does."""
+    folder = Path(folder)
+    if not (folder / LOCK).is_file():
+        return None
+    lock = FileLock(folder / LOCK, is_singleton=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        try:
+            return dict(read_json(folder / OWNER))
+        except (Damaged, FileNotFoundError):  # it has the lock and has not said its name yet
+            return {"pid": None, "host": None, "since": None}
+    lock.release()
+    return None
+
+
+def _said(folder: Path) -> str:
+    found = owner(folder)
+    if found is None or found["pid"] is None:
+        return f"another process works in {folder}"
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(str(found["since"]))))
+    return f"process {found['pid']} on {found['host']} works in {folder} since {since}"

@@ -1,0 +1,109 @@
+"""Being asked to stop: signals as one exception, loops that end well, children that end with their parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+REQUEUE = 75
+"""Exit code of a command that a scheduler has stopped, with everything saved (EX_TEMPFAIL of sysexits.h)."""
+CTRL_C = 130
+"""Exit code of a command that Ctrl-C has stopped."""
+_WATCH_S = 1.0
+
+_asked: signal.Signals | None = None
+_graceful = 0
+
+
+class Stopped(KeyboardInterrupt):
+    """Asked from outside to stop. A KeyboardInterrupt, so that nothing takes it for an error of the work itself.
+
+    Args:
+        by: the signal.
+    """
+
+    def __init__(self, by: signal.Signals = signal.SIGINT):
+        super().__init__(by)
+        self.signal = by
+
+    def __str__(self) -> str:
+        return "stopped by Ctrl-C" if self.signal == signal.SIGINT else f"stopped by {self.signal.name}"
+
+    @property
+    def code(self) -> int:
+        """The exit code that tells launchers what happened."""
+        return CTRL_C if self.signal == signal.SIGINT else REQUEUE
+
+
+def install() -> None:
+    """From now on each of `SIGNALS` raises `Stopped` in the main thread; nothing is changed outside of that thread.
+
+    A signal that is ignored (nohup, a shell's background job) stays ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _on_signal)
+
+
+def _on_signal(number: int, _frame: FrameType | None) -> None:
+    global _asked
+    by = signal.Signals(number)
+    if _graceful and _asked is None:
+        _asked = by
+        return
+    raise Stopped(by)
+
+
+@contextmanager
+def graceful() -> Iterator[Callable[[], signal.Signals | None]]:
+    """A stretch that ends at a place of its own choice: the first signal is only noted, a second one raises at once.
+
+    Yields:
+        a function that tells which signal has come, or None. The loop asks it, saves, and raises `Stopped(signal)`;
+        one that does not ask in time is stopped when the stretch ends.
+    """
+    global _asked, _graceful
+    _graceful += 1
+    try:
+        yield lambda: _asked
+    except Exception as error:
+        if _asked is not None:  # who asked comes first: what failed will fail again when the work goes on
+            raise Stopped(_asked) from error
+        raise
+    else:
+        if _asked is not None:
+            raise Stopped(_asked)
+    finally:
+        _graceful -= 1
+        if not _graceful:
+            _asked = None
+
+
+def die_with_parent(parent: int) -> None:
+    """End this process when the one that started it ends, however that ends. Call it first thing in a child.
+
+    By the kernel where it can (Linux), and everywhere by a thread that looks whether the parent is still the same.
+
+    Args:
+        parent: process id of the one that started this one from its main thread; if it is gone already, so is this.
+    """
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="die with parent").start()
