@@ -17,6 +17,7 @@ from attention_zoo.contract import Tokens, at_least
 from attention_zoo.model.encoder_decoder import EncoderDecoder
 from attention_zoo.model.state import reserve
 from attention_zoo.model.transformer import Transformer
+from attention_zoo.model.wrapped import callable_part, inner
 
 CHUNK = 4096
 """Tokens of a prompt that are read at once."""
@@ -51,7 +52,7 @@ def stream(
     """New tokens one after the other, as they are made.
 
     Args:
-        model: with an lm head; it is in evaluation mode meanwhile.
+        model: with an lm head, or what torch wrapped around one; it is in evaluation mode meanwhile.
         ids: the prompts.
         steps: number of tokens to write.
         valid: where the prompts are padded, on either side; default nowhere.
@@ -82,12 +83,14 @@ def stream(
     if not bool(valid.any(1).all()):
         raise ValueError("valid must keep at least one token of every prompt")
     generator = torch.Generator(ids.device).manual_seed(seed)
+    model = callable_part(model, "generate")
     training = model.training
     model.eval()
     try:
         sizes = (steps, prefill_chunk)
         reader = _cached(model, ids, valid, source, *sizes) if cached else _again(model, ids, valid, source)
         logits = next(reader)
+        _check_logits(logits)
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for step in range(steps):
             token = logits.argmax(-1) if greedy else draw(logits, temperature, top_k, top_p, generator)
@@ -98,6 +101,8 @@ def stream(
             if step == steps - 1 or (eos is not None and bool(ended.all())):
                 break
             logits = reader.send(token)
+            if logits.is_cpu:  # elsewhere reading a number back would make every step wait
+                _check_logits(logits)
     finally:
         model.train(training)
 
@@ -155,15 +160,21 @@ def narrow(logits: Float[Tensor, "B V"], temperature: float, top_k: int, top_p: 
     return torch.empty_like(logits).scatter_(-1, order, ranked)
 
 
-def _writer(model: Transformer | EncoderDecoder) -> Transformer:
-    return model.decoder if isinstance(model, EncoderDecoder) else model
+def _writer(model: Any) -> Transformer:
+    found = inner(model, "generate")
+    return found.decoder if isinstance(found, EncoderDecoder) else found
+
+
+def _check_logits(logits: Tensor) -> None:
+    if bool(logits.isnan().any()):
+        raise ValueError("logits must be numbers, got NaN: the model's weights hold some, or its training diverged")
 
 
 def _check(model, greedy, temperature, top_k, top_p) -> None:
     lm = _writer(model)
     if lm.head_name != "lm" or not lm.causal:
         raise ValueError("generate needs a causal model with head=lm")
-    if temperature <= 0:
+    if not temperature > 0:  # nor NaN
         raise ValueError(f"temperature must be above 0, got {temperature}; greedy=True takes the most likely token")
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
         raise ValueError(f"top_k must be a number of tokens, 0 for all, got {top_k!r}")
