@@ -75,6 +75,10 @@ def stream(
         Unsupported: if the model keeps no state and cached is True.
     """
     at_least(1, steps=steps)
+    at_least(-(2**63), seed=seed)
+    for name, value, most in (("steps", steps, 2**31), ("seed", seed, 2**64 - 1)):
+        if value > most:
+            raise ValueError(f"{name} must be at most {most}, got {value}")
     _check(model, greedy, temperature, top_k, top_p)
     if prefill_chunk is not None:
         at_least(1, prefill_chunk=prefill_chunk)
@@ -114,7 +118,7 @@ def _cached(model, ids, valid, source, steps, chunk) -> Generator[Tensor, Tensor
         strict = all(layer.abilities.causality == "strict" for layer in lm.stack.attentions)
         chunk = CHUNK if strict else ids.shape[1]
     start = int(valid.any(0).long().argmax())  # a column that is padding in all rows says nothing
-    state = reserve(model.initial_state(len(ids)), ids.shape[1] - start + steps)
+    state = reserve(lm.initial_state(len(ids)), ids.shape[1] - start + steps)
     logits = None
     for at in range(start, ids.shape[1], chunk):
         here = valid[:, at : at + chunk]
@@ -174,11 +178,11 @@ def _check(model, greedy, temperature, top_k, top_p) -> None:
     lm = _writer(model)
     if lm.head_name != "lm" or not lm.causal:
         raise ValueError("generate needs a causal model with head=lm")
-    if not temperature > 0:  # nor NaN
-        raise ValueError(f"temperature must be above 0, got {temperature}; greedy=True takes the most likely token")
+    if not isinstance(temperature, int | float) or not temperature > 0:  # nor NaN
+        raise ValueError(f"temperature must be above 0, got {temperature!r}; greedy=True takes the most likely token")
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
         raise ValueError(f"top_k must be a number of tokens, 0 for all, got {top_k!r}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be a probability above 0, got {top_p}")
+    if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be a probability above 0, got {top_p!r}")
     if greedy and (temperature != 1 or top_k or top_p != 1):
         raise ValueError("greedy=True takes no temperature, top_k or top_p")

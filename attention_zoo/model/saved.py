@@ -64,8 +64,10 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Transformer
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is damaged, no model of ours, its weights do not fit its config, or are not finite.
+        ValueError: if it is damaged, no model of ours, its weights do not fit its config, or are not finite; or for a
+            device that this machine lacks.
     """
+    _check_device(device)
     path = Path(path)
     path = path / NAME if path.is_dir() else path
     if not path.is_file():
@@ -81,11 +83,11 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Transformer
             outline = _outline(header)
             if outline is not None and (wrong := _difference(outline, given)):
                 raise ValueError(f"{path}: {wrong}")
-            model = _build(header)
+            model = _build(header).eval()
     if wrong := _difference(_shapes(model), given):
         raise ValueError(f"{path}: {wrong}")
     _fill(path, model, tensors)
-    return model.to(device).eval()
+    return model.to(device)
 
 
 def digest_of(path: str | Path) -> str:
@@ -190,8 +192,17 @@ def _one_line(path: Path, wrong: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = str(error).strip() or type(error).__name__
+        text = text.splitlines()[0][:300]  # torch's own go on with a stack of C++
         raise ValueError(text if text.startswith(str(path)) else f"{path}: {wrong}: {text}") from None
+
+
+def _check_device(device: Any) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        text = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"device must be one that is here, got {device!r}: {text[:300]}") from None
 
 
 def _header(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -209,8 +220,10 @@ def _header(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tenso
         kind, version, config = header["kind"], header["format"], header["config"]
     except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path}: holds tensors, but no model config of attention_zoo") from None
-    if version != FORMAT or kind not in ("Transformer", "EncoderDecoder") or not isinstance(config, dict):
+    if version != FORMAT or kind not in ("Transformer", "EncoderDecoder"):
         raise ValueError(f"{path}: format {version!r} of {kind!r} is not known here, only {FORMAT}")
+    if not isinstance(config, dict) or not all(isinstance(part, dict) for part in _parts(header)):
+        raise ValueError(f"{path}: its config must be a mapping of options, for encoder and decoder each")
     return header
 
 
@@ -220,9 +233,8 @@ def _check_sizes(path: Path, header: Mapping[str, Any], given: Mapping[str, tupl
     Each block has a weight, and the embedding vocab · dim numbers; widths are compared one by one later (`_outline`).
     """
     numbers = sum(map(math.prod, given.values()))
-    config = header["config"]
-    for part in [config] if header["kind"] == "Transformer" else config.values():
-        entries = part.get("attention") if isinstance(part, dict) else None
+    for part in _parts(header):
+        entries = part.get("attention")
         for options in [part, *(entries if isinstance(entries, list) else [entries])]:
             for key, most in {"depth": len(given), "dim": numbers, "vocab": numbers, "heads": numbers}.items():
                 value = options.get(key) if isinstance(options, dict) else None
@@ -232,11 +244,15 @@ def _check_sizes(path: Path, header: Mapping[str, Any], given: Mapping[str, tupl
                     )
 
 
-def _build(header: Mapping[str, Any]) -> Transformer | EncoderDecoder:
+def _parts(header: Mapping[str, Any]) -> list[Any]:
+    """The config of each Transformer."""
     config = header["config"]
-    if header["kind"] == "Transformer":
-        return Transformer(**config)
-    return EncoderDecoder(encoder=Transformer(**config["encoder"]), decoder=Transformer(**config["decoder"]))
+    return [config] if header["kind"] == "Transformer" else [config.get("encoder"), config.get("decoder")]
+
+
+def _build(header: Mapping[str, Any]) -> Transformer | EncoderDecoder:
+    built = [Transformer(**part) for part in _parts(header)]
+    return built[0] if len(built) == 1 else EncoderDecoder(encoder=built[0], decoder=built[1])
 
 
 def _outline(header: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:

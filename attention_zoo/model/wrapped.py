@@ -36,14 +36,16 @@ def inner(model: Any, verb: str) -> Transformer | EncoderDecoder:
 
 
 def callable_part(model: Any, verb: str) -> Any:
-    """The same to be called: a compiled or sharded model stays so.
+    """The same to be called: a compiled or sharded model stays so, where nothing stands between.
 
     Raises:
         ValueError: as `inner`.
     """
-    inner(model, verb)
-    while isinstance(model, _REPLACED):
-        model = model.module
+    found, part = inner(model, verb), model
+    while part is not found:
+        if isinstance(part, _REPLACED):
+            return found
+        part = _within(part)
     return model
 
 
