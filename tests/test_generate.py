@@ -154,7 +154,7 @@ def test_a_model_that_holds_nan_writes_nothing(greedy):
     with torch.no_grad():
         model.stack.attentions[0].to_v.weight[0] = float("nan")
     with pytest.raises(ValueError, match="logits must be numbers, got NaN: the model's weights hold some"):
-        zoo.generate(model, some_ids(), steps=2, greedy=greedy)
+        generate(model, some_ids(), steps=2, greedy=greedy)
     assert not model.training
 
 
