@@ -44,13 +44,26 @@ def is_shipped(name: str) -> bool:
 def _foreign() -> dict[str, list[metadata.EntryPoint]]:
     """The entry points of other packages by name; one where a package is found twice."""
     found: dict[str, list[metadata.EntryPoint]] = {}
-    for point in metadata.entry_points(group=GROUP):
+    for point in _points():
         same = found.setdefault(point.name, [])
         if point.value not in (other.value for other in same):
             same.append(point)
     for name in found.keys() & set(_shipped()):
         _left_out(f"backend {name!r} ({found.pop(name)[0].value}) has a name that attention_zoo has given away itself")
     return found
+
+
+def _points() -> list[metadata.EntryPoint]:
+    try:
+        return list(metadata.entry_points(group=GROUP))
+    except Exception:  # of one package's broken file: then package by package
+        points: list[metadata.EntryPoint] = []
+        for package in metadata.distributions():
+            try:
+                points += [point for point in package.entry_points if point.group == GROUP]
+            except Exception as error:
+                _left_out(f"the entry points of package {package.name} cannot be read: {type(error).__name__}: {error}")
+        return points
 
 
 def _is_usable(name: str) -> bool:

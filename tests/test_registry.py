@@ -229,6 +229,15 @@ def test_a_package_that_is_found_twice_is_one(installed: Path, monkeypatch: pyte
     assert zoo.available() == tuple(sorted([*SHIPPED, "broken"]))
 
 
+@pytest.mark.parametrize("content", [b"[attention_zoo.backends]\nbroken", b"\xff\xfe\x00"])
+def test_entry_points_that_cannot_be_read_cost_no_others(installed: Path, content: bytes) -> None:
+    broken(installed, "", module="broken_plugin_one")
+    (installed / "broken_plugin_one-1.0.dist-info" / "entry_points.txt").write_bytes(content)
+    broken(installed, f"{BASE}class Broken(Full): name = 'broken'")
+    with pytest.warns(UserWarning, match="the entry points of package broken_plugin_one cannot be read: .*left out"):
+        assert zoo.available() == tuple(sorted([*SHIPPED, "broken"]))
+
+
 def test_a_backend_that_ends_the_process_when_built_is_named(installed: Path) -> None:
     broken(
         installed,
