@@ -188,6 +188,27 @@ def test_absorbed_says_why_it_cannot() -> None:
         layer(torch.randn(1, 1, DIM, dtype=torch.float64))
 
 
+def test_an_adapter_may_stand_in_the_embeddings_place() -> None:
+    """Whose widths and token types nobody reads any more."""
+
+    class Around(nn.Module):
+        def __init__(self, base: nn.Module):
+            super().__init__()
+            self.base = base
+
+        def forward(self, *given: Any) -> Tensor:
+            return 2 * self.base(*given)
+
+    model = zoo.Transformer(
+        attention="full", vocab=37, dim=DIM, heads=2, embedding={"types": 2}, positions="none", pre_norm=False
+    ).eval()
+    ids, types = torch.randint(0, 37, (2, 9)), torch.randint(0, 2, (2, 9))
+    expected = model.stack(2 * model.embedding(ids, None, types)).hidden
+    model.embedding = Around(model.embedding)  # type: ignore[assignment]
+    torch.testing.assert_close(model(ids, types=types).hidden, expected)
+    torch.testing.assert_close(model(ids, types=types, state=model.initial_state(2)).hidden, expected)
+
+
 @pytest.mark.parametrize("name", zoo.available())
 def test_a_quantised_model_runs_carries_a_state_and_writes(name: str) -> None:
     torch.manual_seed(0)

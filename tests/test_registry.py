@@ -17,7 +17,7 @@ import attention_zoo as zoo
 from attention_zoo import registry
 from attention_zoo.contract import Attention, Unsupported
 from attention_zoo.measure.config import BenchmarkConfig
-from attention_zoo.overview import abilities_rows
+from attention_zoo.overview import abilities_rows, kernel_rows
 from attention_zoo.registry import options_of, recipe, third_party
 
 ROOT = Path(__file__).parents[1]
@@ -245,6 +245,7 @@ def test_a_backend_that_ends_the_process_when_built_is_named(installed: Path) ->
     )
     with pytest.raises(ValueError, match=r"backend 'broken' cannot be built: it ends the process \(3\)"):
         zoo.build("broken", dim=16, heads=2)
+    assert ("broken", "own") in [row[:2] for row in kernel_rows(64) if "cannot be built: ValueError" in row[2]]
     assert "broken" in {cell.backend for cell in BenchmarkConfig(lengths=[16]).cells()}
 
 

@@ -139,6 +139,8 @@ class Transformer(nn.Module):
             for layer in mechanisms
         ]
         self.embedding = build_embedding(embedding or {}, vocab=vocab, dim=dim, norm=norm)
+        # said here, since an adapter may come to stand in the embedding's place
+        self.types = 0 if self.embedding.types is None else self.embedding.types.num_embeddings
         self.positions = self._build_positions(positions, max_length)
         self.extra = ExtraGlobalTokens.asked_for(mechanisms, dim)
         self.stack = ReversibleStack(blocks, end=reversible) if reversible else Stack(blocks)
@@ -275,7 +277,7 @@ class Transformer(nn.Module):
             if low < 0 or high >= self.vocab:
                 raise ValueError(f"ids must lie in [0, {self.vocab}), got {low if low < 0 else high}")
         if types is not None:
-            if self.embedding.types is None:
+            if not self.types:
                 raise ValueError("types needs a model whose embedding has some: embedding={'types': 2}")
             if types.shape != ids.shape or types.dtype.is_floating_point:
                 raise ValueError(
@@ -283,8 +285,8 @@ class Transformer(nn.Module):
                 )
             if types.device.type == "cpu":
                 real = types if tokens is None else types.masked_fill(~tokens.valid, 0)
-                if int(real.min()) < 0 or int(real.max()) >= (count := self.embedding.types.num_embeddings):
-                    raise ValueError(f"types must lie in [0, {count}), got {int(real.min())} to {int(real.max())}")
+                if int(real.min()) < 0 or int(real.max()) >= self.types:
+                    raise ValueError(f"types must lie in [0, {self.types}), got {int(real.min())} to {int(real.max())}")
         if last_only and self.head_name == "classify":
             raise ValueError("last_only needs a head that answers for each token, got head=classify")
         if source is not None and not self.cross:
