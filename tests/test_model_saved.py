@@ -116,7 +116,7 @@ def test_what_cannot_be_written_down_is_refused(tmp_path):
         model = Transformer(attention=attention, vocab=VOCAB, dim=16, heads=2)
         with pytest.raises(ValueError, match="save needs attention given by name, mapping or partial"):
             zoo.save(model, tmp_path / "model")
-    model = Transformer(attention=partial(Full, scale=float("inf")), vocab=VOCAB, dim=16, heads=2)
+    model = Transformer(attention=partial(Full), vocab=VOCAB, dim=16, heads=2, origin={"loss": float("inf")})
     with pytest.raises(ValueError, match="plain numbers, words and lists"):
         zoo.save(model, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
