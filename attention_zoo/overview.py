@@ -18,7 +18,7 @@ import torch
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Attention, Tokens, at_least
 from attention_zoo.measure.environment import device_name
-from attention_zoo.registry import available, options_of, recipe
+from attention_zoo.registry import available, build, is_shipped, options_of, recipe
 
 COLUMNS = (
     "backend", "causal", "two-sided", "carries state", "global tokens", "cross", "compute", "memory", "state",
@@ -63,6 +63,9 @@ def kernel_rows(length: int, device: str = "cpu", dtype: torch.dtype = torch.flo
     device_name(device)
     rows = []
     for name in available():
+        if reason := _unbuilt(name):
+            rows.append((name, "own", reason))
+            continue
         cls, defaults = recipe(name)
         if not issubclass(cls, PatternAttention):
             found = _own_kernels(cls(dim=64, heads=1, **defaults), device, dtype)
@@ -75,6 +78,17 @@ def kernel_rows(length: int, device: str = "cpu", dtype: torch.dtype = torch.flo
             rows.append((name, kernel, reason or ("runs, chosen by auto" if first else "runs")))
             first = first and reason is not None
     return rows
+
+
+def _unbuilt(name: str) -> str | None:
+    """Why a third-party backend cannot be built as it comes: whatever it raises must not cost the others theirs."""
+    if is_shipped(name):
+        return None
+    try:
+        build(name, dim=64, heads=1, causal=recipe(name)[0].declared.causality != "none")
+    except Exception as error:
+        return f"cannot be built: {type(error).__name__}: {' '.join(str(error).split())}"
+    return None
 
 
 def about(name: str) -> str:

@@ -167,6 +167,8 @@ class BenchmarkConfig:
         for backend in sorted(backends):
             options = self.options.get(backend) or {}
             known = options.keys() <= registry.options_of(backend).keys()
+            if not options and not registry.is_shipped(backend):
+                continue  # nothing is misspelt; what somebody else's backend raises is for its cells to say
             # An unknown name is a slip of the pen and raises; what a backend merely cannot do is a row that says so.
             with suppress(Unsupported) if known else nullcontext():
                 width = self.heads * self.head_width
