@@ -12,14 +12,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
+from attention_zoo.options import Finite, Heads, Named, OneOf, Positive, Seed, checked, shown
+
 Growth = Literal["constant", "linear", "loglinear", "quadratic"]
+BIASES = "true, false, into or out"
 
 
 class Unsupported(ValueError):
@@ -256,6 +260,8 @@ def layer_of(number: int) -> Attention:
 class Attention(Layer):
     """Base of all attention mechanisms: the shared options and the checks that are the same for each.
 
+    Options are checked by the annotations of the constructors, a subclass's too; see `options`.
+
     Args:
         dim: model width E.
         heads: query heads H.
@@ -291,37 +297,38 @@ class Attention(Layer):
     tiny: ClassVar[Mapping[str, Any]] = {}
     companions: ClassVar[Mapping[str, str]] = {}
 
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
+
+    @checked
     def __init__(
         self,
         *,
-        dim: int,
-        heads: int,
-        kv_heads: int | None = None,
-        head_width: int | None = None,
-        bias: bool | str = True,
-        scale: float | None = None,
+        dim: Positive,
+        heads: Heads,
+        kv_heads: Heads | None = None,
+        head_width: Positive | None = None,
+        bias: Annotated[bool | str, OneOf(True, False, "into", "out"), Field(description=BIASES)] = True,
+        scale: Finite | None = None,
         causal: bool = True,
         cross: bool = False,
-        positions: str | Mapping[str, Any] = "none",
-        seed: int = 0,
+        positions: Named = "none",
+        seed: Seed = 0,
     ):
         super().__init__()
         self._enlist()
-        at_least(1, dim=dim, heads=heads)
         if head_width is None and dim % heads:
             raise ValueError(f"heads must divide dim, got heads={heads} for dim={dim} (or give head_width)")
         kv_heads = heads if kv_heads is None else kv_heads
-        at_least(1, kv_heads=kv_heads)
         if heads % kv_heads:
             raise ValueError(f"kv_heads must divide heads, got kv_heads={kv_heads} for heads={heads}")
         self.dim, self.heads, self.kv_heads = dim, heads, kv_heads
         self.head_width = dim // heads if head_width is None else head_width
-        at_least(1, head_width=self.head_width)
         self.scale = self.head_width**-0.5 if scale is None else scale
         positions, self.position_options = named("positions", positions)
         self.causal, self.cross, self.positions, self.seed = causal, cross, positions, seed
-        if bias not in (True, False, "into", "out"):
-            raise ValueError(f"bias must be true, false, into or out, got {bias!r}")
         self.bias_into, self.bias_out = bias in (True, "into"), bias in (True, "out")
         can = self.declared
         if cross and not can.cross:
@@ -402,14 +409,14 @@ def at_least(least: int, **options: int) -> None:
     """Raise a ValueError that names the option, the rule and the value."""
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+            raise ValueError(f"{name} must be an integer of at least {least}, got {shown(value)}")
 
 
 def one_of(allowed: tuple[str, ...], **options: str) -> None:
     """Raise a ValueError that names the option, what is allowed and the value."""
     for name, value in options.items():
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if not (isinstance(value, str) and value in allowed):
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
 
 
 def named(option: str, value: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -422,7 +429,7 @@ def named(option: str, value: str | Mapping[str, Any]) -> tuple[str, dict[str, A
         return value, {}
     if isinstance(value, Mapping) and isinstance(value.get("name"), str):
         return value["name"], {key: option for key, option in value.items() if key != "name"}
-    raise ValueError(f"{option} must be a word, or a mapping with a name and options, got {value!r}")
+    raise ValueError(f"{option} must be a word, or a mapping with a name and options, got {shown(value)}")
 
 
 def known_options(option: str, given: Mapping[str, Any], known: Collection[str]) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attention_zoo"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("files", "locks", "stopping", "options", "contract"),
+    ("files", "locks", "stopping", "room", "options", "contract"),
     ("ops",),
     ("positions",),
     ("attention",),
