@@ -102,7 +102,7 @@ class Rule(NamedTuple):
         ranged = any(kind.startswith(("greater_than", "less_than")) for kind in kinds)
         words = describe(self.hint, ranged=ranged, finite="finite_number" in kinds)
         for error in errors:
-            if error["type"] == "less_than_equal" and (most := f"{error['ctx']['le']:.15g}") not in words:
+            if error["type"] == "less_than_equal" and (most := f"{error['ctx']['le']}") not in words:
                 return f"at most {most}"
         return words
 
@@ -114,7 +114,7 @@ def rule_of(hint: Any) -> Rule:
     return Rule(None if strict is None else TypeAdapter(strict), hint, title)
 
 
-SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "a word"}
+SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 HOLDERS = (list, tuple, dict, Sequence, Mapping)
 
 

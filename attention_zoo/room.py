@@ -34,6 +34,13 @@ def memory_bytes() -> int | None:
     return min(known, default=None)
 
 
+def fits(size: int, what: str) -> None:
+    """Raise a ValueError where `size` bytes exceed the memory of this machine; `what` says which options ask for it."""
+    most = memory_bytes()
+    if most is not None and size > most:
+        raise ValueError(f"{what} must fit into memory, {most / 2**30:.0f} GiB, got at least {size / 2**30:,.0f} GiB")
+
+
 class Room(TorchFunctionMode):
     """While a module is built on the CPU: a ValueError as soon as its tensors together exceed the memory there is.
 

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("positions",),
     ("attention",),
-    ("registry",),
+    ("registry", "settings"),
     ("model",),
     ("tasks", "measure", "tracking"),
     ("training",),

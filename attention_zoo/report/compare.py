@@ -31,7 +31,8 @@ from attention_zoo.report.patterns import portrait
 from attention_zoo.report.rows import Row
 from attention_zoo.report.summary import Findings, headline, rich_table, write_csv
 from attention_zoo.report.trainings import Run, RunEvent, run_trainings
-from attention_zoo.training.config import check, compose_training, one_line
+from attention_zoo.settings import one_line
+from attention_zoo.training.config import check, compose_training
 
 SILENCE_S = 20.0
 """Without a terminal, a line at least this often while trainings go on."""

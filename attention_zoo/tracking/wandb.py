@@ -17,15 +17,19 @@ import os
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from attention_zoo.contract import one_of
+from pydantic import Field
+
+from attention_zoo.options import OneOf, Text, checked
 from attention_zoo.tracking.tracker import RunInfo, Tracker, figures
 
 PROBE_SECONDS = 3.0
 MODES = ("auto", "online", "offline")
+Timeout = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+"""Seconds, at most a day."""
 
 
 class WandbTracker(Tracker):
@@ -42,19 +46,19 @@ class WandbTracker(Tracker):
         finish_timeout: seconds to wait for uploads at the end; what is not uploaded stays in the folder.
     """
 
+    @checked(prefix="tracker.")
     def __init__(
         self,
         info: RunInfo,
         *,
-        mode: str = "auto",
-        project: str = "attention-zoo",
-        entity: str | None = None,
-        group: str | None = None,
-        tags: tuple[str, ...] = (),
-        init_timeout: float = 20.0,
-        finish_timeout: float = 60.0,
+        mode: Annotated[str, OneOf(*MODES)] = "auto",
+        project: Text = "attention-zoo",
+        entity: Text | None = None,
+        group: Text | None = None,
+        tags: Sequence[Text] = (),
+        init_timeout: Timeout = 20.0,
+        finish_timeout: Timeout = 60.0,
     ):
-        one_of(MODES, **{"tracker.mode": mode})
         import wandb  # slow to import: only runs that want it pay
 
         self.notice = info.notice

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from attention_zoo.training.config import one_line
+from attention_zoo.settings import one_line
 
 DEBUG = "HYDRA_FULL_ERROR"
 
@@ -22,7 +22,7 @@ def launch(main: Callable[[], Any]) -> None:
     try:
         main()
     except Exception as error:
-        line = one_line(error)
+        line = one_line(error, sys.argv[1:])
         if wanted or line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
