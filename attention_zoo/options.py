@@ -21,7 +21,7 @@ import sys
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, overload
 
 import numpy as np
 from pydantic import Field, Strict, TypeAdapter, ValidationError
@@ -57,8 +57,10 @@ Heads = Annotated[int, Field(ge=1, le=2**16)]
 Depth = Annotated[int, Field(ge=1, le=4096)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Seed = Annotated[int, Field(ge=-(2**62), le=2**62)]
+SeedOfRun = Annotated[int, Field(ge=0, le=2**62)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=10**9, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, description="a share between 0 and 1")]
 Probability = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, description="a probability below 1")]
@@ -102,8 +104,11 @@ class Rule(NamedTuple):
         ranged = any(kind.startswith(("greater_than", "less_than")) for kind in kinds)
         words = describe(self.hint, ranged=ranged, finite="finite_number" in kinds)
         for error in errors:
-            if error["type"] == "less_than_equal" and (most := f"{error['ctx']['le']}") not in words:
-                return f"at most {most}"
+            if error["type"] == "less_than_equal":
+                most = error["ctx"]["le"]
+                most = f"{most:.15g}" if isinstance(most, float) else str(most)
+                if most not in words:
+                    return f"at most {most}"
         return words
 
 
@@ -272,14 +277,22 @@ def calls_of(target: Any) -> list[Call]:
     return found
 
 
-def checked(function: F | None = None, *, prefix: str = "") -> F:
+@overload
+def checked(function: F) -> F: ...
+@overload
+def checked(function: None = None, *, prefix: str) -> Callable[[F], F]: ...
+def checked(function: Any = None, *, prefix: str = "") -> Any:
     """Decorator of a constructor or function: its options are checked by their annotations, before its own code runs.
 
     Args:
         prefix: before the names of options in messages, such as "optimizer.".
     """
     if function is None:
-        return functools.partial(checked, prefix=prefix)  # type: ignore[return-value]
+        return lambda function: _checked(function, prefix)
+    return _checked(function, prefix)
+
+
+def _checked(function: Any, prefix: str) -> Any:
     if hasattr(function, "options_are_checked"):
         return function
     builds = function.__name__ == "__init__"
@@ -294,7 +307,7 @@ def checked(function: F | None = None, *, prefix: str = "") -> F:
             return function(*args, **options)
 
     wrapper.options_are_checked = True  # type: ignore[attr-defined]
-    return wrapper  # type: ignore[return-value]
+    return wrapper
 
 
 def _check_call(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from attention_zoo.measure.config import BenchmarkConfig, register
+from attention_zoo.measure.config import register
 from attention_zoo.report.benchmark import benchmark
+from attention_zoo.settings import settings
 
 register()
 
@@ -16,8 +17,7 @@ register()
 @hydra.main(version_base="1.3", config_path="pkg://attention_zoo.conf", config_name="benchmark")
 def main(composed: DictConfig) -> None:
     try:
-        config: BenchmarkConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
-        benchmark(config)
+        benchmark(settings(composed))
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from attention_zoo.report.compare import CompareConfig, compare, register
+from attention_zoo.report.compare import compare, register
+from attention_zoo.settings import settings
 from attention_zoo.training.launch import launch
 
 register()
@@ -18,9 +19,8 @@ register()
 
 @hydra.main(version_base="1.3", config_path="pkg://attention_zoo.conf", config_name="compare")
 def main(composed: DictConfig) -> None:
-    config: CompareConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
     try:
-        compare(config)
+        compare(settings(composed))
     except ValueError as error:
         sys.exit(f"error: {error}")
 

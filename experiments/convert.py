@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from attention_zoo.integrations.weights.commands import ConvertConfig, register, run_convert
+from attention_zoo.integrations.weights.commands import register, run_convert
+from attention_zoo.settings import settings
 from attention_zoo.training.launch import launch
 
 register()
@@ -15,9 +16,8 @@ register()
 
 @hydra.main(version_base="1.3", config_path="pkg://attention_zoo.conf", config_name="convert")
 def main(composed: DictConfig) -> None:
-    config: ConvertConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
     try:
-        run_convert(config)
+        run_convert(settings(composed))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from attention_zoo.integrations.weights.commands import EvaluateConfig, register, run_evaluate
+from attention_zoo.integrations.weights.commands import register, run_evaluate
+from attention_zoo.settings import settings
 from attention_zoo.training.launch import launch
 
 register()
@@ -15,9 +16,8 @@ register()
 
 @hydra.main(version_base="1.3", config_path="pkg://attention_zoo.conf", config_name="evaluate")
 def main(composed: DictConfig) -> None:
-    config: EvaluateConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
     try:
-        run_evaluate(config)
+        run_evaluate(settings(composed))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

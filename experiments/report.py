@@ -8,11 +8,13 @@ from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
+from attention_zoo.options import Text
 from attention_zoo.report import build_report, read, write_csv
 from attention_zoo.report.compare import show
+from attention_zoo.settings import settings
 from attention_zoo.training.launch import launch
 
 
@@ -26,9 +28,9 @@ class ReportConfig:
         title: on top of the report.
     """
 
-    results: list[str] = field(default_factory=list)
-    output: str | None = None
-    title: str = ""
+    results: list[Text] = field(default_factory=list)
+    output: Text | None = None
+    title: Text = ""
 
 
 ConfigStore.instance().store(name="report_schema", node=ReportConfig)
@@ -53,7 +55,7 @@ def report(config: ReportConfig) -> Path:
 @hydra.main(version_base="1.3", config_path="pkg://attention_zoo.conf", config_name="report")
 def main(composed: DictConfig) -> None:
     try:
-        report(OmegaConf.to_object(composed))  # type: ignore[arg-type]
+        report(settings(composed))
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -19,7 +19,12 @@ failed: list[Path] = []
 
 @hydra.main(config_path="pkg://attention_zoo.conf", config_name="train", version_base="1.3")
 def main(composed: DictConfig) -> None:
-    config = plain(composed, HydraConfig.get().runtime.choices.get("attention"))
+    try:
+        config = plain(composed, HydraConfig.get().runtime.choices.get("attention"))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        failed.append(Path())  # refused: the rest of a sweep goes on
+        return
     folder = run_folder(config)
     if not show(run_training(config, folder), folder):
         failed.append(folder)  # recorded: the rest of a sweep goes on

@@ -10,20 +10,21 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from attention_zoo import registry
-from attention_zoo.contract import at_least
 from attention_zoo.files import write_atomic
 from attention_zoo.measure.cells import run_cells
 from attention_zoo.measure.config import BenchmarkConfig
 from attention_zoo.measure.progress import CellProgress
+from attention_zoo.options import SeedOfRun, Text, check_fields
 from attention_zoo.report import rows as results
 from attention_zoo.report import units
 from attention_zoo.report.build import TITLE, build_report
@@ -48,9 +49,9 @@ class TrainingPlan:
         options: backend -> its own options; a backend without an entry keeps its defaults.
     """
 
-    task: str = "text"
-    model: str = "tiny"
-    tracker: str = "none"
+    task: Text = "text"
+    model: Text = "tiny"
+    tracker: Text = "none"
     set: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -71,15 +72,15 @@ class CompareConfig:
         output: folder of everything.
     """
 
-    backends: list[str] | None = None
+    backends: list[Text] | None = None
     measure: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     trainings: dict[str, TrainingPlan] = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=lambda: [0])
-    parallel: int = 2
+    seeds: list[SeedOfRun] = field(default_factory=lambda: [0])
+    parallel: Annotated[int, Field(ge=1, le=1024)] = 2
     small: dict[str, Any] = field(default_factory=dict)
-    picture_length: int = 96
-    title: str = TITLE
-    output: str = "runs/compare"
+    picture_length: Annotated[int, Field(ge=1, le=4096)] = 96
+    title: Text = TITLE
+    output: Text = "runs/compare"
 
     def names(self) -> list[str]:
         """The backends, each known.
@@ -98,7 +99,7 @@ class CompareConfig:
         Raises:
             ValueError: for a wrong override or option, naming it.
         """
-        at_least(1, parallel=self.parallel)
+        check_fields(CompareConfig, self)
         found = []
         for task, plan in self.trainings.items():
             shared = _shared(task, plan)

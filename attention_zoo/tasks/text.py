@@ -188,8 +188,8 @@ class Text(Task):
         path: a file or folder of your own text; None reads the source of Python's standard library.
         suffix: ending of the files to take from a folder; None takes all (the standard library: always ".py").
         skip: names of folders within `path` that are left out. None: of your own text what Python made there
-            (`__pycache__`) and nothing else; of the standard library installed packages and tests, too (`SKIPPED`, which
-            always holds for the held-out package).
+            (`__pycache__`) and nothing else; of the standard library installed packages and tests, too (`SKIPPED`,
+            which always holds for the held-out package).
         hidden: whether files and folders whose name begins with a dot are read.
         held_out: name of an installed package whose source is the held-out domain; None for none.
         max_bytes: about how much to read for training and validation together; None reads all.

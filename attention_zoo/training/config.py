@@ -20,7 +20,18 @@ from pydantic import Field
 
 from attention_zoo.measure.environment import resolved_device
 from attention_zoo.model.mechanisms import entries
-from attention_zoo.options import Finite, OneOf, Positive, Text, Threads, check_fields, check_target, near, shown
+from attention_zoo.options import (
+    Finite,
+    OneOf,
+    Positive,
+    SeedOfRun,
+    Text,
+    Threads,
+    check_fields,
+    check_target,
+    near,
+    shown,
+)
 from attention_zoo.registry import recipe, third_party
 from attention_zoo.room import fits
 from attention_zoo.settings import one_line, plain_values
@@ -94,7 +105,7 @@ class TrainConfig:
     steps: Positive = MISSING
     seq_len: Positive = MISSING
     batch: Positive = MISSING
-    seed: Annotated[int, Field(ge=0, le=2**62)] = 0
+    seed: SeedOfRun = 0
     device: Text = "auto"
     threads: Threads | None = None
     force: bool = False

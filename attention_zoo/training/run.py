@@ -20,7 +20,7 @@ import torch
 from hydra.utils import instantiate
 
 from attention_zoo.contract import Unsupported
-from attention_zoo.files import write_atomic, write_json
+from attention_zoo.files import safe_name, write_atomic, write_json
 from attention_zoo.measure.cell import ran_out_of_memory
 from attention_zoo.measure.environment import device_name, environment
 from attention_zoo.measure.identity import identity
@@ -50,12 +50,13 @@ def run_identity(config: Mapping[str, Any]) -> str:
 def run_folder(config: Mapping[str, Any]) -> Path:
     """Where a run goes unless told otherwise: <output>/<task>-<backend>-<identity>, a function of the config and the
     code, never of the clock."""
-    task = str(config["task"]["_target_"]).rpartition(".")[2].lower()
+    task = config["task"].get("_target_") if isinstance(config["task"], Mapping) else config["task"]
+    task = str(task).rpartition(".")[2].lower()
     try:
         name = run_identity(config)
-    except ValueError:
-        name = "refused"  # a device that is not there: the run will say so
-    return Path(config["output"]) / f"{task}-{config['backend']}-{name}"
+    except (ValueError, TypeError):
+        name = "refused"  # a device that is not there, or a config that names nothing: the run will say so
+    return Path(str(config["output"])) / safe_name(f"{task}-{config['backend']}-{name}", limit=120)
 
 
 def run_training(config: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:

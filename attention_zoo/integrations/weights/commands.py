@@ -18,7 +18,7 @@ from attention_zoo.integrations.weights.score import score
 from attention_zoo.integrations.weights.tokeniser import read_tokeniser
 from attention_zoo.model.saved import save
 from attention_zoo.model.transformer import Transformer
-from attention_zoo.options import Positive, Text
+from attention_zoo.options import Positive, SeedOfRun, Text
 from attention_zoo.tasks.text import OWN_SKIPPED, Bytes, existing, read_files
 from attention_zoo.training.config import device_of
 
@@ -102,7 +102,7 @@ class EvaluateConfig:
     stride: Positive | None = None
     batch: Positive = 8
     mask_probability: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.15
-    seed: Annotated[int, Field(ge=0, le=2**62)] = 0
+    seed: SeedOfRun = 0
     device: Text = "auto"
     output: Text | None = None
 
