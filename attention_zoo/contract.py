@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from attention_zoo.options import Finite, Heads, Named, OneOf, Positive, Seed, checked, shown
+from attention_zoo.options import Factor, Heads, HeadWidth, Named, OneOf, Positive, Seed, checked, shown
 
 Growth = Literal["constant", "linear", "loglinear", "quadratic"]
 BIASES = "true, false, into or out"
@@ -30,6 +30,7 @@ class Unsupported(ValueError):
     """A mechanism was asked for something that it does not declare. Raised at build, never silently ignored."""
 
     def __init__(self, backend: str, option: str, reason: str, instead: str):
+        option = " ".join(option.split())[:300]  # it may quote a value, whatever that holds
         super().__init__(f"{backend}: {option} is not supported: {reason}; use {instead} instead")
         self.backend, self.option, self.reason, self.instead = backend, option, reason, instead
 
@@ -269,7 +270,7 @@ class Attention(Layer):
         head_width: D; default dim / heads.
         bias: whether projections have a bias: all (True), none (False), those into the heads alone ("into", as Qwen 2)
             or those out of them alone ("out").
-        scale: factor on q·k; default D^-0.5.
+        scale: factor on q·k, from -10,000 to 10,000; default D^-0.5.
         causal: whether a token sees only itself and what came before.
         cross: build for cross-attention: keys and values come from `source`.
         positions: attention-level position scheme, by name or as a mapping `{"name": ..., <options>}`; embedding-level
@@ -309,9 +310,9 @@ class Attention(Layer):
         dim: Positive,
         heads: Heads,
         kv_heads: Heads | None = None,
-        head_width: Positive | None = None,
+        head_width: HeadWidth | None = None,
         bias: Annotated[bool | str, OneOf(True, False, "into", "out"), Field(description=BIASES)] = True,
-        scale: Finite | None = None,
+        scale: Factor | None = None,
         causal: bool = True,
         cross: bool = False,
         positions: Named = "none",

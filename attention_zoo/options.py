@@ -24,7 +24,7 @@ from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, overload
 
 import numpy as np
-from pydantic import Field, Strict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import core_schema
 from torch import nn
@@ -54,10 +54,17 @@ class OneOf:
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Heads = Annotated[int, Field(ge=1, le=2**16)]
+HeadWidth = Annotated[int, Field(ge=1, le=2**16)]
+Chunk = Annotated[int, Field(ge=1, le=2048)]
+Around = Annotated[int, Field(ge=0, le=1024)]
+"""Chunks before or after the own one."""
+Fill = Annotated[int, Field(ge=0, le=2**16)]
 Depth = Annotated[int, Field(ge=1, le=4096)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Seed = Annotated[int, Field(ge=-(2**62), le=2**62)]
 SeedOfRun = Annotated[int, Field(ge=0, le=2**62)]
+Factor = Annotated[float, Field(ge=-10_000, le=10_000, description="a number from -10000 to 10000")]
+"""On what goes through a softmax or a norm: beyond it products leave the range of half precision, then of any."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, le=10**9, allow_inf_nan=False)]
@@ -101,7 +108,7 @@ class Rule(NamedTuple):
 
     def _rule(self, errors: Sequence[Any]) -> str:
         kinds = {error["type"] for error in errors}
-        ranged = any(kind.startswith(("greater_than", "less_than")) for kind in kinds)
+        ranged = any(kind.startswith(("greater_than", "less_than", "finite")) for kind in kinds)
         words = describe(self.hint, ranged=ranged, finite="finite_number" in kinds)
         for error in errors:
             if error["type"] == "less_than_equal":
@@ -128,6 +135,8 @@ def _strict(hint: Any) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if hint is None or hint is type(None):
         return type(None)
+    if hint is float:
+        return Annotated[float, Strict(), BeforeValidator(_no_vast_integer)]
     if any(hint is scalar for scalar in SCALARS):
         return Annotated[hint, Strict()]
     if hint is Any or hint is Ellipsis or origin is Literal or hint in HOLDERS:
@@ -141,6 +150,13 @@ def _strict(hint: Any) -> Any:
     if origin in (Union, types.UnionType):
         return Union[members]  # noqa: UP007 - made at run time
     return origin[members] if origin in HOLDERS else None
+
+
+def _no_vast_integer(value: Any) -> Any:
+    """A whole number stands for a float only where it is one: torch cannot take 10**30 as it is."""
+    if type(value) is int and abs(value) > 2**53:
+        raise ValueError
+    return value
 
 
 def _infos(hint: Any) -> list[FieldInfo]:
@@ -165,7 +181,7 @@ def describe(hint: Any, *, ranged: bool = True, finite: bool = False) -> str:
     if origin is Annotated:
         for each in hint.__metadata__:
             if isinstance(each, FieldInfo) and each.description and (ranged or args[0] not in (int, float)):
-                return each.description
+                return f"{each.description}, and finite" if finite else each.description
         for each in hint.__metadata__:
             if isinstance(each, OneOf):
                 return f"one of {', '.join(map(str, each.allowed))}"

@@ -30,6 +30,7 @@ from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor
 
 from attention_zoo.attention.bigbird_plans import Plan, Reference, Uniform
@@ -79,7 +80,7 @@ class BigBird(PatternAttention):
         *,
         block: Positive = 64,
         window_blocks: Positive = 3,
-        random: Natural = 3,
+        random: Annotated[int, Field(ge=0, le=1024)] = 3,
         plan: Annotated[str, OneOf("uniform", "reference", "reference_eval")] = "uniform",
         extra_global_tokens: Natural = 0,
         kernel: str = "auto",

@@ -49,8 +49,11 @@ from attention_zoo.ops import hashing, lsh, lsh_layout, lsh_step
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator
 from attention_zoo.ops.dispatch import triton_reason
-from attention_zoo.options import LARGEST, Natural, NonNegative, OneOf, Positive, Seed
+from attention_zoo.options import LARGEST, Around, Chunk, Fill, OneOf, Seed
 
+Buckets = Annotated[int, Field(ge=2, le=2**16)]
+MOST_PAIRS = 2**24
+"""Of a chunk's queries and the keys of its window, so that one chunk's scores fit into memory."""
 FACTORS = "an even number of at least 2, or two of them"
 
 
@@ -133,16 +136,16 @@ class Reformer(Attention):
     def __init__(
         self,
         *,
-        rounds: Positive = 4,
-        chunk: Positive = 64,
-        look_back: Natural = 1,
-        look_ahead: Natural = 0,
-        buckets: Annotated[Positive | Sequence[Positive] | None, Field(description=FACTORS)] = None,
+        rounds: Annotated[int, Field(ge=1, le=1024)] = 4,
+        chunk: Chunk = 64,
+        look_back: Around = 1,
+        look_ahead: Around = 0,
+        buckets: Annotated[Buckets | Sequence[Buckets] | None, Field(description=FACTORS)] = None,
         attend_across_buckets: bool = True,
         correct_duplicates: bool = False,
         wrap: Annotated[str, OneOf("row", "reference")] = "row",
-        key_norm_epsilon: Annotated[NonNegative, Field(description="at least 0")] = 0.0,
-        fill: Natural = 0,
+        key_norm_epsilon: Annotated[float, Field(ge=0, le=10_000, description="at least 0")] = 0.0,
+        fill: Fill = 0,
         split_above: Annotated[int, Field(ge=2, le=LARGEST)] = hashing.DIRECT,
         hash_seed: Seed | None = None,
         resample: bool = True,
@@ -152,6 +155,11 @@ class Reformer(Attention):
         super().__init__(**shared)
         if kernel not in ("auto", "triton", "chunks", "dense"):
             raise Unsupported(self.name, f"kernel={kernel}", "it has no such kernel", "auto, triton, chunks or dense")
+        if (pairs := chunk * chunk * (1 + look_back + look_ahead)) > MOST_PAIRS:
+            raise ValueError(
+                f"chunk, look_back and look_ahead must give a chunk at most {MOST_PAIRS:,} pairs with its window, got "
+                f"{pairs:,} from {chunk}, {look_back} and {look_ahead}"
+            )
         self.rounds, self.chunk, self.look_back, self.look_ahead = rounds, chunk, look_back, look_ahead
         self.factors = None if buckets is None else _factors(buckets)
         self.attend_across_buckets, self.correct_duplicates = attend_across_buckets, correct_duplicates

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attention_zoo.attention.pattern import PatternAttention, hide
 from attention_zoo.contract import Abilities, Tokens
-from attention_zoo.options import Natural, Positive
+from attention_zoo.options import Around, Chunk, Fill
 
 
 class ReformerLocal(PatternAttention):
@@ -51,10 +51,10 @@ class ReformerLocal(PatternAttention):
     def __init__(
         self,
         *,
-        chunk: Positive = 64,
-        look_back: Natural = 1,
-        look_ahead: Natural = 0,
-        fill: Natural = 0,
+        chunk: Chunk = 64,
+        look_back: Around = 1,
+        look_ahead: Around = 0,
+        fill: Fill = 0,
         kernel: str = "auto",
         **shared: Any,
     ):

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from attention_zoo.options import Finite, Natural, Positive, Probability, checked
+from attention_zoo.options import Factor, Natural, Positive, Probability, checked
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -52,7 +52,7 @@ class AdaptiveEmbedding(nn.Module):
         cutoffs: Sequence[Natural],
         divide: Positive = 1,
         width: Positive | None = None,
-        scale: Finite | None = None,
+        scale: Factor | None = None,
         dropout: Annotated[Probability, Field(title="embedding dropout")] = 0.0,
     ):
         super().__init__()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from attention_zoo.contract import known_options
 from attention_zoo.model.adaptive import AdaptiveEmbedding
 from attention_zoo.model.block import build_norm
-from attention_zoo.options import Finite, Named, Natural, Positive, Probability, checked
+from attention_zoo.options import Factor, Named, Natural, Positive, Probability, checked
 
 
 class TokenEmbedding(nn.Embedding):
@@ -41,7 +41,7 @@ class TokenEmbedding(nn.Embedding):
         *,
         vocab: Positive,
         dim: Positive,
-        scale: Finite | None = None,
+        scale: Factor | None = None,
         types: Natural = 0,
         normed: bool = False,
         norm: Named = "layer",

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.options import Finite, Natural, Positive, checked
+from attention_zoo.options import Factor, Natural, Positive, checked
 from attention_zoo.positions.learned import check_end
 
 
@@ -38,7 +38,7 @@ class Axial(nn.Module):
         max_length: Positive,
         columns: Positive | None = None,
         row_width: Natural | None = None,
-        scale: Finite | None = None,
+        scale: Factor | None = None,
     ):
         super().__init__()
         self.max_length, self.scale = max_length, dim**0.5 if scale is None else scale

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.options import Finite, Natural, Positive, checked
+from attention_zoo.options import Factor, Natural, Positive, checked
 
 
 class Learned(nn.Module):
@@ -24,7 +24,7 @@ class Learned(nn.Module):
 
     @checked
     def __init__(
-        self, *, dim: Positive, max_length: Positive, scale: Finite | None = None, uncounted: Natural | None = None
+        self, *, dim: Positive, max_length: Positive, scale: Factor | None = None, uncounted: Natural | None = None
     ):
         super().__init__()
         self.dim, self.max_length, self.uncounted = dim, max_length, uncounted
