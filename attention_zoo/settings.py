@@ -54,23 +54,26 @@ def settings(config: DictConfig) -> Any:
 
 
 def finite(value: Any, key: str = "") -> None:
-    """Raise a ValueError, by its full key, for the first number that is NaN or infinite in a nest of plain values."""
-    for place, number in _floats(value, key):
+    """Raise a ValueError, by its full key, for the first number that is NaN, infinite or larger than any float in a nest
+    of plain values."""
+    for place, number in _numbers(value, key):
+        if isinstance(number, int) and number.bit_length() > 1000:
+            raise ValueError(f"{place} must be a number below 1e+300, got {shown(number)}")
         if not math.isfinite(number):
             raise ValueError(f"{place} must be a finite number, got {number}")
 
 
-def _floats(value: Any, key: str) -> Iterator[tuple[str, float]]:
-    if isinstance(value, float):
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float | int]]:
+    if isinstance(value, float | int):
         yield key, value
     elif isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _floats(inner, f"{key}.{name}" if key else str(name))
+            yield from _numbers(inner, f"{key}.{name}" if key else str(name))
             if isinstance(name, float):
                 yield f"{key}: the key {name}", name
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
-            yield from _floats(inner, f"{key}[{index}]")
+            yield from _numbers(inner, f"{key}[{index}]")
 
 
 def one_line(error: BaseException, overrides: Sequence[str] = ()) -> str | None:

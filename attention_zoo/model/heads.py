@@ -137,6 +137,11 @@ def build_head(
     known_options(f"head={head}", options, known if head == "lm" else ())
     if (head in ("tokens", "classify")) != (classes is not None):
         raise ValueError(f"classes belongs to head=tokens and head=classify, got classes={classes} with head={head}")
+    if head == "lm" and isinstance(embedding, AdaptiveEmbedding) and dim != embedding.embedding_dim:
+        raise ValueError(
+            f"an embedding with cutoffs needs hidden states as wide as embeddings, {embedding.embedding_dim}, got {dim}: "
+            f"reversible=true gives them, reversible=both does not"
+        )
     if head == "lm" and isinstance(embedding, AdaptiveEmbedding):
         return AdaptiveSoftmax(embedding, tied=tied, **options)
     if head == "lm":

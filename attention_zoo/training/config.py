@@ -34,7 +34,7 @@ from attention_zoo.options import (
 )
 from attention_zoo.registry import recipe, third_party
 from attention_zoo.room import fits
-from attention_zoo.settings import one_line, plain_values
+from attention_zoo.settings import finite, one_line, plain_values
 from attention_zoo.training.precision import PRECISIONS, check_precision
 from attention_zoo.training.progress import KINDS
 
@@ -184,6 +184,7 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in config:
         if key not in known:
             raise ValueError(f"{key} is no option of a training run{near(str(key), known)}; known: {', '.join(known)}")
+    finite(config)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), dict(config))
     except (OmegaConfBaseException, RecursionError) as error:
