@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -121,7 +122,7 @@ class Tokens(NamedTuple):
 
     def cut(self, columns: slice | Tensor, rows: slice = slice(None)) -> Tokens:
         """The same columns of these rows, by default of all."""
-        return Tokens(*(field[rows, columns] for field in self))
+        return type(self)(*(field[rows, columns] for field in self))
 
     def take(self, columns: Int[Tensor, "B n"]) -> Tokens:
         """Each row its own columns."""
@@ -130,6 +131,38 @@ class Tokens(NamedTuple):
     def then(self, later: Tokens) -> Tokens:
         """These columns, followed by later ones."""
         return Tokens(*(torch.cat([a, b], 1) for a, b in zip(self, later)))
+
+
+class Held(Tokens):
+    """Tokens in memory that nobody outside of this package writes to. Made by `hold` and `unshared`."""
+
+    __slots__ = ()
+
+    def _replace(self, **fields: Any) -> Tokens:  # type: ignore[override]
+        return Tokens(*self)._replace(**fields)  # what comes in is somebody's
+
+
+def unshared(tokens: Tokens) -> Tokens:
+    """These tokens, of tensors that are fresh: nobody else has them."""
+    return Held(*tokens)
+
+
+def hold(*many: Tokens, kept: bool = False) -> tuple[Tokens, ...]:
+    """Copies where gradients are on, of what is not held yet: masks may be filled again before backward reads them.
+
+    The boundary of every call: behind it tokens may be kept by reference, for backward and for states. What they share
+    stays shared. `kept`: by a state: copy without gradients, too. In `torch.compile` the operator inside does this.
+    """
+    if not (kept or torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return many
+    copies: dict[int, Tensor] = {}
+
+    def copy(field: Tensor) -> Tensor:
+        if id(field) not in copies:
+            copies[id(field)] = field.clone()
+        return copies[id(field)]
+
+    return tuple(tokens if isinstance(tokens, Held) else Held._make(map(copy, tokens)) for tokens in many)
 
 
 def keep(mask: Bool[Tensor, "B S"], tokens: Tokens, *tensors: Tensor) -> tuple[Any, ...]:
@@ -254,7 +287,12 @@ _numbers = itertools.count()
 
 
 def layer_of(number: int) -> Attention:
-    """The attention layer of this `number`: how a compiled graph names it."""
+    """The attention layer of this `number`: how a compiled graph names it. RuntimeError if it is not here."""
+    if number not in _layers:
+        raise RuntimeError(
+            f"a compiled graph asks for attention layer {number}, which this process does not have: compile the model "
+            f"where it runs, and keep it as long as its graph"
+        )
     return _layers[number]
 
 
@@ -394,6 +432,7 @@ class Attention(Layer):
         check_tokens(tokens, x.shape[:2])
         if self.declared.global_tokens == "none" and bool((tokens.is_global & tokens.valid).any()):
             raise Unsupported(self.name, "global tokens", "no token can see everything", "longformer, bigbird or full")
+        (tokens,) = hold(tokens)
         return x.masked_fill(~tokens.valid[..., None], 0), tokens
 
 
@@ -411,6 +450,16 @@ def at_least(least: int, **options: int) -> None:
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {shown(value)}")
+
+
+LARGEST_SCALE = 10_000.0
+"""Of scores; beyond, float32 could not tell the scores of ordinary vectors apart."""
+
+
+def check_scale(scale: float) -> None:
+    """Raise a ValueError unless this is a factor on q·k that softmax can work with, of either sign: at a call."""
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not abs(scale) <= LARGEST_SCALE:
+        raise ValueError(f"scale must be a number from {-LARGEST_SCALE:g} to {LARGEST_SCALE:g}, got {shown(scale)}")
 
 
 def one_of(allowed: tuple[str, ...], **options: str) -> None:

@@ -179,13 +179,15 @@ def describe(hint: Any, *, ranged: bool = True, finite: bool = False) -> str:
     origin, args = get_origin(hint), get_args(hint)
     again = functools.partial(describe, ranged=ranged, finite=finite)
     if origin is Annotated:
+        bounds = [each for info in _infos(hint) for each in info.metadata]
         for each in hint.__metadata__:
-            if isinstance(each, FieldInfo) and each.description and (ranged or args[0] not in (int, float)):
-                return f"{each.description}, and finite" if finite else each.description
+            text = each.description if isinstance(each, FieldInfo) else None
+            if text and (ranged or args[0] not in (int, float) or text.startswith(("a ", "an "))):
+                bounded = any(hasattr(bound, key) for bound in bounds for key in ("le", "lt"))
+                return f"{text}, and finite" if finite and not bounded else text
         for each in hint.__metadata__:
             if isinstance(each, OneOf):
                 return f"one of {', '.join(map(str, each.allowed))}"
-        bounds = [each for info in _infos(hint) for each in info.metadata]
         words = {"ge": "of at least", "gt": "above", "lt": "below"}
         said = [f"{word} {getattr(b, key)}" for b in bounds for key, word in words.items() if hasattr(b, key)]
         return " ".join([again(args[0]), " and ".join(said)]).strip()

@@ -54,8 +54,8 @@ def settings(config: DictConfig) -> Any:
 
 
 def finite(value: Any, key: str = "") -> None:
-    """Raise a ValueError, by its full key, for the first number that is NaN, infinite or larger than any float in a nest
-    of plain values."""
+    """Raise a ValueError, by its full key, for the first number in a nest of values that is NaN, infinite or larger
+    than any float."""
     for place, number in _numbers(value, key):
         if isinstance(number, int) and number.bit_length() > 1000:
             raise ValueError(f"{place} must be a number below 1e+300, got {shown(number)}")

@@ -36,6 +36,7 @@ class ReformerLocal(PatternAttention):
 
     name = "reformer.local"
     tiny = {"chunk": 3}
+    counts_keys = True
     declared = Abilities(
         causality="strict",
         carry="prefix",

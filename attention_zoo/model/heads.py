@@ -139,8 +139,8 @@ def build_head(
         raise ValueError(f"classes belongs to head=tokens and head=classify, got classes={classes} with head={head}")
     if head == "lm" and isinstance(embedding, AdaptiveEmbedding) and dim != embedding.embedding_dim:
         raise ValueError(
-            f"an embedding with cutoffs needs hidden states as wide as embeddings, {embedding.embedding_dim}, got {dim}: "
-            f"reversible=true gives them, reversible=both does not"
+            f"an embedding with cutoffs needs hidden states as wide as embeddings, {embedding.embedding_dim}, "
+            f"got {dim}; use reversible=true instead of both"
         )
     if head == "lm" and isinstance(embedding, AdaptiveEmbedding):
         return AdaptiveSoftmax(embedding, tied=tied, **options)

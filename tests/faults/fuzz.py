@@ -49,7 +49,8 @@ PLAIN = tuple(value for value in HOSTILE if not isinstance(value, bytes | comple
 """Those that a yaml or a command line can hold."""
 
 SOUND: dict[str, tuple[Any, ...]] = {
-    "kv_heads": (None, 1, 2), "head_width": (None, 2, 3, 8), "bias": (True, False, "into", "out"), "scale": (None, 0.3, 2),
+    "kv_heads": (None, 1, 2), "head_width": (None, 2, 3, 8), "bias": (True, False, "into", "out"),
+    "scale": (None, 0.3, 2),
     "positions": (*POSITIONS, {"name": "rotary", "base": 100.0}, {"name": "rotary", "scaling": "linear", "factor": 2}),
     "seed": (0, 7, -3), "window": (1, 3, 500), "dilation": (1, 2, [1, 2]), "global_projections": ("separate", "shared"),
     "block": (1, 3, 64), "window_blocks": (1, 3, 5), "random": (0, 1, 9), "plan": ("uniform", "reference"),
@@ -60,8 +61,10 @@ SOUND: dict[str, tuple[Any, ...]] = {
     "dim": (4, 8, 12, 16), "depth": (1, 2), "heads": (1, 2, 4), "causal": (True, False), "classes": (None, 3),
     "head": ("lm", "tokens", "classify", "hidden", {"name": "lm", "bias": True}), "pooling": ("mean", "first"),
     "pre_norm": (True, False), "norm": ("layer", "rms", {"name": "rms", "eps": 1e-6}), "ff_mult": (1, 4),
-    "feed_forward": ("gelu", "relu", "swiglu", {"name": "swiglu", "width": 5}), "ff_chunks": (1, 3), "short_conv": (0, 3),
-    "output_dropout": (0.0, 0.2), "embedding": (None, {"scale": 2.0}, {"cutoffs": [3], "divide": 2}), "tied": (True, False),
+    "feed_forward": ("gelu", "relu", "swiglu", {"name": "swiglu", "width": 5}), "ff_chunks": (1, 3),
+    "short_conv": (0, 3),
+    "output_dropout": (0.0, 0.2), "embedding": (None, {"scale": 2.0}, {"cutoffs": [3], "divide": 2}),
+    "tied": (True, False),
     "reversible": (False, True, "both"), "last_norm": (True, False), "max_length": (64,), "origin": (None, {}),
     "attention": (*zoo.available(), ["longformer", "full"], {"name": "bigbird", "block": 3}),
     "kernel": ("auto", "dense"),
@@ -206,6 +209,12 @@ SMALL_RUN = (
     "tracker=none", "model.dim=8", "model.depth=1", "model.heads=2", "seq_len=8", "batch=2", "steps=2", "device=cpu",
     "trainer.progress=none", "trainer.eval_every=2", "trainer.checkpoint_every=100",
 )  # fmt: skip
+OVERRIDES = (
+    "a=b=c", "steps=???", "steps=${nothing}", "task=${task}", "optimizer.lr=nan", "seed=[", "trainer.stop_at=inf", "=",
+    "+x={a: nan}", "model=3", "~task", "steps=${steps}", "é=1", "task.path=${steps}", "tracker.mode=1", "hybrid=full",
+    "attention=full,longformer", "hybrid=[full,{name: nope}]", "threads=100000", "device=cpu:7", "schedule.warmup=2",
+)  # fmt: skip
+"""Command lines that must be refused."""
 _composed: dict[tuple[str, ...], dict[str, Any]] = {}
 
 
@@ -214,10 +223,7 @@ def _training(rng: random.Random, folder: Path) -> tuple[str, Callable[[], Itera
     chosen = (f"attention={rng.choice(zoo.available())}", f"task={rng.choice(('text', 'mqar'))}")
     extra = (f"task.path={folder / 'texts'}", "task.held_out=null") if chosen[1] == "task=text" else ("task.pairs=2",)
     if rng.random() < 0.25:
-        override = rng.choice(("a=b=c", "steps=???", "steps=${nothing}", "task=${task}", "optimizer.lr=nan", "seed=[",
-                               "trainer.stop_at=inf", "+x={a: nan}", "model=3", "~task", "steps=${steps}", "=", "é=1",
-                               "task.path=${steps}", "tracker.mode=1", "attention=full,longformer", "hybrid=full",
-                               "hybrid=[full,{name: nope}]", "threads=100000", "device=cpu:7", "schedule.warmup=2"))  # fmt: skip
+        override = rng.choice(OVERRIDES)
         line = (*chosen, *SMALL_RUN, override)
         return f"train {override}", lambda: iter([("wrong", "accepted")] if check(compose_training(line)) else [])
     if chosen not in _composed:

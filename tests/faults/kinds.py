@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from . import Counts, fuzz, scores
+from . import Counts, fuzz, reports, scores
 
 
 class Kind(Protocol):
@@ -24,4 +24,5 @@ class Kind(Protocol):
 
 KINDS: dict[str, Kind] = {}
 KINDS["scores"] = scores
+KINDS["reports"] = reports
 KINDS["fuzz"] = fuzz
