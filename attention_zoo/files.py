@@ -43,6 +43,8 @@ def plain(value: Any) -> Any:
     NaN and infinity become the words "nan", "inf" and "-inf"; what is neither number, text, list nor mapping becomes
     text; so do lone surrogates, escaped.
     """
+    if isinstance(value, int) and value.bit_length() > 10_000:
+        return hex(value)  # Python writes no longer ones out in digits
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):

@@ -19,11 +19,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attention_zoo"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("files", "locks", "stopping", "options", "schemas", "contract"),
+    ("files", "locks", "stopping", "room", "options", "schemas", "tokens", "contract"),
     ("ops",),
     ("positions",),
     ("attention",),
-    ("registry",),
+    ("registry", "settings"),
     ("model",),
     ("tasks", "measure", "tracking"),
     ("training",),

@@ -26,19 +26,21 @@ else offers, against the dense definition.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor
 
 from attention_zoo.attention.bigbird_plans import Plan, Reference, Uniform
 from attention_zoo.attention.pattern import PatternAttention, hide
-from attention_zoo.contract import Abilities, Tokens, Unsupported, at_least, one_of, place_of
+from attention_zoo.contract import Abilities, Tokens, Unsupported, place_of
 from attention_zoo.ops.blocks import BLOCKS, TRITON_BLOCKS
 from attention_zoo.ops.dispatch import DENSE, TILES
 from attention_zoo.ops.row import LINKED_ROW, ROW
 from attention_zoo.ops.short import SHORT
+from attention_zoo.options import Natural, OneOf, Positive
 
 
 class BigBird(PatternAttention):
@@ -77,19 +79,16 @@ class BigBird(PatternAttention):
     def __init__(
         self,
         *,
-        block: int = 64,
-        window_blocks: int = 3,
-        random: int = 3,
-        plan: str = "uniform",
-        extra_global_tokens: int = 0,
+        block: Positive = 64,
+        window_blocks: Positive = 3,
+        random: Annotated[int, Field(ge=0, le=1024)] = 3,
+        plan: Annotated[str, OneOf("uniform", "reference", "reference_eval")] = "uniform",
+        extra_global_tokens: Natural = 0,
         kernel: str = "auto",
         **shared: Any,
     ):
-        at_least(1, block=block, window_blocks=window_blocks)
-        at_least(0, random=random, extra_global_tokens=extra_global_tokens)
         if window_blocks % 2 == 0:
             raise ValueError(f"window_blocks must be odd, the own block and as many on each side, got {window_blocks}")
-        one_of(("uniform", "reference", "reference_eval"), plan=plan)
         super().__init__(kernel=kernel, **shared)
         self.block, self.window_blocks, self.random, self.plan = block, window_blocks, random, plan
         self.extra_global_tokens = extra_global_tokens

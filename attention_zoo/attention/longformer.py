@@ -28,20 +28,21 @@ theirs rounds its softmax to float32 (tests/oracles/README.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from attention_zoo.attention.pattern import PatternAttention, hide
-from attention_zoo.contract import Abilities, Tokens, at_least, one_of
+from attention_zoo.contract import Abilities, Tokens
 from attention_zoo.ops.constants import made_once
 from attention_zoo.ops.dispatch import BANDED, DENSE, TILES, WHOLE_BAND
 from attention_zoo.ops.flex import FLEX
 from attention_zoo.ops.row import ROW
 from attention_zoo.ops.short_band import SHORT_BAND
 from attention_zoo.ops.xformers import XFORMERS
+from attention_zoo.options import OneOf, Positive
 
 
 class Longformer(PatternAttention):
@@ -76,20 +77,16 @@ class Longformer(PatternAttention):
     def __init__(
         self,
         *,
-        window: int = 256,
-        dilation: int | Sequence[int] = 1,
-        global_projections: str = "separate",
+        window: Positive = 256,
+        dilation: Positive | Sequence[Positive] = 1,
+        global_projections: Annotated[str, OneOf("separate", "shared")] = "separate",
         kernel: str = "auto",
         **shared: Any,
     ):
-        at_least(1, window=window)
-        one_of(("separate", "shared"), global_projections=global_projections)
         super().__init__(kernel=kernel, **shared)
         steps = [dilation] * self.heads if isinstance(dilation, int) else list(dilation)
         if len(steps) != self.heads:
             raise ValueError(f"dilation must be one number or one for each of {self.heads} heads, got {len(steps)}")
-        for step in steps:
-            at_least(1, dilation=step)
         self.window, self.global_projections = window, global_projections
         if global_projections == "separate":
             self.add_global_projections()

@@ -37,30 +37,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
-from attention_zoo.contract import (
-    Abilities,
-    Attention,
-    Output,
-    Source,
-    Tokens,
-    Unsupported,
-    at_least,
-    hold,
-    one_of,
-    place_of,
-    unshared,
-)
+from attention_zoo.contract import Abilities, Attention, Output, Source, Unsupported, at_least, place_of
 from attention_zoo.ops import hashing, lsh, lsh_layout, lsh_step
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator, refuse_export
 from attention_zoo.ops.dispatch import triton_reason
 from attention_zoo.ops.function import zeros_for
+from attention_zoo.options import LARGEST, Around, Chunk, Fill, OneOf, Seed
+from attention_zoo.tokens import Tokens, hold, unshared
+
+Buckets = Annotated[int, Field(ge=2, le=2**16)]
+MOST_PAIRS = 2**24
+"""Of a chunk's queries and the keys of its window, so that one chunk's scores fit into memory."""
+FACTORS = "an even number of at least 2, or two of them"
 
 
 class Hashed(NamedTuple):
@@ -142,31 +138,30 @@ class Reformer(Attention):
     def __init__(
         self,
         *,
-        rounds: int = 4,
-        chunk: int = 64,
-        look_back: int = 1,
-        look_ahead: int = 0,
-        buckets: int | Sequence[int] | None = None,
+        rounds: Annotated[int, Field(ge=1, le=1024)] = 4,
+        chunk: Chunk = 64,
+        look_back: Around = 1,
+        look_ahead: Around = 0,
+        buckets: Annotated[Buckets | Sequence[Buckets] | None, Field(description=FACTORS)] = None,
         attend_across_buckets: bool = True,
         correct_duplicates: bool = False,
-        wrap: str = "row",
-        key_norm_epsilon: float = 0.0,
-        fill: int = 0,
-        split_above: int = hashing.DIRECT,
-        hash_seed: int | None = None,
+        wrap: Annotated[str, OneOf("row", "reference")] = "row",
+        key_norm_epsilon: Annotated[float, Field(ge=0, le=10_000, description="at least 0")] = 0.0,
+        fill: Fill = 0,
+        split_above: Annotated[int, Field(ge=2, le=LARGEST)] = hashing.DIRECT,
+        hash_seed: Seed | None = None,
         resample: bool = True,
         kernel: str = "auto",
         **shared: Any,
     ):
         super().__init__(**shared)
-        at_least(1, rounds=rounds, chunk=chunk)
-        at_least(0, look_back=look_back, look_ahead=look_ahead, fill=fill)
-        at_least(2, split_above=split_above)
-        one_of(("row", "reference"), wrap=wrap)
         if kernel not in ("auto", "triton", "chunks", "dense"):
             raise Unsupported(self.name, f"kernel={kernel}", "it has no such kernel", "auto, triton, chunks or dense")
-        if not key_norm_epsilon >= 0:
-            raise ValueError(f"key_norm_epsilon must be at least 0, got {key_norm_epsilon}")
+        if (pairs := chunk * chunk * (1 + look_back + look_ahead)) > MOST_PAIRS:
+            raise ValueError(
+                f"chunk, look_back and look_ahead must give a chunk at most {MOST_PAIRS:,} pairs with its window, got "
+                f"{pairs:,} from {chunk}, {look_back} and {look_ahead}"
+            )
         self.rounds, self.chunk, self.look_back, self.look_ahead = rounds, chunk, look_back, look_ahead
         self.factors = None if buckets is None else _factors(buckets)
         self.attend_across_buckets, self.correct_duplicates = attend_across_buckets, correct_duplicates
@@ -442,7 +437,7 @@ class Reformer(Attention):
 def _factors(buckets: int | Sequence[int]) -> tuple[int, ...]:
     factors = (buckets,) if isinstance(buckets, int) else tuple(buckets)
     if len(factors) not in (1, 2) or any(type(n) is not int or n < 2 or n % 2 for n in factors):
-        raise ValueError(f"buckets must be an even number of at least 2, or two of them, got {buckets!r}")
+        raise ValueError(f"buckets must be {FACTORS}, got {buckets!r}")
     return factors
 
 

@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attention_zoo.attention.pattern import PatternAttention, hide
-from attention_zoo.contract import Abilities, Tokens, at_least
+from attention_zoo.contract import Abilities, Tokens
+from attention_zoo.options import Around, Chunk, Fill
 
 
 class ReformerLocal(PatternAttention):
@@ -51,15 +52,13 @@ class ReformerLocal(PatternAttention):
     def __init__(
         self,
         *,
-        chunk: int = 64,
-        look_back: int = 1,
-        look_ahead: int = 0,
-        fill: int = 0,
+        chunk: Chunk = 64,
+        look_back: Around = 1,
+        look_ahead: Around = 0,
+        fill: Fill = 0,
         kernel: str = "auto",
         **shared: Any,
     ):
-        at_least(1, chunk=chunk)
-        at_least(0, look_back=look_back, look_ahead=look_ahead, fill=fill)
         super().__init__(kernel=kernel, **shared)
         self.chunk, self.look_back, self.fill = chunk, look_back, fill
         self.look_ahead = 0 if self.causal else look_ahead

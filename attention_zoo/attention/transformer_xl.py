@@ -37,32 +37,22 @@ Other checkpoints: tests/test_weights_transformer_xl.py. Token by token: tests/r
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import (
-    Abilities,
-    Attention,
-    Output,
-    Source,
-    Tokens,
-    Unsupported,
-    at_least,
-    hold,
-    one_of,
-    place_of,
-    unshared,
-)
+from attention_zoo.contract import Abilities, Attention, Output, Source, Unsupported, at_least, place_of
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator, refuse_export
 from attention_zoo.ops.dispatch import triton_reason
 from attention_zoo.ops.function import watch, zeros_for
 from attention_zoo.ops.projections import is_plain, streams
 from attention_zoo.ops.relative import Plan, chunk_borders, plan_chunks, relative_attention
+from attention_zoo.options import Natural, OneOf, Positive
+from attention_zoo.tokens import Tokens, hold, unshared
 
 TABLE = 256
 """Tables of distances are made for a multiple of this many, so that growing calls share one."""
@@ -135,24 +125,20 @@ class TransformerXL(Attention):
     def __init__(
         self,
         *,
-        segment_length: int = 512,
-        memory_length: int = 512,
+        segment_length: Positive = 512,
+        memory_length: Natural = 512,
         same_length: bool = False,
         untie_r: bool = False,
-        clamp_length: int | None = None,
-        initial_memory: str = "empty",
-        kernel: str = "auto",
+        clamp_length: Positive | None = None,
+        initial_memory: Annotated[str, OneOf("empty", "zeros")] = "empty",
+        kernel: Annotated[str, OneOf("auto", "absorbed", "triton", "shift", "gather")] = "auto",
         **shared: Any,
     ):
         super().__init__(**shared)
         if self.dim % 2:
             raise ValueError(f"dim must be even for sines and cosines of distances, got {self.dim}")
-        one_of(("auto", "absorbed", "triton", "shift", "gather"), kernel=kernel)
         self.segment_length, self.memory_length, self.same_length = segment_length, memory_length, same_length
         self._check_lengths()
-        if clamp_length is not None:
-            at_least(1, clamp_length=clamp_length)
-        one_of(("empty", "zeros"), initial_memory=initial_memory)
         self.clamp_length, self.starts_blank = clamp_length, initial_memory == "zeros"
         if self.starts_blank:
             # what a hidden state of zeros is to this layer: zeros, or with pre-norm what the norm makes of them

@@ -65,7 +65,7 @@ class Job:
 
     def __call__(self, composed: DictConfig) -> Outcome:
         try:
-            _complete(composed)
+            _given(composed)
             outcome = COMMANDS[self.name].run(composed)
         except Exception as error:
             if self.debug:
@@ -75,11 +75,10 @@ class Job:
         return outcome
 
 
-def _complete(composed: DictConfig) -> None:
-    """Refuse a config with a hole in it, naming the place."""
+def _given(composed: DictConfig) -> None:
+    """Refuse a config in which something is still to be given, naming all of it."""
     if missing := sorted(OmegaConf.missing_keys(composed)):
         raise ValueError(f"{' and '.join(missing)} must be given, got ???")
-    OmegaConf.to_container(composed, resolve=True)
 
 
 @contextmanager

@@ -18,9 +18,7 @@ def of_hydra(error: BaseException) -> str | None:
     """What Hydra or OmegaConf complain about, in one line that says how to write it; None for other errors."""
     if not type(error).__module__.startswith(("hydra.", "omegaconf.")):
         return None
-    from omegaconf.errors import InterpolationResolutionError
-
-    from attention_zoo.training.config import one_line
+    from attention_zoo.settings import one_line
 
     text = str(error)
     if given := re.match(r"Ambiguous value for argument '(.*)'", text):
@@ -32,8 +30,6 @@ def of_hydra(error: BaseException) -> str | None:
             return f"{given[2]} must be a list, got {given[3]}: '{given[2]}=[{given[3]}]'"
         if "is not a DictConfig" in str(error.__cause__) or "to Dict" in str(error.__cause__):
             return f"{given[2]} must be a mapping, got {given[3]}: '{given[2]}={{name: value}}'"
-    if isinstance(error, InterpolationResolutionError):
-        return f"{error.full_key or 'config'}: {text.splitlines()[0]}"
     if (override := getattr(error, "override", None)) is not None:
         wrong = text.splitlines()[0]
         return (

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from attention_zoo.commands.launch import FAILED, OK
+from attention_zoo.settings import settings
 
 
 @dataclass(frozen=True)
@@ -57,39 +58,35 @@ def _train(composed: DictConfig) -> Outcome:
 def _benchmark(composed: DictConfig) -> Outcome:
     from attention_zoo.report.benchmark import benchmark
 
-    return _outcome(benchmark(_object(composed)))
+    return _outcome(benchmark(settings(composed)))
 
 
 def _compare(composed: DictConfig) -> Outcome:
     from attention_zoo.files import read_jsonl
     from attention_zoo.report.compare import compare
 
-    return _outcome(read_jsonl(compare(_object(composed)).with_name("results.jsonl")))
+    return _outcome(read_jsonl(compare(settings(composed)).with_name("results.jsonl")))
 
 
 def _report(composed: DictConfig) -> Outcome:
     from attention_zoo.report.again import report
 
-    report(_object(composed))
+    report(settings(composed))
     return Outcome()
 
 
 def _convert(composed: DictConfig) -> Outcome:
     from attention_zoo.integrations.weights.commands import run_convert
 
-    run_convert(_object(composed))
+    run_convert(settings(composed))
     return Outcome()
 
 
 def _evaluate(composed: DictConfig) -> Outcome:
     from attention_zoo.integrations.weights.commands import run_evaluate
 
-    run_evaluate(_object(composed))
+    run_evaluate(settings(composed))
     return Outcome()
-
-
-def _object(composed: DictConfig) -> Any:
-    return OmegaConf.to_object(composed)
 
 
 def _outcome(rows: Iterable[dict[str, Any]]) -> Outcome:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import torch
 
 from attention_zoo import registry
-from attention_zoo.contract import Attention, Unsupported, at_least, one_of
+from attention_zoo.contract import Attention, Unsupported
 from attention_zoo.measure.core import Shape
 from attention_zoo.measure.environment import device_name, environment, usable_cores
 from attention_zoo.measure.flops import LinearFlops, attention_flops, count_pairs
@@ -22,6 +22,7 @@ from attention_zoo.measure.speed import LONG_S, matmul_rate, time_call
 from attention_zoo.measure.trace import write_trace
 from attention_zoo.measure.work import Phase, Variant, Work, prepare
 from attention_zoo.model.state import state_bytes
+from attention_zoo.options import Heads, OneOf, Positive, Text, Threads, check_fields
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -50,32 +51,22 @@ class SpeedCell:
         threads: intra-op threads of torch; default all cores that this process may use.
     """
 
-    backend: str
-    length: int
-    kernel: str = "auto"
+    backend: Text
+    length: Positive
+    kernel: Text = "auto"
     options: dict[str, Any] = field(default_factory=dict)
-    batch: int = 1
-    heads: int = 8
-    head_width: int = 64
+    batch: Positive = 1
+    heads: Heads = 8
+    head_width: Positive = 64
     causal: bool = True
-    variant: str = "layer"
-    phase: str = "forward_backward"
-    device: str = "cpu"
-    dtype: str = "float32"
-    threads: int = field(default_factory=usable_cores)
+    variant: Annotated[str, OneOf(*get_args(Variant))] = "layer"
+    phase: Annotated[str, OneOf(*get_args(Phase))] = "forward_backward"
+    device: Text = "cpu"
+    dtype: Annotated[str, OneOf(*DTYPES)] = "float32"
+    threads: Threads = field(default_factory=usable_cores)
 
     def __post_init__(self) -> None:
-        at_least(
-            1,
-            length=self.length,
-            batch=self.batch,
-            heads=self.heads,
-            head_width=self.head_width,
-            threads=self.threads,
-        )
-        one_of(get_args(Variant), variant=self.variant)
-        one_of(get_args(Phase), phase=self.phase)
-        one_of(DTYPES, dtype=self.dtype)
+        check_fields(type(self), self)
 
     @property
     def dim(self) -> int:

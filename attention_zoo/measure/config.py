@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, get_args
 
-import torch
+from pydantic import Field
 
 from attention_zoo import registry
-from attention_zoo.contract import Unsupported, at_least
-from attention_zoo.measure.cell import SpeedCell
-from attention_zoo.measure.environment import device_name, usable_cores
+from attention_zoo.contract import Unsupported
+from attention_zoo.measure.cell import DTYPES, SpeedCell
+from attention_zoo.measure.environment import resolved_device, usable_cores
 from attention_zoo.measure.memory import default_limit
 from attention_zoo.measure.peers.matches import Match, matches
+from attention_zoo.measure.work import Variant
+from attention_zoo.options import Heads, NonNegative, OneOf, Positive, Seconds, Text, Threads, check_fields
 from attention_zoo.schemas import store
 
 BASELINES = ("full/dense", "full/sdpa")
@@ -53,32 +55,32 @@ class BenchmarkConfig:
         output: folder of cells/, results.jsonl and results.csv.
     """
 
-    backends: list[str] | None = None
+    backends: list[Text] | None = None
     baselines: bool = True
     options: dict[str, Any] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=lambda: [256, 1024, 4096, 16384])
-    quadratic_up_to: int | None = 4096
+    quadratic_up_to: Positive | None = 4096
     phases: list[str] = field(default_factory=lambda: ["forward_backward"])
-    variant: str = "layer"
+    variant: Annotated[str, OneOf(*get_args(Variant))] = "layer"
     causal: bool = True
-    heads: int = 8
-    head_width: int = 64
-    batch: int = 1
-    device: str = "auto"
-    dtype: str = "float32"
-    threads: int | None = None
-    repeats: int = 5
-    budget_s: float = 4.0
-    timeout_s: float = 120.0
-    memory_limit_gib: float | None = None
+    heads: Heads = 8
+    head_width: Positive = 64
+    batch: Positive = 1
+    device: Text = "auto"
+    dtype: Annotated[str, OneOf(*DTYPES)] = "float32"
+    threads: Threads | None = None
+    repeats: Positive = 5
+    budget_s: NonNegative = 4.0
+    timeout_s: Seconds = 120.0
+    memory_limit_gib: Annotated[float, Field(gt=0, le=2**30, allow_inf_nan=False)] | None = None
     force: bool = False
     profile: bool = False
     peers: bool = False
-    against: list[str] | None = None
-    rounds: int = 3
+    against: list[Text] | None = None
+    rounds: Positive = 3
     peer_python: dict[str, str] = field(default_factory=dict)
-    budget: str | None = None
-    output: str = "runs/benchmark"
+    budget: Text | None = None
+    output: Text = "runs/benchmark"
 
     def cells(self) -> list[SpeedCell]:
         """Every cell of the grid, shortest lengths first.
@@ -86,6 +88,7 @@ class BenchmarkConfig:
         Raises:
             ValueError: for an unknown backend, kernel, option or phase, or a value outside its rule, naming it.
         """
+        check_fields(BenchmarkConfig, self)
         given = list(registry.available()) if self.backends is None else list(self.backends)
         named = [*BASELINES, *(each for each in given if each != "full")] if self.baselines else given
         cells = [
@@ -100,9 +103,7 @@ class BenchmarkConfig:
 
     def resolved_device(self) -> str:
         """The device that is meant; a ValueError for one that this machine lacks."""
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        device_name(device)
-        return device
+        return resolved_device(self.device)
 
     def how(self) -> dict[str, Any]:
         """The keyword arguments of `cells.run_cells` besides cells and folder."""
@@ -122,7 +123,7 @@ class BenchmarkConfig:
         Raises:
             ValueError: as `cells`, and where nobody meets anybody.
         """
-        at_least(1, rounds=self.rounds)
+        check_fields(BenchmarkConfig, self)
         phases = [phase for phase in self.phases if phase in ("forward", "forward_backward")]
         if len(phases) < len(self.phases):
             raise ValueError(f"phases must be forward or forward_backward with peers=true, got {self.phases}")

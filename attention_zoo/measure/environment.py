@@ -43,8 +43,9 @@ def device_name(device: str) -> str:
     Raises:
         ValueError: for a device that this machine lacks.
     """
-    family, _, index = device.partition(":")
-    if family not in ("cpu", "cuda") or (index and not index.isdigit()):
+    family, colon, index = device.partition(":")
+    numbered = family == "cuda" and index.isascii() and index.isdecimal()
+    if family not in ("cpu", "cuda") or not (not colon or numbered or device == "cpu:0"):
         raise ValueError(f"device must be cpu, cuda or cuda:<number>, got {device!r}")
     if family == "cpu":
         return _cpu_model()
@@ -55,6 +56,18 @@ def device_name(device: str) -> str:
     if int(index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={device} must be below the number of CUDA devices, {torch.cuda.device_count()}")
     return torch.cuda.get_device_name(device)
+
+
+def resolved_device(device: str) -> str:
+    """The device that a word means: "auto" is the first CUDA device where there is one, else the CPU; cpu:0 is cpu.
+
+    Raises:
+        ValueError: for a word that is no device, or one that this machine lacks.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    device_name(device)
+    return "cpu" if device == "cpu:0" else device
 
 
 def usable_cores() -> int:

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
-from attention_zoo.contract import at_least
+from attention_zoo.options import Factor, Natural, Positive, Probability, checked
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -42,20 +43,20 @@ class AdaptiveEmbedding(nn.Module):
     options = ("cutoffs", "divide", "width", "scale", "dropout")
     types: None = None
 
+    @checked
     def __init__(
         self,
         *,
-        vocab: int,
-        dim: int,
-        cutoffs: Sequence[int],
-        divide: int = 1,
-        width: int | None = None,
-        scale: float | None = None,
-        dropout: float = 0.0,
+        vocab: Positive,
+        dim: Positive,
+        cutoffs: Sequence[Natural],
+        divide: Positive = 1,
+        width: Positive | None = None,
+        scale: Factor | None = None,
+        dropout: Annotated[Probability, Field(title="embedding dropout")] = 0.0,
     ):
         super().__init__()
         width = dim if width is None else width
-        at_least(1, divide=divide, width=width)
         self.borders = (0, *cutoffs, vocab)
         if any(high <= low for low, high in pairwise(self.borders)):
             raise ValueError(f"cutoffs must rise between 0 and vocab={vocab}, got {list(cutoffs)}")
@@ -63,8 +64,6 @@ class AdaptiveEmbedding(nn.Module):
             raise ValueError(
                 f"width {width} over divide={divide} to the power of {clusters} leaves the last cluster none"
             )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"embedding dropout must be a probability below 1, got {dropout!r}")
         self.num_embeddings, self.embedding_dim, self.divide = vocab, dim, divide
         self.scale = dim**0.5 if scale is None else scale
         sizes = [high - low for low, high in pairwise(self.borders)] if divide > 1 else [vocab]
@@ -109,6 +108,7 @@ class AdaptiveSoftmax(nn.Module):
 
     options = ("tied_projections",)
 
+    @checked
     def __init__(self, embedding: AdaptiveEmbedding, *, tied: bool, tied_projections: bool | Sequence[bool] = True):
         super().__init__()
         clusters = len(embedding.widths)

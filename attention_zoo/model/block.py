@@ -11,19 +11,20 @@ Dropout is on the outputs of branches only: inside attention, fused and recomput
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
 from attention_zoo.contract import Layer, Output, Source, Tokens, add_losses, known_options, named, one_of
 from attention_zoo.model.feed_forward import FeedForward
 from attention_zoo.model.short_conv import ShortConvolution
+from attention_zoo.options import LARGEST, AboveZero, Named, Positive, Probability, check_values, checked
 
 NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
-Named = str | Mapping[str, Any]
-"""A component by its name, or as a mapping `{"name": ..., <options>}`."""
+Taps = Annotated[int, Field(ge=0, le=LARGEST, description="a number of taps, 0 for none")]
 
 
 def build_norm(norm: Named, dim: int) -> nn.Module:
@@ -31,6 +32,7 @@ def build_norm(norm: Named, dim: int) -> nn.Module:
     name, options = named("norm", norm)
     one_of(tuple(NORMS), norm=name)
     known_options(f"norm={name}", options, ("eps",))
+    check_values({"eps": AboveZero | None if name == "rms" else AboveZero}, options, "norm.")
     return NORMS[name](dim, **options)
 
 
@@ -81,18 +83,17 @@ class Branch(Layer):
         cross: whether the source is for this branch.
     """
 
+    @checked
     def __init__(
         self,
         *layers: Layer,
-        dim: int,
+        dim: Positive,
         norm: Named = "layer",
         pre_norm: bool = True,
-        output_dropout: float = 0.0,
+        output_dropout: Probability = 0.0,
         cross: bool = False,
     ):
         super().__init__()
-        if not 0 <= output_dropout < 1:
-            raise ValueError(f"output_dropout must be a probability below 1, got {output_dropout!r}")
         self.norm = build_norm(norm, dim)
         self.body = Chain(layers)
         self.dropout = nn.Dropout(output_dropout)
@@ -141,22 +142,21 @@ class Block(Chain):
         feed_forward, ff_mult, ff_chunks: see `FeedForward`.
     """
 
+    @checked
     def __init__(
         self,
         attention: Layer,
         *,
-        dim: int,
+        dim: Positive,
         cross: Layer | None = None,
-        short_conv: int = 0,
+        short_conv: Taps = 0,
         norm: Named = "layer",
         pre_norm: bool = True,
         feed_forward: Named = "gelu",
-        ff_mult: int = 4,
-        ff_chunks: int = 1,
-        output_dropout: float = 0.0,
+        ff_mult: Positive = 4,
+        ff_chunks: Positive = 1,
+        output_dropout: Probability = 0.0,
     ):
-        if isinstance(short_conv, bool) or not isinstance(short_conv, int) or short_conv < 0:
-            raise ValueError(f"short_conv must be a number of taps, 0 for none, got {short_conv!r}")
         shared: dict[str, Any] = {"dim": dim, "norm": norm, "pre_norm": pre_norm, "output_dropout": output_dropout}
         before = [ShortConvolution(dim=dim, width=short_conv)] if short_conv else []
         branches = [Branch(*before, attention, **shared)]

@@ -7,15 +7,17 @@ Drawn at E^-1/2 and scaled by √E when read (Vaswani et al. 2017, §3.4), so th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
-from attention_zoo.contract import at_least, known_options
+from attention_zoo.contract import known_options
 from attention_zoo.model.adaptive import AdaptiveEmbedding
-from attention_zoo.model.block import Named, build_norm
+from attention_zoo.model.block import build_norm
+from attention_zoo.options import Factor, Named, Natural, Positive, Probability, checked
 
 
 class TokenEmbedding(nn.Embedding):
@@ -33,21 +35,19 @@ class TokenEmbedding(nn.Embedding):
 
     options = ("scale", "types", "normed", "dropout")
 
+    @checked
     def __init__(
         self,
         *,
-        vocab: int,
-        dim: int,
-        scale: float | None = None,
-        types: int = 0,
+        vocab: Positive,
+        dim: Positive,
+        scale: Factor | None = None,
+        types: Natural = 0,
         normed: bool = False,
         norm: Named = "layer",
-        dropout: float = 0.0,
+        dropout: Annotated[Probability, Field(title="embedding dropout")] = 0.0,
     ):
         super().__init__(vocab, dim)
-        at_least(0, types=types)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"embedding dropout must be a probability below 1, got {dropout!r}")
         nn.init.normal_(self.weight, std=dim**-0.5)
         self.scale = dim**0.5 if scale is None else scale
         self.types = nn.Embedding(types, dim) if types else None

@@ -16,6 +16,7 @@ from attention_zoo.contract import Source, Tokens, add_losses, hold, unshared
 from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.state import Running
 from attention_zoo.model.transformer import ModelOutput, Transformer
+from attention_zoo.options import checked, shown
 
 
 class EncoderDecoder(nn.Module):
@@ -26,7 +27,11 @@ class EncoderDecoder(nn.Module):
         decoder: built with causal=True and cross=True, of the same dim.
     """
 
+    @checked
     def __init__(self, *, encoder: Transformer, decoder: Transformer):
+        for name, given in (("encoder", encoder), ("decoder", decoder)):
+            if not isinstance(given, Transformer):
+                raise ValueError(f"{name} must be a Transformer, got {shown(given)}")
         super().__init__()
         if encoder.causal or encoder.head_name != "hidden" or encoder.cross:
             raise ValueError("encoder must be built with causal=False, head=hidden and cross=False")

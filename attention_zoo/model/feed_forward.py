@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention_zoo.contract import Layer, Output, Source, Tokens, at_least, one_of
+from attention_zoo.contract import Layer, Output, Source, Tokens
+from attention_zoo.options import OneOf, Positive, checked
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": nn.functional.gelu,
@@ -42,25 +44,23 @@ class FeedForward(Layer):
 
     options = ("width", "bias")
 
+    @checked
     def __init__(
         self,
         *,
-        dim: int,
-        kind: str = "gelu",
-        mult: int = 4,
-        chunks: int = 1,
-        width: int | None = None,
+        dim: Positive,
+        kind: Annotated[str, OneOf(*KINDS), Field(title="feed_forward")] = "gelu",
+        mult: Annotated[Positive, Field(title="ff_mult")] = 4,
+        chunks: Annotated[Positive, Field(title="ff_chunks")] = 1,
+        width: Positive | None = None,
         bias: bool = True,
     ):
         super().__init__()
-        one_of(KINDS, feed_forward=kind)
-        at_least(1, dim=dim, ff_mult=mult, ff_chunks=chunks)
         self.kind, self.chunks = kind, chunks
         if width is None:
             width = mult * dim
             if kind == "swiglu":
                 width = -(-width * 2 // 3 // 8) * 8  # a multiple of 8 suits the hardware
-        at_least(1, width=width)
         self.into = nn.Linear(dim, width * (2 if kind == "swiglu" else 1), bias=bias)
         self.out = nn.Linear(width, dim, bias=bias)
 

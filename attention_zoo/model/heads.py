@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from attention_zoo.contract import at_least, known_options, named, one_of
+from attention_zoo.contract import known_options, named, one_of
 from attention_zoo.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
-from attention_zoo.model.block import Named, build_norm
+from attention_zoo.model.block import build_norm
 from attention_zoo.model.embedding import TokenEmbedding
 from attention_zoo.model.feed_forward import ACTIVATIONS
+from attention_zoo.options import Named, OneOf, Positive, checked
 
 HEADS = ("lm", "tokens", "classify", "hidden")
 POOLINGS = ("mean", "first")
@@ -30,14 +33,15 @@ class LanguageModel(nn.Module):
 
     options = ("bias", "transform")
 
+    @checked
     def __init__(
         self,
         embedding: TokenEmbedding,
         *,
-        dim: int,
+        dim: Positive,
         tied: bool,
         bias: bool = False,
-        transform: str | None = None,
+        transform: Annotated[str, OneOf(*ACTIVATIONS)] | None = None,
         norm: Named = "layer",
     ):
         super().__init__()
@@ -57,7 +61,6 @@ class _Transform(nn.Module):
 
     def __init__(self, dim: int, activation: str, norm: Named):
         super().__init__()
-        one_of(tuple(ACTIVATIONS), transform=activation)
         self.dense, self.norm = nn.Linear(dim, dim), build_norm(norm, dim)
         self.activation = activation
 
@@ -108,13 +111,14 @@ class Hidden(nn.Module):
         return None
 
 
+@checked
 def build_head(
     head: Named,
     embedding: TokenEmbedding | AdaptiveEmbedding,
     *,
-    dim: int,
-    classes: int | None,
-    pooling: str,
+    dim: Positive,
+    classes: Positive | None,
+    pooling: Annotated[str, OneOf(*POOLINGS)],
     causal: bool,
     tied: bool,
     norm: Named = "layer",
@@ -131,11 +135,13 @@ def build_head(
     one_of(HEADS, head=head)
     known = (AdaptiveSoftmax if isinstance(embedding, AdaptiveEmbedding) else LanguageModel).options
     known_options(f"head={head}", options, known if head == "lm" else ())
-    one_of(POOLINGS, pooling=pooling)
     if (head in ("tokens", "classify")) != (classes is not None):
         raise ValueError(f"classes belongs to head=tokens and head=classify, got classes={classes} with head={head}")
-    if classes is not None:
-        at_least(1, classes=classes)
+    if head == "lm" and isinstance(embedding, AdaptiveEmbedding) and dim != embedding.embedding_dim:
+        raise ValueError(
+            f"an embedding with cutoffs needs hidden states as wide as embeddings, {embedding.embedding_dim}, "
+            f"got {dim}; use reversible=true instead of both"
+        )
     if head == "lm" and isinstance(embedding, AdaptiveEmbedding):
         return AdaptiveSoftmax(embedding, tied=tied, **options)
     if head == "lm":

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from torch import Tensor
 from attention_zoo.contract import Output, Source, Tokens, add_losses, hold
 from attention_zoo.model.block import Block, Branch, Stack
 from attention_zoo.ops.function import once
+from attention_zoo.options import OneOf, checked
 
 
 class ReversibleStack(Stack):
@@ -35,10 +36,9 @@ class ReversibleStack(Stack):
 
     recompute = True
 
-    def __init__(self, blocks: Sequence[Block], *, end: bool | str = True):
+    @checked
+    def __init__(self, blocks: Sequence[Block], *, end: Annotated[bool | str, OneOf(True, "both")] = True):
         super().__init__(blocks)
-        if end not in (True, "both"):
-            raise ValueError(f"reversible must be false, true or both, got {end!r}")
         self.end = end
         if not all(branch.pre_norm for branch in self.branches):
             raise ValueError("reversible=True needs pre_norm=True: a norm after the addition cannot be undone")

@@ -9,13 +9,15 @@ O(L · width · E).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
-from attention_zoo.contract import Layer, Output, Source, Tokens, at_least, keep, place_of
+from attention_zoo.contract import Layer, Output, Source, Tokens, keep, place_of
+from attention_zoo.options import Positive, checked
 
 
 class Recent(NamedTuple):
@@ -33,9 +35,9 @@ class ShortConvolution(Layer):
         width: number of taps: the token itself and the width - 1 before it.
     """
 
-    def __init__(self, *, dim: int, width: int):
+    @checked
+    def __init__(self, *, dim: Positive, width: Annotated[Positive, Field(title="short_conv")]):
         super().__init__()
-        at_least(1, dim=dim, short_conv=width)
         self.dim, self.width = dim, width
         self.weight = nn.Parameter(torch.empty(width, dim))
         nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
 from attention_zoo import registry
@@ -23,7 +24,6 @@ from attention_zoo.contract import (
     Source,
     Tokens,
     Unsupported,
-    at_least,
     check_tokens,
     hold,
     known_options,
@@ -31,15 +31,18 @@ from attention_zoo.contract import (
     place_of,
     unshared,
 )
-from attention_zoo.model.block import Block, Named, Stack, build_norm
+from attention_zoo.model.block import Block, Stack, Taps, build_norm
 from attention_zoo.model.embedding import build_embedding
 from attention_zoo.model.global_tokens import ExtraGlobalTokens
-from attention_zoo.model.heads import build_head
+from attention_zoo.model.heads import POOLINGS, build_head
 from attention_zoo.model.mechanisms import entries, layers
 from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.reversible import ReversibleStack
 from attention_zoo.model.state import Running
+from attention_zoo.options import Depth, Heads, Named, OneOf, Positive, Probability, Seed, checked
 from attention_zoo.positions import EMBEDDING_LEVEL
+
+ENDS = "false, true or both"
 
 
 class ModelOutput(NamedTuple):
@@ -97,39 +100,39 @@ class Transformer(nn.Module):
         ValueError: for a value outside its rule.
     """
 
+    @checked
     def __init__(
         self,
         *,
         attention: Any,
-        vocab: int,
-        dim: int = 128,
-        depth: int = 2,
-        heads: int = 4,
+        vocab: Positive,
+        dim: Positive = 128,
+        depth: Depth = 2,
+        heads: Heads = 4,
         causal: bool = True,
         cross: bool = False,
         head: Named = "lm",
-        classes: int | None = None,
-        pooling: str = "mean",
+        classes: Positive | None = None,
+        pooling: Annotated[str, OneOf(*POOLINGS)] = "mean",
         positions: Named = "sinusoidal",
         pre_norm: bool = True,
         norm: Named = "layer",
         feed_forward: Named = "gelu",
-        ff_mult: int = 4,
-        ff_chunks: int = 1,
-        short_conv: int = 0,
-        output_dropout: float = 0.0,
+        ff_mult: Positive = 4,
+        ff_chunks: Positive = 1,
+        short_conv: Taps = 0,
+        output_dropout: Probability = 0.0,
         embedding: Mapping[str, Any] | None = None,
         tied: bool = True,
-        reversible: bool | str = False,
+        reversible: Annotated[bool | str, OneOf(False, True, "both"), Field(description=ENDS)] = False,
         last_norm: bool = True,
-        max_length: int = 4096,
-        seed: int = 0,
+        max_length: Positive = 4096,
+        seed: Seed = 0,
         origin: Mapping[str, Any] | None = None,
     ):
         given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
         self._warned = False
-        at_least(1, vocab=vocab, dim=dim, depth=depth, heads=heads, max_length=max_length)
         self.config = {**given, "attention": [entry.plain for entry in entries(attention)]}
         self.vocab, self.dim, self.causal, self.cross = vocab, dim, causal, cross
         shared = {"dim": dim, "heads": heads, "causal": causal}

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import at_least
+from attention_zoo.options import Factor, Natural, Positive, checked
 from attention_zoo.positions.learned import check_end
 
 
@@ -30,20 +30,20 @@ class Axial(nn.Module):
 
     options: ClassVar[tuple[str, ...]] = ("columns", "row_width", "scale")
 
+    @checked
     def __init__(
         self,
         *,
-        dim: int,
-        max_length: int,
-        columns: int | None = None,
-        row_width: int | None = None,
-        scale: float | None = None,
+        dim: Positive,
+        max_length: Positive,
+        columns: Positive | None = None,
+        row_width: Natural | None = None,
+        scale: Factor | None = None,
     ):
         super().__init__()
         self.max_length, self.scale = max_length, dim**0.5 if scale is None else scale
         self.columns = math.isqrt(max_length - 1) + 1 if columns is None else columns
         row_width = dim // 2 if row_width is None else row_width
-        at_least(1, columns=self.columns)
         if not 0 <= row_width <= dim:
             raise ValueError(f"row_width must be between 0 and dim={dim}, got {row_width}")
         self.row = nn.Embedding(-(-max_length // self.columns), row_width)

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from attention_zoo.options import Factor, Natural, Positive, checked
+
 
 class Learned(nn.Module):
     """Position -> vector from a table of unit variance, scaled like token embeddings: stored small, read times √E.
@@ -22,7 +24,10 @@ class Learned(nn.Module):
 
     options = ("scale", "uncounted")
 
-    def __init__(self, *, dim: int, max_length: int, scale: float | None = None, uncounted: int | None = None):
+    @checked
+    def __init__(
+        self, *, dim: Positive, max_length: Positive, scale: Factor | None = None, uncounted: Natural | None = None
+    ):
         super().__init__()
         self.dim, self.max_length, self.uncounted = dim, max_length, uncounted
         self.scale = dim**0.5 if scale is None else scale

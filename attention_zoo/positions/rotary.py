@@ -9,12 +9,16 @@ only those whose wavelength the training length did not hold (`llama3`: the rele
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from attention_zoo.contract import one_of
+from attention_zoo.options import LARGEST, Finite, OneOf
 from attention_zoo.positions.scheme import AttentionPositions
+
+Above = Annotated[float, Field(gt=0, allow_inf_nan=False, description="above 0")]
 
 
 class Rotary(AttentionPositions):
@@ -36,20 +40,16 @@ class Rotary(AttentionPositions):
         *,
         heads: int,
         head_width: int,
-        base: float = 10_000.0,
-        scaling: str = "none",
-        factor: float = 1.0,
-        low_freq_factor: float = 1.0,
-        high_freq_factor: float = 4.0,
-        original_length: int = 8192,
+        base: Above = 10_000.0,
+        scaling: Annotated[str, OneOf("none", "linear", "llama3")] = "none",
+        factor: Above = 1.0,
+        low_freq_factor: Finite = 1.0,
+        high_freq_factor: Finite = 4.0,
+        original_length: Annotated[int, Field(gt=0, le=LARGEST, description="above 0")] = 8192,
     ):
         super().__init__(heads=heads, head_width=head_width)
         if head_width % 2:
             raise ValueError(f"positions=rotary needs an even head_width, got {head_width}")
-        one_of(("none", "linear", "llama3"), scaling=scaling)
-        for name, value in (("base", base), ("factor", factor), ("original_length", original_length)):
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value!r}")
         if not 0 < low_freq_factor < high_freq_factor:
             raise ValueError(
                 f"low_freq_factor must be above 0 and below high_freq_factor, got {low_freq_factor!r} "

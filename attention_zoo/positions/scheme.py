@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attention_zoo.contract import Tokens
+from attention_zoo.options import Heads, Positive, checked
 
 
 class AttentionPositions(nn.Module):
@@ -18,7 +19,13 @@ class AttentionPositions(nn.Module):
     options: ClassVar[tuple[str, ...]] = ()
     """What may be given beside the name; all with defaults."""
 
-    def __init__(self, *, heads: int, head_width: int):
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if "__init__" in cls.__dict__:
+            cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
+
+    @checked
+    def __init__(self, *, heads: Heads, head_width: Positive):
         super().__init__()
         self.heads, self.head_width = heads, head_width
 

@@ -6,11 +6,14 @@ same code under a fixed permutation of channels. Any position has one, so stream
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor, nn
+
+from attention_zoo.options import Positive, checked
 
 
 class Sinusoidal(nn.Module):
@@ -24,7 +27,14 @@ class Sinusoidal(nn.Module):
 
     options: ClassVar[tuple[str, ...]] = ("base",)
 
-    def __init__(self, *, dim: int, max_length: int | None = None, base: float = 10_000.0):
+    @checked
+    def __init__(
+        self,
+        *,
+        dim: Positive,
+        max_length: Positive | None = None,
+        base: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10_000.0,
+    ):
         super().__init__()
         if dim % 2:
             raise ValueError(f"positions=sinusoidal needs an even dim, got {dim}")

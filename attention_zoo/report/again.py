@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from attention_zoo.options import Text
 from attention_zoo.report import build_report, read, write_csv
 from attention_zoo.report.compare import show
 from attention_zoo.schemas import store
@@ -24,8 +25,8 @@ class ReportConfig:
     """
 
     results: Any = field(default_factory=list)
-    output: str | None = None
-    title: str = ""
+    output: Text | None = None
+    title: Text = ""
 
 
 def register() -> None:

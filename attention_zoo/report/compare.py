@@ -10,19 +10,20 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from attention_zoo import registry
-from attention_zoo.contract import at_least
 from attention_zoo.files import write_atomic
 from attention_zoo.measure.cells import run_cells
 from attention_zoo.measure.config import BenchmarkConfig
 from attention_zoo.measure.progress import CellProgress
+from attention_zoo.options import SeedOfRun, Text, check_fields
 from attention_zoo.report import rows as results
 from attention_zoo.report import units
 from attention_zoo.report.build import TITLE, build_report
@@ -31,7 +32,8 @@ from attention_zoo.report.rows import Row
 from attention_zoo.report.summary import Findings, headline, remarks, rich_table, write_csv
 from attention_zoo.report.trainings import Run, RunEvent, run_trainings
 from attention_zoo.schemas import store
-from attention_zoo.training.config import check, compose_training, one_line
+from attention_zoo.settings import one_line
+from attention_zoo.training.config import check, compose_training
 
 SILENCE_S = 20.0
 """Without a terminal, a line at least this often while trainings go on."""
@@ -49,9 +51,9 @@ class TrainingPlan:
         options: backend -> its own options; a backend without an entry keeps its defaults.
     """
 
-    task: str = "text"
-    model: str = "tiny"
-    tracker: str = "none"
+    task: Text = "text"
+    model: Text = "tiny"
+    tracker: Text = "none"
     set: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -72,15 +74,15 @@ class CompareConfig:
         output: folder of everything.
     """
 
-    backends: list[str] | None = None
+    backends: list[Text] | None = None
     measure: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     trainings: dict[str, TrainingPlan] = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=lambda: [0])
-    parallel: int = 2
+    seeds: list[SeedOfRun] = field(default_factory=lambda: [0])
+    parallel: Annotated[int, Field(ge=1, le=1024)] = 2
     small: dict[str, Any] = field(default_factory=dict)
-    picture_length: int = 96
-    title: str = TITLE
-    output: str = "runs/compare"
+    picture_length: Annotated[int, Field(ge=1, le=4096)] = 96
+    title: Text = TITLE
+    output: Text = "runs/compare"
 
     def names(self) -> list[str]:
         """The backends, each known.
@@ -99,7 +101,7 @@ class CompareConfig:
         Raises:
             ValueError: for a wrong override or option, naming it.
         """
-        at_least(1, parallel=self.parallel)
+        check_fields(CompareConfig, self)
         found = []
         for task, plan in self.trainings.items():
             shared = _shared(task, plan)

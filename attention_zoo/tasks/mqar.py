@@ -18,15 +18,18 @@ a fixed list, unless `examples` fixes their number. Batches are made when they a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 
-from attention_zoo.contract import at_least, one_of
+from attention_zoo.options import LARGEST, OneOf, Positive, checked
 from attention_zoo.tasks.task import IGNORED, Batch, Task, digest, generator
 
 FILLERS = ("distinct", "any", "zero")
+Size = Annotated[int, Field(le=LARGEST)]
+Share = Annotated[float, Field(le=1e12, allow_inf_nan=False)]
 
 
 class Rows(NamedTuple):
@@ -90,28 +93,22 @@ class Mqar(Task):
     name = "mqar"
     metric, better = "accuracy", "higher"
 
+    @checked
     def __init__(
         self,
         *,
-        vocab: int = 8192,
-        pairs: int = 4,
-        power: float = 0.01,
-        fillers: str = "distinct",
-        examples: int | None = None,
-        train: Sequence[Sequence[float]] | None = None,
-        test: Sequence[Sequence[int]] = (),
-        test_examples: int = 1000,
+        vocab: Annotated[int, Field(ge=4, le=2**24)] = 8192,
+        pairs: Positive = 4,
+        power: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False, description="a positive number")] = 0.01,
+        fillers: Annotated[str, OneOf(*FILLERS)] = "distinct",
+        examples: Positive | None = None,
+        train: Sequence[Sequence[Size | Share]] | None = None,
+        test: Sequence[Sequence[Size]] = (),
+        test_examples: Positive = 1000,
     ):
-        at_least(4, vocab=vocab)
-        at_least(1, pairs=pairs, test_examples=test_examples)
-        if examples is not None:
-            at_least(1, examples=examples)
-        one_of(FILLERS, fillers=fillers)
-        if not (isinstance(power, int | float) and power > 0):
-            raise ValueError(f"power must be a positive number, got {power!r}")
         for name, entries, size in (("train", train or (), 3), ("test", test, 2)):
             for entry in entries:
-                if len(entry) != size or min(entry) <= 0:
+                if len(entry) != size or min(entry) <= 0 or any(type(number) is not int for number in entry[:2]):
                     parts = "[length, pairs, share]" if size == 3 else "[length, pairs]"
                     raise ValueError(f"{name} must list {parts}, all positive, got {list(entry)}")
         self.vocab, self.pairs, self.power, self.fillers, self.examples = vocab, pairs, power, fillers, examples

@@ -111,6 +111,6 @@ def digest(parts: Sequence[bytes | str]) -> str:
     """16 hexadecimal digits that name the parts and their order."""
     found = hashlib.sha256()
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
+        data = part.encode(errors="surrogateescape") if isinstance(part, str) else part
         found.update(len(data).to_bytes(8, "big") + data)
     return found.hexdigest()[:16]

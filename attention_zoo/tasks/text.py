@@ -3,7 +3,7 @@
 A token is a byte, the vocabulary is 256, and nothing is downloaded: training and validation read the standard library
 in place, the held-out domain is the source of another installed package (torch, a dependency). Any other file or folder
 works too (`path`). Files are sorted by relative path and hashed; whether one is for validation is a function of that
-path, so the split never moves.
+path, so the split never moves. Any bytes are text here; which folders are left out is said by `skip` and `hidden`.
 
 Rows are streams: row b of a batch goes on in row b of the next, segment by segment, up to `span` segments of one
 document; then the row takes the next document and is flagged `fresh`. That is what truncated backpropagation needs.
@@ -19,20 +19,28 @@ import hashlib
 import importlib.util
 import math
 import os
+import stat
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
+from pydantic import Field
 
-from attention_zoo.contract import at_least
+from attention_zoo.options import Positive, checked, shown
+from attention_zoo.options import Text as Words
 from attention_zoo.tasks.task import Batch, Task, digest, generator
 
 SKIPPED = frozenset({"__pycache__", "site-packages", "dist-packages", "node_modules", "test", "tests", "idle_test"})
-"""Folders that are left out: other people's packages, and tests, whose long literal tables are no prose of code."""
+"""Folders of installed source that are left out: other people's packages, and tests, whose long literal tables are no
+prose of code."""
+OWN_SKIPPED = ("__pycache__",)
+"""Folders of one's own text that are left out: what Python made there."""
+Bytes = Annotated[int, Field(ge=1, le=2**62)]
+Between = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False, description="a share between 0 and 1")]
 
 
 class Corpus(NamedTuple):
@@ -57,33 +65,72 @@ class Spans(NamedTuple):
     slack: np.ndarray
 
 
-def list_files(root: Path, suffix: str | None = None) -> list[tuple[str, Path, int]]:
-    """Relative path, path and size of every non-empty file below `root`, sorted; hidden ones and `SKIPPED` left out."""
+def list_files(
+    root: Path, suffix: str | None = None, skip: Collection[str] = OWN_SKIPPED, hidden: bool = False
+) -> list[tuple[str, Path, int]]:
+    """Relative path, path and size of every non-empty file below `root`, sorted.
+
+    Args:
+        root: a folder.
+        suffix: ending of the files to list; None lists all.
+        skip: names of folders that are left out.
+        hidden: whether files and folders whose name begins with a dot count.
+
+    Raises:
+        ValueError: for a folder or file that cannot be read, in one line.
+    """
     found = []
-    for folder, below, names in os.walk(root):
-        below[:] = [name for name in below if name not in SKIPPED and not name.startswith(".")]
+    for folder, below, names in os.walk(root, onerror=_refuse):
+        below[:] = [name for name in below if name not in skip and (hidden or not name.startswith("."))]
         for name in names:
             path = Path(folder, name)
-            if name.startswith(".") or (suffix and not name.endswith(suffix)) or not path.is_file():
+            if (name.startswith(".") and not hidden) or (suffix and not name.endswith(suffix)):
                 continue
-            if size := path.stat().st_size:
-                found.append((path.relative_to(root).as_posix(), path, size))
+            try:
+                about = path.stat()
+            except OSError as error:
+                _refuse(error)
+            if stat.S_ISREG(about.st_mode) and about.st_size:
+                found.append((path.relative_to(root).as_posix(), path, about.st_size))
     return sorted(found)
 
 
+def _refuse(error: OSError) -> NoReturn:
+    raise ValueError(f"task.path: {error.filename} cannot be read: {error.strerror or error}") from None
+
+
+def _read(path: Path, most: int | None) -> bytes:
+    """The first `most` bytes of a file; all if None."""
+    try:
+        with path.open("rb") as file:
+            return file.read() if most is None else file.read(most)
+    except OSError as error:
+        _refuse(error)
+
+
 @lru_cache(maxsize=4)
-def read_files(root: Path, suffix: str | None, max_bytes: int | None) -> tuple[tuple[str, bytes], ...]:
+def read_files(
+    root: Path,
+    suffix: str | None,
+    max_bytes: int | None,
+    skip: tuple[str, ...] = OWN_SKIPPED,
+    hidden: bool = False,
+) -> tuple[tuple[str, bytes], ...]:
     """Relative path and content of a file, or of the files of a folder, sorted by path.
 
     Args:
         root: a file or a folder.
         suffix: ending of the files to take from a folder; None takes all.
         max_bytes: about how much to read at most. Files are then picked by the hash of their relative path, so that
-            the pick is a fair sample and not the start of the alphabet.
+            the pick is a fair sample and not the start of the alphabet. No more than that is read.
+        skip, hidden: see `list_files`.
+
+    Raises:
+        ValueError: for a file that cannot be read, in one line.
     """
     if root.is_file():
-        return ((root.name, root.read_bytes()[:max_bytes]),)
-    files = list_files(root, suffix)
+        return ((root.name, _read(root, max_bytes)),)
+    files = list_files(root, suffix, skip, hidden)
     if max_bytes is not None:
         picked: list[tuple[str, Path, int]] = []
         total = 0
@@ -92,7 +139,7 @@ def read_files(root: Path, suffix: str | None, max_bytes: int | None) -> tuple[t
                 picked.append(entry)
                 total += entry[2]
         files = sorted(picked)
-    return tuple((name, path.read_bytes()[:max_bytes]) for name, path, _ in files)
+    return tuple((name, _read(path, max_bytes)) for name, path, _ in files)
 
 
 def split_files(files: Sequence[tuple[str, bytes]], validation: float) -> tuple[list, list]:
@@ -109,7 +156,7 @@ def split_files(files: Sequence[tuple[str, bytes]], validation: float) -> tuple[
 
 def _hash(name: str, use: str) -> float:
     """A number in [0, 1) that depends on both arguments alone."""
-    return int.from_bytes(hashlib.sha256(f"{use}:{name}".encode()).digest()[:6], "big") / 2**48
+    return int.from_bytes(hashlib.sha256(f"{use}:{name}".encode(errors="surrogateescape")).digest()[:6], "big") / 2**48
 
 
 def join_files(contents: Sequence[tuple[str, bytes]]) -> Corpus:
@@ -140,6 +187,10 @@ class Text(Task):
     Args:
         path: a file or folder of your own text; None reads the source of Python's standard library.
         suffix: ending of the files to take from a folder; None takes all (the standard library: always ".py").
+        skip: names of folders within `path` that are left out. None: of your own text what Python made there
+            (`__pycache__`) and nothing else; of the standard library installed packages and tests, too (`SKIPPED`,
+            which always holds for the held-out package).
+        hidden: whether files and folders whose name begins with a dot are read.
         held_out: name of an installed package whose source is the held-out domain; None for none.
         max_bytes: about how much to read for training and validation together; None reads all.
         held_out_bytes: the same for the held-out domain.
@@ -156,31 +207,28 @@ class Text(Task):
     streams = True
     metric, better = "bits_per_byte", "lower"
 
+    @checked
     def __init__(
         self,
         *,
-        path: str | None = None,
-        suffix: str | None = None,
-        held_out: str | None = "torch",
-        max_bytes: int | None = 8_000_000,
-        held_out_bytes: int | None = 1_000_000,
-        validation: float = 0.1,
-        span: int = 4,
-        evaluation_rows: int = 16,
+        path: Words | None = None,
+        suffix: Words | None = None,
+        skip: Sequence[Words] | None = None,
+        hidden: bool = False,
+        held_out: Words | None = "torch",
+        max_bytes: Bytes | None = 8_000_000,
+        held_out_bytes: Bytes | None = 1_000_000,
+        validation: Between = 0.1,
+        span: Positive = 4,
+        evaluation_rows: Positive = 16,
     ):
-        at_least(1, span=span, evaluation_rows=evaluation_rows)
-        for name, value in (("max_bytes", max_bytes), ("held_out_bytes", held_out_bytes)):
-            if value is not None:
-                at_least(1, **{name: value})
-        if not (isinstance(validation, float) and 0 < validation < 1):
-            raise ValueError(f"validation must be a share between 0 and 1, got {validation!r}")
-        self.suffix = suffix
+        self.suffix, self.hidden = suffix, hidden
         if path is None:
             self.root, self.suffix = Path(sysconfig.get_path("stdlib")), ".py"
         else:
-            self.root = Path(path).expanduser()
-            if not self.root.exists():
-                raise ValueError(f"task.path must be an existing file or folder, got {path!r}")
+            self.root = existing(path)
+        default = SKIPPED if path is None else OWN_SKIPPED
+        self.skip = tuple(sorted(default if skip is None else skip))
         self.held_root = None if held_out is None else _package(held_out)
         self.source = path or "standard library"
         self.held_out, self.max_bytes, self.held_out_bytes = held_out, max_bytes, held_out_bytes
@@ -189,7 +237,7 @@ class Text(Task):
     @cached_property
     def corpora(self) -> tuple[Corpus, Corpus]:
         """Training and validation bytes, read at the first use."""
-        files = read_files(self.root, self.suffix, self.max_bytes)
+        files = read_files(self.root, self.suffix, self.max_bytes, self.skip, self.hidden)
         if not any(raw for _, raw in files):
             ending = f" ending in {self.suffix}" if self.suffix else ""
             raise ValueError(f"task.path={self.root} holds no non-empty file{ending}")
@@ -201,7 +249,7 @@ class Text(Task):
         """Bytes of the held-out domain."""
         if self.held_root is None:
             return None
-        return join_files(read_files(self.held_root, ".py", self.held_out_bytes))
+        return join_files(read_files(self.held_root, ".py", self.held_out_bytes, tuple(sorted(SKIPPED))))
 
     def check(self, seq_len: int) -> None:
         for name, corpus in zip(("training", "validation"), self.corpora):
@@ -246,8 +294,23 @@ class Text(Task):
         return {"bits_per_byte": loss / math.log(2), "loss": loss, "accuracy": accuracy}
 
 
+def existing(path: str) -> Path:
+    """The file or folder that `task.path` names; a ValueError for none, or what is neither (a pipe, a device)."""
+    root = Path(os.path.expanduser(path))
+    try:
+        there = root.is_file() or root.is_dir()
+    except OSError:  # a name longer than the system's, a folder on the way that may not be looked into
+        there = False
+    if not there:
+        raise ValueError(f"task.path must be an existing file or folder, got {shown(path)}")
+    return root
+
+
 def _package(name: str) -> Path:
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    try:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    except (ValueError, ImportError):  # a module that runs without a file
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"task.held_out must name an installed package that is a folder of source, got {name!r}")
     return Path(spec.submodule_search_locations[0])

@@ -178,7 +178,8 @@ def adjusted_options_count_from_the_next_call(case: Case) -> None:
         value = getattr(layer, option, None)
         where = f"{case.name}: adjustable {option}"
         assert isinstance(value, int), f"{where} must be a whole number and an attribute, got {value!r}"
-        for other in {max(1, value - 1), value + 1} - {value}:
+        others = {not value} if isinstance(value, bool) else {max(1, value - 1), value + 1} - {value}
+        for other in others:
             changed: dict[str, Any] = {option: other}
             built = case.build(causal=True, **changed)
             adjusted = case.build(causal=True)

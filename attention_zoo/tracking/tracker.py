@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from attention_zoo.options import checked
+
 
 class RunInfo(NamedTuple):
     """What a tracker needs to know of a run.
@@ -52,6 +54,7 @@ class Tracker:
 class NoTracker(Tracker):
     """Follows nothing."""
 
+    @checked(prefix="tracker.")
     def __init__(self, info: RunInfo):
         del info
 

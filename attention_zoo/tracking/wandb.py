@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import queue
 import signal
@@ -25,12 +24,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from attention_zoo.contract import one_of
+from pydantic import Field
+
 from attention_zoo.files import plain
+from attention_zoo.options import OneOf, Text, checked
 from attention_zoo.tracking.tracker import RunInfo, Tracker, figures
 
 MODES = ("auto", "online", "offline")
@@ -44,6 +45,8 @@ FOREIGN = ("WANDB_SERVICE",)
 """Set where a W&B process of somebody else is running: ours is our own, since it may have to be ended."""
 MISLEADING = ("WANDB_MODE", "WANDB_BASE_URL")
 """Not for a process that goes on offline: one of these may be why."""
+Timeout = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+"""Seconds, at most a day."""
 
 
 class WandbTracker(Tracker):
@@ -61,22 +64,19 @@ class WandbTracker(Tracker):
         finish_timeout: seconds to wait for uploads at the end; what is not uploaded stays in the folder.
     """
 
+    @checked(prefix="tracker.")
     def __init__(
         self,
         info: RunInfo,
         *,
-        mode: str = "auto",
-        project: str = "attention-zoo",
-        entity: str | None = None,
-        group: str | None = None,
-        tags: tuple[str, ...] = (),
-        init_timeout: float = 20.0,
-        finish_timeout: float = 60.0,
+        mode: Annotated[str, OneOf(*MODES)] = "auto",
+        project: Text = "attention-zoo",
+        entity: Text | None = None,
+        group: Text | None = None,
+        tags: Sequence[Text] = (),
+        init_timeout: Timeout = 20.0,
+        finish_timeout: Timeout = 60.0,
     ):
-        one_of(MODES, **{"tracker.mode": mode})
-        for name, value in (("init_timeout", init_timeout), ("finish_timeout", finish_timeout)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"tracker.{name} must be a positive number of seconds, got {value!r}")
         self.info, self.mode = info, mode
         self.init_timeout, self.finish_timeout = init_timeout, finish_timeout
         folder = Path(info.folder).absolute()

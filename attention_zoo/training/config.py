@@ -6,26 +6,40 @@ plain dict, so that a run started from Python is guarded alike.
 
 from __future__ import annotations
 
-import difflib
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from pkgutil import resolve_name
+from typing import Annotated, Any
 
-import torch
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field
 
-from attention_zoo.contract import at_least, one_of
-from attention_zoo.registry import third_party
-from attention_zoo.training.precision import check_precision
+from attention_zoo.measure.environment import resolved_device
+from attention_zoo.model.mechanisms import entries
+from attention_zoo.options import (
+    Finite,
+    OneOf,
+    Positive,
+    SeedOfRun,
+    Text,
+    Threads,
+    check_fields,
+    check_target,
+    near,
+    shown,
+)
+from attention_zoo.registry import recipe, third_party
+from attention_zoo.room import fits
+from attention_zoo.settings import finite, one_line, plain_values
+from attention_zoo.training.precision import PRECISIONS, check_precision
 from attention_zoo.training.progress import KINDS
 
 CONF = "attention_zoo.conf"
+POSITIVE = "a positive number or null"
 
 
 @dataclass
@@ -46,17 +60,17 @@ class TrainerConfig:
         progress: auto | bar | lines | none.
     """
 
-    precision: str = "float32"
-    accumulate: int = 1
-    clip: float | None = 1.0
+    precision: Annotated[str, OneOf(*PRECISIONS)] = "float32"
+    accumulate: Positive = 1
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False, description=POSITIVE)] | None = 1.0
     carry_state: bool = True
-    eval_every: int = 100
-    log_every: int = 10
-    checkpoint_every: int = 100
-    patience: int | None = None
-    stop_at: float | None = None
-    max_seconds: float | None = None
-    progress: str = "auto"
+    eval_every: Positive = 100
+    log_every: Positive = 10
+    checkpoint_every: Positive = 100
+    patience: Positive | None = None
+    stop_at: Finite | None = None
+    max_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False, description=POSITIVE)] | None = None
+    progress: Annotated[str, OneOf(*KINDS)] = "auto"
 
 
 @dataclass
@@ -82,22 +96,32 @@ class TrainConfig:
 
     attention: Any = MISSING
     hybrid: list[Any] | None = None
-    backend: str | None = None
+    backend: Text | None = None
     model: Any = MISSING
     task: Any = MISSING
     optimizer: Any = MISSING
     schedule: Any = MISSING
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracker: Any = MISSING
-    steps: int = MISSING
-    seq_len: int = MISSING
-    batch: int = MISSING
-    seed: int = 0
-    device: str = "auto"
-    threads: int | None = None
+    steps: Positive = MISSING
+    seq_len: Positive = MISSING
+    batch: Positive = MISSING
+    seed: SeedOfRun = 0
+    device: Text = "auto"
+    threads: Threads | None = None
     force: bool = False
-    retry: str | None = None
-    output: str = "runs"
+    retry: Annotated[str, OneOf("failed")] | None = None
+    output: Text = "runs"
+
+
+OWN = {
+    "model": ("attention", "vocab", "causal", "head", "seed"),
+    "optimizer": ("model",),
+    "schedule": ("steps",),
+    "tracker": ("info",),
+    "task": (),
+}
+"""Groups with a `_target_`, and the options of it that are the run's to say."""
 
 
 def register() -> None:
@@ -124,7 +148,7 @@ def compose_training(overrides: Sequence[str] = ()) -> dict[str, Any]:
         with initialize_config_module(CONF, version_base="1.3"):
             composed = compose("train", overrides, return_hydra_config=True)
     except Exception as error:
-        if (line := one_line(error)) is None:
+        if (line := one_line(error, overrides)) is None:
             raise
         raise ValueError(line) from None
     finally:
@@ -140,8 +164,7 @@ def plain(composed: Any, attention: str | None) -> dict[str, Any]:
         composed: by Hydra.
         attention: the name chosen from the group; None where several were.
     """
-    values = {key: composed[key] for key in composed if key != "hydra"}
-    config: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True, throw_on_missing=True)
+    config = plain_values(OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"]))
     if attention is None:
         config["attention"] = None  # Hydra merged several into one, which is none of them: `check` refuses it
     if config["backend"] is None:
@@ -150,7 +173,7 @@ def plain(composed: Any, attention: str | None) -> dict[str, Any]:
 
 
 def _names(hybrid: Sequence[Any]) -> list[str]:
-    return [entry["name"] if isinstance(entry, Mapping) else str(entry) for entry in hybrid]
+    return [str(entry.get("name")) if isinstance(entry, Mapping) else str(entry) for entry in hybrid]
 
 
 def check(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,82 +185,80 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
     known = [entry.name for entry in fields(TrainConfig)]
     for key in config:
         if key not in known:
-            raise ValueError(f"{key} is no option of a training run{_near(key, known)}; known: {', '.join(known)}")
+            raise ValueError(f"{key} is no option of a training run{near(str(key), known)}; known: {', '.join(known)}")
+    finite(config)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), dict(config))
-        full: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise ValueError(one_line(error)) from None
-    trainer, model = full["trainer"], full["model"]
+    full = plain_values(merged)
+    check_fields(TrainConfig, full)
+    trainer = full["trainer"]
     if not full["attention"]:
         raise ValueError("attention must be one mechanism; for a stack of several use 'hybrid=[longformer,full]'")
-    at_least(1, **{name: full[name] for name in ("steps", "seq_len", "batch")})
-    at_least(0, seed=full["seed"])
-    names = ("accumulate", "eval_every", "log_every", "checkpoint_every")
-    at_least(1, **{f"trainer.{name}": trainer[name] for name in names})
-    if trainer["patience"] is not None:
-        at_least(1, **{"trainer.patience": trainer["patience"]})
-    if full["threads"] is not None:
-        at_least(1, threads=full["threads"])
-    for name in ("clip", "max_seconds"):
-        value = trainer[name]
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"trainer.{name} must be a positive number or null, got {value!r}")
     if full["batch"] % trainer["accumulate"]:
         raise ValueError(
             f"trainer.accumulate must divide batch, got accumulate={trainer['accumulate']} for batch={full['batch']}"
         )
-    dim, heads = model.get("dim"), model.get("heads")
-    if isinstance(dim, int) and isinstance(heads, int) and heads > 0 and dim % heads:
-        raise ValueError(f"model.heads must divide model.dim, got heads={heads} for dim={dim}")
-    one_of(KINDS, **{"trainer.progress": trainer["progress"]})
-    if full["retry"] is not None:
-        one_of(("failed",), retry=full["retry"])
+    full["device"] = device_of(full["device"]) if full["device"] != "auto" else "auto"
     check_precision(trainer["precision"], device_of(full["device"]))
+    _check_mechanisms(full)
+    for group, given in OWN.items():
+        _check_group(group, full[group], given)
+    model = full["model"]
+    dim, heads = model.get("dim"), model.get("heads")
+    if isinstance(dim, int) and isinstance(heads, int) and dim % heads:
+        raise ValueError(f"model.heads must divide model.dim, got heads={heads} for dim={dim}")
+    width = dim if isinstance(dim, int) else 1
+    fits(full["batch"] * full["seq_len"] * (16 + 4 * width), f"batch={full['batch']}, seq_len={full['seq_len']}")
     return full
 
 
+def _check_mechanisms(config: Mapping[str, Any]) -> None:
+    """The attention, or the stack of several: names and options."""
+    if config["hybrid"]:
+        try:
+            listed = entries(config["hybrid"])
+        except ValueError as error:
+            raise ValueError(f"hybrid: {error}") from None
+        for index, entry in enumerate(listed):
+            if entry.plain is not None:
+                check_target(recipe(entry.plain["name"])[0], entry.options, f"hybrid[{index}].")
+        return
+    chosen = config["attention"]
+    if isinstance(chosen, Mapping) and "_target_" in chosen:
+        _check_group("attention", chosen, ("dim", "heads", "causal", "cross", "positions", "seed"))
+    elif not isinstance(chosen, Mapping | str):
+        raise ValueError(f"attention must be a name, or a mapping with a name and options, got {shown(chosen)}")
+    else:
+        for entry in entries(chosen):
+            if entry.plain is not None:
+                check_target(recipe(entry.plain["name"])[0], entry.options, "attention.")
+
+
+def _check_group(group: str, node: Any, given: Sequence[str]) -> None:
+    """One component: what its `_target_` is, and its options by the annotations of that."""
+    if not (isinstance(node, Mapping) and isinstance(node.get("_target_"), str)):
+        raise ValueError(f"{group} must be a mapping with a _target_, such as {group}=NAME gives, got {shown(node)}")
+    name = node["_target_"]
+    try:
+        target = resolve_name(name)
+    except Exception as error:  # an import runs other people's code
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{group}._target_ must name a class or function, got {name!r}: {reason[:200]}") from None
+    if not callable(target):
+        raise ValueError(f"{group}._target_ must name a class or function, got {name!r}")
+    options = {key: value for key, value in node.items() if not str(key).startswith("_")}
+    for option in given:
+        if option in options:
+            raise ValueError(f"{group}.{option} is the run's to say, got {shown(options[option])}")
+    check_target(target, options, f"{group}.")
+
+
 def device_of(device: str) -> str:
-    """ "auto" is the first CUDA device where there is one, else the CPU."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
+    """What a run calls its device: "auto" is the first CUDA device where there is one, else the CPU.
 
-
-def one_line(error: BaseException) -> str | None:
-    """What Hydra or OmegaConf complain about, in one line that names field, rule and value; None for other errors."""
-    chain: list[Any] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    for found in chain:
-        missing = getattr(found, "missing_cfg_file", None)
-        if missing:
-            group, _, name = missing.rpartition("/")
-            options = sorted(found.options or ())
-            return f"{group or 'config'} must be one of {', '.join(options)}, got {name!r}{_near(name, options)}"
-    # an inner OmegaConf error may still hold the places where the outer one has the value
-    ours = [e for e in chain if type(e).__module__.startswith(("hydra.", "omegaconf.")) and "$VALUE" not in str(e)]
-    if not ours:
-        return None
-    deepest = ours[-1]
-    lines = [line.strip() for line in str(deepest).splitlines()]
-    place = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")), "")
-    text = next((line for line in lines if line), type(deepest).__name__)
-    if "is not in struct" in text or "not in '" in text:
-        parent = getattr(deepest, "parent_node", None)
-        keys = [str(key) for key in parent] if isinstance(parent, Mapping) else []
-        options = [key for key in keys if key != "hydra" and not key.startswith("_")]
-        key = place.rpartition(".")[2] or text
-        listed = f"; known: {', '.join(options)}" if options else ""
-        return f"{place or text} is no known option{_near(key, options)}{listed}"
-    first = str(chain[0]).splitlines()[0].strip()
-    if "parsing override" in first:
-        return f"{first}: {text}; an override is written key=value"
-    given = re.search(r"[\w.@+~]+=\S*", first)
-    where = f"{place}: " if place and place not in text else ""
-    return f"{where}{text}" + (f" (from {given.group()})" if given and given.group() not in text else "")
-
-
-def _near(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    Raises:
+        ValueError: for a word that is no device, or one that this machine lacks.
+    """
+    return resolved_device(device)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import nn
+
+from attention_zoo.options import AboveZero, NonNegative, Probability, checked
+
+BETAS = "two probabilities below 1"
 
 
 def decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -26,8 +32,14 @@ def decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramete
     return decays, stays
 
 
+@checked(prefix="optimizer.")
 def adamw(
-    model: nn.Module, *, lr: float, weight_decay: float, betas: Sequence[float] = (0.9, 0.95), eps: float = 1e-8
+    model: nn.Module,
+    *,
+    lr: NonNegative,
+    weight_decay: NonNegative,
+    betas: Annotated[Sequence[Probability], Field(min_length=2, max_length=2, description=BETAS)] = (0.9, 0.95),
+    eps: AboveZero = 1e-8,
 ) -> torch.optim.Optimizer:
     """AdamW over `decay_groups(model)`.
 
@@ -39,11 +51,8 @@ def adamw(
         eps: added to the root of the latter.
 
     Raises:
-        ValueError: for a rate or decay below zero, naming it.
+        ValueError: for a value outside of its rule, such as a rate or decay below zero, naming it.
     """
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not (isinstance(value, int | float) and value >= 0):
-            raise ValueError(f"optimizer.{name} must be a number of at least 0, got {value!r}")
     decays, stays = decay_groups(model)
     groups = [{"params": decays, "weight_decay": weight_decay}, {"params": stays, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps)

@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from attention_zoo.options import Positive, Share, checked
+
 Schedule = Callable[[int], float]
 
 
-def warmup_cosine(*, steps: int, warmup: float = 0.05, floor: float = 0.1) -> Schedule:
+@checked(prefix="schedule.")
+def warmup_cosine(*, steps: Positive, warmup: Share = 0.05, floor: Share = 0.1) -> Schedule:
     """Rise linearly over the first `warmup` share of the steps, then fall along half a cosine to `floor`.
 
     Args:
@@ -22,9 +25,6 @@ def warmup_cosine(*, steps: int, warmup: float = 0.05, floor: float = 0.1) -> Sc
     Raises:
         ValueError: for a share outside [0, 1], naming it.
     """
-    for name, value in (("warmup", warmup), ("floor", floor)):
-        if not (isinstance(value, int | float) and 0 <= value <= 1):
-            raise ValueError(f"schedule.{name} must be a share between 0 and 1, got {value!r}")
     rising = round(warmup * steps)
     falling = max(1, steps - 1 - rising)
 
@@ -37,7 +37,8 @@ def warmup_cosine(*, steps: int, warmup: float = 0.05, floor: float = 0.1) -> Sc
     return factor
 
 
-def constant(*, steps: int, warmup: float = 0.0) -> Schedule:
+@checked(prefix="schedule.")
+def constant(*, steps: Positive, warmup: Share = 0.0) -> Schedule:
     """Rise linearly over the first `warmup` share of the steps, then stay.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from . import Counts, kills, reports, scores, wandb_server
+from . import Counts, fuzz, kills, reports, scores, wandb_server
 
 
 class Kind(Protocol):
@@ -27,3 +27,4 @@ KINDS["scores"] = scores
 KINDS["kills"] = kills
 KINDS["wandb"] = wandb_server
 KINDS["reports"] = reports
+KINDS["fuzz"] = fuzz

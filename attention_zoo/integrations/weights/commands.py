@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from omegaconf import MISSING
+from pydantic import Field
 
 from attention_zoo.files import write_json
 from attention_zoo.integrations.weights.convert import convert, is_ours, open_model
@@ -16,8 +17,9 @@ from attention_zoo.integrations.weights.score import score
 from attention_zoo.integrations.weights.tokeniser import read_tokeniser
 from attention_zoo.model.saved import save
 from attention_zoo.model.transformer import Transformer
+from attention_zoo.options import Positive, SeedOfRun, Text
 from attention_zoo.schemas import store
-from attention_zoo.tasks.text import read_files
+from attention_zoo.tasks.text import OWN_SKIPPED, Bytes, existing, read_files
 from attention_zoo.training.config import device_of
 
 
@@ -32,8 +34,8 @@ class LengthenConfig:
         options: of the new mechanism: {window: 256}.
     """
 
-    attention: str | None = None
-    max_length: int | None = None
+    attention: Text | None = None
+    max_length: Positive | None = None
     positions: dict[str, Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -53,12 +55,12 @@ class ConvertConfig:
         force: write over a model that is there.
     """
 
-    source: str = MISSING
-    output: str = MISSING
-    head: str | None = None
-    dtype: str | None = None
-    revision: str | None = None
-    ignore: list[str] = field(default_factory=list)
+    source: Text = MISSING
+    output: Text = MISSING
+    head: Text | None = None
+    dtype: Text | None = None
+    revision: Text | None = None
+    ignore: list[Text] = field(default_factory=list)
     lengthen: LengthenConfig = field(default_factory=LengthenConfig)
     force: bool = False
 
@@ -70,12 +72,16 @@ class TextConfig:
     Fields:
         path: a file, or a folder whose files are texts of their own.
         suffix: ending of the files to take from a folder; null takes all.
+        skip: names of folders to leave out; null: `__pycache__` alone.
+        hidden: whether files and folders whose name begins with a dot are read.
         max_bytes: about how much to read at most; null reads all.
     """
 
-    path: str = MISSING
-    suffix: str | None = None
-    max_bytes: int | None = 1_000_000
+    path: Text = MISSING
+    suffix: Text | None = None
+    skip: list[Text] | None = None
+    hidden: bool = False
+    max_bytes: Bytes | None = 1_000_000
 
 
 @dataclass
@@ -94,15 +100,15 @@ class EvaluateConfig:
         output: JSON file for the figures; null: they are only shown.
     """
 
-    source: str = MISSING
+    source: Text = MISSING
     task: TextConfig = field(default_factory=TextConfig)
-    seq_len: int | None = None
-    stride: int | None = None
-    batch: int = 8
-    mask_probability: float = 0.15
-    seed: int = 0
-    device: str = "auto"
-    output: str | None = None
+    seq_len: Positive | None = None
+    stride: Positive | None = None
+    batch: Positive = 8
+    mask_probability: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = 0.15
+    seed: SeedOfRun = 0
+    device: Text = "auto"
+    output: Text | None = None
 
 
 def register() -> None:
@@ -160,10 +166,12 @@ def _source(config: ConvertConfig) -> Transformer:
 
 def run_evaluate(config: EvaluateConfig) -> dict[str, float]:
     """Score a model on a text, show the figures, and write them where asked."""
-    root = Path(config.task.path).expanduser()
+    given = config.task
+    root = Path(given.path).expanduser()
     if not root.exists():
         raise FileNotFoundError(f"task.path={root} does not exist")
-    texts = [raw for _, raw in read_files(root, config.task.suffix, config.task.max_bytes)]
+    skip = OWN_SKIPPED if given.skip is None else tuple(given.skip)
+    texts = [raw for _, raw in read_files(existing(str(root)), given.suffix, given.max_bytes, skip, given.hidden)]
     model: Any = open_model(config.source).to(device_of(config.device))
     tokeniser = read_tokeniser(config.source)
     if tokeniser is None and getattr(model, "vocab", 256) != 256:
