@@ -53,7 +53,6 @@ from attention_zoo.contract import (
     at_least,
     hold,
     one_of,
-    place_of,
     unshared,
 )
 from attention_zoo.ops import hashing, lsh, lsh_layout, lsh_step
@@ -61,6 +60,7 @@ from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator, refuse_export
 from attention_zoo.ops.dispatch import triton_reason
 from attention_zoo.ops.function import zeros_for
+from attention_zoo.ops.place import place_of
 
 
 class Hashed(NamedTuple):

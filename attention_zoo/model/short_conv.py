@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attention_zoo.contract import Layer, Output, Source, Tokens, at_least, keep, place_of
+from attention_zoo.contract import Layer, Output, Source, Tokens, at_least, keep
+from attention_zoo.ops.place import place_of
 
 
 class Recent(NamedTuple):
