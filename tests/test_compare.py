@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -116,11 +117,18 @@ def test_only_a_row_of_the_same_config_code_and_data_counts_as_finished(tmp_path
 
     row["data"] = json.loads(json.dumps(build(run.config["task"]).describe(run.config["seq_len"])))
     write_json(tmp_path / "result.json", row)
+    assert finished(run.config, tmp_path) is None, "no model"
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    row["model_sha256"] = hashlib.sha256(b"weights").hexdigest()
+    write_json(tmp_path / "result.json", row)
     assert finished(run.config, tmp_path) == row
     assert finished({**run.config, "seed": 1}, tmp_path) is None, "another seed"
     assert finished({**run.config, "force": True}, tmp_path) is None
     write_json(tmp_path / "result.json", {**row, "status": "failed"})
-    assert finished(run.config, tmp_path) is None, "a failure may pass"
+    assert finished(run.config, tmp_path)["status"] == "failed", "another try would only repeat it"
+    assert finished({**run.config, "retry": "failed"}, tmp_path) is None
+    write_json(tmp_path / "result.json", {**row, "status": "lost"})
+    assert finished(run.config, tmp_path) is None, "killed from outside: it runs again"
 
 
 @pytest.mark.parametrize("preset", ["default", "smoke", "gpu"])

@@ -20,7 +20,8 @@ from typing import Any, Literal
 from attention_zoo.files import read_jsonl, write_json
 from attention_zoo.measure.environment import environment
 from attention_zoo.report.rows import Row
-from attention_zoo.training.run import FINAL, build, run_identity, run_training
+from attention_zoo.training.records import RESULT, kept_row
+from attention_zoo.training.run import build, run_identity, run_training
 
 POLL_S = 0.25
 GRACE_S = 120.0
@@ -123,13 +124,10 @@ def run_trainings(
 
 def finished(config: dict[str, Any], folder: Path) -> Row | None:
     """The row of an earlier run of the same config, code, machine and data; None where there is none to trust."""
-    path = folder / "result.json"
-    if config.get("force") or not path.is_file():
+    if config.get("force") or not (folder / RESULT).is_file():
         return None
-    old = json.loads(path.read_text())
-    if old.get("status") not in FINAL or old.get("id") != run_identity(config):
-        return None
-    return old if old.get("data") == _data(json.dumps(config["task"]), config["seq_len"]) else None
+    data = _data(json.dumps(config["task"]), config["seq_len"])
+    return kept_row(folder, run_identity(config), data, retry=config.get("retry"))
 
 
 @cache

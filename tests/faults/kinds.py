@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from . import Counts, reports, scores
+from . import Counts, kills, reports, scores, wandb_server
 
 
 class Kind(Protocol):
@@ -24,4 +24,6 @@ class Kind(Protocol):
 
 KINDS: dict[str, Kind] = {}
 KINDS["scores"] = scores
+KINDS["kills"] = kills
+KINDS["wandb"] = wandb_server
 KINDS["reports"] = reports

@@ -150,7 +150,7 @@ class OlderBigBird(BigBird):
     release = "4.57."
     where = (
         " in an environment of its own: python -m attention_zoo.measure.peers.environment FOLDER, then "
-        "+peer_python.hf_bigbird_4_57=FOLDER/bin/python"
+        "peer_python.hf_bigbird_4_57=FOLDER/bin/python"
     )
 
 
