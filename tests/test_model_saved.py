@@ -20,7 +20,6 @@ from attention_zoo import EncoderDecoder, Transformer
 from attention_zoo.attention.full import Full
 from attention_zoo.attention.longformer import Longformer
 from attention_zoo.integrations.weights.lengthen import lengthen
-from attention_zoo.model.saved import digest_of
 
 
 def same(one, other, ids, **rest) -> bool:
@@ -243,8 +242,8 @@ def metadata_of(path) -> dict[str, str]:
 
 def test_the_same_model_gives_the_same_file(tmp_path):
     """Whatever the order in which safetensors walks its metadata: a row holds the file's SHA-256."""
-    digests = {digest_of(zoo.save(small("full"), tmp_path / str(number))) for number in range(12)}
-    assert len(digests) == 1
+    files = {zoo.save(small("full"), tmp_path / str(number)).read_bytes() for number in range(12)}
+    assert len(files) == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -35,9 +35,10 @@ from torch import Tensor
 
 from attention_zoo.attention.bigbird_plans import Plan, Reference, Uniform
 from attention_zoo.attention.pattern import PatternAttention, hide
-from attention_zoo.contract import Abilities, Tokens, Unsupported, place_of
+from attention_zoo.contract import Abilities, Tokens, Unsupported
 from attention_zoo.ops.blocks import BLOCKS, TRITON_BLOCKS
 from attention_zoo.ops.dispatch import DENSE, TILES
+from attention_zoo.ops.place import place_of
 from attention_zoo.ops.row import LINKED_ROW, ROW
 from attention_zoo.ops.short import SHORT
 from attention_zoo.options import Natural, OneOf, Positive

@@ -26,7 +26,6 @@ from attention_zoo.contract import (
     Unsupported,
     hold,
     known_options,
-    place_of,
     unshared,
 )
 from attention_zoo.ops.columns import Columns
@@ -34,6 +33,7 @@ from attention_zoo.ops.compiled import one_operator, refuse_export
 from attention_zoo.ops.dispatch import DENSE, TILES, Kernel, check_name, choose, explain
 from attention_zoo.ops.function import watch, zeros_for
 from attention_zoo.ops.pattern_call import PatternCall
+from attention_zoo.ops.place import place_of
 from attention_zoo.ops.row import ROW
 from attention_zoo.positions import ATTENTION_LEVEL
 

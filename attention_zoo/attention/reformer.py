@@ -44,12 +44,13 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from attention_zoo.contract import Abilities, Attention, Output, Source, Unsupported, at_least, place_of
+from attention_zoo.contract import Abilities, Attention, Output, Source, Unsupported, at_least
 from attention_zoo.ops import hashing, lsh, lsh_layout, lsh_step
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator, refuse_export
 from attention_zoo.ops.dispatch import triton_reason
 from attention_zoo.ops.function import zeros_for
+from attention_zoo.ops.place import place_of
 from attention_zoo.options import LARGEST, Around, Chunk, Fill, OneOf, Seed
 from attention_zoo.tokens import Tokens, hold, unshared
 

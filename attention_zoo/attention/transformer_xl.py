@@ -44,11 +44,12 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Abilities, Attention, Output, Source, Unsupported, at_least, place_of
+from attention_zoo.contract import Abilities, Attention, Output, Source, Unsupported, at_least
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator, refuse_export
 from attention_zoo.ops.dispatch import triton_reason
 from attention_zoo.ops.function import watch, zeros_for
+from attention_zoo.ops.place import place_of
 from attention_zoo.ops.projections import is_plain, streams
 from attention_zoo.ops.relative import Plan, chunk_borders, plan_chunks, relative_attention
 from attention_zoo.options import Natural, OneOf, Positive

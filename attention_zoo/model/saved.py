@@ -90,12 +90,6 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Transformer
     return model.to(device)
 
 
-def digest_of(path: str | Path) -> str:
-    """SHA-256 of a whole file, in hexadecimal: what a row holds of the model that it speaks of."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name; those that have several names under the first."""
     named = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from attention_zoo.contract import Layer, Output, Source, Tokens, keep, place_of
+from attention_zoo.contract import Layer, Output, Source, Tokens, keep
+from attention_zoo.ops.place import place_of
 from attention_zoo.options import Positive, checked
 
 

@@ -28,7 +28,6 @@ from attention_zoo.contract import (
     hold,
     known_options,
     named,
-    place_of,
     unshared,
 )
 from attention_zoo.model.block import Block, Stack, Taps, build_norm
@@ -39,6 +38,7 @@ from attention_zoo.model.mechanisms import entries, layers
 from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.reversible import ReversibleStack
 from attention_zoo.model.state import Running
+from attention_zoo.ops.place import place_of
 from attention_zoo.options import Depth, Heads, Named, OneOf, Positive, Probability, Seed, checked
 from attention_zoo.positions import EMBEDDING_LEVEL
 
