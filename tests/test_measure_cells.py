@@ -17,10 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from attention_zoo.measure import cells as runner
 from attention_zoo.measure import identity, predict
-from attention_zoo.measure.cell import SpeedCell, blank_row, ran_out_of_memory, run_cell
+from attention_zoo.measure.cell import SpeedCell, blank_row, run_cell
 from attention_zoo.measure.cells import read_cells, run_cells
 from attention_zoo.measure.config import BenchmarkConfig, register
-from attention_zoo.measure.nursery import _how_it_died
+from attention_zoo.measure.ends import how_it_ended, ran_out_of_memory
 
 ROOT = Path(__file__).parents[1]
 TINY = {"heads": 2, "head_width": 8, "threads": 1}
@@ -93,8 +93,7 @@ def test_whatever_happens_is_a_row_and_the_next_cell_runs(plugin, tmp_path):
     assert "SIGABRT" in by_mood["crash"][1]
     assert by_mood["slow"] == ("timeout", "not through within 6 s")
     assert by_mood["exit"] == ("failed", "exit code 1: SystemExit: 3")
-    assert by_mood["killed"][0] == "oom"
-    assert "signal 9" in by_mood["killed"][1]
+    assert by_mood["killed"] == ("lost", "ended from outside by SIGKILL; the next call does it again")
     assert by_mood["greedy"][0] == "oom"
     assert "can't allocate memory: you tried to allocate 1073741824 bytes" in by_mood["greedy"][1]
     assert by_mood["good"] == ("ok", None)
@@ -163,20 +162,25 @@ def test_a_cell_of_other_code_is_stale_and_measured_again(at_home, tmp_path, mon
     assert told[0].row == old
 
 
-def test_what_failed_is_tried_again_and_what_ran_out_only_within_wider_limits():
-    def final(status: str, now: dict) -> bool:
+def test_what_was_lost_is_done_again_what_ran_out_only_within_wider_limits_and_failures_when_asked():
+    def final(status: str, now: dict, retry: str | None = None) -> bool:
         then = {"timeout_s": 10.0, "memory_limit_bytes": 1000}
-        return runner._is_final({"status": status, "limits": then}, {**then, **now})
+        return runner._is_final({"status": status, "limits": then}, {**then, **now}, retry)
 
-    assert final("ok", {})
-    assert final("unsupported", {})
-    assert not final("failed", {})
+    for status in ("ok", "unsupported"):
+        assert final(status, {})
+        assert final(status, {}, "failed")
+    assert not final("lost", {})
+    for status in ("failed", "oom", "oom_predicted", "timeout"):
+        assert final(status, {})
+        assert not final(status, {}, "failed")
     for status in ("oom", "oom_predicted"):
         assert final(status, {"memory_limit_bytes": 1050})
         assert not final(status, {"memory_limit_bytes": 2000})
         assert not final(status, {"memory_limit_bytes": None})
     assert final("timeout", {"memory_limit_bytes": 2000})
     assert not final("timeout", {"timeout_s": 20.0})
+    assert not final("timeout", {"timeout_s": None})
 
 
 # --- prediction ------------------------------------------------------------------------------------------------------
@@ -245,9 +249,24 @@ def test_refused_memory_is_told_from_other_errors(error, memory):
     assert ran_out_of_memory(error) is memory
 
 
-def test_a_process_without_last_words():
-    assert _how_it_died(2, "") == ("failed", "exit code 2: it said nothing")
-    assert _how_it_died(-11, "a\n\n b \n") == ("failed", "ended by SIGSEGV: b")
+@pytest.mark.parametrize(
+    ("code", "said", "for_memory", "status", "reason"),
+    [
+        (2, "", False, "failed", "exit code 2: it said nothing"),
+        (0, "bye", False, "failed", "exit code 0 before there was a result: bye"),
+        (-11, "a\n\n b \nExtension modules: numpy", False, "failed", "ended by SIGSEGV: b"),
+        (-6, "what():  std::bad_alloc\nmore", False, "oom", "ended by SIGABRT: what():  std::bad_alloc"),
+        (1, "Error\nMemoryError", False, "oom", "exit code 1: MemoryError"),
+        (1, "beware: out of memory", False, "failed", "exit code 1: beware: out of memory"),
+        (-9, "", False, "lost", "ended from outside by SIGKILL; the next call does it again"),
+        (-9, "", True, "oom", "the kernel ended it for want of memory (its own counter, oom_kill, says so)"),
+        (-15, "MemoryError", False, "lost", "ended from outside by SIGTERM; the next call does it again"),
+        (-24, "", False, "lost", "ended from outside by SIGXCPU; the next call does it again"),
+        (-40, "", False, "lost", "ended from outside by signal 40; the next call does it again"),
+    ],
+)
+def test_how_a_process_without_a_result_ended(code, said, for_memory, status, reason):
+    assert how_it_ended(code, said, killed_for_memory=for_memory) == (status, reason)
 
 
 # --- the grid and the command line -----------------------------------------------------------------------------------

@@ -12,12 +12,16 @@ from hydra.core.config_store import ConfigStore
 from attention_zoo import registry
 from attention_zoo.contract import Unsupported, at_least
 from attention_zoo.measure.cell import SpeedCell
-from attention_zoo.measure.environment import device_name, usable_cores
+from attention_zoo.measure.ends import check_retry
+from attention_zoo.measure.environment import canonical_device, device_name, usable_cores
 from attention_zoo.measure.memory import default_limit
 from attention_zoo.measure.peers.matches import Match, matches
 
 BASELINES = ("full/dense", "full/sdpa")
 """Full attention with its matrix materialised, and fused: everything is compared with both."""
+
+MOST_THREADS = 1024
+"""More than machines have cores; libraries end the process where the system refuses them that many."""
 
 
 @dataclass
@@ -39,9 +43,11 @@ class BenchmarkConfig:
         threads: of torch; null takes all cores.
         repeats: timed calls of a cell, at most.
         budget_s: no further repeat once warm-up and repeats of a cell took this long.
-        timeout_s: of a cell, process start included.
+        timeout_s: of a cell, process start included; inf: as long as it takes.
         memory_limit_gib: of a cell; null takes nine tenths of what is free.
         force: measure finished cells again.
+        retry: failed: measure again what failed, ran out of memory or timed out; null keeps such rows. A cell whose
+            process was ended from outside is always measured again.
         profile: write a Chrome trace of one call of each cell into <output>/traces.
         peers: run ours and its peers in turns instead of measuring cells; see `peers.contest`.
         against: these peers alone; null takes all.
@@ -70,6 +76,7 @@ class BenchmarkConfig:
     timeout_s: float = 120.0
     memory_limit_gib: float | None = None
     force: bool = False
+    retry: str | None = None
     profile: bool = False
     peers: bool = False
     against: list[str] | None = None
@@ -84,6 +91,7 @@ class BenchmarkConfig:
         Raises:
             ValueError: for an unknown backend, kernel, option or phase, or a value outside its rule, naming it.
         """
+        self._check()
         given = list(registry.available()) if self.backends is None else list(self.backends)
         named = [*BASELINES, *(each for each in given if each != "full")] if self.baselines else given
         cells = [
@@ -100,7 +108,7 @@ class BenchmarkConfig:
         """The device that is meant; a ValueError for one that this machine lacks."""
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         device_name(device)
-        return device
+        return canonical_device(device)
 
     def how(self) -> dict[str, Any]:
         """The keyword arguments of `cells.run_cells` besides cells and folder."""
@@ -111,6 +119,7 @@ class BenchmarkConfig:
             "repeats": self.repeats,
             "budget_s": self.budget_s,
             "force": self.force,
+            "retry": self.retry,
             "profile": self.profile,
         }
 
@@ -120,6 +129,7 @@ class BenchmarkConfig:
         Raises:
             ValueError: as `cells`, and where nobody meets anybody.
         """
+        self._check()
         at_least(1, rounds=self.rounds)
         phases = [phase for phase in self.phases if phase in ("forward", "forward_backward")]
         if len(phases) < len(self.phases):
@@ -136,6 +146,18 @@ class BenchmarkConfig:
         if not found:
             raise ValueError("against and backends must leave a match, got none")
         return found
+
+    def _check(self) -> None:
+        """Refuse what no cell could run with."""
+        at_least(1, repeats=self.repeats)
+        check_retry(self.retry)
+        for name, value, least in (("timeout_s", self.timeout_s, "above 0"), ("budget_s", self.budget_s, "at least 0")):
+            if not (value > 0 or (value == 0 and name == "budget_s")):  # NaN is neither
+                raise ValueError(f"{name} must be {least}, got {value}")
+        if self.memory_limit_gib is not None and not 0 < self.memory_limit_gib < float("inf"):
+            raise ValueError(f"memory_limit_gib must be a number above 0, got {self.memory_limit_gib}")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise ValueError(f"threads must be an integer of 1 to {MOST_THREADS}, got {self.threads}")
 
     def _wanted(self, backend: str, length: int) -> bool:
         quadratic = registry.recipe(backend)[0].declared.compute == "quadratic"
