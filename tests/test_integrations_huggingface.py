@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -306,16 +308,17 @@ def test_generation_with_sliding_layers(name: str, cache: str) -> None:
 def test_chunked_prefill_is_one_call(name: str) -> None:
     model, mask, ids = zoo(build("llama"), name), padding("left"), some_ids()
     positions = (mask.cumsum(1) - 1).clamp(min=0)
+    # transformers 5.24 has another word for it
+    word = "cache" if "cache" in inspect.signature(model.model.forward).parameters else "past_key_values"
     whole, past, start = model(ids, attention_mask=mask, position_ids=positions).logits, None, 0
     for end in (1, 2, 9, LENGTH):
         cut = slice(start, end)
         out = model(
-            ids[:, cut], attention_mask=mask[:, :end], position_ids=positions[:, cut], past_key_values=past,
-            use_cache=True,
-        )  # fmt: skip
+            ids[:, cut], attention_mask=mask[:, :end], position_ids=positions[:, cut], use_cache=True, **{word: past}
+        )
         kept = mask[:, cut].bool()
         close(out.logits[kept], whole[:, cut][kept])
-        past, start = out.past_key_values, end
+        past, start = out[word], end
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -650,3 +653,83 @@ def test_without_transformers_one_line_says_so() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "attention-zoo[huggingface]" in done.stdout
     assert len(done.stdout.splitlines()) == 1
+
+
+TINY = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+OTHERS: dict[str, dict[str, Any]] = {
+    "Bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 4, "vocab_size": VOCAB},
+    "Mpt": {"d_model": 32, "n_layers": 1, "n_heads": 4, "vocab_size": VOCAB, "max_seq_len": 64},
+    "XGLM": {"d_model": 32, "ffn_dim": 48, "num_layers": 1, "attention_heads": 4, "vocab_size": VOCAB},
+    "MPNet": TINY,
+    "RoFormer": TINY,
+    "RemBert": TINY,
+    "IBert": TINY,
+    "ConvBert": TINY,
+    "SqueezeBert": {**TINY, "embedding_size": 32},
+    "MegatronBert": TINY,
+    "Longformer": TINY,
+    "BigBird": {**TINY, "attention_type": "original_full"},
+    "GPTNeo": {
+        "vocab_size": VOCAB, "hidden_size": 32, "num_layers": 1, "num_heads": 4, "attention_types": [[["global"], 1]]
+    },
+    "Falcon": {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
+    "XLNet": {"vocab_size": VOCAB, "d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48},
+}  # fmt: skip
+"""Models that attend by code of their own: with a mask of ours they would run, and be wrong at some lengths."""
+
+
+@pytest.mark.parametrize("kind", list(OTHERS))
+def test_a_model_that_attends_by_itself_is_refused_by_name(kind: str) -> None:
+    huggingface.register()
+    config = getattr(transformers, f"{kind}Config")(**OTHERS[kind])
+    with pytest.raises(Unsupported, match=f"{kind}.*attn_implementation.*attention interface"):
+        transformers.AutoModel.from_config(config, attn_implementation="zoo_full")
+    config._attn_implementation = "zoo_longformer"
+    with pytest.raises(Unsupported, match=kind):
+        getattr(transformers, f"{kind}Model")(config)
+
+
+@pytest.mark.parametrize("length", [3, 8, 17])
+def test_a_layer_that_adds_our_mask_to_its_scores_is_refused(length: int) -> None:
+    """BigBird-Pegasus mixes: its decoder attends through the interface, its encoder does not."""
+    sides = {f"{side}_{key}": 32 if key == "ffn_dim" else 1 for side in ("encoder", "decoder") for key in (
+        "layers", "attention_heads", "ffn_dim"
+    )}  # fmt: skip
+    config = transformers.BigBirdPegasusConfig(
+        vocab_size=VOCAB, d_model=32, attention_type="original_full", max_position_embeddings=64, **sides
+    )
+    huggingface.register()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = transformers.AutoModel.from_config(config, attn_implementation="zoo_full")
+    assert any("BigBirdPegasusSelfAttention" in str(each.message) for each in said)
+    ids = torch.arange(1, length + 1)[None]
+    with pytest.raises(Unsupported, match="attention interface"):
+        model(input_ids=ids, decoder_input_ids=ids)
+
+
+def test_a_model_that_picks_its_attention_from_a_table_of_its_own_is_refused() -> None:
+    vision = {**{key: TINY[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")}, "image_size": 16}
+    config = transformers.GitConfig(vision_config={**vision, "patch_size": 8}, **{**TINY, "vocab_size": 120})
+    huggingface.register()
+    with pytest.raises(Unsupported, match="GitForCausalLM"):
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation="zoo_full")
+
+
+def test_a_class_of_ones_own_is_judged_by_what_it_is_derived_from() -> None:
+    huggingface.register()
+
+    class Mine(transformers.LlamaForCausalLM):
+        pass
+
+    class Theirs(transformers.BloomForCausalLM):
+        pass
+
+    Mine.__module__ = Theirs.__module__ = "a.prompt"
+    grouped = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+    Mine._from_config(transformers.LlamaConfig(**grouped), attn_implementation="zoo_full")
+    with pytest.raises(Unsupported, match="Theirs"):
+        Theirs._from_config(transformers.BloomConfig(**OTHERS["Bloom"]), attn_implementation="zoo_full")

@@ -13,7 +13,7 @@ import torch
 import transformers as hf
 from pretrained import saved
 from small_models import small
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import attention_zoo as zoo
 from attention_zoo.integrations import weights
@@ -42,9 +42,7 @@ def tokeniser() -> hf.PreTrainedTokenizerFast:
         vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     found.train_from_iterator([TEXT], trainer)
-    from tokenizers.decoders import ByteLevel
-
-    found.decoder = ByteLevel()
+    found.decoder = decoders.ByteLevel()
     names = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "mask_token": "<mask>"}
     return hf.PreTrainedTokenizerFast(tokenizer_object=found, **names)
 
@@ -131,6 +129,19 @@ def test_a_model_over_bytes_needs_no_tokeniser(tmp_path, book) -> None:
     logits = model(torch.tensor([list(TEXT.encode())])).logits[0, :-1]
     targets = torch.tensor(list(TEXT.encode())[1:])
     assert whole == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("text", ["plain", "é and so on", "日本語の文", "é", "\ufffd odd"])
+def test_bytes_are_counted_where_a_token_is_a_part_of_a_character(text) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(alphabet)}, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytewise.decoder = decoders.ByteLevel()
+    model = zoo.Transformer(attention="full", vocab=256, dim=8, heads=2, depth=1)
+    found = score(model, [text.encode()], hf.PreTrainedTokenizerFast(tokenizer_object=bytewise), seq_len=64)
+    count = len(text.encode()) - 1  # one token a byte, and nobody is asked for the first
+    assert found["bytes"] == found["tokens"] == count
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2))
 
 
 def test_convert_lengthens_and_keeps_the_tokeniser(tokeniser, tmp_path) -> None:

@@ -7,12 +7,13 @@
     model = AutoModelForCausalLM.from_pretrained(path, config=config, attn_implementation="zoo_longformer")
 
 or, for a model at hand, `model.set_attn_implementation("zoo_longformer")`. Any model that attends through transformers'
-attention interface will do; with others transformers warns and keeps their own (`model.config._attn_implementation`
-says which it is). A model keeps its projections, its position scheme, its cache and its `generate`; we decide
-which keys a query sees. Distances are those of columns, as in every mask of transformers, and positions start at a
-row's first token: padding may stand on either side or in holes, and whatever the cuts, cached generation equals one
-call. Sequences packed by `position_ids`, which transformers recognises where there is neither mask nor cache, are
-documents.
+attention interface will do. Building another one (Bloom, Falcon, RoFormer, ...) with our names is refused by name; a
+living one keeps its own attention, with transformers' warning (`model.config._attn_implementation` says which it is).
+What still gets at our mask in another way than through the interface is refused when it computes with it. A model
+keeps its projections, its position scheme, its cache and its `generate`; we decide which keys a query sees. Distances
+are those of columns, as in every mask of transformers, and positions start at a row's first token: padding may stand on
+either side or in holes, and whatever the cuts, cached generation equals one call. Sequences packed by `position_ids`,
+which transformers recognises where there is neither mask nor cache, are documents.
 
 Direction comes from the model: its mask where it has one, `module.is_causal` where not. A model's own sliding window
 (Mistral, Qwen, ModernBERT, ...) is honoured by zoo_full and zoo_longformer, which then see what both allow; other
@@ -41,6 +42,7 @@ from attention_zoo.attention.longformer import Longformer
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Tokens, Unsupported, one_of
 from attention_zoo.integrations.bare import at_columns, bare_pattern, refusal
+from attention_zoo.integrations.guard import Description, refuse_others
 from attention_zoo.registry import available, recipe
 
 PREFIX = "zoo_"
@@ -74,7 +76,7 @@ def register(*names: str) -> tuple[str, ...]:
         ValueError: for an unknown name.
     """
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface, __version__
+        from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, __version__
     except ImportError as error:
         raise ImportError(
             f"attention_zoo.integrations.huggingface needs transformers: pip install 'attention-zoo[huggingface]' "
@@ -89,6 +91,7 @@ def register(*names: str) -> tuple[str, ...]:
         reason = refusal(name)
         if reason is not None:
             raise Unsupported(name, f'attn_implementation="{PREFIX}{name}"', reason, "longformer, bigbird or full")
+    refuse_others(PreTrainedModel, PREFIX)
     registered = []
     for name in names or _patterns():
         AttentionInterface.register(PREFIX + name, _interface(name))
@@ -160,7 +163,7 @@ def describe(
     asked = ((column >= start) & (column < start + q_length)).expand(batch_size, total)
     constants = [torch.full_like(tokens.position, value) for value in (direction, reach)]
     rows = torch.stack([*(field.long() for field in tokens), asked.long(), *constants], 1)
-    return rows[:, None, :, kv_offset:]
+    return rows[:, None, :, kv_offset:].as_subclass(Description)
 
 
 def _read(
@@ -214,6 +217,7 @@ def _layout(mask: Tensor | None, key: Tensor) -> _Layout:
 
 def _decode(mask: Tensor) -> _Layout:
     directions = {CAUSAL: True, TWO_SIDED: False, EITHER: None}
+    mask = mask.as_subclass(Tensor)
     ours = mask.dtype == torch.long and mask.ndim == 4 and mask.shape[1:3] == (1, ROWS) and mask.numel()
     direction, reach = mask[0, 0, 6:8, 0].tolist() if ours else (0, 0)
     if direction not in directions:

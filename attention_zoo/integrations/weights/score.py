@@ -10,6 +10,7 @@ replaced by the mask (Devlin et al. 2019, §3.1, but the mask alone: neither ran
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ from attention_zoo.integrations.weights.tokeniser import encode
 from attention_zoo.model.transformer import Transformer
 from attention_zoo.tasks.task import IGNORED, generator
 from attention_zoo.training.evaluate import token_losses
+
+REPLACEMENT = "\ufffd"
+"""What decoding puts in place of bytes that are no character."""
 
 
 class Row(NamedTuple):
@@ -124,7 +128,28 @@ def _with_start(tokeniser: Any, raw: bytes) -> tuple[list[int], int]:
     start = getattr(tokeniser, "bos_token_id", None)
     if start is not None:
         return [start, *ids], 0
-    return ids, len(tokeniser.decode(ids[:1]).encode()) if tokeniser is not None else 1
+    return ids, 1 if tokeniser is None or not ids else _bytes_of(tokeniser, ids[0])
+
+
+def _bytes_of(tokeniser: Any, token: int) -> int:
+    """How many bytes of text a token stands for, a part of a character too.
+
+    Raises:
+        ValueError: where that cannot be told.
+    """
+    text, word = tokeniser.decode([token]), str(tokeniser.convert_ids_to_tokens(token))
+    if REPLACEMENT not in text or REPLACEMENT in word:
+        return len(text.encode())
+    if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", word):  # SentencePiece's byte fallback
+        return 1
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    if set(word) <= set(ByteLevel.alphabet()):  # a character for each byte (GPT-2)
+        return len(word)
+    raise ValueError(
+        f"the tokeniser begins a text with {word!r}, a part of a character of unknown size, so that its bytes cannot "
+        "be counted: use one with a bos token"
+    )
 
 
 def _run(model: Transformer, rows: Sequence[Row], batch: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,26 @@
+"""All kinds of faults, in the order of the table."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from . import Counts, scores
+
+
+class Kind(Protocol):
+    """A module that throws one kind of fault.
+
+    Attributes:
+        TITLE: what is thrown, for the table.
+        SMALL, LARGE: tries in CI and by the command.
+    """
+
+    TITLE: str
+    SMALL: int
+    LARGE: int
+
+    def run(self, count: int, seed: int) -> Counts: ...
+
+
+KINDS: dict[str, Kind] = {}
+KINDS["scores"] = scores

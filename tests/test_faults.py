@@ -1,0 +1,15 @@
+"""The small version of every kind of fault: nothing false, nothing lost, no raw error, no hang, no orphan."""
+
+from __future__ import annotations
+
+import pytest
+from faults import Counts
+from faults.kinds import KINDS
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_nothing_wins(kind: str) -> None:
+    found = KINDS[kind].run(KINDS[kind].SMALL, 0)
+    assert isinstance(found, Counts)
+    assert found.tries >= KINDS[kind].SMALL
+    assert not found.failures
