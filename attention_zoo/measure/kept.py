@@ -57,6 +57,17 @@ def clear_leftovers(folder: str | Path) -> None:
         remove_leftovers(inner)
 
 
+def output_folder(given: str) -> Path:
+    """The folder of everything, as it is asked for.
+
+    Raises:
+        ValueError: for what no path can be.
+    """
+    if not given or "\0" in given:
+        raise ValueError(f"output must be a path, got {given!r}")
+    return Path(given)
+
+
 def number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
