@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from unruly import ENDS, installed
 
 from attention_zoo.measure import cells as runner
 from attention_zoo.measure import identity, predict
@@ -26,50 +27,12 @@ ROOT = Path(__file__).parents[1]
 TINY = {"heads": 2, "head_width": 8, "threads": 1}
 QUICK = {"repeats": 1, "budget_s": 0.01}
 
-UNRULY = '''
-import os, time
-import torch
-from attention_zoo.attention.full import Full
-
-class Unruly(Full):
-    """Full attention that misbehaves as told."""
-
-    name = "unruly"
-
-    def __init__(self, *, mood: str = "good", **shared):
-        super().__init__(**shared)
-        self.mood = mood
-
-    def forward(self, x, tokens=None, **rest):
-        print("noise on stdout")
-        os.write(1, b"and below it")
-        if self.mood == "slow":
-            time.sleep(60)
-        if self.mood == "crash":
-            os.abort()
-        if self.mood == "exit":
-            raise SystemExit(3)
-        if self.mood == "killed":
-            os.kill(os.getpid(), 9)
-        if self.mood == "greedy":
-            torch.ones(2**28)  # 1 GiB
-        return super().forward(x, tokens, **rest)
-'''
-
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory):
     """A package from elsewhere that registers the backend "unruly" by its entry point."""
-    folder = tmp_path_factory.mktemp("plugin")
-    (folder / "unruly_attention.py").write_text(UNRULY)
-    info = folder / "unruly-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: unruly\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[attention_zoo.backends]\nunruly = unruly_attention:Unruly\n")
-    sys.path.insert(0, str(folder))
-    yield folder
-    sys.path.remove(str(folder))
-    sys.modules.pop("unruly_attention", None)
+    with installed(tmp_path_factory.mktemp("plugin")) as folder:
+        yield folder
 
 
 def unruly(mood: str) -> SpeedCell:
@@ -78,28 +41,27 @@ def unruly(mood: str) -> SpeedCell:
 
 @pytest.mark.slow
 def test_whatever_happens_is_a_row_and_the_next_cell_runs(plugin, tmp_path):
-    moods = ["crash", "slow", "exit", "killed", "greedy", "good"]
     told = []
     rows = run_cells(
-        [unruly(mood) for mood in moods],
+        [unruly(mood) for mood in ENDS],
         tmp_path,
-        timeout_s=6,
+        timeout_s=4,
         memory_limit_bytes=2**29,
         on_event=told.append,
         **QUICK,
     )
-    by_mood = {mood: (row["status"], row["error"]) for mood, row in zip(moods, rows)}
-    assert by_mood["crash"][0] == "failed"
-    assert "SIGABRT" in by_mood["crash"][1]
-    assert by_mood["slow"] == ("timeout", "not through within 6 s")
-    assert by_mood["exit"] == ("failed", "exit code 1: SystemExit: 3")
-    assert by_mood["killed"] == ("lost", "ended from outside by SIGKILL; the next call does it again")
-    assert by_mood["greedy"][0] == "oom"
-    assert "can't allocate memory: you tried to allocate 1073741824 bytes" in by_mood["greedy"][1]
-    assert by_mood["good"] == ("ok", None)
+    assert {mood: row["status"] for mood, row in zip(ENDS, rows)} == ENDS
+    reasons = {mood: row["error"] for mood, row in zip(ENDS, rows)}
+    assert "SIGABRT" in reasons["crash"]
+    assert reasons["slow"] == reasons["deaf"] == "not through within 4 s"
+    assert reasons["exit"] == "exit code 1: SystemExit: 3"
+    assert reasons["leave"].startswith("exit code 0 before there was a result: ")
+    assert reasons["killed"] == "ended from outside by SIGKILL; the next call does it again"
+    assert "can't allocate memory: you tried to allocate 1073741824 bytes" in reasons["greedy"]
+    assert reasons["good"] is None
     assert all("\n" not in (row["error"] or "") for row in rows)
-    assert [event.kind for event in told] == ["started", "finished"] * len(moods)
-    assert {event.total for event in told} == {len(moods)}
+    assert [event.kind for event in told] == ["started", "finished"] * len(ENDS)
+    assert {event.total for event in told} == {len(ENDS)}
     assert {path.stem for path in (tmp_path / "cells").iterdir()} == {row["id"] for row in rows}
 
 

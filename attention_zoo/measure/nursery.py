@@ -121,7 +121,7 @@ class Nursery:
     def _result(self, code: int, killed_for_memory: bool) -> dict[str, Any] | Ended:
         if code == 0:
             try:
-                row = json.loads(self._answer.all())
+                row = json.loads(self._answer.all().rpartition(b"\n")[2])
             except ValueError:  # it ended before it had written, or somebody else wrote
                 row = None
             if isinstance(row, dict):

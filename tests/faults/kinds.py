@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from . import Counts, scores
+from . import Counts, cells, scores
 
 
 class Kind(Protocol):
@@ -24,3 +24,4 @@ class Kind(Protocol):
 
 KINDS: dict[str, Kind] = {}
 KINDS["scores"] = scores
+KINDS["cells"] = cells
