@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -116,7 +117,7 @@ class Tokens(NamedTuple):
 
     def cut(self, columns: slice | Tensor, rows: slice = slice(None)) -> Tokens:
         """The same columns of these rows, by default of all."""
-        return Tokens(*(field[rows, columns] for field in self))
+        return type(self)(*(field[rows, columns] for field in self))
 
     def take(self, columns: Int[Tensor, "B n"]) -> Tokens:
         """Each row its own columns."""
@@ -125,6 +126,38 @@ class Tokens(NamedTuple):
     def then(self, later: Tokens) -> Tokens:
         """These columns, followed by later ones."""
         return Tokens(*(torch.cat([a, b], 1) for a, b in zip(self, later)))
+
+
+class Held(Tokens):
+    """Tokens in memory that nobody outside of this package writes to. Made by `hold` and `unshared`."""
+
+    __slots__ = ()
+
+    def _replace(self, **fields: Any) -> Tokens:  # type: ignore[override]
+        return Tokens(*self)._replace(**fields)  # what comes in is somebody's
+
+
+def unshared(tokens: Tokens) -> Tokens:
+    """These tokens, of tensors that are fresh: nobody else has them."""
+    return Held(*tokens)
+
+
+def hold(*many: Tokens, kept: bool = False) -> tuple[Tokens, ...]:
+    """Copies where gradients are on, of what is not held yet: masks may be filled again before backward reads them.
+
+    The boundary of every call: behind it tokens may be kept by reference, for backward and for states. What they share
+    stays shared. `kept`: by a state: copy without gradients, too. In `torch.compile` the operator inside does this.
+    """
+    if not (kept or torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return many
+    copies: dict[int, Tensor] = {}
+
+    def copy(field: Tensor) -> Tensor:
+        if id(field) not in copies:
+            copies[id(field)] = field.clone()
+        return copies[id(field)]
+
+    return tuple(tokens if isinstance(tokens, Held) else Held._make(map(copy, tokens)) for tokens in many)
 
 
 def keep(mask: Bool[Tensor, "B S"], tokens: Tokens, *tensors: Tensor) -> tuple[Any, ...]:
@@ -249,7 +282,12 @@ _numbers = itertools.count()
 
 
 def layer_of(number: int) -> Attention:
-    """The attention layer of this `number`: how a compiled graph names it."""
+    """The attention layer of this `number`: how a compiled graph names it. RuntimeError if it is not here."""
+    if number not in _layers:
+        raise RuntimeError(
+            f"a compiled graph asks for attention layer {number}, which this process does not have: compile the model "
+            f"where it runs, and keep it as long as its graph"
+        )
     return _layers[number]
 
 
@@ -263,7 +301,7 @@ class Attention(Layer):
         head_width: D; default dim / heads.
         bias: whether projections have a bias: all (True), none (False), those into the heads alone ("into", as Qwen 2)
             or those out of them alone ("out").
-        scale: factor on q·k; default D^-0.5.
+        scale: factor on q·k, from -10,000 to 10,000; default D^-0.5.
         causal: whether a token sees only itself and what came before.
         cross: build for cross-attention: keys and values come from `source`.
         positions: attention-level position scheme, by name or as a mapping `{"name": ..., <options>}`; embedding-level
@@ -318,6 +356,7 @@ class Attention(Layer):
         self.head_width = dim // heads if head_width is None else head_width
         at_least(1, head_width=self.head_width)
         self.scale = self.head_width**-0.5 if scale is None else scale
+        check_scale(self.scale)
         positions, self.position_options = named("positions", positions)
         self.causal, self.cross, self.positions, self.seed = causal, cross, positions, seed
         if bias not in (True, False, "into", "out"):
@@ -386,6 +425,7 @@ class Attention(Layer):
         check_tokens(tokens, x.shape[:2])
         if self.declared.global_tokens == "none" and bool((tokens.is_global & tokens.valid).any()):
             raise Unsupported(self.name, "global tokens", "no token can see everything", "longformer, bigbird or full")
+        (tokens,) = hold(tokens)
         return x.masked_fill(~tokens.valid[..., None], 0), tokens
 
 
@@ -403,6 +443,16 @@ def at_least(least: int, **options: int) -> None:
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+LARGEST_SCALE = 10_000.0
+"""Of scores; beyond, float32 could not tell the scores of ordinary vectors apart."""
+
+
+def check_scale(scale: float) -> None:
+    """Raise a ValueError unless this is a factor on q·k that softmax can work with, of either sign."""
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not abs(scale) <= LARGEST_SCALE:
+        raise ValueError(f"scale must be a number from {-LARGEST_SCALE:g} to {LARGEST_SCALE:g}, got {scale!r}")
 
 
 def one_of(allowed: tuple[str, ...], **options: str) -> None:

@@ -1,10 +1,11 @@
-"""Draw a report from one or more results.jsonl, without running anything: `python -m experiments.report --help`."""
+"""Draw a report from results that are there, without running anything: `python -m experiments.report --help`."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -21,12 +22,12 @@ class ReportConfig:
     """conf/report.yaml.
 
     Fields:
-        results: JSONL files of rows.
-        output: folder of report.html and results.csv; null is that of the first file.
+        results: a path or a list of paths: JSONL files, a run's result.json, or folders of runs and benchmarks.
+        output: folder of report.html and results.csv; null is beside the first.
         title: on top of the report.
     """
 
-    results: list[str] = field(default_factory=list)
+    results: Any = field(default_factory=list)
     output: str | None = None
     title: str = ""
 
@@ -38,12 +39,13 @@ def report(config: ReportConfig) -> Path:
     """Draw; returns the path of the report.
 
     Raises:
-        ValueError: for no file, or one that is missing or holds no rows.
+        ValueError: for a path with nothing behind it, or no row that can be drawn.
+        OSError: naming the file that could not be written.
     """
-    if not config.results:
-        raise ValueError("results must name at least one JSONL file, got none")
     rows = read(config.results)
-    folder = Path(config.results[0]).parent if config.output is None else Path(config.output)
+    first = Path(config.results if isinstance(config.results, str) else config.results[0])
+    beside = first if first.is_dir() else first.parent
+    folder = beside if config.output is None else Path(config.output)
     path = build_report(rows, folder / "report.html", title=config.title)
     write_csv(rows, folder / "results.csv")
     show(rows, path, Console())
@@ -54,8 +56,9 @@ def report(config: ReportConfig) -> Path:
 def main(composed: DictConfig) -> None:
     try:
         report(OmegaConf.to_object(composed))  # type: ignore[arg-type]
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ import shutil
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import attention_zoo as zoo
 from attention_zoo.contract import layer_of
+from attention_zoo.integrations.multihead import MultiheadAttention
 from attention_zoo.ops.compiled import TAPES
 
 # torch's own compiler warns of its own code
@@ -150,6 +152,52 @@ def test_going_back_twice_is_refused_aloud() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward only"):
         loss.backward()
+
+
+class Around(nn.Module):
+    """A model of somebody's own around a pattern."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = zoo.build("longformer", dim=16, heads=2)
+
+    def forward(self, q: Tensor) -> Tensor:
+        return self.layer.attend(q, q, q)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_is_refused_by_name(strict: bool) -> None:
+    """A saved program would hold the number of a layer, which is another layer's in another process."""
+    x, ids, heads = torch.randn(1, 9, 16), torch.zeros(1, 9, dtype=torch.long), torch.randn(1, 2, 9, 8)
+    cases = [(small(name), ids, name) for name in zoo.available()]
+    cases += [(zoo.build("longformer", dim=16, heads=2), x, "longformer"), (Around(), heads, "longformer")]
+    for model, given, name in cases:
+        with pytest.raises(zoo.Unsupported, match=rf"^{name}: torch.export is not supported: .*use torch.compile"):
+            torch.export.export(model, (given,), strict=strict)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_of_torchs_drop_in_is_refused_by_name(strict: bool) -> None:
+    attention = MultiheadAttention(16, 2, batch_first=True, attention="bigbird")
+    x = torch.randn(1, 9, 16)
+    with pytest.raises(zoo.Unsupported, match=r"^bigbird: torch.export is not supported"):
+        torch.export.export(attention, (x, x, x), {"need_weights": False}, strict=strict)
+
+
+def test_a_graph_whose_layer_is_not_here_says_so() -> None:
+    layer = zoo.build("full", dim=8, heads=1)
+    number = layer.number
+    del layer
+    gc.collect()
+    with pytest.raises(RuntimeError, match=f"asks for attention layer {number}, which this process does not have"):
+        layer_of(number)
+
+
+def test_a_batch_without_rows() -> None:
+    model = small("bigbird")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    got, want = (step(each, torch.zeros(0, 9, dtype=torch.long)) for each in (compiled, model))
+    assert [each.shape for each in got] == [each.shape for each in want]
 
 
 @pytest.mark.slow

@@ -243,9 +243,10 @@ def test_longformer_is_sdpa_under_a_mask_by_hand(kind: str, seed: int) -> None:
         assert (one - other).norm() <= 1e-10 * (1 + other.norm())
 
 
-def test_full_is_their_sdpa_at_padding_on_the_right_too() -> None:
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_full_is_their_sdpa_at_padding_too(side: str) -> None:
     """A loss that counts padding is nobody's intention, but it is the same."""
-    model, mask = build("llama"), padding("right")
+    model, mask = build("llama"), padding(side)
     got = zoo(model, "full")(some_ids(), attention_mask=mask).logits
     close(got, use(model, "sdpa")(some_ids(), attention_mask=mask).logits)
 

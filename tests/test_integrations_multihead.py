@@ -90,6 +90,46 @@ def test_a_row_that_sees_nothing_is_finite() -> None:
     close(out[1:2, 5:], alone)
 
 
+@pytest.mark.parametrize("kernel", ["auto", "sdpa", "tiles", "dense"])
+@pytest.mark.parametrize("mask", [None, FUTURE], ids=["two-sided", "causal"])
+def test_padding_sees_what_torch_shows_it_and_nothing_else(mask: Tensor | None, kernel: str) -> None:
+    """At padding too; where torch has NaN, since there is nothing to see, stands the output of zeros."""
+    theirs, ours = pair("full", {"kernel": kernel}, batch_first=True)
+    x = data(7, L, E)
+    ignore = torch.rand(7, L, generator=torch.Generator().manual_seed(1)) < 0.5
+    ignore[0], ignore[1], ignore[2, :9], ignore[3, 9:], ignore[4, :3], ignore[4, 15:] = (
+        True,
+        False,
+        True,
+        True,
+        True,
+        True,
+    )
+    rest = {"key_padding_mask": ignore, "attn_mask": mask, "need_weights": False}
+    want = theirs(x, x, x, **rest)[0]
+    close(ours(x, x, x, **rest)[0], torch.where(want.isnan(), theirs.out_proj.bias, want))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_masks_made_in_inference_mode(name: str) -> None:
+    """They have no version that would say whether they were changed: each call looks at them."""
+    _, ours = pair(name, batch_first=True)
+    x = data(B, L, E)
+    want = [ours(x, x, x, attn_mask=mask, need_weights=False)[0] for mask in (FUTURE, torch.zeros_like(FUTURE))]
+    with torch.inference_mode():
+        for number in (False, True):
+            mask = nn.Transformer.generate_square_subsequent_mask(L) if number else FUTURE.clone()
+            close(ours(x, x, x, attn_mask=mask, need_weights=False)[0], want[0].detach())
+            mask.zero_()
+            close(ours(x, x, x, attn_mask=mask, need_weights=False)[0], want[1].detach())
+    ours(x, x, x, key_padding_mask=_inferred(padding()), need_weights=False)[0].sum().backward()
+
+
+def _inferred(mask: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return mask.clone()
+
+
 def test_cross_attention_and_widths_of_its_own() -> None:
     for shared in ({}, {"kdim": 10, "vdim": 7}):
         theirs, ours = pair("full", batch_first=True, **shared)

@@ -64,6 +64,27 @@ def test_pieces_equal_the_whole(cuts):
     assert far(in_pieces(model, ids, None, cuts), model(ids).logits) < 1e-10
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("cuts", [[9], [4, 5, 6, 13, 20], list(range(1, 23))], ids=len)
+def test_another_layers_own_projections_of_them_are_there_in_every_call(cuts, gradients):
+    """Documents, and rows, that begin in a later call: nothing that their global tokens must see is gone."""
+    torch.manual_seed(7)
+    attention = [entry("bigbird", extra_global_tokens=3), entry("longformer", global_projections="separate")]
+    model = Transformer(attention=attention, vocab=VOCAB, dim=16, heads=2, positions="rotary").double().eval()
+    for layer in (model.stack.attentions[1].to_k_global, model.stack.attentions[1].to_v_global):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    ids = some_ids()
+    valid = torch.stack([ragged(23, [8], "left")[0], ragged(23, [19], "right")[0], torch.ones(23, dtype=torch.bool)])
+    tokens = packed(valid, 6, 14)
+    with torch.set_grad_enabled(gradients):
+        whole = model(ids, tokens).logits
+        assert far(in_pieces(model, ids, tokens, cuts)[valid], whole[valid]) < 1e-10
+        state = model(ids[:, :5], state=model.initial_state(3)).state
+        fresh = torch.tensor([True, False, True])
+        out = model(ids[:, 5:], state=state, fresh=fresh).logits
+        assert far(out[fresh], model(ids[fresh, 5:]).logits) < 1e-10
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_documents_and_rows_are_apart_and_fresh_rows_get_their_own(causal):
     model = etc(causal=causal)

@@ -118,6 +118,27 @@ def test_states_are_reordered_and_detached(name):
     model(more, state=cut).logits.mean().backward()
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", CARRYING)
+def test_rows_that_had_padding_alone_begin_when_they_are_picked(name, gradients):
+    model = small(name, short_conv=3)
+    ids, more = some_ids(length=4), some_ids(length=6, seed=1)
+    with torch.set_grad_enabled(gradients):
+        for side in ("left", "right"):
+            valid = ragged(4, [4, 0, 0], side)
+            state = model(ids, Tokens.of(valid), state=model.initial_state(3)).state
+            for index in ([1], [2, 1], [1, 0], []):
+                picked = reorder(state, torch.tensor(index, dtype=torch.long))
+                for cut in (1, 2, 6):
+                    first = model(more[index, :cut], state=picked)
+                    rest = model(more[index, cut:], state=first.state).logits if cut < 6 else first.logits[:, :0]
+                    got = torch.cat([first.logits, rest], 1)[: 1 if index else 0]
+                    want = model(more[index[:1]]).logits
+                    assert far(got[:, -1], want[:, -1]) < 1e-10
+                    if name in PREFIX:
+                        assert far(got, want) < 1e-10
+
+
 def test_state_bytes_count_whole_storages_once():
     base = torch.zeros(100, dtype=torch.float32)
     assert state_bytes(Running((base[:1], base[50:]), base, {"a": base}, [torch.zeros(3, dtype=torch.int64)])) == 424

@@ -16,6 +16,7 @@ from attention_zoo.attention.reformer import Reformer
 from attention_zoo.attention.transformer_xl import TransformerXL
 from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens
 from attention_zoo.ops import hashing, lsh, lsh_layout, plans, tiles
+from attention_zoo.ops.mild import mild_rows
 from attention_zoo.ops.pattern_call import PatternCall
 from attention_zoo.testing import contract_checks
 
@@ -121,6 +122,25 @@ def test_a_gradient_that_is_a_little_wrong(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(tiles, "partial_backward", wrong)
     caught(Longformer, "fast_equals_slow", "gradients_match_finite_differences")
+
+
+def test_padding_that_is_run_like_a_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sees keys that nobody bounded its scores by, overflows, and poisons gradients: forward all is right."""
+    right = plans.run_tiles
+    monkeypatch.setattr(plans, "run_tiles", lambda *operands, asked, **more: right(*operands, **more))
+    names = ("large_scores_are_finite_and_right", "large_scores_of_given_queries_and_keys")
+    caught(Full, *names)
+    caught("bigbird", *names, "large_scores_through_a_state")
+
+
+def test_a_bound_on_scores_that_is_too_low(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hopeful(call: PatternCall, first: int | None) -> Tensor | None:
+        found = mild_rows(call, first)
+        return None if found is None else torch.ones_like(found)
+
+    monkeypatch.setattr(plans, "mild_rows", hopeful)
+    names = ("large_scores_are_finite_and_right", "large_scores_of_given_queries_and_keys")
+    caught(Longformer, *names)
 
 
 def test_a_bias_that_looks_at_its_neighbours() -> None:

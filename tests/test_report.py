@@ -12,7 +12,7 @@ import pytest
 from report_rows import LENGTHS, LOSSES, made_up, portrait, quality, speed, unfinished
 from rich.console import Console
 
-from attention_zoo.report import Findings, build_report, charts, costs, headline, read, rich_table, write_csv
+from attention_zoo.report import Findings, build_report, charts, costs, headline, rich_table, write_csv
 from attention_zoo.report import quality as learnt
 from attention_zoo.report.costs import MEMORY, TIME
 from attention_zoo.report.palette import DARK, place, styles
@@ -267,18 +267,6 @@ def test_csv_holds_one_line_a_row_and_nested_values_by_dotted_names(tmp_path):
     assert float(text["metrics.bits_per_byte"]) == pytest.approx(LOSSES["full"])
     assert lines[0]["environment.cpu"] == "Made-up CPU"
     assert float(lines[0]["seconds"]) == rows[0]["seconds"]
-
-
-def test_reading_takes_the_last_row_of_an_identity(tmp_path):
-    first, later = speed("full", "sdpa", 256), speed("full", "sdpa", 256, seconds=9.0)
-    for name, row in (("a", first), ("b", later)):
-        (tmp_path / name).write_text(json.dumps(row) + "\n")
-    assert [row["seconds"] for row in read([tmp_path / "a", tmp_path / "b"])] == [9.0]
-    with pytest.raises(ValueError, match="does not exist"):
-        read([tmp_path / "c"])
-    (tmp_path / "c").write_text('{"kind": "speed"}\n')
-    with pytest.raises(ValueError, match="row 1: lacks backend, status"):
-        read([tmp_path / "c"])
 
 
 def test_terminal_table_fits_eighty_columns():

@@ -41,6 +41,19 @@ def test_every_chart_is_drawn_and_the_console_is_silent(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("pdftotext") is None, reason="no pdftotext is installed")
+def test_on_paper_nothing_is_cut_off(tmp_path):
+    rows = [*made_up(3), *(row | {"from": "elsewhere", "id": f"{row['id']}-2"} for row in made_up(2))]
+    page = build_report(rows, tmp_path / "report.html")
+    paper = tmp_path / "report.pdf"
+    opened(page, tmp_path / "profile", "--no-pdf-header-footer", f"--print-to-pdf={paper}")
+    said = subprocess.run(["pdftotext", paper, "-"], capture_output=True, text=True, timeout=60, check=True).stdout
+    # what lies beyond the edge of the paper is not in the file; this is the heading of the last columns of the summary
+    assert "Model" in said.split()
+    assert said.count("full (materialised; elsewhere)") >= 1
+
+
+@pytest.mark.slow
 def test_a_broken_script_would_be_noticed(tmp_path):
     page = build_report(made_up(), tmp_path / "report.html")
     page.write_text(page.read_text().replace("Plotly.react", "Plotly.reackt"))

@@ -59,6 +59,7 @@ class BigBird(PatternAttention):
     name = "bigbird"
     kernels = (LINKED_ROW, ROW, SHORT, TRITON_BLOCKS, BLOCKS, TILES, DENSE)
     links_blocks = True
+    counts_keys = True
     tiny = {"block": 4, "random": 1}
     declared = Abilities(
         causality="strict",

@@ -18,10 +18,11 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Attention, Output, Source, Tokens, Unsupported, known_options
+from attention_zoo.contract import Attention, Output, Source, Tokens, Unsupported, hold, known_options, unshared
 from attention_zoo.ops.columns import Columns
-from attention_zoo.ops.compiled import one_operator
+from attention_zoo.ops.compiled import one_operator, refuse_export
 from attention_zoo.ops.dispatch import DENSE, TILES, Kernel, check_name, choose, explain
+from attention_zoo.ops.function import watch, zeros_for
 from attention_zoo.ops.pattern_call import PatternCall
 from attention_zoo.ops.row import ROW
 from attention_zoo.positions import ATTENTION_LEVEL
@@ -54,6 +55,9 @@ class PatternAttention(Attention):
     """Whether `bias` depends on the difference of positions alone: then one mask serves all tiles (`BANDED`)."""
     unweighted: ClassVar[bool] = False
     """Whether `bias` is 0 or -inf and nothing between, whatever the options."""
+    counts_keys: ClassVar[bool] = False
+    """Whether finite values of `bias` are 0 or logarithms of a few, of how often a key counts: then nobody need look
+    for a row's largest score where q·k is small (ops/mild.py)."""
     tile = 64
     """Query rows of a tile, few so that little of what is read is hidden; twice as many where tiles must be looked for.
     Smaller in tests, so that short lengths straddle many borders."""
@@ -139,10 +143,11 @@ class PatternAttention(Attention):
         queries, keys = self.mark(queries), self.mark(keys)
         bias, extra = self.bias(queries, keys), self.position_bias(queries, keys)
         everyone = queries.is_global[:, None, :, None] | keys.is_global[:, None, None, :]
-        bias = torch.where(everyone, torch.zeros((), dtype=bias.dtype, device=bias.device), bias)
+        bias = bias.masked_fill(everyone, 0)
         bias = bias if extra is None else bias + extra
-        none = self.to_out.weight.new_empty(0, 0, 0, 0)
-        seen = PatternCall(self, none, none, none, queries, keys, self.scale).seen(queries, keys)
+        any_operand = self.to_out.weight
+        call = PatternCall(self, any_operand, any_operand, any_operand, queries, keys, 1.0)
+        seen = call.seen(queries, keys)
         return bias.masked_fill(~seen, -torch.inf)
 
     # --- final: running it -----------------------------------------------------------------------------------------
@@ -168,8 +173,8 @@ class PatternAttention(Attention):
             kernel: default the layer's.
             global_qkv: a second projection of the same tokens, for the rows of global queries.
         """
-        call = self._call(q, k, v, queries, keys, scale, global_qkv)
-        return choose(self.name, self.kernels, kernel or self.kernel, call).run(call)
+        refuse_export(self.name)
+        return self._run(self._call(q, k, v, queries, keys, scale, global_qkv), kernel or self.kernel)
 
     def explain(
         self, q: Tensor, k: Tensor, v: Tensor, queries: Tokens | None = None, keys: Tokens | None = None
@@ -184,14 +189,17 @@ class PatternAttention(Attention):
                 f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
             )
         if keys is None:
-            keys = Tokens.all_valid(k.shape[0], k.shape[2], k.device)
+            keys = unshared(Tokens.all_valid(k.shape[0], k.shape[2], k.device))
         if queries is None:
+            (keys,) = hold(keys)
             queries = keys.cut(slice(k.shape[2] - q.shape[2], None))
         for name, tokens, columns in (("queries", queries, q.shape[2]), ("keys", keys, k.shape[2])):
             if tokens.valid.shape != (q.shape[0], columns):
                 raise ValueError(f"{name} must have shape {(q.shape[0], columns)}, got {tuple(tokens.valid.shape)}")
+        alone = queries is keys
+        queries, keys = hold(queries, keys)
         marked = self.mark(keys)
-        queries = marked if queries is keys else self.mark(queries)
+        queries = marked if alone else self.mark(queries)
         scale = self.scale if scale is None else scale
         return PatternCall(self, q, k, v, queries, marked, scale, self.bias_parameters(), global_qkv)
 
@@ -220,7 +228,7 @@ class PatternAttention(Attention):
         q = self._heads(self.to_q(x))
         if self.cross:
             cache = self._source_keys(state, source)
-            out = self._attend_held(q, tokens, cache)
+            out = self._attend_held(q, tokens, cache, shared=state is not None)
             new: Cache | None = cache
         else:
             q = self.scheme.rotate(q, tokens.position)
@@ -244,8 +252,9 @@ class PatternAttention(Attention):
         """Keys and values of the source, or those that the state has of it."""
         if source is None:
             assert state is not None
-            return state
-        hidden, tokens = self.enter_source(source)
+            (tokens,) = hold(state.columns.tokens)
+            return state._replace(columns=state.columns._replace(fields=tokens))
+        hidden, tokens = self.enter_source(source, kept=state is not None)
         return Cache(Columns.of(self.mark(tokens), self._heads(self.to_k(hidden)), self._heads(self.to_v(hidden))))
 
     def _attend_own(
@@ -253,12 +262,20 @@ class PatternAttention(Attention):
     ) -> tuple[Tensor, Cache | None]:
         """Attend to the held keys and the call's own; the state that follows."""
         held = Cache(Columns.of(tokens, k, v)) if state is None else self._append(state, tokens, k, v)
-        out = self._attend_held(q, tokens, held, self._global_qkv(x, tokens))
+        more = self._global_qkv(x, tokens, held.columns.filled)
+        out = self._attend_held(q, tokens, held, more, shared=state is not None)
         return out, None if state is None else self._keep(held, x.shape[1])
 
     def _attend_held(
-        self, q: Tensor, tokens: Tokens, cache: Cache, global_qkv: tuple[Tensor, Tensor, Tensor] | None = None
+        self,
+        q: Tensor,
+        tokens: Tokens,
+        cache: Cache,
+        global_qkv: tuple[Tensor, Tensor, Tensor] | None = None,
+        *,
+        shared: bool,
     ) -> Tensor:
+        """Attend to the held keys; `shared`: with a state."""
         columns = cache.columns
         k, v = columns.held
         # all tokens are marked: those held were when they came
@@ -275,7 +292,13 @@ class PatternAttention(Attention):
             columns,
             cache.globals,
         )
-        return choose(self.name, self.kernels, self.kernel, call).run(call)
+        out = self._run(call, self.kernel)
+        return watch(out, call.keys) if shared else out
+
+    def _run(self, call: PatternCall, kernel: str) -> Float[Tensor, "B H L D"]:
+        if not (call.q.numel() and call.k.numel()):
+            return zeros_for(call.q, (call.q, call.k, call.v))
+        return choose(self.name, self.kernels, kernel, call).run(call)
 
     def _append(self, state: Cache, tokens: Tokens, k: Tensor, v: Tensor) -> Cache:
         held, late = state.columns, tokens.is_global & tokens.valid
@@ -291,30 +314,39 @@ class PatternAttention(Attention):
         return Cache(columns, self._list_globals(held, columns))
 
     def _refuse_late(self, held: Tokens, tokens: Tokens, late: Tensor) -> None:
-        """Global tokens after the first call: the keys that they must see may be forgotten."""
-        if not self.own_global:  # whose keys are not cached: global tokens then need all of theirs in the call
+        """Global tokens in a document that earlier calls began: the keys that they must see may be forgotten."""
+        continued = torch.where(held.valid, held.document, -1).amax(1)
+        late = late & (tokens.document == continued[:, None])
+        if not self.own_global:  # with projections of their own they need all of their keys in the call
             forgotten = (self._live(held) & held.valid).sum(1) < held.next_position
-            continued = torch.where(held.valid, held.document, -1).amax(1)
-            late = late & forgotten[:, None] & (tokens.document == continued[:, None])
+            late = late & forgotten[:, None]
         if bool(late.any()):
             raise Unsupported(
                 self.name, "a global token after the first call", "keys that it must see are not kept",
                 "global tokens in the first call",
             )  # fmt: skip
 
-    def enter_source(self, source: Source) -> tuple[Tensor, Tokens]:
-        """Hidden states of the source with padding zeroed."""
+    def enter_source(self, source: Source, kept: bool = False) -> tuple[Tensor, Tokens]:
+        """Hidden states of the source with padding zeroed, and its tokens, held; `kept`: by a state."""
         if source.hidden.ndim != 3 or source.hidden.shape[-1] != self.dim:
             raise ValueError(f"source.hidden must be [batch, length, {self.dim}], got {tuple(source.hidden.shape)}")
-        return source.hidden.masked_fill(~source.tokens.valid[..., None], 0), source.tokens
+        (tokens,) = hold(source.tokens, kept=kept)
+        return source.hidden.masked_fill(~tokens.valid[..., None], 0), tokens
 
-    def _global_qkv(self, x: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Longformer's second projection; only computed where a global query is there to use it."""
+    def _global_qkv(self, x: Tensor, tokens: Tokens, columns: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Longformer's second projection; only computed where a global query is there to use it.
+
+        Args:
+            columns: of keys, of which the call's own are the last. Those before it are zeros: a global query's document
+                begins in its call (checked before), so it sees none of them.
+        """
         if not self.own_global or not bool((tokens.is_global & tokens.valid).any()):
             return None
-        # with a state this is its first call (checked before), so x holds all keys
         q, k, v = (self._heads(project(x)) for project in (self.to_q_global, self.to_k_global, self.to_v_global))
-        return self.scheme.rotate(q, tokens.position), self.scheme.rotate(k, tokens.position), v
+        q, k = self.scheme.rotate(q, tokens.position), self.scheme.rotate(k, tokens.position)
+        if earlier := columns - x.shape[1]:
+            k, v = (nn.functional.pad(y, (0, 0, earlier, 0)) for y in (k, v))
+        return q, k, v
 
     def _list_globals(self, before: Cache, columns: Columns, tokens: Tokens | None = None) -> Tensor | None:
         """Columns of global tokens, found again only where columns moved or such tokens came."""
@@ -326,7 +358,8 @@ class PatternAttention(Attention):
         held = columns.tokens
         mask = held.is_global & held.valid
         column = torch.arange(columns.filled, device=mask.device)
-        return torch.where(mask, column, -1).topk(int(mask.sum(1).amax()), dim=1).values
+        most = int(mask.sum(1).amax()) if len(mask) else 0
+        return torch.where(mask, column, -1).topk(most, dim=1).values
 
     def _live(self, keys: Tokens) -> Bool[Tensor, "B S"]:
         """What the next token of each row can still see."""

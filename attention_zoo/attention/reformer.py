@@ -43,11 +43,23 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens, Unsupported, at_least, one_of
+from attention_zoo.contract import (
+    Abilities,
+    Attention,
+    Output,
+    Source,
+    Tokens,
+    Unsupported,
+    at_least,
+    hold,
+    one_of,
+    unshared,
+)
 from attention_zoo.ops import hashing, lsh, lsh_layout, lsh_step
 from attention_zoo.ops.columns import Columns
-from attention_zoo.ops.compiled import one_operator
+from attention_zoo.ops.compiled import one_operator, refuse_export
 from attention_zoo.ops.dispatch import triton_reason
+from attention_zoo.ops.function import zeros_for
 
 
 class Hashed(NamedTuple):
@@ -285,14 +297,17 @@ class Reformer(Attention):
             tokens: default all valid from position 0. At padding the output is zero.
             choices: buckets to use; default those of the layer's rotations (see `resample` and `seed`).
         """
+        refuse_export(self.name)
         if qk.ndim != 4 or qk.shape != v.shape or (qk.shape[1], qk.shape[3]) != (self.heads, self.head_width):
             wanted = f"[batch, {self.heads}, length, {self.head_width}]"
             raise ValueError(f"qk and v must both be {wanted}, got {tuple(qk.shape)} and {tuple(v.shape)}")
         B, _, L, _ = qk.shape
-        tokens = Tokens.all_valid(B, L, qk.device) if tokens is None else tokens
+        (tokens,) = hold(unshared(Tokens.all_valid(B, L, qk.device)) if tokens is None else tokens)
         if tokens.valid.shape != (B, L):
             raise ValueError(f"tokens must have shape {(B, L)}, got {tuple(tokens.valid.shape)}")
         self._check_choices(choices, B, L)
+        if not (B and L):
+            return zeros_for(v, (qk, v))
         flat_qk, flat_v = (_take(y.transpose(1, 2), tokens.valid) for y in (qk, v))
         documents, is_new = self._documents(tokens), torch.ones(len(flat_qk), dtype=torch.bool, device=qk.device)
         buckets = self._buckets(flat_qk.detach(), documents, is_new, tokens, None, choices)

@@ -35,6 +35,7 @@ class ReformerLocal(PatternAttention):
 
     name = "reformer.local"
     tiny = {"chunk": 3}
+    counts_keys = True
     declared = Abilities(
         causality="strict",
         carry="prefix",

@@ -44,10 +44,22 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens, Unsupported, at_least, one_of
+from attention_zoo.contract import (
+    Abilities,
+    Attention,
+    Output,
+    Source,
+    Tokens,
+    Unsupported,
+    at_least,
+    hold,
+    one_of,
+    unshared,
+)
 from attention_zoo.ops.columns import Columns
-from attention_zoo.ops.compiled import one_operator
+from attention_zoo.ops.compiled import one_operator, refuse_export
 from attention_zoo.ops.dispatch import triton_reason
+from attention_zoo.ops.function import watch, zeros_for
 from attention_zoo.ops.relative import Plan, chunk_borders, plan_chunks, project_streams, relative_attention
 
 TABLE = 256
@@ -189,6 +201,7 @@ class TransformerXL(Attention):
         hidden = columns.held[0].to(x.dtype)
         layout = self._layout(columns.tokens, x.shape[1])
         out = self._absorbed(x, hidden, layout) if self._is_absorbed(x) else self._chunked(x, hidden, layout)
+        out = out if state is None else watch(out, layout.keys)
         out = self.to_out(rearrange(out, "b h l d -> b l (h d)"))
         return Output(out, None if state is None else self._keep(columns, x.shape[1]))
 
@@ -239,6 +252,7 @@ class TransformerXL(Attention):
             keys: tokens of the S columns, of which the last L are the queries. Default all valid and one document, in
                 which the first query begins a segment. Blank keys before position 0 are the caller's to give.
         """
+        refuse_export(self.name)
         (B, H, L, D), S = q.shape, k.shape[2]
         if k.shape != v.shape or k.shape != (B, self.heads, S, self.head_width) or k.shape[1::2] != (H, D) or S < L:
             raise ValueError(
@@ -248,12 +262,15 @@ class TransformerXL(Attention):
         self._check_lengths()
         if keys is None:
             valid = torch.ones(B, S, dtype=torch.bool, device=q.device)
-            keys = Tokens.of(valid, start=(L - S) % self.segment_length)
+            keys = unshared(Tokens.of(valid, start=(L - S) % self.segment_length))
+        (keys,) = hold(keys)
         if keys.valid.shape != (B, S):
             raise ValueError(f"keys must have shape {(B, S)}, got {tuple(keys.valid.shape)}")
         seen = min(S, self.memory_length + (1 if self.same_length else self.segment_length))
         if r.shape[1:] != (H, D) or len(r) < seen:
             raise ValueError(f"r must be [at least {seen}, {H}, {D}], got {tuple(r.shape)}")
+        if not (B and L):
+            return zeros_for(q, (q, k, v, r, self.u, self.v))
         plan = self._plan(self._layout(keys, L), q.dtype)
         if len(r) != plan.distances:  # cutting and padding cost a copy of the table each, and one of its gradient
             hidden = max(0, plan.distances - len(r))  # distances of hidden pairs

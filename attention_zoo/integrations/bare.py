@@ -17,18 +17,31 @@ import torch
 from torch import Tensor
 
 from attention_zoo.attention.pattern import PatternAttention
-from attention_zoo.contract import Attention, Tokens, Unsupported
+from attention_zoo.contract import Attention, Tokens, Unsupported, unshared
 from attention_zoo.registry import build, options_of, recipe
 
 
 def at_columns(valid: Tensor, document: Tensor | None = None) -> Tokens:
     """Tokens of a model that counts columns, as transformers and torch do: from a row's first on each has a position.
 
-    So padding on the left moves nothing, and a hole takes its place. Both arguments are [B, L], as in `Tokens.of`.
+    So padding on the left moves nothing, and a hole takes its place. Both arguments are [B, L], as in `Tokens.of`, and
+    fresh: nobody writes to them later.
     """
     begun = valid.cummax(1).values
     length = Tokens.of(begun & valid.flip(1).cummax(1).values.flip(1), document=document).length
-    return Tokens.of(begun, document=document)._replace(valid=valid, length=length)
+    return unshared(Tokens.of(begun, document=document)._replace(valid=valid, length=length))
+
+
+def at_padding_too(keys: Tokens) -> Tokens:
+    """Queries at all columns of `at_columns`, those at padding among them: each sees what stands before it.
+
+    Before its row's first token that is nothing, which a position before all others says.
+    """
+    if bool(keys.valid.all()):
+        return keys
+    begun = keys.valid.cummax(1).values
+    position = torch.where(begun, keys.position, -1)
+    return unshared(keys._replace(position=position, valid=torch.ones_like(begun)))
 
 
 REASONS = {

@@ -40,9 +40,10 @@ from torch import Tensor, nn
 
 from attention_zoo.attention.longformer import Longformer
 from attention_zoo.attention.pattern import PatternAttention
-from attention_zoo.contract import Tokens, Unsupported, one_of
-from attention_zoo.integrations.bare import at_columns, bare_pattern, refusal
+from attention_zoo.contract import Tokens, Unsupported, one_of, unshared
+from attention_zoo.integrations.bare import at_columns, at_padding_too, bare_pattern, refusal
 from attention_zoo.integrations.guard import Description, refuse_others
+from attention_zoo.ops.compiled import refuse_export
 from attention_zoo.registry import available, recipe
 
 PREFIX = "zoo_"
@@ -146,6 +147,7 @@ def describe(
     Raises:
         ValueError: for a mask that is not made of padding, documents, causality and a sliding window.
     """
+    refuse_export(getattr(config, "_attn_implementation", None) or f"{PREFIX}attention")
     if use_vmap:
         raise ValueError("the model adds a mask function of its own, which a pattern cannot honour; use sdpa or eager")
     if local_size is not None and local_size != getattr(config, "sliding_window", None):
@@ -194,6 +196,7 @@ class _Layout(NamedTuple):
     """What a layer learns from the mask, or from its absence."""
 
     keys: Tokens
+    everywhere: Tokens  # the same, for queries that count at padding, too
     start: int  # column of the first query
     causal: bool | None  # None: not to be told from the mask
     reach: int | None
@@ -203,7 +206,8 @@ class _Layout(NamedTuple):
 def _layout(mask: Tensor | None, key: Tensor) -> _Layout:
     B, _, S, _ = key.shape
     if mask is None:
-        return _Layout(Tokens.all_valid(B, S, key.device), 0, None, None)
+        keys = unshared(Tokens.all_valid(B, S, key.device))
+        return _Layout(keys, keys, 0, None, None)
     found = getattr(mask, "zoo_layout", None)
     if found is None:
         found = _decode(mask)
@@ -211,7 +215,10 @@ def _layout(mask: Tensor | None, key: Tensor) -> _Layout:
     if mask.shape[0] != B or mask.shape[3] != S:
         raise ValueError(f"the mask describes {mask.shape[0]} x {mask.shape[3]} keys, the attention has {B} x {S}")
     if mask.device != key.device:
-        return found._replace(keys=Tokens(*(field.to(key.device) for field in found.keys)))
+        keys, everywhere = (
+            unshared(Tokens(*(field.to(key.device) for field in tokens))) for tokens in (found.keys, found.everywhere)
+        )
+        return found._replace(keys=keys, everywhere=everywhere)
     return found
 
 
@@ -227,9 +234,14 @@ def _decode(mask: Tensor) -> _Layout:
         )
     # a copy: views would hold the mask that holds them
     position, valid, is_global, document, length, asked = mask[:, 0, :6].clone().unbind(1)
-    tokens = Tokens(position, valid.bool(), is_global.bool(), document, length)
+    tokens = unshared(Tokens(position, valid.bool(), is_global.bool(), document, length))
     return _Layout(
-        tokens, int(asked[0].argmax()), directions[direction], None if reach < 0 else reach, direction == EITHER
+        tokens,
+        at_padding_too(tokens),
+        int(asked[0].argmax()),
+        directions[direction],
+        None if reach < 0 else reach,
+        direction == EITHER,
     )
 
 
@@ -252,6 +264,7 @@ def _interface(name: str) -> Callable[..., tuple[Tensor, None]]:
         **others: Any,
     ) -> tuple[Tensor, None]:
         """[B, H, L, D] x [B, K, S, D] -> [B, L, H, D], and no weights."""
+        refuse_export(PREFIX + name)
         _check_call(name, dropout, others)
         layout = _layout(attention_mask, key)
         if sliding_window is not None and layout.reach != sliding_window - 1 and not layout.alone:
@@ -264,7 +277,7 @@ def _interface(name: str) -> Callable[..., tuple[Tensor, None]]:
         pattern = _pattern(name, module, query, key, causal, crosses, layout.reach)
         keys = layout.keys
         if crosses:
-            queries = Tokens.all_valid(query.shape[0], L, query.device)
+            queries = unshared(Tokens.all_valid(query.shape[0], L, query.device))
         else:
             end = layout.start + L
             if end > S or (attention_mask is None and L != S):
@@ -274,7 +287,7 @@ def _interface(name: str) -> Callable[..., tuple[Tensor, None]]:
             key, value, keys = key[:, :, seen], value[:, :, seen], keys.cut(seen)
             queries = keys if keys.valid.shape[1] == L else keys.cut(slice(-L, None))
             if name == "full" and L > 1:  # then equal to sdpa at padding, too: somebody's loss may count it
-                queries = queries._replace(valid=torch.ones_like(queries.valid))
+                queries = layout.everywhere if L == S else layout.everywhere.cut(slice(layout.start, end))
         scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
         out = pattern.attend(query, key, value, queries, keys, scale=scale)
         return out.transpose(1, 2).contiguous(), None

@@ -25,8 +25,9 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from attention_zoo.attention.pattern import PatternAttention
-from attention_zoo.contract import Tokens, Unsupported
-from attention_zoo.integrations.bare import at_columns, bare_pattern
+from attention_zoo.contract import Tokens, Unsupported, unshared
+from attention_zoo.integrations.bare import at_columns, at_padding_too, bare_pattern
+from attention_zoo.ops.compiled import refuse_export
 
 ROWS = 256
 """Rows of a mask that are looked at together."""
@@ -118,6 +119,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         causal, plain = (True, True) if is_causal else _direction(attn_mask)
         reason = self._beyond(weighed, plain, itself, causal)
         if reason is None:
+            refuse_export(self.attention)
             return self._mechanism(query, key, value, key_padding_mask, causal, itself), None
         if self.attention != "full":
             raise Unsupported(self.attention, *reason)
@@ -165,9 +167,9 @@ class MultiheadAttention(nn.MultiheadAttention):
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         keys = at_columns(_valid(padding, key))
-        queries = keys if itself else Tokens.all_valid(query.shape[0], query.shape[1], query.device)
-        if self.attention == "full":  # then equal to torch at padding, too
-            queries = queries._replace(valid=torch.ones_like(queries.valid))
+        queries = keys if itself else unshared(Tokens.all_valid(query.shape[0], query.shape[1], query.device))
+        if self.attention == "full" and itself and padding is not None:  # then equal to torch at padding, too
+            queries = at_padding_too(keys)
         q, k, v = (
             x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in self._project(query, key, value)
         )
@@ -214,6 +216,8 @@ def _direction(attn_mask: Tensor | None) -> tuple[bool, bool]:
     """Whether a mask is causal, and whether that, or nothing, is all that it says."""
     if attn_mask is None:
         return False, True
+    if attn_mask.is_inference():  # it has no version that would tell whether it is still the mask that was seen
+        return _look(attn_mask)
     known = _directions.get(attn_mask)
     if known is None or known[0] != attn_mask._version:
         known = _directions[attn_mask] = (attn_mask._version, *_look(attn_mask))

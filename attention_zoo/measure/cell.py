@@ -193,7 +193,9 @@ def _measure(cell: SpeedCell, repeats: int, budget_s: float, observe: bool, trac
         **asdict(timing),
         "tokens_per_second": cell.batch * work.tokens / timing.seconds,
         "peak_bytes": memory.peak_bytes if memory else None,
-        "peak_method": memory.method if memory else f"none: a call of over {LONG_S:g} s is not observed",
+        "peak_method": memory.method
+        if memory
+        else f"none of tensors: a call of over {LONG_S:g} s is not observed; its resident set is",
         "reserved_bytes": memory.reserved_bytes if memory else None,
         "resident_bytes": resident_bytes,
         "held_bytes": held,

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Layer, Tokens, Unsupported
+from attention_zoo.contract import Held, Layer, Tokens, Unsupported
 
 
 class ExtraGlobalTokens(nn.Module):
@@ -60,7 +60,7 @@ class ExtraGlobalTokens(nn.Module):
         starts = tokens.valid & (tokens.position == 0)
         before = starts.long().cumsum(1) * count
         columns = torch.arange(L, device=x.device) + before
-        width = L + int(before[:, -1].max())
+        width = L + (int(before[:, -1].max()) if B else count)
         # every start reserves the `count` columns before its own
         places = columns[..., None] - count + torch.arange(count, device=x.device)
         row, column, number = (starts[..., None] & (places >= 0)).nonzero(as_tuple=True)
@@ -76,7 +76,7 @@ class ExtraGlobalTokens(nn.Module):
         yes = torch.ones_like(number, dtype=torch.bool)
         return (
             wide,
-            Tokens(
+            Held(
                 spread(tokens.position + count, number, 0),
                 spread(tokens.valid, yes, False),
                 spread(tokens.is_global, yes, False),

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attention_zoo.contract import Output, Source, Tokens, add_losses
+from attention_zoo.contract import Output, Source, Tokens, add_losses, hold
 from attention_zoo.model.block import Block, Branch, Stack
 from attention_zoo.ops.function import once
 
@@ -52,6 +52,8 @@ class ReversibleStack(Stack):
         source: Source | None = None,
         choices: tuple[Any, ...] | None = None,
     ) -> Output:
+        tokens = None if tokens is None else hold(tokens)[0]
+        source = None if source is None else source._replace(tokens=hold(source.tokens)[0])
         call = _Call(
             self.branches,
             tokens,

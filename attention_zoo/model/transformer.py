@@ -19,7 +19,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attention_zoo import registry
-from attention_zoo.contract import Source, Tokens, Unsupported, at_least, check_tokens, known_options, named
+from attention_zoo.contract import (
+    Source,
+    Tokens,
+    Unsupported,
+    at_least,
+    check_tokens,
+    hold,
+    known_options,
+    named,
+    unshared,
+)
 from attention_zoo.model.block import Block, Named, Stack, build_norm
 from attention_zoo.model.embedding import build_embedding
 from attention_zoo.model.global_tokens import ExtraGlobalTokens
@@ -224,9 +234,14 @@ class Transformer(nn.Module):
         """
         self._check(ids, tokens, types, state, source, fresh, last_only)
         new = state
+        # once for all layers
+        tokens = None if tokens is None else hold(tokens)[0]
+        if source is not None:
+            source = source._replace(tokens=hold(source.tokens, kept=state is not None)[0])
         if state is not None:
             valid = torch.ones_like(ids, dtype=torch.bool) if tokens is None else tokens.valid
             tokens, new = state.place(valid, tokens, fresh)
+            tokens = unshared(tokens) if torch.is_grad_enabled() else tokens
         x = self._embed(ids, tokens, types)
         inner, columns = tokens, None
         if self.extra is not None:
@@ -267,7 +282,7 @@ class Transformer(nn.Module):
         if tokens is not None:
             check_tokens(tokens, ids.shape)
         # elsewhere reading a number back would make every call wait, and a graph break
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and len(ids):
             real = ids if tokens is None else ids.masked_fill(~tokens.valid, 0)
             low, high = (int(bound) for bound in real.aminmax())
             if low < 0 or high >= self.vocab:
@@ -279,7 +294,7 @@ class Transformer(nn.Module):
                 raise ValueError(
                     f"types must be integers of shape {tuple(ids.shape)}, got {types.dtype} of {tuple(types.shape)}"
                 )
-            if types.device.type == "cpu":
+            if types.device.type == "cpu" and len(types):
                 real = types if tokens is None else types.masked_fill(~tokens.valid, 0)
                 if int(real.min()) < 0 or int(real.max()) >= (count := self.embedding.types.num_embeddings):
                     raise ValueError(f"types must lie in [0, {count}), got {int(real.min())} to {int(real.max())}")
@@ -287,7 +302,7 @@ class Transformer(nn.Module):
             raise ValueError("last_only needs a head that answers for each token, got head=classify")
         if source is not None and not self.cross:
             raise ValueError("source needs a model built with cross=True")
-        if self.cross and source is None and (state is None or not bool((state.next > 0).any())):
+        if self.cross and source is None and (state is None or (len(ids) and not bool((state.next > 0).any()))):
             raise ValueError("source must be given to a model built with cross=True, in the first call at least")
         if self.cross and fresh is not None:
             raise ValueError("fresh is for one stream of text; with cross=True start a new state instead")

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from attention_zoo.contract import Tokens
 from attention_zoo.ops.dispatch import Kernel, triton_reason
-from attention_zoo.ops.parts import Bias, Part, blocks_in
+from attention_zoo.ops.parts import Bias, Part, blocks_in, packed
 from attention_zoo.ops.pattern_call import Pattern, PatternCall
 from attention_zoo.ops.plans import gather_columns, no_bias, run_local, with_global_rows
 from attention_zoo.ops.tiles import Tile, scores_at_once
@@ -73,9 +73,9 @@ def _run(call: PatternCall) -> Tensor:
     call = layout.move_queries(call)
     # a few queries against a long cache: take the columns that they need, and leave the others where they are
     few = links[0].numel() * layout.block < call.k.shape[1] * call.k.shape[2]
-    call = replace(call, k=call.k.contiguous(), v=call.v.contiguous()) if few else layout.move_keys(call)
+    call = replace(call, k=packed(call.k), v=packed(call.v)) if few else layout.move_keys(call)
     steps = _steps(call, biases, layout.first, links, weight, layout.source if few else None)
-    return layout.back(run_local(call, steps, None if few else layout.first))
+    return layout.back(run_local(call, steps, layout.asked, None if few else layout.first))
 
 
 def _laid_out(call: PatternCall) -> tuple[PatternCall, _Aligned | _Moved, Tensor, Tensor]:
@@ -160,10 +160,11 @@ class _Aligned:
         keys: tokens of the columns.
         source: [1, columns], which of the call's columns each is; any one where it is none.
         first: the column of the first query.
+        asked: see `PatternCall`.
     """
 
     def __init__(self, call: PatternCall):
-        self.block = cast(BlockPattern, call.pattern).block
+        self.block, self.asked = cast(BlockPattern, call.pattern).block, call.asked
         S, self.count = call.k.shape[2], call.q.shape[2]
         self.first = S - self.count
         self.more = -S % self.block
@@ -183,8 +184,8 @@ class _Aligned:
     def move_keys(self, call: PatternCall) -> PatternCall:
         """Contiguous and whole blocks: then a link is one contiguous run."""
         if not self.more:
-            return replace(call, k=call.k.contiguous(), v=call.v.contiguous())
-        k, v = (F.pad(x, (0, 0, 0, self.more)) for x in (call.k, call.v))
+            return replace(call, k=packed(call.k), v=packed(call.v))
+        k, v = (packed(F.pad(x, (0, 0, 0, self.more))) for x in (call.k, call.v))
         return replace(call, k=k, v=v, keys=self.keys)
 
     def back(self, out: Tensor) -> Tensor:
@@ -199,6 +200,7 @@ class _Moved:
         keys: tokens of the columns.
         source: [B, columns], which of the call's columns each is; any one where it is none.
         first: the first column of the first block that holds a query.
+        asked: which columns from there on hold queries, as `PatternCall.asked`.
     """
 
     def __init__(self, call: PatternCall):
@@ -249,6 +251,7 @@ class _Moved:
     def move_queries(self, call: PatternCall) -> PatternCall:
         query = self.source[:, self.first :] - (call.k.shape[2] - call.q.shape[2])
         asks, query = self.held[:, self.first :] & (query >= 0), query.clamp(min=0)
+        self.asked = asks[:, None, :, None]
         return replace(call, q=_take(call.q, query), queries=_only(call.queries.take(query), asks))
 
     def move_keys(self, call: PatternCall) -> PatternCall:

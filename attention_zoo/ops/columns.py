@@ -61,7 +61,7 @@ class Columns(NamedTuple):
     @property
     def tokens(self) -> Tokens:
         """What the columns held are, views."""
-        return Tokens(*(field.narrow(1, 0, self.filled) for field in self.fields))
+        return type(self.fields)(*(field.narrow(1, 0, self.filled) for field in self.fields))
 
     @property
     def room(self) -> int:
@@ -76,12 +76,12 @@ class Columns(NamedTuple):
             most: how many columns of a row can be live at once; None: any number.
         """
         added = tokens.valid.shape[1]
-        if not self.filled:
-            return Columns.of(tokens, *tensors, reserve=self.reserve)
-        if not _in_place() or (most is not None and added > _slack(most)):
+        if self.filled and (not _in_place() or (most is not None and added > _slack(most))):
             joined = (torch.cat(pair, -2) for pair in zip(self.held, tensors))
             return Columns.of(self.tokens.then(tokens), *joined, reserve=self.reserve)
-        into = self if self._may_write(added, tensors) else self._moved(live, most, added, tensors)
+        into = self if not self.filled or self._may_write(added, tensors) else self._moved(live, most, added, tensors)
+        if not into.filled:  # nothing came yet, or nothing that a later token sees
+            return Columns.of(tokens, *tensors, reserve=self.reserve)
         loose = into.loose + added if into.loose or not into.goes_on(tokens) else 0
         for buffer, new in zip(into.buffers, tensors):
             buffer.narrow(-2, into.filled, added).copy_(new)

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_zoo.contract import Attention, Output, Source, Tokens, layer_of
+from attention_zoo.contract import Attention, Output, Source, Tokens, Unsupported, layer_of
+from attention_zoo.ops.function import zeros_for
 
 TAPES: dict[int, tuple[Tensor, list[Tensor]]] = {}
 """Output and inputs of the operator's calls whose backward has not come yet; empty after each training step."""
@@ -49,7 +50,10 @@ def one_operator(forward: Callable[..., Output]) -> Callable[..., Output]:
         choices: Tensor | None = None,
     ) -> Output:
         if not torch.compiler.is_compiling():
+            if x.ndim == 3 and not len(x):
+                return _no_rows(self, x, tokens, state, source)
             return forward(self, x, tokens, state=state, source=source, choices=choices)
+        refuse_export(self.name)
         if state is not None:
             return eager(self, x, tokens, state=state, source=source, choices=choices)
         kind = x.device.type
@@ -69,6 +73,36 @@ def one_operator(forward: Callable[..., Output]) -> Callable[..., Output]:
         return Output(hidden, None, losses(), made if self.choices_shape(*x.shape[:2]) else None)
 
     return guarded
+
+
+def refuse_export(name: str) -> None:
+    """Raise where `torch.export` traces.
+
+    A program is saved and runs elsewhere. What it could hold of a mechanism is the name of a layer of this process.
+    """
+    if torch.compiler.is_exporting():
+        _refuse_export(name)
+
+
+def _refuse_export(name: str) -> None:
+    raise Unsupported(
+        name, "torch.export", "which tiles a call has is decided at run time, which no saved graph can hold",
+        "torch.compile, and attention_zoo.save for files",
+    )  # fmt: skip
+
+
+# as torch.compiler.assume_constant_result, without loading the compiler: it calls this instead of tracing into it
+_refuse_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _no_rows(layer: Attention, x: Tensor, tokens: Tokens | None, state: Any, source: Source | None) -> Output:
+    """Of a batch without rows, as torch's own layers answer it: no rows, and gradients of zeros."""
+    x, _ = layer.enter(x, tokens, state, source)
+    inputs = [x, *layer.parameters(), *([] if source is None else [source.hidden])]
+    shape = layer.choices_shape(*x.shape[:2])
+    made = None if shape is None else torch.zeros(shape, dtype=torch.int32, device=x.device)
+    losses: Callable[[], dict[str, Tensor]] = getattr(layer, "losses", dict)
+    return Output(zeros_for(x, inputs), state, losses(), made)
 
 
 @contextmanager

@@ -76,6 +76,7 @@ def _no_refusal(call: PatternCall) -> str | None:
 
 def _run_dense(call: PatternCall) -> Tensor:
     out = dense(call.q, call.k, call.v, call.pattern.full_bias(call.queries, call.keys), scale=call.scale)
+    out = call.blank(out)
     if call.global_qkv is None or not call.any_global_query:
         return out
     q, k, v = call.global_qkv
@@ -89,14 +90,14 @@ DENSE = Kernel("dense", _run_dense, _no_refusal, "the definition, L x S material
 
 
 def _run_tiles(call: PatternCall) -> Tensor:
-    return plans.run_local(call, plans.near_tiles(call))
+    return plans.run_local(call, plans.near_tiles(call), call.asked)
 
 
 TILES = Kernel("tiles", _run_tiles, _no_refusal, "tiles that may matter, any positions; backward recomputes")
 
 
 def _run_banded(call: PatternCall) -> Tensor:
-    return plans.run_local(call, plans.band_tiles(call))
+    return plans.run_local(call, plans.band_tiles(call), call.asked)
 
 
 def _refuse_banded(call: PatternCall) -> str | None:
@@ -121,14 +122,14 @@ def _run_sdpa(call: PatternCall) -> Tensor:
     if _unmasked(call) is not None:
         rows = slice(0, 1 if call.rows_alike else None)
         seen = call.seen(call.queries.cut(slice(None), rows), call.keys.cut(slice(None), rows))
-        out = fused.fused(q, k, v, _mask(seen, q.dtype), scale=call.scale)
-        return out.masked_fill(~seen.any(-1, keepdim=True), 0)
-    mask, causal = None, False
+        return call.blank(fused.fused(q, k, v, _mask(seen, q.dtype), scale=call.scale), seen)
     if call.pattern.causal and q.shape[2] > 1:
-        causal = True  # right padding lies in the future of every valid token
-    elif not call.all_valid:
-        mask = _mask(call.keys.valid[:, None, None, :], q.dtype)
-    return fused.fused(q, k, v, mask, scale=call.scale, causal=causal)
+        # right padding lies in the future of every valid token
+        return call.blank(fused.fused(q, k, v, scale=call.scale, causal=True))
+    if call.all_valid:
+        return call.blank(fused.fused(q, k, v, scale=call.scale))
+    seen = call.keys.valid[:, None, None, :]
+    return call.blank(fused.fused(q, k, v, _mask(seen, q.dtype), scale=call.scale), seen)
 
 
 def _mask(seen: Tensor, dtype: torch.dtype) -> Tensor:

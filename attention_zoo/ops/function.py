@@ -6,7 +6,8 @@ x + layer(x), `autograd.grad` goes past the mark and the missing term is silentl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
@@ -23,6 +24,40 @@ def exact(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(ctx, first, *rest)
 
     return guarded
+
+
+def zeros_for(like: Tensor, inputs: Iterable[Tensor]) -> Tensor:
+    """What comes of no rows, no queries or no keys: zeros, with a gradient of zeros for each of the inputs."""
+    dtype, kind = like.dtype, like.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    zeros = torch.zeros(like.shape, dtype=dtype, device=like.device)
+    for each in inputs:
+        zeros = zeros + each.flatten()[:0].sum().to(dtype)
+    return zeros
+
+
+def watch(out: Tensor, fields: Iterable[Tensor]) -> Tensor:
+    """`out`, whose backward raises if these tensors were written to by then, as it does for what autograd saved.
+
+    For what a state shares with backward: it is handed to the caller without a copy. Costs neither operators nor
+    memory: a tensor that nobody else keeps is read by nobody.
+    """
+    if not out.requires_grad:
+        return out
+    seen = [(weakref.ref(field), field._version) for field in fields if not field.is_inference()]
+
+    def check(_: Tensor) -> None:
+        for reference, version in seen:
+            field = reference()
+            if field is not None and field._version != version:
+                raise RuntimeError(
+                    "tokens of a state that are needed for gradient computation have been modified by an inplace "
+                    "operation: run backward first, or change a copy"
+                )
+
+    out.register_hook(check)
+    return out
 
 
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,26 +15,29 @@ from attention_zoo.ops.pattern_call import PatternCall
 
 MILD = 44.0
 """Largest score that is taken as it is: e^44 leaves float32 room for a million keys times values up to 10^13."""
-_APART = float(1 << 20)  # how far apart the documents of a row are put; norms are cut below it
+_APART = float(1 << 20)  # how far apart the documents of a row are put; longer norms are no bound
 
 
 def mild_rows(call: PatternCall, first: int | None) -> Bool[Tensor, "B H L 1"] | None:
     """Rows of all heads whose scores cannot exceed `MILD`, whatever they see; None: none is known to be such.
 
-    On a CPU alone: elsewhere the host would wait for the answers.
+    Of rows that are no query nothing is said. On a CPU alone: elsewhere the host would wait for the answers.
 
     Args:
-        first: the column of the first query; None: queries do not stand in consecutive columns.
+        first: the column of the first query, where queries stand in consecutive columns; None: not known. Positions
+            rise over the valid columns of a document (`Tokens`), so that a causal query sees none beyond its column.
     """
     if first is None or call.has_position_bias or not call.q.is_cpu or not call.q.numel():
         return None
+    if not (call.pattern.unweighted or call.pattern.counts_keys):
+        return None  # its bias may be of any size
     longest = _longest_seen(call)[:, :, first : first + call.q.shape[2]]
     longest = longest.repeat_interleave(call.q.shape[1] // longest.shape[1], 1)
     return (_norms(call.q) * longest * call.scale <= MILD)[..., None]  # false for NaN
 
 
 def _longest_seen(call: PatternCall) -> Float[Tensor, "B K S"]:
-    """For the token of each column, a bound of the norms of all keys that it may see."""
+    """For the query of each column, a bound of the norms of all keys that it may see."""
     keys = call.keys
     found = _norms(call.k)
     if not call.all_valid:
@@ -52,7 +55,7 @@ def _longest_seen(call: PatternCall) -> Float[Tensor, "B K S"]:
     longest = (found + floor).cummax(-1).values - floor
     if not call.pattern.causal:
         longest = torch.maximum(longest, (found - floor).flip(-1).cummax(-1).values.flip(-1) + floor)
-    return longest
+    return longest.masked_fill_(longest >= _APART / 2, torch.inf)  # that long, or longer
 
 
 def _norms(x: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:

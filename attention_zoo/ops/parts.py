@@ -49,6 +49,12 @@ def blocks_in(
     return links + first.repeat_interleave(heads // K, 1)[:, :, None, None]
 
 
+def packed(x: Float[Tensor, "B K S D"]) -> Float[Tensor, "B K S D"]:
+    """The same, so that columns are one run of memory: `contiguous` says nothing of the stride of a width of 1."""
+    x = x.contiguous()
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
 def some_rows(x: Tensor, batch: slice | None) -> Tensor:
     return x if batch is None else x[batch]
 

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from attention_zoo.contract import Tokens
+from attention_zoo.contract import Tokens, check_scale
 from attention_zoo.ops.columns import Columns
 
 
@@ -29,6 +29,8 @@ class Pattern(Protocol):
     def strides(self) -> Sequence[int]: ...
     @property
     def unweighted(self) -> bool: ...
+    @property
+    def counts_keys(self) -> bool: ...
     def bias(self, queries: Tokens, keys: Tokens) -> Tensor: ...
     def scores_bias(self, queries: Tokens, keys: Tokens) -> Tensor: ...
     def position_bias(self, queries: Tokens, keys: Tokens) -> Tensor | None: ...
@@ -51,6 +53,17 @@ class PatternCall:
     global_qkv: tuple[Tensor, Tensor, Tensor] | None = None  # a second projection, for global queries (Longformer)
     columns: Columns | None = None  # where k, v and keys are held, if in a state
     globals: Tensor | None = None  # [B, g], columns of the global keys, if they are listed; -1 fills
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+        if self.scale > 0:
+            return
+        # the sign goes into the queries: what hides keys before it scales, or bounds scores, may rely on scale > 0
+        sign, self.scale = (-1, -self.scale) if self.scale else (0, 1.0)
+        self.q = self.q * sign
+        if self.global_qkv is not None:
+            q, k, v = self.global_qkv
+            self.global_qkv = q * sign, k, v
 
     # --- the definition, in pieces ---------------------------------------------------------------------------------
     def seen(self, queries: Tokens, keys: Tokens) -> Tensor:
@@ -89,28 +102,42 @@ class PatternCall:
         return bool(self.keys.valid.all())
 
     @cached_property
+    def asked(self) -> Tensor | None:
+        """Bool [B, 1, L, 1], which rows are queries; None: all. The others are padding: whatever runs them yields zeros
+        there, since backward multiplies what a row holds by its gradient, and 0 · NaN is NaN."""
+        if (self.all_valid and self.own_keys) or bool(self.queries.valid.all()):
+            return None
+        return self.queries.valid[:, None, :, None]
+
+    def blank(self, out: Tensor, seen: Tensor | None = None) -> Tensor:
+        """The output with zeros where no query is, nor, if given, any of the `seen` keys, bool [#B, 1, #L, S]."""
+        rows = self.asked if seen is None else seen.any(-1, keepdim=True) & self.queries.valid[:, None, :, None]
+        if rows is None:
+            return out
+        # in the order of memory: the copy that this makes is the one that the next projection reads
+        return out.transpose(1, 2).masked_fill(~rows.transpose(1, 2), 0).transpose(1, 2)
+
+    @cached_property
     def one_document(self) -> bool:
         """Whether no row holds two documents."""
         document = self.keys.document
         if not document.numel():
             return True
-        known = torch.where(self.keys.valid, document, document.amax(1, keepdim=True))
+        known = document
+        if not self.all_valid:
+            known = torch.where(self.keys.valid, document, document.amax(1, keepdim=True))
         same = bool((known == known[:, :1]).all())
         return same and (self.own_keys or bool((self.queries.document == known[:, -1:]).all()))
 
     @cached_property
     def own_keys(self) -> bool:
         """Whether queries are the last rows of the keys, token for token."""
-        L, S = self.q.shape[2], self.k.shape[2]
+        L, S = self.queries.valid.shape[1], self.keys.valid.shape[1]
         if L > S:
             return False
         tail = self.keys.cut(slice(S - L, S))
         names = ("position", "valid", "document")
-        return all(
-            getattr(tail, name) is getattr(self.queries, name)
-            or torch.equal(getattr(tail, name), getattr(self.queries, name))
-            for name in names
-        )
+        return all(_equal(getattr(tail, name), getattr(self.queries, name)) for name in names)
 
     @cached_property
     def rows_alike(self) -> bool:
@@ -126,6 +153,8 @@ class PatternCall:
         """Whether column distance is position distance within each document: no holes, no forgotten keys."""
         if not self.own_keys:
             return False
+        if self.all_valid and self.starts_at_zero:
+            return True
         tokens = self.keys
         column = torch.arange(tokens.valid.shape[1], device=tokens.valid.device).expand_as(tokens.valid)
         last = torch.where(tokens.valid, column, -1).cummax(1).values
@@ -139,7 +168,15 @@ class PatternCall:
     def starts_at_zero(self) -> bool:
         """Whether position equals column at every valid token of an aligned call: only right padding, one document."""
         valid = self.keys.valid
-        if not self.own_keys or not self.one_document or bool((valid[:, 1:] & ~valid[:, :-1]).any()):
+        if not self.own_keys or not self.one_document:
             return False
-        column = torch.arange(self.k.shape[2], device=self.k.device)
-        return not bool(((self.keys.position != column) & valid).any())
+        if not self.all_valid and bool((valid[:, 1:] & ~valid[:, :-1]).any()):
+            return False
+        elsewhere = self.keys.position != torch.arange(self.k.shape[2], device=self.k.device)
+        return not bool((elsewhere if self.all_valid else elsewhere & valid).any())
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same; those in the same memory are not looked at."""
+    same = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    return same or torch.equal(a, b)

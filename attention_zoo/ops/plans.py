@@ -21,11 +21,12 @@ FUSED_ROWS = 1024
 ALL = slice(None)
 
 
-def run_local(call: PatternCall, local: list[Tile], first: int | None = None) -> Tensor:
+def run_local(call: PatternCall, local: list[Tile], asked: Tensor | None, first: int | None = None) -> Tensor:
     """Run the local tiles of a pattern, with global keys merged in, and global rows in place of what it gave them.
 
     Args:
-        first: the column of the first query, where queries stand in consecutive columns; None: not known.
+        asked: which rows are queries, as `PatternCall.asked`.
+        first: see `mild_rows`.
     """
     if first is None and call.own_keys:
         first = call.k.shape[2] - call.q.shape[2]
@@ -41,7 +42,7 @@ def run_local(call: PatternCall, local: list[Tile], first: int | None = None) ->
         tiles = _everyone_tiles(call, queries)
         decided = [Tile(Rows(columns[:, _span(tile)], queries.valid[:, _span(tile)]), tile.parts) for tile in tiles]
         local = [*local, *decided]
-    out = run_tiles(call.q, call.k, call.v, local, scale=call.scale, learned=call.learned, mild=mild)
+    out = run_tiles(call.q, call.k, call.v, local, scale=call.scale, learned=call.learned, mild=mild, asked=asked)
     return with_global_rows(call, out) if call.global_qkv is not None else out
 
 
@@ -249,7 +250,9 @@ def with_global_rows(call: PatternCall, out: Tensor) -> Tensor:
     if q.is_cuda and not call.has_position_bias:
         rows = fused_rows(call, q, k, v, queries)
     else:
-        rows = run_tiles(q, k, v, _everyone_tiles(call, queries), scale=call.scale, learned=call.learned)
+        asked = queries.valid[:, None, :, None]
+        tiles = _everyone_tiles(call, queries)
+        rows = run_tiles(q, k, v, tiles, scale=call.scale, learned=call.learned, asked=asked)
     return put_global_rows(out, call.queries, (columns, rows, queries))
 
 

@@ -33,9 +33,9 @@ def _refuse(call: PatternCall) -> str | None:
 
 def _run(call: PatternCall) -> Tensor:
     bias = call.pattern.full_bias(call.queries, call.keys)
-    # padding sees nothing; whatever it yields must be finite
-    bias = bias.masked_fill(~call.queries.valid[:, None, :, None], 0)
-    return _attend(call.q, call.k, call.v, bias, call.scale)
+    # padding sees nothing, but what the kernel makes of it must be finite
+    padding = ~call.queries.valid[:, None, :, None]
+    return _attend(call.q, call.k, call.v, bias.masked_fill(padding, 0), call.scale).masked_fill_(padding, 0)
 
 
 ROW = Kernel("row", _run, _refuse, "one query: every key held, in one fused call; no gradients")
@@ -45,7 +45,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
     """Query heads that share a key head become rows of one query."""
     B, H, _, D = q.shape
     groups = H // k.shape[1]
-    q = q.view(B, k.shape[1], groups, D)
+    q = q.reshape(B, k.shape[1], groups, D)
     if bias is not None:
         if groups > 1:
             bias = bias.expand(-1, H, -1, -1).reshape(len(bias), k.shape[1], groups, -1)
@@ -90,9 +90,10 @@ def _run_linked(call: PatternCall) -> Tensor:
     column = torch.cat([column, listed.clamp(min=0)], -1)
     extra = _position_bias(call, column, here - last)
     bias = bias if extra is None else bias + extra
-    bias = bias.masked_fill(~call.queries.valid[..., None], 0)
+    padding = ~call.queries.valid[..., None]
+    bias = bias.masked_fill(padding, 0)
     k, v = (_gather(buffer, column) for buffer in held.buffers)
-    return _attend(call.q, k, v, bias[:, :, None], call.scale)
+    return _attend(call.q, k, v, bias[:, :, None], call.scale).masked_fill_(padding[..., None], 0)
 
 
 _known: WeakKeyDictionary[Any, tuple[Tensor, Tensor, Tensor]] = WeakKeyDictionary()

@@ -61,15 +61,17 @@ def run_tiles(
     scale: float,
     learned: Sequence[Tensor] = (),
     mild: Bool[Tensor, "B H L 1"] | None = None,
+    asked: Bool[Tensor, "B 1 L 1"] | None = None,
 ) -> Float[Tensor, "B H L D"]:
     """Attention along the tiles.
 
     Args:
         learned: tensors that the biases depend on and that want a gradient.
         mild: rows whose scores are known to be small (ops/mild.py); None: none is.
+        asked: rows that are queries; the others yield zeros, and take part in no gradient. None: all.
     """
     tiles = sorted(tiles, key=lambda tile: isinstance(tile.rows, Rows))
-    return _Tiles.apply(q, k, v, tiles, scale, mild, *learned)
+    return _Tiles.apply(q, k, v, tiles, scale, mild, asked, *learned)
 
 
 class _Tiles(torch.autograd.Function):
@@ -83,6 +85,7 @@ class _Tiles(torch.autograd.Function):
         tiles: Sequence[Tile],
         scale: float,
         mild: Tensor | None,
+        asked: Tensor | None,
         *learned: Tensor,
     ) -> Tensor:
         B, H, L, D = q.shape
@@ -113,6 +116,11 @@ class _Tiles(torch.autograd.Function):
                 deciding.append(found_lse.masked_fill(~valid | (found_lse == -torch.inf), torch.inf))
                 found_lse = torch.full_like(found_lse, torch.inf)
             step.put(lse, found_lse)
+        if asked is not None:
+            # nobody bounded their scores: what came of them may be infinite, and backward multiplies by it
+            hidden = ~asked
+            out.masked_fill_(hidden, 0)
+            lse.masked_fill_(hidden, torch.inf)
         # rows that see nothing, or that another tile decides: +inf makes their weights zero
         lse.masked_fill_(lse == -torch.inf, torch.inf)
         ctx.save_for_backward(q, k, v, out, lse, *deciding, *learned)
@@ -162,7 +170,7 @@ class _Tiles(torch.autograd.Function):
             if not in_place:
                 step.put(dq, dquery)
         shared.add(dk, dv)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, *dlearned
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, *dlearned
 
 
 def _down(grad: Tensor, out: Tensor, like: Float[Tensor, "B H L 1"]) -> Float[Tensor, "B H L 1"]:

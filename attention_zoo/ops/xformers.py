@@ -49,7 +49,7 @@ def documents_mask(call: PatternCall) -> tuple[Any, Tensor]:
 def _run(call: PatternCall) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))  # [B, L, H, D]
     if call.starts_at_zero:
-        return _attend(q, k, v, local_mask(call), call.scale).transpose(1, 2)
+        return call.blank(_attend(q, k, v, local_mask(call), call.scale).transpose(1, 2))
     mask, index = documents_mask(call)
     rows, keys, values = (x.flatten(0, 1)[index][None] for x in (q, k, v))
     packed = _attend(rows, keys, values, mask, call.scale)

@@ -3,8 +3,8 @@
 STYLE = """
 :root{color-scheme:light dark;--ink:#20242a;--muted:#5f6772;--line:#e2e5e9;--paper:#fefefe;--soft:#f4f6f8;
 --warn:#8a5200;--warnbg:#fff6e6;--warnline:#f0d9ae;--link:#1d5fc4}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e8eb;--muted:#98a1ad;--line:#2b3038;--paper:#171a1f;--soft:#1f242b;
---warn:#f2c078;--warnbg:#2a2317;--warnline:#4d3f22;--link:#8ab8ff}}
+@media screen and (prefers-color-scheme:dark){:root{--ink:#e6e8eb;--muted:#98a1ad;--line:#2b3038;--paper:#171a1f;
+--soft:#1f242b;--warn:#f2c078;--warnbg:#2a2317;--warnline:#4d3f22;--link:#8ab8ff}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;scroll-behavior:smooth}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,'Segoe UI',Roboto,
@@ -62,12 +62,26 @@ background:var(--soft);padding:.08em .3em;border-radius:4px}
 footer{margin-top:3.5rem;color:var(--muted);font-size:.8125rem;border-top:1px solid var(--line);padding-top:1rem}
 @media (max-width:760px){main{padding:20px 16px 48px}h1{font-size:1.5rem}.charts{grid-template-columns:minmax(0,1fr)}
 .plot{height:330px}.pictures{grid-template-columns:repeat(2,minmax(0,1fr));gap:20px 14px}
-dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}th,td{padding:.38rem .55rem}}
-@media print{nav,details{display:none}.charts{display:block}figure{break-inside:avoid;margin-bottom:24px}}
+dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}th,td{padding:.38rem .55rem}
+tbody th{max-width:46vw;white-space:normal;overflow-wrap:anywhere}}
+@page{size:A4 landscape;margin:11mm}
+@media print{html{font-size:11.5px}body{font-size:1rem}main{max-width:none;padding:0}nav,details{display:none}
+h2{margin-top:1.6rem}h2,h3,figcaption{break-after:avoid}tr,dt,dd,.warn{break-inside:avoid}
+.scroll{overflow:visible}table{width:100%;white-space:normal;font-size:.8rem}thead{display:table-header-group}
+thead th{font-size:.76rem}th,td{padding:.25rem .35rem}th{overflow-wrap:anywhere}tbody th{position:static}
+.text td{min-width:0;max-width:none;overflow-wrap:anywhere}
+.charts,.pictures{display:block}dl{grid-template-columns:max-content 1fr;gap:.1rem 1rem}dd{margin:0}
+figure{display:inline-block;vertical-align:top;width:48%;margin:0 1% 1.2rem 0;break-inside:avoid}
+.pictures figure,.square{display:inline-block;width:31%}
+.legend button,.legend span{padding:1px 5px}
+.plot,.square .plot{height:auto;aspect-ratio:auto}
+.plot .svg-container{width:100%!important;height:auto!important;aspect-ratio:var(--ratio,1.6)}
+.plot .main-svg{width:100%!important;height:100%!important}}
 """
 
 # Figures are written in the light theme's colours; DARK maps each to its partner. A legend button shows and hides the
-# traces of its group. A chart is marked drawn once plotly has finished, so that tests can count.
+# traces of its group. A chart is marked drawn once plotly has finished, so that tests can count. It scales with its
+# box, since paper is narrower than the screen that it was drawn for; and paper is light, whatever the screen.
 SCRIPT = """
 (function () {
   const read = id => JSON.parse(document.getElementById(id).textContent);
@@ -75,9 +89,16 @@ SCRIPT = """
   const theme = matchMedia('(prefers-color-scheme: dark)');
   const coarse = matchMedia('(pointer: coarse)').matches;
   const hidden = {};
+  let paper = false;
+  const isDark = () => theme.matches && !paper;
   function paint(text) {
-    if (!theme.matches) return text;
+    if (!isDark()) return text;
     return text.replace(/#[0-9a-f]{6}/g, color => dark[color] || color);
+  }
+  function scale(plot) {
+    const {width, height} = plot._fullLayout;
+    plot.style.setProperty('--ratio', `${width} / ${height}`);
+    for (const svg of plot.querySelectorAll('.main-svg')) svg.setAttribute('viewBox', `0 0 ${width} ${height}`);
   }
   function draw(plot) {
     const key = plot.dataset.figure;
@@ -86,7 +107,11 @@ SCRIPT = """
     for (const trace of spec.data)
       if ((hidden[key] || new Set()).has(trace.legendgroup)) trace.visible = false;
     return Plotly.react(plot, spec.data, spec.layout, {responsive: true, displayModeBar: false})
-      .then(() => { plot.dataset.drawn = 'yes'; });
+      .then(() => {
+        if (!plot.dataset.drawn) plot.on('plotly_afterplot', () => scale(plot));
+        scale(plot);
+        plot.dataset.drawn = 'yes';
+      });
   }
   const plots = Array.from(document.querySelectorAll('.plot'));
   const all = () => Promise.all(plots.map(draw)).then(() => { document.body.dataset.drawn = plots.length; });
@@ -103,10 +128,13 @@ SCRIPT = """
   function swatches() {
     for (const svg of document.querySelectorAll('.legend svg')) {
       const color = svg.dataset.color;
-      svg.style.color = theme.matches ? dark[color] || color : color;
+      svg.style.color = isDark() ? dark[color] || color : color;
     }
   }
-  theme.addEventListener('change', () => { swatches(); all(); });
+  const repaint = () => { swatches(); all(); };
+  theme.addEventListener('change', repaint);
+  for (const [name, value] of [['beforeprint', true], ['afterprint', false]])
+    window.addEventListener(name, () => { paper = value; if (theme.matches) repaint(); });
   swatches();
   all();
 })();

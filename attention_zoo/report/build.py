@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from attention_zoo.files import write_atomic
 from attention_zoo.measure.identity import source_digest
-from attention_zoo.report import charts, page, rivals, units
+from attention_zoo.report import charts, learning, page, rivals, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.charts import Chart, Table
 from attention_zoo.report.costs import MEMORY, TIME, Series, Setting
-from attention_zoo.report.palette import Style, styles
-from attention_zoo.report.quality import METRIC_WORDS, Task, spoken, value_words
-from attention_zoo.report.rows import Row
-from attention_zoo.report.summary import Findings, headline, summary
+from attention_zoo.report.palette import Style, pick, styles
+from attention_zoo.report.quality import Task, metric_words, spoken, value_words
+from attention_zoo.report.rows import BASELINES, LeftOut, Row, Rows
+from attention_zoo.report.summary import Findings, headline, labels, summary
 
 TITLE = "Which attention, at what cost?"
 
@@ -24,7 +25,8 @@ def build_report(rows: Iterable[Row], path: str | Path, *, title: str = TITLE) -
     """Draw the report.
 
     Args:
-        rows: result rows of every kind (speed, peer, budget, quality, portrait), from `report.rows.read` or fresh.
+        rows: result rows of every kind (speed, peer, budget, quality, portrait), from `report.read` or fresh. One that
+            is not what a row must be is named on the page, and the others are drawn.
         path: of the HTML file; parent folders are made, an older file is replaced whole.
         title: on top of the page.
 
@@ -32,18 +34,30 @@ def build_report(rows: Iterable[Row], path: str | Path, *, title: str = TITLE) -
         the path.
 
     Raises:
-        ValueError: for no rows at all.
+        ValueError: for no rows at all that can be drawn.
+        OSError: naming the path, where it cannot be written.
     """
-    rows = results.unique(rows)
+    body, drawn = draw(rows, title)
+    return write_atomic(path, page.page(results.clean(title), body, drawn))
+
+
+def draw(rows: Iterable[Row], title: str = TITLE) -> tuple[str, list[Chart]]:
+    """What stands on the page, and its charts; see `build_report`."""
+    rows = results.sift(rows)
     if not rows:
-        raise ValueError("rows must hold at least one result, got none")
+        first = f": {rows.left_out[0]}" if rows.left_out else ""
+        raise ValueError(f"rows must hold at least one result, got none{first}")
     found = Findings.of(rows)
-    look = styles(row["backend"] for row in rows)
+    names = labels(rows)
+    look = _look(rows, names)
     drawn: list[Chart] = []
 
     def show(*many: Chart | None) -> str:
-        kept = [each for each in many if each is not None]
-        drawn.extend(kept)
+        kept = []
+        for each in filter(None, many):
+            taken = sum(other.key == each.key or other.key.startswith(f"{each.key}~") for other in drawn)
+            kept.append(replace(each, key=f"{each.key}~{taken}") if taken else each)
+            drawn.append(kept[-1])
         return page.charts(kept)
 
     cost = charts.all_costs(rows, look)
@@ -54,27 +68,52 @@ def build_report(rows: Iterable[Row], path: str | Path, *, title: str = TITLE) -
         ("budget", "The longest length within a memory", _budget(rows)),
         ("pareto", "Quality against cost", _pareto(found, look, show)),
         ("learning", "What they learnt", _learning(found.tasks, look, show)),
-        ("patterns", "What each token sees", _pictures(rows, look, show)),
-        ("abilities", "Abilities", _abilities(rows)),
+        ("patterns", "What each token sees", _pictures(rows, names, look, show)),
+        ("abilities", "Abilities", _abilities(rows, names)),
         ("method", "How this was measured", _method(rows)),
-        ("missing", "What is missing or old", _missing(rows)),
+        ("missing", "What is missing or old", _missing(rows, names)),
+        ("left-out", "Rows left out", _left_out(rows.left_out)),
     ]
     sections = [each for each in sections if each[2]]
     links = "".join(f'<a href="#{key}">{heading}</a>' for key, heading, _ in sections)
     body = (
-        f"<h1>{page.escape(title)}</h1>"
+        f"<h1>{page.escape(results.clean(title))}</h1>"
         + page.bullets(headline(found), "lead")
         + _warnings(rows, found)
         + f"<nav>{links}</nav>"
         + "".join(page.section(key, heading, content) for key, heading, content in sections)
         + "<footer>Drawn by attention_zoo from result rows alone; every figure can be read in results.jsonl.</footer>"
     )
-    return write_atomic(path, page.page(title, body, drawn))
+    return body, drawn
 
 
-def _warnings(rows: list[Row], found: Findings) -> str:
+def _look(rows: list[Row], names: dict[int, str]) -> dict[str, Style]:
+    """A style for the name of every line that is drawn; the baselines have theirs."""
+    lines = [name for name in names.values() if name not in BASELINES.values()]
+    peers = {(row["backend"], rivals.named(row)) for row in results.of(rows, "peer")}
+    several = [backend for backend, _ in peers]
+    lines += [name if several.count(backend) > 1 else backend for backend, name in peers]
+    return styles([*lines, *(row["backend"] for row in results.of(rows, "budget"))])
+
+
+def _left_out(many: list[LeftOut]) -> str:
+    if not many:
+        return ""
+    note = "These were to be read and are not what a result row must be. Everything else is drawn."
+    return page.paragraph(note, "note") + page.table(
+        Table(["where", "what is wrong"], [list(one) for one in many]), "text"
+    )
+
+
+def _warnings(rows: Rows, found: Findings) -> str:
     """What a reader must know before reading a figure."""
     said = []
+    if rows.left_out:
+        said.append(
+            f"{len(rows.left_out)} rows or files could not be drawn and are left out; they are named at the end."
+        )
+    if rows.replaced:
+        said.append(f"{rows.replaced} results of older code are not drawn: the same was measured again.")
     for task in found.tasks:
         said += [f"{task.title}: {obstacle}." for obstacle in task.obstacles()]
         parity = task.parity()
@@ -107,7 +146,11 @@ def _summary(found: Findings) -> str:
         "The exponent is fitted to the three longest lengths measured: 1 is linear, 2 quadratic."
     )
     setting = f"Costs: {found.setting.words()}." if found.setting else ""
-    return page.summary_table(summary(found)) + page.paragraph(f"{setting} {note}", "note")
+    table = summary(found)
+    sets = {task.main: None for task in found.tasks if task.main}
+    judged = "What was learnt is told by " + ", ".join(f"{task.judged} ({task.title})" for task in found.tasks) + "."
+    note = " ".join([note, *([judged] if sets else []), *(f"{mark}." for mark in table.notes)])
+    return page.summary_table(table) + page.paragraph(f"{setting} {note}", "note")
 
 
 def _costs(cost: list[tuple[Setting, list[Series], list[Chart]]], show: Any) -> str:
@@ -147,10 +190,10 @@ def _pareto(found: Findings, look: dict[str, Style], show: Any) -> str:
     if found.length is None or not found.tasks:
         return ""
     task = found.tasks[0]
-    two = [charts.pareto(task, found.series, found.length, look, key) for key in (MEMORY, TIME)]
+    two = [learning.pareto(task, found.series, found.length, look, key) for key in (MEMORY, TIME)]
     note = (
-        "Quality is that of the models trained here; cost is that of one layer at the longest length that all "
-        "finished. Full attention stands twice: its two kernels compute the same and differ in cost alone."
+        f"Quality is that of the models trained here ({task.judged}); cost is that of one layer at the longest length "
+        "that all finished. Full attention stands twice: its two kernels compute the same and differ in cost alone."
     )
     drawn = show(*two)
     return page.paragraph(note, "note") + drawn if drawn else ""
@@ -166,19 +209,20 @@ def _learning(tasks: list[Task], look: dict[str, Style], show: Any) -> str:
         parts.append(page.warning("", [f"{o[0].upper()}{o[1:]}." for o in task.obstacles()]))
         parts.append(page.table(_runs(task)))
         accuracy = task.metric == "accuracy"
+        main = task.main or "the main evaluation set"
         parts.append(
             show(
-                charts.accuracy(task, look),
-                charts.trajectory(
+                learning.accuracy(task, look),
+                learning.trajectory(
                     task, look, "loss_by_position", x="tokens read before", title="Loss by position",
-                    note=f"{task.title}: loss on held-out text by how much of it came before. A mechanism that carries "
+                    note=f"{task.title}: loss on {main} by how much of the text came before. A mechanism that carries "
                     "state reads on over segments; the others start each segment afresh.",
                 ),
-                charts.trajectory(
+                learning.trajectory(
                     task, look, "quality_curve", x="step", title="Accuracy while training", metric=True,
-                    note=f"{task.title}: on the main evaluation set.",
+                    note=f"{task.title}: on {main}.",
                 ) if accuracy else None,
-                charts.trajectory(
+                learning.trajectory(
                     task, look, "curve", x="step", title="Learning curve",
                     note=f"{task.title}: training loss, each point the mean since the point before.",
                 ),
@@ -188,26 +232,30 @@ def _learning(tasks: list[Task], look: dict[str, Style], show: Any) -> str:
 
 
 def _runs(task: Task) -> Table:
-    """What each run took and reached."""
-    sets = [f"{METRIC_WORDS[task.metric]}: {spoken(name)}" for name in task.sets]
+    """What each group of runs took and reached: where they differ, from the least to the most."""
+    sets = [f"{metric_words(task.metric)}: {spoken(name)}" for name in task.sets]
     headers = ["", "seeds", "steps", "tokens seen", "training", "one step", "parameters", "carries state", *sets]
     cells = []
     for each in task.learnt:
         if not each.rows:
             cells.append([each.label, *[units.NONE] * (len(headers) - 2), each.words()])
             continue
-        row = each.rows[0]
-        seen = row["steps"] * row["batch"] * row["seq_len"] if row.get("batch") else None
+        seeds = str(each.seeds) + (f", {len(each.failed)} without figure" if each.failed else "")
         scores = [value_words(each.on(name), task.metric) for name in task.sets]
         cells.append(
-            [each.label, str(each.seeds), units.count(row.get("steps")), units.count(seen),
-             units.seconds(row.get("train_seconds")), units.seconds(row.get("step_seconds")),
-             units.millions(row.get("parameters")), "yes" if row.get("carries_state") else "no", *scores]
+            [each.label, seeds, each.span("steps", units.count), each.span(_seen, units.count),
+             each.span("train_seconds", units.seconds), each.span("step_seconds", units.seconds),
+             each.span("parameters", units.millions), each.span("carries_state", lambda yes: "yes" if yes else "no"),
+             *scores]
         )  # fmt: skip
     return Table(headers, cells)
 
 
-def _pictures(rows: list[Row], look: dict[str, Style], show: Any) -> str:
+def _seen(row: Row) -> int | None:
+    return row["steps"] * row["batch"] * row["seq_len"] if row.get("batch") else None
+
+
+def _pictures(rows: list[Row], names: dict[int, str], look: dict[str, Style], show: Any) -> str:
     portraits = [row for row in results.of(rows, "portrait") if results.ok(row)]
     if not portraits:
         return ""
@@ -215,15 +263,17 @@ def _pictures(rows: list[Row], look: dict[str, Style], show: Any) -> str:
         "Found by asking each layer: one input token is changed, and every output that moves has seen it. One head, "
         "causal, at small options so that borders show. What is read without gradient (detached memory) is grey."
     )
-    return page.paragraph(note, "note") + show(*(charts.picture(row, look[row["backend"]]) for row in portraits))
+    return page.paragraph(note, "note") + show(
+        *(charts.picture(row, pick(look, names[id(row)], row["backend"]), names[id(row)]) for row in portraits)
+    )
 
 
-def _abilities(rows: list[Row]) -> str:
+def _abilities(rows: list[Row], names: dict[int, str]) -> str:
     portraits = [row for row in results.of(rows, "portrait") if results.ok(row)]
     if not portraits:
         return ""
     keys = list(dict.fromkeys(key for row in portraits for key in row["abilities"]))
-    cells = [[row["backend"], *(_ability(row["abilities"].get(key)) for key in keys)] for row in portraits]
+    cells = [[names[id(row)], *(_ability(row["abilities"].get(key)) for key in keys)] for row in portraits]
     note = "As each mechanism declares them in code; the contract suite proves them."
     return page.table(Table(["", *(key.replace("_", " ") for key in keys)], cells), "text") + page.paragraph(
         note, "note"
@@ -253,8 +303,9 @@ def _method(rows: list[Row]) -> str:
         )
     if results.of(rows, "quality"):
         said.append(
-            "Quality: same skeleton, same data, same optimizer and same budget for all; every run in a fresh process. "
-            "Bits per byte are those of held-out text; chance is 8."
+            "Quality: same skeleton, same data, same optimizer and same budget for all, but where a name says in what "
+            "runs differ; every run in a fresh process. Bits per byte: chance is 8. The validation set is text of the "
+            "same source that was not trained on; the held-out set, where there is one, is text of another source."
         )
     return page.bullets(said) + "<h3>Environment</h3>" + _environment(rows)
 
@@ -284,16 +335,18 @@ def _environment(rows: list[Row]) -> str:
 def _environment_words(key: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {_environment_words(k, v)}" for k, v in value.items())
-    if key.endswith("_bytes") and value is not None:
+    if key.endswith("_bytes") and isinstance(value, int | float) and not isinstance(value, bool):
         return units.size(value)
     return "none" if value is None else str(value)
 
 
-def _missing(rows: list[Row]) -> str:
-    lost = [[results.what(row), results.status(row), row.get("error") or units.NONE]
-            for row in rows if not results.ok(row)]  # fmt: skip
+def _missing(rows: list[Row], names: dict[int, str]) -> str:
+    def what(row: Row) -> str:
+        return results.what(row, names.get(id(row)))
+
+    lost = [[what(row), results.status(row), row.get("error") or units.NONE] for row in rows if not results.ok(row)]
     old = [
-        [results.what(row), "stale", f"made by code {row['environment']['source']}, drawn by {source_digest()}"]
+        [what(row), "stale", f"made by code {row['environment']['source']}, drawn by {source_digest()}"]
         for row in results.stale(rows, source_digest())
     ]
     if not lost and not old:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
@@ -16,15 +17,12 @@ import plotly.graph_objects as go
 from attention_zoo.report import costs, patterns, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.costs import MEMORY, RATE, STATE, TIME, Series, Setting
-from attention_zoo.report.palette import BASELINE, BLANK, GRID, INK, MUTED, PAPER, Style
-from attention_zoo.report.quality import LEARNT, METRIC_WORDS, Learnt, Task, spoken
+from attention_zoo.report.palette import BASELINE, BLANK, GRID, INK, MUTED, PAPER, Style, pick
 from attention_zoo.report.rows import Row
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 FAILED = "did not finish"
-SHARE_AXIS = {
-    "range": [-0.03, 1.05], "tickvals": [0, 0.25, 0.5, 0.75, 1], "ticktext": ["0 %", "25 %", "50 %", "75 %", "100 %"]
-}  # fmt: skip
+OTHERWISE = "by resident set"
 
 
 @dataclass
@@ -33,6 +31,11 @@ class Table:
 
     headers: list[str]
     cells: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+    """What its marks mean."""
+
+    def marked(self, notes: Iterable[str]) -> Table:
+        return Table(self.headers, self.cells, [*self.notes, *notes])
 
 
 @dataclass
@@ -57,7 +60,14 @@ class Chart:
 
 
 def style_of(series: Series, styles: dict[str, Style]) -> Style:
-    return BASELINE[series.kernel] if series.baseline else styles[series.backend]
+    if series.baseline and series.label not in styles:
+        return BASELINE[series.kernel]
+    return pick(styles, series.label, series.backend)
+
+
+def hover(*lines: str) -> str:
+    """Text beside a point: plotly reads tags in it, so what rows say is escaped."""
+    return "<br>".join(escape(line, quote=False) for line in lines if line)
 
 
 def blank_figure(x: str, y: str, **layout: Any) -> go.Figure:
@@ -80,8 +90,8 @@ def blank_figure(x: str, y: str, **layout: Any) -> go.Figure:
         yaxis=axis,
         **layout,
     )
-    figure.update_xaxes(title_text=x)
-    figure.update_yaxes(title_text=y)
+    figure.update_xaxes(title_text=escape(x, quote=False))
+    figure.update_yaxes(title_text=escape(y, quote=False))
     return figure
 
 
@@ -106,7 +116,7 @@ def log_axis(
     return low - room, high + room
 
 
-def _line(style: Style, width: float = 2) -> dict[str, Any]:
+def line_of(style: Style, width: float = 2) -> dict[str, Any]:
     return {"color": style.color, "width": width, "dash": style.dash}
 
 
@@ -116,13 +126,16 @@ def marker_of(style: Style, size: int = 9) -> dict[str, Any]:
 
 def cost(setting: Setting, many: list[Series], styles: dict[str, Style], key: str, *, name: str) -> Chart | None:
     """One cost against length, both axes logarithmic. Cells that did not finish are crosses at the top."""
-    title, unit, words = {
-        TIME: ("Time against length", "seconds of one call (median)", units.seconds),
-        MEMORY: ("Memory against length", "peak bytes of tensors", units.size),
-        RATE: ("Speed against context", "tokens a second (median)", units.millions),
-        STATE: ("State against context", "bytes carried to the next call", units.size),
+    title, unit = {
+        TIME: ("Time against length", "seconds of one call (median)"),
+        MEMORY: ("Memory against length", "peak bytes of tensors"),
+        RATE: ("Speed against context", "tokens a second (median)"),
+        STATE: ("State against context", "bytes carried to the next call"),
     }[key]
+    words = costs.WORDS[key]
+    other = [series for series in many if key == MEMORY and _resident(series)]
     values = [value for series in many for value in series.values(key).values()]
+    values += [value for series in other for value in _resident(series).values()]
     lengths = sorted({length for series in many for length in series.rows})
     if not values:
         return None
@@ -140,13 +153,22 @@ def cost(setting: Setting, many: list[Series], styles: dict[str, Style], key: st
     for series in many:
         style = style_of(series, styles)
         found = series.values(key)
-        hover = [f"{series.label}<br>{length:,} tokens: {words(value)}{_spread(series.rows[length], key)}"
-                 for length, value in found.items()]  # fmt: skip
+        mark = marker_of(style)
+        common = {"name": series.label, "legendgroup": series.label, "hoverinfo": "text"}
         if found:
             figure.add_scatter(
-                x=list(found), y=list(found.values()), mode="lines+markers", name=series.label,
-                legendgroup=series.label, line=_line(style), marker=marker_of(style), hovertext=hover, hoverinfo="text",
-                error_y=_range(series, key, style),
+                x=list(found), y=list(found.values()), mode="lines+markers", line=line_of(style), marker=mark,
+                hovertext=[_said(series, length, words(value), _spread(series.rows[length], key))
+                           for length, value in found.items()],
+                error_y=_range(series, key, style), **common,
+            )  # fmt: skip
+        if series in other:
+            figure.add_scatter(
+                x=list(_resident(series)), y=list(_resident(series).values()), mode="lines+markers",
+                line=line_of(style, 1) | {"dash": "dot"},
+                marker=mark | {"symbol": f"{style.marker.removesuffix('-open')}-open-dot"},
+                hovertext=[_said(series, length, words(value), OTHERWISE)
+                           for length, value in _resident(series).items()], **common,
             )  # fmt: skip
         legend.append((series.label, style))
     for place, series in enumerate(failing):
@@ -155,25 +177,41 @@ def cost(setting: Setting, many: list[Series], styles: dict[str, Style], key: st
             x=list(lost), y=[10 ** (top - step * (place + 0.5))] * len(lost), mode="markers", name=series.label,
             legendgroup=series.label, hoverinfo="text", cliponaxis=False,
             marker={"symbol": "x-thin", "size": 10, "line": {"width": 2.5, "color": style_of(series, styles).color}},
-            hovertext=[f"{series.label}<br>{length:,} tokens: {results.why(row)}" for length, row in lost.items()],
+            hovertext=[_said(series, length, results.why(row)) for length, row in lost.items()],
         )  # fmt: skip
+    if other:
+        legend.append((OTHERWISE, Style(MUTED, "circle-open-dot", "dot")))
     if failing:
         legend.append((FAILED, Style(MUTED, "x-thin", "none")))
     note = f"{setting.words()[0].upper()}{setting.words()[1:]}. Both axes logarithmic."
+    if other:
+        note += (
+            f" Hollow with a dot: {OTHERWISE} of the process, since calls of that length are not observed tensor by "
+            "tensor; not to be compared with the rest."
+        )
     if failing:
         note += " A cross at the top: did not finish, or was predicted not to; its height means nothing."
-    return Chart(f"{name}-{key}", title, note, figure, _cost_table(many, lengths, key, words), legend)
+    return Chart(f"{name}-{key}", title, note, figure, _cost_table(many, lengths, key), legend)
+
+
+def _resident(series: Series) -> dict[int, float]:
+    return {length: value for length, (value, method) in series.memory().items() if method == costs.RESIDENT}
+
+
+def _said(series: Series, length: int, figure: str, more: str = "") -> str:
+    return hover(series.label, f"{length:,} tokens: {figure}", more)
 
 
 def _spread(row: Row, key: str) -> str:
-    if key != TIME or row.get("seconds_min") is None:
+    low, high = row.get("seconds_min"), row.get("seconds_max")
+    if key != TIME or low is None or high is None:
         return ""
-    return f"<br>{units.seconds(row['seconds_min'])} to {units.seconds(row['seconds_max'])}, {row['repeats']} repeats"
+    return f"{units.seconds(low)} to {units.seconds(high)}, {row.get('repeats') or '?'} repeats"
 
 
 def _range(series: Series, key: str, style: Style) -> dict[str, Any] | None:
     rows = [series.rows[length] for length in series.values(key)]
-    if key != TIME or any(row.get("seconds_min") is None for row in rows):
+    if key != TIME or any(row.get(end) is None for row in rows for end in ("seconds_min", "seconds_max")):
         return None
     return {
         "type": "data", "symmetric": False, "thickness": 1, "width": 3, "color": style.color,
@@ -182,146 +220,16 @@ def _range(series: Series, key: str, style: Style) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _cost_table(many: list[Series], lengths: list[int], key: str, words: Any) -> Table:
-    cells = []
-    for series in many:
-        found = series.values(key)
-        line = [series.label]
-        for length in lengths:
-            row = series.rows.get(length)
-            if row is None:
-                line.append("not planned")
-            else:
-                line.append(words(found[length]) if length in found else results.status(row))
-        cells.append(line)
-    return Table(["", *(f"{length:,} tokens" for length in lengths)], cells)
+def _cost_table(many: list[Series], lengths: list[int], key: str) -> Table:
+    cells = [
+        [series.label, *(series.said(key, length) if length in series.rows else "not planned" for length in lengths)]
+        for series in many
+    ]
+    table = Table(["", *(f"{length:,} tokens" for length in lengths)], cells)
+    return table if key != MEMORY else table.marked(costs.marks(many))
 
 
-def pareto(task: Task, many: list[Series], length: int, styles: dict[str, Style], key: str) -> Chart | None:
-    """Quality against cost at one length. A front is drawn only where ranking is allowed."""
-    words, axis, noun = {
-        TIME: (units.seconds, "seconds of one call", "time"),
-        MEMORY: (units.size, "peak bytes", "memory"),
-    }[key]
-    points: list[tuple[Learnt, Series, float]] = []
-    for learnt in task.learnt:
-        for series in many:
-            value = series.values(key).get(length)
-            if learnt.rows and series.backend == learnt.backend and value is not None:
-                points.append((learnt, series, value))
-    if not points:
-        return None
-    better = "lower" if task.lower_is_better else "higher"
-    figure = blank_figure(
-        f"{axis} at {length:,} tokens (lower is better)", f"{METRIC_WORDS[task.metric]} ({better} is better)"
-    )
-    log_axis(figure.update_xaxes, [value for *_, value in points], words, binary=key == MEMORY, pad=0.12)
-    legend, cells = [], []
-    for learnt, series, value in points:
-        style = style_of(series, styles)
-        label = series.label if learnt.label == learnt.backend else f"{series.label}: {learnt.label}"
-        quality = learnt.mean or 0.0
-        error = {"type": "data", "symmetric": False, "thickness": 1.2, "width": 4, "color": style.color,
-                 "array": [max(learnt.values) - quality], "arrayminus": [quality - min(learnt.values)]}  # fmt: skip
-        figure.add_scatter(
-            x=[value], y=[quality], mode="markers", name=label, legendgroup=label, marker=marker_of(style, 13),
-            error_y=error if learnt.seeds > 1 else None, hoverinfo="text",
-            hovertext=[f"{label}<br>{words(value)}<br>{learnt.words()} {METRIC_WORDS[task.metric]}"],
-        )  # fmt: skip
-        legend.append((label, Style(style.color, style.marker, "none")))
-        cells.append([label, words(value), learnt.words(), str(learnt.seeds)])
-    if not task.obstacles():
-        front = _front([(value, learnt.mean or 0.0) for learnt, _, value in points], task.lower_is_better)
-        figure.add_scatter(
-            x=[x for x, _ in front], y=[y for _, y in front], mode="lines",
-            line={"color": MUTED, "width": 1, "shape": "hv"},
-            hoverinfo="skip", legendgroup="front", name="front",
-        )  # fmt: skip
-        legend.append(("front", Style(MUTED, "none")))
-    if task.metric == "accuracy":
-        figure.update_yaxes(tickformat=".0%")
-    note = f"{task.title}, beside {noun} of one call at {length:,} tokens."
-    note += "".join(f" {obstacle[0].upper()}{obstacle[1:]}." for obstacle in task.obstacles())
-    table = Table(["", axis, METRIC_WORDS[task.metric], "seeds"], cells)
-    return Chart(f"pareto-{_slug(task)}-{key}", f"Quality against {noun}", note, figure, table, legend)
-
-
-def _front(points: list[tuple[float, float]], lower: bool) -> list[tuple[float, float]]:
-    """The points that no other beats in both: cheapest first."""
-    front: list[tuple[float, float]] = []
-    for x, y in sorted(points, key=lambda p: (p[0], p[1] if lower else -p[1])):
-        if not front or (y < front[-1][1] if lower else y > front[-1][1]):
-            front.append((x, y))
-    return front
-
-
-def _slug(task: Task) -> str:
-    return "".join(c if c.isalnum() else "-" for c in f"{task.name}-{task.seq_len}")
-
-
-def trajectory(
-    task: Task, styles: dict[str, Style], field: str, *, x: str, title: str, note: str, metric: bool = False
-) -> Chart | None:
-    """A curve that every run holds as [[x, value], ...]: one line a seed.
-
-    Args:
-        field: of the rows; its values are losses in nats, or with `metric` those of the task's main metric.
-    """
-    bits = task.metric == "bits_per_byte"
-    share = metric and task.metric == "accuracy"
-    factor = 1 / math.log(2) if bits and not metric else 1.0
-    unit = METRIC_WORDS[task.metric] if metric else "loss in bits per byte" if bits else "loss in nats"
-    figure = blank_figure(x, unit)
-    if share:
-        figure.update_yaxes(**SHARE_AXIS)
-    legend, cells = [], []
-    for learnt in task.learnt:
-        drawn = [row for row in learnt.rows if row.get(field)]
-        style = styles[learnt.backend]
-        for row in drawn:
-            xs = [point[0] for point in row[field]]
-            ys = [point[1] * factor for point in row[field]]
-            said = [units.percent(y) if share else units.fixed(y, 3) for y in ys]
-            figure.add_scatter(
-                x=xs, y=ys, mode="lines" if len(xs) > 1 else "markers", name=learnt.label, legendgroup=learnt.label,
-                line=_line(style, 2 if len(drawn) == 1 else 1.2), marker=marker_of(style, 6), hoverinfo="text",
-                hovertext=[f"{learnt.label}, seed {row.get('seed')}<br>{x} {a:,}: {b}" for a, b in zip(xs, said)],
-            )  # fmt: skip
-            picks = sorted({round(i * (len(xs) - 1) / 5) for i in range(6)})
-            cells.append([learnt.label, str(row.get("seed")), "; ".join(f"{xs[i]:,}: {said[i]}" for i in picks)])
-        if drawn:
-            legend.append((learnt.label, Style(style.color, "none", style.dash)))
-    if not cells:
-        return None
-    table = Table(["", "seed", f"{x}: {unit}"], cells)
-    return Chart(f"{field}-{_slug(task)}", title, note, figure, table, legend)
-
-
-def accuracy(task: Task, styles: dict[str, Style]) -> Chart | None:
-    """Accuracy on every evaluation set, with the bar that full attention must clear."""
-    if task.metric != "accuracy" or not task.sets:
-        return None
-    figure = blank_figure("evaluation set", "accuracy of recalled values")
-    figure.update_yaxes(**SHARE_AXIS)
-    figure.update_xaxes(type="category", categoryorder="array", categoryarray=[spoken(name) for name in task.sets])
-    legend, cells = [], []
-    for learnt in (each for each in task.learnt if each.rows):
-        style = styles[learnt.backend]
-        found = {spoken(name): value for name in task.sets if (value := learnt.on(name)) is not None}
-        figure.add_scatter(
-            x=list(found), y=list(found.values()), mode="lines+markers", name=learnt.label, legendgroup=learnt.label,
-            line=_line(style, 1.5), marker=marker_of(style, 11), hoverinfo="text", cliponaxis=False,
-            hovertext=[f"{learnt.label}<br>{name}: {units.percent(value)}" for name, value in found.items()],
-        )  # fmt: skip
-        legend.append((learnt.label, style))
-        cells.append([learnt.label, *(units.percent(found.get(spoken(name))) for name in task.sets), str(learnt.seeds)])
-    figure.add_hline(y=LEARNT, line={"color": MUTED, "width": 1, "dash": "dot"})
-    note = f"{task.title}. Dotted: the {LEARNT:.0%} that full attention must reach before others are judged by it."
-    table = Table(["", *map(spoken, task.sets), "seeds"], cells)
-    return Chart(f"accuracy-{_slug(task)}", "Recall accuracy", note, figure, table, legend)
-
-
-def picture(row: Row, style: Style) -> Chart:
+def picture(row: Row, style: Style, label: str) -> Chart:
     """Which keys each query sees; memory that carries no gradient is paler."""
     pairs = patterns.pairs_of(row)
     length = len(pairs)
@@ -351,8 +259,8 @@ def picture(row: Row, style: Style) -> Chart:
     legend = [("seen", Style(style.color, "square", "none"))]
     if patterns.VALUE in kinds:
         legend.append(("no gradient", Style(MUTED, "square", "none")))
-    table = Table(["", row["backend"]], [[key, value] for key, value in words.items()])
-    return Chart(f"picture-{row['backend']}", row["backend"], said, figure, table, legend, square=True)
+    table = Table(["", label], [[key, value] for key, value in words.items()])
+    return Chart(f"picture-{row['backend']}", label, said, figure, table, legend, square=True)
 
 
 def all_costs(rows: Iterable[Row], styles: dict[str, Style]) -> list[tuple[Setting, list[Series], list[Chart]]]:

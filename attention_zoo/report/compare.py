@@ -34,7 +34,7 @@ from attention_zoo.report import rows as results
 from attention_zoo.report import units
 from attention_zoo.report.build import TITLE, build_report
 from attention_zoo.report.rows import Row
-from attention_zoo.report.summary import Findings, headline, rich_table, write_csv
+from attention_zoo.report.summary import Findings, headline, remarks, rich_table, write_csv
 from attention_zoo.report.trainings import Run, RunEvent, run_trainings
 from attention_zoo.training.config import check, compose_training, one_line
 
@@ -253,15 +253,8 @@ def show(rows: list[Row], path: Path, console: Console) -> None:
     console.print(rich_table(found))
     for sentence in headline(found):
         console.print(f"• {sentence}", markup=False, highlight=False, soft_wrap=True)
-    for row in rows:
-        if row["status"] != "ok":
-            console.print(
-                f"! {results.what(row)}: {results.why(row)}",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-                style="yellow",
-            )
+    for line in remarks(found):
+        console.print(f"! {line}", markup=False, highlight=False, soft_wrap=True, style="yellow")
     console.print(f"\nreport: {path.resolve()}", markup=False, highlight=False, soft_wrap=True)
 
 

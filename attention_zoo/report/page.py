@@ -65,7 +65,11 @@ def section(key: str, title: str, *parts: str) -> str:
 def table(content: Table, kind: str = "") -> str:
     head = "".join(f'<th scope="col">{escape(header)}</th>' for header in content.headers)
     body = "".join(f"<tr>{_line(cells)}</tr>" for cells in content.cells)
-    return f'<div class="scroll"><table{_class(kind)}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    notes = paragraph("; ".join(content.notes), "note") if content.notes else ""
+    return (
+        f'<div class="scroll"><table{_class(kind)}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f"{notes}"
+    )
 
 
 def _line(cells: Sequence[str], edges: Sequence[int] = ()) -> str:
@@ -99,9 +103,11 @@ def swatch(style: Style) -> str:
     line = ""
     if style.dash != "none":
         line = f'<path d="M1 7h26" stroke="currentColor" stroke-width="2" stroke-dasharray="{_DASHES[style.dash]}"/>'
-    hollow = style.marker.endswith("-open")
+    hollow = "-open" in style.marker
     fill = 'fill="var(--paper)" stroke="currentColor" stroke-width="1.6"' if hollow else 'fill="currentColor"'
-    shape = _SHAPES[style.marker.removesuffix("-open")]
+    shape = _SHAPES[style.marker.partition("-open")[0]]
+    if style.marker.endswith("-dot"):
+        shape += '<circle cx="14" cy="7" r="1" fill="currentColor"/>'
     return (
         f'<svg width="28" height="14" aria-hidden="true" data-color="{style.color}">{line}<g {fill}>{shape}</g></svg>'
     )
@@ -113,15 +119,15 @@ def chart(content: Chart) -> str:
         legend = "".join(f"<span>{swatch(style)}{escape(label)}</span>" for label, style in content.legend)
     else:
         legend = "".join(
-            f'<button type="button" aria-pressed="true" data-figure="{escape(content.key)}" '
-            f'data-group="{escape(label)}">{swatch(style)}{escape(label)}</button>'
+            f'<button type="button" aria-pressed="true" data-figure="{_escape(content.key)}" '
+            f'data-group="{_escape(label)}">{swatch(style)}{escape(label)}</button>'
             for label, style in content.legend
         )
     return (
         f"<figure{_class('square' if content.square else '')}><figcaption><h3>{escape(content.title)}</h3>"
         f"{paragraph(content.note)}</figcaption>"
         f'<div class="legend">{legend}</div>'
-        f'<div class="plot" data-figure="{escape(content.key)}" role="img" aria-label="{escape(content.title)}"></div>'
+        f'<div class="plot" data-figure="{_escape(content.key)}" role="img" aria-label="{escape(content.title)}"></div>'
         f"<details><summary>Numbers</summary>{table(content.table)}</details></figure>"
     )
 

@@ -1,14 +1,15 @@
 """One colour and one marker per backend, in every chart of every report, readable without colour vision.
 
 A backend's place is a function of its name alone, so that adding one never repaints the others (unless two names ask
-for the same place: then the later in the alphabet moves on). Figures are written in light colours; the page swaps them
+for the same place: then the later in the alphabet moves on). Where several lines of one backend stand together, each
+has a look of its own, by its whole name. Figures are written in light colours; the page swaps them
 for their dark partners, so that one figure serves both.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 INK, MUTED, GRID, PAPER, BLANK = "#20242a", "#69717c", "#e4e7eb", "#fefefe", "#f4f6f8"
@@ -29,6 +30,7 @@ _PAIRS = (
     ("#7f8f1f", "#b3c24a"),
 )
 _MARKERS = ("circle", "square", "diamond", "triangle-up", "hexagon", "triangle-down", "star", "cross")
+_DASHES = ("solid", "dashdot", "dash", "dot")
 _SALT = "790"  # chosen so that the mechanisms shipped at first take the four most distinct places
 
 DARK = {**_DARK, **dict(_PAIRS)}
@@ -47,21 +49,28 @@ BASELINE = {"dense": Style(INK, "circle-open", "dot"), "sdpa": Style(INK, "squar
 FULL = Style(INK, "square-open", "dash")
 
 
-def styles(backends: Iterable[str]) -> dict[str, Style]:
-    """A style for every backend; `full`, the baseline, is drawn in ink."""
-    names = sorted(set(backends) - {"full"})
+def styles(names: Iterable[str]) -> dict[str, Style]:
+    """A style for every backend, or name of a line ("longformer (window=64)"); `full`, the baseline, is in ink.
+
+    No two are alike: a further round through the colours has other markers and dashes.
+    """
     taken: dict[int, int] = {}
     found = {"full": FULL}
-    for name in names:
+    for name in sorted(set(names) - {"full"}, key=lambda name: (name.endswith(")"), name)):
         home = place(name)
         fullness = min((taken.get(slot, 0) for slot in range(len(_PAIRS))), default=0)
         slot = next(
             s % len(_PAIRS) for s in range(home, home + len(_PAIRS)) if taken.get(s % len(_PAIRS), 0) <= fullness
         )
         taken[slot] = taken.get(slot, 0) + 1
-        # A second round through the colours is told apart by its dashes.
-        found[name] = Style(_PAIRS[slot][0], _MARKERS[slot], "solid" if fullness == 0 else "dashdot")
+        marker = _MARKERS[(slot + fullness) % len(_MARKERS)]
+        found[name] = Style(_PAIRS[slot][0], marker, _DASHES[(fullness + fullness // len(_MARKERS)) % len(_DASHES)])
     return found
+
+
+def pick(styles: Mapping[str, Style], *names: str) -> Style:
+    """The style of the first of several names that has one: a line's own, or its backend's."""
+    return next(styles[name] for name in names if name in styles)
 
 
 def place(name: str) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
+from attention_zoo.report import groups, units
 from attention_zoo.report import rows as results
-from attention_zoo.report import units
+from attention_zoo.report.groups import Group
 from attention_zoo.report.rows import Row
 
 LEARNT = 0.95
@@ -19,21 +22,38 @@ PRIMARY = {"bits_per_byte": True, "accuracy": False, "loss": True}
 METRIC_WORDS = {"bits_per_byte": "bits per byte", "accuracy": "accuracy", "loss": "loss (nats)"}
 
 
+SETS = {"validation": "the validation set", "held_out": "the held-out set", "test": "the test set"}
+"""What the evaluation sets of the shipped tasks are; any other stands under its own name."""
+
+
 def spoken(name: str) -> str:
     """The name of an evaluation set in words."""
     return name.replace("_", " ")
 
 
+def metric_words(metric: str) -> str:
+    return METRIC_WORDS.get(metric, spoken(metric))
+
+
 @dataclass(frozen=True)
 class Learnt:
-    """One mechanism on one task."""
+    """One mechanism on one task: runs that differ in their seed alone.
+
+    Fields:
+        backend: of all.
+        label: the backend, and in what it differs from others on the task.
+        rows: finished runs, one a seed.
+        failed: runs without a figure: those that did not finish, and those that were not scored by this metric.
+        metric: that of the task.
+        group: what the runs have in common.
+    """
 
     backend: str
     label: str
     rows: list[Row]
-    """Finished runs, one a seed."""
     failed: list[Row]
     metric: str
+    group: Group
 
     @property
     def values(self) -> list[float]:
@@ -45,16 +65,16 @@ class Learnt:
 
     def on(self, name: str) -> float | None:
         """The mean of the metric on one evaluation set; None where no run was scored on it."""
-        found = [
-            row["evaluations"][name].get(self.metric) for row in self.rows if name in (row.get("evaluations") or {})
-        ]
+        found = [(row.get("evaluations") or {}).get(name, {}).get(self.metric) for row in self.rows]
         values = [float(value) for value in found if value is not None]
         return sum(values) / len(values) if values else None
 
-    @property
-    def steps(self) -> int:
-        """Fewest steps that a run of it made."""
-        return min(int(row["steps"]) for row in self.rows)
+    def span(self, key: str | Callable[[Row], Any], words: Callable[[Any], str]) -> str:
+        """What the runs say under a key, in words: one figure, or from the least to the most."""
+        ask = key if callable(key) else lambda row: row.get(key)
+        values = sorted(value for row in self.rows if (value := ask(row)) is not None)
+        said = list(dict.fromkeys(words(value) for value in (values[0], values[-1]))) if values else [units.NONE]
+        return " to ".join(said)
 
     @property
     def cut_short(self) -> bool:
@@ -68,12 +88,17 @@ class Learnt:
     def words(self) -> str:
         """The figure, with the range over seeds where there are several."""
         if not self.rows:
-            return results.status(self.failed[0]) if self.failed else units.NONE
+            return ", ".join(dict.fromkeys(missing(row) for row in self.failed)) or units.NONE
         said = value_words(self.mean, self.metric)
         if self.seeds < 2:
             return said
         low, high = (value_words(end(self.values), self.metric).removesuffix(" %") for end in (min, max))
         return f"{said} ({low}–{high})"
+
+
+def missing(row: Row) -> str:
+    """Why a row holds no figure: how it ended, or that it was scored otherwise."""
+    return "not scored by it" if results.ok(row) else results.status(row)
 
 
 def value_words(value: float | None, metric: str) -> str:
@@ -82,20 +107,33 @@ def value_words(value: float | None, metric: str) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """All mechanisms on one task at one sequence length."""
+    """All mechanisms on one task at one sequence length.
+
+    Fields:
+        name: of the task.
+        seq_len: tokens of a row; 0 where no run lived to tell.
+        metric: by which runs are judged.
+        learnt: the groups of runs.
+        variation: in what it differs from other tasks of its name and length; mostly nothing.
+    """
 
     name: str
     seq_len: int
     metric: str
     learnt: list[Learnt]
+    variation: str = ""
 
     @property
     def lower_is_better(self) -> bool:
         return PRIMARY.get(self.metric, True)
 
     @property
+    def named(self) -> str:
+        return f"{self.name} ({self.variation})" if self.variation else self.name
+
+    @property
     def title(self) -> str:
-        return f"{self.name}, {self.seq_len:,} tokens"
+        return f"{self.named}, {self.seq_len:,} tokens" if self.seq_len else self.named
 
     @property
     def sets(self) -> list[str]:
@@ -104,8 +142,28 @@ class Task:
         return list(dict.fromkeys(name for row in rows for name in row.get("evaluations") or {}))
 
     @property
+    def main(self) -> str | None:
+        """The evaluation set by which runs are judged, in words; None where no row names one."""
+        return SETS.get(self.sets[0], f"“{spoken(self.sets[0])}”") if self.sets else None
+
+    @property
+    def brief(self) -> str:
+        """The metric, and the set where it is not the only kind that there is, a test set: where room is short."""
+        main = self.sets[0] if self.sets else "test"
+        plain = main == "test" or main.startswith("length")
+        return metric_words(self.metric) + ("" if plain else f", {spoken(main)}")
+
+    @property
+    def judged(self) -> str:
+        """The metric and the set that it was taken on."""
+        return metric_words(self.metric) + (f" on {self.main}" if self.main else "")
+
+    @property
     def full(self) -> Learnt | None:
-        return next((each for each in self.learnt if each.backend == "full" and each.rows), None)
+        """The reference: full attention, where there are several groups of it the best."""
+        found = [each for each in self.learnt if each.backend == "full" and each.rows]
+        best = min if self.lower_is_better else max
+        return best(found, key=lambda each: each.mean or 0.0) if found else None
 
     def obstacles(self) -> list[str]:
         """Why the mechanisms must not be ranked on this task; empty when they may be."""
@@ -117,7 +175,12 @@ class Task:
                 f"undertrained: do not rank (full attention itself reached {units.percent(self.full.mean)}, "
                 f"below {LEARNT:.0%})"
             )
-        cut = [f"{each.label} {each.steps:,}" for each in self.learnt if each.cut_short]
+        apart = groups.differing([each.group.shared for each in self.learnt if each.rows])
+        if apart:
+            found.append(f"the runs differ in more than the mechanism: do not rank ({', '.join(apart)})")
+        if self.metric not in PRIMARY:
+            found.append(f"nobody says whether more {metric_words(self.metric)} is better: do not rank")
+        cut = [f"{each.label} {each.span('steps', units.count)}" for each in self.learnt if each.cut_short]
         if cut:
             found.append(
                 f"unequal training: do not rank (time was over before the planned steps: {', '.join(cut)} steps)"
@@ -145,14 +208,14 @@ class Task:
     def parity(self) -> str | None:
         """A sentence on models of unequal size, None when all are within 10 % of full (or of the smallest)."""
         sizes: dict[str, int] = {
-            each.label: each.rows[0]["parameters"]
+            each.label: max(row.get("parameters") or 0 for row in each.rows)
             for each in self.learnt
-            if each.rows and each.rows[0].get("parameters")
+            if any(row.get("parameters") for row in each.rows)
         }
         if not sizes:
             return None
         reference = sizes.get(self.full.label, min(sizes.values())) if self.full else min(sizes.values())
-        name = "full" if self.full else "the smallest"
+        name = self.full.label if self.full else "the smallest"
         off = {
             label: count for label, count in sizes.items() if count > reference * PARITY or count * PARITY < reference
         }
@@ -167,29 +230,54 @@ class Task:
 
 
 def tasks(rows: Iterable[Row]) -> list[Task]:
-    """The tasks among quality rows, text first."""
-    groups: dict[tuple[str, int], list[Row]] = {}
+    """The tasks among quality rows, text first. Other options of a task, or other data, make it another task."""
+    by_name: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         if row["kind"] == "quality":
-            groups.setdefault((str(row.get("task")), int(row.get("seq_len") or 0)), []).append(row)
-    found = [_task(name, seq_len, members) for (name, seq_len), members in groups.items()]
+            by_name.setdefault((_name(row), int(row.get("seq_len") or 0)), []).append(row)
+    found = []
+    for (name, seq_len), members in by_name.items():
+        parts = _parts(members)
+        facts = [dict(part) for part in parts]
+        keys = groups.differing(facts)
+        said = groups.apart([", ".join(groups.words(fact, keys)) for fact in facts])
+        found += [_task(name, seq_len, part, words) for part, words in zip(parts.values(), said)]
     preference = list(PRIMARY)
-    return sorted(found, key=lambda task: (preference.index(task.metric), task.name, task.seq_len))
+    place = {metric: number for number, metric in enumerate(preference)}
+    return sorted(found, key=lambda task: (place.get(task.metric, len(place)), task.name, task.seq_len, task.variation))
 
 
-def _task(name: str, seq_len: int, members: list[Row]) -> Task:
+def _name(row: Row) -> str:
+    """The name of a row's task; a run that ended before it was built tells by its config."""
+    config = (row.get("config") or {}).get("task")
+    target = str(config.get("_target_") or "") if isinstance(config, dict) else ""
+    return str(row.get("task") or target.rpartition(".")[2].lower() or "unknown task")
+
+
+def _parts(members: list[Row]) -> dict[tuple[tuple[str, str], ...], list[Row]]:
+    """Rows of one task's name by its options and its data. A run that ended before it saw its data goes with those of
+    its options that did."""
+    parts: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    for row in sorted(members, key=lambda row: not row.get("data")):
+        config = (row.get("config") or {}).get("task")
+        facts = tuple(sorted(groups.flat(config))) if isinstance(config, dict) else ()
+        data = row.get("data")
+        if data:
+            facts += (("data", str(data.get("digest") or json.dumps(data, sort_keys=True))),)
+        elif not results.ok(row):
+            facts = next((part for part in parts if part[: len(facts)] == facts), facts)
+        parts.setdefault(facts, []).append(row)
+    return parts
+
+
+def _task(name: str, seq_len: int, members: list[Row], variation: str) -> Task:
     finished = [row for row in members if results.ok(row)]
-    metric = next((key for key in PRIMARY if any(key in row["metrics"] for row in finished)), "loss")
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in members:
-        groups.setdefault((row["backend"], repr(sorted(results.options(row).items()))), []).append(row)
+    known = dict.fromkeys([*PRIMARY, *(key for row in finished for key in row["metrics"])])
+    metric = next((key for key in known if any(key in row["metrics"] for row in finished)), "loss")
+    found = groups.gather(members)
     learnt = []
-    for (backend, _), group in groups.items():
-        rivals = [key for key in groups if key[0] == backend]
-        label = backend
-        if len(rivals) > 1:
-            said = results.differing([results.options(groups[rival][0]) for rival in rivals])
-            label += f" ({said[rivals.index((backend, _))]})"
-        good = [row for row in group if results.ok(row) and metric in row["metrics"]]
-        learnt.append(Learnt(backend, label, good, [row for row in group if not results.ok(row)], metric))
-    return Task(name, seq_len, metric, sorted(learnt, key=lambda each: (each.backend != "full", each.label)))
+    for label, (group, mine) in zip(groups.labels(list(found), {}), found.items()):
+        good = [row for row in mine if results.ok(row) and metric in row["metrics"]]
+        lost = [row for row in mine if not results.ok(row) or metric not in row["metrics"]]
+        learnt.append(Learnt(group.backend, label, good, lost, metric, group))
+    return Task(name, seq_len, metric, sorted(learnt, key=lambda each: (each.backend != "full", each.label)), variation)

@@ -10,7 +10,7 @@ from attention_zoo.report import charts, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.charts import Chart, Table
 from attention_zoo.report.palette import MUTED, Style
-from attention_zoo.report.rows import Row
+from attention_zoo.report.rows import FROM, Row
 from attention_zoo.report.units import NONE
 
 FAIR = (
@@ -37,15 +37,15 @@ def peers_table(rows: Iterable[Row]) -> Table:
     cells = []
     for row in sorted(results.of(rows, "peer"), key=_order):
         ok = results.ok(row)
-        low, high = (row[key] for key in ("time_ratio_min", "time_ratio_max"))
-        spread = f"{units.significant(low)}–{units.significant(high)}" if ok else NONE
+        low, high = (row.get(key) for key in ("time_ratio_min", "time_ratio_max"))
+        spread = NONE if low is None or high is None else f"{units.significant(low)}–{units.significant(high)}"
         cells.append(
             [
                 named(row), f"{row['length']:,}", setting(row), row["title"],
-                _times(row["time_ratio"]) + _busy(row), spread,
-                _times(row["memory_ratio"]), _times(row["resident_ratio"]), units.fixed(row["floor_ratio"]),
-                units.seconds(row["seconds"]), units.seconds(row["their_seconds"]) if ok else results.why(row),
-                units.size(row["peak_bytes"]), units.size(row["their_peak_bytes"]),
+                _times(row.get("time_ratio")) + _busy(row), spread if ok else NONE,
+                _times(row.get("memory_ratio")), _times(row.get("resident_ratio")), units.fixed(row.get("floor_ratio")),
+                units.seconds(row.get("seconds")), units.seconds(row.get("their_seconds")) if ok else results.why(row),
+                units.size(row.get("peak_bytes")), units.size(row.get("their_peak_bytes")),
             ]
         )  # fmt: skip
     return Table(headers, cells)
@@ -56,8 +56,8 @@ def short_table(rows: Iterable[Row]) -> Table:
     cells = [
         [
             f"{named(row)}, {'causal' if row['causal'] else 'two-sided'}", f"{row['length']:,}", row["title"],
-            _times(row["time_ratio"]), _times(row["memory_ratio"]),
-            units.seconds(row["seconds"]), units.size(row["peak_bytes"]),
+            _times(row.get("time_ratio")), _times(row.get("memory_ratio")),
+            units.seconds(row.get("seconds")), units.size(row.get("peak_bytes")),
         ]
         for row in sorted(results.of(rows, "peer"), key=_order)
         if results.ok(row)
@@ -72,7 +72,7 @@ def _order(row: Row) -> tuple[Any, ...]:
 
 def _busy(row: Row) -> str:
     """Where the clock and the processor tell different things, other work had the cores."""
-    wall, cpu = row["time_ratio"], row.get("cpu_time_ratio")
+    wall, cpu = row.get("time_ratio"), row.get("cpu_time_ratio")
     apart = row["device"] == "cpu" and wall and cpu and not 0.8 < wall / cpu < 1.25
     return f" (CPU {_times(cpu)})" if apart else ""
 
@@ -81,7 +81,7 @@ def ratios(rows: Iterable[Row], styles: dict[str, Style]) -> list[Chart]:
     """For each setting that peers were met in: how many times faster and smaller ours is than each."""
     groups: dict[str, list[Row]] = {}
     for row in sorted(results.of(rows, "peer"), key=_order):
-        if results.ok(row) and row["time_ratio"] and row["memory_ratio"]:
+        if results.ok(row) and row.get("time_ratio") and row.get("memory_ratio"):
             what = setting(row).removeprefix("causal, ").removeprefix("two-sided, ")
             groups.setdefault(f"{what}, {row['length']:,} tokens", []).append(row)
     return [_ratio_chart(what, many, styles, number) for number, (what, many) in enumerate(groups.items())]
@@ -96,15 +96,18 @@ def _ratio_chart(what: str, many: list[Row], styles: dict[str, Style], number: i
     figure.add_vline(x=1, line={"color": MUTED, "width": 1, "dash": "dot"})
     legend: dict[str, Style] = {}
     for row in many:
-        style = styles[row["backend"]]
-        legend[row["backend"]] = Style(style.color, style.marker, "none")
+        label = named(row) if named(row) in styles else row["backend"]
+        style = styles[label]
+        legend[label] = Style(style.color, style.marker, "none")
         direction = "causal" if row["causal"] else "two-sided"
         said = f"{named(row)}, {direction}, against {row['title']}"
         figure.add_scatter(
-            x=[row["memory_ratio"]], y=[row["time_ratio"]], mode="markers+text", text=[row["title"]],
+            x=[row["memory_ratio"]], y=[row["time_ratio"]], mode="markers+text", text=[charts.hover(row["title"])],
             textposition="top center", textfont={"size": 10}, marker=charts.marker_of(style, 10),
-            name=row["backend"], legendgroup=row["backend"], hoverinfo="text", cliponaxis=False,
-            hovertext=[f"{said}<br>{_times(row['time_ratio'])} faster, {_times(row['memory_ratio'])} less memory"],
+            name=label, legendgroup=label, hoverinfo="text", cliponaxis=False,
+            hovertext=[
+                charts.hover(said, f"{_times(row['time_ratio'])} faster, {_times(row['memory_ratio'])} less memory")
+            ],
         )  # fmt: skip
     cells = [[named(row), row["title"], _times(row["time_ratio"]), _times(row["memory_ratio"])] for row in many]
     note = f"{what[0].upper()}{what[1:]}. To the right and above the dotted lines ours is smaller and faster."
@@ -120,18 +123,31 @@ def fairness(rows: Iterable[Row]) -> list[str]:
         if found:
             versions = ", ".join(f"{name} {version}" for name, version in (row.get("versions") or {}).items())
             worst = max(found["output"], found["gradient"])
-            said[row["against"]] = f"{row['title']} ({versions}): {row['fair']} {worst:.0e} apart on {found['on']}."
+            fair = row.get("fair") or ""
+            said[row["against"]] = f"{row['title']} ({versions}): {fair} {worst:.0e} apart on {found['on']}."
     return list(said.values())
 
 
 def figures_table(rows: Iterable[Row]) -> Table:
     """The figures to reach: goal, measured, verdict."""
+    rows = list(rows)
     cells = []
-    for verdict in verdicts(rows):
-        figure, value = verdict.figure, verdict.value
-        measured = NONE if value is None else f"{value:.0%}" if figure.said.endswith("%") else units.significant(value)
-        cells.append([figure.backend, figure.against, figure.said, measured, verdict.state])
+    files = list(dict.fromkeys(row.get(FROM) for row in rows))
+    every = [verdicts(map(_told, (row for row in rows if row.get(FROM) == file))) for file in files] or [verdicts([])]
+    for alike in zip(*every):
+        known = [(file, verdict) for file, verdict in zip(files, alike) if verdict.value is not None]
+        for file, verdict in known or [(None, alike[0])]:
+            figure, value = verdict.figure, verdict.value
+            rate = figure.said.endswith("%")
+            measured = NONE if value is None else f"{value:.0%}" if rate else units.significant(value)
+            name = f"{figure.backend} [{file}]" if file else figure.backend
+            cells.append([name, figure.against, figure.said, measured, verdict.state])
     return Table(["", "against", "goal", "measured", ""], cells)
+
+
+def _told(row: Row) -> Row:
+    """A row that tells its options, if only that there are none."""
+    return {**row, "config": {**(row.get("config") or {}), "options": results.options(row)}}
 
 
 def budgets_table(rows: Iterable[Row]) -> Table:
@@ -139,22 +155,23 @@ def budgets_table(rows: Iterable[Row]) -> Table:
     headers = ["", "setting", "longest length", "budget", "a token", "fits", "does not fit", "verified"]
     cells = []
     for row in sorted(results.of(rows, "budget"), key=lambda row: (row["budget_bytes"], named(row))):
-        tried = [f"{row[key]['length']:,}" if row[key] else NONE for key in ("fits", "fails")]
-        length = units.count(row["length"]) if results.ok(row) else results.why(row)
-        verified = "yes" if row["verified"] else row["not_verified"] or "no"
+        tried = [f"{row[key]['length']:,}" if row.get(key) else NONE for key in ("fits", "fails")]
+        length = units.count(row.get("length")) if results.ok(row) else results.why(row)
+        verified = "yes" if row.get("verified") else row.get("not_verified") or "no"
         cells.append(
-            [named(row), setting(row), length, units.size(row["budget_bytes"]), units.size(row["bytes_per_token"]),
+            [named(row), setting(row), length, units.size(row["budget_bytes"]), units.size(row.get("bytes_per_token")),
              *tried, verified]
         )  # fmt: skip
     return Table(headers, cells)
 
 
 def named(row: Row) -> str:
-    """A mechanism with its options, in words."""
+    """A mechanism with its options, in words; and the file, where rows come from several."""
     options = {key: value for key, value in results.options(row).items() if key != "kernel"}
     said = ", ".join(f"{key}={value}" for key, value in options.items())
     kernel = "" if row.get("kernel") in (None, "auto") else f"/{row['kernel']}"
-    return f"{row['backend']}{kernel}" + (f" ({said})" if said else "")
+    file = f" [{row[FROM]}]" if row.get(FROM) else ""
+    return f"{row['backend']}{kernel}" + (f" ({said})" if said else "") + file
 
 
 def setting(row: Row) -> str:

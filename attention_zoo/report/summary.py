@@ -5,22 +5,25 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from attention_zoo.files import write_atomic
 from attention_zoo.measure.derived import Efficiency
 from attention_zoo.overview import markdown
-from attention_zoo.report import costs, quality, units
+from attention_zoo.report import costs, groups, quality, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.costs import MEMORY, TIME, Series, Setting
-from attention_zoo.report.quality import METRIC_WORDS, Task
-from attention_zoo.report.rows import Row
+from attention_zoo.report.quality import Learnt, Task
+from attention_zoo.report.rows import Row, Rows
 from attention_zoo.report.units import NONE
 
 PROSE = {"dense": "materialised full attention", "sdpa": "fused full attention"}
@@ -36,96 +39,145 @@ class Findings:
         series: its lines.
         length: the longest length at which all of them hold figures.
         tasks: all that was trained on.
+        rows: what all of this was found in, and what was left out of it.
     """
 
     setting: Setting | None
     series: list[Series]
     length: int | None
     tasks: list[Task]
+    rows: Rows
 
     @staticmethod
     def of(rows: Iterable[Row]) -> Findings:
-        rows = list(rows)
+        rows = results.sift(rows)
         found = costs.settings(rows)
         series = costs.lines(rows, found[0]) if found else []
-        return Findings(found[0] if found else None, series, costs.longest_common_length(series), quality.tasks(rows))
+        length = costs.longest_common_length(series)
+        return Findings(found[0] if found else None, series, length, quality.tasks(rows), rows)
 
-    def baseline(self, kernel: str) -> Series | None:
-        return next((each for each in self.series if (each.backend, each.kernel) == ("full", kernel)), None)
+    def baseline(self, kernel: str, place: dict[str, str] | None = None) -> Series | None:
+        """A form of full attention, measured where `place` says."""
+        found = [each for each in self.series if (each.backend, each.kernel) == ("full", kernel)]
+        return next((each for each in found if place is None or each.place == place), None)
+
+    def places(self) -> list[tuple[str, list[Series]]]:
+        """The lines by where they were measured, each place in words: nothing where there is one only."""
+        found: dict[tuple[tuple[str, str], ...], list[Series]] = {}
+        for series in self.series:
+            found.setdefault(series.group.place, []).append(series)
+        keys = groups.differing([dict(place) for place in found])
+        if len({dict(place).get("file") for place in found}) == len(found):
+            keys = [key for key in keys if key == "file"]
+        said = groups.apart([", ".join(groups.words(dict(place), keys)) for place in found])
+        return list(zip(said, found.values()))
 
     def cheaper_from(self, series: Series, kernel: str, key: str) -> Efficiency | None:
         """Efficiency length against one baseline; None for a baseline itself, or where nothing can be compared."""
-        baseline = self.baseline(kernel)
+        baseline = self.baseline(kernel, series.place)
         return None if baseline is None or series.backend == "full" else costs.overtakes(series, baseline, key)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A table with two header lines: groups of columns, then columns. The first column is the mechanism."""
+    """A table with two header lines: groups of columns, then columns. The first column is the mechanism; `notes` say
+    what the marks in it mean."""
 
     groups: list[tuple[str, list[str]]]
     names: list[str]
     cells: list[list[str]]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of the summary: what one mechanism costs, and what it learnt on each task."""
+
+    label: str
+    series: Series | None
+    learnt: list[list[Learnt]]
 
 
 def summary(found: Findings) -> Summary:
-    """One line per mechanism (per kernel and option set where several were measured)."""
+    """One line per mechanism; per kernel, option set, training and file where there are several."""
     columns: list[tuple[str, str, list[str]]] = []
-    lines: list[tuple[str, str, Series | None]] = [(each.label, each.backend, each) for each in found.series]
-    trained = dict.fromkeys(each.backend for task in found.tasks for each in task.learnt)
-    lines += [(name, name, None) for name in trained if name not in {backend for _, backend, _ in lines}]
-
-    for task in found.tasks:
-        learnt = {name: [each for each in task.learnt if each.backend == name] for name in trained}
-        said = {name: " / ".join(each.words() for each in many) for name, many in learnt.items()}
-        title = f"{task.name}: {METRIC_WORDS[task.metric]}"
-        columns.append(("What it learnt", title, [said.get(name) or NONE for _, name, _ in lines]))
+    lines = _lines(found)
+    for number, task in enumerate(found.tasks):
+        said = [" / ".join(each.words() for each in line.learnt[number]) for line in lines]
+        columns.append(("What it learnt", f"{task.named}: {task.brief}", [words or NONE for words in said]))
     if found.length is not None:
-        columns += _at(f"At {found.length:,} tokens", lines, {line[0]: found.length for line in lines})
+        columns += _at(f"At {found.length:,} tokens", lines, [found.length for _ in lines])
     if found.series:
-        own = {label: max(series.values(TIME), default=None) for label, _, series in lines if series is not None}
+        own = [max(line.series.values(TIME), default=None) if line.series else None for line in lines]
         longest = "At its longest measured"
-        columns.append((longest, "tokens", [units.count(own.get(label)) for label, *_ in lines]))
+        columns.append((longest, "tokens", [units.count(length) for length in own]))
         columns += _at(longest, lines, own)
         for key, noun in ((TIME, "time"), (MEMORY, "memory")):
-            exponents = [costs.growth(series, key) if series else None for *_, series in lines]
+            exponents = [costs.growth(line.series, key) if line.series else None for line in lines]
             columns.append(("Grows as length to the", noun, [units.fixed(g) for g in exponents]))
         for kernel, title in (("dense", "Cheaper than materialised from"), ("sdpa", "Cheaper than fused from")):
             for key, noun in ((TIME, "time"), (MEMORY, "memory")):
-                crossings = [found.cheaper_from(series, kernel, key) if series else None for *_, series in lines]
+                crossings = [found.cheaper_from(line.series, kernel, key) if line.series else None for line in lines]
                 columns.append((title, noun, [costs.crossing_words(c) if c else NONE for c in crossings]))
-    if trained:
-        models = {row["backend"]: row for task in reversed(found.tasks) for each in task.learnt for row in each.rows}
-        held = [models.get(name, {}) for _, name, _ in lines]
-        columns.append(("Model", "parameters", [units.millions(row.get("parameters")) for row in held]))
-        carries = {True: "yes", False: "no"}
-        columns.append(("Model", "carries state", [carries.get(row.get("carries_state"), NONE) for row in held]))  # type: ignore[arg-type]
+    if found.tasks:
+        held = [[row for many in line.learnt for each in many for row in each.rows] for line in lines]
+        sizes = [[row["parameters"] for row in rows if row.get("parameters") is not None] for rows in held]
+        ends = [[units.millions(end(many)) for end in (min, max)] if many else [NONE] for many in sizes]
+        columns.append(("Model", "parameters", [" to ".join(dict.fromkeys(said)) for said in ends]))
+        carries = [{row["carries_state"] for row in rows if row.get("carries_state") is not None} for rows in held]
+        words = [" / ".join("yes" if one else "no" for one in sorted(many)) for many in carries]
+        columns.append(("Model", "carries state", [said or NONE for said in words]))
 
-    groups: list[tuple[str, list[str]]] = []
+    heads: list[tuple[str, list[str]]] = []
     for group, name, _ in columns:
-        if not groups or groups[-1][0] != group:
-            groups.append((group, []))
-        groups[-1][1].append(name)
-    return Summary(groups, [label for label, *_ in lines], [list(cells) for cells in zip(*(c for *_, c in columns))])
+        if not heads or heads[-1][0] != group:
+            heads.append((group, []))
+        heads[-1][1].append(name)
+    cells = [list(cells) for cells in zip(*(c for *_, c in columns))]
+    return Summary(heads, [line.label for line in lines], cells, costs.marks(found.series))
 
 
-def _at(group: str, lines: list[Any], lengths: dict[str, int | None]) -> Iterator[tuple[str, str, list[str]]]:
-    for key, noun, words in ((TIME, "time", units.seconds), (MEMORY, "peak memory", units.size)):
-        cells = []
-        for label, _, series in lines:
-            length = lengths.get(label)
-            row = series.rows.get(length) if series and length else None
-            value = series.values(key).get(length) if series and length else None
-            cells.append(words(value) if value or row is None else results.status(row))
-        yield group, noun, cells
+def _lines(found: Findings) -> list[_Line]:
+    """What was learnt stands beside the cost of its backend, but where trainings differ in more than the seed: then
+    each group stands beside the cost of its own name, or alone. With costs of several files, their own alone count."""
+    files = {series.place.get("file") for series in found.series}
+    every = [(number, each) for number, task in enumerate(found.tasks) for each in task.learnt]
+    sizes = Counter((number, each.backend) for number, each in every)
+
+    def beside(number: int, each: Learnt, series: Series) -> bool:
+        alone = sizes[number, each.backend] == 1 and each.label == each.backend
+        same = len(files) == 1 or dict(each.group.place).get("file") == series.place.get("file")
+        return same and (each.label == series.label or (alone and each.backend == series.backend))
+
+    lines = [
+        _Line(series.label, series, [[each for each in task.learnt if beside(number, each, series)]
+                                     for number, task in enumerate(found.tasks)])
+        for series in found.series
+    ]  # fmt: skip
+    placed = {id(each) for line in lines for many in line.learnt for each in many}
+    rest = dict.fromkeys(each.label for _, each in every if id(each) not in placed)
+    return lines + [
+        _Line(label, None, [[each for each in task.learnt if each.label == label and id(each) not in placed]
+                            for task in found.tasks])
+        for label in rest
+    ]  # fmt: skip
+
+
+def _at(group: str, lines: list[_Line], lengths: Sequence[int | None]) -> Iterator[tuple[str, str, list[str]]]:
+    for key, noun in ((TIME, "time"), (MEMORY, "peak memory")):
+        yield group, noun, [line.series.said(key, n) if line.series else NONE for line, n in zip(lines, lengths)]
 
 
 def headline(found: Findings) -> list[str]:
     """The sentences on top of the report: figures that were measured, and no rank where none may be given."""
     said = []
-    if found.length is not None:
-        said += [sentence for key in (MEMORY, TIME) if (sentence := _cost_sentence(found, found.length, key))]
-        said += _overtaking(found)
+    for place, many in found.places():
+        where = f"{place}: " if place else ""
+        common = found.length or costs.longest_common_length(many)
+        if common is not None:
+            both = (_cost_sentence(found, many, common, key) for key in (MEMORY, TIME))
+            said += [where + sentence for sentence in both if sentence]
+            said += [where + sentence for sentence in _overtaking(found, many)]
     for task in found.tasks:
         if not any(each.rows for each in task.learnt):
             continue
@@ -134,35 +186,48 @@ def headline(found: Findings) -> list[str]:
             [f"{each.label} {each.words()}" for each in task.learnt if each.rows]
         )  # fmt: skip
         tail = f" ({'; '.join(obstacles)})" if obstacles else ""
-        said.append(f"On {task.name} ({task.seq_len:,} tokens), {METRIC_WORDS[task.metric]}: {figures}{tail}.")
+        length = f" ({task.seq_len:,} tokens)" if task.seq_len else ""
+        said.append(f"On {task.named}{length}, {task.judged}: {figures}{tail}.")
     return said
 
 
-def _cost_sentence(found: Findings, length: int, key: str) -> str:
-    """The cheapest mechanism beside both baselines, at the longest common length."""
-    words, verb, best = (units.size, "peaks at", "least") if key == MEMORY else (units.seconds, "takes", "fastest")
+def remarks(found: Findings) -> list[str]:
+    """What did not go well, a line each: results without a figure, and what could not be read or drawn."""
+    names = labels(found.rows)
+    lost = [row for row in found.rows if not results.ok(row)]
+    said = [f"{results.what(row, names.get(id(row)))}: {results.why(row)}" for row in lost]
+    return said + [f"left out: {each}" for each in found.rows.left_out]
+
+
+def _cost_sentence(found: Findings, many: list[Series], length: int, key: str) -> str:
+    """The cheapest mechanism beside both baselines, at the longest common length, among what was measured alike."""
+    verb, best = ("peaks at", "least") if key == MEMORY else ("takes", "fastest")
     phase = (found.setting.phase if found.setting else "").replace("_", " + ")
     order = sorted(
-        (each for each in found.series if not each.baseline and length in each.values(key)),
+        (each for each in many if not each.baseline and length in each.values(key)),
         key=lambda each: each.values(key)[length],
     )
     parts = []
     if order:
         rivals = [each.label for each in order[1:] if key == TIME and _overlap(order[0], each, length)]
+        others = (
+            sum(not each.baseline and length in each.memory() for each in many) - len(order) if key == MEMORY else 0
+        )
         why = f"{best} of {len(order)}" if len(order) > 1 else "the only one measured"
         why = f"too close to call with {_list(rivals)}" if rivals else why
-        parts.append(f"{words(order[0].values(key)[length])} with {order[0].label} ({why})")
+        why += f"; {others} measured by resident set are not compared" if others else ""
+        parts.append(f"{order[0].said(key, length)} with {order[0].label} ({why})")
     for kernel in ("sdpa", "dense"):
-        baseline = found.baseline(kernel)
+        baseline = next((each for each in many if (each.backend, each.kernel) == ("full", kernel)), None)
         if baseline is not None and length in baseline.values(key):
-            parts.append(f"{words(baseline.values(key)[length])} with {PROSE[kernel]}")
+            parts.append(f"{baseline.said(key, length)} with {PROSE[kernel]}")
     return f"At {length:,} tokens one {phase} call {verb} {_list(parts)}." if parts else ""
 
 
-def _overtaking(found: Findings) -> list[str]:
+def _overtaking(found: Findings, many: list[Series]) -> list[str]:
     """Where the efficient mechanisms become faster than fused full attention."""
     faster, slower = [], []
-    for series in found.series:
+    for series in many:
         crossing = found.cheaper_from(series, "sdpa", TIME)
         if crossing is None:
             continue
@@ -196,24 +261,29 @@ def _list(parts: list[str]) -> str:
 
 def rich_table(found: Findings) -> RichTable:
     """What fits a terminal of 80 columns: quality, cost at the common length, growth, overtaking fused attention."""
-    headings, lines = _brief(found)
-    table = RichTable(title_justify="left", header_style="bold", padding=(0, 1, 0, 0), box=box.SIMPLE)
+    headings, lines, notes = _brief(found)
+    table = RichTable(
+        title_justify="left", header_style="bold", padding=(0, 1, 0, 0), box=box.SIMPLE, pad_edge=False, show_edge=False
+    )
+    table.caption, table.caption_justify = "\n".join(notes) or None, "left"
     table.add_column(headings[0], no_wrap=True)
     for heading in headings[1:]:
-        table.add_column("\n".join(heading), justify="right")
-    for line in lines:
-        table.add_row(*line)
+        # a narrow terminal folds words rather than cut them
+        table.add_column(Text("\n".join(heading)), justify="right", overflow="fold")
+    for name, *cells in lines:
+        # text of rows is no markup; a range goes below its figure
+        table.add_row(Text(textwrap.fill(name, 18)), *(Text(cell.replace(" (", "\n(")) for cell in cells))
     return table
 
 
 def markdown_table(found: Findings) -> str:
     """The same for a README."""
-    headings, lines = _brief(found)
+    headings, lines, _ = _brief(found)
     return markdown([headings[0], *(" ".join(heading) for heading in headings[1:])], lines)
 
 
-def _brief(found: Findings) -> tuple[tuple[Any, ...], list[list[str]]]:
-    """The columns that matter most, each heading in lines, and the cells."""
+def _brief(found: Findings) -> tuple[tuple[Any, ...], list[list[str]], list[str]]:
+    """The columns that matter most, each heading in lines; the cells; and what marks in them mean."""
     whole = summary(found)
     flat = [(group, column) for group, columns in whole.groups for column in columns]
     short = {
@@ -223,30 +293,53 @@ def _brief(found: Findings) -> tuple[tuple[Any, ...], list[list[str]]]:
     kept: list[tuple[int, tuple[str, ...]]] = []
     for number, (group, column) in enumerate(flat):
         if group == "What it learnt":
-            kept.append((number, tuple(column.split(": "))))
+            task, _, metric = column.rpartition(": ")
+            kept.append((number, (task, *metric.split(", "))))
         elif group.startswith("At ") and group.endswith(" tokens"):
             kept.append((number, (column, f"{group[0].lower()}{group[1:].removesuffix(' tokens')}")))
         elif (group, column) in short:
             kept.append((number, short[group, column]))
     lines = [[name, *(cells[number] for number, _ in kept)] for name, cells in zip(whole.names, whole.cells)]
-    return ("mechanism", *(heading for _, heading in kept)), lines
+    notes = [note for note in whole.notes if any(note[0] in cell for line in lines for cell in line[1:])]
+    return ("mechanism", *(heading for _, heading in kept)), lines, notes
+
+
+def labels(rows: Rows) -> dict[int, str]:
+    """What each row is called in charts and tables, by the identity of the row in memory."""
+    found = {id(row): each.label for setting in costs.settings(rows) for each in costs.lines(rows, setting)
+             for row in each.rows.values()}  # fmt: skip
+    for task in quality.tasks(rows):
+        found |= {id(row): each.label for each in task.learnt for row in [*each.rows, *each.failed]}
+    pictures = results.of(rows, "portrait")
+    many = groups.gather(pictures)
+    for label, members in zip(groups.labels(list(many), {}), many.values()):
+        found |= {id(row): label for row in members}
+    return found
 
 
 def write_csv(rows: Iterable[Row], path: str | Path) -> Path:
     """All rows as a table: nested mappings become dotted columns, lists (curves) stay in the JSONL.
 
+    Text that a spreadsheet would take for a formula stands behind an apostrophe; numbers stay numbers.
+
     Args:
-        rows: result rows of any kind.
+        rows: result rows of any kind; those that hold no result are left out, see `rows.sift`.
         path: of the CSV file; UTF-8, one header line, rows in the given order.
     """
-    flat = [dict(_flatten(row)) for row in rows]
-    first = ["kind", "backend", "status", "error", "id"]
+    rows = results.sift(rows)
+    names = labels(rows)
+    flat = [{"label": names.get(id(row), row["backend"]), **dict(_flatten(row))} for row in rows]
+    first = ["kind", "backend", "status", "error", "id", "label"]
     columns = first + sorted({key for row in flat for key in row} - set(first))
     out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(map(_cell, columns))
+    writer.writerows([_cell(row.get(column)) for column in columns] for row in flat)
     return write_atomic(path, out.getvalue())
+
+
+def _cell(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from attention_zoo.attention.pattern import PatternAttention
-from attention_zoo.contract import Source, Tokens
+from attention_zoo.contract import Source, Tokens, Unsupported
 from attention_zoo.testing.case import PRIME, Case, close, gradients, piece, ragged, run, same
 from attention_zoo.testing.check import check
 from attention_zoo.testing.numerics import definition
@@ -52,6 +52,26 @@ def a_padded_source_equals_the_source_alone(case: Case) -> None:
         close(
             run(layer, x[row : row + 1], source=alone).hidden, whole[row : row + 1], f"{case.name}: source {row} alone"
         )
+
+
+@check(crosses)
+def a_row_without_a_source_sees_nothing(case: Case) -> None:
+    """By every kernel, of one query or more: zeros before the output map, whatever the padding holds."""
+    source, x = source_of(case), case.data(3, 5)
+    tokens = Tokens.of(source.tokens.valid & torch.tensor([[True], [False], [True]]))
+    plain = case.build(causal=False, cross=True)
+    assert isinstance(plain, PatternAttention)
+    for name in ("auto", *(kernel.name for kernel in plain.kernels)):
+        layer = case.build(causal=False, cross=True, kernel=name)
+        assert isinstance(layer, PatternAttention)
+        nothing = layer.to_out(torch.zeros_like(layer.to_out.weight[:1]))
+        for length in (5, 1):
+            try:
+                with torch.no_grad():
+                    found = layer(x[:, :length], source=Source(source.hidden, tokens)).hidden[1]
+            except Unsupported:  # this kernel does not run here
+                continue
+            close(found, nothing.expand_as(found), f"{case.name}: kernel={name} and a source of padding alone")
 
 
 @check(crosses)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # imported for the checks that they define, in the order in which a newcomer wants to see them fail
-from attention_zoo.testing import numerics, patterns  # noqa: F401  isort: skip
+from attention_zoo.testing import numerics, large_scores, patterns  # noqa: F401  isort: skip
 from attention_zoo.testing import causality, padding, states, cross, persistence, refusals, costs  # noqa: F401  isort: skip
 from attention_zoo.contract import Attention
 from attention_zoo.testing.case import Case, Reference

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from . import Counts, cells, scores
+from . import Counts, cells, reports, scores
 
 
 class Kind(Protocol):
@@ -25,3 +25,4 @@ class Kind(Protocol):
 KINDS: dict[str, Kind] = {}
 KINDS["scores"] = scores
 KINDS["cells"] = cells
+KINDS["reports"] = reports
