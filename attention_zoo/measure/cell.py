@@ -35,6 +35,9 @@ FIGURES = (
 )  # fmt: skip
 """What a measured row holds besides what describes its cell; all None where the cell did not finish."""
 
+UNOBSERVED = f"resident set: tensors of a call of over {LONG_S:g} s are not observed"
+"""Method where `peak_bytes` is None and `resident_bytes` holds what was measured."""
+
 
 @dataclass(frozen=True)
 class SpeedCell:
@@ -193,9 +196,7 @@ def _measure(cell: SpeedCell, repeats: int, budget_s: float, observe: bool, trac
         **asdict(timing),
         "tokens_per_second": cell.batch * work.tokens / timing.seconds,
         "peak_bytes": memory.peak_bytes if memory else None,
-        "peak_method": memory.method
-        if memory
-        else f"none of tensors: a call of over {LONG_S:g} s is not observed; its resident set is",
+        "peak_method": memory.method if memory else UNOBSERVED,
         "reserved_bytes": memory.reserved_bytes if memory else None,
         "resident_bytes": resident_bytes,
         "held_bytes": held,
