@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -111,7 +112,9 @@ def test_only_a_row_of_the_same_config_code_and_data_counts_as_finished(tmp_path
     row = {
         "kind": "quality", "id": run_identity(run.config), "backend": "longformer", "status": "ok", "error": None,
         "config": run.config, "metrics": {"loss": 1.0}, "steps": 2, "train_seconds": 1.0, "data": None,
+        "model_sha256": hashlib.sha256(b"model").hexdigest(),
     }  # fmt: skip
+    (tmp_path / "model.safetensors").write_bytes(b"model")
     assert finished(run.config, tmp_path) is None, "nothing there"
     write_json(tmp_path / "result.json", row)
     assert finished(run.config, tmp_path) is None, "other data"

@@ -210,7 +210,7 @@ def _checked(path: Path) -> Row:
 def _identity(config: dict[str, Any]) -> str | None:
     try:
         return run_identity(config)
-    except ValueError:  # a device that is not there: the run says so
+    except (ValueError, TypeError):  # a device that is not there, a value that is none: the run says so
         return None
 
 
