@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple
 from weakref import WeakValueDictionary
@@ -427,6 +428,20 @@ class Attention(Layer):
             raise Unsupported(self.name, "global tokens", "no token can see everything", "longformer, bigbird or full")
         (tokens,) = hold(tokens)
         return x.masked_fill(~tokens.valid[..., None], 0), tokens
+
+
+def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a module's weights: of the first floating-point tensor that it holds.
+
+    A projection need not have a `weight` that is a tensor: adapters wrap it, pruning and flat parameters of a sharded
+    model leave a plain attribute, and what torch quantises holds packed weights alone, which live on the CPU and take
+    and give float32.
+    """
+    held = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
+    for tensor in chain(module.parameters(), module.buffers(), held):
+        if tensor.dtype.is_floating_point:
+            return tensor.device, tensor.dtype
+    return torch.device("cpu"), torch.float32
 
 
 def check_tokens(tokens: Any, shape: torch.Size) -> None:

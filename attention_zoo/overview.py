@@ -1,8 +1,8 @@
 """What there is: abilities of every backend, which kernel would run here and why, and each mechanism on a page.
 
-python -m attention_zoo                  # abilities
-python -m attention_zoo kernels          # kernels on this machine, at 4096 tokens
-python -m attention_zoo about longformer # paper, released code, ours, how it was checked; options, abilities, kernels
+attention-zoo abilities
+attention-zoo kernels          # kernels on this machine, at 4096 tokens
+attention-zoo about longformer # paper, released code, ours, how it was checked; options, abilities, kernels
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from typing import Any
 import torch
 
 from attention_zoo.attention.pattern import PatternAttention
-from attention_zoo.contract import Attention, Tokens
-from attention_zoo.registry import available, options_of, recipe
+from attention_zoo.contract import Attention, Tokens, at_least
+from attention_zoo.measure.environment import device_name
+from attention_zoo.registry import available, build, is_shipped, options_of, recipe
 
 COLUMNS = (
     "backend", "causal", "two-sided", "carries state", "global tokens", "cross", "compute", "memory", "state",
     "positions", "grouped heads",
 )  # fmt: skip
+LONGEST = 2**24
+"""Tokens at which kernels are asked for at most: far beyond what any was run at, and no bytes to speak of."""
 
 
 def abilities_rows(names: Iterable[str] | None = None) -> list[tuple[str, ...]]:
@@ -49,21 +52,43 @@ def _no(word: str) -> str:
 
 
 def kernel_rows(length: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[tuple[str, str, str]]:
-    """Backend, kernel and verdict ("runs", or why it cannot) for plain causal self-attention over `length` tokens."""
+    """Backend, kernel and verdict ("runs", or why it cannot) for plain causal self-attention over `length` tokens.
+
+    Raises:
+        ValueError: for a length outside 1 ... `LONGEST`, or a device that this machine lacks.
+    """
+    at_least(1, length=length)
+    if length > LONGEST:
+        raise ValueError(f"length must be at most {LONGEST:,} tokens, got {length:,}")
+    device_name(device)
     rows = []
     for name in available():
+        if reason := _unbuilt(name):
+            rows.append((name, "own", reason))
+            continue
         cls, defaults = recipe(name)
         if not issubclass(cls, PatternAttention):
             found = _own_kernels(cls(dim=64, heads=1, **defaults), device, dtype)
         else:
             layer = cls(dim=64, heads=1, causal=cls.declared.causality != "none", **defaults).to(device)
-            q = torch.empty(1, 1, length, 64, device=device, dtype=dtype)
+            q = torch.empty(1, 1, 1, 64, device=device, dtype=dtype).expand(-1, -1, length, -1)
             found = layer.explain(q, q, q, *[Tokens.all_valid(1, length, device)] * 2)
         first = True
         for kernel, reason in found:
             rows.append((name, kernel, reason or ("runs, chosen by auto" if first else "runs")))
             first = first and reason is not None
     return rows
+
+
+def _unbuilt(name: str) -> str | None:
+    """Why a third-party backend cannot be built as it comes: whatever it raises must not cost the others theirs."""
+    if is_shipped(name):
+        return None
+    try:
+        build(name, dim=64, heads=1, causal=recipe(name)[0].declared.causality != "none")
+    except Exception as error:
+        return f"cannot be built: {type(error).__name__}: {' '.join(str(error).split())}"
+    return None
 
 
 def about(name: str) -> str:
@@ -86,22 +111,22 @@ def about(name: str) -> str:
 def option_rows(name: str) -> list[tuple[str, str, str]]:
     """Option, default and meaning: the mechanism's own, then those that all share."""
     cls, _ = recipe(name)
-    meanings = {**_described(Attention), **_described(cls)}
+    meanings = {**described(Attention), **described(cls)}
     shared = inspect.signature(Attention).parameters
     ordered = sorted(options_of(name).items(), key=lambda item: (item[0] in shared, item[0] == "kernel"))
-    return [(key, _default(value), meanings.get(key, "")) for key, value in ordered]
+    return [(key, _default(value), meanings.get(key, "").replace("|", "\\|")) for key, value in ordered]
 
 
 def _default(value: object) -> str:
     return "must be given" if value is inspect.Parameter.empty else "null" if value is None else str(value)
 
 
-def _described(cls: type) -> dict[str, str]:
-    """What the `Args:` of a class say of each option."""
-    found = re.search(r"^Args:\n((?: .*\n|\n)+)", (inspect.getdoc(cls) or "") + "\n", re.MULTILINE)
+def described(cls: Any) -> dict[str, str]:
+    """What the `Args:` of a class or function, or the `Fields:` of a schema, say of each option."""
+    found = re.search(r"^(?:Args|Fields):\n((?: .*\n|\n)+)", (inspect.getdoc(cls) or "") + "\n", re.MULTILINE)
     meanings: dict[str, str] = {}
     for names, text in re.findall(r"^    (\w[\w, ]*): (.*(?:\n     .*)*)", found[1] if found else "", re.MULTILINE):
-        meaning = " ".join(text.split()).replace("|", "\\|")
+        meaning = " ".join(text.split())
         meanings |= dict.fromkeys(names.split(", "), meaning)
     return meanings
 

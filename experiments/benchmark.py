@@ -1,26 +1,6 @@
 """Measure time and memory of every backend over lengths, and beside peers: `python -m experiments.benchmark --help`."""
 
-from __future__ import annotations
-
-import sys
-
-import hydra
-from omegaconf import DictConfig, OmegaConf
-
-from attention_zoo.measure.config import BenchmarkConfig, register
-from attention_zoo.report.benchmark import benchmark
-
-register()
-
-
-@hydra.main(version_base="1.3", config_path="pkg://attention_zoo.conf", config_name="benchmark")
-def main(composed: DictConfig) -> None:
-    try:
-        config: BenchmarkConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
-        benchmark(config)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
+from experiments import start
 
 if __name__ == "__main__":
-    main()
+    start("benchmark")

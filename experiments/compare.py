@@ -1,29 +1,6 @@
-"""Compare every backend: cost over length, quality on real text and recall, one report.
+"""Measure and train every backend, in one report: `python -m experiments.compare --help`."""
 
-python -m experiments.compare --help
-"""
-
-from __future__ import annotations
-
-import sys
-
-import hydra
-from omegaconf import DictConfig, OmegaConf
-
-from attention_zoo.report.compare import CompareConfig, compare, register
-from attention_zoo.training.launch import launch
-
-register()
-
-
-@hydra.main(version_base="1.3", config_path="pkg://attention_zoo.conf", config_name="compare")
-def main(composed: DictConfig) -> None:
-    config: CompareConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
-    try:
-        compare(config)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
+from experiments import start
 
 if __name__ == "__main__":
-    launch(main)
+    start("compare")

@@ -1,26 +1,6 @@
 """Convert a pretrained checkpoint, and make it long if asked: `python -m experiments.convert --help`."""
 
-from __future__ import annotations
-
-import sys
-
-import hydra
-from omegaconf import DictConfig, OmegaConf
-
-from attention_zoo.integrations.weights.commands import ConvertConfig, register, run_convert
-from attention_zoo.training.launch import launch
-
-register()
-
-
-@hydra.main(version_base="1.3", config_path="pkg://attention_zoo.conf", config_name="convert")
-def main(composed: DictConfig) -> None:
-    config: ConvertConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
-    try:
-        run_convert(config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
+from experiments import start
 
 if __name__ == "__main__":
-    launch(main)
+    start("convert")

@@ -1,26 +1,6 @@
 """Score a language model on text: `python -m experiments.evaluate --help`."""
 
-from __future__ import annotations
-
-import sys
-
-import hydra
-from omegaconf import DictConfig, OmegaConf
-
-from attention_zoo.integrations.weights.commands import EvaluateConfig, register, run_evaluate
-from attention_zoo.training.launch import launch
-
-register()
-
-
-@hydra.main(version_base="1.3", config_path="pkg://attention_zoo.conf", config_name="evaluate")
-def main(composed: DictConfig) -> None:
-    config: EvaluateConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
-    try:
-        run_evaluate(config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
+from experiments import start
 
 if __name__ == "__main__":
-    launch(main)
+    start("evaluate")

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attention_zoo"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("files", "locks", "stopping", "options", "contract"),
+    ("files", "locks", "stopping", "options", "schemas", "contract"),
     ("ops",),
     ("positions",),
     ("attention",),
@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tasks", "measure", "tracking"),
     ("training",),
     ("report", "integrations", "overview"),
+    ("commands",),
 )
 """Each part may import those in earlier lines and its own line; `testing` may import all, and nothing imports it."""
 PUBLIC = ("", "__init__")

@@ -112,15 +112,17 @@ def test_only_a_row_of_the_same_config_code_and_data_counts_as_finished(tmp_path
     row = {
         "kind": "quality", "id": run_identity(run.config), "backend": "longformer", "status": "ok", "error": None,
         "config": run.config, "metrics": {"loss": 1.0}, "steps": 2, "train_seconds": 1.0, "data": None,
-        "model_sha256": hashlib.sha256(b"model").hexdigest(),
     }  # fmt: skip
-    (tmp_path / "model.safetensors").write_bytes(b"model")
     assert finished(run.config, tmp_path) is None, "nothing there"
     write_json(tmp_path / "result.json", row)
     assert finished(run.config, tmp_path) is None, "other data"
     from attention_zoo.training.run import build
 
     row["data"] = json.loads(json.dumps(build(run.config["task"]).describe(run.config["seq_len"])))
+    write_json(tmp_path / "result.json", row)
+    assert finished(run.config, tmp_path) is None, "no model"
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    row["model_sha256"] = hashlib.sha256(b"weights").hexdigest()
     write_json(tmp_path / "result.json", row)
     assert finished(run.config, tmp_path) == row
     assert finished({**run.config, "seed": 1}, tmp_path) is None, "another seed"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from hydra.utils import get_class, get_object, instantiate
 from omegaconf import OmegaConf
 
 import attention_zoo as zoo
+from attention_zoo.commands.work import register_all
 from attention_zoo.contract import Attention
 from attention_zoo.registry import options_of, recipe
 
@@ -26,9 +26,8 @@ FILES = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.rglo
 GROUPED = [file for file in FILES if "/" in file]
 ROOTS = [file for file in FILES if "/" not in file]
 
-# an entry point makes its schema known to Hydra before anything is composed
-for root in ROOTS:
-    importlib.import_module(f"experiments.{root}")
+# a command makes its schema known to Hydra before anything is composed
+register_all()
 
 
 @pytest.fixture(autouse=True, scope="module")

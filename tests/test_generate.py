@@ -147,9 +147,26 @@ def test_the_model_is_left_as_it_was():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_model_that_holds_nan_writes_nothing(greedy):
+    """The first token would be drawn from nothing, or be a number that is the same for every text."""
+    model = small("longformer")
+    with torch.no_grad():
+        model.stack.attentions[0].to_v.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="logits must be numbers, got NaN: the model's weights hold some"):
+        generate(model, some_ids(), steps=2, greedy=greedy)
+    assert not model.training
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
     ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+    ({"temperature": float("nan")}, "temperature must be above 0, got nan"),
+    ({"temperature": "warm"}, "temperature must be above 0, got 'warm'"),
+    ({"top_p": float("nan")}, "top_p must be a probability above 0, got nan"),
+    ({"steps": 10**30}, "steps must be at most 2147483648, got 1000000"),
+    ({"seed": 10**30}, "seed must be at most"),
+    ({"seed": 1.5}, "seed must be an integer"),
     ({"top_k": -1}, "top_k must be a number of tokens, 0 for all, got -1"),
     ({"top_p": 0.0}, "top_p must be a probability above 0, got 0.0"),
     ({"top_p": 1.5}, "top_p must be a probability above 0, got 1.5"),

@@ -302,7 +302,7 @@ def test_the_command_explains_itself_and_refuses_in_one_line(tmp_path):
     for word in ("python -m experiments.benchmark", "backends", "lengths", "memory_limit_gib", "force"):
         assert word in helped.stdout
     wrong = command("backends=[longfromer]", f"output={tmp_path}/out")
-    assert wrong.returncode == 1
+    assert wrong.returncode == 2
     assert wrong.stderr.strip().count("\n") == 0
     assert "did you mean longformer?" in wrong.stderr
     assert not (tmp_path / "out").exists()

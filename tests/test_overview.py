@@ -8,7 +8,7 @@ import pytest
 
 import attention_zoo as zoo
 from attention_zoo import overview
-from attention_zoo.__main__ import main
+from attention_zoo.commands.main import main
 from attention_zoo.registry import options_of, recipe
 
 
@@ -49,7 +49,7 @@ def test_own_options_come_first_with_their_meaning() -> None:
 
 
 def test_the_command_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["about", "bigbird", "--markdown"])
+    assert main(["about", "bigbird", "--markdown"]) == 0
     assert capsys.readouterr().out.strip() == overview.about("bigbird")
     main(["about", "bigbird"])
     drawn = capsys.readouterr().out
@@ -60,13 +60,18 @@ def test_the_command_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["about"], "takes the name"),
-        (["kernels", "full"], "takes the name"),
+        (["about"], "required: name"),
+        (["kernels", "full"], "unrecognized arguments: full"),
         (["about", "longfomer"], "did you mean longformer"),
-        (["nothing"], "invalid choice"),
+        (["nothing"], "the command must be one of train, "),
+        (["kernels", "--length", "0"], "length must be an integer of at least 1, got 0"),
+        (["kernels", "--length", "-5"], "length must be an integer of at least 1, got -5"),
+        (["kernels", "--length", str(10**12)], "length must be at most 16,777,216 tokens, got 1,000,000,000,000"),
+        (["kernels", "--device", "banana"], "device must be cpu, cuda or cuda:<number>, got 'banana'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(words)
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line

@@ -3,8 +3,6 @@
 import importlib
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,8 @@ from readme_tables import reach_table
 
 import attention_zoo as zoo
 from attention_zoo import overview
+from attention_zoo.commands import work as commands
+from attention_zoo.commands.main import PLAIN, main
 from attention_zoo.report import Findings, markdown_table, read, rivals
 from attention_zoo.testing import contract_checks
 
@@ -115,19 +115,34 @@ def test_the_example_of_a_new_mechanism_passes_the_contract_suite(tmp_path, monk
         check()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "line", [line for block in blocks("bash") for line in block.splitlines() if line.startswith("python -m ")]
-)
-def test_every_other_command_is_understood(line):
-    words = shlex.split(line, comments=True)[1:]
-    if words[1].startswith("experiments.") and "--help" not in words:
-        words = [*(word for word in words[:2]), *(word for word in words[2:] if word != "-m")]
+COMMANDS = [
+    line
+    for block in blocks("bash")
+    for line in block.splitlines()
+    if line.startswith(("python -m experiments.", "attention-zoo "))
+]
+
+
+def test_every_kind_of_command_is_shown():
+    shown = {line.removeprefix("python -m experiments.").removeprefix("attention-zoo ").split()[0] for line in COMMANDS}
+    prose = {name for name in commands.COMMANDS if f"`python -m experiments.{name} " in README}
+    assert shown | prose == {*commands.COMMANDS, *PLAIN}
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_other_command_is_understood(line, capsys):
+    unquoted = re.sub(r"'[^']*'", "", line.partition("#")[0])
+    assert not set("[]{}*?~") & set(unquoted), "zsh takes these for itself"
+    words = shlex.split(line, comments=True)
+    name, *rest = words[1:] if words[0] == "attention-zoo" else [words[2].removeprefix("experiments."), *words[3:]]
+    if name in commands.COMMANDS:
         # a sweep's choices, one of each: composing one job is what shows that all words are known
-        words = [re.sub(r"^(attention|seed)=([^,\[]+),.*", r"\1=\2", word) for word in words] + ["--cfg", "job"]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+        rest = [re.sub(r"^(attention|seed)=([^,\[]+),.*", r"\1=\2", word) for word in rest if word != "-m"]
+        rest += ["--cfg", "job"]
+    assert main([name, *rest]) == 0
+    told = capsys.readouterr()
+    assert told.out.strip()
+    assert not told.err
 
 
 def test_available_backends_are_those_named():

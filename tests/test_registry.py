@@ -7,16 +7,21 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import attention_zoo as zoo
+from attention_zoo import registry
 from attention_zoo.contract import Attention, Unsupported
+from attention_zoo.measure.config import BenchmarkConfig
+from attention_zoo.overview import abilities_rows, kernel_rows
 from attention_zoo.registry import options_of, recipe, third_party
 
 ROOT = Path(__file__).parents[1]
+SHIPPED = ("bigbird", "full", "longformer", "reformer", "transformer_xl")
 
 
 def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
@@ -121,6 +126,147 @@ def test_a_plugin_that_is_no_attention_is_named(tmp_path: Path, monkeypatch: pyt
         zoo.build("near", dim=16, heads=2)
     monkeypatch.delitem(sys.modules, "tiny_plugin")
 
+
+# --- faults of third parties -----------------------------------------------------------------------------------------
+
+BASE = "from attention_zoo.contract import Abilities, Attention\nfrom attention_zoo.attention.full import Full\n"
+FAULTS = {
+    "raises": ("raise RuntimeError('no such library')", r"RuntimeError: no such library"),
+    "ends the process": ("import sys\nsys.exit(3)", r"SystemExit: 3"),
+    "stops in its own way": ("class Stop(BaseException): pass\nraise Stop", r"cannot be loaded: Stop"),
+    "lacks a package": ("import nonesuch_library", r"No module named 'nonesuch_library'"),
+    "is no Python": ("def (:", r"SyntaxError"),
+    "is empty": ("", r"cannot be loaded: AttributeError: .*Broken"),
+    "is no attention": ("class Broken: pass", r"must be a subclass of attention_zoo.contract.Attention"),
+    "has no name": (f"{BASE}class Broken(Attention): declared = Full.declared", r"must say its name: Broken has no"),
+    "declares nothing": (f"{BASE}class Broken(Attention): name = 'broken'", r"must declare its Abilities .*got None"),
+    "declares a word": (f"{BASE}class Broken(Full): declared = 'everything'", r"Abilities .*got 'everything'"),
+    "declares what is not": (
+        f"{BASE}from dataclasses import replace\n"
+        "class Broken(Full): declared = replace(Full.declared, causality='maybe')",
+        r"must declare causality as one of none, values, strict, got 'maybe'",
+    ),
+    "has no positions": (
+        f"{BASE}from dataclasses import replace\nclass Broken(Full): declared = replace(Full.declared, positions=None)",
+        r"must declare positions as a tuple of words, got None",
+    ),
+    "names no class": ("Broken = {'window': 3}", r"KeyError: '_target_'"),
+    "names a class that is not": ("Broken = {'_target_': 'nowhere.Broken'}", r"No module named 'nowhere'"),
+    "names half a class": ("Broken = {'_target_': 'Broken'}", r"ValueError: Empty module name"),
+}
+
+
+def broken(folder: Path, source: str, name: str = "broken", module: str = "broken_plugin") -> None:
+    (folder / f"{module}.py").write_text(source + "\n")
+    info = folder / f"{module}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[attention_zoo.backends]\n{name} = {module}:Broken\n")
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of packages; what one test was told of is told again in the next."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_told", {})
+    yield tmp_path
+    for module in [name for name in sys.modules if name.startswith("broken_plugin")]:
+        del sys.modules[module]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_plugin_that_cannot_be_used_is_left_out_and_says_why(installed: Path, fault: str) -> None:
+    source, reason = FAULTS[fault]
+    broken(installed, source)
+    with pytest.warns(UserWarning, match=rf"^backend 'broken' .*{reason}.*; left out$") as told:
+        assert zoo.available() == SHIPPED
+    assert len(told) == 1
+    assert "\n" not in str(told[0].message)
+    with pytest.warns(UserWarning, match="left out"):
+        assert third_party() == {}
+    with pytest.warns(UserWarning, match="left out"):
+        assert [row[0] for row in abilities_rows()] == list(SHIPPED)
+    with pytest.warns(UserWarning, match="left out"):
+        assert {cell.backend for cell in BenchmarkConfig(lengths=[16]).cells()} == set(SHIPPED)
+    for ask in (
+        lambda: zoo.build("broken", dim=16, heads=2),
+        lambda: zoo.Transformer(attention="broken", vocab=11, dim=16),
+        lambda: BenchmarkConfig(lengths=[16], backends=["broken"]).cells(),
+    ):
+        with pytest.raises(ValueError, match=reason) as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_taken_stays_with_its_owner(installed: Path) -> None:
+    broken(installed, f"{BASE}class Broken(Full): name = 'longformer'", name="longformer")
+    with pytest.warns(
+        UserWarning, match=r"backend 'longformer' \(broken_plugin:Broken\) has a name that attention_zoo"
+    ):
+        assert zoo.available() == SHIPPED
+    assert type(zoo.build("longformer", dim=16, heads=2)).__module__.startswith("attention_zoo.")
+
+
+def test_a_name_that_two_packages_claim_is_nobodys(installed: Path) -> None:
+    for module in ("broken_plugin_one", "broken_plugin_two"):
+        broken(installed, f"{BASE}class Broken(Full): name = 'broken'", module=module)
+    with pytest.warns(UserWarning, match="'broken' is what several packages call theirs") as told:
+        assert zoo.available() == SHIPPED
+    assert len(told) == 1
+    with pytest.raises(
+        ValueError, match=r"broken_plugin_\w+:Broken, broken_plugin_\w+:Broken\): uninstall all but one"
+    ):
+        zoo.build("broken", dim=16, heads=2)
+
+
+def test_a_package_that_is_found_twice_is_one(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it is installed and lies on the path besides."""
+    again = installed / "again"
+    again.mkdir()
+    for folder in (installed, again):
+        broken(folder, f"{BASE}class Broken(Full): name = 'broken'")
+    monkeypatch.syspath_prepend(again)
+    assert zoo.available() == tuple(sorted([*SHIPPED, "broken"]))
+
+
+@pytest.mark.parametrize("content", [b"[attention_zoo.backends]\nbroken", b"\xff\xfe\x00"])
+def test_entry_points_that_cannot_be_read_cost_no_others(installed: Path, content: bytes) -> None:
+    broken(installed, "", module="broken_plugin_one")
+    (installed / "broken_plugin_one-1.0.dist-info" / "entry_points.txt").write_bytes(content)
+    broken(installed, f"{BASE}class Broken(Full): name = 'broken'")
+    with pytest.warns(UserWarning, match="the entry points of package broken_plugin_one cannot be read: .*left out"):
+        assert zoo.available() == tuple(sorted([*SHIPPED, "broken"]))
+
+
+def test_a_backend_that_ends_the_process_when_built_is_named(installed: Path) -> None:
+    broken(
+        installed,
+        f"{BASE}class Broken(Full):\n    name = 'broken'\n    def __init__(self, **shared): raise SystemExit(3)",
+    )
+    with pytest.raises(ValueError, match=r"backend 'broken' cannot be built: it ends the process \(3\)"):
+        zoo.build("broken", dim=16, heads=2)
+    assert ("broken", "own") in [row[:2] for row in kernel_rows(64) if "cannot be built: ValueError" in row[2]]
+    assert "broken" in {cell.backend for cell in BenchmarkConfig(lengths=[16]).cells()}
+
+
+@pytest.mark.parametrize("words", [
+    ["attention_zoo", "abilities", "--markdown"],
+    ["experiments.train", "attention=longformer", "task=mqar", "--cfg", "job"],
+], ids=lambda words: words[0])  # fmt: skip
+def test_commands_run_beside_a_plugin_that_ends_the_process(tmp_path: Path, words: list[str]) -> None:
+    broken(tmp_path, *FAULTS["ends the process"][:1])
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "longformer" in done.stdout
+    (line,) = [line for line in done.stderr.splitlines() if "broken" in line]
+    assert "backend 'broken' (broken_plugin:Broken) cannot be loaded: SystemExit: 3; left out" in line
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+# --- a new mechanism of our own ---------------------------------------------------------------------------------------
 
 SINKS = '''"""A window and the first few tokens, which everybody sees. Xiao et al. 2024, §3. O(L · (window + sinks))."""
 

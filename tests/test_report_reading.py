@@ -17,6 +17,7 @@ from attention_zoo.report.build import draw
 from attention_zoo.report.rows import FROM, sift
 from attention_zoo.report.schema import wrong_with
 from attention_zoo.report.summary import remarks
+from experiments.report import ReportConfig, report
 
 COMMITTED = sorted((Path(__file__).parents[1] / "experiments" / "results").rglob("results.jsonl"))
 
@@ -198,21 +199,22 @@ def test_the_command_takes_a_folder_and_names_what_is_wrong(tmp_path):
     assert (tmp_path / "runs" / "results.csv").is_file()
 
 
-@pytest.mark.slow
 def test_every_way_to_name_results_works(tmp_path):
     one = write(tmp_path / "one.jsonl", *(quality("full", "text", seed) for seed in (0, 1)))
     two = tmp_path / "runs" / "x" / "result.json"
     write_json(two, quality("longformer", "text"))
-    for given in (f"{one}", f"{two}", f"[{one}]", f"[{one},{two}]", f"{tmp_path}"):
-        done = command(f"results={given}", f"output={tmp_path / 'out'}")
-        assert (done.returncode, done.stderr) == (0, ""), given
+    for given in (f"{one}", f"{two}", [f"{one}"], [f"{one}", f"{two}"], f"{tmp_path / 'runs'}"):
+        path = report(ReportConfig(results=given, output=str(tmp_path / "out"), title="x"))
+        assert path == tmp_path / "out" / "report.html"
+    assert report(ReportConfig(results=str(two))).parent == two.parent
     (tmp_path / "file").write_text("")
-    for given, said in (
-        ([f"results={tmp_path / 'no'}"], "which does not exist"), ([f"results={tmp_path / 'file'}"], "holds no rows"),
-        (["results=7"], "results must be a path"), ([f"results={one}", f"output={tmp_path / 'file'}"], "file"),
-    ):  # fmt: skip
-        done = command(*given)
-        assert done.returncode == 2, given
-        assert done.stderr.startswith("error: ")
-        assert said in done.stderr
-        assert done.stderr.count("\n") == 1
+    with pytest.raises(OSError, match="file"):
+        report(ReportConfig(results=str(one), output=str(tmp_path / "file")))
+
+
+@pytest.mark.slow
+def test_what_the_command_refuses_is_one_line(tmp_path):
+    done = command(f"results=[{tmp_path / 'no'}]")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {done.stderr[7:].strip()}\n"
+    assert "which does not exist" in done.stderr

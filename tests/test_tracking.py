@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.wandb_server import FINISH_SECONDS, INIT_SECONDS, Server, follow, running
 
 from attention_zoo.files import read_jsonl
-from attention_zoo.tracking import JsonlTracker, NoTracker, RunInfo, Trackers, WandbTracker
+from attention_zoo.tracking import Guarded, JsonlTracker, NoTracker, RunInfo, Trackers, WandbTracker
 from attention_zoo.tracking.tracker import figures
+from attention_zoo.tracking.wandb_process import key_for
+from attention_zoo.training.config import compose_training
+from attention_zoo.training.run import run_training
+
+KEY = "0" * 40
 
 ROW = {
     "kind": "quality", "status": "ok", "seq_len": 128, "step_seconds": 0.1, "tokens_per_second": 5.0,
@@ -73,136 +79,212 @@ def test_speed_and_memory_are_drawn_over_the_length() -> None:
     assert figures(cell) == {"seq_len": 4096, "speed/forward_seconds": 0.5, "memory/forward_peak_bytes": 7}
 
 
-SCRIPT = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from test_tracking import ROW, info
-from attention_zoo.tracking import WandbTracker
-notices, began = [], time.monotonic()
-tracker = WandbTracker(info(Path(sys.argv[2]), notices), init_timeout=float(sys.argv[3]), finish_timeout=1.0)
-print("settings", tracker.run.settings.finish_timeout, tracker.run.group, tracker.run.job_type, tracker.run.offline)
-for step in range(5):
-    tracker.log({"train/loss": 1.0 / (step + 1)}, step)
-tracker.result(ROW)
-tracker.finish(failed=False)
-print("notices", len(notices), *notices)
-print("seconds", time.monotonic() - began, flush=True)
-"""
-
-
-def follow(folder: Path, init_timeout: float = 20.0, **environment: str) -> tuple[str, float]:
-    """A tracked run in a process of its own: its output and its seconds from start to finish."""
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(folder), str(init_timeout)]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, float(done.stdout.split("seconds ")[1])
-
-
 def recorded(folder: Path) -> bytes:
     """All that lies on the disk of offline runs."""
     return b"".join(path.read_bytes() for path in folder.glob("wandb/offline-run-*/*.wandb"))
 
 
 def test_without_a_key_it_is_offline_and_complete(tmp_path: Path) -> None:
-    output, _ = follow(tmp_path)
-    assert "settings 1.0 text-512 full True" in output
-    assert "notices 0" in output
+    found = follow(tmp_path, {})
+    assert (found["notices"], found["left"], found["stderr"]) == ([], [], "")
     kept = recorded(tmp_path)
-    for name in (b"train/loss", b"speed/step_seconds", b"seq_len", b"final/bits_per_byte", b"speed/*", b"text-512"):
+    for name in (b"train/loss", b"speed/step_seconds", b"seq_len", b"final/loss", b"speed/*", b"text-64"):
         assert name in kept, name
 
 
-def test_with_a_key_but_no_network_it_goes_on_offline_within_seconds(tmp_path: Path) -> None:
-    output, seconds = follow(tmp_path, WANDB_API_KEY="0" * 40)
-    assert seconds < 30  # W&B alone takes about two minutes
-    assert (
-        "notices 1 W&B: http://127.0.0.1:9 cannot be reached (Connection refused); this run goes on offline" in output
-    )
-    assert b"train/loss" in recorded(tmp_path)
+def test_online_every_figure_reaches_the_server(tmp_path: Path) -> None:
+    with Server() as server:
+        found = follow(tmp_path, {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url})
+    assert found["notices"] == []
+    assert found["logged"] < 1.0, "the run does not wait for W&B to start"
+    said = "".join(server.stream)
+    for step in range(5):
+        assert f'\\"step\\":{step}' in said.replace(" ", "")
+    assert "final/loss" in said
+
+
+def test_a_failed_run_reaches_the_server_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose_training(["task=mqar", "model.heads=3", "trainer.progress=none", "tracker.finish_timeout=20"])
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with Server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        row = run_training(config, tmp_path / "run")
+    assert row["error"] == "model.heads must divide model.dim, got heads=3 for dim=64"
+    assert row["notices"] == []
+    said = "".join(server.stream)
+    assert row["error"] in said
+    assert '\\"failed\\"' in said
+    assert '"exitcode":1' in said.replace(" ", "")
 
 
 @pytest.mark.slow
-def test_a_server_that_never_answers_cannot_hold_a_run(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        output, seconds = follow(tmp_path, 1.0, WANDB_API_KEY="0" * 40, WANDB_BASE_URL=address)
-    assert seconds < 60
-    assert "notices 1 W&B: " in output
-    assert "this run goes on offline" in output
+@pytest.mark.parametrize(
+    ("fault", "begins", "hurt", "word"),
+    [
+        ("drips", "start", None, "no answer in time; this run goes on offline"),
+        ("silent", "stream", None, "W&B does not finish: Timed out"),
+        (None, "start", "stop core", "W&B did not finish within 3 s and was ended"),
+    ],
+)
+def test_nothing_of_wandb_holds_a_run(
+    fault: str | None, begins: str, hurt: str | None, word: str, tmp_path: Path
+) -> None:
+    with Server(fault, begins) as server:
+        found = follow(tmp_path, {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}, hurt=hurt)
+    assert len(found["notices"]) == 1
+    assert word in found["notices"][0]
+    assert found["left"] == []
+    assert found["finished"] < INIT_SECONDS + FINISH_SECONDS + 15  # and what W&B needs to be imported again
+
+
+@pytest.mark.parametrize(
+    ("environment", "word"),
+    [
+        (
+            {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"},
+            "W&B: http://127.0.0.1:9 cannot be reached (Connection refused); this run goes on offline",
+        ),
+        ({"WANDB_MODE": "banana", "WANDB_BASE_URL": "nonsense"}, "this run goes on offline"),
+    ],
+)
+def test_what_cannot_be_online_goes_on_offline_with_one_line(
+    environment: dict[str, str], word: str, tmp_path: Path
+) -> None:
+    found = follow(tmp_path, environment)
+    assert len(found["notices"]) == 1
+    assert word in found["notices"][0]
+    assert found["stderr"] == ""
     assert b"train/loss" in recorded(tmp_path)
 
 
-class Broken:
-    """W&B at its worst: everything raises."""
-
-    class Settings:
-        def __init__(self, **given: Any):
-            self.base_url, self.api_key = "http://127.0.0.1:9", None
-
-    @staticmethod
-    def setup(settings: Any = None) -> Any:
-        return type("Setup", (), {"settings": Broken.Settings()})
-
-    @staticmethod
-    def init(**given: Any) -> Any:
-        raise RuntimeError("no\nway")
-
-
-def test_when_nothing_works_the_run_goes_on_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", Broken)  # type: ignore[arg-type]
-    notices: list[str] = []
-    tracker = WandbTracker(info(tmp_path, notices))
-    tracker.log({"train/loss": 1.0}, 1)
-    tracker.result(ROW)
-    tracker.finish(failed=False)
-    assert notices == ["W&B does not start: no way; metrics.jsonl has every figure"]
+BROKEN = """
+class Settings:
+    base_url, api_key = "http://127.0.0.1:9", None
+    def __init__(self, **given): pass
+def setup(settings=None): return Settings
+Settings.settings = Settings
+def teardown(): pass
+def init(mode, **given):
+    {init}
+class Run:
+    offline = True
+    class summary:
+        update = staticmethod(lambda values: None)
+    def define_metric(self, *given, **named): pass
+    def log(self, values): raise OSError("disk\\nfull")
+    def finish(self, exit_code): pass
+"""
 
 
-def test_a_run_that_breaks_midway_is_left_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Run:
-        def define_metric(self, *given: Any, **named: Any) -> None: ...
-
-        def log(self, values: Any) -> None:
-            raise OSError("disk full")
-
-    monkeypatch.setitem(sys.modules, "wandb", Broken)  # type: ignore[arg-type]
-    monkeypatch.setattr(Broken, "init", staticmethod(lambda **given: Run()))
+@pytest.mark.parametrize(
+    ("init", "words"),
+    [
+        ("raise RuntimeError('no\\nway')", ["W&B: no way; this run goes on offline", "W&B does not start: no way;"]),
+        ("raise SystemExit(3)", ["W&B: 3; this run goes on offline", "W&B does not start: 3;"]),
+        ("import os; os._exit(3)", ["W&B: has ended; this run goes on offline", "W&B does not start: has ended;"]),
+        ("return Run()", ["W&B takes no more figures: disk full; "]),
+    ],
+)
+def test_whatever_wandb_does_is_one_line(
+    init: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb.py").write_text(BROKEN.format(init=init))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     notices: list[str] = []
     tracker = WandbTracker(info(tmp_path, notices))
     tracker.log({"train/loss": 1.0}, 1)
     tracker.log({"train/loss": 1.0}, 2)
     tracker.result(ROW)
     tracker.finish(failed=False)
-    assert notices == ["W&B takes no more figures: disk full; metrics.jsonl has every figure"]
+    assert len(notices) == len(words)
+    for notice, word in zip(notices, words):
+        assert notice.startswith(word)
+        assert notice.endswith(("metrics.jsonl has every figure", "wandb/offline-run-*)"))
 
 
-@pytest.mark.parametrize("place", ["environment", "netrc"])
-def test_a_key_is_found_where_wandb_would_find_it(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if place == "environment":
-        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    else:
-        (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login user password {'0' * 40}\n")
-        (tmp_path / "netrc").chmod(0o600)
-    modes: list[str] = []
-    monkeypatch.setitem(sys.modules, "wandb", Broken)  # type: ignore[arg-type]
-    monkeypatch.setattr(Broken, "init", staticmethod(lambda **given: modes.append(given["mode"])))
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setattr(
-            Broken.Settings, "__init__", lambda self, **g: vars(self).update(base_url=address, api_key=None)
-        )
-        WandbTracker(info(tmp_path))
-        WandbTracker(info(tmp_path), mode="offline")
-        monkeypatch.setenv("WANDB_MODE", "offline")
-        WandbTracker(info(tmp_path))
-    assert modes[0] == "online"
-    assert modes[-1] == modes[-2] == "offline"
+def test_wandb_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom attention_zoo.tracking import RunInfo, WandbTracker\n"
+        "t = WandbTracker(RunInfo(Path(sys.argv[1]), 'a', 'b', 'c', 'd', {}, print))\n"
+        "while t._started is None: time.sleep(0.01)\n"
+        "print('started', flush=True); time.sleep(100)"
+    )
+    env = {**os.environ, "HOME": str(tmp_path)}
+    run = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, env=env)
+    assert run.stdout is not None
+    assert run.stdout.readline() == b"started\n"
+    assert len(running(tmp_path)) >= 3, "the run, W&B beside it, and W&B's own process"
+    run.kill()
+    run.wait()
+    run.stdout.close()
+    deadline = time.monotonic() + 20
+    while running(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert running(tmp_path) == []
 
 
-def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
+def test_a_tracker_that_fails_is_left_alone_with_one_line() -> None:
+    class Bad(NoTracker):
+        def log(self, metrics: Any, step: int) -> None:
+            raise RuntimeError("no\nroom")
+
+    notices: list[str] = []
+    tracker = Guarded(Bad(info(Path())), notices.append)
+    tracker.log({}, 1)
+    tracker.log({}, 2)
+    tracker.finish(failed=False)
+    assert notices == ["Bad failed and is left alone: RuntimeError: no room; metrics.jsonl has every figure"]
+
+
+class Settings:
+    """What `wandb.setup()` gives."""
+
+    def __init__(self, api_key: str | None = None):
+        self.settings = self
+        self.api_key = api_key
+
+    def setup(self) -> Settings:
+        return self
+
+
+def test_a_key_is_found_where_wandb_would_find_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = "http://127.0.0.1:9"
+    assert not key_for(Settings(), host)
+    assert key_for(Settings("key"), host)
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1 login user password {KEY}\n")
+    (tmp_path / "netrc").chmod(0o600)
+    assert key_for(Settings(), host)
+    assert not key_for(Settings(), "http://elsewhere")
+    (tmp_path / "netrc").write_bytes(b"\xff\xfe nonsense")
+    assert not key_for(Settings(), host)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert key_for(Settings(), host)
+
+
+def test_options_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tracker.mode must be one of auto, online, offline, got 'on'"):
         WandbTracker(info(tmp_path), mode="on")
+    for wrong in (0, -1.0, float("nan"), float("inf"), "soon", True):
+        with pytest.raises(ValueError, match=r"tracker.finish_timeout must be a positive number of seconds, got"):
+            WandbTracker(info(tmp_path), finish_timeout=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lines", [None, 5])
+def test_damaged_lines_are_left_out_and_told(lines: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(
+        b'{"step": 1}\n\xff\xfe\n[1]\n{"loss": 1}\n{"step": 2}\n{"step": 2, "evaluate/x": 3}\n{"step": 3}\n{"st'
+    )
+    told: list[str] = []
+    JsonlTracker.rewind(tmp_path, 2, lines, on_bad=told.append)
+    kept = list(read_jsonl(path))
+    assert kept == [{"step": 1}, {"step": 2}, *([{"step": 2, "evaluate/x": 3}] if lines is None else [])]
+    assert len(told) == 3
+    assert all("metrics.jsonl" in line and line.endswith("left out") and "\n" not in line for line in told)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"metrics.jsonl cannot be read: Is a directory"):
+        JsonlTracker.rewind(tmp_path, 2)
 
 
 def test_wandb_is_imported_only_where_it_is_wanted() -> None:

@@ -344,28 +344,3 @@ def test_the_command_line_tells_a_misspelt_name_in_one_line() -> None:
     assert done.stderr.startswith("error: attention must be one of ")
     assert done.stderr.endswith("got 'longfromer'; did you mean longformer?\n")
     assert done.stderr.count("\n") == 1
-
-
-def test_generate_writes_on(
-    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from experiments import generate
-
-    def call(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["generate", *arguments])
-        generate.main()
-        return capsys.readouterr().out
-
-    assert run_training(config, tmp_path)["status"] == "ok"
-    written = call(str(tmp_path), "abc(", "--steps", "9", "--seed", "3")
-    assert written.startswith("abc(")
-    assert len(written) > len("abc(\n")
-    assert call(str(tmp_path), "abc(", "--steps", "9", "--seed", "3") == written
-    assert call(str(tmp_path / "model.safetensors"), "abc(", "--steps", "9", "--seed", "4") != written
-    for arguments, message in (
-        (("/nowhere", "x"), "error: /nowhere"),
-        ((str(tmp_path), "x", "--steps", "0"), "error: steps must be an integer of at least 1, got 0"),
-        ((str(tmp_path / "metrics.jsonl"), "x"), "not a readable model file"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            call(*arguments)

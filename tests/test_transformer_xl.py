@@ -169,7 +169,7 @@ def test_decoding_does_not_project_the_memory(monkeypatch: pytest.MonkeyPatch) -
     x, tokens, steps = data(2, 11).float(), Tokens.all_valid(2, 11), list(range(1, 11))
     with torch.no_grad():
         expected = build(5, 4, torch.float32, head_width=8, kernel="shift")(x, tokens).hidden
-        monkeypatch.delattr(transformer_xl, "project_streams")
+        monkeypatch.delattr(transformer_xl, "streams")
         layer = build(5, 4, torch.float32, head_width=8)
         assert_close(feed(layer, x, tokens, steps)[0], expected, "steps", 1e-5)
         with torch.autocast("cpu", torch.bfloat16):

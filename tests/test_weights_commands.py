@@ -215,7 +215,7 @@ def test_the_commands_run_and_say_what_is_wrong_in_one_line(tmp_path, book) -> N
     assert done.returncode == 0, done.stderr
     assert "bits_per_byte" in done.stdout
     done = call("experiments.convert", f"source={tmp_path}", f"output={output}", "force=true")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.splitlines() == [f"error: {tmp_path}: holds neither config.json nor model.safetensors"]
     done = call("experiments.evaluate", f"source={output}", f"task.path={book}", "seq_len=abc")
     assert done.returncode == 2

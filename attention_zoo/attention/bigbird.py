@@ -34,7 +34,7 @@ from torch import Tensor
 
 from attention_zoo.attention.bigbird_plans import Plan, Reference, Uniform
 from attention_zoo.attention.pattern import PatternAttention, hide
-from attention_zoo.contract import Abilities, Tokens, Unsupported, at_least, one_of
+from attention_zoo.contract import Abilities, Tokens, Unsupported, at_least, one_of, place_of
 from attention_zoo.ops.blocks import BLOCKS, TRITON_BLOCKS
 from attention_zoo.ops.dispatch import DENSE, TILES
 from attention_zoo.ops.row import LINKED_ROW, ROW
@@ -145,7 +145,7 @@ class BigBird(PatternAttention):
             return hide(times > 0)  # the paper's plan lists no block twice
         times = times.masked_fill(everything[:, None, :, None], 1)
         counts = torch.arange(self.random + 2, device=times.device)
-        logs = counts.to(torch.promote_types(self.to_out.weight.dtype, torch.float32)).log()
+        logs = counts.to(torch.promote_types(place_of(self)[1], torch.float32)).log()
         return logs[times.long()]
 
     def near(

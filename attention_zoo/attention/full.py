@@ -61,4 +61,5 @@ class Full(PatternAttention):
         super().__init__(kernel=kernel, **shared)
 
     def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "1 1 L S"]:
-        return torch.zeros(1, 1, queries.position.shape[1], keys.position.shape[1], device=queries.position.device)
+        shape = 1, 1, queries.position.shape[1], keys.position.shape[1]
+        return torch.zeros(shape, dtype=torch.float32, device=queries.position.device)

@@ -31,11 +31,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from attention_zoo.attention.pattern import PatternAttention, hide
 from attention_zoo.contract import Abilities, Tokens, at_least, one_of
+from attention_zoo.ops.constants import made_once
 from attention_zoo.ops.dispatch import BANDED, DENSE, TILES, WHOLE_BAND
 from attention_zoo.ops.flex import FLEX
 from attention_zoo.ops.row import ROW
@@ -71,7 +72,6 @@ class Longformer(PatternAttention):
         positions=("none", "rotary", "alibi"),
         grouped_heads=True,
     )
-    dilation: Tensor
 
     def __init__(
         self,
@@ -95,7 +95,6 @@ class Longformer(PatternAttention):
             self.add_global_projections()
         # heads that share a dilation share the mask
         common = steps[:1] if len(set(steps)) == 1 else steps
-        self.register_buffer("dilation", torch.tensor(common), persistent=False)
         self._reach, self._strides = window * max(steps), tuple(common)
         self.contiguous = max(steps) == 1
 
@@ -109,6 +108,12 @@ class Longformer(PatternAttention):
 
     def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B #H L S"]:
         gap = (queries.position[:, :, None] - keys.position[:, None, :])[:, None]
-        step = self.dilation[:, None, None]
+        step = self._strides[0] if len(self._strides) == 1 else _column(self._strides, like=gap, dtype=torch.long)
         seen = gap.abs() <= self.window * step
         return hide(seen if self.contiguous else seen & (gap % step == 0))
+
+
+@made_once
+def _column(steps: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> Int[Tensor, "H 1 1"]:
+    """Dilation by head."""
+    return torch.tensor(steps, device=device, dtype=dtype)[:, None, None]

@@ -18,7 +18,17 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Attention, Output, Source, Tokens, Unsupported, hold, known_options, unshared
+from attention_zoo.contract import (
+    Attention,
+    Output,
+    Source,
+    Tokens,
+    Unsupported,
+    hold,
+    known_options,
+    place_of,
+    unshared,
+)
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator, refuse_export
 from attention_zoo.ops.dispatch import DENSE, TILES, Kernel, check_name, choose, explain
@@ -131,7 +141,7 @@ class PatternAttention(Attention):
     # --- final: the definition assembled ---------------------------------------------------------------------------
 
     def position_bias(self, queries: Tokens, keys: Tokens) -> Tensor | None:
-        return self.scheme.bias(queries, keys) if self.scheme.has_bias else None
+        return self.scheme.bias(queries, keys, place_of(self)[1]) if self.scheme.has_bias else None
 
     def scores_bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "#B #H L S"]:
         """`bias` and position bias, before masks and without the global override."""
@@ -145,9 +155,9 @@ class PatternAttention(Attention):
         everyone = queries.is_global[:, None, :, None] | keys.is_global[:, None, None, :]
         bias = bias.masked_fill(everyone, 0)
         bias = bias if extra is None else bias + extra
-        any_operand = self.to_out.weight
-        call = PatternCall(self, any_operand, any_operand, any_operand, queries, keys, 1.0)
-        seen = call.seen(queries, keys)
+        device, dtype = place_of(self)
+        none = torch.empty(0, 0, 0, 0, device=device, dtype=dtype)
+        seen = PatternCall(self, none, none, none, queries, keys, 1.0).seen(queries, keys)
         return bias.masked_fill(~seen, -torch.inf)
 
     # --- final: running it -----------------------------------------------------------------------------------------
@@ -204,9 +214,9 @@ class PatternAttention(Attention):
         return PatternCall(self, q, k, v, queries, marked, scale, self.bias_parameters(), global_qkv)
 
     def initial_state(self, batch_size: int) -> Cache:
-        weight = self.to_k.weight
-        empty = weight.new_zeros(batch_size, self.kv_heads, 0, self.head_width)
-        return Cache(Columns.of(Tokens.none(batch_size, weight.device), empty, empty))
+        device, dtype = place_of(self)
+        empty = torch.zeros(batch_size, self.kv_heads, 0, self.head_width, device=device, dtype=dtype)
+        return Cache(Columns.of(Tokens.none(batch_size, device), empty, empty))
 
     @one_operator
     def forward(
@@ -373,4 +383,4 @@ class PatternAttention(Attention):
 
 def hide(seen: Bool[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """0 where seen, -inf elsewhere: a plain pattern's bias."""
-    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -torch.inf)
+    return torch.zeros(seen.shape, dtype=torch.float32, device=seen.device).masked_fill(~seen, -torch.inf)

@@ -53,6 +53,7 @@ from attention_zoo.contract import (
     at_least,
     hold,
     one_of,
+    place_of,
     unshared,
 )
 from attention_zoo.ops import hashing, lsh, lsh_layout, lsh_step
@@ -191,10 +192,10 @@ class Reformer(Attention):
         return hashing.bucket_factors(length, self.chunk, self.split_above)
 
     def initial_state(self, batch_size: int) -> Hashed:
-        weight = self.to_qk.weight
-        empty = weight.new_zeros(batch_size, 0, self.heads * self.head_width)
-        buckets = torch.zeros(batch_size, self.heads, 0, 0, 1, dtype=torch.int32, device=weight.device)
-        return Hashed(Columns.of(Tokens.none(batch_size, weight.device), empty, empty, buckets))
+        device, dtype = place_of(self)
+        empty = torch.zeros(batch_size, 0, self.heads * self.head_width, device=device, dtype=dtype)
+        buckets = torch.zeros(batch_size, self.heads, 0, 0, 1, dtype=torch.int32, device=device)
+        return Hashed(Columns.of(Tokens.none(batch_size, device), empty, empty, buckets))
 
     @one_operator
     def forward(

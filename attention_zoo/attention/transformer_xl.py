@@ -54,13 +54,15 @@ from attention_zoo.contract import (
     at_least,
     hold,
     one_of,
+    place_of,
     unshared,
 )
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator, refuse_export
 from attention_zoo.ops.dispatch import triton_reason
 from attention_zoo.ops.function import watch, zeros_for
-from attention_zoo.ops.relative import Plan, chunk_borders, plan_chunks, project_streams, relative_attention
+from attention_zoo.ops.projections import is_plain, streams
+from attention_zoo.ops.relative import Plan, chunk_borders, plan_chunks, relative_attention
 
 TABLE = 256
 """Tables of distances are made for a multiple of this many, so that growing calls share one."""
@@ -179,8 +181,9 @@ class TransformerXL(Attention):
         return 1.5 * float(seen)
 
     def initial_state(self, batch_size: int) -> Columns:
-        weight = self.to_q.weight
-        return Columns.of(Tokens.none(batch_size, weight.device), weight.new_zeros(batch_size, 0, self.dim))
+        device, dtype = place_of(self)
+        empty = torch.zeros(batch_size, 0, self.dim, device=device, dtype=dtype)
+        return Columns.of(Tokens.none(batch_size, device), empty)
 
     @one_operator
     def forward(
@@ -282,8 +285,8 @@ class TransformerXL(Attention):
         """Project all keys, then attend in chunks of queries."""
         q = self._heads(self.to_q(x))
         plan = self._plan(layout, q.dtype)
-        k, k_own = (self._heads(stream) for stream in project_streams(hidden, self.to_k.weight, self.to_k.bias))
-        v, v_own = (self._heads(stream) for stream in project_streams(hidden, self.to_v.weight, self.to_v.bias))
+        k, k_own = (self._heads(stream) for stream in streams(self.to_k, hidden))
+        v, v_own = (self._heads(stream) for stream in streams(self.to_v, hidden))
         r = rearrange(self.to_r(self._waves(plan.distances)), "n (h d) -> n h d", h=self.heads)
         return relative_attention(q, k, v, k_own, v_own, r, self.u, self.v, plan, scale=self.scale)
 
@@ -291,6 +294,13 @@ class TransformerXL(Attention):
         """Whether this call is for the "absorbed" kernel: it spends E per pair and head where the others spend D."""
         if self.kernel == "absorbed" and torch.is_grad_enabled():
             raise Unsupported(self.name, "kernel=absorbed", "it gives no gradients", "torch.no_grad() or kernel=auto")
+        if not all(map(is_plain, (self.to_k, self.to_v, self.to_r))):
+            if self.kernel != "absorbed":
+                return False
+            raise Unsupported(
+                self.name, "kernel=absorbed", "it multiplies by the matrices of to_k, to_v and to_r, one of which is "
+                "wrapped, hooked or no nn.Linear", "kernel=auto",
+            )  # fmt: skip
         few = 4 * x.shape[1] <= self.head_width and not torch.is_grad_enabled()
         return self.kernel == "absorbed" or (self.kernel == "auto" and few)
 
@@ -303,7 +313,7 @@ class TransformerXL(Attention):
                 rearrange(layer.weight.to(exact), "(h d) e -> h d e", h=self.heads)
                 for layer in (self.to_k, self.to_r, self.to_v)
             )
-            q = self._heads(self.to_q(x.to(self.to_q.weight.dtype))).to(exact)
+            q = self._heads(self.to_q(x.to(place_of(self)[1]))).to(exact)
             states = hidden.to(exact)[:, None]
             column = torch.arange(hidden.shape[1], device=x.device)
             seen = (column >= layout.first[..., None]) & (column <= column[-length:, None]) & keys.valid[:, None]
@@ -330,9 +340,9 @@ class TransformerXL(Attention):
 
     def _waves(self, distances: int) -> Float[Tensor, "n E"]:
         """R of the distances from 0 on; one table serves many calls."""
-        weight = self.to_r.weight
+        device, dtype = place_of(self)
         rounded = -(-distances // TABLE) * TABLE
-        return _table(rounded, self.dim, self.clamp_length, weight.dtype, weight.device)[:distances]
+        return _table(rounded, self.dim, self.clamp_length, dtype, device)[:distances]
 
     def _layout(self, keys: Tokens, length: int) -> Layout:
         """Find the first key of each query and of its segment, by binary search over (document, position)."""

@@ -17,6 +17,7 @@ torch's own code does them.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Tokens, Unsupported, unshared
 from attention_zoo.integrations.bare import at_columns, at_padding_too, bare_pattern
 from attention_zoo.ops.compiled import refuse_export
+from attention_zoo.ops.projections import is_plain
 
 ROWS = 256
 """Rows of a mask that are looked at together."""
@@ -125,10 +127,14 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise Unsupported(self.attention, *reason)
         if is_causal and attn_mask is None:
             attn_mask = torch.ones(self._cells(query, key), dtype=torch.bool, device=query.device).triu(1)
-        out, weights = super().forward(
-            query, key, value, key_padding_mask, weighed, attn_mask, average_attn_weights, is_causal
-        )
-        return out, weights
+        given = (query, key, value, key_padding_mask, weighed, attn_mask, average_attn_weights, is_causal)
+        if is_plain(self.out_proj):
+            return super().forward(*given)
+        # torch's own code multiplies by its matrix and does not call it: here it does nothing, and is called after
+        unprojected = copy(self)
+        unprojected._modules = {**self._modules, "out_proj": _nothing(self.embed_dim, query)}
+        mixed, weights = nn.MultiheadAttention.forward(unprojected, *given)
+        return self.out_proj(mixed), weights
 
     def _nested(self, query: Tensor, *rest: Any) -> Tensor:
         """Rows of their own lengths, as nn.TransformerEncoder makes of padding in evaluation."""
@@ -207,6 +213,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         return tuple(F.linear(x, weight, bias) for x, weight, bias in zip((query, key, value), weights, biases))
+
+
+def _nothing(width: int, like: Tensor) -> nn.Linear:
+    """A projection that changes nothing."""
+    layer = nn.Linear(width, width, bias=False, device="meta")
+    layer.weight = nn.Parameter(torch.eye(width, device=like.device, dtype=like.dtype), requires_grad=False)
+    return layer
 
 
 _directions: Any = WeakTensorKeyDictionary()

@@ -15,7 +15,6 @@ from attention_zoo import registry
 from attention_zoo.contract import Attention, Unsupported, at_least, one_of
 from attention_zoo.measure.core import Shape
 from attention_zoo.measure.ends import ending, one_line
-from attention_zoo.measure.ends import ran_out_of_memory as ran_out_of_memory
 from attention_zoo.measure.environment import canonical_device, device_name, environment, usable_cores
 from attention_zoo.measure.flops import LinearFlops, attention_flops, count_pairs
 from attention_zoo.measure.identity import class_digest, identity

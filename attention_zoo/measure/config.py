@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from hydra.core.config_store import ConfigStore
 
 from attention_zoo import registry
 from attention_zoo.contract import Unsupported, at_least
@@ -16,6 +15,7 @@ from attention_zoo.measure.ends import check_retry
 from attention_zoo.measure.environment import canonical_device, device_name, usable_cores
 from attention_zoo.measure.memory import default_limit
 from attention_zoo.measure.peers.matches import Match, matches
+from attention_zoo.schemas import store
 
 BASELINES = ("full/dense", "full/sdpa")
 """Full attention with its matrix materialised, and fused: everything is compared with both."""
@@ -31,13 +31,15 @@ class BenchmarkConfig:
     Fields:
         backends: names, or name/kernel for one kernel of it; null takes every registered backend.
         baselines: whether both forms of full attention are always among them.
-        options: backend name -> its own options, e.g. {"longformer": {"window": 128}}; +options.longformer.window=128.
+        options: backend -> its own options: 'options={longformer: {window: 128}}' or options.longformer.window=128.
         lengths: tokens of each row.
         quadratic_up_to: no length above this for backends whose cost is quadratic; null lifts it.
         phases: forward | forward_backward | train_step | prefill | decode.
         variant: layer (projections included) | core (queries, keys and values given).
         causal: whether tokens see only the past.
-        heads, head_width, batch: H, D, B. The model width is H·D.
+        heads: attention heads.
+        head_width: width of each; the model's is heads · head_width.
+        batch: rows of a call.
         device: auto | cpu | cuda | cuda:1.
         dtype: float64 | float32 | bfloat16 | float16.
         threads: of torch; null takes all cores.
@@ -52,7 +54,7 @@ class BenchmarkConfig:
         peers: run ours and its peers in turns instead of measuring cells; see `peers.contest`.
         against: these peers alone; null takes all.
         rounds: calls of each side, and ratios of each pair.
-        peer_python: peer -> the Python of an environment that holds it, +peer_python.hf_bigbird_4_57=/there/bin/python.
+        peer_python: peer -> the Python of an environment that holds it, peer_python.hf_bigbird_4_57=/there/bin/python.
         budget: a memory, such as 8GiB: find the longest length that trains within it, besides the cells.
         output: folder of cells/, results.jsonl and results.csv.
     """
@@ -187,6 +189,8 @@ class BenchmarkConfig:
         for backend in sorted(backends):
             options = self.options.get(backend) or {}
             known = options.keys() <= registry.options_of(backend).keys()
+            if not options and not registry.is_shipped(backend):
+                continue  # nothing is misspelt; what somebody else's backend raises is for its cells to say
             # An unknown name is a slip of the pen and raises; what a backend merely cannot do is a row that says so.
             with suppress(Unsupported) if known else nullcontext():
                 width = self.heads * self.head_width
@@ -195,4 +199,4 @@ class BenchmarkConfig:
 
 def register() -> None:
     """Make the schema known to Hydra, which conf/benchmark.yaml names first."""
-    ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
+    store("benchmark_schema", BenchmarkConfig)

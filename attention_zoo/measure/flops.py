@@ -7,11 +7,11 @@ as executed. Backward counts twice the forward, without what a kernel recomputes
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Attention, Tokens
@@ -21,8 +21,8 @@ EXACT_TILES = 64
 """Up to so many query tiles (4096 tokens) every one is counted; above, as many are taken as a sample."""
 
 
-class LinearFlops:
-    """Counts the FLOPs of every `nn.Linear` called inside the context: projections as executed.
+class LinearFlops(TorchFunctionMode):
+    """Counts the FLOPs of a layer's projections inside the context, as executed.
 
     with LinearFlops(layer) as linear:
         layer(x)
@@ -30,20 +30,14 @@ class LinearFlops:
     """
 
     def __init__(self, layer: nn.Module):
-        self.flops, self._layer = 0, layer
-        self._hooks: list[Any] = []
+        super().__init__()
+        self.flops, self._matrices = 0, {id(parameter) for parameter in layer.parameters()}
 
-    def __enter__(self) -> LinearFlops:
-        linear = [module for module in self._layer.modules() if isinstance(module, nn.Linear)]
-        self._hooks = [module.register_forward_hook(self._count) for module in linear]
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _count(self, module: nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        self.flops += 2 * inputs[0].numel() * module.out_features
+    def __torch_function__(self, function: Any, types: Any, given: tuple[Any, ...] = (), named: Any = None) -> Any:
+        # not by hooks on the modules: a layer that knows how to compute past them would take another way
+        if function is nn.functional.linear and id(given[1]) in self._matrices:
+            self.flops += 2 * given[0].numel() * given[1].shape[0]
+        return function(*given, **(named or {}))
 
 
 def attention_flops(pairs: float, *, batch: int, heads: int, head_width: int) -> int:

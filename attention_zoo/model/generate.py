@@ -17,6 +17,7 @@ from attention_zoo.contract import Tokens, at_least
 from attention_zoo.model.encoder_decoder import EncoderDecoder
 from attention_zoo.model.state import reserve
 from attention_zoo.model.transformer import Transformer
+from attention_zoo.model.wrapped import callable_part, inner
 
 CHUNK = 4096
 """Tokens of a prompt that are read at once."""
@@ -51,7 +52,7 @@ def stream(
     """New tokens one after the other, as they are made.
 
     Args:
-        model: with an lm head; it is in evaluation mode meanwhile.
+        model: with an lm head, or what torch wrapped around one; it is in evaluation mode meanwhile.
         ids: the prompts.
         steps: number of tokens to write.
         valid: where the prompts are padded, on either side; default nowhere.
@@ -74,6 +75,10 @@ def stream(
         Unsupported: if the model keeps no state and cached is True.
     """
     at_least(1, steps=steps)
+    at_least(-(2**63), seed=seed)
+    for name, value, most in (("steps", steps, 2**31), ("seed", seed, 2**64 - 1)):
+        if value > most:
+            raise ValueError(f"{name} must be at most {most}, got {value}")
     _check(model, greedy, temperature, top_k, top_p)
     if prefill_chunk is not None:
         at_least(1, prefill_chunk=prefill_chunk)
@@ -82,12 +87,14 @@ def stream(
     if not bool(valid.any(1).all()):
         raise ValueError("valid must keep at least one token of every prompt")
     generator = torch.Generator(ids.device).manual_seed(seed)
+    model = callable_part(model, "generate")
     training = model.training
     model.eval()
     try:
         sizes = (steps, prefill_chunk)
         reader = _cached(model, ids, valid, source, *sizes) if cached else _again(model, ids, valid, source)
         logits = next(reader)
+        _check_logits(logits)
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for step in range(steps):
             token = logits.argmax(-1) if greedy else draw(logits, temperature, top_k, top_p, generator)
@@ -98,6 +105,8 @@ def stream(
             if step == steps - 1 or (eos is not None and bool(ended.all())):
                 break
             logits = reader.send(token)
+            if logits.is_cpu:  # elsewhere reading a number back would make every step wait
+                _check_logits(logits)
     finally:
         model.train(training)
 
@@ -109,7 +118,7 @@ def _cached(model, ids, valid, source, steps, chunk) -> Generator[Tensor, Tensor
         strict = all(layer.abilities.causality == "strict" for layer in lm.stack.attentions)
         chunk = CHUNK if strict else ids.shape[1]
     start = int(valid.any(0).long().argmax())  # a column that is padding in all rows says nothing
-    state = reserve(model.initial_state(len(ids)), ids.shape[1] - start + steps)
+    state = reserve(lm.initial_state(len(ids)), ids.shape[1] - start + steps)
     logits = None
     for at in range(start, ids.shape[1], chunk):
         here = valid[:, at : at + chunk]
@@ -155,19 +164,25 @@ def narrow(logits: Float[Tensor, "B V"], temperature: float, top_k: int, top_p: 
     return torch.empty_like(logits).scatter_(-1, order, ranked)
 
 
-def _writer(model: Transformer | EncoderDecoder) -> Transformer:
-    return model.decoder if isinstance(model, EncoderDecoder) else model
+def _writer(model: Any) -> Transformer:
+    found = inner(model, "generate")
+    return found.decoder if isinstance(found, EncoderDecoder) else found
+
+
+def _check_logits(logits: Tensor) -> None:
+    if bool(logits.isnan().any()):
+        raise ValueError("logits must be numbers, got NaN: the model's weights hold some, or its training diverged")
 
 
 def _check(model, greedy, temperature, top_k, top_p) -> None:
     lm = _writer(model)
     if lm.head_name != "lm" or not lm.causal:
         raise ValueError("generate needs a causal model with head=lm")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}; greedy=True takes the most likely token")
+    if not isinstance(temperature, int | float) or not temperature > 0:  # nor NaN
+        raise ValueError(f"temperature must be above 0, got {temperature!r}; greedy=True takes the most likely token")
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
         raise ValueError(f"top_k must be a number of tokens, 0 for all, got {top_k!r}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be a probability above 0, got {top_p}")
+    if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be a probability above 0, got {top_p!r}")
     if greedy and (temperature != 1 or top_k or top_p != 1):
         raise ValueError("greedy=True takes no temperature, top_k or top_p")

@@ -71,7 +71,10 @@ def _checked(entry: Entry) -> Entry:
 
 
 def _is_registered(cls: type[Attention]) -> bool:
-    return cls.name in registry.available() and registry.recipe(cls.name)[0] is cls
+    try:
+        return registry.recipe(cls.name)[0] is cls
+    except ValueError:
+        return False
 
 
 def layers(attention: Any, *, depth: int, positions: str | Mapping[str, Any], seed: int, **shared: Any) -> list[Layer]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attention_zoo.contract import Layer, Output, Source, Tokens, at_least, keep
+from attention_zoo.contract import Layer, Output, Source, Tokens, at_least, keep, place_of
 
 
 class Recent(NamedTuple):
@@ -41,7 +41,9 @@ class ShortConvolution(Layer):
         nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
 
     def initial_state(self, batch_size: int) -> Recent:
-        return Recent(self.weight.new_zeros(batch_size, 0, self.dim), Tokens.none(batch_size, self.weight.device))
+        device, dtype = place_of(self)
+        empty = torch.zeros(batch_size, 0, self.dim, device=device, dtype=dtype)
+        return Recent(empty, Tokens.none(batch_size, device))
 
     def forward(
         self,

@@ -28,6 +28,7 @@ from attention_zoo.contract import (
     hold,
     known_options,
     named,
+    place_of,
     unshared,
 )
 from attention_zoo.model.block import Block, Named, Stack, build_norm
@@ -149,6 +150,8 @@ class Transformer(nn.Module):
             for layer in mechanisms
         ]
         self.embedding = build_embedding(embedding or {}, vocab=vocab, dim=dim, norm=norm)
+        # said here, since an adapter may come to stand in the embedding's place
+        self.types = 0 if self.embedding.types is None else self.embedding.types.num_embeddings
         self.positions = self._build_positions(positions, max_length)
         self.extra = ExtraGlobalTokens.asked_for(mechanisms, dim)
         self.stack = ReversibleStack(blocks, end=reversible) if reversible else Stack(blocks)
@@ -204,7 +207,7 @@ class Transformer(nn.Module):
             raise Unsupported(
                 "this model", "state", "it is two-sided or a mechanism keeps none", "state=None and all tokens at once"
             )
-        return Running.start(self.stack.initial_state(batch_size), batch_size, self.embedding.weight.device)
+        return Running.start(self.stack.initial_state(batch_size), batch_size, place_of(self.embedding)[0])
 
     def forward(
         self,
@@ -261,7 +264,9 @@ class Transformer(nn.Module):
         if tokens is not None:
             ids = ids.masked_fill(~tokens.valid, 0)
             types = None if types is None else types.masked_fill(~tokens.valid, 0)
-        places = None if self.positions is None else self.positions(self._positions_of(ids, tokens))
+        places = None
+        if self.positions is not None:
+            places = self.positions(self._positions_of(ids, tokens), place_of(self.embedding)[1])
         return self.embedding(ids, places, types)
 
     def _positions_of(self, ids: Tensor, tokens: Tokens | None) -> Tensor:
@@ -288,7 +293,7 @@ class Transformer(nn.Module):
             if low < 0 or high >= self.vocab:
                 raise ValueError(f"ids must lie in [0, {self.vocab}), got {low if low < 0 else high}")
         if types is not None:
-            if self.embedding.types is None:
+            if not self.types:
                 raise ValueError("types needs a model whose embedding has some: embedding={'types': 2}")
             if types.shape != ids.shape or types.dtype.is_floating_point:
                 raise ValueError(
@@ -296,8 +301,8 @@ class Transformer(nn.Module):
                 )
             if types.device.type == "cpu" and len(types):
                 real = types if tokens is None else types.masked_fill(~tokens.valid, 0)
-                if int(real.min()) < 0 or int(real.max()) >= (count := self.embedding.types.num_embeddings):
-                    raise ValueError(f"types must lie in [0, {count}), got {int(real.min())} to {int(real.max())}")
+                if int(real.min()) < 0 or int(real.max()) >= self.types:
+                    raise ValueError(f"types must lie in [0, {self.types}), got {int(real.min())} to {int(real.max())}")
         if last_only and self.head_name == "classify":
             raise ValueError("last_only needs a head that answers for each token, got head=classify")
         if source is not None and not self.cross:

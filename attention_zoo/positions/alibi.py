@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo.contract import Tokens
+from attention_zoo.ops.constants import made_once
 from attention_zoo.positions.scheme import AttentionPositions
 
 
@@ -17,13 +18,14 @@ class Alibi(AttentionPositions):
     """`bias(queries, keys)` is [B, H, L, S] and never positive."""
 
     has_bias = True
-    slope: Tensor
 
-    def __init__(self, *, heads: int, head_width: int):
-        super().__init__(heads=heads, head_width=head_width)
-        slope = 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
-        self.register_buffer("slope", slope.to(torch.get_default_dtype()), persistent=False)
-
-    def bias(self, queries: Tokens, keys: Tokens) -> Tensor:
+    def bias(self, queries: Tokens, keys: Tokens, dtype: torch.dtype) -> Tensor:
         distance = (queries.position[:, :, None] - keys.position[:, None, :]).abs()
-        return -self.slope[:, None, None] * distance[:, None].to(self.slope.dtype)
+        slope = _slopes(self.heads, like=distance, dtype=dtype)
+        return -slope[:, None, None] * distance[:, None].to(dtype)
+
+
+@made_once
+def _slopes(heads: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    slope = 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float64, device="cpu") / heads)
+    return slope.to(torch.promote_types(dtype, torch.float32)).to(device, dtype)

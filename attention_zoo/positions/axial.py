@@ -7,7 +7,7 @@ come from the row's vector and half from the column's. O(√max_length · E) par
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -51,7 +51,8 @@ class Axial(nn.Module):
         for table in (self.row, self.column):
             nn.init.normal_(table.weight, std=dim**-0.5)
 
-    def forward(self, position: Int[Tensor, "B L"]) -> Float[Tensor, "B L E"]:
+    def forward(self, position: Int[Tensor, "B L"], dtype: Any = None) -> Float[Tensor, "B L E"]:
+        """In the table's own dtype, whatever is asked for."""
         check_end("axial", position, self.max_length)
         row, column = self.row(position // self.columns), self.column(position % self.columns)
         return torch.cat([row, column], -1) * self.scale

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -28,7 +30,8 @@ class Learned(nn.Module):
         nn.init.normal_(self.table.weight, std=dim**-0.5)
         self.nowhere = None if uncounted is None else nn.Parameter(torch.zeros(dim))
 
-    def forward(self, position: Int[Tensor, "B L"]) -> Float[Tensor, "B L E"]:
+    def forward(self, position: Int[Tensor, "B L"], dtype: Any = None) -> Float[Tensor, "B L E"]:
+        """In the table's own dtype, whatever is asked for."""
         check_end("learned", position, self.max_length)
         if self.nowhere is None:
             return self.table(position) * self.scale

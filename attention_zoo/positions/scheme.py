@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -24,6 +25,6 @@ class AttentionPositions(nn.Module):
     def rotate(self, x: Float[Tensor, "B ... L D"], position: Int[Tensor, "B L"]) -> Float[Tensor, "B ... L D"]:
         return x
 
-    def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B H L S"]:
-        """Finite addition to the scores, pairwise; only called where `has_bias`."""
+    def bias(self, queries: Tokens, keys: Tokens, dtype: torch.dtype) -> Float[Tensor, "B H L S"]:
+        """Finite addition to the scores, pairwise, in the layer's dtype; only called where `has_bias`."""
         raise NotImplementedError

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -36,6 +35,7 @@ from attention_zoo.report.build import TITLE, build_report
 from attention_zoo.report.rows import Row
 from attention_zoo.report.summary import Findings, headline, remarks, rich_table, write_csv
 from attention_zoo.report.trainings import Run, RunEvent, run_trainings
+from attention_zoo.schemas import store
 from attention_zoo.training.config import check, compose_training, one_line
 
 SILENCE_S = 20.0
@@ -47,7 +47,9 @@ class TrainingPlan:
     """One task on which every backend is trained.
 
     Fields:
-        task, model, tracker: which of conf/task, conf/model and conf/tracker.
+        task: which of conf/task.
+        model: which of conf/model.
+        tracker: which of conf/tracker.
         set: values of conf/train.yaml that differ, nested as there: {steps: 200, trainer: {max_seconds: 60}}.
         options: backend -> its own options; a backend without an entry keeps its defaults.
     """
@@ -140,7 +142,7 @@ def _built(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def register() -> None:
     """Make the schema known to Hydra, which conf/compare.yaml names first."""
-    ConfigStore.instance().store(name="compare_schema", node=CompareConfig)
+    store("compare_schema", CompareConfig)
 
 
 def compare(config: CompareConfig, console: Console | None = None) -> Path:

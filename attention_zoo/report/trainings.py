@@ -21,10 +21,11 @@ from typing import Any, Literal
 
 from attention_zoo import stopping
 from attention_zoo.files import Damaged, plain, read_json, read_jsonl, safe_name
-from attention_zoo.measure.ends import Ended, how_it_ended, is_kept, oom_kills
+from attention_zoo.measure.ends import Ended, how_it_ended, oom_kills
 from attention_zoo.measure.environment import environment
 from attention_zoo.measure.kept import keep_row, make_way, number
 from attention_zoo.report.rows import Row
+from attention_zoo.training.records import RESULT, kept_row
 from attention_zoo.training.run import build, run_identity, run_training
 
 POLL_S = 0.25
@@ -167,16 +168,16 @@ def finished(
 ) -> Row | None:
     """The row of an earlier run of the same config, code, machine and data; None where there is none to trust."""
     try:
-        old = _checked(folder / "result.json")
+        _checked(folder / RESULT)
     except FileNotFoundError:
         return None
     except Damaged as error:
         on_bad(f"{error}; trained again")
         return None
-    if config.get("force") or old["id"] != _identity(config) or not is_kept(old, retry):
+    identity = _identity(config)
+    if config.get("force") or identity is None:
         return None
-    # what failed for the folder's sake is not final
-    return old if old.get("final") is not False and old.get("data") == _data_of(config) else None
+    return kept_row(folder, identity, _data_of(config), retry=retry or config.get("retry"), notice=on_bad)
 
 
 def _checked(path: Path) -> Row:
@@ -229,9 +230,9 @@ def _data(task: str, seq_len: int) -> Any:
 def _start(run: Run, folder: Path) -> _Child:
     place = run.within(folder)
     place.mkdir(parents=True, exist_ok=True)
-    for name in ("result.json", "log.txt"):
+    for name in (RESULT, "log.txt"):
         make_way(place / name)
-    (place / "result.json").unlink(missing_ok=True)
+    (place / RESULT).unlink(missing_ok=True)
     threads = str(run.config.get("threads") or 1)
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": paths}
@@ -261,7 +262,7 @@ def _result(child: _Child) -> Row | None:
         child.process.wait()
         return _unfinished(child, Ended("timeout", f"not through within {limit:g} s"))
     try:
-        row = _checked(child.folder / "result.json")
+        row = _checked(child.folder / RESULT)
     except FileNotFoundError:
         return _unfinished(child, _how_it_ended(child, code))
     except Damaged as error:
@@ -286,7 +287,7 @@ def _unfinished(child: _Child, ended: Ended) -> Row:
         "error": ended.reason, "environment": environment(), "config": config, "task": _task_name(child.run),
         "data": _data_of(config), **{name: config[name] for name in ("seed", "seq_len", "batch")},
     }  # fmt: skip
-    keep_row(child.folder / "result.json", row)
+    keep_row(child.folder / RESULT, row)
     return row
 
 

@@ -41,8 +41,12 @@ class Tracker:
         raise NotImplementedError
 
     def finish(self, *, failed: bool) -> None:
-        """Close; called exactly once, whatever happened."""
+        """Close. Exactly one of `finish` and `stop` is called, once, whatever happened."""
         raise NotImplementedError
+
+    def stop(self) -> None:
+        """Close in a hurry: the run was asked to stop, and goes on another time."""
+        self.finish(failed=True)
 
 
 class NoTracker(Tracker):
@@ -78,6 +82,46 @@ class Trackers(Tracker):
     def finish(self, *, failed: bool) -> None:
         for tracker in self.trackers:
             tracker.finish(failed=failed)
+
+    def stop(self) -> None:
+        for tracker in self.trackers:
+            tracker.stop()
+
+
+class Guarded(Tracker):
+    """Another tracker, none of whose errors ends a run: the first is told in one line, and it is left alone.
+
+    Args:
+        tracker: any but the run's own record.
+        notice: shows one line.
+    """
+
+    def __init__(self, tracker: Tracker, notice: Callable[[str], None]):
+        self.tracker, self.notice, self.broken = tracker, notice, False
+
+    def log(self, metrics: Mapping[str, float | None], step: int) -> None:
+        self._try(lambda: self.tracker.log(metrics, step))
+
+    def result(self, row: Mapping[str, Any]) -> None:
+        self._try(lambda: self.tracker.result(row))
+
+    def finish(self, *, failed: bool) -> None:
+        self._try(lambda: self.tracker.finish(failed=failed))
+
+    def stop(self) -> None:
+        self._try(self.tracker.stop)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if self.broken:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever a tracker of somebody else raises
+            self.broken = True
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            self.notice(
+                f"{type(self.tracker).__name__} failed and is left alone: {what}; metrics.jsonl has every figure"
+            )
 
 
 def figures(row: Mapping[str, Any]) -> dict[str, float]:

@@ -6,30 +6,49 @@
     online     online
     offline    into <folder>/wandb, for `wandb sync` or `wandb leet` later
 
-Whatever goes wrong online, the run goes on offline, with one line that says so. The group is the sweep, the job type is
-the backend; speed and memory are drawn over `seq_len`, the rest over `step`.
+W&B lives in a process of its own (wandb_process.py), which a thread of this one feeds. A server that never answers, a
+W&B process that is stopped or crashes, whatever W&B raises or waits for: the run goes on, W&B is given its time and is
+then ended, with all that it has started. Whatever goes wrong online, the run goes on offline, with one line that says
+so. The group is the sweep, the job type is the backend; speed and memory are drawn over `seq_len`, the rest over
+`step`.
 """
 
 from __future__ import annotations
 
-import netrc
+import contextlib
+import json
+import math
 import os
-import socket
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Mapping
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from attention_zoo.contract import one_of
+from attention_zoo.files import plain
 from attention_zoo.tracking.tracker import RunInfo, Tracker, figures
 
-PROBE_SECONDS = 3.0
 MODES = ("auto", "online", "offline")
+LOCAL_SECONDS = 30.0
+"""What W&B may take to be imported, and to start where it needs no server. Not the server's time, so no option."""
+EXIT_SECONDS = 1.0
+"""What W&B may take to go when it has said that it is through."""
+STOP_SECONDS = 5.0
+"""What W&B is given when the run was asked to stop: schedulers kill soon after they ask."""
+FOREIGN = ("WANDB_SERVICE",)
+"""Set where a W&B process of somebody else is running: ours is our own, since it may have to be ended."""
+MISLEADING = ("WANDB_MODE", "WANDB_BASE_URL")
+"""Not for a process that goes on offline: one of these may be why."""
 
 
 class WandbTracker(Tracker):
-    """One W&B run.
+    """One W&B run. It holds a run only at its end, in `finish`: for `finish_timeout` at most, and where W&B has not
+    started by then for `init_timeout` more (and 30 s for what it does on this machine alone).
 
     Args:
         info: of the run.
@@ -55,108 +74,186 @@ class WandbTracker(Tracker):
         finish_timeout: float = 60.0,
     ):
         one_of(MODES, **{"tracker.mode": mode})
-        import wandb  # slow to import: only runs that want it pay
-
-        self.notice = info.notice
-        self.run: Any = None
-        shared: dict[str, Any] = {
-            "dir": str(info.folder),
-            "project": project,
-            "entity": entity,
-            "name": info.name,
-            "id": info.identity,
-            "group": group or info.sweep,
-            "job_type": info.backend,
-            "tags": list(tags),
-            "config": dict(info.config),
+        for name, value in (("init_timeout", init_timeout), ("finish_timeout", finish_timeout)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"tracker.{name} must be a positive number of seconds, got {value!r}")
+        self.info, self.mode = info, mode
+        self.init_timeout, self.finish_timeout = init_timeout, finish_timeout
+        folder = Path(info.folder).absolute()
+        self._start = {
+            "init": {
+                "dir": str(folder),
+                "project": project,
+                "entity": entity,
+                "name": info.name,
+                "id": info.identity,
+                "group": group or info.sweep,
+                "job_type": info.backend,
+                "tags": list(tags),
+                "config": plain(info.config),
+            },
+            "init_timeout": init_timeout,
+            "finish_timeout": 0.8 * finish_timeout,  # then it can say itself what it could not do
         }
-
-        def start(mode: str) -> Any:
-            quiet: dict[str, Any] = {"silent": True, "console": "off", "x_disable_stats": True}
-            settings = wandb.Settings(init_timeout=init_timeout, finish_timeout=finish_timeout, **quiet)
-            if mode == "offline":
-                return wandb.init(mode="offline", settings=settings, **shared)
-            return wandb.init(mode="online", resume="allow", settings=settings, **shared)
-
-        Path(info.folder).mkdir(parents=True, exist_ok=True)
-        host = wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if _key_for(wandb, host) else "offline")
-        if mode == "disabled":
-            return
-        if mode == "online":
-            problem = _unreachable(host)
-            if problem is None:
-                try:
-                    self.run = start("online")
-                except Exception as error:  # W&B raises more than it documents, and none of it may end a run
-                    problem = _line(error)
-                    shared["id"] += "-offline"  # W&B holds on to the name of the start that failed
-            if problem is not None:
-                self.notice(f"W&B: {problem}; this run goes on offline (wandb sync {info.folder}/wandb/offline-run-*)")
-        if self.run is None:
-            self.run = self._guard(lambda: start("offline"), "does not start")
-        if self.run is not None:
-            self._guard(self._define, "refused the axes")
-
-    def _define(self) -> None:
-        for axis, names in (("step", ("train/*", "evaluate/*")), ("seq_len", ("speed/*", "memory/*"))):
-            self.run.define_metric(axis, hidden=True)
-            for name in names:
-                self.run.define_metric(name, step_metric=axis)
-
-    def _guard(self, action: Callable[[], Any], what: str) -> Any:
-        """Do it; where W&B fails, say so once and leave it: the JSONL beside it has everything."""
-        try:
-            return action()
-        except Exception as error:  # W&B raises more than it documents, and none of it may end a run
-            self.notice(f"W&B {what}: {_line(error)}; metrics.jsonl has every figure")
-            self.run = None
-            return None
+        self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._said: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._process: _Process | None = None
+        self._started: float | None = None
+        self._ended = threading.Event()
+        self._closing = threading.Lock()
+        self._closed = False
+        threading.Thread(target=self._feed, daemon=True, name="wandb").start()
 
     def log(self, metrics: Mapping[str, float | None], step: int) -> None:
-        if self.run is not None:
-            values = {name: value for name, value in metrics.items() if value is not None}
-            self._guard(lambda: self.run.log({"step": step, **values}), "takes no more figures")
+        values = {name: value for name, value in metrics.items() if value is not None}
+        self._send({"log": {"step": step, **values}})
 
     def result(self, row: Mapping[str, Any]) -> None:
-        if self.run is not None:
-            self._guard(lambda: self.run.log(figures(row)), "takes no more figures")
-            summary = {"status": row["status"], **{f"final/{k}": v for k, v in row.get("metrics", {}).items()}}
-            if self.run is not None:
-                self._guard(lambda: self.run.summary.update(summary), "takes no summary")
+        self._send({"log": figures(row)})
+        summary = {"status": row["status"], "error": row.get("error")}
+        self._send({"summary": summary | {f"final/{k}": v for k, v in row.get("metrics", {}).items()}})
 
     def finish(self, *, failed: bool) -> None:
-        if self.run is not None:
-            self._guard(lambda: self.run.finish(exit_code=int(failed)), "does not finish")
+        self._close(int(failed), self.finish_timeout, self.init_timeout + LOCAL_SECONDS)
 
+    def stop(self) -> None:
+        self._close(1, min(self.finish_timeout, STOP_SECONDS), 0.0)
 
-def _key_for(wandb: Any, host: str) -> bool:
-    """Whether W&B would find an API key without asking."""
-    if os.environ.get("WANDB_API_KEY") or wandb.setup().settings.api_key:
+    def _close(self, code: int, finish_s: float, start_s: float) -> None:
+        called = time.monotonic()
+        self._send({"finish": code})
+        self._messages.put(None)
+        try:
+            while not self._ended.wait(0.02):
+                now, started = time.monotonic(), self._started
+                if now > (called + start_s if started is None else max(called, started)) + finish_s:
+                    self._say(f"W&B did not finish within {now - called:.0f} s and was ended; {self._cure()}")
+                    break
+        finally:
+            with self._closing:
+                self._closed = True
+                if self._process is not None:
+                    self._process.end(EXIT_SECONDS if self._ended.is_set() else 0.0)
+        self._tell()
+
+    def _cure(self) -> str:
+        return f"{self.info.folder}/wandb has what it wrote down (wandb sync), metrics.jsonl has every figure"
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if not self._ended.is_set():
+            self._messages.put(plain(message))
+        self._tell()
+
+    def _say(self, line: str) -> None:
+        if not self._closed:  # what is broken by ending it is no news
+            self._said.put(line)
+
+    def _tell(self) -> None:
+        """Say in the run's own thread what the other one has to say."""
+        while not self._said.empty():
+            self.info.notice(self._said.get())
+
+    def _feed(self) -> None:
+        try:
+            process = self._begin()
+            alive = process is not None
+            while process is not None and alive and (message := self._messages.get()) is not None:
+                alive = self._heard(process, wait_s=0.0)
+                if alive:
+                    process.send(message)
+            if process is not None and alive:
+                self._heard(process, wait_s=None)
+        except Exception as error:  # the end of a thread: whatever it is, the run must hear of it
+            self._say(f"W&B has ended ({' '.join(str(error).split())}); metrics.jsonl has every figure")
+        finally:
+            self._ended.set()
+
+    def _begin(self) -> _Process | None:
+        """A process with a started run: as asked, or offline; None where there is none."""
+        for mode in dict.fromkeys((self.mode, "offline")):
+            with self._closing:
+                if self._closed:
+                    return None
+                drop = MISLEADING if mode == "offline" else ()
+                self._process = process = _Process(drop)
+            with contextlib.suppress(OSError):  # it has ended already, which is its answer
+                process.send(self._start | {"mode": mode})
+            answer = process.answer(LOCAL_SECONDS)
+            if "imported" in answer:
+                answer = process.answer(LOCAL_SECONDS if mode == "offline" else self.init_timeout)
+            if "started" in answer:
+                self._started = time.monotonic()
+                return process if answer["started"] is not None else None
+            process.end(0.0)
+            problem = answer.get("problem", "no answer in time")
+            if mode == "offline":
+                self._say(f"W&B does not start: {problem}; metrics.jsonl has every figure")
+            else:
+                sync = f"wandb sync {self.info.folder}/wandb/offline-run-*"
+                self._say(f"W&B: {problem}; this run goes on offline ({sync})")
+        return None
+
+    def _heard(self, process: _Process, wait_s: float | None) -> bool:
+        """Take what W&B has to say, for good where `wait_s` is None; whether more is to come."""
+        while answer := process.answer(wait_s):
+            if "finished" in answer:
+                return False
+            self._say(f"W&B {answer['problem']}; {self._cure()}")
+            if "over" in answer:
+                return False
         return True
-    place = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-    if not place.is_file():
-        return False
-    try:
-        entry = netrc.netrc(place).authenticators(urllib.parse.urlsplit(host).hostname or "")
-    except netrc.NetrcParseError:
-        return False  # W&B cannot read it either
-    return entry is not None
 
 
-def _unreachable(host: str) -> str | None:
-    """Why no connection can be made, found in seconds where W&B's own retries take minutes; None if one can."""
-    parts = urllib.parse.urlsplit(host)
-    if urllib.request.getproxies().get(parts.scheme) and not urllib.request.proxy_bypass(parts.hostname or ""):
-        return None  # the proxy knows; W&B's own time limit holds
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((parts.hostname or "", port), timeout=PROBE_SECONDS).close()
-    except OSError as error:
-        return f"{host} cannot be reached ({error.strerror or error})"
-    return None
+class _Process:
+    """A running wandb_process.py, with everything that it starts.
 
+    Args:
+        drop: environment variables that it shall not see.
+    """
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    def __init__(self, drop: tuple[str, ...]):
+        env = {name: value for name, value in os.environ.items() if name not in (*FOREIGN, *drop)}
+        env.setdefault("WANDB_PROGRAM", sys.argv[0] or "python")
+        script = Path(__file__).with_name("wandb_process.py")
+        # -P: this folder has a wandb.py of its own. A session of its own: Ctrl-C is for the run, one kill for them all
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(script)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, start_new_session=True,
+        )  # fmt: skip
+        self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._over = threading.Event()
+        threading.Thread(target=self._read, daemon=True, name="wandb answers").start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for text in self._process.stdout:
+            if text.endswith(b"\n"):  # else it died over it
+                self._answers.put(json.loads(text))
+        self._process.stdout.close()
+        self._answers.put({"problem": "has ended", "over": True})
+        self._over.set()
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message; waits where it is not read."""
+        assert self._process.stdin is not None
+        self._process.stdin.write((json.dumps(message) + "\n").encode())
+        self._process.stdin.flush()
+
+    def answer(self, wait_s: float | None) -> dict[str, Any]:
+        """The next answer; an empty one where none comes in time. None waits for good."""
+        try:
+            return self._answers.get(block=wait_s != 0, timeout=wait_s)
+        except queue.Empty:
+            return {}
+
+    def end(self, wait_s: float) -> None:
+        """Let it end by itself for a while; whatever is left of it then ends now."""
+        if self._process.returncode is not None:
+            return
+        self._over.wait(wait_s)
+        with contextlib.suppress(ProcessLookupError):  # all gone
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # what was not sent has nobody to go to
+            self._process.stdin.close()

@@ -20,6 +20,7 @@ from attention_zoo.files import write_atomic
 
 HEADER = b"attention_zoo checkpoint 1\n"
 PLAIN = (bool, int, float, str, type(None))
+CURE = "use force=true to start afresh"
 
 
 class CheckpointError(ValueError):
@@ -49,35 +50,54 @@ def load_checkpoint(path: str | Path, identity: str) -> dict[str, Any]:
         OtherRun: for a sound file of another run.
         CheckpointError: for a file that is damaged or no checkpoint.
     """
-    raw = Path(path).read_bytes()
-    cure = "use force=true to start afresh"
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:  # a folder in its place, no permission, a bad disk
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}; {CURE}") from None
     if not raw.startswith(HEADER):
-        raise CheckpointError(f"{path} is no attention_zoo checkpoint; {cure}")
+        raise CheckpointError(f"{path} is no attention_zoo checkpoint; {CURE}")
     digest, _, body = raw[len(HEADER) :].partition(b"\n")
     if hashlib.sha256(body).hexdigest().encode() != digest:
-        raise CheckpointError(f"{path} is damaged: its content does not match its digest; {cure}")
-    content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        raise CheckpointError(f"{path} is damaged: its content does not match its digest; {CURE}")
+    try:
+        content = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a foreign body makes of the reader; its advice to trust the file is not ours
+        raise foreign(path, f"its body is not what save_checkpoint writes ({type(error).__name__})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("identity"), str):
+        raise foreign(path, "it names no run")
     if content["identity"] != identity:
         raise OtherRun(f"{path} belongs to run {content['identity']}, not to {identity}")
     return content
+
+
+def foreign(path: str | Path, why: str) -> CheckpointError:
+    """The error for a file whose digest is right and whose content is none of ours."""
+    return CheckpointError(f"{path} is no checkpoint of this project: {why}; {CURE}")
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Load weights, and name the first that does not fit.
 
     Raises:
-        CheckpointError: for a missing, unknown or misshapen weight.
+        CheckpointError: for a missing, unknown or misshapen weight, and for one that holds NaN or infinity: no step of
+            ours leaves such a one behind.
     """
     expected = module.state_dict()
+    trained = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     for name in sorted({*expected, *state}):
         if name not in state:
-            raise CheckpointError(f"{path} lacks the weight {name} of this model")
+            raise CheckpointError(f"{path} lacks the weight {name} of this model; {CURE}")
         if name not in expected:
-            raise CheckpointError(f"{path} holds the weight {name}, which this model has not")
+            raise CheckpointError(f"{path} holds the weight {name}, which this model has not; {CURE}")
         if state[name].shape != expected[name].shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {tuple(state[name].shape)}, this model needs {tuple(expected[name].shape)}"
+                f"{path}: {name} has shape {tuple(state[name].shape)}, this model needs {tuple(expected[name].shape)}; "
+                f"{CURE}"
             )
+        if name in trained and not bool(torch.isfinite(state[name]).all()):
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity; {CURE}")
     module.load_state_dict(state)
 
 

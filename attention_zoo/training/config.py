@@ -76,6 +76,7 @@ class TrainConfig:
         device: auto | cpu | cuda.
         threads: of torch on the CPU; null leaves torch's.
         force: run again although finished, and from the start.
+        retry: null | failed: run again what ended as failed, oom or timeout.
         output: folder of all runs.
     """
 
@@ -95,6 +96,7 @@ class TrainConfig:
     device: str = "auto"
     threads: int | None = None
     force: bool = False
+    retry: str | None = None
     output: str = "runs"
 
 
@@ -168,7 +170,7 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(one_line(error)) from None
     trainer, model = full["trainer"], full["model"]
     if not full["attention"]:
-        raise ValueError("attention must be one mechanism; for a stack of several use hybrid=[longformer,full]")
+        raise ValueError("attention must be one mechanism; for a stack of several use 'hybrid=[longformer,full]'")
     at_least(1, **{name: full[name] for name in ("steps", "seq_len", "batch")})
     at_least(0, seed=full["seed"])
     names = ("accumulate", "eval_every", "log_every", "checkpoint_every")
@@ -189,6 +191,8 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(dim, int) and isinstance(heads, int) and heads > 0 and dim % heads:
         raise ValueError(f"model.heads must divide model.dim, got heads={heads} for dim={dim}")
     one_of(KINDS, **{"trainer.progress": trainer["progress"]})
+    if full["retry"] is not None:
+        one_of(("failed",), retry=full["retry"])
     check_precision(trainer["precision"], device_of(full["device"]))
     return full
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,16 +34,24 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, task: Task, batches: Iterable[Batch], *, precision: Precision, device: str, carry: bool
-) -> Evaluation:
+    model: nn.Module,
+    task: Task,
+    batches: Iterable[Batch],
+    *,
+    precision: Precision,
+    device: str,
+    carry: bool,
+    stop: Callable[[], object] = lambda: None,
+) -> Evaluation | None:
     """Score a model on one set. The model is put in evaluation mode and left in the mode it had.
 
     Args:
         carry: whether the state crosses from batch to batch, as in training.
+        stop: asked before every batch; where it answers anything true, the evaluation is given up.
 
     Returns:
         the task's metrics; where the task's rows are streams, the mean loss in up to 32 equal bins of the position
-        (tokens since the row started afresh), each named by its middle.
+        (tokens since the row started afresh), each named by its middle. None where it was given up.
     """
     was_training = model.training
     model.eval()
@@ -52,6 +60,8 @@ def evaluate(
     before = torch.zeros(0, dtype=torch.long)
     try:
         for batch in batches:
+            if stop():
+                return None
             length = batch.ids.shape[1]
             before = torch.where(batch.fresh, 0, before) if len(before) == len(batch.fresh) else batch.fresh.long() * 0
             moved = batch.to(device)

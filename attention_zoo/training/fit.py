@@ -1,4 +1,9 @@
-"""The course of a run: steps, evaluations, checkpoints, and the reasons to stop."""
+"""The course of a run: steps, evaluations, checkpoints, and the reasons to stop.
+
+After each step comes what the step calls for: figures, an evaluation, a reason to stop, a checkpoint. Whoever asks the
+run to stop waits for the step alone: an evaluation on its way is put off, the checkpoint says so, and the run that goes
+on begins with it.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from attention_zoo.stopping import Stopped
 from attention_zoo.tasks.task import Task
 from attention_zoo.tracking.tracker import Tracker
 from attention_zoo.training.evaluate import Evaluation, is_better
 from attention_zoo.training.progress import Progress
-from attention_zoo.training.trainer import NotFinite, Trainer
+from attention_zoo.training.trainer import NotFinite, Step, Trainer
 
 
 @dataclass
@@ -27,6 +33,8 @@ class History:
         train_seconds: time in steps alone.
         seconds: time in all, evaluations included.
         tokens: read in training.
+        peak_bytes: of device memory so far; None on a CPU.
+        settled: the last step after which all was done that it calls for.
         stopped: why the run ended; None while it has not.
     """
 
@@ -38,10 +46,22 @@ class History:
     seconds: float = 0.0
     tokens: int = 0
     recent: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    settled: int = 0
     stopped: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Remember what `state_dict` gave.
+
+        Raises:
+            TypeError: for fields that are not those of a history.
+        """
+        if state.keys() != asdict(self).keys():
+            raise TypeError(f"a history has the fields {', '.join(asdict(self))}")
+        self.__dict__.update(asdict(History(**state)))
 
 
 def fit(
@@ -51,24 +71,27 @@ def fit(
     task: Task,
     steps: int,
     options: Mapping[str, Any],
-    evaluate: Callable[[], Evaluation],
+    evaluate: Callable[[], Evaluation | None],
     save: Callable[[], None],
     tracker: Tracker,
     progress: Progress,
+    asked: Callable[[], Any] = lambda: None,
 ) -> Evaluation:
-    """Train to the end, from wherever trainer and history stand.
+    """Train to the end, from wherever trainer and history stand; a run that has ended is only evaluated.
 
     Args:
         steps: of the whole run.
         options: those of `TrainerConfig`.
-        evaluate: scores the model on the main set.
+        evaluate: scores the model on the main set; None where it was asked to stop on the way.
         save: writes a checkpoint.
+        asked: the signal that asks the run to stop, or None; see `stopping.graceful`.
 
     Returns:
         the evaluation after the last step. Why it was the last is in `history.stopped`.
 
     Raises:
         NotFinite: as `Trainer.step` does, or for a metric that is not finite.
+        Stopped: when asked to, with a checkpoint of the last step written.
     """
     every = {name: options[f"{name}_every"] for name in ("log", "eval", "checkpoint")}
     latest: Evaluation | None = None
@@ -81,36 +104,60 @@ def fit(
         history.seconds += passed
         return passed
 
-    while history.stopped is None:
-        if trainer.done >= steps:
-            history.stopped = "steps"
-            break
-        clock()
-        step = trainer.step()
-        history.train_seconds += clock()
-        history.tokens += step.tokens
-        history.recent.append(step.loss)
-        done, rate = trainer.done, history.tokens / history.train_seconds
-        progress.update(done, step.loss, rate)
-        if done % every["log"] == 0 or done == steps:
-            loss = math.fsum(history.recent) / len(history.recent)
-            history.curve.append([done, loss])
-            history.recent.clear()
-            extra = {f"train/{name}": value for name, value in step.auxiliary.items()}
-            figures = {"loss": loss, "lr": step.lr, "gradient_norm": step.gradient_norm, "tokens_per_second": rate}
-            tracker.log({f"train/{name}": value for name, value in figures.items()} | extra, done)
-        latest = None
+    def settle() -> Evaluation | None:
+        """What the last step calls for; None where there was no evaluation, or where it was put off."""
+        done, found = trainer.done, None
         if done % every["eval"] == 0 or done == steps:
-            latest = evaluate()
             clock()
-            history.stopped = _judge(latest, history, done, task, options, tracker, progress)
+            found = evaluate()
+            clock()
+            if found is None:
+                return None
+            history.stopped = _judge(found, history, done, task, options, tracker, progress)
         if history.stopped is None and options["max_seconds"] is not None and history.seconds >= options["max_seconds"]:
             history.stopped = f"time: {options['max_seconds']:g} s were over after step {done} of {steps}"
             progress.notice(f"stopped by trainer.max_seconds={options['max_seconds']:g} after step {done} of {steps}")
-        if done % every["checkpoint"] == 0 or history.stopped is not None or done == steps:
+        if history.stopped is None and done >= steps:
+            history.stopped = "steps"
+        history.settled = done
+        return found
+
+    by = None
+    while history.stopped is None and by is None:
+        if history.settled == trainer.done:
+            clock()
+            step = trainer.step()
+            history.train_seconds += clock()
+            _note(step, history, trainer.done, steps, every["log"], tracker, progress)
+        latest = settle()
+        by = asked()
+        if trainer.done % every["checkpoint"] == 0 or history.stopped is not None or by is not None:
             save()
             clock()
-    return evaluate() if latest is None else latest
+    if by is None and latest is None:
+        latest = evaluate()
+        by = asked() if latest is None else None
+    if by is not None:
+        raise Stopped(by)
+    assert latest is not None
+    return latest
+
+
+def _note(
+    step: Step, history: History, done: int, steps: int, log_every: int, tracker: Tracker, progress: Progress
+) -> None:
+    """Take note of a step."""
+    history.tokens += step.tokens
+    history.recent.append(step.loss)
+    rate = history.tokens / history.train_seconds
+    progress.update(done, step.loss, rate)
+    if done % log_every == 0 or done == steps:
+        loss = math.fsum(history.recent) / len(history.recent)
+        history.curve.append([done, loss])
+        history.recent.clear()
+        extra = {f"train/{name}": value for name, value in step.auxiliary.items()}
+        figures = {"loss": loss, "lr": step.lr, "gradient_norm": step.gradient_norm, "tokens_per_second": rate}
+        tracker.log({f"train/{name}": value for name, value in figures.items()} | extra, done)
 
 
 def _judge(

@@ -30,6 +30,7 @@ class Progress:
         one_of(KINDS, progress=kind)
         self.console = Console(stderr=True, highlight=False)
         self.label, self.total = label, total
+        self.warnings: list[str] = []
         self.kind = ("bar" if self.console.is_terminal else "lines") if kind == "auto" else kind
         self.spoke = self.began = time.monotonic()
         self.first: int | None = None
@@ -76,3 +77,11 @@ class Progress:
             self.bar.console.print(f"{self.label}: {line}", markup=False, soft_wrap=True)
         elif self.kind == "lines":
             print(f"{self.label}: {line}", file=sys.stderr, flush=True)
+
+    def warn(self, line: str) -> None:
+        """Show one line that nobody must miss, also where nothing else is shown; it is kept in `warnings`."""
+        self.warnings.append(line)
+        if self.kind == "none":
+            print(f"{self.label}: {line}", file=sys.stderr, flush=True)
+        else:
+            self.notice(line)

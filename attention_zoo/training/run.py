@@ -4,11 +4,12 @@
 
 The folder holds result.json (the row), metrics.jsonl, checkpoint.pt, model.safetensors (for `zoo.load`) and, where it
 went wrong, error.txt with the traceback. A run that has finished is not run again, one that was cut off goes on from
-its checkpoint and ends with the same weights, bit for bit on a CPU.
+its checkpoint and ends with the same weights, bit for bit on a CPU. One process works in a folder at a time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import traceback
@@ -20,25 +21,38 @@ import torch
 from hydra.utils import instantiate
 
 from attention_zoo.contract import Unsupported
-from attention_zoo.files import write_atomic, write_json
-from attention_zoo.measure.cell import ran_out_of_memory
+from attention_zoo.files import Damaged, plain, remove_leftovers, safe_name, write_atomic, write_row
+from attention_zoo.locks import owning
+from attention_zoo.measure.ends import ran_out_of_memory
 from attention_zoo.measure.environment import device_name, environment
 from attention_zoo.measure.identity import identity
 from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.saved import save as save_model
+from attention_zoo.stopping import Stopped, graceful
 from attention_zoo.tasks.task import Task
-from attention_zoo.tracking import JsonlTracker, RunInfo, Tracker, Trackers
-from attention_zoo.training.checkpoint import OtherRun, load_checkpoint, save_checkpoint
+from attention_zoo.tracking import Guarded, JsonlTracker, NoTracker, RunInfo, Tracker, Trackers
+from attention_zoo.training.checkpoint import CheckpointError, OtherRun, foreign, load_checkpoint, save_checkpoint
 from attention_zoo.training.config import check, device_of
 from attention_zoo.training.evaluate import Evaluation, evaluate
 from attention_zoo.training.fit import History, fit
 from attention_zoo.training.precision import Precision
 from attention_zoo.training.progress import Progress
-from attention_zoo.training.seed import random_state, restore_random_state, seed_all
+from attention_zoo.training.records import (
+    CHECKPOINT,
+    ERROR,
+    MODEL,
+    RESULT,
+    RETRIED,
+    blank_row,
+    check_places,
+    clear,
+    digest_of,
+    kept_row,
+)  # fmt: skip
+from attention_zoo.training.seed import contained, random_state, restore_random_state, seed_all
 from attention_zoo.training.trainer import NotFinite, Trainer
 
-FINAL = ("ok", "oom", "unsupported")
-"""Statuses that another try would only repeat."""
+NAME_LIMIT = 60
 
 
 def run_identity(config: Mapping[str, Any]) -> str:
@@ -50,16 +64,21 @@ def run_identity(config: Mapping[str, Any]) -> str:
 def run_folder(config: Mapping[str, Any]) -> Path:
     """Where a run goes unless told otherwise: <output>/<task>-<backend>-<identity>, a function of the config and the
     code, never of the clock."""
-    task = str(config["task"]["_target_"]).rpartition(".")[2].lower()
+    task = config.get("task")
+    target = task.get("_target_") if isinstance(task, Mapping) else task
+    word = str(target).rpartition(".")[2].lower()
     try:
         name = run_identity(config)
-    except ValueError:
+    except (ValueError, TypeError):
         name = "refused"  # a device that is not there: the run will say so
-    return Path(config["output"]) / f"{task}-{config['backend']}-{name}"
+    what = safe_name(f"{word}-{config.get('backend')}", NAME_LIMIT)
+    return Path(config["output"]) / f"{what}-{name}"
 
 
 def run_training(config: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     """Train and evaluate one model.
+
+    Whatever the run sets for the whole process (threads, generators, torch's defaults) is as before when it returns.
 
     Args:
         config: composed conf/train.yaml as plain values, see `compose_training`.
@@ -67,34 +86,17 @@ def run_training(config: Mapping[str, Any], folder: str | Path) -> dict[str, Any
 
     Returns:
         the result row, kind "quality". Its status is "ok", "oom", "unsupported" or "failed", with the reason in one
-        line; only interrupts are raised.
+        line; only interrupts are raised (`stopping.Stopped` with everything saved). The row is in the folder too,
+        except where nothing may or can be written there: another process works in it, or the disk refuses.
     """
-    folder = Path(folder)
-    row = _blank(config)
-    try:
-        full = check(config)
-        if full["threads"] is not None:
-            torch.set_num_threads(full["threads"])
-        row |= {"id": run_identity(full), "config": full, "environment": environment()}
-        row |= {name: full[name] for name in ("seed", "seq_len", "batch")}
-        task = build(full["task"])
-        row["task"] = task.name
-        task.check(full["seq_len"])
-        row["data"] = task.describe(full["seq_len"])
-        if not full["force"] and (finished := _finished(folder, row)) is not None:
-            label = f"{finished['backend']} {task.name}"
-            Progress(label, full["steps"], full["trainer"]["progress"]).notice(
-                "finished before; force=true runs it again"
-            )
-            return finished
-        row |= _train(full, folder, task, row)
-        (folder / "error.txt").unlink(missing_ok=True)
-    except Exception as error:  # whatever goes wrong is this run's result, not the end of a sweep
-        status = "oom" if ran_out_of_memory(error) else "unsupported" if isinstance(error, Unsupported) else "failed"
-        row |= {"status": status, "error": _line(error)}
-        write_atomic(folder / "error.txt", traceback.format_exc())
-    write_json(folder / "result.json", row)
-    return row
+    folder, row = Path(folder), blank_row(config)
+    with contained():
+        try:
+            with owning(folder):
+                remove_leftovers(folder)
+                return _Run(config, folder, row).recorded()
+        except (OSError, ValueError, NotImplementedError) as error:  # no lock: busy, read-only, no folder, no flock
+            return row | {"status": "failed", "error": _line(error), "final": False}
 
 
 def build(config: Mapping[str, Any], **given: Any) -> Any:
@@ -102,96 +104,127 @@ def build(config: Mapping[str, Any], **given: Any) -> Any:
     return instantiate({**config, "_partial_": True, "_convert_": "all"})(**given)
 
 
-def _blank(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "kind": "quality",
-        "id": None,
-        "backend": config.get("backend"),
-        "status": "ok",
-        "error": None,
-        "environment": None,
-        "config": dict(config),
-        "task": None,
-        "seed": config.get("seed"),
-        "steps": 0,
-        "seq_len": config.get("seq_len"),
-        "batch": config.get("batch"),
-        "parameters": None,
-        "train_seconds": None,
-        "step_seconds": None,
-        "tokens_per_second": None,
-        "peak_bytes": None,
-        "curve": [],
-        "quality_curve": [],
-        "metrics": {},
-        "evaluations": {},
-        "loss_by_position": [],
-        "carries_state": None,
-        "stopped": None,
-        "resumed_at": None,
-        "data": None,
-    }
+class _Run:
+    """One run, by the owner of its folder."""
 
+    def __init__(self, config: Mapping[str, Any], folder: Path, row: dict[str, Any]):
+        self.config, self.folder, self.row = config, folder, row
+        self.progress = Progress(str(row["backend"]), 0, "none")
+        self.follower: Tracker | None = None
 
-def _finished(folder: Path, row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The row of an earlier run of the same identity over the same data."""
-    path = folder / "result.json"
-    if not path.exists():
+    def recorded(self) -> dict[str, Any]:
+        """Run, and write the row before anything else learns of it."""
+        try:
+            old = self._run()
+            if old is not None:
+                return old
+        except KeyboardInterrupt:
+            if self.follower is not None:
+                self.follower.stop()
+            raise
+        except (Exception, SystemExit) as error:  # whatever goes wrong is this run's result, not the end of a sweep
+            self._failed(error)
+        self._write()
+        if self.follower is None:
+            self.follower = self._follow_failure()
+        self.follower.result(self.row)
+        self.follower.finish(failed=self.row["status"] != "ok")
+        if self.progress.warnings != self.row["notices"]:
+            self._write()
+        return plain(self.row)
+
+    def _write(self) -> None:
+        self.row["notices"] = list(self.progress.warnings)
+        try:
+            write_row(self.folder / RESULT, self.row)
+        except OSError as error:
+            known = f"; before that: {self.row['error']}" if self.row["error"] else ""
+            self.row |= {"status": "failed", "error": f"{_line(error)}{known}", "final": False}
+
+    def _failed(self, error: BaseException) -> None:
+        status = "oom" if ran_out_of_memory(error) else "unsupported" if isinstance(error, Unsupported) else "failed"
+        outside = isinstance(error, CheckpointError | Damaged | OSError)
+        self.row |= {"status": status, "error": _line(error), "final": not outside}
+        try:
+            write_atomic(self.folder / ERROR, "".join(traceback.format_exception(error)))
+        except OSError as unwritten:
+            self.progress.warn(f"no traceback kept: {_line(unwritten)}")
+
+    def _run(self) -> dict[str, Any] | None:
+        """The row of an earlier run; None where this one has run, and its row is filled."""
+        full, row = check(self.config), self.row
+        self.progress = progress = Progress(str(full["backend"]), full["steps"], full["trainer"]["progress"])
+        if full["force"]:
+            clear(self.folder, progress.warn)
+        else:
+            check_places(self.folder)
+        if full["threads"] is not None:
+            torch.set_num_threads(full["threads"])
+        row |= {"id": run_identity(full), "config": full, "environment": environment()}
+        row |= {name: full[name] for name in ("seed", "seq_len", "batch")}
+        task = build(full["task"])
+        row["task"] = task.name
+        progress.label = f"{full['backend']} {task.name}"
+        task.check(full["seq_len"])
+        row["data"] = json.loads(json.dumps(plain(task.describe(full["seq_len"]))))
+        old = kept_row(self.folder, row["id"], row["data"], retry=full["retry"], notice=progress.warn)
+        if old is not None:
+            _say_kept(old, progress)
+            return old
+        self.follower = self._follow(full)
+        row |= self._train(full, task)
+        (self.folder / ERROR).unlink(missing_ok=True)
         return None
-    try:
-        old = json.loads(path.read_text())
-        same = old["id"] == row["id"] and old["data"] == row["data"] and old["status"] in FINAL
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{path} is no result row; remove it, or use force=true to run again") from None
-    return old if same else None
 
-
-def _train(config: dict[str, Any], folder: Path, task: Task, row: dict[str, Any]) -> dict[str, Any]:
-    options, device = config["trainer"], device_of(config["device"])
-    seed_all(config["seed"])
-    mechanism = _mechanism(config)
-    model = build(
-        config["model"],
-        attention=mechanism,
-        vocab=task.vocab,
-        causal=task.causal,
-        head=task.head,
-        seed=config["seed"],
-    ).to(device)
-    row["backend"] = config["backend"] or _name_of(mechanism)
-    carry = bool(options["carry_state"] and task.streams and model.carries)
-    precision = Precision(options["precision"], device)
-    trainer = Trainer(
-        model,
-        optimizer=build(config["optimizer"], model=model),
-        schedule=build(config["schedule"], steps=config["steps"]),
-        batches=task.train_batches(config["batch"], config["seq_len"], config["seed"]),
-        accumulate=options["accumulate"],
-        clip=options["clip"],
-        precision=precision,
-        carry=carry,
-        device=device,
-    )
-    sets = task.evaluation_sets(config["batch"], config["seq_len"])
-    main = next(iter(sets))
-
-    def score(name: str) -> Evaluation:
-        return evaluate(model, task, sets[name], precision=precision, device=device, carry=carry)
-
-    history, path = History(), folder / "checkpoint.pt"
-
-    def save() -> None:
-        content = {"identity": row["id"], "data": row["data"], "trainer": trainer.state_dict()}
-        save_checkpoint(path, content | {"history": history.state_dict(), "random": random_state()})
-
-    label = f"{row['backend']} {task.name}"
-    with Progress(label, config["steps"], options["progress"]) as progress:
-        _resume(config, path, row, trainer, history, progress)
+    def _train(self, config: dict[str, Any], task: Task) -> dict[str, Any]:
+        row, folder, progress = self.row, self.folder, self.progress
+        options, device = config["trainer"], device_of(config["device"])
+        seed_all(config["seed"])
+        mechanism = _mechanism(config)
+        model = build(
+            config["model"],
+            attention=mechanism,
+            vocab=task.vocab,
+            causal=task.causal,
+            head=task.head,
+            seed=config["seed"],
+        ).to(device)
+        row["backend"] = config["backend"] or _name_of(mechanism)
+        progress.label = f"{row['backend']} {task.name}"
+        carry = bool(options["carry_state"] and task.streams and model.carries)
+        precision = Precision(options["precision"], device)
+        trainer = Trainer(
+            model,
+            optimizer=build(config["optimizer"], model=model),
+            schedule=build(config["schedule"], steps=config["steps"]),
+            batches=task.train_batches(config["batch"], config["seq_len"], config["seed"]),
+            accumulate=options["accumulate"],
+            clip=options["clip"],
+            precision=precision,
+            carry=carry,
+            device=device,
+        )
+        sets = task.evaluation_sets(config["batch"], config["seq_len"])
+        main = next(iter(sets))
+        history, path = History(), folder / CHECKPOINT
+        _resume(path, row, trainer, history, progress)
+        figures = JsonlTracker(self._info(config))
+        assert self.follower is not None
+        tracker = Trackers([figures, self.follower])
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats()
-        tracker = _tracker(config, folder, row, progress)
-        failed = True
-        try:
+
+        def save() -> None:
+            history.peak_bytes = _peak_bytes(history, device)
+            content = {"identity": row["id"], "data": row["data"], "trainer": trainer.state_dict()}
+            content |= {"history": history.state_dict(), "random": random_state(), "lines": figures.lines}
+            save_checkpoint(path, content)
+
+        with progress, graceful() as asked:
+
+            def score(name: str) -> Evaluation | None:
+                return evaluate(model, task, sets[name], precision=precision, device=device, carry=carry, stop=asked)
+
             last = fit(
                 trainer,
                 history,
@@ -202,32 +235,75 @@ def _train(config: dict[str, Any], folder: Path, task: Task, row: dict[str, Any]
                 save=save,
                 tracker=tracker,
                 progress=progress,
+                asked=asked,
             )
-            evaluations = {name: last if name == main else score(name) for name in sets}
-            found = {
-                "steps": trainer.done,
-                "parameters": parameter_count(model),
-                "train_seconds": history.train_seconds,
-                "step_seconds": history.train_seconds / trainer.done,
-                "tokens_per_second": history.tokens / history.train_seconds,
-                "peak_bytes": None if device == "cpu" else torch.cuda.max_memory_allocated(),
-                "curve": history.curve,
-                "quality_curve": history.quality,
-                "metrics": last.metrics,
-                "evaluations": {name: result.metrics for name, result in evaluations.items()},
-                "loss_by_position": last.loss_by_position,
-                "carries_state": carry,
-                "stopped": history.stopped,
-            }
-            save_model(model, folder / "model.safetensors")
-            for name, result in evaluations.items():
-                if name != main:
-                    tracker.log({f"evaluate/{name}_{k}": v for k, v in result.metrics.items()}, trainer.done)
-            tracker.result(row | found)
-            failed = False
-        finally:
-            tracker.finish(failed=failed)
-    return found
+            evaluations: dict[str, Evaluation] = {}
+            for name in sets:
+                found = last if name == main else score(name)
+                if found is None:
+                    by = asked()
+                    assert by is not None
+                    raise Stopped(by)
+                evaluations[name] = found
+        save_model(model, folder / MODEL)
+        for name, result in evaluations.items():
+            if name != main:
+                tracker.log({f"evaluate/{name}_{k}": v for k, v in result.metrics.items()}, trainer.done)
+        return {
+            "steps": trainer.done,
+            "parameters": parameter_count(model),
+            "train_seconds": history.train_seconds,
+            "step_seconds": history.train_seconds / trainer.done,
+            "tokens_per_second": history.tokens / history.train_seconds,
+            "peak_bytes": _peak_bytes(history, device),
+            "curve": history.curve,
+            "quality_curve": history.quality,
+            "metrics": last.metrics,
+            "evaluations": {name: result.metrics for name, result in evaluations.items()},
+            "loss_by_position": last.loss_by_position,
+            "carries_state": carry,
+            "stopped": history.stopped,
+            "model_sha256": digest_of(folder / MODEL),
+        }
+
+    def _info(self, config: Mapping[str, Any]) -> RunInfo:
+        row = self.row
+        unnamed = hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:16]
+        return RunInfo(
+            folder=self.folder,
+            name=f"{row['task'] or 'refused'}-{row['backend']}-s{row['seed']}",
+            identity=row["id"] or unnamed,
+            backend=str(row["backend"]),
+            sweep=f"{row['task'] or 'refused'}-{row['seq_len']}",
+            config=config,
+            notice=self.progress.warn,
+        )
+
+    def _follow(self, config: Mapping[str, Any]) -> Tracker:
+        return Guarded(build(config["tracker"], info=self._info(config)), self.progress.warn)
+
+    def _follow_failure(self) -> Tracker:
+        """The tracker of a run that failed before it had one: who follows a sweep shall see those too."""
+        if not isinstance(self.row["config"].get("tracker"), Mapping):
+            return NoTracker(self._info(self.row["config"]))
+        try:
+            return self._follow(self.row["config"])
+        except Exception as error:  # of the tracker itself, which may be why the run failed
+            if _line(error) not in self.row["error"]:
+                self.progress.warn(f"the tracker does not start: {_line(error)}")
+            return NoTracker(self._info(self.row["config"]))
+
+
+def _say_kept(row: Mapping[str, Any], progress: Progress) -> None:
+    if row["status"] == "ok":
+        progress.notice("finished before; force=true runs it again")
+    else:
+        cure = "retry=failed" if row["status"] in RETRIED else "force=true"
+        progress.warn(f"ended so before: {row['status']}; {cure} runs it again")
+
+
+def _peak_bytes(history: History, device: str) -> int | None:
+    return None if device == "cpu" else max(history.peak_bytes or 0, torch.cuda.max_memory_allocated())
 
 
 def _mechanism(config: Mapping[str, Any]) -> Any:
@@ -248,45 +324,41 @@ def _name_of(mechanism: Any) -> str:
     return getattr(getattr(mechanism, "func", None), "name", str(mechanism))
 
 
-def _resume(
-    config: Mapping[str, Any], path: Path, row: dict[str, Any], trainer: Trainer, history: History, progress: Progress
-) -> None:
+def _resume(path: Path, row: dict[str, Any], trainer: Trainer, history: History, progress: Progress) -> None:
     """Go on from the checkpoint, where there is one of this run."""
-    step = 0
-    if path.exists() and not config["force"]:
+    step, lines = 0, None
+    if path.exists():
         try:
             content = load_checkpoint(path, row["id"])
-            if content["data"] != row["data"]:
+            if content.get("data") != row["data"]:
                 raise OtherRun(f"{path} was trained on other data")
         except OtherRun as other:
             progress.notice(f"{other}: starts afresh")
         else:
-            trainer.load_state_dict(content["trainer"], path)
-            for name, value in content["history"].items():
-                setattr(history, name, value)
-            history.stopped = None
-            restore_random_state(content["random"])
+            try:
+                trainer.load_state_dict(content["trainer"], path)
+                history.load_state_dict(content["history"])
+                restore_random_state(content["random"])
+                lines = int(content["lines"])
+            except CheckpointError:
+                raise
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+                if ran_out_of_memory(error):
+                    raise
+                raise foreign(path, f"it does not fit this run ({type(error).__name__}: {error})") from None
             step = row["resumed_at"] = trainer.done
-            progress.notice(f"goes on after step {step}")
-    JsonlTracker.rewind(path.parent, step)
-
-
-def _tracker(config: Mapping[str, Any], folder: Path, row: Mapping[str, Any], progress: Progress) -> Tracker:
-    info = RunInfo(
-        folder=folder,
-        name=f"{row['task']}-{row['backend']}-s{row['seed']}",
-        identity=row["id"],
-        backend=row["backend"],
-        sweep=f"{row['task']}-{row['seq_len']}",
-        config=config,
-        notice=progress.notice,
-    )
-    return Trackers([JsonlTracker(info), build(config["tracker"], info=info)])
+            progress.notice(f"had ended: {history.stopped}" if history.stopped else f"goes on after step {step}")
+    JsonlTracker.rewind(path.parent, step, lines, on_bad=progress.warn)
 
 
 def _line(error: BaseException) -> str:
     """One line for the row; the type is told where the text alone is no sentence of ours."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # an exception whose own text fails is still this run's result
+        text = "no message"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     return text if isinstance(error, ValueError | NotFinite) and text else f"{type(error).__name__}: {text}"[:500]
 
 

@@ -14,6 +14,11 @@ Schedule = Callable[[int], float]
 def warmup_cosine(*, steps: int, warmup: float = 0.05, floor: float = 0.1) -> Schedule:
     """Rise linearly over the first `warmup` share of the steps, then fall along half a cosine to `floor`.
 
+    Args:
+        steps: of the whole run.
+        warmup: share of the steps over which the rate rises.
+        floor: share of the highest rate at which it ends.
+
     Raises:
         ValueError: for a share outside [0, 1], naming it.
     """
@@ -33,5 +38,10 @@ def warmup_cosine(*, steps: int, warmup: float = 0.05, floor: float = 0.1) -> Sc
 
 
 def constant(*, steps: int, warmup: float = 0.0) -> Schedule:
-    """Rise linearly over the first `warmup` share of the steps, then stay."""
+    """Rise linearly over the first `warmup` share of the steps, then stay.
+
+    Args:
+        steps: of the whole run.
+        warmup: share of the steps over which the rate rises.
+    """
     return warmup_cosine(steps=steps, warmup=warmup, floor=1.0)

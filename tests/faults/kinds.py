@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from . import Counts, cells, reports, scores
+from . import Counts, cells, kills, reports, scores, wandb_server
 
 
 class Kind(Protocol):
@@ -25,4 +25,6 @@ class Kind(Protocol):
 KINDS: dict[str, Kind] = {}
 KINDS["scores"] = scores
 KINDS["cells"] = cells
+KINDS["kills"] = kills
+KINDS["wandb"] = wandb_server
 KINDS["reports"] = reports

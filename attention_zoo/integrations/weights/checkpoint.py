@@ -70,7 +70,7 @@ def _on_the_hub(name: str, revision: str | None) -> Callable[[str], Path | None]
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError:
         raise FileNotFoundError(
-            f"{name}: no such folder; to fetch it from the hub, pip install attention-zoo[huggingface]"
+            f"{name}: no such folder; to fetch it from the hub, pip install 'attention-zoo[huggingface]'"
         ) from None
 
     def find(file: str) -> Path | None:

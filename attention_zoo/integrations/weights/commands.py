@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from attention_zoo.files import write_json
@@ -17,6 +16,7 @@ from attention_zoo.integrations.weights.score import score
 from attention_zoo.integrations.weights.tokeniser import read_tokeniser
 from attention_zoo.model.saved import save
 from attention_zoo.model.transformer import Transformer
+from attention_zoo.schemas import store
 from attention_zoo.tasks.text import read_files
 from attention_zoo.training.config import device_of
 
@@ -26,10 +26,10 @@ class LengthenConfig:
     """What to make of the model.
 
     Fields:
-        attention: name of the new mechanism; null leaves the model as it is.
+        attention: longformer | bigbird | any pattern: the new mechanism; null leaves the model as it is.
         max_length: tokens that learned positions shall reach.
-        positions: the position scheme with other options.
-        options: of the new mechanism.
+        positions: the position scheme with other options: {name: rotary, scaling: linear, factor: 4}.
+        options: of the new mechanism: {window: 256}.
     """
 
     attention: str | None = None
@@ -85,7 +85,11 @@ class EvaluateConfig:
     Fields:
         source: folder that `convert` wrote, a finished run's, a checkpoint's, or an id on the hub.
         task: the text.
-        seq_len, stride, batch, mask_probability, seed: see `score`.
+        seq_len: tokens of a window; null: what the model's positions hold, at most 1024.
+        stride: tokens from one window to the next (causal); null: half a window.
+        batch: windows of a call.
+        mask_probability: share of tokens that are masked (masked language models).
+        seed: of which tokens are masked.
         device: auto | cpu | cuda.
         output: JSON file for the figures; null: they are only shown.
     """
@@ -103,8 +107,8 @@ class EvaluateConfig:
 
 def register() -> None:
     """Make both schemas known to Hydra."""
-    ConfigStore.instance().store(name="convert_schema", node=ConvertConfig)
-    ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
+    store("convert_schema", ConvertConfig)
+    store("evaluate_schema", EvaluateConfig)
 
 
 def run_convert(config: ConvertConfig) -> Path:

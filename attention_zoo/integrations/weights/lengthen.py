@@ -24,6 +24,7 @@ from attention_zoo.contract import Unsupported, at_least, named
 from attention_zoo.integrations.weights.convert import open_model
 from attention_zoo.model.saved import own_tensors
 from attention_zoo.model.transformer import Transformer
+from attention_zoo.model.wrapped import inner
 from attention_zoo.registry import recipe
 
 KEPT = ("kv_heads", "head_width", "bias", "scale", "positions", "seed")
@@ -52,7 +53,7 @@ def lengthen(
         Unsupported: for a mechanism that is no pattern, so that weights would mean something else.
         ValueError: where weights would be lost or would have to be invented, or the table cannot grow.
     """
-    old = model if isinstance(model, Transformer) else open_model(model)
+    old = open_model(model) if isinstance(model, str | Path) else inner(model, "lengthen")
     if not isinstance(old, Transformer):
         raise ValueError(f"lengthen takes one Transformer, got {type(old).__name__}")
     for name in (attention, *{str(getattr(layer, "name", layer)) for layer in old.stack.attentions}):

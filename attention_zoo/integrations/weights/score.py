@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attention_zoo.contract import Tokens, at_least
+from attention_zoo.contract import Tokens, at_least, place_of
 from attention_zoo.integrations.weights.tokeniser import encode
 from attention_zoo.model.transformer import Transformer
 from attention_zoo.tasks.task import IGNORED, generator
@@ -155,7 +155,7 @@ def _bytes_of(tokeniser: Any, token: int) -> int:
 def _run(model: Transformer, rows: Sequence[Row], batch: int) -> tuple[Tensor, Tensor]:
     if not rows:
         raise ValueError("the texts are too short: no token of theirs can be scored")
-    device, losses, hits = model.embedding.weight.device, [], []
+    device, losses, hits = place_of(model)[0], [], []
     training = model.training
     model.eval()
     try:

@@ -26,7 +26,7 @@ def read_tokeniser(source: str | Path, *, revision: str | None = None) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError:
-        raise ValueError(f"{source}: its tokeniser needs pip install attention-zoo[huggingface]") from None
+        raise ValueError(f"{source}: its tokeniser needs pip install 'attention-zoo[huggingface]'") from None
     try:
         return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else str(source), revision=revision)
     except Exception as error:  # of many kinds, as tokenisers are

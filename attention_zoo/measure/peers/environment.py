@@ -3,7 +3,7 @@
     python -m attention_zoo.measure.peers.environment FOLDER
 
 Everything but transformers and what it pins is shared (torch above all), so that both sides run the same kernels. Then
-`python -m experiments.benchmark peers=true +peer_python.hf_bigbird_4_57=FOLDER/bin/python` compares with it.
+`python -m experiments.benchmark peers=true peer_python.hf_bigbird_4_57=FOLDER/bin/python` compares with it.
 """
 
 from __future__ import annotations
@@ -34,4 +34,4 @@ def build(folder: str | Path) -> Path:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m attention_zoo.measure.peers.environment FOLDER")
-    print(f"+peer_python.hf_bigbird_4_57={build(sys.argv[1])}")
+    print(f"peer_python.hf_bigbird_4_57={build(sys.argv[1])}")

@@ -36,7 +36,7 @@ class Longformer(Adapter):
 
         if layer.causal:
             raise Unsupported(self.title, "causal=True", "it has no causal form", "causal=False")
-        if layer.dilation.numel() != 1 or int(layer.dilation) != 1:
+        if tuple(layer.strides) != (1,):
             raise Unsupported(self.title, "dilation", "its dilation needs a CUDA kernel of its own", "dilation=1")
         self.window = layer.window
         super().__init__(layer, shape)
@@ -150,7 +150,7 @@ class OlderBigBird(BigBird):
     release = "4.57."
     where = (
         " in an environment of its own: python -m attention_zoo.measure.peers.environment FOLDER, then "
-        "+peer_python.hf_bigbird_4_57=FOLDER/bin/python"
+        "peer_python.hf_bigbird_4_57=FOLDER/bin/python"
     )
 
 

@@ -1,0 +1,1 @@
+"""The commands: `attention-zoo NAME ...` anywhere, `python -m experiments.NAME ...` in a checkout."""

@@ -1,0 +1,105 @@
+"""What Hydra, OmegaConf and the importer refuse, in the words of whoever typed the command."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+EXTRAS = {
+    "sweep": ("hydra_plugins", "joblib", "submitit"),
+    "huggingface": ("transformers", "tokenizers"),
+    "peers": ("reformer_pytorch", "local_attention"),
+}
+"""Which extra of this package brings what is not there, by the name that is imported."""
+LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
+
+
+def of_hydra(error: BaseException) -> str | None:
+    """What Hydra or OmegaConf complain about, in one line that says how to write it; None for other errors."""
+    if not type(error).__module__.startswith(("hydra.", "omegaconf.")):
+        return None
+    from omegaconf.errors import InterpolationResolutionError
+
+    from attention_zoo.training.config import one_line
+
+    text = str(error)
+    if given := re.match(r"Ambiguous value for argument '(.*)'", text):
+        key, _, values = given[1].partition("=")
+        return f"{key} got several values, {values}: -m runs one after the other (-m {given[1]}); " \
+               f"a list is written '{key}=[{values}]'"  # fmt: skip
+    if given := re.match(r"Error merging override (([^=]*)=(.*))", text):
+        if "is not a ListConfig" in str(error.__cause__):
+            return f"{given[2]} must be a list, got {given[3]}: '{given[2]}=[{given[3]}]'"
+        if "is not a DictConfig" in str(error.__cause__) or "to Dict" in str(error.__cause__):
+            return f"{given[2]} must be a mapping, got {given[3]}: '{given[2]}={{name: value}}'"
+    if isinstance(error, InterpolationResolutionError):
+        return f"{error.full_key or 'config'}: {text.splitlines()[0]}"
+    if (override := getattr(error, "override", None)) is not None:
+        wrong = text.splitlines()[0]
+        return (
+            f"{override} is no override: {wrong}; write key=value, and in quotes what holds spaces, commas, brackets "
+            "or a further =: 'key=\"a=b\"'"
+        )
+    if given := re.match(r"Could not override '([^']*)'\.\s*No match in the defaults list", text):
+        return f"{given[1]} is no group of this command: --help lists its groups and their choices"
+    missing = getattr(error, "missing_cfg_file", None)
+    if missing and str(missing).partition("hydra/launcher/")[2] in LAUNCHERS:
+        return f"hydra/launcher={missing.rpartition('/')[2]} needs pip install '{_extra('sweep')}'"
+    return one_line(error) or text.splitlines()[0]
+
+
+def missing_package(error: ImportError) -> str:
+    """That a package is not there, and what to install."""
+    text = " ".join(str(error).split())
+    if "pip install" in text:
+        return text
+    root = (error.name or "").partition(".")[0]
+    for extra, names in EXTRAS.items():
+        if root in names:
+            return f"{root} is not installed, or does not fit ({text}): pip install '{_extra(extra)}'"
+    return f"{type(error).__name__}: {text}"
+
+
+def _extra(name: str) -> str:
+    return f"attention-zoo[{name}]"
+
+
+def flags(words: Sequence[str]) -> list[str]:
+    """The words of a command as Hydra's parser takes them in any order: overrides first, then flags with their values.
+
+    Raises:
+        ValueError: for a flag that Hydra does not have, or one without its value.
+    """
+    overrides, given, rest = [], [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        if name not in FLAGS:
+            shown = f"{name.lstrip('-')}={value or (rest[0] if rest else '...')}"
+            raise ValueError(f"{name} is no flag; options are written without dashes: {shown}. --help lists them")
+        given.append(word)
+        values = FLAGS[name]
+        if values is None or equals:
+            continue
+        if rest and (rest[0] in values or (not values and not rest[0].startswith("-"))):
+            given.append(rest.pop(0))
+        elif name not in ("--info", "-i"):
+            got = rest[0] if rest else "nothing"
+            raise ValueError(f"{name} must be followed by {' or '.join(values) or 'a value'}, got {got}")
+    return [*overrides, *given]
+
+
+_ANY: tuple[str, ...] = ()
+_VALUES: dict[tuple[str, ...], tuple[str, ...] | None] = {
+    ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"): None,
+    ("--shell-completion", "-sc"): None,
+    ("--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"): _ANY,
+    ("--experimental-rerun",): _ANY,
+    ("--cfg", "-c"): ("job", "hydra", "all"),
+    ("--info", "-i"): ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+}
+FLAGS = {name: values for names, values in _VALUES.items() for name in names}
+"""Hydra's flags, each with the words that it takes after it: none (None), any, or some."""

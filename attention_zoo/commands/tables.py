@@ -1,0 +1,49 @@
+"""What there is, what runs here, and a mechanism on a page: the commands abilities, kernels and about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.table import Table
+
+from attention_zoo import overview
+from attention_zoo.commands.flags import Flags
+from attention_zoo.commands.main import PLAIN
+
+
+def run(what: str, words: Sequence[str], program: str) -> None:
+    """Print a table or a page.
+
+    Raises:
+        ValueError: for a flag or value that is not understood.
+    """
+    parser = Flags(prog=program, description=f"{PLAIN[what].capitalize()}.")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of drawing")
+    if what == "about":
+        parser.add_argument("name", help="of a mechanism")
+    elif what == "kernels":
+        parser.add_argument("--length", type=int, default=4096, help="tokens (default 4096)")
+        parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    given = parser.parse_args(words)
+    if what == "about":
+        page = overview.about(given.name)
+        print(page) if given.markdown else Console().print(Markdown(page))
+    elif what == "abilities":
+        rows = overview.abilities_rows()
+        if given.markdown:
+            print(overview.markdown(overview.COLUMNS, rows))
+        else:  # on its side: a terminal is narrow
+            header, *lines = zip(overview.COLUMNS, *rows)
+            _draw(header, lines)
+    else:
+        columns, found = ("backend", "kernel", "here"), overview.kernel_rows(given.length, given.device)
+        print(overview.markdown(columns, found)) if given.markdown else _draw(columns, found)
+
+
+def _draw(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

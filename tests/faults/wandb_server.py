@@ -1,0 +1,284 @@
+"""A small W&B server on loopback, and everything that a server, or W&B's own process, may do to a run.
+
+The server answers what W&B asks for (GraphQL: the viewer, the run, its files; the file stream; uploads) until its fault
+begins. The run followed is real but for its training: figures, a row, the end. It must end with every fault within the
+limits that it states, with a line that says what went wrong, and leave no process behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from . import Counts
+
+TITLE = "W&B: servers that refuse, stall, drip or die, its process stopped or killed, wrong settings"
+SMALL, LARGE = 2, 60
+INIT_SECONDS, FINISH_SECONDS = 3.0, 3.0
+LOCAL_SECONDS = 45.0
+"""For interpreters that start and W&B's import on a busy machine; not a limit of the product."""
+
+FAULTS = ("refuses", "500", "silent", "drips", "garbage", "closes")
+"""What a server does: 401; 500; no answer; a byte a second; no JSON; an end without an answer."""
+HURTS = ("stop core", "kill core", "stop all", "kill all")
+"""What is done to W&B's processes once the run has begun."""
+SETTINGS = (
+    {"WANDB_BASE_URL": "nonsense"}, {"WANDB_BASE_URL": "http://[::1"}, {"WANDB_BASE_URL": "http://127.0.0.1:9"},
+    {"WANDB_MODE": "banana"}, {"WANDB_API_KEY": "short"}, {"WANDB_DIR": "/proc/nowhere"}, {"WANDB_ENTITY": "a/b:c"},
+)  # fmt: skip
+
+
+class Server:
+    """Answers as W&B's server does; with `fault`, from `begins` ("start" or "stream") on as no server should.
+
+    Attributes:
+        stream: the bodies of the file stream: history rows and summaries as they arrived.
+    """
+
+    def __init__(self, fault: str | None = None, begins: str = "start"):
+        self.fault, self.begins, self.stream = fault, begins, list[str]()
+        self.over = threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *given: Any) -> None:
+                """A test has no use for an access log."""
+
+            def answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                streaming = "file_stream" in self.path
+                if streaming:
+                    outer.stream.append(body.decode())
+                if outer.fault and (outer.begins == "start" or streaming or len(outer.stream) > 0):
+                    outer.misbehave(self)
+                    return
+                outer.send(self, 200, json.dumps(outer.reply(self.path, body)).encode())
+
+            do_GET = do_POST = do_PUT = do_HEAD = answer
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.http.handle_error = lambda *given: None  # type: ignore[method-assign]  # clients that are killed
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+
+    def __enter__(self) -> Server:
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *given: object) -> None:
+        self.over.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+    def send(self, request: BaseHTTPRequestHandler, code: int, body: bytes) -> None:
+        request.send_response(code)
+        request.send_header("Content-Type", "application/json")
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body)
+
+    def misbehave(self, request: BaseHTTPRequestHandler) -> None:
+        request.close_connection = True
+        match self.fault:
+            case "refuses":
+                self.send(request, 401, b'{"error": "who are you"}')
+            case "500":
+                self.send(request, 500, b"{}")
+            case "garbage":
+                self.send(request, 200, b"<html>\xff not today")
+            case "silent":
+                self.over.wait()
+            case "drips":
+                request.send_response(200)
+                request.send_header("Content-Length", "100000")
+                request.end_headers()
+                while not self.over.wait(1.0):
+                    request.wfile.write(b" ")
+                    request.wfile.flush()
+            case "closes":
+                request.connection.close()
+
+    def reply(self, path: str, body: bytes) -> dict[str, Any]:
+        if "graphql" not in path:
+            return {"exitcode": None, "limits": {}}
+        query = json.loads(body)["query"]
+        run = {
+            "id": "UnVu", "name": "run", "displayName": "run", "description": "", "config": "{}", "sweepName": None,
+            "historyLineCount": 0, "project": {"id": "UHI=", "name": "p", "entity": {"id": "RW4=", "name": "e"}},
+        }  # fmt: skip
+        if "UpsertBucket" in query or "upsertBucket" in query:
+            return {"data": {"upsertBucket": {"bucket": run, "inserted": True}}}
+        if "createRunFiles" in query or "CreateRunFiles" in query:
+            names = json.loads(body).get("variables", {}).get("files", [])
+            files = [{"name": name, "uploadUrl": f"{self.url}/files/{number}"} for number, name in enumerate(names)]
+            return {"data": {"createRunFiles": {"runID": "UnVu", "uploadHeaders": [], "files": files}}}
+        if "viewer" in query.lower():
+            viewer = {"id": "VXNlcg==", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}
+            return {"data": {"viewer": viewer}}
+        return {"data": {"model": None, "project": None, "serverInfo": None}}
+
+
+FOLLOWED = """
+import json, sys, time
+from pathlib import Path
+from attention_zoo.tracking import RunInfo, WandbTracker
+folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+notices = []
+run = RunInfo(folder, "full", "0123456789abcdef", "full", "text-64", {"lr": 0.1}, notices.append)
+tracker = WandbTracker(run, **options)
+while sys.argv[3:] and tracker._started is None:
+    time.sleep(0.01)
+print("running", flush=True)
+sys.stdin.readline()
+began = time.monotonic()
+for step in range(5):
+    tracker.log({"train/loss": 1.0 / (step + 1)}, step)
+logged = time.monotonic() - began
+tracker.result({"kind": "quality", "status": "ok", "seq_len": 64, "step_seconds": 0.1, "metrics": {"loss": 2.0}})
+tracker.finish(failed=False)
+print(json.dumps({"logged": logged, "finished": time.monotonic() - began, "notices": notices}), flush=True)
+"""
+
+
+def follow(
+    folder: Path, environment: dict[str, str], *, hurt: str | None = None, started: bool = True
+) -> dict[str, Any]:
+    """A tracked run in a process of its own.
+
+    Args:
+        folder: of the run.
+        environment: beside that of this process, in which nothing of W&B's counts.
+        hurt: one of `HURTS`.
+        started: hurt it once its run has started, not on the way.
+
+    Returns:
+        logged, finished (seconds), notices, stderr, and left: W&B's processes that outlived the run.
+
+    Raises:
+        subprocess.TimeoutExpired: where it does not end.
+    """
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    clean |= {"HOME": str(folder), "NETRC": str(folder / "netrc"), "NO_PROXY": "127.0.0.1", **environment}
+    given = json.dumps({"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS})
+    process = subprocess.Popen(
+        [sys.executable, "-c", FOLLOWED, str(folder), given, *(["wait"] if hurt and started else [])],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        if hurt is not None:
+            found = _processes(process.pid)
+            number = signal.SIGSTOP if "stop" in hurt else signal.SIGKILL
+            for pid in found if "all" in hurt else found[-1:]:
+                os.kill(pid, number)
+        output, errors = process.communicate("\n", timeout=INIT_SECONDS + 2 * FINISH_SECONDS + LOCAL_SECONDS)
+    finally:
+        process.kill()
+        process.communicate()
+    deadline = time.monotonic() + 2.0
+    while (left := running(folder)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    lines = output.splitlines()
+    return {**(json.loads(lines[-1]) if lines else {}), "stderr": errors, "code": process.returncode, "left": left}
+
+
+def _processes(parent: int) -> list[int]:
+    """W&B's processes under `parent`, outermost first, once its own one is there."""
+    deadline = time.monotonic() + LOCAL_SECONDS
+    while time.monotonic() < deadline:
+        outer = _children(parent)
+        inner = [pid for each in outer for pid in _children(each)]
+        if any("wandb-core" in _command(pid) for pid in inner):
+            return [*outer, *inner]
+        time.sleep(0.05)
+    raise AssertionError("no process of W&B was seen")
+
+
+def _children(parent: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        tasks = Path(f"/proc/{parent}/task").glob("*/children")
+        return sorted(int(pid) for task in tasks for pid in task.read_text().split())
+    return []
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def running(folder: Path) -> list[int]:
+    """Processes of W&B whose home is `folder`."""
+    home = f"HOME={folder}\0".encode()
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone, or somebody else's
+            if home in (place / "environ").read_bytes() and place.joinpath("stat").read_text().split(") ")[1][0] != "Z":
+                found.append(int(place.name))
+    return found
+
+
+def recorded(folder: Path) -> bytes:
+    """All that lies on the disk of the run, online or offline."""
+    return b"".join(path.read_bytes() for path in folder.glob("wandb/*run-*/*.wandb"))
+
+
+def run(count: int, seed: int) -> Counts:
+    """Throw `count` faults."""
+    found = Counts()
+    for number in range(count):
+        case = f"wandb {seed}:{number}"
+        found.tries += 1
+        for way, problem in _throw(random.Random(case)):
+            found.failed(way, f"{case}: {problem}")
+    return found
+
+
+def _throw(rng: random.Random) -> Iterator[tuple[str, str]]:
+    key = {"WANDB_API_KEY": "0" * 40}
+    kind = rng.choice(("server", "server", "hurt", "settings"))
+    fault, begins, hurt = rng.choice(FAULTS), rng.choice(("start", "stream")), rng.choice(HURTS)
+    settings, online, started = rng.choice(SETTINGS), rng.random() < 0.5, rng.random() < 0.5
+    with tempfile.TemporaryDirectory() as place, Server(fault if kind == "server" else None, begins) as server:
+        environment = {**key, "WANDB_BASE_URL": server.url}
+        if kind == "settings":
+            environment |= settings
+        elif kind == "hurt" and not online:
+            environment = {}
+        where = f"{'online' if online else 'offline'}, {'running' if started else 'on the way'}"
+        faults = {"server": f"{fault} from the {begins} on", "hurt": f"{hurt}, {where}", "settings": str(settings)}
+        said = f"{kind}: {faults[kind]}"
+        try:
+            row = follow(Path(place), environment, hurt=hurt if kind == "hurt" else None, started=started)
+        except subprocess.TimeoutExpired:
+            yield "hung", said
+            return
+        if row["code"] != 0:
+            yield "lost", f"{said}: the run ended with {row['code']}: {row['stderr'][-300:]}"
+            return
+        if row["left"]:
+            yield "orphan", f"{said}: {row['left']}"
+        if row["logged"] > 1.0:
+            yield "hung", f"{said}: five lines took {row['logged']:.1f} s"
+        if any("\n" in notice for notice in row["notices"]) or row["stderr"]:
+            yield "raw", f"{said}: {row['notices']} {row['stderr'][-300:]}"
+        if b"train/loss" not in recorded(Path(place)) and not row["notices"]:
+            yield "lost", f"{said}: nothing on the disk, and no word about it"
