@@ -92,18 +92,42 @@ def graceful() -> Iterator[Callable[[], signal.Signals | None]]:
 def die_with_parent(parent: int) -> None:
     """End this process when the one that started it ends, however that ends. Call it first thing in a child.
 
-    By the kernel where it can (Linux), and everywhere by a thread that looks whether the parent is still the same.
+    By the kernel where it can (Linux), elsewhere by a thread that looks whether the parent is still the same.
 
     Args:
         parent: process id of the one that started this one from its main thread; if it is gone already, so is this.
     """
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if not _ended_by_kernel():
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_WATCH_S)
+        def watch() -> None:
+            while os.getppid() == parent:
+                time.sleep(_WATCH_S)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=watch, daemon=True, name="die with parent").start()
+    elif os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=watch, daemon=True, name="die with parent").start()
+
+def _ended_by_kernel() -> bool:
+    # no thread where none is needed: some of these processes fork
+    PR_SET_PDEATHSIG = 1
+    prctl = getattr(ctypes.CDLL(None, use_errno=True), "prctl", None) if sys.platform == "linux" else None
+    return prctl is not None and prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
+
+
+def child_command(module: str, *arguments: str, python: str = sys.executable) -> list[str]:
+    """What `python -m module` does, as a child that ends with this process from its first moment on.
+
+    Args:
+        module: run as `__main__`.
+        arguments: its `sys.argv[1:]`.
+        python: by whom it is run.
+    """
+    # this file needs nothing but the standard library: importing the package takes seconds, which a parent may not have
+    first = (
+        "import runpy, sys; _, here, parent, module, *rest = sys.argv; "
+        "runpy.run_path(here)['die_with_parent'](int(parent)); "
+        "sys.argv[1:] = rest; runpy.run_module(module, run_name='__main__', alter_sys=True)"
+    )
+    return [python, "-c", first, __file__, str(os.getpid()), module, *arguments]

@@ -93,9 +93,9 @@ def test_a_training_that_fails_or_dies_is_a_row_and_the_others_go_on(tmp_path, m
             children["killed"].process.kill()
 
     bad, killed, good = run_trainings(runs, tmp_path, parallel=3, on_event=watch)
-    assert (bad["status"], killed["status"], good["status"]) == ("failed", "oom", "ok")
+    assert (bad["status"], killed["status"], good["status"]) == ("failed", "lost", "ok")
     assert "window must be" in bad["error"]
-    assert "signal 9" in killed["error"]
+    assert killed["error"] == "ended from outside by SIGKILL; the next call does it again"
     assert {row["task"] for row in (bad, killed, good)} == {"mqar"}
     assert good["config"]["attention"]["window"] == 4
     assert ("finished", "good") in seen
@@ -109,7 +109,10 @@ def test_a_training_that_fails_or_dies_is_a_row_and_the_others_go_on(tmp_path, m
 
 def test_only_a_row_of_the_same_config_code_and_data_counts_as_finished(tmp_path):
     run = tiny_run("one")
-    row = {"id": run_identity(run.config), "status": "ok", "data": None}
+    row = {
+        "kind": "quality", "id": run_identity(run.config), "backend": "longformer", "status": "ok", "error": None,
+        "config": run.config, "metrics": {"loss": 1.0}, "steps": 2, "train_seconds": 1.0, "data": None,
+    }  # fmt: skip
     assert finished(run.config, tmp_path) is None, "nothing there"
     write_json(tmp_path / "result.json", row)
     assert finished(run.config, tmp_path) is None, "other data"
@@ -124,11 +127,42 @@ def test_only_a_row_of_the_same_config_code_and_data_counts_as_finished(tmp_path
     assert finished(run.config, tmp_path) == row
     assert finished({**run.config, "seed": 1}, tmp_path) is None, "another seed"
     assert finished({**run.config, "force": True}, tmp_path) is None
-    write_json(tmp_path / "result.json", {**row, "status": "failed"})
-    assert finished(run.config, tmp_path)["status"] == "failed", "another try would only repeat it"
-    assert finished({**run.config, "retry": "failed"}, tmp_path) is None
-    write_json(tmp_path / "result.json", {**row, "status": "lost"})
-    assert finished(run.config, tmp_path) is None, "killed from outside: it runs again"
+    for status in ("failed", "oom", "timeout", "unsupported"):
+        ended = {**row, "status": status, "error": "why"}
+        write_json(tmp_path / "result.json", ended)
+        assert finished(run.config, tmp_path) == ended, status
+        again = finished(run.config, tmp_path, retry="failed")
+        assert (again is None) == (status != "unsupported"), status
+    write_json(tmp_path / "result.json", {**row, "status": "lost", "error": "killed"})
+    assert finished(run.config, tmp_path) is None, "what was killed from outside goes on by itself"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "is not JSON: it is empty"), ("[1]", "must hold a JSON object"), ("{}", "is no row of a training: kind"),
+        ('{"kind": "quality", "backend": "x", "status": 1}', "must be text"),
+        ('{"kind": "quality", "backend": "x", "status": "ok"}', "config and id are missing"),
+        ('{"kind": "quality", "backend": "x", "status": "ok", "id": 1, "config": {}, "metrics": [1]}', "metrics"),
+        ('{"kind": "quality", "backend": "x", "status": "ok", "id": 1, "config": {}, "metrics": {}}', "steps"),
+    ],
+)  # fmt: skip
+def test_a_damaged_result_is_named_and_trained_again(tmp_path, content, said):
+    (tmp_path / "result.json").write_text(content)
+    told = []
+    assert finished(tiny_run("one").config, tmp_path, on_bad=told.append) is None
+    (line,) = told
+    assert str(tmp_path / "result.json") in line
+    assert said in line
+    assert line.endswith("trained again")
+
+
+@pytest.mark.parametrize("name", ["../esc", "/absolute", "a/b", "nul\0", "\ud800", "x" * 300, ".hidden"])
+def test_a_training_stays_in_its_folder_whatever_its_name(tmp_path, name):
+    place = tiny_run(name).within(tmp_path / "training")
+    assert place.parent == tmp_path / "training"
+    place.mkdir(parents=True)
+    assert place != tiny_run(f"{name}-").within(tmp_path / "training")
 
 
 @pytest.mark.parametrize("preset", ["default", "smoke", "gpu"])

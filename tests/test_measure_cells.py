@@ -14,62 +14,25 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from unruly import ENDS, installed
 
 from attention_zoo.measure import cells as runner
 from attention_zoo.measure import identity, predict
-from attention_zoo.measure.cell import SpeedCell, blank_row, ran_out_of_memory, run_cell
+from attention_zoo.measure.cell import SpeedCell, blank_row, run_cell
 from attention_zoo.measure.cells import read_cells, run_cells
 from attention_zoo.measure.config import BenchmarkConfig, register
-from attention_zoo.measure.nursery import _how_it_died
+from attention_zoo.measure.ends import how_it_ended, ran_out_of_memory
 
 ROOT = Path(__file__).parents[1]
 TINY = {"heads": 2, "head_width": 8, "threads": 1}
 QUICK = {"repeats": 1, "budget_s": 0.01}
 
-UNRULY = '''
-import os, time
-import torch
-from attention_zoo.attention.full import Full
-
-class Unruly(Full):
-    """Full attention that misbehaves as told."""
-
-    name = "unruly"
-
-    def __init__(self, *, mood: str = "good", **shared):
-        super().__init__(**shared)
-        self.mood = mood
-
-    def forward(self, x, tokens=None, **rest):
-        print("noise on stdout")
-        os.write(1, b"and below it")
-        if self.mood == "slow":
-            time.sleep(60)
-        if self.mood == "crash":
-            os.abort()
-        if self.mood == "exit":
-            raise SystemExit(3)
-        if self.mood == "killed":
-            os.kill(os.getpid(), 9)
-        if self.mood == "greedy":
-            torch.ones(2**28)  # 1 GiB
-        return super().forward(x, tokens, **rest)
-'''
-
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory):
     """A package from elsewhere that registers the backend "unruly" by its entry point."""
-    folder = tmp_path_factory.mktemp("plugin")
-    (folder / "unruly_attention.py").write_text(UNRULY)
-    info = folder / "unruly-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: unruly\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[attention_zoo.backends]\nunruly = unruly_attention:Unruly\n")
-    sys.path.insert(0, str(folder))
-    yield folder
-    sys.path.remove(str(folder))
-    sys.modules.pop("unruly_attention", None)
+    with installed(tmp_path_factory.mktemp("plugin")) as folder:
+        yield folder
 
 
 def unruly(mood: str) -> SpeedCell:
@@ -78,29 +41,27 @@ def unruly(mood: str) -> SpeedCell:
 
 @pytest.mark.slow
 def test_whatever_happens_is_a_row_and_the_next_cell_runs(plugin, tmp_path):
-    moods = ["crash", "slow", "exit", "killed", "greedy", "good"]
     told = []
     rows = run_cells(
-        [unruly(mood) for mood in moods],
+        [unruly(mood) for mood in ENDS],
         tmp_path,
-        timeout_s=6,
+        timeout_s=4,
         memory_limit_bytes=2**29,
         on_event=told.append,
         **QUICK,
     )
-    by_mood = {mood: (row["status"], row["error"]) for mood, row in zip(moods, rows)}
-    assert by_mood["crash"][0] == "failed"
-    assert "SIGABRT" in by_mood["crash"][1]
-    assert by_mood["slow"] == ("timeout", "not through within 6 s")
-    assert by_mood["exit"] == ("failed", "exit code 1: SystemExit: 3")
-    assert by_mood["killed"][0] == "oom"
-    assert "signal 9" in by_mood["killed"][1]
-    assert by_mood["greedy"][0] == "oom"
-    assert "can't allocate memory: you tried to allocate 1073741824 bytes" in by_mood["greedy"][1]
-    assert by_mood["good"] == ("ok", None)
+    assert {mood: row["status"] for mood, row in zip(ENDS, rows)} == ENDS
+    reasons = {mood: row["error"] for mood, row in zip(ENDS, rows)}
+    assert "SIGABRT" in reasons["crash"]
+    assert reasons["slow"] == reasons["deaf"] == "not through within 4 s"
+    assert reasons["exit"] == "exit code 1: SystemExit: 3"
+    assert reasons["leave"].startswith("exit code 0 before there was a result: ")
+    assert reasons["killed"] == "ended from outside by SIGKILL; the next call does it again"
+    assert "can't allocate memory: you tried to allocate 1073741824 bytes" in reasons["greedy"]
+    assert reasons["good"] is None
     assert all("\n" not in (row["error"] or "") for row in rows)
-    assert [event.kind for event in told] == ["started", "finished"] * len(moods)
-    assert {event.total for event in told} == {len(moods)}
+    assert [event.kind for event in told] == ["started", "finished"] * len(ENDS)
+    assert {event.total for event in told} == {len(ENDS)}
     assert {path.stem for path in (tmp_path / "cells").iterdir()} == {row["id"] for row in rows}
 
 
@@ -163,20 +124,25 @@ def test_a_cell_of_other_code_is_stale_and_measured_again(at_home, tmp_path, mon
     assert told[0].row == old
 
 
-def test_what_failed_is_tried_again_and_what_ran_out_only_within_wider_limits():
-    def final(status: str, now: dict) -> bool:
+def test_what_was_lost_is_done_again_what_ran_out_only_within_wider_limits_and_failures_when_asked():
+    def final(status: str, now: dict, retry: str | None = None) -> bool:
         then = {"timeout_s": 10.0, "memory_limit_bytes": 1000}
-        return runner._is_final({"status": status, "limits": then}, {**then, **now})
+        return runner._is_final({"status": status, "limits": then}, {**then, **now}, retry)
 
-    assert final("ok", {})
-    assert final("unsupported", {})
-    assert not final("failed", {})
+    for status in ("ok", "unsupported"):
+        assert final(status, {})
+        assert final(status, {}, "failed")
+    assert not final("lost", {})
+    for status in ("failed", "oom", "oom_predicted", "timeout"):
+        assert final(status, {})
+        assert not final(status, {}, "failed")
     for status in ("oom", "oom_predicted"):
         assert final(status, {"memory_limit_bytes": 1050})
         assert not final(status, {"memory_limit_bytes": 2000})
         assert not final(status, {"memory_limit_bytes": None})
     assert final("timeout", {"memory_limit_bytes": 2000})
     assert not final("timeout", {"timeout_s": 20.0})
+    assert not final("timeout", {"timeout_s": None})
 
 
 # --- prediction ------------------------------------------------------------------------------------------------------
@@ -245,9 +211,24 @@ def test_refused_memory_is_told_from_other_errors(error, memory):
     assert ran_out_of_memory(error) is memory
 
 
-def test_a_process_without_last_words():
-    assert _how_it_died(2, "") == ("failed", "exit code 2: it said nothing")
-    assert _how_it_died(-11, "a\n\n b \n") == ("failed", "ended by SIGSEGV: b")
+@pytest.mark.parametrize(
+    ("code", "said", "for_memory", "status", "reason"),
+    [
+        (2, "", False, "failed", "exit code 2: it said nothing"),
+        (0, "bye", False, "failed", "exit code 0 before there was a result: bye"),
+        (-11, "a\n\n b \nExtension modules: numpy", False, "failed", "ended by SIGSEGV: b"),
+        (-6, "what():  std::bad_alloc\nmore", False, "oom", "ended by SIGABRT: what():  std::bad_alloc"),
+        (1, "Error\nMemoryError", False, "oom", "exit code 1: MemoryError"),
+        (1, "beware: out of memory", False, "failed", "exit code 1: beware: out of memory"),
+        (-9, "", False, "lost", "ended from outside by SIGKILL; the next call does it again"),
+        (-9, "", True, "oom", "the kernel ended it for want of memory (its own counter, oom_kill, says so)"),
+        (-15, "MemoryError", False, "lost", "ended from outside by SIGTERM; the next call does it again"),
+        (-24, "", False, "lost", "ended from outside by SIGXCPU; the next call does it again"),
+        (-40, "", False, "lost", "ended from outside by signal 40; the next call does it again"),
+    ],
+)
+def test_how_a_process_without_a_result_ended(code, said, for_memory, status, reason):
+    assert how_it_ended(code, said, killed_for_memory=for_memory) == (status, reason)
 
 
 # --- the grid and the command line -----------------------------------------------------------------------------------

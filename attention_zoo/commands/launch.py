@@ -86,7 +86,7 @@ def say(line: str) -> None:
 
 def ending(error: BaseException) -> tuple[int, str]:
     """The exit code that an exception stands for, and what to say of it."""
-    from attention_zoo.measure.cell import ran_out_of_memory
+    from attention_zoo.measure.ends import ran_out_of_memory
 
     if (line := of_hydra(error)) is not None:
         return REFUSED, line

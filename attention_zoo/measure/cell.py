@@ -14,9 +14,11 @@ import torch
 from attention_zoo import registry
 from attention_zoo.contract import Attention, Unsupported
 from attention_zoo.measure.core import Shape
-from attention_zoo.measure.environment import device_name, environment, usable_cores
+from attention_zoo.measure.ends import ending, one_line
+from attention_zoo.measure.environment import canonical_device, device_name, environment, usable_cores
 from attention_zoo.measure.flops import LinearFlops, attention_flops, count_pairs
 from attention_zoo.measure.identity import class_digest, identity
+from attention_zoo.measure.limit import limited
 from attention_zoo.measure.memory import Memory, ResidentPeak, peak_memory
 from attention_zoo.measure.speed import LONG_S, matmul_rate, time_call
 from attention_zoo.measure.trace import write_trace
@@ -32,6 +34,9 @@ FIGURES = (
     "floor_flops", "matmul_flops_per_second", "floor_ratio", "trace",
 )  # fmt: skip
 """What a measured row holds besides what describes its cell; all None where the cell did not finish."""
+
+UNOBSERVED = f"resident set: tensors of a call of over {LONG_S:g} s are not observed"
+"""Method where `peak_bytes` is None and `resident_bytes` holds what was measured."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class SpeedCell:
 
     def __post_init__(self) -> None:
         check_fields(type(self), self)
+        object.__setattr__(self, "device", canonical_device(self.device))  # frozen: this is the one time
 
     @property
     def dim(self) -> int:
@@ -123,8 +129,19 @@ def blank_row(cell: SpeedCell, status: str, error: str | None = None) -> dict[st
     }
 
 
+def run_described(cell: dict[str, Any], **how: Any) -> dict[str, Any]:
+    """`run_cell` of the cell with these fields: what a fresh process is asked for."""
+    return run_cell(SpeedCell(**cell), **how)
+
+
 def run_cell(
-    cell: SpeedCell, *, repeats: int = 5, budget_s: float = 4.0, observe: bool = True, trace: str | None = None
+    cell: SpeedCell,
+    *,
+    repeats: int = 5,
+    budget_s: float = 4.0,
+    observe: bool = True,
+    trace: str | None = None,
+    memory_limit_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Measure a cell in this process: time first, then memory in a pass of its own, since observing slows the call.
 
@@ -133,13 +150,17 @@ def run_cell(
         budget_s: no further repeat once warm-up and repeats have used this.
         observe: whether the pass for memory is made.
         trace: a folder; one more call is profiled and written there as a Chrome trace, named by the cell.
+        memory_limit_bytes: what it may take beyond the loaded libraries, inputs and parameters included.
 
     Returns:
         The row, whose status is "ok", "oom", "unsupported" or "failed" (with the reason in one line).
     """
     torch.set_num_threads(cell.threads)
+    if cell.phase == "train_step":
+        torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # what the first one imports is a library, no memory
     try:
-        figures = _measure(cell, repeats, budget_s, observe, trace)
+        with limited(memory_limit_bytes, device=cell.device, threads=cell.threads):
+            figures = _measure(cell, repeats, budget_s, observe, trace)
     except Unsupported as error:
         return blank_row(cell, "unsupported", one_line(error))
     except Exception as error:  # whatever a mechanism raises is this cell's result, not the end of the table
@@ -165,7 +186,7 @@ def _measure(cell: SpeedCell, repeats: int, budget_s: float, observe: bool, trac
         **asdict(timing),
         "tokens_per_second": cell.batch * work.tokens / timing.seconds,
         "peak_bytes": memory.peak_bytes if memory else None,
-        "peak_method": memory.method if memory else f"none: a call of over {LONG_S:g} s is not observed",
+        "peak_method": memory.method if memory else UNOBSERVED,
         "reserved_bytes": memory.reserved_bytes if memory else None,
         "resident_bytes": resident_bytes,
         "held_bytes": held,
@@ -212,23 +233,3 @@ def analytic_flops(cell: SpeedCell, layer: Attention, linear: int, seen: int = 0
 def _state_bytes(work: Work) -> int | None:
     state = work.state()
     return None if state is None else state_bytes(state)
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory was refused, by CUDA, by torch's CPU allocator or by the C++ library."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        sign in str(error) for sign in ("can't allocate memory", "bad_alloc", "out of memory")
-    )
-
-
-def ending(error: BaseException) -> tuple[str, str]:
-    """Status and reason of a cell that ended in an exception."""
-    status = "oom" if ran_out_of_memory(error) else "failed"
-    return status, f"{type(error).__name__}: {one_line(error)}"
-
-
-def one_line(error: BaseException, most: int = 300) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:most] if lines else "no message"

@@ -22,6 +22,7 @@ BASELINES = ("full/dense", "full/sdpa")
 """Full attention with its matrix materialised, and fused: everything is compared with both."""
 
 
+
 @dataclass
 class BenchmarkConfig:
     """conf/benchmark.yaml.
@@ -43,9 +44,11 @@ class BenchmarkConfig:
         threads: of torch; null takes all cores.
         repeats: timed calls of a cell, at most.
         budget_s: no further repeat once warm-up and repeats of a cell took this long.
-        timeout_s: of a cell, process start included.
+        timeout_s: of a cell, process start included; inf: as long as it takes.
         memory_limit_gib: of a cell; null takes nine tenths of what is free.
         force: measure finished cells again.
+        retry: failed: measure again what failed, ran out of memory or timed out; null keeps such rows. A cell whose
+            process was ended from outside is always measured again.
         profile: write a Chrome trace of one call of each cell into <output>/traces.
         peers: run ours and its peers in turns instead of measuring cells; see `peers.contest`.
         against: these peers alone; null takes all.
@@ -74,6 +77,7 @@ class BenchmarkConfig:
     timeout_s: Seconds = 120.0
     memory_limit_gib: Annotated[float, Field(gt=0, le=2**30, allow_inf_nan=False)] | None = None
     force: bool = False
+    retry: Annotated[str, OneOf("failed")] | None = None
     profile: bool = False
     peers: bool = False
     against: list[Text] | None = None
@@ -114,6 +118,7 @@ class BenchmarkConfig:
             "repeats": self.repeats,
             "budget_s": self.budget_s,
             "force": self.force,
+            "retry": self.retry,
             "profile": self.profile,
         }
 

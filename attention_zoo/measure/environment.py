@@ -37,23 +37,35 @@ def environment() -> dict[str, Any]:
     }
 
 
+def canonical_device(device: str) -> str:
+    """The one way in which a device is written here: "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        ValueError: for another kind of device, or none.
+    """
+    try:
+        found = torch.device(device) if isinstance(device, str) else None
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:<number>, got {device!r}")
+    return "cpu" if found.type == "cpu" else str(found)  # there is one CPU, however it is numbered
+
+
 def device_name(device: str) -> str:
     """What `identity` should call a device: the product name of the processor, since no two kinds are alike.
 
     Raises:
         ValueError: for a device that this machine lacks.
     """
-    family, colon, index = device.partition(":")
-    numbered = family == "cuda" and index.isascii() and index.isdecimal()
-    if family not in ("cpu", "cuda") or not (not colon or numbered or device == "cpu:0"):
-        raise ValueError(f"device must be cpu, cuda or cuda:<number>, got {device!r}")
-    if family == "cpu":
+    device = canonical_device(device)
+    if device == "cpu":
         return _cpu_model()
     if not torch.cuda.is_available():
         raise ValueError(
             f"device={device} needs a CUDA device, but torch {torch.__version__} sees none; use device=cpu"
         )
-    if int(index or 0) >= torch.cuda.device_count():
+    if (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={device} must be below the number of CUDA devices, {torch.cuda.device_count()}")
     return torch.cuda.get_device_name(device)
 
@@ -67,7 +79,7 @@ def resolved_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     device_name(device)
-    return "cpu" if device == "cpu:0" else device
+    return canonical_device(device)
 
 
 def usable_cores() -> int:

@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import select
 import signal
-import subprocess
-import sys
-import tempfile
+import time
 from dataclasses import asdict
-from importlib import resources
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from attention_zoo.measure.cell import SpeedCell, blank_row
+from attention_zoo.measure.ends import Ended, how_it_ended, oom_kills
+from attention_zoo.measure.forked import kill_group
+from attention_zoo.measure.memory import default_limit
+from attention_zoo.measure.servers import Gone, Scratch, Server
 
-CALM = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
-"""Threads that wait sleep soon, unless the user says otherwise. On two cores, Longformer at 4,096 tokens: sleeping at
-once took 1.9 times as long as spinning for long (a mechanism is many small operations), this 1.1 times; beside other
-work spinning for long took up to 7 times as long, this 1.4 times."""
-
-
-def server_environment(here: bool = True) -> dict[str, str]:
-    """Of a process that imports and forks.
-
-    Args:
-        here: it imports what this process imports, whether installed, in the working directory or on the path. Another
-            Python has libraries of its own, and nothing but this package is handed to it.
-    """
-    package = str(Path(str(resources.files("attention_zoo"))).parent)
-    paths = os.pathsep.join(path or os.getcwd() for path in sys.path) if here else package
-    # One OpenBLAS thread: numpy's pool would start at import, and threads do not survive a fork.
-    calm = {} if CALM.keys() & os.environ.keys() else CALM
-    return {**calm, **os.environ, "PYTHONPATH": paths, "OPENBLAS_NUM_THREADS": "1"}
+GRACE_S = 5.0
+"""After its time a process ends by itself; this long after it, it is ended."""
+WIDER = 1.1
+"""A limit read off free memory wanders; so much more is another one."""
 
 
 class Nursery:
@@ -42,97 +26,112 @@ class Nursery:
 
     with Nursery() as nursery:
         row = nursery.run(cell, timeout_s=60, memory_limit_bytes=2**30, repeats=5, budget_s=4.0)
+
+    A worker that dies costs the row of its cell alone: the next one gets another worker.
     """
 
     def __init__(self) -> None:
-        self._server: subprocess.Popen[bytes] | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="attention_zoo.")
+        self._server: Server | None = None
+        self._answer, self._complaint = Scratch(), Scratch()
 
     def __enter__(self) -> Nursery:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop()
-        self._folder.cleanup()
+        if self._server is not None:
+            # asked to stop, nobody has the time to wait for it
+            self._server.close() if error is None else self._server.kill()
+            self._server = None
+        self._answer.close()
+        self._complaint.close()
 
-    def run(self, cell: SpeedCell, *, timeout_s: float, **how: Any) -> dict[str, Any]:
+    def run(
+        self, cell: SpeedCell, *, timeout_s: float, memory_limit_bytes: int | None = None, **how: Any
+    ) -> dict[str, Any]:
         """The row of one cell, measured in a process of its own.
 
         Args:
-            timeout_s: then the process is killed and the row says "timeout".
-            how: memory_limit_bytes, and what `run_cell` takes.
+            timeout_s: then the process is ended and the row says "timeout"; infinity: never.
+            memory_limit_bytes, how: what `run_cell` takes.
         """
-        answer, complaint = (Path(self._folder.name) / name for name in ("row.json", "stderr.txt"))
-        answer.unlink(missing_ok=True)
-        complaint.write_text("")
-        self._start()
-        self._send({"cell": asdict(cell), "answer": str(answer), "complaint": str(complaint), **how})
-        child = self._read()["pid"]
+        row = self._measured(cell, timeout_s, memory_limit_bytes=memory_limit_bytes, **how)
+        if row["status"] != "failed" or memory_limit_bytes is None:
+            return row
+        # Libraries fail in strange ways when memory is refused to them: whether it was that, a wider limit tells.
+        wide = default_limit(cell.device)
+        if wide is None or wide <= WIDER * memory_limit_bytes:
+            return row
+        once = {**how, "repeats": 1, "budget_s": 0.0, "observe": False, "trace": None}
+        if self._measured(cell, timeout_s, memory_limit_bytes=wide, **once)["status"] not in ("ok", "oom"):
+            return row
+        limit = f"{memory_limit_bytes / 2**20:,.1f} MiB"
+        return {**row, "status": "oom", "error": f"not within {limit}, though with more: {row['error']}"}
+
+    def _measured(self, cell: SpeedCell, timeout_s: float, **how: Any) -> dict[str, Any]:
+        given = {"cell": asdict(cell), **how}
+        found = self.call("attention_zoo.measure.cell:run_described", given, timeout_s=timeout_s)
+        return blank_row(cell, *found) if isinstance(found, Ended) else found
+
+    def call(self, function: str, given: dict[str, Any], *, timeout_s: float) -> dict[str, Any] | Ended:
+        """What a function returns in a fresh process, or how that ended.
+
+        Args:
+            function: "module:name"; returns a mapping that `files.plain` can hold.
+            given: its keyword arguments, plain.
+            timeout_s: then the process is ended; infinity: never.
+        """
+        asked = {"function": function, "given": given, "seconds": None if timeout_s == float("inf") else timeout_s}
+        kills = oom_kills()
         try:
-            late = not self._wait(timeout_s)
-        finally:
-            # Also when we are interrupted: nobody else would end it. After a regular end nothing is there to kill.
-            if not self._wait(0):
-                os.kill(child, signal.SIGKILL)
-        code = self._read()["exit"]
-        if late:
-            return blank_row(cell, "timeout", f"not through within {timeout_s:g} s")
-        if code == 0:
-            return json.loads(answer.read_text())
-        return blank_row(cell, *_how_it_died(code, complaint.read_text(errors="replace")))
+            server, child = self._begin(asked)
+        except Gone:  # it died between two calls, which is none of this one's business
+            try:
+                server, child = self._begin(asked)
+            except Gone as gone:
+                return gone.ended
+        started = time.monotonic()
+        try:
+            code = server.hear(timeout_s + GRACE_S)["exit"]
+        except TimeoutError:  # it does not end by itself
+            code = -signal.SIGALRM
+            self._discard(child)
+        except Gone as gone:
+            self._discard(child)
+            return gone.ended
+        except BaseException:  # interrupted: nobody else would end what the child has started
+            self._discard(child)
+            raise
+        if code == -signal.SIGALRM and time.monotonic() - started > 0.9 * timeout_s:
+            return Ended("timeout", f"not through within {timeout_s:g} s")
+        return self._result(code, oom_kills() > kills)
 
-    def _start(self) -> None:
-        if self._server is not None:
-            return
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "attention_zoo.measure.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env=server_environment(),
-        )
-        self._read()
-
-    def _stop(self) -> None:
+    def _begin(self, asked: dict[str, Any]) -> tuple[Server, int]:
+        """Have a child started; returns its parent and its process id."""
+        self._answer.clear()
+        self._complaint.clear()
         if self._server is None:
-            return
-        assert self._server.stdin is not None
-        self._server.stdin.close()
+            self._server = Server("attention_zoo.measure.worker")
         try:
-            self._server.wait(timeout=10)
-        except subprocess.TimeoutExpired:
+            said = self._server.ask(asked, (self._answer.descriptor, self._complaint.descriptor))
+        except Gone:
+            self._discard()
+            raise
+        return self._server, said["pid"]
+
+    def _result(self, code: int, killed_for_memory: bool) -> dict[str, Any] | Ended:
+        if code == 0:
+            try:
+                row = json.loads(self._answer.all().rpartition(b"\n")[2])
+            except ValueError:  # it ended before it had written, or somebody else wrote
+                row = None
+            if isinstance(row, dict):
+                return row
+        return how_it_ended(code, self._complaint.end().decode(errors="replace"), killed_for_memory=killed_for_memory)
+
+    def _discard(self, child: int | None = None) -> None:
+        """End the worker, which will not be asked again, and its child with all that this has started."""
+        if child is not None:
+            kill_group(child)
+        if self._server is not None:
             self._server.kill()
-            self._server.wait()
-        assert self._server.stdout is not None
-        self._server.stdout.close()
-        self._server = None
-
-    def _send(self, request: dict[str, Any]) -> None:
-        assert self._server is not None
-        assert self._server.stdin is not None
-        self._server.stdin.write((json.dumps(request, allow_nan=False) + "\n").encode())
-
-    def _read(self) -> dict[str, Any]:
-        assert self._server is not None
-        assert self._server.stdout is not None
-        line = self._server.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the measuring process ended by itself with exit code {self._server.wait()}")
-        return json.loads(line)
-
-    def _wait(self, seconds: float) -> bool:
-        """Whether the worker says something within that time."""
-        assert self._server is not None
-        assert self._server.stdout is not None
-        return bool(select.select([self._server.stdout], [], [], seconds)[0])
-
-
-def _how_it_died(code: int, complaint: str) -> tuple[str, str]:
-    """Status and reason of a process that gave no row."""
-    if code == -signal.SIGKILL:
-        return "oom", "killed from outside (signal 9), which is how Linux ends a process when memory runs out"
-    lines = [line.strip() for line in complaint.splitlines() if line.strip()]
-    last = lines[-1][:300] if lines else "it said nothing"
-    if code < 0:
-        return "failed", f"ended by {signal.Signals(-code).name}: {last}"
-    return "failed", f"exit code {code}: {last}"
+            self._server = None

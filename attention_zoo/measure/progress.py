@@ -47,11 +47,12 @@ class CellProgress:
         if event.kind == "finished" and event.row is not None:
             place = f"[{event.index + 1}/{event.total}]"
             left = f" ({left})" if left and not self.console.is_terminal else ""
-            self._say(f"{place} {named(event.cell)}: {outcome(event.row)}{left}")
+            self.say(f"{place} {named(event.cell)}: {outcome(event.row)}{left}")
         elif event.kind == "stale":
-            self._say(f"{named(event.cell)}: stale, measured with other code; again")
+            self.say(f"{named(event.cell)}: stale, measured with other code; again")
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """A line of its own, above the bar."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

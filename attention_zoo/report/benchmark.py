@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from attention_zoo.files import write_atomic, write_json
+from attention_zoo.files import plain, write_atomic
+from attention_zoo.locks import owning
 from attention_zoo.measure.budget import longest_trainable, parse_bytes
 from attention_zoo.measure.cell import SpeedCell
-from attention_zoo.measure.cells import read_cells, run_cells
+from attention_zoo.measure.cells import CellEvent, read_cells, run_cells
 from attention_zoo.measure.config import BASELINES, BenchmarkConfig
 from attention_zoo.measure.derived import Efficiency, costs, efficiency_length, growth_exponent
+from attention_zoo.measure.kept import clear_leftovers, keep_row, output_folder, read_rows
 from attention_zoo.measure.nursery import Nursery
 from attention_zoo.measure.peers.contest import run_contest
 from attention_zoo.measure.progress import CellProgress
@@ -42,92 +43,127 @@ def benchmark(config: BenchmarkConfig, console: Console | None = None) -> list[R
     Writes results.jsonl and results.csv (the rows of this call), and report.html and figures.md (all in the folder).
 
     Raises:
-        ValueError: for a wrong option, before anything runs.
+        ValueError: for a wrong option, before anything runs, or if another process works in the folder.
+        OSError: if something cannot be written, naming it; what was written before is whole.
+        KeyboardInterrupt: when asked to stop, after what there is was written.
     """
     console = console or Console()
-    folder = Path(config.output)
-    if config.peers:
-        rows = _contest(config, folder, console)
-    else:
-        budget = None if config.budget is None else parse_bytes(config.budget)
-        cells = config.cells()
-        rows = _measure(config, cells, folder, console)
-        if budget is not None:
-            rows += _budgets(config, cells, rows, budget, folder, console)
-    write_atomic(folder / "results.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-    write_csv(rows, folder / "results.csv")
-    everything = [*read_cells(folder), *_kept(folder, "peers"), *_kept(folder, "budgets")]
-    build_report(everything, folder / "report.html", title=TITLE)
-    write_atomic(folder / "figures.md", _figures(everything))
-    console.print(f"wrote results.jsonl, results.csv, report.html and figures.md in {folder}", highlight=False)
-    return rows
+    job = _Job(config, console)
+    with owning(job.folder):
+        clear_leftovers(job.folder)
+        try:
+            job.run()
+        except KeyboardInterrupt:
+            if job.rows:  # else what an earlier call wrote is better than nothing
+                job.write()
+            raise
+        job.write()
+        job.say(f"wrote results.jsonl, results.csv, report.html and figures.md in {job.folder}")
+    return job.rows
 
 
-def _measure(config: BenchmarkConfig, cells: list[SpeedCell], folder: Path, console: Console) -> list[Row]:
-    with CellProgress(console) as progress:
-        rows = run_cells(cells, folder, on_event=progress, **config.how())
-    for phase in config.phases:
-        shown = [pair for pair in zip(cells, rows) if pair[0].phase == phase]
-        console.print(cost_table(f"{phase}, {config.variant}", shown))
-    skipped = progress.kinds["skipped"]
-    if skipped:
-        console.print(f"{skipped} of {len(cells)} cells were finished already; force=true measures them again")
-    return rows
+class _Job:
+    """What is asked for, refused at once where it cannot be meant, with the rows that there are so far."""
 
+    def __init__(self, config: BenchmarkConfig, console: Console):
+        self.config, self.console = config, console
+        self.folder = output_folder(config.output)
+        self.rows: list[Row] = []
+        self._told: set[str] = set()
+        self.matches = config.matches() if config.peers else []
+        self.cells = [] if config.peers else config.cells()
+        self.budget = None if config.peers or config.budget is None else parse_bytes(config.budget)
+        if self.budget is not None and not {"forward_backward", "train_step"} & set(config.phases):
+            raise ValueError(f"phases must hold forward_backward or train_step with a budget, got {config.phases}")
 
-def _contest(config: BenchmarkConfig, folder: Path, console: Console) -> list[Row]:
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    def run(self) -> None:
+        if self.config.peers:
+            self._contest()
+            return
+        self._measure()
+        if self.budget is not None:
+            self._budgets(self.budget)
 
-    def keep(rows: list[Row]) -> None:
-        for row in rows:
-            write_json(folder / "peers" / f"{row['id']}.json", row)
+    def write(self) -> None:
+        lines = [json.dumps(plain(row), allow_nan=False) + "\n" for row in self.rows]
+        write_atomic(self.folder / "results.jsonl", "".join(lines))
+        write_csv(self.rows, self.folder / "results.csv")
+        everything = [
+            *read_cells(self.folder, self._bad),
+            *read_rows(self.folder / "peers", "peer", self._bad),
+            *read_rows(self.folder / "budgets", "budget", self._bad),
+        ]
+        build_report(everything, self.folder / "report.html", title=TITLE)
+        write_atomic(self.folder / "figures.md", _figures(everything))
 
-    how = config.how()
-    rows = run_contest(
-        config.matches(), rounds=config.rounds, pythons=config.peer_python, say=say, on_rows=keep,
-        timeout_s=how["timeout_s"], memory_limit_bytes=how["memory_limit_bytes"],
-    )  # fmt: skip
-    console.print(
-        _rich("ours and theirs in turns: theirs over ours", rivals.peers_table(rows), WIDE), width=_width(console)
-    )
-    return rows
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    def _bad(self, line: str) -> None:
+        """A file that cannot be read, told once."""
+        if line not in self._told:
+            self._told.add(line)
+            self.say(line)
 
-def _budgets(
-    config: BenchmarkConfig, cells: list[SpeedCell], rows: list[Row], budget: int, folder: Path, console: Console
-) -> list[Row]:
-    """The longest trainable length of every series among the cells that trains."""
-    series: dict[Any, list[tuple[SpeedCell, Row]]] = {}
-    for cell, row in zip(cells, rows):
-        if cell.phase in ("forward_backward", "train_step"):
-            series.setdefault(cell.series(), []).append((cell, row))
-    if not series:
-        raise ValueError(f"phases must hold forward_backward or train_step with a budget, got {config.phases}")
-    found = []
-    with Nursery() as nursery:
+    def _measure(self) -> None:
+        config, cells = self.config, self.cells
+        with CellProgress(self.console) as progress:
 
-        def attempt(cell: SpeedCell) -> Row:
-            return nursery.run(
-                cell, timeout_s=config.timeout_s, memory_limit_bytes=budget, repeats=1, budget_s=0.0, observe=False
-            )
+            def note(event: CellEvent) -> None:
+                if event.kind in ("skipped", "finished") and event.row is not None:
+                    self.rows.append(event.row)
+                progress(event)
 
-        for many in series.values():
-            row = longest_trainable(
-                many[0][0], [row for _, row in many], budget, attempt, timeout_s=config.timeout_s,
-                say=lambda line: console.print(f"within {units.size(budget)}: {line}", highlight=False),
-            )  # fmt: skip
-            write_json(folder / "budgets" / f"{row['id']}.json", row)
-            found.append(row)
-    console.print(
-        _rich(f"longest trainable length within {units.size(budget)}", rivals.budgets_table(found)),
-        width=_width(console),
-    )
-    return found
+            self.rows = run_cells(cells, self.folder, on_event=note, on_bad=self._bad, **config.how())
+        for phase in config.phases:
+            shown = [pair for pair in zip(cells, self.rows) if pair[0].phase == phase]
+            self.console.print(cost_table(f"{phase}, {config.variant}", shown))
+        skipped = progress.kinds["skipped"]
+        if skipped:
+            self.console.print(f"{skipped} of {len(cells)} cells were finished already; force=true measures them again")
 
+    def _contest(self) -> None:
+        def keep(rows: list[Row]) -> None:
+            for row in rows:
+                keep_row(self.folder / "peers" / f"{row['id']}.json", row)
+            self.rows += rows
 
-def _kept(folder: Path, kind: str) -> list[Row]:
-    return [json.loads(path.read_text()) for path in sorted((folder / kind).glob("*.json"))]
+        config, how = self.config, self.config.how()
+        run_contest(
+            self.matches, rounds=config.rounds, pythons=config.peer_python, say=self.say, on_rows=keep,
+            timeout_s=how["timeout_s"], memory_limit_bytes=how["memory_limit_bytes"],
+        )  # fmt: skip
+        self.console.print(
+            _rich("ours and theirs in turns: theirs over ours", rivals.peers_table(self.rows), WIDE),
+            width=_width(self.console),
+        )
+
+    def _budgets(self, budget: int) -> None:
+        """The longest trainable length of every series among the cells that trains."""
+        config, found = self.config, []
+        series: dict[Any, list[tuple[SpeedCell, Row]]] = {}
+        for cell, row in zip(self.cells, self.rows):
+            if cell.phase in ("forward_backward", "train_step"):
+                series.setdefault(cell.series(), []).append((cell, row))
+        with Nursery() as nursery:
+
+            def attempt(cell: SpeedCell) -> Row:
+                return nursery.run(
+                    cell, timeout_s=config.timeout_s, memory_limit_bytes=budget, repeats=1, budget_s=0.0, observe=False
+                )
+
+            for many in series.values():
+                row = longest_trainable(
+                    many[0][0], [row for _, row in many], budget, attempt, timeout_s=config.timeout_s,
+                    say=lambda line: self.say(f"within {units.size(budget)}: {line}"),
+                )  # fmt: skip
+                keep_row(self.folder / "budgets" / f"{row['id']}.json", row)
+                self.rows.append(row)
+                found.append(row)
+        self.console.print(
+            _rich(f"longest trainable length within {units.size(budget)}", rivals.budgets_table(found)),
+            width=_width(self.console),
+        )
 
 
 def _figures(rows: list[Row]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,15 +20,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from attention_zoo import registry
-from attention_zoo.files import write_atomic
-from attention_zoo.measure.cells import run_cells
+from attention_zoo.files import plain, write_atomic
+from attention_zoo.locks import owning
+from attention_zoo.measure.cells import SpeedCell, run_cells
 from attention_zoo.measure.config import BenchmarkConfig
+from attention_zoo.measure.ends import Ended
+from attention_zoo.measure.environment import environment
+from attention_zoo.measure.kept import clear_leftovers, number, output_folder
+from attention_zoo.measure.nursery import Nursery
 from attention_zoo.measure.progress import CellProgress
-from attention_zoo.options import SeedOfRun, Text, check_fields
+from attention_zoo.options import OneOf, SeedOfRun, Text, check_fields
 from attention_zoo.report import rows as results
 from attention_zoo.report import units
 from attention_zoo.report.build import TITLE, build_report
-from attention_zoo.report.patterns import portrait
 from attention_zoo.report.rows import Row
 from attention_zoo.report.summary import Findings, headline, remarks, rich_table, write_csv
 from attention_zoo.report.trainings import Run, RunEvent, run_trainings
@@ -68,6 +73,8 @@ class CompareConfig:
         trainings: name -> what to train on.
         seeds: each training is run with each; two or more allow a ranking.
         parallel: trainings at a time.
+        retry: failed: do again what failed, ran out of memory or timed out; null keeps such rows. What was ended from
+            outside is always done again.
         small: backend -> options at which a few dozen tokens show its pattern, for the pictures; default the class's.
         picture_length: tokens of the pictures.
         title: on top of the report.
@@ -79,6 +86,7 @@ class CompareConfig:
     trainings: dict[str, TrainingPlan] = field(default_factory=dict)
     seeds: list[SeedOfRun] = field(default_factory=lambda: [0])
     parallel: Annotated[int, Field(ge=1, le=1024)] = 2
+    retry: Annotated[str, OneOf("failed")] | None = None
     small: dict[str, Any] = field(default_factory=dict)
     picture_length: Annotated[int, Field(ge=1, le=4096)] = 96
     title: Text = TITLE
@@ -145,39 +153,99 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
         the path of the report; results.jsonl and results.csv lie beside it.
 
     Raises:
-        ValueError: for a wrong option, before anything runs. What goes wrong later is a row.
+        ValueError: for a wrong option, before anything runs, or if another process works in the folder. What goes wrong
+            later is a row.
+        OSError: if something cannot be written, naming it; what was written before is whole.
+        KeyboardInterrupt: when asked to stop, after what there is was written.
     """
     console = console or Console()
-    folder, began = Path(config.output), time.monotonic()
+    folder, began = output_folder(config.output), time.monotonic()
     config.measure.backends, config.measure.output = config.names(), config.output
+    config.measure.retry = config.retry or config.measure.retry
     cells, runs = config.measure.cells(), config.runs()
-    console.print(
-        f"{len(config.names())} backends: {len(cells)} cells to measure, {len(runs)} trainings, in {folder}",
-        soft_wrap=True,
-    )
-
-    console.print("1/4 what each token sees", style="bold")
-    rows = [portrait(name, config.small.get(name), length=config.picture_length) for name in config.names()]
-    console.print("2/4 time and memory", style="bold")
-    with CellProgress(console) as measuring:
-        rows += run_cells(cells, folder, on_event=measuring, **config.measure.how())
-    console.print("3/4 training", style="bold")
-    with TrainingProgress(console) as training:
-        rows += run_trainings(runs, folder / "training", parallel=config.parallel, on_event=training)
-    console.print("4/4 report", style="bold")
-    again = measuring.kinds["skipped"] + training.skipped
-    if again:
-        console.print(f"{again} of {len(cells) + len(runs)} results were finished before and are drawn only")
-    path = write_results(rows, folder, title=config.title)
-    show(rows, path, console)
-    console.print(f"done in {units.seconds(time.monotonic() - began)}", highlight=False)
+    with owning(folder):
+        clear_leftovers(folder)
+        clear_leftovers(folder / "training")
+        console.print(
+            f"{len(config.names())} backends: {len(cells)} cells to measure, {len(runs)} trainings, in {folder}",
+            soft_wrap=True, markup=False,
+        )  # fmt: skip
+        job = _Job(config, folder, console)
+        try:
+            job.run(cells, runs)
+        except KeyboardInterrupt:
+            if any(row["kind"] != "portrait" for row in job.rows):  # else what an earlier call wrote is better
+                write_results(job.rows, folder, title=config.title)
+            raise
+        console.print("4/4 report", style="bold")
+        if job.again:
+            total = len(cells) + len(runs)
+            console.print(f"{job.again} of {total} results were finished before and are drawn only")
+        path = write_results(job.rows, folder, title=config.title)
+        show(job.rows, path, console)
+        console.print(f"done in {units.seconds(time.monotonic() - began)}", highlight=False)
     return path
+
+
+class _Job:
+    """What is asked for, with the rows that there are so far."""
+
+    def __init__(self, config: CompareConfig, folder: Path, console: Console):
+        self.config, self.folder, self.console = config, folder, console
+        self.rows: list[Row] = []
+        self.again = 0
+
+    def run(self, cells: list[SpeedCell], runs: list[Run]) -> None:
+        config, console = self.config, self.console
+        console.print("1/4 what each token sees", style="bold")
+        self._picture()
+        console.print("2/4 time and memory", style="bold")
+        before = list(self.rows)
+        with CellProgress(console) as measuring:
+            measured = run_cells(
+                cells, self.folder, on_event=self._noting(measuring), on_bad=measuring.say, **config.measure.how()
+            )
+        self.rows = [*before, *measured]
+        console.print("3/4 training", style="bold")
+        before = list(self.rows)
+        with TrainingProgress(console) as training:
+            trained = run_trainings(
+                runs, self.folder / "training", parallel=config.parallel, retry=config.retry,
+                on_event=self._noting(training), on_bad=training.say,
+            )  # fmt: skip
+        self.rows = [*before, *trained]
+        self.again = measuring.kinds["skipped"] + training.skipped
+
+    def _picture(self) -> None:
+        """Each in a process of its own: a mechanism may end the one that it runs in."""
+        with Nursery() as nursery:
+            for name in self.config.names():
+                given = {"name": name, "options": self.config.small.get(name), "length": self.config.picture_length}
+                found = nursery.call(
+                    "attention_zoo.report.patterns:portrait", given, timeout_s=self.config.measure.timeout_s
+                )
+                if isinstance(found, Ended):
+                    found = {
+                        "kind": "portrait", "id": None, "backend": name, "status": found.status, "error": found.reason,
+                        "length": self.config.picture_length, "environment": environment(), "config": given,
+                    }  # fmt: skip
+                self.rows.append(found)
+
+    def _noting(self, shown: Callable[[Any], None]) -> Callable[[Any], None]:
+        """Show an event, and keep the row that came with it."""
+
+        def note(event: Any) -> None:
+            if event.kind in ("skipped", "finished") and event.row is not None:
+                self.rows.append(event.row)
+            shown(event)
+
+        return note
 
 
 def write_results(rows: list[Row], folder: str | Path, *, title: str) -> Path:
     """results.jsonl, results.csv and report.html of some rows; returns the path of the report."""
     folder = Path(folder)
-    write_atomic(folder / "results.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    write_atomic(folder / "results.jsonl", "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows))
     write_csv(rows, folder / "results.csv")
     return build_report(rows, folder / "report.html", title=title)
 
@@ -216,11 +284,11 @@ class TrainingProgress:
         if event.kind == "skipped":
             self.skipped += 1
         elif event.kind == "finished" and event.row is not None and event.run is not None:
-            self._say(f"[{event.done}/{event.total}] {event.run.name}: {outcome(event.row)}")
+            self.say(f"[{event.done}/{event.total}] {event.run.name}: {outcome(event.row)}")
         elif not self.console.is_terminal and time.monotonic() - self.spoke > SILENCE_S:
-            self._say(f"{said}, {event.share:.0%} of all steps{', ' if left else ''}{left}")
+            self.say(f"{said}, {event.share:.0%} of all steps{', ' if left else ''}{left}")
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
         self.spoke = time.monotonic()
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -229,5 +297,8 @@ def outcome(row: Row) -> str:
     """A training row in words."""
     if not results.ok(row):
         return results.why(row)
-    figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in row["metrics"].items())
+    figures = ", ".join(
+        f"{name.replace('_', ' ')} {f'{value:.3f}' if number(value) else value}"
+        for name, value in row["metrics"].items()
+    )
     return f"{figures}; {row['steps']:,} steps in {units.seconds(row['train_seconds'])}"

@@ -1,7 +1,8 @@
 """Run several trainings, each in a fresh process, a few at a time; keep every row; never train twice what is trained.
 
-A run that fails, is killed or takes far too long is a row like any other, and the rest go on. `python -m` of this
-module is the fresh process: it reads one run from standard input and leaves `<folder>/result.json`.
+A run that fails, is killed or takes far too long is a row like any other, and the rest go on; one that was ended from
+outside goes on from its checkpoint at the next call. `python -m` of this module is the fresh process: it reads one run
+from standard input, leaves `<folder>/result.json`, and ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from attention_zoo.files import read_jsonl, write_json
+from attention_zoo import stopping
+from attention_zoo.files import Damaged, plain, read_json, read_jsonl, safe_name
+from attention_zoo.measure.ends import Ended, how_it_ended, oom_kills
 from attention_zoo.measure.environment import environment
+from attention_zoo.measure.kept import keep_row, make_way, number
 from attention_zoo.report.rows import Row
 from attention_zoo.training.records import RESULT, kept_row
 from attention_zoo.training.run import build, run_identity, run_training
@@ -26,6 +31,10 @@ from attention_zoo.training.run import build, run_identity, run_training
 POLL_S = 0.25
 GRACE_S = 120.0
 """What a run may take beyond thrice its own time budget before it is ended: start, data, evaluation, other load."""
+LEAVE_S = 20.0
+"""What a run that is asked to stop may take to save where it is."""
+TAIL = 2**16
+"""Bytes of a log that are read: its end."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +42,16 @@ class Run:
     """One training.
 
     Fields:
-        name: unique, fit for a folder.
+        name: unique.
         config: composed conf/train.yaml as plain values.
     """
 
     name: str
     config: dict[str, Any]
+
+    def within(self, folder: str | Path) -> Path:
+        """Its own folder in that of all."""
+        return Path(folder) / safe_name(self.name)
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,8 @@ class RunEvent:
 class _Child:
     run: Run
     folder: Path
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
+    kills: int
     started: float = field(default_factory=time.monotonic)
 
 
@@ -68,17 +82,25 @@ def run_trainings(
     folder: str | Path,
     *,
     parallel: int = 2,
+    retry: str | None = None,
     on_event: Callable[[RunEvent], None] = lambda event: None,
+    on_bad: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> list[Row]:
     """Train everything that is not trained yet.
 
     Args:
-        runs: what to train; each goes to `<folder>/<name>`.
+        runs: what to train; each goes to its own folder in `folder`.
         parallel: runs at a time; each keeps to its config's `threads`.
+        retry: "failed" trains again what failed, ran out of memory or timed out; None: these are results.
         on_event: called at every step, and a few times a second between them.
+        on_bad: told in one line about each earlier result that cannot be read; it is trained again.
 
     Returns:
         the rows in the order of `runs`.
+
+    Raises:
+        KeyboardInterrupt: when asked to stop; the runs then have saved where they were.
+        OSError: if a folder or a row cannot be written, naming it.
     """
     rows: dict[str, Row] = {}
     waiting: list[Run] = []
@@ -96,7 +118,7 @@ def run_trainings(
 
     skipped: set[str] = set()
     for run in runs:
-        old = finished(run.config, Path(folder) / run.name)
+        old = finished(run.config, run.within(folder), retry=retry, on_bad=on_bad)
         if old is None:
             waiting.append(run)
         else:
@@ -116,41 +138,116 @@ def run_trainings(
                     rows[child.run.name] = row
                     tell("finished", child.run, row)
             tell("waiting")
-    finally:
-        for child in running:
-            child.process.kill()
+    except BaseException:
+        _stop(running)
+        raise
     return [rows[run.name] for run in runs]
 
 
-def finished(config: dict[str, Any], folder: Path) -> Row | None:
+def _stop(running: Sequence[_Child]) -> None:
+    """End runs in such a way that they go on where they were; a second signal ends them at once."""
+    try:
+        for child in running:
+            child.process.terminate()
+        until = time.monotonic() + LEAVE_S
+        for child in running:
+            with suppress(subprocess.TimeoutExpired):
+                child.process.wait(max(0.0, until - time.monotonic()))
+    finally:
+        for child in running:
+            child.process.kill()
+            child.process.wait()
+
+
+def finished(
+    config: dict[str, Any],
+    folder: Path,
+    *,
+    retry: str | None = None,
+    on_bad: Callable[[str], None] = lambda line: None,
+) -> Row | None:
     """The row of an earlier run of the same config, code, machine and data; None where there is none to trust."""
-    if config.get("force") or not (folder / RESULT).is_file():
+    try:
+        _checked(folder / RESULT)
+    except FileNotFoundError:
         return None
-    data = _data(json.dumps(config["task"]), config["seq_len"])
-    return kept_row(folder, run_identity(config), data, retry=config.get("retry"))
+    except Damaged as error:
+        on_bad(f"{error}; trained again")
+        return None
+    identity = _identity(config)
+    if config.get("force") or identity is None:
+        return None
+    return kept_row(folder, identity, _data_of(config), retry=retry or config.get("retry"), notice=on_bad)
+
+
+def _checked(path: Path) -> Row:
+    """The row that a run has left.
+
+    Raises:
+        Damaged: if it holds something else.
+    """
+    row = read_json(path)
+    words = {key: row.get(key) for key in ("backend", "status", "error")}
+    wrong = None
+    if row.get("kind") != "quality":
+        wrong = f"kind must be quality, got {row.get('kind')!r:.80}"
+    elif not all(isinstance(value, str) or (key == "error" and value is None) for key, value in words.items()):
+        wrong = f"backend, status and error must be text, got {words!r:.200}"
+    elif not isinstance(row.get("config"), dict) or "id" not in row:
+        wrong = "config and id are missing"
+    elif row["status"] == "ok":
+        metrics = row.get("metrics")
+        if not isinstance(metrics, dict) or not all(
+            isinstance(value, str) or number(value) for value in metrics.values()
+        ):
+            wrong = f"metrics must be numbers by name, got {metrics!r:.80}"
+        elif not (number(row.get("steps")) and number(row.get("train_seconds"))):
+            wrong = "steps and train_seconds must be numbers"
+    if wrong is not None:
+        raise Damaged(f"{path} is no row of a training: {wrong}")
+    return row
+
+
+def _identity(config: dict[str, Any]) -> str | None:
+    try:
+        return run_identity(config)
+    except (ValueError, TypeError):  # a device that is not there, a value that is none: the run says so
+        return None
+
+
+def _data_of(config: dict[str, Any]) -> Any:
+    try:
+        return _data(json.dumps(config["task"]), config["seq_len"])
+    except Exception:  # data that are not there, or a task that cannot be built: the run says so, in its row
+        return None
 
 
 @cache
 def _data(task: str, seq_len: int) -> Any:
-    return build(json.loads(task)).describe(seq_len)
+    return json.loads(json.dumps(plain(build(json.loads(task)).describe(seq_len))))
 
 
 def _start(run: Run, folder: Path) -> _Child:
-    place = folder / run.name
+    place = run.within(folder)
     place.mkdir(parents=True, exist_ok=True)
-    (place / "result.json").unlink(missing_ok=True)
+    for name in (RESULT, "log.txt"):
+        make_way(place / name)
+    (place / RESULT).unlink(missing_ok=True)
     threads = str(run.config.get("threads") or 1)
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": paths}
-    with open(place / "log.txt", "w") as log:
+    kills = oom_kills()
+    with open(place / "log.txt", "wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "attention_zoo.report.trainings"],
-            stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, text=True, env=env,
+            stopping.child_command("attention_zoo.report.trainings"),
+            stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=env,
+            process_group=0,  # Ctrl-C in a terminal is for this process, which then has the runs save where they are
         )  # fmt: skip
     assert process.stdin is not None
-    process.stdin.write(json.dumps({"config": run.config, "folder": str(place)}))
-    process.stdin.close()
-    return _Child(run, place, process)
+    with suppress(BrokenPipeError):  # it has ended already, and how will be its row
+        process.stdin.write(json.dumps({"config": run.config, "folder": str(place)}).encode())
+        process.stdin.close()
+    return _Child(run, place, process, kills)
 
 
 def _result(child: _Child) -> Row | None:
@@ -163,25 +260,34 @@ def _result(child: _Child) -> Row | None:
             return None
         child.process.kill()
         child.process.wait()
-        return _lost(child, "timeout", f"not through within {limit:g} s")
-    path = child.folder / "result.json"
-    if path.is_file():
-        row = json.loads(path.read_text())
-        return row | {"task": row["task"] or _task_name(child.run)}
-    if code == -9:
-        return _lost(child, "oom", "killed from outside (signal 9), which is how Linux ends a process out of memory")
-    lines = (child.folder / "log.txt").read_text().strip().splitlines()
-    return _lost(child, "failed", f"exit code {code}: {lines[-1][:300] if lines else 'no message'}")
+        return _unfinished(child, Ended("timeout", f"not through within {limit:g} s"))
+    try:
+        row = _checked(child.folder / RESULT)
+    except FileNotFoundError:
+        return _unfinished(child, _how_it_ended(child, code))
+    except Damaged as error:
+        return _unfinished(child, Ended("failed", str(error)))
+    return row | {"task": row.get("task") or _task_name(child.run)}
 
 
-def _lost(child: _Child, status: str, error: str) -> Row:
+def _how_it_ended(child: _Child, code: int) -> Ended:
+    if code in (stopping.REQUEUE, stopping.CTRL_C):
+        return Ended("lost", "asked to stop from outside; the next call goes on from its checkpoint")
+    with open(child.folder / "log.txt", "rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL))
+        said = log.read().decode(errors="replace")
+    return how_it_ended(code, said, killed_for_memory=oom_kills() > child.kills)
+
+
+def _unfinished(child: _Child, ended: Ended) -> Row:
+    """The row of a run that has left none."""
     config = child.run.config
     row = {
-        "kind": "quality", "id": run_identity(config), "backend": config["backend"], "status": status, "error": error,
-        "environment": environment(), "config": config, "task": _task_name(child.run),
-        **{name: config[name] for name in ("seed", "seq_len", "batch")},
+        "kind": "quality", "id": _identity(config), "backend": config["backend"], "status": ended.status,
+        "error": ended.reason, "environment": environment(), "config": config, "task": _task_name(child.run),
+        "data": _data_of(config), **{name: config[name] for name in ("seed", "seq_len", "batch")},
     }  # fmt: skip
-    write_json(child.folder / "result.json", row)
+    keep_row(child.folder / RESULT, row)
     return row
 
 
@@ -190,12 +296,25 @@ def _task_name(run: Run) -> str:
 
 
 def _share(child: _Child) -> float:
-    """How far a run is, from the last line of its metrics."""
-    path = child.folder / "metrics.jsonl"
-    step = max((row["step"] for row in read_jsonl(path)), default=0) if path.is_file() else 0
-    return min(step / child.run.config["steps"], 1.0)
+    """How far a run is, from its metrics."""
+    try:
+        steps = [row["step"] for row in read_jsonl(child.folder / "metrics.jsonl") if number(row.get("step"))]
+    except (FileNotFoundError, Damaged):  # not begun; or the run finds that it cannot write there, and says so
+        return 0.0
+    return min(max(steps, default=0) / child.run.config["steps"], 1.0)
+
+
+def main() -> int:
+    """Train one run; returns an exit code."""
+    stopping.install()
+    try:
+        asked = json.load(sys.stdin)
+        row = run_training(asked["config"], asked["folder"])
+    except KeyboardInterrupt as stop:
+        return stop.code if isinstance(stop, stopping.Stopped) else stopping.CTRL_C
+    print(f"{row['status']}: {row['error']}")  # to the log: the row itself may not have been writable
+    return 0
 
 
 if __name__ == "__main__":
-    asked = json.load(sys.stdin)
-    run_training(asked["config"], asked["folder"])
+    sys.exit(main())

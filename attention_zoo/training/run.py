@@ -23,7 +23,7 @@ from hydra.utils import instantiate
 from attention_zoo.contract import Unsupported
 from attention_zoo.files import Damaged, plain, remove_leftovers, safe_name, write_atomic, write_row
 from attention_zoo.locks import owning
-from attention_zoo.measure.cell import ran_out_of_memory
+from attention_zoo.measure.ends import ran_out_of_memory
 from attention_zoo.measure.environment import device_name, environment
 from attention_zoo.measure.identity import identity
 from attention_zoo.model.parameters import parameter_count

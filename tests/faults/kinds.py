@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from . import Counts, fuzz, kills, reports, scores, wandb_server
+from . import Counts, cells, fuzz, kills, reports, scores, wandb_server
 
 
 class Kind(Protocol):
@@ -24,6 +24,7 @@ class Kind(Protocol):
 
 KINDS: dict[str, Kind] = {}
 KINDS["scores"] = scores
+KINDS["cells"] = cells
 KINDS["kills"] = kills
 KINDS["wandb"] = wandb_server
 KINDS["reports"] = reports

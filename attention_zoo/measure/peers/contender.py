@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
+import time
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from attention_zoo.measure.cell import SpeedCell
-from attention_zoo.measure.nursery import server_environment
+from attention_zoo.measure.ends import how_it_ended, oom_kills
+from attention_zoo.measure.forked import kill_group
+from attention_zoo.measure.link import Link, Nonsense
+from attention_zoo.measure.nursery import GRACE_S
 from attention_zoo.measure.peers.table import PEERS
+from attention_zoo.measure.servers import Gone, Scratch, Server
 
 
 class Lost(Exception):
@@ -43,87 +45,73 @@ class Stable:
                 raise ValueError(f"peer_python must name a peer ({', '.join(PEERS)}), got {peer!r}")
             if not os.access(path, os.X_OK):
                 raise ValueError(f"peer_python.{peer} must be the path of a Python, got {path!r}")
-        self._servers: dict[str, subprocess.Popen[str]] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="attention_zoo.")
-        self._count = 0
+        self._servers: dict[str, Server] = {}
 
     def __enter__(self) -> Stable:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for server in self._servers.values():
-            assert server.stdin is not None
-            assert server.stdout is not None
-            server.stdin.close()
-            try:
-                server.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
-            server.stdout.close()
-        self._folder.cleanup()
+            # asked to stop, nobody has the time to wait for it
+            server.close() if error is None else server.kill()
+        self._servers = {}
 
     def start(self, cell: SpeedCell, peer: str | None, role: str, *, timeout_s: float) -> Contender:
-        """A contender, see `server._contend`; peer None is our side."""
+        """A contender, see `server._contend`; peer None is our side.
+
+        Args:
+            timeout_s: of each of its answers; infinity: as long as it takes.
+
+        Raises:
+            Lost: if there is no process to start it.
+        """
         python = self._pythons.get(peer or "", sys.executable)
-        self._count += 1
-        path = str(Path(self._folder.name) / f"{self._count}")
-        with socket.socket(socket.AF_UNIX) as door:
-            door.bind(path)
-            door.listen(1)
-            what = {"cell": asdict(cell), "peer": peer, "role": role, "memory_limit_bytes": self._limit}
-            pid = self.tell(python, {"fork": what, "socket": path})["pid"]
-            door.settimeout(timeout_s)
-            try:
-                channel, _ = door.accept()
-            except TimeoutError:
-                os.kill(pid, signal.SIGKILL)
-                self.tell(python, {"wait": pid})
-                raise Lost("timeout", f"no process within {timeout_s:g} s") from None
-        return Contender(self, python, pid, channel, timeout_s)
-
-    def tell(self, python: str, request: dict[str, Any]) -> dict[str, Any]:
-        """Ask a server and read its answer."""
-        server = self._servers.get(python) or self._serve(python)
-        assert server.stdin is not None
-        assert server.stdout is not None
+        what = {"cell": asdict(cell), "peer": peer, "role": role, "memory_limit_bytes": self._limit}
+        asked = {"fork": {**what, "timeout_s": None if math.isinf(timeout_s) else timeout_s}}
+        ours, theirs = socket.socketpair()
+        log, kills = Scratch(), oom_kills()
         try:
-            server.stdin.write(json.dumps(request) + "\n")
-            server.stdin.flush()
-            line = server.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise Lost("missing", f"{python} cannot run attention_zoo (exit code {server.wait()})")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+            with theirs:
+                server, pid = self._begin(python, asked, (theirs.fileno(), log.descriptor))
+        except BaseException:
+            ours.close()
+            log.close()
+            raise
+        return Contender(server, pid, Link(ours), log, kills, timeout_s)
 
-    def _serve(self, python: str) -> subprocess.Popen[str]:
-        self._servers[python] = subprocess.Popen(
-            [python, "-W", "ignore", "-m", "attention_zoo.measure.peers.server"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=server_environment(here=python == sys.executable),
-        )
-        return self._servers[python]
+    def _begin(self, python: str, asked: dict[str, Any], files: tuple[int, int]) -> tuple[Server, int]:
+        for again in (True, False):
+            server = self._servers.get(python)
+            try:
+                if server is None:
+                    server = self._servers[python] = Server("attention_zoo.measure.peers.server", python)
+                return server, server.ask(asked, files)["pid"]
+            except Gone as gone:
+                started = self._servers.pop(python, None)
+                if started is not None:
+                    started.kill()
+                    if again:  # it died between two questions: another one is asked
+                        continue
+                elif python != sys.executable:
+                    raise Lost("missing", f"{python} cannot run attention_zoo: {gone.ended.reason}") from None
+                raise Lost(*gone.ended) from None
+        raise AssertionError("unreachable")
 
 
 class Contender:
     """Made by `Stable.start`."""
 
-    def __init__(self, stable: Stable, python: str, pid: int, channel: socket.socket, timeout_s: float):
-        self._stable, self._python, self._pid = stable, python, pid
-        self._channel, self._timeout_s = channel, timeout_s
-        channel.settimeout(timeout_s)
-        self._talk = channel.makefile("rw")
+    def __init__(self, server: Server, pid: int, link: Link, log: Scratch, kills: int, timeout_s: float):
+        self._server, self._pid, self._link, self._log, self._kills = server, pid, link, log, kills
+        self._timeout_s = timeout_s
         self._over = False
 
     def __enter__(self) -> Contender:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        with suppress(Gone):  # then it is gone, too
+            self.close(kill=error is not None)
 
     def ask(self, what: str | None = None) -> dict[str, Any]:
         """Say something (or nothing) and wait for what comes.
@@ -131,37 +119,48 @@ class Contender:
         Raises:
             Lost: with the status and the reason, when it could not, or is no more.
         """
+        asked = time.monotonic()
+        if what is not None:
+            self._link.say(what)
         try:
-            if what is not None:
-                self._talk.write(json.dumps(what) + "\n")
-                self._talk.flush()
-            line = self._talk.readline()
-        except TimeoutError:
-            self.close(kill=True)
-            raise Lost("timeout", f"not through within {self._timeout_s:g} s") from None
-        except ConnectionError:
-            line = ""
-        if not line:
-            code = self.close()
-            if code == -signal.SIGKILL:
-                raise Lost("oom", "killed from outside (signal 9), which is how Linux ends what takes too much memory")
-            raise Lost("failed", f"its process ended with exit code {code}")
-        answer: dict[str, Any] = json.loads(line)
+            answer = self._link.hear(None if math.isinf(self._timeout_s) else self._timeout_s + GRACE_S)
+        except TimeoutError:  # it did not end by itself
+            raise self._lost(asked, kill=True) from None
+        except Nonsense:
+            answer = None
+        if not isinstance(answer, dict):
+            raise self._lost(asked)
         if answer["status"] != "ok":
-            self.close()
+            with suppress(Gone):
+                self.close()
             raise Lost(answer["status"], answer["error"])
         return answer
 
-    def close(self, *, kill: bool = False) -> int | None:
-        """End it; returns its exit code at the first time."""
+    def _lost(self, asked: float, *, kill: bool = False) -> Lost:
+        try:
+            code = self.close(kill=kill)
+        except Gone as gone:
+            return Lost(*gone.ended)
+        if kill or (code == -signal.SIGALRM and time.monotonic() - asked > 0.9 * self._timeout_s):
+            return Lost("timeout", f"not through within {self._timeout_s:g} s")
+        return Lost(*how_it_ended(code, self._said, killed_for_memory=oom_kills() > self._kills))
+
+    def close(self, *, kill: bool = False) -> int:
+        """End it; returns its exit code, or minus the signal.
+
+        Raises:
+            Gone: if its server is, and with it the contender.
+        """
         if self._over:
-            return None
+            return 0
         self._over = True
         if kill:
-            os.kill(self._pid, signal.SIGKILL)
+            kill_group(self._pid)
         # the channel first: a contender that waits for a word ends when none can come
-        with suppress(TimeoutError, ConnectionError):  # what was not sent is not wanted any more
-            self._talk.close()
-        self._channel.close()
-        code: int = self._stable.tell(self._python, {"wait": self._pid})["exit"]
+        self._link.close()
+        try:
+            code: int = self._server.ask({"wait": self._pid})["exit"]
+        finally:
+            self._said = self._log.end().decode(errors="replace")
+            self._log.close()
         return code

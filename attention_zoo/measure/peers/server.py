@@ -1,93 +1,100 @@
 """The process that forks contenders: `python -m attention_zoo.measure.peers.server`, in the environment of a peer.
 
-It imports and does nothing else, so that a contender starts fresh and yet at once. Spoken in lines of JSON. On stdin:
-{"fork": what `_contend` takes, "socket": path} is answered by {"pid"}, {"wait": pid} by {"exit": code or minus the
-signal}. A contender says what it has to say over the socket.
+It imports and does nothing else, so that a contender starts fresh and yet at once. Spoken in lines of JSON over a
+socket: {"fork": what `_contend` takes}, with two descriptors, a contender's own socket and its log, is answered by
+{"pid"}, {"wait": pid} by {"exit": code or minus the signal}. A contender says what it has to say over its socket.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
+import signal
 import socket
-import sys
 from contextlib import nullcontext, suppress
+from functools import partial
 from importlib import metadata
 from typing import Any
 
 import torch
-import torch.fx.experimental.symbolic_shapes  # which the first backward would import
 
 from attention_zoo.contract import Attention, Unsupported
-from attention_zoo.measure.cell import SpeedCell, analytic_flops, ending, one_line
+from attention_zoo.measure.cell import SpeedCell, analytic_flops
+from attention_zoo.measure.ends import ending, one_line
 from attention_zoo.measure.flops import LinearFlops
+from attention_zoo.measure.forked import LONGEST_S, end_of, fork, link_to_parent
+from attention_zoo.measure.limit import limited
+from attention_zoo.measure.link import Link
 from attention_zoo.measure.memory import ResidentPeak, peak_memory
 from attention_zoo.measure.peers.table import PEERS
 from attention_zoo.measure.speed import clock, matmul_rate
 from attention_zoo.measure.work import Work, prepare
-from attention_zoo.measure.worker import limit_memory
+from attention_zoo.measure.worker import FIRST
 
 WARM_LENGTH = 1024
 """Tokens of the call that wakes libraries and threads before the clock starts: as many on both sides."""
+LEAVE_S = 10.0
+"""A contender that nobody asks any more is given so long to end."""
 
 
 class Missing(Exception):
     """A peer's package is not there, or of another release."""
 
 
-def serve() -> None:
-    """Fork, wait, and answer until stdin ends."""
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "wait" in request:
-            _, status = os.waitpid(request["wait"], 0)
-            _say(exit=os.waitstatus_to_exitcode(status))
+def serve(link: Link) -> None:
+    """Fork, wait, and answer until nobody can ask any more."""
+    for name in FIRST:
+        importlib.import_module(name)
+    link.say({"ready": True})
+    while (asked := link.hear()) is not None:
+        if "wait" in asked:
+            link.say({"exit": end_of(asked["wait"], LEAVE_S)})
             continue
-        if request["fork"]["peer"] is not None:
-            with suppress(ImportError):  # the contender tries again, and says so
-                importlib.import_module(PEERS[request["fork"]["peer"]].module)
-        child = os.fork()
-        if child == 0:
-            _be_contender(request["socket"], request["fork"])
-        _say(pid=child)
+        channel, log = link.take_files()
+        if asked["fork"]["peer"] is not None:
+            with suppress(Exception, SystemExit):  # the contender tries again, and says so
+                importlib.import_module(PEERS[asked["fork"]["peer"]].module)
+        child = fork(partial(_be_contender, channel, asked["fork"]), log=log, close=[link.fileno()])
+        os.close(channel)
+        os.close(log)
+        link.say({"pid": child})
 
 
-def _say(**what: Any) -> None:
-    print(json.dumps(what), flush=True)
+class _Talk:
+    """What a contender hears and says. From what it hears to what it says it has `timeout_s`, also if nobody waits."""
+
+    def __init__(self, channel: int, timeout_s: float | None):
+        self._link, self._timeout_s = Link(socket.socket(fileno=channel)), timeout_s
+        self._clock()
+
+    def hear(self) -> Any:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        said = self._link.hear()
+        self._clock()
+        return said
+
+    def answer(self, **said: Any) -> None:
+        self._link.say(said)
+
+    def _clock(self) -> None:
+        if self._timeout_s is not None:
+            signal.setitimer(signal.ITIMER_REAL, min(self._timeout_s, LONGEST_S))
 
 
-def _be_contender(path: str, what: dict[str, Any]) -> None:
-    code = 1
+def _be_contender(channel: int, what: dict[str, Any]) -> None:
+    talk = _Talk(channel, what.pop("timeout_s"))
     try:
-        quiet = os.open(os.devnull, os.O_RDWR)
-        for target in (0, 1, 2):  # the pipes belong to the conversation above
-            os.dup2(quiet, target)
-        with socket.socket(socket.AF_UNIX) as channel:
-            channel.connect(path)
-            with channel.makefile("rw") as talk:
-
-                def answer(**said: Any) -> None:
-                    talk.write(json.dumps(said, allow_nan=False) + "\n")
-                    talk.flush()
-
-                try:
-                    _contend(talk, answer, **what)
-                except Unsupported as error:
-                    answer(status="unsupported", error=one_line(error))
-                except Missing as error:
-                    answer(status="missing", error=str(error))
-                except Exception as error:  # theirs or ours: it is this contender's result
-                    status, reason = ending(error)
-                    answer(status=status, error=reason)
-        code = 0
-    finally:
-        os._exit(code)  # never back into the loop
+        _contend(talk, **what)
+    except Unsupported as error:
+        talk.answer(status="unsupported", error=one_line(error))
+    except Missing as error:
+        talk.answer(status="missing", error=str(error))
+    except Exception as error:  # theirs or ours: it is this contender's result
+        status, reason = ending(error)
+        talk.answer(status=status, error=reason)
 
 
-def _contend(
-    talk: Any, answer: Any, *, cell: dict[str, Any], peer: str | None, role: str, memory_limit_bytes: int | None
-) -> None:
+def _contend(talk: _Talk, *, cell: dict[str, Any], peer: str | None, role: str, memory_limit_bytes: int | None) -> None:
     """Play one role, of one side.
 
     Args:
@@ -103,20 +110,20 @@ def _contend(
     if role == "check":
         assert peer is not None
         found = PEERS[peer].agreement()
-        answer(status="ok", holds=found.holds, versions=versions, **found._asdict())
+        talk.answer(status="ok", holds=found.holds, versions=versions, **found._asdict())
         return
-    if memory_limit_bytes is not None:
-        limit_memory(ours, memory_limit_bytes)
-    if role == "memory":
+    with limited(memory_limit_bytes, device=ours.device, threads=ours.threads):
+        if role == "time":
+            _time(talk, ours, peer)
+            return
         work = _work(ours, peer)
         work.before()
         peak = peak_memory(work.run, ours.device)
-        answer(status="ok", peak_bytes=peak.peak_bytes, reserved_bytes=peak.reserved_bytes, peak_method=peak.method)
-        return
-    _time(talk, answer, ours, peer)
+    figures = {"peak_bytes": peak.peak_bytes, "reserved_bytes": peak.reserved_bytes, "peak_method": peak.method}
+    talk.answer(status="ok", **figures)
 
 
-def _time(talk: Any, answer: Any, ours: SpeedCell, peer: str | None) -> None:
+def _time(talk: _Talk, ours: SpeedCell, peer: str | None) -> None:
     dtype = getattr(torch, ours.dtype)
     # where a peer refuses so short a length, the first timed call is the first
     with suppress(Unsupported):
@@ -128,12 +135,12 @@ def _time(talk: Any, answer: Any, ours: SpeedCell, peer: str | None) -> None:
     layer = ours.build()
     work = _work(ours, peer, layer)
     linear = LinearFlops(layer)
-    answer(status="ok")
+    talk.answer(status="ok")
     resident: int | None = None
-    for line in talk:
-        if json.loads(line) == "end":
+    while (said := talk.hear()) is not None:
+        if said == "end":
             floor = analytic_flops(ours, layer, linear.flops, work.seen)[1] if peer is None else None
-            answer(status="ok", resident_bytes=resident, floor_flops=floor)
+            talk.answer(status="ok", resident_bytes=resident, floor_flops=floor)
             return
         # on both sides, so that both calls begin with the same things in the cache
         rate = matmul_rate(device=ours.device, dtype=dtype)
@@ -144,7 +151,7 @@ def _time(talk: Any, answer: Any, ours: SpeedCell, peer: str | None) -> None:
         if meter is not None:
             resident = meter.bytes()
         rate = (rate + matmul_rate(device=ours.device, dtype=dtype)) / 2  # of the minute: machines have moods
-        answer(status="ok", seconds=seconds, cpu_seconds=computed, matmul_flops_per_second=rate)
+        talk.answer(status="ok", seconds=seconds, cpu_seconds=computed, matmul_flops_per_second=rate)
 
 
 def _work(ours: SpeedCell, peer: str | None, layer: Attention | None = None) -> Work:
@@ -175,4 +182,4 @@ def installed(peer: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(link_to_parent())
