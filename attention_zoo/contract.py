@@ -10,7 +10,7 @@ Letters, the same everywhere: B batch, L queries, S keys, H heads, K key/value h
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -20,11 +20,9 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from attention_zoo.options import Factor, Heads, HeadWidth, Named, OneOf, Positive, Seed, checked, shown
-from attention_zoo.tokens import Held as Held
-from attention_zoo.tokens import Tokens, check_tokens, hold
-from attention_zoo.tokens import keep as keep
-from attention_zoo.tokens import unshared as unshared
+from attention_zoo.options import Factor, Heads, HeadWidth, Named, Positive, Seed, checked
+from attention_zoo.rules import OneOf, at_least, known_options, named, one_of, shown  # noqa: F401
+from attention_zoo.tokens import Held, Tokens, check_tokens, hold, keep, unshared  # noqa: F401
 
 Growth = Literal["constant", "linear", "loglinear", "quadratic"]
 BIASES = "true, false, into or out"
@@ -281,13 +279,6 @@ class Attention(Layer):
         return x.masked_fill(~tokens.valid[..., None], 0), tokens
 
 
-def at_least(least: int, **options: int) -> None:
-    """Raise a ValueError that names the option, the rule and the value."""
-    for name, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {shown(value)}")
-
-
 LARGEST_SCALE = 10_000.0
 """Of scores; beyond, float32 could not tell the scores of ordinary vectors apart."""
 
@@ -296,30 +287,3 @@ def check_scale(scale: float) -> None:
     """Raise a ValueError unless this is a factor on q·k that softmax can work with, of either sign: at a call."""
     if isinstance(scale, bool) or not isinstance(scale, Real) or not abs(scale) <= LARGEST_SCALE:
         raise ValueError(f"scale must be a number from {-LARGEST_SCALE:g} to {LARGEST_SCALE:g}, got {shown(scale)}")
-
-
-def one_of(allowed: tuple[str, ...], **options: str) -> None:
-    """Raise a ValueError that names the option, what is allowed and the value."""
-    for name, value in options.items():
-        if not (isinstance(value, str) and value in allowed):
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
-
-
-def named(option: str, value: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and options of a component that is given by one word, or as a mapping `{"name": ..., <options>}`.
-
-    Raises:
-        ValueError: for a mapping without a name, or anything else.
-    """
-    if isinstance(value, str):
-        return value, {}
-    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
-        return value["name"], {key: option for key, option in value.items() if key != "name"}
-    raise ValueError(f"{option} must be a word, or a mapping with a name and options, got {shown(value)}")
-
-
-def known_options(option: str, given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise a ValueError that names an option which the component does not have, and those that it has."""
-    for key in given:
-        if key not in known:
-            raise ValueError(f"{option} has no option {key}; it has {', '.join(sorted(known)) or 'none'}")

@@ -20,7 +20,8 @@ from omegaconf.errors import (
     UnsupportedInterpolationType,
 )
 
-from attention_zoo.options import check_fields, near, shown
+from attention_zoo.options import check_fields
+from attention_zoo.rules import near, shown
 
 LIBRARIES = ("hydra.", "omegaconf.")
 MANY = "an override is written key=value, with quotes around a value that holds = , [ ] { } or $"

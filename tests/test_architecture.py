@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attention_zoo"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("files", "locks", "stopping", "room", "options", "schemas", "tokens", "contract"),
+    ("files", "locks", "stopping", "room", "rules", "options", "schemas", "tokens", "contract"),
     ("ops",),
     ("positions",),
     ("attention",),

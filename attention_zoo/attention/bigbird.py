@@ -41,7 +41,8 @@ from attention_zoo.ops.dispatch import DENSE, TILES
 from attention_zoo.ops.place import place_of
 from attention_zoo.ops.row import LINKED_ROW, ROW
 from attention_zoo.ops.short import SHORT
-from attention_zoo.options import Natural, OneOf, Positive
+from attention_zoo.options import Natural, Positive
+from attention_zoo.rules import OneOf
 
 
 class BigBird(PatternAttention):

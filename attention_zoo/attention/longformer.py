@@ -42,7 +42,8 @@ from attention_zoo.ops.flex import FLEX
 from attention_zoo.ops.row import ROW
 from attention_zoo.ops.short_band import SHORT_BAND
 from attention_zoo.ops.xformers import XFORMERS
-from attention_zoo.options import OneOf, Positive
+from attention_zoo.options import Positive
+from attention_zoo.rules import OneOf
 
 
 class Longformer(PatternAttention):

@@ -51,7 +51,8 @@ from attention_zoo.ops.compiled import one_operator, refuse_export
 from attention_zoo.ops.dispatch import triton_reason
 from attention_zoo.ops.function import zeros_for
 from attention_zoo.ops.place import place_of
-from attention_zoo.options import LARGEST, Around, Chunk, Fill, OneOf, Seed
+from attention_zoo.options import LARGEST, Around, Chunk, Fill, Seed
+from attention_zoo.rules import OneOf
 from attention_zoo.tokens import Tokens, hold, unshared
 
 Buckets = Annotated[int, Field(ge=2, le=2**16)]
@@ -159,10 +160,7 @@ class Reformer(Attention):
         if kernel not in ("auto", "triton", "chunks", "dense"):
             raise Unsupported(self.name, f"kernel={kernel}", "it has no such kernel", "auto, triton, chunks or dense")
         if (pairs := chunk * chunk * (1 + look_back + look_ahead)) > MOST_PAIRS:
-            raise ValueError(
-                f"chunk, look_back and look_ahead must give a chunk at most {MOST_PAIRS:,} pairs with its window, got "
-                f"{pairs:,} from {chunk}, {look_back} and {look_ahead}"
-            )
+            raise ValueError(f"chunk, look_back, look_ahead must give at most {MOST_PAIRS} pairs a chunk, got {pairs}")
         self.rounds, self.chunk, self.look_back, self.look_ahead = rounds, chunk, look_back, look_ahead
         self.factors = None if buckets is None else _factors(buckets)
         self.attend_across_buckets, self.correct_duplicates = attend_across_buckets, correct_duplicates

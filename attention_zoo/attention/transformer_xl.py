@@ -52,7 +52,8 @@ from attention_zoo.ops.function import watch, zeros_for
 from attention_zoo.ops.place import place_of
 from attention_zoo.ops.projections import is_plain, streams
 from attention_zoo.ops.relative import Plan, chunk_borders, plan_chunks, relative_attention
-from attention_zoo.options import Natural, OneOf, Positive
+from attention_zoo.options import Natural, Positive
+from attention_zoo.rules import OneOf
 from attention_zoo.tokens import Tokens, hold, unshared
 
 TABLE = 256

@@ -24,7 +24,8 @@ from attention_zoo.measure.speed import LONG_S, matmul_rate, time_call
 from attention_zoo.measure.trace import write_trace
 from attention_zoo.measure.work import Phase, Variant, Work, prepare
 from attention_zoo.model.state import state_bytes
-from attention_zoo.options import Heads, OneOf, Positive, Text, Threads, check_fields
+from attention_zoo.options import Heads, Positive, Text, Threads, check_fields
+from attention_zoo.rules import OneOf
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 

@@ -15,12 +15,12 @@ from attention_zoo.measure.environment import resolved_device, usable_cores
 from attention_zoo.measure.memory import default_limit
 from attention_zoo.measure.peers.matches import Match, matches
 from attention_zoo.measure.work import Variant
-from attention_zoo.options import Heads, NonNegative, OneOf, Positive, Seconds, Text, Threads, check_fields
+from attention_zoo.options import Heads, NonNegative, Positive, Seconds, Text, Threads, check_fields
+from attention_zoo.rules import OneOf
 from attention_zoo.schemas import store
 
 BASELINES = ("full/dense", "full/sdpa")
 """Full attention with its matrix materialised, and fused: everything is compared with both."""
-
 
 
 @dataclass

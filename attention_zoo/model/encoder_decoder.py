@@ -16,7 +16,8 @@ from attention_zoo.contract import Source, Tokens, add_losses, hold, unshared
 from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.state import Running
 from attention_zoo.model.transformer import ModelOutput, Transformer
-from attention_zoo.options import checked, shown
+from attention_zoo.options import checked
+from attention_zoo.rules import shown
 
 
 class EncoderDecoder(nn.Module):

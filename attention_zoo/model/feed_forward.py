@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention_zoo.contract import Layer, Output, Source, Tokens
-from attention_zoo.options import OneOf, Positive, checked
+from attention_zoo.options import Positive, checked
+from attention_zoo.rules import OneOf
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": nn.functional.gelu,

@@ -13,7 +13,8 @@ from attention_zoo.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from attention_zoo.model.block import build_norm
 from attention_zoo.model.embedding import TokenEmbedding
 from attention_zoo.model.feed_forward import ACTIVATIONS
-from attention_zoo.options import Named, OneOf, Positive, checked
+from attention_zoo.options import Named, Positive, checked
+from attention_zoo.rules import OneOf
 
 HEADS = ("lm", "tokens", "classify", "hidden")
 POOLINGS = ("mean", "first")

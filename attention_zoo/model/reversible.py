@@ -25,7 +25,8 @@ from torch import Tensor
 from attention_zoo.contract import Output, Source, Tokens, add_losses, hold
 from attention_zoo.model.block import Block, Branch, Stack
 from attention_zoo.ops.function import once
-from attention_zoo.options import OneOf, checked
+from attention_zoo.options import checked
+from attention_zoo.rules import OneOf
 
 
 class ReversibleStack(Stack):

@@ -39,8 +39,9 @@ from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.reversible import ReversibleStack
 from attention_zoo.model.state import Running
 from attention_zoo.ops.place import place_of
-from attention_zoo.options import Depth, Heads, Named, OneOf, Positive, Probability, Seed, checked
+from attention_zoo.options import Depth, Heads, Named, Positive, Probability, Seed, checked
 from attention_zoo.positions import EMBEDDING_LEVEL
+from attention_zoo.rules import OneOf
 
 ENDS = "false, true or both"
 

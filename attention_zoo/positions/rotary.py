@@ -15,8 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from attention_zoo.options import LARGEST, Finite, OneOf
+from attention_zoo.options import LARGEST, Finite
 from attention_zoo.positions.scheme import AttentionPositions
+from attention_zoo.rules import OneOf
 
 Above = Annotated[float, Field(gt=0, allow_inf_nan=False, description="above 0")]
 

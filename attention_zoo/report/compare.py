@@ -29,13 +29,14 @@ from attention_zoo.measure.environment import environment
 from attention_zoo.measure.kept import clear_leftovers, number, output_folder
 from attention_zoo.measure.nursery import Nursery
 from attention_zoo.measure.progress import CellProgress
-from attention_zoo.options import OneOf, SeedOfRun, Text, check_fields
+from attention_zoo.options import SeedOfRun, Text, check_fields
 from attention_zoo.report import rows as results
 from attention_zoo.report import units
 from attention_zoo.report.build import TITLE, build_report
 from attention_zoo.report.rows import Row
 from attention_zoo.report.summary import Findings, headline, remarks, rich_table, write_csv
 from attention_zoo.report.trainings import Run, RunEvent, run_trainings
+from attention_zoo.rules import OneOf
 from attention_zoo.schemas import store
 from attention_zoo.settings import one_line
 from attention_zoo.training.config import check, compose_training

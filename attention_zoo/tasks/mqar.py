@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from attention_zoo.options import LARGEST, OneOf, Positive, checked
+from attention_zoo.options import LARGEST, Positive, checked
+from attention_zoo.rules import OneOf
 from attention_zoo.tasks.task import IGNORED, Batch, Task, digest, generator
 
 FILLERS = ("distinct", "any", "zero")

@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from attention_zoo.options import Positive, checked, shown
+from attention_zoo.options import Positive, checked
 from attention_zoo.options import Text as Words
+from attention_zoo.rules import shown
 from attention_zoo.tasks.task import Batch, Task, digest, generator
 
 SKIPPED = frozenset({"__pycache__", "site-packages", "dist-packages", "node_modules", "test", "tests", "idle_test"})

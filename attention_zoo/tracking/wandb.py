@@ -31,7 +31,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from attention_zoo.files import plain
-from attention_zoo.options import OneOf, Text, checked
+from attention_zoo.options import Text, checked
+from attention_zoo.rules import OneOf
 from attention_zoo.tracking.tracker import RunInfo, Tracker, figures
 
 MODES = ("auto", "online", "offline")

@@ -20,20 +20,10 @@ from pydantic import Field
 
 from attention_zoo.measure.environment import resolved_device
 from attention_zoo.model.mechanisms import entries
-from attention_zoo.options import (
-    Finite,
-    OneOf,
-    Positive,
-    SeedOfRun,
-    Text,
-    Threads,
-    check_fields,
-    check_target,
-    near,
-    shown,
-)
+from attention_zoo.options import Finite, Positive, SeedOfRun, Text, Threads, check_fields, check_target
 from attention_zoo.registry import recipe, third_party
 from attention_zoo.room import fits
+from attention_zoo.rules import OneOf, near, shown
 from attention_zoo.settings import finite, one_line, plain_values
 from attention_zoo.training.precision import PRECISIONS, check_precision
 from attention_zoo.training.progress import KINDS

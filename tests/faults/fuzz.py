@@ -26,8 +26,8 @@ import attention_zoo as zoo
 from attention_zoo import room
 from attention_zoo.contract import Attention
 from attention_zoo.model.mechanisms import POSITIONS
-from attention_zoo.options import shown
 from attention_zoo.registry import options_of, recipe
+from attention_zoo.rules import shown
 from attention_zoo.training.config import check, compose_training
 from attention_zoo.training.run import run_training
 
