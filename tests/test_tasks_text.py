@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from pathlib import Path
 
@@ -182,3 +183,45 @@ def test_missing_and_empty_sources_are_named(tmp_path: Path) -> None:
         Text(held_out="no_such_package")
     with pytest.raises(ValueError, match="validation must be a share between 0 and 1, got 1"):
         Text(validation=1)
+
+
+def test_no_folder_of_ones_own_is_left_out_unasked(tmp_path: Path) -> None:
+    for name in ("train", "valid", "test", "tests", "node_modules", "site-packages"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(f"what {name} holds " * 20)
+    (tmp_path / ".notes").mkdir()
+    (tmp_path / ".notes" / "text.txt").write_text("hidden " * 20)
+
+    def taken(**options) -> int:
+        found = task(tmp_path, **options).describe(16)
+        return found["train_files"] + found["validation_files"]
+
+    assert taken() == 6
+    assert taken(skip=["test", "tests"]) == 4
+    assert taken(hidden=True) == 7
+    assert Text(path=None).skip == tuple(sorted(Text(held_out=None).skip)), "the standard library keeps its own rule"
+    assert "tests" in Text().skip
+
+
+def test_no_more_is_read_than_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = tmp_path / "large.txt"
+    with large.open("wb") as file:
+        file.truncate(3 * 2**30)  # a hole: takes no room on the disk, and would take 3 GiB read whole
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda self: pytest.fail("reads all of it"))
+        assert [len(raw) for _, raw in read_files(large, None, 1000)] == [1000]
+        assert [len(raw) for _, raw in read_files(tmp_path, None, 1000)] == [1000]
+
+
+def test_text_that_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words " * 50)
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"task.path: .*gone.txt cannot be read: No such file or directory"):
+        task(tmp_path).check(16)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "gone.txt").unlink()
+    task(tmp_path, validation=0.5).check(16)  # a pipe in a folder is no file
+    for path in (str(tmp_path / "pipe"), "/dev/zero", "x" * 5000, "~nobody-by-this-name/x", "nul\x00", ""):
+        with pytest.raises(ValueError, match=r"task.path must be an existing file or folder, got") as caught:
+            Text(path=path)
+        assert "\n" not in str(caught.value)

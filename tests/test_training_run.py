@@ -228,7 +228,7 @@ def test_nan_is_a_failed_row_with_one_line(config: dict[str, Any], tmp_path: Pat
         ({"device": "cuda"}, "failed", "device=cuda needs a CUDA device"),
         ({"task": {"path": "/nowhere"}}, "failed", "task.path must be an existing file or folder, got '/nowhere'"),
         ({"attention": "longfromer"}, "failed", "got 'longfromer'; did you mean longformer?"),
-        ({"attention": None}, "failed", "attention must be one mechanism; for a stack of several use hybrid="),
+        ({"attention": None}, "failed", "attention must be one mechanism; for a stack of several use 'hybrid="),
         ({"hybrid": ["full", "full", "full"]}, "failed", "depth must be at least the number of mechanisms listed, 3"),
         ({"model": {"positions": "alibi"}, "attention": "reformer"}, "unsupported", "reformer: positions=alibi is not"),
         ({"optimizer": {"lr": -1}}, "failed", "optimizer.lr must be a number of at least 0, got -1"),

@@ -299,7 +299,7 @@ def existing(path: str) -> Path:
     """The file or folder that `task.path` names; a ValueError for none, or what is neither (a pipe, a device)."""
     root = Path(os.path.expanduser(path))
     try:
-        there = root.is_file() or root.is_dir()
+        there = bool(path) and (root.is_file() or root.is_dir())
     except OSError:  # a name longer than the system's, a folder on the way that may not be looked into
         there = False
     if not there:

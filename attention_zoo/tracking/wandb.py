@@ -46,7 +46,7 @@ FOREIGN = ("WANDB_SERVICE",)
 """Set where a W&B process of somebody else is running: ours is our own, since it may have to be ended."""
 MISLEADING = ("WANDB_MODE", "WANDB_BASE_URL")
 """Not for a process that goes on offline: one of these may be why."""
-Timeout = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Timeout = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False, description="a positive number of seconds")]
 """Seconds, at most a day."""
 
 

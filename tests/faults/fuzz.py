@@ -212,7 +212,7 @@ SMALL_RUN = (
 OVERRIDES = (
     "a=b=c", "steps=???", "steps=${nothing}", "task=${task}", "optimizer.lr=nan", "seed=[", "trainer.stop_at=inf", "=",
     "+x={a: nan}", "model=3", "~task", "steps=${steps}", "é=1", "task.path=${steps}", "tracker.mode=1", "hybrid=full",
-    "attention=full,longformer", "hybrid=[full,{name: nope}]", "threads=100000", "device=cpu:7", "schedule.warmup=2",
+    "attention=full,longformer", "hybrid=[full,{name: nope}]", "threads=100000", "device=gpu:7", "schedule.warmup=2",
 )  # fmt: skip
 """Command lines that must be refused."""
 _composed: dict[tuple[str, ...], dict[str, Any]] = {}
