@@ -25,6 +25,7 @@ from attention_zoo.rules import OneOf, at_least, known_options, named, one_of, s
 from attention_zoo.tokens import Held, Tokens, check_tokens, hold, keep, unshared  # noqa: F401
 
 Growth = Literal["constant", "linear", "loglinear", "quadratic"]
+VANISHING = 1e-45
 BIASES = "true, false, into or out"
 
 
@@ -209,6 +210,8 @@ class Attention(Layer):
         self.dim, self.heads, self.kv_heads = dim, heads, kv_heads
         self.head_width = dim // heads if head_width is None else head_width
         self.scale = self.head_width**-0.5 if scale is None else scale
+        if abs(self.scale) < VANISHING:
+            self.scale = 0.0  # which it is to float32, where torch's fused kernels take it for one and get NaN
         positions, self.position_options = named("positions", positions)
         self.causal, self.cross, self.positions, self.seed = causal, cross, positions, seed
         self.bias_into, self.bias_out = bias in (True, "into"), bias in (True, "out")

@@ -179,6 +179,19 @@ def test_models_refuse_what_reached_torch(options: dict[str, Any], message: str)
         zoo.Transformer(**{"attention": "full", "vocab": 11, "dim": 8, "heads": 2, "depth": 1, **options})
 
 
+@pytest.mark.parametrize("options", [
+    {"scale": 1e-300}, {"scale": -1e-300},
+    {"positions": {"name": "rotary", "base": 1e-6, "scaling": "linear", "factor": 1e-6}},
+], ids=str)  # fmt: skip
+def test_what_is_small_and_accepted_is_finite(options: dict[str, Any]) -> None:
+    for name in ("full", "longformer", "bigbird"):
+        layer = zoo.build(name, dim=8, heads=2, **options)
+        out = layer(torch.randn(2, 9, 8)).hidden
+        out.sum().backward()
+        assert out.isfinite().all()
+        assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in layer.parameters())
+
+
 def test_an_encoder_decoder_is_made_of_transformers() -> None:
     with pytest.raises(ValueError, match="encoder must be a Transformer, got 3"):
         zoo.EncoderDecoder(encoder=3, decoder=None)  # type: ignore[arg-type]

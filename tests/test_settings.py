@@ -18,6 +18,7 @@ from attention_zoo.options import Positive, Probability
 from attention_zoo.report.compare import CompareConfig
 from attention_zoo.settings import finite, plain_values, settings
 from attention_zoo.training.config import check, compose_training, device_of
+from attention_zoo.training.run import run_folder
 
 
 @dataclass
@@ -89,6 +90,13 @@ def test_a_training_config_is_refused_before_it_runs(override: str, message: str
     with pytest.raises(ValueError, match=message) as caught:
         check(compose_training([override.strip("'")]))
     assert "\n" not in str(caught.value)
+
+
+def test_a_stack_of_many_has_a_name_that_a_disk_takes() -> None:
+    names = ["longformer", "full"] * 12
+    config = check(compose_training([f"hybrid=[{','.join(names)}]", "model.depth=24"]))
+    assert config["backend"] == "+".join(names)
+    assert len(run_folder(config).name) < 200
 
 
 def test_cpu_has_one_name() -> None:

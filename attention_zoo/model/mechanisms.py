@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from attention_zoo import registry
 from attention_zoo.contract import Attention, Layer, named, one_of
 from attention_zoo.positions import ATTENTION_LEVEL, EMBEDDING_LEVEL
+from attention_zoo.rules import shown
 
 POSITIONS = tuple(dict.fromkeys([*EMBEDDING_LEVEL, *ATTENTION_LEVEL, "relative"]))
 """Every word that the option `positions` may be."""
@@ -51,11 +52,11 @@ def _entry(one: Any) -> Entry:
     if isinstance(one, Mapping):
         options = {key: value for key, value in one.items() if key != "name"}
         if not isinstance(name := one.get("name"), str):
-            raise ValueError(f"attention as a mapping needs a name, got {dict(one)!r}")
+            raise ValueError(f"attention as a mapping needs a name, got {shown(dict(one))}")
         registry.recipe(name)  # an unknown name is refused here
         return _checked(Entry(partial(registry.build, name), options, dict(one)))
     if not callable(one):
-        raise ValueError(f"attention must be a name, a mapping, a callable or a list of these, got {one!r}")
+        raise ValueError(f"attention must be a name, a mapping, a callable or a list of these, got {shown(one)}")
     cls, options = (one.func, dict(one.keywords)) if isinstance(one, partial) else (one, {})
     if isinstance(cls, type) and issubclass(cls, Attention):
         plain = {"name": cls.name, **options} if _is_registered(cls) else None
@@ -66,7 +67,7 @@ def _entry(one: Any) -> Entry:
 def _checked(entry: Entry) -> Entry:
     for option in ("dim", "causal", "cross"):
         if option in entry.options:
-            raise ValueError(f"{option} is the model's to say, not the mechanism's, got {entry.options!r}")
+            raise ValueError(f"{option} is the model's to say, not the mechanism's, got {shown(entry.options)}")
     return entry
 
 

@@ -33,7 +33,7 @@ class Sinusoidal(nn.Module):
         *,
         dim: Positive,
         max_length: Positive | None = None,
-        base: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10_000.0,
+        base: Annotated[float, Field(ge=1e-6, allow_inf_nan=False)] = 10_000.0,
     ):
         super().__init__()
         if dim % 2:

@@ -70,6 +70,18 @@ SOUND: dict[str, tuple[Any, ...]] = {
     "kernel": ("auto", "dense"),
 }  # fmt: skip
 """Values that make sense, by option; booleans where none are listed."""
+INNER: dict[str, dict[str, tuple[str, ...]]] = {
+    "positions": {
+        "rotary": ("base", "scaling", "factor", "low_freq_factor", "high_freq_factor", "original_length"),
+        "learned": ("scale", "uncounted"), "axial": ("columns", "row_width", "scale"), "sinusoidal": ("base",),
+        "alibi": (), "none": (), "odd": (),
+    },
+    "norm": {"rms": ("eps",), "layer": ("eps",)}, "feed_forward": {"swiglu": ("width", "bias"), "gelu": ("width",)},
+    "head": {"lm": ("bias", "transform", "tied_projections"), "classify": ("bias",)},
+    "attention": {name: tuple(options_of(name)) for name in zoo.available()},
+    "embedding": {"": ("scale", "types", "normed", "dropout", "cutoffs", "divide", "width")},
+}  # fmt: skip
+"""Options of components that are mappings: option -> name -> its own."""
 
 
 def run(count: int, seed: int, share: tuple[int, int, int] = (10, 6, 2)) -> Counts:
@@ -138,6 +150,13 @@ def _drawn(rng: random.Random, options: list[str], given: dict[str, Any], hostil
     drawn = {key: rng.choice(SOUND.get(key, (True, False))) for key in rng.sample(options, min(4, len(options)))}
     for key in rng.sample(options, rng.choice((0, 1, 1, 2))):
         drawn[key] = rng.choice(hostile)
+    if (within := [key for key in options if key in INNER]) and rng.random() < 0.3:
+        option = rng.choice(within)
+        name = rng.choice(list(INNER[option]))
+        inner = {key: rng.choice(hostile) for key in INNER[option][name] if rng.random() < 0.4}
+        if name == "rotary" and rng.random() < 0.5:
+            inner["scaling"] = rng.choice(("linear", "llama3"))
+        drawn[option] = {"name": name, **inner} if name else inner
     if rng.random() < 0.03:
         drawn[rng.choice(("windw", "dims", "Heads", "self", "_x", "kwargs"))] = rng.choice(hostile)
     return {**given, **drawn}
