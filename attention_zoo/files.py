@@ -127,7 +127,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
         Damaged: for anything else in its place, naming the file and what is wrong.
         FileNotFoundError: if there is nothing.
     """
-    return _object(_bytes(Path(path)), str(path))
+    path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe has no end, a device neither
+        raise Damaged(f"{path} cannot be read: it is no regular file")
+    return _object(_bytes(path), str(path))
 
 
 def read_jsonl(path: str | Path, on_bad: Callable[[str], None] | None = None) -> Iterator[dict[str, Any]]:

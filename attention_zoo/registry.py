@@ -83,12 +83,13 @@ def _left_out(reason: str) -> None:
     warnings.warn_explicit(f"{reason}; left out", UserWarning, "attention_zoo", 0, registry=_told)
 
 
-def recipe(name: str) -> tuple[type[Attention], dict[str, Any]]:
+def recipe(name: str, *, option: str = "attention") -> tuple[type[Attention], dict[str, Any]]:
     """The class of a backend and its default options.
 
     Args:
         name: one of `available()`, or "backend.part": a layer that models of a backend mix in and that is none by
             itself, from the backend's `companions`.
+        option: under which name it was asked for, for messages.
 
     Raises:
         ValueError: for an unknown name, listing the known ones and the nearest; or a third-party backend that cannot
@@ -110,7 +111,7 @@ def recipe(name: str) -> tuple[type[Attention], dict[str, Any]]:
             return _attempt(lambda: (_checked(_named(companions[part]), name), {}), f"backend {name!r}")
     near = difflib.get_close_matches(name, available(), 1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"attention must be one of {', '.join(available())}, got {name!r}{hint}")
+    raise ValueError(f"{option} must be one of {', '.join(available())}, got {name!r}{hint}")
 
 
 class _Unfit(ValueError):

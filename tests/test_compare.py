@@ -208,6 +208,10 @@ def test_the_default_preset_measures_and_trains_what_it_says():
         (["trainings.text.set.steps=abc"], "steps: Value 'abc'"),
         (["+trainings.text.set.task.pth=a"], "trainings.text.set: task.pth is no known option"),
         (["trainings.text.task=texts"], "task must be one of .*text.*, got 'texts'"),
+        (["backends=[../up]"], "backends must be one of bigbird"),
+        (["+trainings.text.options.longformr.window=3"], "a key of trainings.text.options must be one of bigbird"),
+        (["+small.longformr.window=3"], "a key of small must be one of bigbird"),
+        (["+trainings.text.options.full=3"], "trainings.text.options.full must be a mapping, got 3"),
         (["parallel=0"], "parallel must be an integer of at least 1, got 0"),
     ],
 )

@@ -365,13 +365,27 @@ def test_asked_to_stop_a_benchmark_writes_what_there_is(tmp_path, monkeypatch):
         ({"retry": "all"}, "retry must be one of failed, got 'all'"),
         ({"device": "cpu:x"}, "device must be cpu, cuda or cuda:<number>, got 'cpu:x'"),
         ({"budget": "1GiB", "phases": ["forward"]}, "phases must hold forward_backward or train_step with a budget"),
-        ({"backends": ["x/../../../up"]}, "attention must be one of"),
+        ({"backends": ["x/../../../up"]}, "backends must be one of"),
+        (
+            {"backends": ["full/../up"]},
+            "backends must name kernels that there are, got 'full/../up': full: kernel",
+        ),
+        ({"backends": ["transformer_xl/rwo"]}, "got 'transformer_xl/rwo': kernel must be one of auto"),
+        ({"options": {"full": 3}}, "options.full must be a mapping, got 3"),
+        ({"lengths": []}, r"must leave a cell to measure, got backends=\['full'\], lengths=\[\]"),
+        ({"phases": []}, r"must leave a cell to measure, .*phases=\[\]"),
+        ({"lengths": [64], "quadratic_up_to": 32}, r"lengths=\[64\], .* and quadratic_up_to=32"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused_before_anything_is_there(tmp_path, given, said):
     with pytest.raises(ValueError, match=said):
         job.benchmark(config(tmp_path / "out", **given), quiet())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cell_may_take_as_long_as_it_takes(tmp_path):
+    assert config(tmp_path, timeout_s=None).how()["timeout_s"] == math.inf
+    assert config(tmp_path, timeout_s=9.0).how()["timeout_s"] == 9.0
 
 
 def test_a_device_has_one_name():

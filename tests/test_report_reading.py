@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,21 @@ def test_what_is_missing_is_refused_in_one_line(tmp_path):
             read(given)
 
 
+def test_what_holds_no_row_has_no_say_in_names_and_a_pipe_is_not_waited_for(tmp_path):
+    for name in ("a", "b"):
+        write_json(tmp_path / name / "result.json", {**quality("full", "text", 0), "id": name})
+    (tmp_path / "a" / "cells").mkdir()
+    os.mkfifo(tmp_path / "a" / "cells" / "pipe.json")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "result.json").symlink_to("/nowhere/at/all")
+    rows = read(tmp_path)
+    assert len(rows) == 2
+    assert not any(FROM in row for row in rows)
+    assert sorted(where.where.rpartition("/")[2] for where in rows.left_out) == ["pipe.json", "result.json"]
+    with pytest.raises(ValueError, match="results must be a path or a list of paths, got ''"):
+        read("")
+
+
 def test_damaged_rows_and_files_are_named_and_all_others_are_drawn(tmp_path):
     good = made_up()
     table = write(tmp_path / "results.jsonl", *good[:-1], "{ torn", {"kind": "speed", "backend": 7}, good[-1])
@@ -160,7 +176,7 @@ def test_cells_that_a_spreadsheet_would_run_are_escaped(tmp_path):
     assert not any(key.startswith("=") for key in lines[0])
 
 
-HOSTILE = '"><script>alert(1)</script>&[/red]=\x1b[31m'
+HOSTILE = '"><script>alert(1)</script>&[/red]=\u202e\x1b[31m'
 
 
 def test_hostile_text_is_text_everywhere(tmp_path):
@@ -172,6 +188,7 @@ def test_hostile_text_is_text_everywhere(tmp_path):
     page = build_report(rows, tmp_path / "report.html", title=HOSTILE).read_text()
     assert "<script>alert" not in page
     assert "\x1b" not in page
+    assert "\u202e" not in page, "it would turn the text around"
     assert page.count("<script>") == 2
     _, drawn = draw(rows)
     for trace in (trace for chart in drawn for trace in chart.figure.data):

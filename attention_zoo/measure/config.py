@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, get_args
@@ -16,7 +18,7 @@ from attention_zoo.measure.memory import default_limit
 from attention_zoo.measure.peers.matches import Match, matches
 from attention_zoo.measure.work import Variant
 from attention_zoo.options import Heads, NonNegative, Positive, Seconds, Text, Threads, check_fields
-from attention_zoo.rules import OneOf
+from attention_zoo.rules import OneOf, shown
 from attention_zoo.schemas import store
 
 BASELINES = ("full/dense", "full/sdpa")
@@ -44,7 +46,7 @@ class BenchmarkConfig:
         threads: of torch; null takes all cores.
         repeats: timed calls of a cell, at most.
         budget_s: no further repeat once warm-up and repeats of a cell took this long.
-        timeout_s: of a cell, process start included; inf: as long as it takes.
+        timeout_s: of a cell, process start included; null: as long as it takes.
         memory_limit_gib: of a cell; null takes nine tenths of what is free.
         force: measure finished cells again.
         retry: failed: measure again what failed, ran out of memory or timed out; null keeps such rows. A cell whose
@@ -74,7 +76,7 @@ class BenchmarkConfig:
     threads: Threads | None = None
     repeats: Positive = 5
     budget_s: NonNegative = 4.0
-    timeout_s: Seconds = 120.0
+    timeout_s: Seconds | None = 120.0
     memory_limit_gib: Annotated[float, Field(gt=0, le=2**30, allow_inf_nan=False)] | None = None
     force: bool = False
     retry: Annotated[str, OneOf("failed")] | None = None
@@ -91,10 +93,13 @@ class BenchmarkConfig:
 
         Raises:
             ValueError: for an unknown backend, kernel, option or phase, or a value outside its rule, naming it.
+                No cells at all are no error here: a comparison may be one of trainings alone.
         """
         check_fields(BenchmarkConfig, self)
+        check_mappings("options", self.options)
         given = list(registry.available()) if self.backends is None else list(self.backends)
         named = [*BASELINES, *(each for each in given if each != "full")] if self.baselines else given
+        _check_names(named)
         cells = [
             self._cell(*each.partition("/")[::2], length, phase)
             for length in sorted(self.lengths)
@@ -102,8 +107,13 @@ class BenchmarkConfig:
             for each in dict.fromkeys(named)
             if self._wanted(each.partition("/")[0], length)
         ]
-        self._check_options({each.partition("/")[0] for each in named})
+        self._check_options(named)
         return cells
+
+    @property
+    def patience_s(self) -> float:
+        """`timeout_s` as a number."""
+        return math.inf if self.timeout_s is None else self.timeout_s
 
     def resolved_device(self) -> str:
         """The device that is meant; a ValueError for one that this machine lacks."""
@@ -113,7 +123,7 @@ class BenchmarkConfig:
         """The keyword arguments of `cells.run_cells` besides cells and folder."""
         gib = self.memory_limit_gib
         return {
-            "timeout_s": self.timeout_s,
+            "timeout_s": self.patience_s,
             "memory_limit_bytes": default_limit(self.resolved_device()) if gib is None else int(gib * 2**30),
             "repeats": self.repeats,
             "budget_s": self.budget_s,
@@ -129,17 +139,19 @@ class BenchmarkConfig:
             ValueError: as `cells`, and where nobody meets anybody.
         """
         check_fields(BenchmarkConfig, self)
+        check_mappings("options", self.options)
         phases = [phase for phase in self.phases if phase in ("forward", "forward_backward")]
         if len(phases) < len(self.phases):
             raise ValueError(f"phases must be forward or forward_backward with peers=true, got {self.phases}")
         named = list(registry.available()) if self.backends is None else list(self.backends)
+        _check_names(named)
         cells = [
             self._cell(*each.partition("/")[::2], length, phase)
             for length in sorted(self.lengths)
             for phase in phases
             for each in named
         ]
-        self._check_options({each.partition("/")[0] for each in named})
+        self._check_options(named)
         found = matches(cells, against=self.against, quadratic_up_to=self.quadratic_up_to)
         if not found:
             raise ValueError("against and backends must leave a match, got none")
@@ -166,8 +178,9 @@ class BenchmarkConfig:
             threads=self.threads or usable_cores(),
         )
 
-    def _check_options(self, backends: set[str]) -> None:
+    def _check_options(self, named: Sequence[str]) -> None:
         """Refuse what cannot be meant at once, instead of cell by cell."""
+        backends = {each.partition("/")[0] for each in named}
         for backend in sorted(self.options.keys() - backends):
             raise ValueError(f"options must be of a measured backend ({', '.join(sorted(backends))}), got {backend!r}")
         for backend in sorted(backends):
@@ -177,8 +190,37 @@ class BenchmarkConfig:
                 continue  # nothing is misspelt; what somebody else's backend raises is for its cells to say
             # An unknown name is a slip of the pen and raises; what a backend merely cannot do is a row that says so.
             with suppress(Unsupported) if known else nullcontext():
-                width = self.heads * self.head_width
-                registry.build(backend, dim=width, heads=self.heads, causal=self.causal, **options)
+                layer = {"dim": self.heads * self.head_width, "heads": self.heads, "causal": self.causal, **options}
+                registry.build(backend, **layer)
+                _check_kernels(layer, [each for each in named if each.startswith(f"{backend}/")])
+
+
+def _check_kernels(layer: dict[str, Any], named: Sequence[str]) -> None:
+    """Refuse a kernel that a backend does not have; `layer` is what it can be built with.
+
+    Args:
+        named: backend/kernel.
+    """
+    for each in named:
+        backend, _, kernel = each.partition("/")
+        if kernel and "kernel" in registry.options_of(backend):
+            try:
+                registry.build(backend, **{**layer, "kernel": kernel})
+            except ValueError as error:
+                raise ValueError(f"backends must name kernels that there are, got {each!r}: {error}") from None
+
+
+def check_mappings(key: str, options: Mapping[str, Any]) -> None:
+    """Refuse what cannot be options, by their key, for each backend that has some."""
+    for backend, given in options.items():
+        if given is not None and not isinstance(given, Mapping):
+            raise ValueError(f"{key}.{backend} must be a mapping, got {shown(given)}")
+
+
+def _check_names(named: Sequence[str]) -> None:
+    """Refuse a backend that is not there."""
+    for each in named:
+        registry.recipe(each.partition("/")[0], option="backends")
 
 
 def register() -> None:

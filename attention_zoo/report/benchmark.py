@@ -72,6 +72,10 @@ class _Job:
         self._told: set[str] = set()
         self.matches = config.matches() if config.peers else []
         self.cells = [] if config.peers else config.cells()
+        if not self.cells and not config.peers:
+            given = ", ".join(f"{key}={getattr(config, key)}" for key in ("backends", "lengths", "phases"))
+            limit = f" and quadratic_up_to={config.quadratic_up_to}" if config.lengths and config.phases else ""
+            raise ValueError(f"backends, lengths and phases must leave a cell to measure, got {given}{limit}")
         self.budget = None if config.peers or config.budget is None else parse_bytes(config.budget)
         if self.budget is not None and not {"forward_backward", "train_step"} & set(config.phases):
             raise ValueError(f"phases must hold forward_backward or train_step with a budget, got {config.phases}")
@@ -149,12 +153,12 @@ class _Job:
 
             def attempt(cell: SpeedCell) -> Row:
                 return nursery.run(
-                    cell, timeout_s=config.timeout_s, memory_limit_bytes=budget, repeats=1, budget_s=0.0, observe=False
+                    cell, timeout_s=config.patience_s, memory_limit_bytes=budget, repeats=1, budget_s=0.0, observe=False
                 )
 
             for many in series.values():
                 row = longest_trainable(
-                    many[0][0], [row for _, row in many], budget, attempt, timeout_s=config.timeout_s,
+                    many[0][0], [row for _, row in many], budget, attempt, timeout_s=config.patience_s,
                     say=lambda line: self.say(f"within {units.size(budget)}: {line}"),
                 )  # fmt: skip
                 keep_row(self.folder / "budgets" / f"{row['id']}.json", row)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ from attention_zoo import registry
 from attention_zoo.files import plain, write_atomic
 from attention_zoo.locks import owning
 from attention_zoo.measure.cells import SpeedCell, run_cells
-from attention_zoo.measure.config import BenchmarkConfig
+from attention_zoo.measure.config import BenchmarkConfig, check_mappings
 from attention_zoo.measure.ends import Ended
 from attention_zoo.measure.environment import environment
 from attention_zoo.measure.kept import clear_leftovers, number, output_folder
@@ -101,7 +101,7 @@ class CompareConfig:
         """
         given = list(registry.available()) if self.backends is None else list(self.backends)
         for name in given:
-            registry.recipe(name)
+            registry.recipe(name, option="backends")
         return given
 
     def runs(self) -> list[Run]:
@@ -112,7 +112,9 @@ class CompareConfig:
         """
         check_fields(CompareConfig, self)
         found = []
+        _check_options("small", self.small)
         for task, plan in self.trainings.items():
+            _check_options(f"trainings.{task}.options", plan.options)
             shared = _shared(task, plan)
             for seed in self.seeds:
                 for name in self.names():
@@ -132,6 +134,13 @@ def _shared(name: str, plan: TrainingPlan) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ValueError(f"trainings.{name}.set: {one_line(error)}") from None
     return OmegaConf.to_container(merged)  # type: ignore[return-value]
+
+
+def _check_options(key: str, options: Mapping[str, Any]) -> None:
+    """Refuse options of what is no backend, and what cannot be options; a backend that takes no part may have some."""
+    for name in options:
+        registry.recipe(name, option=f"a key of {key}")
+    check_mappings(key, options)
 
 
 def _built(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +232,7 @@ class _Job:
             for name in self.config.names():
                 given = {"name": name, "options": self.config.small.get(name), "length": self.config.picture_length}
                 found = nursery.call(
-                    "attention_zoo.report.patterns:portrait", given, timeout_s=self.config.measure.timeout_s
+                    "attention_zoo.report.patterns:portrait", given, timeout_s=self.config.measure.patience_s
                 )
                 if isinstance(found, Ended):
                     found = {

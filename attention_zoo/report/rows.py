@@ -33,7 +33,8 @@ BASELINES = {("full", "dense"): "full (materialised)", ("full", "sdpa"): "full (
 FROM = "from"
 """The key that says which of several files of results a row stands in; `sources.read` sets it."""
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What would act on a terminal or on the text around it, instead of being read."""
 _DEEPEST = 40
 _LARGEST = 10**300
 _WORK = (

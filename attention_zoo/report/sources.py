@@ -37,17 +37,19 @@ def read(results: Any) -> Rows:
     """
     one = isinstance(results, str | os.PathLike)
     given: list[Any] = [results] if one else list(results) if isinstance(results, Iterable) else [results]
-    if not given or not all(isinstance(each, str | os.PathLike) for each in given):
+    if not given or not all(isinstance(each, str | os.PathLike) and str(each) for each in given):
         raise ValueError(f"results must be a path or a list of paths, got {schema.shown(results)}")
     files = dict.fromkeys(file for path in given for file in _files(Path(path)))
-    homes = {file: _home(file) for file in files}
-    names = _names(list(dict.fromkeys(homes.values())))
-    good: list[Row] = []
+    placed: list[tuple[Path, list[Row]]] = []
     bad: list[LeftOut] = []
-    for file, home in homes.items():
+    for file in files:
         found, wrong = _rows(file)
         bad += wrong
-        good += [{**row, FROM: names[home]} for row in found] if len(names) > 1 else found
+        if found:  # what holds no row has no say in the names of the others
+            placed.append((_home(file), found))
+    names = _names(list(dict.fromkeys(home for home, _ in placed)))
+    several = len(names) > 1
+    good = [{**row, FROM: names[home]} if several else row for home, found in placed for row in found]
     if not good:
         first = f"; {bad[0]}" + (f", and {len(bad) - 1} more" if len(bad) > 1 else "") if bad else ""
         said = ", ".join(repr(str(path)) for path in given[:3]) or "nothing"
@@ -90,7 +92,9 @@ def _home(file: Path) -> Path:
 
 def _names(homes: list[Path]) -> dict[Path, str]:
     """What tells the places apart, as short as it may be."""
-    around = Path(os.path.commonpath(homes)) if len(homes) > 1 else homes[0].parent
+    if len(homes) < 2:
+        return {home: home.name for home in homes}
+    around = Path(os.path.commonpath(homes))
     return {home: home.name if home == around else home.relative_to(around).as_posix() for home in homes}
 
 
