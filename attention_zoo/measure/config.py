@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, get_args
@@ -16,7 +17,7 @@ from attention_zoo.measure.memory import default_limit
 from attention_zoo.measure.peers.matches import Match, matches
 from attention_zoo.measure.work import Variant
 from attention_zoo.options import Heads, NonNegative, Positive, Seconds, Text, Threads, check_fields
-from attention_zoo.rules import OneOf
+from attention_zoo.rules import OneOf, shown
 from attention_zoo.schemas import store
 
 BASELINES = ("full/dense", "full/sdpa")
@@ -154,7 +155,7 @@ class BenchmarkConfig:
             backend=backend,
             length=length,
             kernel=kernel or "auto",
-            options=dict(self.options.get(backend) or {}),
+            options=dict(self._options(backend)),
             batch=self.batch,
             heads=self.heads,
             head_width=self.head_width,
@@ -166,12 +167,18 @@ class BenchmarkConfig:
             threads=self.threads or usable_cores(),
         )
 
+    def _options(self, backend: str) -> Mapping[str, Any]:
+        given = self.options.get(backend) or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"options.{backend} must be a mapping of options, got {shown(given)}")
+        return given
+
     def _check_options(self, backends: set[str]) -> None:
         """Refuse what cannot be meant at once, instead of cell by cell."""
         for backend in sorted(self.options.keys() - backends):
             raise ValueError(f"options must be of a measured backend ({', '.join(sorted(backends))}), got {backend!r}")
         for backend in sorted(backends):
-            options = self.options.get(backend) or {}
+            options = self._options(backend)
             known = options.keys() <= registry.options_of(backend).keys()
             if not options and not registry.is_shipped(backend):
                 continue  # nothing is misspelt; what somebody else's backend raises is for its cells to say

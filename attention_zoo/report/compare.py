@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +36,7 @@ from attention_zoo.report.build import TITLE, build_report
 from attention_zoo.report.rows import Row
 from attention_zoo.report.summary import Findings, headline, remarks, rich_table, write_csv
 from attention_zoo.report.trainings import Run, RunEvent, run_trainings
-from attention_zoo.rules import OneOf
+from attention_zoo.rules import OneOf, shown
 from attention_zoo.schemas import store
 from attention_zoo.settings import one_line
 from attention_zoo.training.config import check, compose_training
@@ -116,7 +116,7 @@ class CompareConfig:
             shared = _shared(task, plan)
             for seed in self.seeds:
                 for name in self.names():
-                    options = {**registry.recipe(name)[1], **(plan.options.get(name) or {})}
+                    options = _options(plan, name)
                     config = check({**shared, "seed": seed, "backend": name, "attention": _built(name, options)})
                     found.append(Run(f"{task}-{name}-s{seed}", config))
         return found
@@ -132,6 +132,13 @@ def _shared(name: str, plan: TrainingPlan) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ValueError(f"trainings.{name}.set: {one_line(error)}") from None
     return OmegaConf.to_container(merged)  # type: ignore[return-value]
+
+
+def _options(plan: TrainingPlan, name: str) -> dict[str, Any]:
+    given = plan.options.get(name) or {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"options of {name} must be a mapping, got {shown(given)}")
+    return {**registry.recipe(name)[1], **given}
 
 
 def _built(name: str, options: dict[str, Any]) -> dict[str, Any]:
