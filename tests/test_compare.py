@@ -167,7 +167,9 @@ def test_a_training_stays_in_its_folder_whatever_its_name(tmp_path, name):
 
 @pytest.mark.parametrize("preset", ["default", "smoke", "gpu"])
 def test_presets_cover_every_backend_both_baselines_and_both_tasks(preset):
-    config = composed(f"preset={preset}", "measure.device=cpu")
+    # a device that is not there is refused at once, and the presets shall be tested without one
+    here = ["measure.device=cpu", *(f"trainings.{task}.set.device=cpu" for task in ("text", "mqar") if preset == "gpu")]
+    config = composed(f"preset={preset}", *here)
     assert config.names() == list(zoo.available())
     runs = config.runs()
     assert {(r.config["task"]["_target_"].rpartition(".")[2], r.config["backend"]) for r in runs} == {

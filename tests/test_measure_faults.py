@@ -355,14 +355,14 @@ def test_asked_to_stop_a_benchmark_writes_what_there_is(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"timeout_s": math.nan}, "timeout_s must be above 0, got nan"),
-        ({"timeout_s": 0.0}, "timeout_s must be above 0, got 0.0"),
-        ({"budget_s": -1.0}, "budget_s must be at least 0, got -1.0"),
-        ({"memory_limit_gib": math.inf}, "memory_limit_gib must be a number above 0, got inf"),
+        ({"timeout_s": math.nan}, "timeout_s must be a finite number above 0, got nan"),
+        ({"timeout_s": 0.0}, "timeout_s must be a number above 0, got 0.0"),
+        ({"budget_s": -1.0}, "budget_s must be a number of at least 0, got -1.0"),
+        ({"memory_limit_gib": math.inf}, "memory_limit_gib must be a finite number above 0, got inf"),
         ({"memory_limit_gib": 0.0}, "memory_limit_gib must be a number above 0, got 0.0"),
-        ({"threads": 100_000}, "threads must be an integer of 1 to 1024, got 100000"),
+        ({"threads": 100_000}, "threads must be at most 1024, got 100000"),
         ({"repeats": 0}, "repeats must be an integer of at least 1"),
-        ({"retry": "all"}, "retry must be null or failed, got 'all'"),
+        ({"retry": "all"}, "retry must be one of failed, got 'all'"),
         ({"device": "cpu:x"}, "device must be cpu, cuda or cuda:<number>, got 'cpu:x'"),
         ({"budget": "1GiB", "phases": ["forward"]}, "phases must hold forward_backward or train_step with a budget"),
         ({"backends": ["x/../../../up"]}, "attention must be one of"),
@@ -375,10 +375,10 @@ def test_settings_that_cannot_be_meant_are_refused_before_anything_is_there(tmp_
 
 
 def test_a_device_has_one_name():
-    assert [canonical_device(each) for each in ("cpu", "cpu:0", "cpu:3", "cuda", "cuda:1")] == [
-        "cpu", "cpu", "cpu", "cuda", "cuda:1"
+    assert [canonical_device(each) for each in ("cpu", "cpu:0", "cuda", "cuda:1")] == [
+        "cpu", "cpu", "cuda", "cuda:1"
     ]  # fmt: skip
     assert SpeedCell("full", 8, device="cpu:0") == SpeedCell("full", 8, device="cpu")
-    for wrong in ("", "meta", "cuda:٣", "tpu", 3, None):
+    for wrong in ("", "meta", "cpu:3", "cuda:٣", "tpu", 3, None):
         with pytest.raises(ValueError, match="device must be"):
             canonical_device(wrong)

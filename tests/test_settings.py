@@ -78,7 +78,7 @@ def test_numbers_are_finite_wherever_they_stand() -> None:
     ("trainer.progress=loud", "trainer.progress must be one of auto, bar, lines, none, got 'loud'"),
     ("threads=99999999999", "threads must be at most 1024, got 99999999999"),
     ("threads=0", "threads must be an integer of at least 1, got 0"),
-    ("device=banana", "device must be cpu, cuda or cuda:<number>, got 'banana'"),
+    ("device=cpu:1", "device must be cpu, cuda or cuda:<number>, got 'cpu:1'"),
     ("model=3", r"Config group override must be a string or a list. Got int \(from 'model=3'\)"),
     ("~task", r"task must be given, got \?\?\?"),
     ("task._target_=foo", "task._target_ must name a class or function, got 'foo': No module named 'foo'"),

@@ -38,18 +38,18 @@ def environment() -> dict[str, Any]:
 
 
 def canonical_device(device: str) -> str:
-    """The one way in which a device is written here: "cpu", "cuda" or "cuda:1".
+    """The one way in which a device is written here: "cpu" (also for cpu:0), "cuda" or "cuda:1".
 
     Raises:
-        ValueError: for another kind of device, or none.
+        ValueError: for another kind of device, another CPU than the one that there is, or none.
     """
     try:
         found = torch.device(device) if isinstance(device, str) else None
     except RuntimeError:
         found = None
-    if found is None or found.type not in ("cpu", "cuda"):
+    if found is None or found.type not in ("cpu", "cuda") or (found.type == "cpu" and found.index):
         raise ValueError(f"device must be cpu, cuda or cuda:<number>, got {device!r}")
-    return "cpu" if found.type == "cpu" else str(found)  # there is one CPU, however it is numbered
+    return found.type if found.type == "cpu" else str(found)
 
 
 def device_name(device: str) -> str:
