@@ -16,13 +16,24 @@ from numbers import Real
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
+import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
 from attention_zoo.options import Factor, Heads, HeadWidth, Named, Positive, Seed, checked
 from attention_zoo.rules import OneOf, at_least, known_options, named, one_of, shown  # noqa: F401
-from attention_zoo.tokens import Held, Tokens, check_tokens, hold, keep, unshared  # noqa: F401
+from attention_zoo.tokens import (  # noqa: F401
+    Held,
+    Tokens,
+    check_place,
+    check_tokens,
+    hold,
+    is_integers,
+    keep,
+    of_tensor,
+    unshared,
+)
 
 Growth = Literal["constant", "linear", "loglinear", "quadratic"]
 VANISHING = 1e-45
@@ -245,6 +256,11 @@ class Attention(Layer):
     def abilities(self) -> Abilities:
         return self.declared
 
+    @property
+    def keeps(self) -> tuple[Any, ...] | None:
+        """What states are, where it is checked: their type, then the shape that they hold without rows and columns."""
+        return None
+
     def choices_shape(self, batch: int, length: int) -> tuple[int, ...] | None:
         """Shape of `Output.choices`, int32, where the mechanism makes some."""
         return None
@@ -263,10 +279,16 @@ class Attention(Layer):
 
     def enter(self, x: Tensor, tokens: Tokens | None, state: Any, source: Source | None) -> tuple[Tensor, Tokens]:
         """Check one call and zero the padding, so that not even NaN spreads from it."""
+        if not isinstance(x, Tensor) or x.layout != torch.strided or not x.is_floating_point():
+            raise ValueError(f"x must be a dense tensor of floats, [batch, length, {self.dim}], got {of_tensor(x)}")
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be [batch, length, {self.dim}], got shape {tuple(x.shape)}")
         if x.shape[1] == 0:
             raise ValueError("x must hold at least one token, got length 0")
+        if source is not None and not isinstance(source, Source):
+            raise ValueError(f"source must be a Source(hidden, tokens), got {shown(source)}")
+        if state is not None:
+            self._check_state(state, len(x))
         if source is not None and not self.cross:
             raise Unsupported(self.name, "source", "it was built with cross=False", "cross=True at build")
         if self.cross and source is None and state is None:
@@ -276,10 +298,27 @@ class Attention(Layer):
                 raise ValueError("tokens must be given with a state: they say which positions these tokens have")
             return x, Tokens.all_valid(x.shape[0], x.shape[1], x.device)
         check_tokens(tokens, x.shape[:2])
+        check_place(tokens, x)
         if self.declared.global_tokens == "none" and bool((tokens.is_global & tokens.valid).any()):
             raise Unsupported(self.name, "global tokens", "no token can see everything", "longformer, bigbird or full")
         (tokens,) = hold(tokens)
         return x.masked_fill(~tokens.valid[..., None], 0), tokens
+
+    def _check_state(self, state: Any, batch: int) -> None:
+        """Raise a ValueError for what is no state of such a layer, or of another number of rows."""
+        if self.keeps is None:
+            return
+        kind, *shape = self.keeps
+        if not isinstance(state, kind):
+            raise ValueError(
+                f"state must be of {self.name}, from initial_state or the call before, got {type(state).__name__}"
+            )
+        held = getattr(state, "columns", state).buffers[0].shape
+        if [held[0], *held[1:-2], held[-1]] != [batch, *shape]:
+            raise ValueError(
+                f"state must hold keys of shape {(batch, *shape[:-1], 'length', *shape[-1:])} like this layer and "
+                f"this call, got {tuple(held)}".replace("'", "")
+            )
 
 
 LARGEST_SCALE = 10_000.0

@@ -109,6 +109,8 @@ def _no_vast_integer(value: Any) -> Any:
     """A whole number stands for a float only where it is one: torch cannot take 10**30 as it is."""
     if type(value) is int and abs(value) > 2**53:
         raise ValueError
+    if not isinstance(value, int | float | np.integer):
+        raise ValueError  # a fraction or decimal, which pydantic takes, but torch does not
     return value
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -49,9 +50,21 @@ def settings(config: DictConfig) -> Any:
         ValueError: as `plain_values`, and for a value outside of its field's rule.
     """
     plain_values(config)
+    _known_keys(config)
     found: Any = OmegaConf.to_object(config)
     check_fields(type(found), found)
     return found
+
+
+def _known_keys(config: Any, prefix: str = "") -> None:
+    """Raise a ValueError for a key that no field stands for: `+key=value` may add anything, and nobody reads it."""
+    kind = OmegaConf.get_type(config)
+    known = [each.name for each in fields(kind)] if is_dataclass(kind) else list(config)
+    for key in config:
+        if key not in known:
+            raise ValueError(f"{prefix}{key} is no known option{near(str(key), known)}; known: {', '.join(known)}")
+        if isinstance(inner := config[key], DictConfig):
+            _known_keys(inner, f"{prefix}{key}.")
 
 
 def finite(value: Any, key: str = "") -> None:
@@ -87,9 +100,15 @@ def one_line(error: BaseException, overrides: Sequence[str] = ()) -> str | None:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     line = _line(chain)
-    if line is None or any(override.partition("=")[0].lstrip("+~") in line for override in overrides):
+    return None if line is None else said_of(line, overrides)
+
+
+def said_of(line: str, overrides: Sequence[str]) -> str:
+    """The line; with the overrides behind it where none of them is named in it."""
+    line = line.removeprefix("_dummy_: ")  # what Hydra calls a group whose choice it cannot read
+    if not overrides or any(override.partition("=")[0].lstrip("+~") in line for override in overrides):
         return line
-    return f"{line} (from {shown(' '.join(overrides))})" if overrides else line
+    return f"{line} (from {shown(' '.join(overrides))})"
 
 
 def _line(chain: list[Any]) -> str | None:

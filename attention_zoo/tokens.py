@@ -11,6 +11,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from attention_zoo.rules import at_least, shown
+
+LAST = 2**53
+"""The last position that a token may have: what a float64 still counts."""
+
 
 class Tokens(NamedTuple):
     """What each column is, besides its vector. Every field is [B, L]; build it with `Tokens.of`.
@@ -43,21 +48,24 @@ class Tokens(NamedTuple):
         Raises:
             ValueError: for a wrong shape or dtype, naming the argument.
         """
-        if valid.ndim != 2 or valid.dtype != torch.bool:
+        if not isinstance(valid, Tensor) or valid.ndim != 2 or valid.dtype != torch.bool:
             raise ValueError(
-                f"valid must be a bool tensor [batch, length] where True keeps a token, "
-                f"got {valid.dtype} of shape {tuple(valid.shape)}"
+                f"valid must be a bool tensor [batch, length] where True keeps a token, got {of_tensor(valid)}"
             )
         B, L = valid.shape
         device = valid.device
         for name, given, kind in (("is_global", is_global, torch.bool), ("document", document, None)):
             if given is None:
                 continue
+            if not isinstance(given, Tensor):
+                raise ValueError(f"{name} must be a tensor with the shape of valid, {(B, L)}, got {shown(given)}")
             if given.shape != valid.shape:
                 raise ValueError(f"{name} must have the shape of valid, {(B, L)}, got {tuple(given.shape)}")
-            if given.dtype.is_floating_point or (kind is torch.bool and given.dtype != torch.bool):
+            if given.dtype.is_floating_point or given.dtype.is_complex or (kind is not None and given.dtype != kind):
                 raise ValueError(f"{name} must be {'bool' if kind else 'integer'}, got {given.dtype}")
-        begin = torch.as_tensor(start, device=device, dtype=torch.long).expand(B)[:, None]
+            if given.device != device:
+                raise ValueError(f"{name} must be where valid is, on {device}, got {given.device}")
+        begin = _begin(start, B, device)[:, None]
         flags = torch.zeros_like(valid) if is_global is None else is_global & valid
         count = valid.long().cumsum(1)
         if document is None:
@@ -80,6 +88,7 @@ class Tokens(NamedTuple):
     @staticmethod
     def all_valid(batch: int, length: int, device: Any = None) -> Tokens:
         """One document of `length` valid tokens from position 0 in each of `batch` rows."""
+        at_least(0, batch=batch, length=length)
         return Tokens.of(torch.ones(batch, length, dtype=torch.bool, device=device))
 
     @staticmethod
@@ -107,6 +116,31 @@ class Tokens(NamedTuple):
     def then(self, later: Tokens) -> Tokens:
         """These columns, followed by later ones."""
         return Tokens(*(torch.cat([a, b], 1) for a, b in zip(self, later)))
+
+
+def _begin(start: Any, batch: int, device: Any) -> Int[Tensor, " B"]:
+    """The position that each row starts from. A tensor's values are not read, which would make every step wait."""
+    if not isinstance(start, Tensor):
+        rows = start if isinstance(start, list | tuple) else [start]
+        if len(rows) not in (1, batch) or not all(type(row) is int and 0 <= row <= LAST for row in rows):
+            raise ValueError(
+                f"start must be an integer from 0 to {LAST}, or one for each of {batch} rows, got {shown(start)}"
+            )
+    elif not is_integers(start) or start.shape not in ((), (1,), (batch,)):
+        raise ValueError(f"start must be an integer, or a tensor of {batch} integers, got {of_tensor(start)}")
+    return torch.as_tensor(start, device=device, dtype=torch.long).expand(batch)
+
+
+def is_integers(given: Any) -> bool:
+    """Whether this is a tensor of whole numbers."""
+    if not isinstance(given, Tensor):
+        return False
+    return not (given.dtype.is_floating_point or given.dtype.is_complex or given.dtype == torch.bool)
+
+
+def of_tensor(given: Any) -> str:
+    """What is said of an argument that is no tensor of the right kind."""
+    return f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else shown(given)
 
 
 class Held(Tokens):
@@ -177,3 +211,11 @@ def check_tokens(tokens: Any, shape: torch.Size) -> None:
         raise ValueError(f"tokens must be made by Tokens.of(valid) from a bool mask [batch, length], got {given}")
     if tokens.valid.shape != shape:
         raise ValueError(f"tokens must be of shape {tuple(shape)} like the input, got {tuple(tokens.valid.shape)}")
+    if tokens.valid.dtype != torch.bool:
+        raise ValueError(f"tokens must be made by Tokens.of(valid): valid must be bool, got {tokens.valid.dtype}")
+
+
+def check_place(tokens: Tokens, like: Tensor) -> None:
+    """Raise a ValueError unless the tokens are on the device of their vectors."""
+    if tokens.valid.device != like.device:
+        raise ValueError(f"tokens must be where the input is, on {like.device}, got {tokens.valid.device}")

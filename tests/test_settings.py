@@ -6,12 +6,15 @@ import math
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import MISSING, OmegaConf
 
+import attention_zoo as zoo
+from attention_zoo.attention.longformer import Longformer
 from attention_zoo.integrations.weights.commands import ConvertConfig, EvaluateConfig
 from attention_zoo.measure.config import BenchmarkConfig
 from attention_zoo.options import Positive, Probability
@@ -130,3 +133,30 @@ def test_a_refused_run_does_not_end_a_sweep(tmp_path: Path) -> None:
     assert "error: steps: Interpolation key 'nothing' not found" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.glob("mqar-*/result.json")), "the other run took place"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "schedule=3"], "schedule must be one of constant, cosine, got 3"),
+        (["train", "schedule=${steps}"], "schedule must be one of constant, cosine, got ${steps}"),
+        (["train", "schedule=[null]"], "schedule must be one of constant, cosine, got [null]"),
+        (["report", "+titel=x"], "titel is no known option; did you mean title?"),
+        (["convert", "source=a", "output=b", "+lengthen.windw=3"], "lengthen.windw is no known option"),
+        (["benchmark", "backends=[full]", "+options.full=true"], "options.full must be a mapping, got True"),
+    ],
+)
+def test_what_a_command_cannot_mean_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+    from attention_zoo.commands.main import main
+
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_a_component_refuses_has_its_full_key():
+    from attention_zoo.training.run import full_key
+
+    given = {"attention": partial(Longformer, window=3), "vocab": 4}
+    assert full_key("feed_forward must be x", "model", zoo.Transformer, given) == "model.feed_forward must be x"
+    assert full_key("kv_heads must be x", "model", zoo.Transformer, given) == "attention.kv_heads must be x"
+    assert full_key("scaling must be x", "model", zoo.Transformer, given) == "model: scaling must be x"

@@ -41,7 +41,7 @@ from attention_zoo.ops.dispatch import DENSE, TILES
 from attention_zoo.ops.place import place_of
 from attention_zoo.ops.row import LINKED_ROW, ROW
 from attention_zoo.ops.short import SHORT
-from attention_zoo.options import Natural, Positive
+from attention_zoo.options import Chunk, Natural, Positive
 from attention_zoo.rules import OneOf
 
 
@@ -82,7 +82,7 @@ class BigBird(PatternAttention):
         self,
         *,
         block: Positive = 64,
-        window_blocks: Positive = 3,
+        window_blocks: Chunk = 3,
         random: Annotated[int, Field(ge=0, le=1024)] = 3,
         plan: Annotated[str, OneOf("uniform", "reference", "reference_eval")] = "uniform",
         extra_global_tokens: Natural = 0,

@@ -24,6 +24,7 @@ from attention_zoo.contract import (
     Source,
     Tokens,
     Unsupported,
+    at_least,
     hold,
     known_options,
     unshared,
@@ -184,7 +185,9 @@ class PatternAttention(Attention):
             global_qkv: a second projection of the same tokens, for the rows of global queries.
         """
         refuse_export(self.name)
-        return self._run(self._call(q, k, v, queries, keys, scale, global_qkv), kernel or self.kernel)
+        return self._run(
+            self._call(q, k, v, queries, keys, scale, global_qkv), self.kernel if kernel is None else kernel
+        )
 
     def explain(
         self, q: Tensor, k: Tensor, v: Tensor, queries: Tokens | None = None, keys: Tokens | None = None
@@ -213,7 +216,12 @@ class PatternAttention(Attention):
         scale = self.scale if scale is None else scale
         return PatternCall(self, q, k, v, queries, marked, scale, self.bias_parameters(), global_qkv)
 
+    @property
+    def keeps(self) -> tuple[Any, ...]:
+        return Cache, self.kv_heads, self.head_width
+
     def initial_state(self, batch_size: int) -> Cache:
+        at_least(0, batch_size=batch_size)
         device, dtype = place_of(self)
         empty = torch.zeros(batch_size, self.kv_heads, 0, self.head_width, device=device, dtype=dtype)
         return Cache(Columns.of(Tokens.none(batch_size, device), empty, empty))

@@ -44,7 +44,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from attention_zoo.contract import Abilities, Attention, Output, Source, Unsupported, at_least
+from attention_zoo.contract import Abilities, Attention, Output, Source, Unsupported, at_least, of_tensor
 from attention_zoo.ops import hashing, lsh, lsh_layout, lsh_step
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator, refuse_export
@@ -185,7 +185,12 @@ class Reformer(Attention):
         length = -(-length // self.fill) * self.fill if self.fill else length
         return hashing.bucket_factors(length, self.chunk, self.split_above)
 
+    @property
+    def keeps(self) -> tuple[Any, ...]:
+        return Hashed, self.heads * self.head_width
+
     def initial_state(self, batch_size: int) -> Hashed:
+        at_least(0, batch_size=batch_size)
         device, dtype = place_of(self)
         empty = torch.zeros(batch_size, 0, self.heads * self.head_width, device=device, dtype=dtype)
         buckets = torch.zeros(batch_size, self.heads, 0, 0, 1, dtype=torch.int32, device=device)
@@ -313,8 +318,8 @@ class Reformer(Attention):
 
     def _check_choices(self, choices: Tensor | None, B: int, L: int) -> None:
         wanted = self.choices_shape(B, L)
-        if choices is not None and choices.shape != wanted:
-            raise ValueError(f"choices must be buckets of shape {wanted}, got {tuple(choices.shape)}")
+        if choices is not None and (not isinstance(choices, Tensor) or choices.shape != wanted):
+            raise ValueError(f"choices must be buckets of shape {wanted}, got {of_tensor(choices)}")
 
     def _documents(self, tokens: Tokens) -> Documents:
         rows = torch.arange(tokens.valid.shape[0], device=tokens.valid.device)[:, None]

@@ -168,7 +168,12 @@ class TransformerXL(Attention):
         seen = (position - self._oldest(position).clamp(min=0) + 1).sum()
         return 1.5 * float(seen)
 
+    @property
+    def keeps(self) -> tuple[Any, ...]:
+        return Columns, self.dim
+
     def initial_state(self, batch_size: int) -> Columns:
+        at_least(0, batch_size=batch_size)
         device, dtype = place_of(self)
         empty = torch.zeros(batch_size, 0, self.dim, device=device, dtype=dtype)
         return Columns.of(Tokens.none(batch_size, device), empty)

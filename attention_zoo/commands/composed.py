@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from attention_zoo.commands.help import page
 from attention_zoo.commands.launch import DEBUG, FAILED, OK, ending, say
-from attention_zoo.commands.refusals import flags
+from attention_zoo.commands.refusals import choices, flags, of_hydra
 from attention_zoo.commands.work import COMMANDS, Outcome
+from attention_zoo.settings import one_line, said_of
 
 CONF = "pkg://attention_zoo.conf"
 
@@ -41,9 +42,17 @@ def run(name: str, words: Sequence[str], program: str) -> int:
         print(page(name, [word for word in words if not word.startswith("-")], program))
         return OK
     job = Job(name, os.environ.get(DEBUG) == "1")
+    overrides = [word for word in words if not word.startswith("-")]
+    choices(overrides)
     returned: list[Outcome] = []
     with _raising(), _recorded(returned), _replaced(sys, argv=[program, *words]):
-        hydra.main(config_path=CONF, config_name=name, version_base="1.3")(job)()
+        try:
+            hydra.main(config_path=CONF, config_name=name, version_base="1.3")(job)()
+        except Exception as error:
+            line = of_hydra(error) or one_line(error)
+            if line is None:
+                raise
+            raise ValueError(said_of(line, overrides)) from error
     outcomes = returned or job.outcomes
     for outcome in outcomes:
         # a job in another process or on another machine told it there, if anywhere

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib.resources import files
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Sweep
+from hydra.errors import OverrideParseException
 
 EXTRAS = {
     "sweep": ("hydra_plugins", "joblib", "submitit"),
@@ -42,6 +47,28 @@ def of_hydra(error: BaseException) -> str | None:
     if missing and str(missing).partition("hydra/launcher/")[2] in LAUNCHERS:
         return f"hydra/launcher={missing.rpartition('/')[2]} needs pip install '{_extra('sweep')}'"
     return one_line(error) or text.splitlines()[0]
+
+
+def choices(overrides: Sequence[str]) -> None:
+    """Raise a ValueError for a group of configs that is given anything but names: Hydra does not say which one."""
+    parser = OverridesParser.create()
+    for override in overrides:
+        key, _, given = override.partition("=")
+        folder = files("attention_zoo.conf").joinpath(name := key.lstrip("+").partition("@")[0])
+        if not name.isidentifier() or not folder.is_dir():
+            continue
+        try:
+            value = parser.parse_override(override).value()
+        except OverrideParseException:
+            continue  # said by Hydra, as for any other
+        if isinstance(value, Sweep):
+            continue
+        named = value if isinstance(value, list) else [value]
+        if not all(isinstance(each, str) and "$" not in each for each in named):
+            known = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name[0] != "_")
+            raise ValueError(
+                f"{name} must be one of {', '.join(known)}, got {given}; one option is {name}.OPTION={given}"
+            )
 
 
 def missing_package(error: ImportError) -> str:

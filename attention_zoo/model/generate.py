@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attention_zoo.contract import Tokens, at_least
+from attention_zoo.contract import Tokens, at_least, is_integers, of_tensor, shown
 from attention_zoo.model.encoder_decoder import EncoderDecoder
 from attention_zoo.model.state import reserve
 from attention_zoo.model.transformer import Transformer
 from attention_zoo.model.wrapped import callable_part, inner
 
+COLDEST = 1e-30
+"""Of temperatures: logits that are divided by less leave the range of their type."""
 CHUNK = 4096
 """Tokens of a prompt that are read at once."""
 
@@ -76,14 +78,20 @@ def stream(
     """
     at_least(1, steps=steps)
     at_least(-(2**63), seed=seed)
-    for name, value, most in (("steps", steps, 2**31), ("seed", seed, 2**64 - 1)):
-        if value > most:
-            raise ValueError(f"{name} must be at most {most}, got {value}")
     _check(model, greedy, temperature, top_k, top_p)
     if prefill_chunk is not None:
         at_least(1, prefill_chunk=prefill_chunk)
+    if not is_integers(ids) or ids.ndim != 2 or ids.shape[1] == 0:
+        raise ValueError(f"ids must be integers [batch, length >= 1], got {of_tensor(ids)}")
     if valid is None:
         valid = torch.ones_like(ids, dtype=torch.bool)
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool or valid.shape != ids.shape:
+        raise ValueError(f"valid must be bool of shape {tuple(ids.shape)}, got {of_tensor(valid)}")
+    if eos is not None:
+        at_least(0, eos=eos)
+    for name, value, most in (("steps", steps, 2**31), ("seed", seed, 2**64 - 1), ("eos", eos or 0, 2**31)):
+        if value > most:
+            raise ValueError(f"{name} must be at most {most}, got {value}")
     if not bool(valid.any(1).all()):
         raise ValueError("valid must keep at least one token of every prompt")
     generator = torch.Generator(ids.device).manual_seed(seed)
@@ -178,8 +186,15 @@ def _check(model, greedy, temperature, top_k, top_p) -> None:
     lm = _writer(model)
     if lm.head_name != "lm" or not lm.causal:
         raise ValueError("generate needs a causal model with head=lm")
-    if not isinstance(temperature, int | float) or not temperature > 0:  # nor NaN
-        raise ValueError(f"temperature must be above 0, got {temperature!r}; greedy=True takes the most likely token")
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not temperature > 0:  # nor NaN
+        raise ValueError(
+            f"temperature must be above 0, got {shown(temperature)}; greedy=True takes the likeliest token"
+        )
+    if not COLDEST <= temperature < 1e300:
+        raise ValueError(
+            f"temperature must be from {COLDEST:g} to 1e+300, got {shown(temperature)}; "
+            "greedy=True takes the likeliest token"
+        )
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
         raise ValueError(f"top_k must be a number of tokens, 0 for all, got {top_k!r}")
     if not isinstance(top_p, int | float) or not 0 < top_p <= 1:

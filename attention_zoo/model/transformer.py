@@ -24,10 +24,15 @@ from attention_zoo.contract import (
     Source,
     Tokens,
     Unsupported,
+    at_least,
+    check_place,
     check_tokens,
     hold,
+    is_integers,
     known_options,
     named,
+    of_tensor,
+    shown,
     unshared,
 )
 from attention_zoo.model.block import Block, Stack, Taps, build_norm
@@ -211,6 +216,7 @@ class Transformer(nn.Module):
             raise Unsupported(
                 "this model", "state", "it is two-sided or a mechanism keeps none", "state=None and all tokens at once"
             )
+        at_least(0, batch_size=batch_size)
         return Running.start(self.stack.initial_state(batch_size), batch_size, place_of(self.embedding)[0])
 
     def forward(
@@ -286,10 +292,15 @@ class Transformer(nn.Module):
         return tokens.position.masked_fill(~tokens.valid, 0)
 
     def _check(self, ids, tokens, types, state, source, fresh, last_only) -> None:
-        if ids.ndim != 2 or ids.dtype.is_floating_point or ids.shape[1] == 0:
-            raise ValueError(f"ids must be integers [batch, length >= 1], got {ids.dtype} of shape {tuple(ids.shape)}")
+        if not is_integers(ids) or ids.ndim != 2 or ids.shape[1] == 0:
+            raise ValueError(f"ids must be integers [batch, length >= 1], got {of_tensor(ids)}")
         if tokens is not None:
             check_tokens(tokens, ids.shape)
+            check_place(tokens, ids)
+        if source is not None and not isinstance(source, Source):
+            raise ValueError(f"source must be a Source(hidden, tokens), got {shown(source)}")
+        if state is not None:
+            self._check_state(state, len(ids))
         # elsewhere reading a number back would make every call wait, and a graph break
         if ids.device.type == "cpu" and not torch.compiler.is_compiling() and len(ids):
             real = ids if tokens is None else ids.masked_fill(~tokens.valid, 0)
@@ -299,10 +310,8 @@ class Transformer(nn.Module):
         if types is not None:
             if not self.types:
                 raise ValueError("types needs a model whose embedding has some: embedding={'types': 2}")
-            if types.shape != ids.shape or types.dtype.is_floating_point:
-                raise ValueError(
-                    f"types must be integers of shape {tuple(ids.shape)}, got {types.dtype} of {tuple(types.shape)}"
-                )
+            if not is_integers(types) or types.shape != ids.shape:
+                raise ValueError(f"types must be integers of shape {tuple(ids.shape)}, got {of_tensor(types)}")
             if types.device.type == "cpu" and len(types):
                 real = types if tokens is None else types.masked_fill(~tokens.valid, 0)
                 if int(real.min()) < 0 or int(real.max()) >= self.types:
@@ -315,8 +324,22 @@ class Transformer(nn.Module):
             raise ValueError("source must be given to a model built with cross=True, in the first call at least")
         if self.cross and fresh is not None:
             raise ValueError("fresh is for one stream of text; with cross=True start a new state instead")
-        if fresh is not None and fresh.shape != ids.shape[:1]:
-            raise ValueError(f"fresh must be of shape {tuple(ids.shape[:1])}, got {tuple(fresh.shape)}")
+        if fresh is not None and not (
+            isinstance(fresh, Tensor) and fresh.dtype == torch.bool and fresh.shape == ids.shape[:1]
+        ):
+            raise ValueError(f"fresh must be bool of shape {tuple(ids.shape[:1])}, got {of_tensor(fresh)}")
+
+    def _check_state(self, state: Any, batch: int) -> None:
+        if not isinstance(state, Running):
+            raise ValueError(
+                f"state must be of this model, from initial_state or the call before, got {type(state).__name__}"
+            )
+        if len(state.next) != batch:
+            raise ValueError(f"state must have as many rows as ids, {batch}, got {len(state.next)}")
+        if len(state.layers) != len(self.stack.layers):
+            raise ValueError(
+                f"state must be of a model with {len(self.stack.layers)} blocks, got one of {len(state.layers)}"
+            )
 
 
 def _last(hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B 1 E"]:

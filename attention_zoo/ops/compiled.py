@@ -50,7 +50,7 @@ def one_operator(forward: Callable[..., Output]) -> Callable[..., Output]:
         choices: Tensor | None = None,
     ) -> Output:
         if not torch.compiler.is_compiling():
-            if x.ndim == 3 and not len(x):
+            if isinstance(x, Tensor) and x.ndim == 3 and not len(x):
                 return _no_rows(self, x, tokens, state, source)
             return forward(self, x, tokens, state=state, source=source, choices=choices)
         refuse_export(self.name)

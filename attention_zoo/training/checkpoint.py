@@ -145,7 +145,7 @@ def check_optimizer(own: Any, given: Any, parameters: Sequence[Tensor], path: st
                 raise foreign(path, f"optimizer.param_groups.{index}.{key} must be {value!r}, got {other[key]!r}")
     if not isinstance(states, dict) or not states.keys() <= set(range(len(parameters))):
         raise foreign(path, f"optimizer.state must be of parameters 0 to {len(parameters) - 1}")
-    first = next(iter(states.values()), None)
+    first: Any = next(iter(states.values()), None)
     for index, state in states.items():
         kinds = isinstance(state, dict) and {name: type(value) for name, value in state.items()}
         if not kinds or kinds != {name: type(value) for name, value in first.items()}:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import traceback
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from attention_zoo.measure.environment import device_name, environment
 from attention_zoo.measure.identity import identity
 from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.saved import save as save_model
+from attention_zoo.options import WrongOption, calls_of
 from attention_zoo.stopping import Stopped, graceful
 from attention_zoo.tasks.task import Task
 from attention_zoo.tracking import Guarded, JsonlTracker, NoTracker, RunInfo, Tracker, Trackers
@@ -99,9 +101,31 @@ def run_training(config: Mapping[str, Any], folder: str | Path) -> dict[str, Any
             return row | {"status": "failed", "error": _line(error), "final": False}
 
 
-def build(config: Mapping[str, Any], **given: Any) -> Any:
-    """What a `_target_` stands for, with run-time values added; its own errors, not Hydra's wrapping of them."""
-    return instantiate({**config, "_partial_": True, "_convert_": "all"})(**given)
+def build(config: Mapping[str, Any], group: str = "", /, **given: Any) -> Any:
+    """What a `_target_` stands for, with run-time values added; its own errors, not Hydra's wrapping of them.
+
+    Args:
+        group: that the config is of, for errors: they name options by their full keys.
+    """
+    made = instantiate({**config, "_partial_": True, "_convert_": "all"})
+    try:
+        return made(**given)
+    except ValueError as error:
+        if not group or type(error) not in (ValueError, WrongOption):
+            raise
+        raise ValueError(full_key(str(error), group, made.func, given)) from error
+
+
+def full_key(text: str, group: str, target: Any, given: Mapping[str, Any]) -> str:
+    """An error of a component in which the option that it begins with has its full key."""
+    name = re.match(r"\w*", text)[0]  # type: ignore[index]
+    own = {option for call in calls_of(target) for option in call.rules} - given.keys()
+    mechanism = getattr(given.get("attention"), "func", None)
+    if name in own:
+        return f"{group}.{text}"
+    if mechanism is not None and name in {option for call in calls_of(mechanism) for option in call.rules}:
+        return f"attention.{text}"
+    return text if text.startswith(group) else f"{group}: {text}"
 
 
 class _Run:
@@ -162,7 +186,7 @@ class _Run:
             torch.set_num_threads(full["threads"])
         row |= {"id": run_identity(full), "config": full, "environment": environment()}
         row |= {name: full[name] for name in ("seed", "seq_len", "batch")}
-        task = build(full["task"])
+        task = build(full["task"], "task")
         row["task"] = task.name
         progress.label = f"{full['backend']} {task.name}"
         task.check(full["seq_len"])
@@ -183,6 +207,7 @@ class _Run:
         mechanism = _mechanism(config)
         model = build(
             config["model"],
+            "model",
             attention=mechanism,
             vocab=task.vocab,
             causal=task.causal,
@@ -195,8 +220,8 @@ class _Run:
         precision = Precision(options["precision"], device)
         trainer = Trainer(
             model,
-            optimizer=build(config["optimizer"], model=model),
-            schedule=build(config["schedule"], steps=config["steps"]),
+            optimizer=build(config["optimizer"], "optimizer", model=model),
+            schedule=build(config["schedule"], "schedule", steps=config["steps"]),
             batches=task.train_batches(config["batch"], config["seq_len"], config["seed"]),
             accumulate=options["accumulate"],
             clip=options["clip"],
@@ -284,7 +309,8 @@ class _Run:
 
     def _follow_failure(self) -> Tracker:
         """The tracker of a run that failed before it had one: who follows a sweep shall see those too."""
-        if not isinstance(self.row["config"].get("tracker"), Mapping):
+        tracker = self.row["config"].get("tracker")
+        if not (isinstance(tracker, Mapping) and isinstance(tracker.get("_target_"), str)):
             return NoTracker(self._info(self.row["config"]))
         try:
             return self._follow(self.row["config"])
