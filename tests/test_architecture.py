@@ -70,7 +70,7 @@ def test_imports_go_one_way(path: Path) -> None:
     known = {name for parts in LAYERS for name in parts}
     for name, line in imported(path):
         target, where = part_of(name), f"{path.relative_to(ROOT)}:{line} imports {name}"
-        if part in ("testing", "__init__", "__main__"):
+        if part in ("testing", "__init__", "__main__", "start"):
             continue
         assert target != "testing", f"{where}: nothing imports the suite"
         if target not in known:
@@ -81,7 +81,8 @@ def test_imports_go_one_way(path: Path) -> None:
 
 
 def test_every_part_has_its_place() -> None:
-    known = {name for parts in LAYERS for name in parts} | {"testing", "__init__", "__main__", "__pycache__", "conf"}
+    apart = {"testing", "start", "__init__", "__main__", "__pycache__", "conf"}
+    known = {name for parts in LAYERS for name in parts} | apart
     parts = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
     assert parts <= known, f"say in LAYERS where these stand: {sorted(parts - known)}"
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attention_zoo_start
 import pytest
 import torch
 from hydra import compose, initialize_config_module
@@ -26,7 +27,6 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 import attention_zoo as zoo
-import attention_zoo_start
 from attention_zoo import stopping
 from attention_zoo.commands import help as helping
 from attention_zoo.commands.launch import launch
@@ -417,7 +417,7 @@ def test_installed_it_runs_from_any_folder_and_a_closed_pipe_is_no_error(tmp_pat
     house = tmp_path / "house"  # laid out as the wheel is: no experiments, and conf within the package
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "attention_zoo", house / "attention_zoo", ignore=ignore)
-    shutil.copy(ROOT / "attention_zoo_start.py", house)
+    shutil.copytree(ROOT / "attention_zoo" / "start", house / "attention_zoo_start", ignore=ignore)
     shutil.copytree(ROOT / "conf", house / "attention_zoo" / "conf", ignore=ignore)
     done = installed("train", *SWEEP, "attention=longformer", house=house, stdout=subprocess.PIPE)
     out, err = done.communicate(timeout=100)

@@ -117,7 +117,7 @@ def test_cpu_has_one_name() -> None:
     (lambda: CompareConfig(measure=BenchmarkConfig(batch=0)).runs(), "measure.batch must be an integer of at least 1"),
     (lambda: settings(OmegaConf.structured(ConvertConfig)), r"source must be given, got \?\?\?"),
     (lambda: settings(OmegaConf.structured(EvaluateConfig(source="x", mask_probability=2.0))), "task.path must be"),
-], ids=str)  # fmt: skip
+], ids=range(8))  # fmt: skip
 def test_the_other_commands_refuse_by_full_key(act: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         act()
