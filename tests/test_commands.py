@@ -26,6 +26,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 import attention_zoo as zoo
+import attention_zoo_start
 from attention_zoo import stopping
 from attention_zoo.commands import help as helping
 from attention_zoo.commands.launch import launch
@@ -73,6 +74,8 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("train sede=1", "sede is no known option; did you mean seed?"),
         ("train --seed=1", "--seed is no flag; options are written without dashes: seed=1."),
         ("train --seed 1", "--seed is no flag; options are written without dashes: seed=1."),
+        ("train --multirun=3", "--multirun takes no value, got '3'"),
+        ("train =3", "'=3' is no override: write key=value"),
         ("train --cfg", "--cfg must be followed by job or hydra or all, got nothing"),
         ("train -m attention=nope,full", "attention must be one of bigbird, full"),
         ("benchmark lengths=4096", "lengths must be a list, got 4096: 'lengths=[4096]'"),
@@ -392,6 +395,7 @@ def test_the_console_script_and_the_modules_start_the_same() -> None:
     entry: Callable[[], None] = getattr(importlib.import_module(module), function)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["attention-zoo", "abilities", "--markdown"])
+        patch.setattr(attention_zoo_start, "NUMBERS", [])  # the signals of this process are not the command's
         with pytest.raises(SystemExit) as ended:
             entry()
     assert ended.value.code == 0
@@ -413,6 +417,7 @@ def test_installed_it_runs_from_any_folder_and_a_closed_pipe_is_no_error(tmp_pat
     house = tmp_path / "house"  # laid out as the wheel is: no experiments, and conf within the package
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "attention_zoo", house / "attention_zoo", ignore=ignore)
+    shutil.copy(ROOT / "attention_zoo_start.py", house)
     shutil.copytree(ROOT / "conf", house / "attention_zoo" / "conf", ignore=ignore)
     done = installed("train", *SWEEP, "attention=longformer", house=house, stdout=subprocess.PIPE)
     out, err = done.communicate(timeout=100)
@@ -427,9 +432,26 @@ def test_installed_it_runs_from_any_folder_and_a_closed_pipe_is_no_error(tmp_pat
 
 
 def test_ctrl_c_while_torch_is_loading_is_one_line() -> None:
-    waits = "import sys, signal, os; sys.argv = ['train']; from experiments import start;"
+    first = "import sys, signal, os; sys.argv = ['train']; "
     hook = "sys.meta_path.insert(0, type('Hook', (), {'find_spec': lambda *_: os.kill(os.getpid(), signal.SIGINT)})());"
+    for start in (
+        "from experiments import start as go",
+        "from attention_zoo_start import start; go = lambda _: start()",
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", f"{first}{start}\n{hook} go('train')"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (130, "stopped by Ctrl-C\n")
+
+
+def test_signals_after_all_is_done_change_nothing() -> None:
+    """An interpreter that ends takes its time over torch, and restores what signals do by default on the way."""
+    late = "class Late:\n def __del__(self): [os.kill(os.getpid(), n) for n in attention_zoo_start.NUMBERS]\n"
+    first = "import sys, os, types, attention_zoo_start\n"
+    main = "main = types.ModuleType('attention_zoo.commands.main'); main.main = lambda *given: 7\n"
+    there = "for name in ('attention_zoo', 'attention_zoo.commands', main.__name__): sys.modules[name] = main\n"
     done = subprocess.run(
-        [sys.executable, "-c", f"{waits} {hook} start('train')"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (130, "stopped by Ctrl-C\n")
+        [sys.executable, "-c", f"{first}{late}{main}{there}keep = Late(); attention_zoo_start.start()"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (7, "")

@@ -81,7 +81,9 @@ def tiny_run(name: str, steps: int = 2, **attention: object) -> Run:
 
 @pytest.mark.slow
 def test_a_training_that_fails_or_dies_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
-    runs = [tiny_run("bad", window=-1), tiny_run("killed", steps=100_000), tiny_run("good", window=4)]
+    bad = tiny_run("bad")
+    bad.config["attention"]["window"] = -1  # a comparison refuses it itself, before any training
+    runs = [bad, tiny_run("killed", steps=100_000), tiny_run("good", window=4)]
     children: dict[str, trainings._Child] = {}
     start = trainings._start
     monkeypatch.setattr(trainings, "_start", lambda run, folder: children.setdefault(run.name, start(run, folder)))

@@ -258,6 +258,7 @@ def test_weights_that_are_no_numbers_are_refused(value, tmp_path):
 @pytest.mark.parametrize(("options", "message"), [
     ({"depth": 10**9}, "its config says depth=1000000000, and its"),
     ({"dim": 10**9}, "its config says dim=1000000000"),
+    ({"attention": ["full"] * 5000}, "its config names 5000 mechanisms"),
     ({"vocab": 10**12}, "its config says vocab=1000000000000"),
     ({"heads": 10**9, "attention": [{"name": "longformer", "head_width": 1}]}, "its config says heads=1000000000"),
     ({"ff_mult": 10**7}, r"into.weight must have shape \(160000000, 16\), got \(32, 16\)"),

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from faults.__main__ import table
+from faults.kinds import KINDS
 from readme_tables import reach_table
 
 import attention_zoo as zoo
 from attention_zoo import overview
 from attention_zoo.commands import work as commands
 from attention_zoo.commands.main import PLAIN, main
+from attention_zoo.files import read_json
 from attention_zoo.report import Findings, markdown_table, read, rivals
 from attention_zoo.testing import contract_checks
 
@@ -51,6 +54,13 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 def test_the_table_of_abilities_is_generated():
     assert between("abilities") == overview.markdown(overview.COLUMNS, overview.abilities_rows())
+
+
+def test_the_table_of_faults_is_that_of_the_committed_counts():
+    (path,) = re.findall(r"\(([\w/.-]+faults\.json)\)", between("faults"))
+    found = read_json(ROOT / path)
+    assert list(found) == list(KINDS)
+    assert table(found) in between("faults")
 
 
 def test_the_table_of_results_is_that_of_the_committed_rows():

@@ -114,17 +114,34 @@ def test_hidden_states_without_a_head(tmp_path: Path) -> None:
     assert masked.lm_head.bias.abs().max() > 0
 
 
+@pytest.mark.parametrize(("version", "saved_as", "used"), [
+    ("4.57.6", ["lm_head.bias"], "lm_head.bias"),
+    (None, ["lm_head.bias"], "lm_head.bias"),
+    ("4.57.6", ["lm_head.decoder.bias"], "lm_head.decoder.bias"),
+    ("5.23.0", ["lm_head.bias"], None),
+    ("5.23.0", [], None),  # after `resize_token_embeddings`
+    ("5.24.0", ["lm_head.bias", "lm_head.decoder.bias"], "lm_head.decoder.bias"),
+])  # fmt: skip
 @torch.no_grad()
-def test_the_bias_of_the_head_counts_where_the_version_that_wrote_it_counted_it(tmp_path: Path) -> None:
-    theirs = saved(tmp_path, True)
+def test_the_bias_of_the_head_counts_where_the_version_that_wrote_it_counted_it(
+    version: str | None, saved_as: list[str], used: str | None, tmp_path: Path
+) -> None:
+    """By the formula, whichever transformers is installed: 5.23 and 5.24 lose the bias of transformers 4.
+
+    5.23 adds no bias. 5.24 adds `lm_head.decoder.bias` and leaves it zero where only `lm_head.bias` was saved.
+    """
+    saved(tmp_path, True)
     ids = torch.randint(3, 31, (1, 9))
-    plain = weights.convert(tmp_path)
-    assert plain.config["origin"]["left_out"] == ["lm_head.bias"]
-    for version in ("4.57.6", None):
-        config = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps({**config, "transformers_version": version}))
-        older = weights.convert(tmp_path)
-        assert torch.allclose(older(ids).logits, plain(ids).logits + theirs.lm_head.bias)
+    kept = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in kept.items() if name not in ("lm_head.bias", "lm_head.decoder.bias")}
+    biases = {name: torch.randn(31, dtype=torch.float64) for name in saved_as}
+    save_file({**kept, **biases}, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "transformers_version": version}))
+    ours = weights.convert(tmp_path)
+    expected = weights.convert(tmp_path, head="hidden")(ids).hidden @ kept["lm_head.decoder.weight"].T
+    assert torch.allclose(ours(ids).logits, expected + biases.get(used or "", torch.zeros(())), rtol=0, atol=1e-12)
+    assert ours.config["origin"]["left_out"] == [name for name in saved_as if name != used]
 
 
 def test_trains_and_saves(tmp_path: Path) -> None:

@@ -28,11 +28,6 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
     return launch(lambda: _dispatch(given, program))
 
 
-def console() -> None:
-    """The console script."""
-    sys.exit(main())
-
-
 def _dispatch(words: list[str], program: str | None) -> int:
     from attention_zoo.commands.work import COMMANDS
 

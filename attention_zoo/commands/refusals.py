@@ -64,11 +64,14 @@ def flags(words: Sequence[str]) -> list[str]:
     """The words of a command as Hydra's parser takes them in any order: overrides first, then flags with their values.
 
     Raises:
-        ValueError: for a flag that Hydra does not have, or one without its value.
+        ValueError: for a flag that Hydra does not have, one without its value or with one that it does not take; or a
+            word without a key.
     """
     overrides, given, rest = [], [], list(words)
     while rest:
         word = rest.pop(0)
+        if not word.strip() or word.lstrip(" +~").startswith("="):
+            raise ValueError(f"{word!r} is no override: write key=value")
         if not word.startswith("-"):
             overrides.append(word)
             continue
@@ -78,6 +81,8 @@ def flags(words: Sequence[str]) -> list[str]:
             raise ValueError(f"{name} is no flag; options are written without dashes: {shown}. --help lists them")
         given.append(word)
         values = FLAGS[name]
+        if values is None and equals:
+            raise ValueError(f"{name} takes no value, got {value!r}")
         if values is None or equals:
             continue
         if rest and (rest[0] in values or (not values and not rest[0].startswith("-"))):

@@ -24,6 +24,7 @@ from attention_zoo.files import write_atomic
 from attention_zoo.model.encoder_decoder import EncoderDecoder
 from attention_zoo.model.transformer import Transformer
 from attention_zoo.model.wrapped import inner, is_sharded
+from attention_zoo.rules import shown
 
 FORMAT = 1
 NAME = "model.safetensors"
@@ -214,8 +215,8 @@ def _header(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tenso
         kind, version, config = header["kind"], header["format"], header["config"]
     except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path}: holds tensors, but no model config of attention_zoo") from None
-    if version != FORMAT or kind not in ("Transformer", "EncoderDecoder"):
-        raise ValueError(f"{path}: format {version!r} of {kind!r} is not known here, only {FORMAT}")
+    if type(version) is not int or version != FORMAT or kind not in ("Transformer", "EncoderDecoder"):
+        raise ValueError(f"{path}: format {shown(version)} of {shown(kind)} is not known here, only {FORMAT}")
     if not isinstance(config, dict) or not all(isinstance(part, dict) for part in _parts(header)):
         raise ValueError(f"{path}: its config must be a mapping of options, for encoder and decoder each")
     return header
@@ -229,6 +230,8 @@ def _check_sizes(path: Path, header: Mapping[str, Any], given: Mapping[str, tupl
     numbers = sum(map(math.prod, given.values()))
     for part in _parts(header):
         entries = part.get("attention")
+        if isinstance(entries, list) and len(entries) > len(given):
+            raise ValueError(f"{path}: its config names {len(entries)} mechanisms, and it has {len(given)} tensors")
         for options in [part, *(entries if isinstance(entries, list) else [entries])]:
             for key, most in {"depth": len(given), "dim": numbers, "vocab": numbers, "heads": numbers}.items():
                 value = options.get(key) if isinstance(options, dict) else None

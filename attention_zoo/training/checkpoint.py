@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,68 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path) 
         if name in trained and not bool(torch.isfinite(state[name]).all()):
             raise CheckpointError(f"{path}: {name} holds NaN or infinity; {CURE}")
     module.load_state_dict(state)
+
+
+def check_like(own: Any, given: Any, where: str, path: str | Path) -> None:
+    """Hold what a file says against what this run would write: the same types, keys, shapes and dtypes.
+
+    What is None or an empty list here may be anything there: it is None or empty at a run's beginning alone.
+
+    Raises:
+        CheckpointError: naming the place.
+    """
+    if own is None or (isinstance(own, dict) and own == {"plain": None}):
+        return
+    if type(own) is not type(given):
+        raise foreign(path, f"{where} must be {type(own).__name__}, got {type(given).__name__}")
+    if isinstance(own, dict):
+        if own.keys() != given.keys():
+            raise foreign(path, f"{where} must have {', '.join(map(str, own))}, got {', '.join(map(str, given))}")
+        for key, value in own.items():
+            check_like(value, given[key], f"{where}.{key}", path)
+    elif isinstance(own, list) and own:
+        if len(own) != len(given):
+            raise foreign(path, f"{where} must have {len(own)} entries, got {len(given)}")
+        for index, (value, other) in enumerate(zip(own, given)):
+            check_like(value, other, f"{where}.{index}", path)
+    elif isinstance(own, Tensor):
+        _check_tensor(given, own.shape, own.dtype, where, path)
+    elif isinstance(own, float) and not math.isfinite(given):
+        raise foreign(path, f"{where} must be finite, got {given}")
+
+
+def check_optimizer(own: Any, given: Any, parameters: Sequence[Tensor], path: str | Path) -> None:
+    """Hold an optimizer's state against the optimizer that shall take it, before its first step has made one.
+
+    Raises:
+        CheckpointError: naming the place.
+    """
+    groups, states = own["param_groups"], given["state"]
+    check_like(groups, given["param_groups"], "optimizer.param_groups", path)
+    for index, (group, other) in enumerate(zip(groups, given["param_groups"])):
+        for key, value in group.items():
+            if key != "lr" and not isinstance(value, Tensor) and other[key] != value:
+                raise foreign(path, f"optimizer.param_groups.{index}.{key} must be {value!r}, got {other[key]!r}")
+    if not isinstance(states, dict) or not states.keys() <= set(range(len(parameters))):
+        raise foreign(path, f"optimizer.state must be of parameters 0 to {len(parameters) - 1}")
+    first = next(iter(states.values()), None)
+    for index, state in states.items():
+        kinds = isinstance(state, dict) and {name: type(value) for name, value in state.items()}
+        if not kinds or kinds != {name: type(value) for name, value in first.items()}:
+            raise foreign(path, f"optimizer.state.{index} is not built as the others are")
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                shape = value.shape if value.dim() == 0 else parameters[index].shape
+                _check_tensor(value, shape, value.dtype, f"optimizer.state.{index}.{name}", path)
+
+
+def _check_tensor(given: Tensor, shape: Sequence[int], dtype: torch.dtype, where: str, path: str | Path) -> None:
+    if tuple(given.shape) != tuple(shape) or given.dtype != dtype:
+        raise foreign(
+            path, f"{where} must be {dtype} of shape {tuple(shape)}, got {given.dtype} of {tuple(given.shape)}"
+        )
+    if given.is_floating_point() and not bool(given.isfinite().all()):
+        raise foreign(path, f"{where} holds NaN or infinity")
 
 
 def pack(value: Any) -> Any:

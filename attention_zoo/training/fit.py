@@ -11,8 +11,11 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from attention_zoo.options import Finite, Natural, NonNegative, check_fields
 from attention_zoo.stopping import Stopped
 from attention_zoo.tasks.task import Task
 from attention_zoo.tracking.tracker import Tracker
@@ -38,16 +41,16 @@ class History:
         stopped: why the run ended; None while it has not.
     """
 
-    curve: list[list[float]] = field(default_factory=list)
-    quality: list[list[float]] = field(default_factory=list)
-    best: float | None = None
-    worse: int = 0
-    train_seconds: float = 0.0
-    seconds: float = 0.0
-    tokens: int = 0
-    recent: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
-    settled: int = 0
+    curve: list[list[Finite]] = field(default_factory=list)
+    quality: list[list[Finite]] = field(default_factory=list)
+    best: Finite | None = None
+    worse: Natural = 0
+    train_seconds: NonNegative = 0.0
+    seconds: NonNegative = 0.0
+    tokens: Annotated[int, Field(ge=0)] = 0
+    recent: list[Finite] = field(default_factory=list)
+    peak_bytes: Annotated[int, Field(ge=0)] | None = None
+    settled: Natural = 0
     stopped: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -58,9 +61,11 @@ class History:
 
         Raises:
             TypeError: for fields that are not those of a history.
+            ValueError: for a value that none can have.
         """
         if state.keys() != asdict(self).keys():
             raise TypeError(f"a history has the fields {', '.join(asdict(self))}")
+        check_fields(History, state, "history.")
         self.__dict__.update(asdict(History(**state)))
 
 

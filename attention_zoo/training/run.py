@@ -326,11 +326,11 @@ def _name_of(mechanism: Any) -> str:
 
 def _resume(path: Path, row: dict[str, Any], trainer: Trainer, history: History, progress: Progress) -> None:
     """Go on from the checkpoint, where there is one of this run."""
-    step, lines = 0, None
+    step, lines, steps = 0, None, row["config"]["steps"]
     if path.exists():
         try:
             content = load_checkpoint(path, row["id"])
-            if content.get("data") != row["data"]:
+            if json.dumps(plain(content.get("data"))) != json.dumps(row["data"]):
                 raise OtherRun(f"{path} was trained on other data")
         except OtherRun as other:
             progress.notice(f"{other}: starts afresh")
@@ -340,6 +340,8 @@ def _resume(path: Path, row: dict[str, Any], trainer: Trainer, history: History,
                 history.load_state_dict(content["history"])
                 restore_random_state(content["random"])
                 lines = int(content["lines"])
+                if trainer.done > steps or not 0 <= trainer.done - history.settled <= 1 or lines < 0:
+                    raise ValueError(f"step {trainer.done} of {steps}, settled {history.settled}, {lines} lines")
             except CheckpointError:
                 raise
             except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from attention_zoo.tasks.task import IGNORED, Batches
-from attention_zoo.training.checkpoint import load_weights, pack, unpack
+from attention_zoo.training.checkpoint import check_like, check_optimizer, foreign, load_weights, pack, unpack
 from attention_zoo.training.evaluate import token_losses
 from attention_zoo.training.precision import Precision
 from attention_zoo.training.schedule import Schedule
@@ -128,9 +128,23 @@ class Trainer:
             "carried": [pack(stream.state) for stream in self.streams],
         }
 
+    def parameters_by_index(self) -> list[torch.Tensor]:
+        """The optimizer's parameters in the order by which its state names them."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
     def load_state_dict(self, state: dict[str, Any], path: str | Path) -> None:
-        """Go on where the state was taken; `path` is named in errors."""
+        """Go on where the state was taken; `path` is named in errors.
+
+        Raises:
+            CheckpointError: for a state that `state_dict` of this trainer cannot have given.
+        """
+        own = self.state_dict()
+        for name in ("step", "scaler", "batches", "carried"):
+            check_like(own[name], state[name], name, path)
+        if state["step"] < 0:
+            raise foreign(path, f"step must be at least 0, got {state['step']}")
         load_weights(self.model, state["model"], path)
+        check_optimizer(own["optimizer"], state["optimizer"], self.parameters_by_index(), path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.precision.scaler.load_state_dict(state["scaler"])
         self.batches.load_state_dict(state["batches"])

@@ -28,7 +28,7 @@ from attention_zoo.report.trainings import Run
 from . import Counts
 
 TITLE = "benchmarks: mechanisms that end their process, kills, damaged rows, hostile names"
-SMALL, LARGE = 10, 400
+SMALL, LARGE = 6, 400
 ROOT = Path(__file__).parents[2]
 TINY = {"heads": 2, "head_width": 8, "threads": 1}
 QUICK = {"repeats": 1, "budget_s": 0.01}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from . import Counts, cells, fuzz, kills, reports, scores, wandb_server
+from . import Counts, cells, disk, fuzz, kills, reports, scores, torn, wandb_server
 
 
 class Kind(Protocol):
@@ -22,10 +22,13 @@ class Kind(Protocol):
     def run(self, count: int, seed: int) -> Counts: ...
 
 
-KINDS: dict[str, Kind] = {}
-KINDS["scores"] = scores
-KINDS["cells"] = cells
-KINDS["kills"] = kills
-KINDS["wandb"] = wandb_server
-KINDS["reports"] = reports
-KINDS["fuzz"] = fuzz
+KINDS: dict[str, Kind] = {
+    "scores": scores,
+    "fuzz": fuzz,
+    "kills": kills,
+    "cells": cells,
+    "torn": torn,
+    "disk": disk,
+    "wandb": wandb_server,
+    "reports": reports,
+}

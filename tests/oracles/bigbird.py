@@ -20,9 +20,9 @@ from .case import FLOAT64, Bounds, Case, Errors, Leaves, at_columns, compare, pa
 
 KERNELS = ("auto", "blocks", "tiles", "dense")
 SHORT = Bounds(
-    {torch.float32: Errors(1e-6, 4e-6), torch.float64: FLOAT64},
-    "Where a softmax is nearly one-hot the gradients of queries cancel: ours is 1.9e-6 from its own float64 there, "
-    "theirs 1.7e-6.",
+    {torch.float32: Errors(1e-6, 8e-6), torch.float64: FLOAT64},
+    "Where a softmax is nearly one-hot the gradients of queries cancel: by the CPU ours is 1.9e-6 to 3.5e-6 from its "
+    "own float64 there, theirs 1.7e-6 to 1.9e-6.",
 )
 LONG = Bounds(
     {torch.float32: Errors(5e-6, 5e-6), torch.float64: FLOAT64},

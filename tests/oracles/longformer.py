@@ -20,7 +20,6 @@ import attention_zoo as zoo
 from attention_zoo import Tokens
 
 from .case import (
-    FLOAT32,
     FLOAT64,
     USUAL,
     Bounds,
@@ -36,7 +35,8 @@ from .case import (
 
 EXACT = Bounds({torch.float64: FLOAT64}, "In float32 the cast changes nothing: that is the row above.")
 AS_RELEASED = Bounds(
-    {torch.float32: FLOAT32, torch.float64: Errors(4e-7, 1e-6)},
+    {torch.float32: Errors(2e-6, 2e-6), torch.float64: Errors(4e-7, 1e-6)},
+    "In float32 ours is up to 7.3e-7 from its own float64, theirs 1.0e-6, and which way depends on the CPU. "
     "Theirs computes the softmax in float32 whatever the dtype: in float64, too, each of its weights is off by half a "
     "last place of float32, 2.5e-7 in their sum.",
 )

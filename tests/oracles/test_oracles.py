@@ -42,5 +42,6 @@ def test_the_table_has_every_row_and_its_figures_are_within_their_bounds() -> No
             if dtype not in bounds.errors:
                 assert figures == ["–", "–"]
                 continue
+            assert max(map(float, figures)) > 0  # outputs alone may be equal to the last bit on one CPU
             for figure, allowed in zip(figures, bounds.errors[dtype][:2]):
-                assert 0 < float(figure) <= 1.05 * allowed  # one digit is printed
+                assert float(figure) <= 1.05 * allowed  # one digit is printed

@@ -25,6 +25,11 @@ from attention_zoo import Tokens, Transformer
 from .case import FLOAT64, Bounds, Case, Errors, Leaves, at_columns, compare, generator, padding, randomise, vectors
 
 KERNELS = ("auto", "shift", "gather")
+LOOP = Bounds(
+    {torch.float32: Errors(1e-6, 5e-6), torch.float64: FLOAT64},
+    "The gradient of the positions' matrix is a sixth of the largest in norm and its rounding is as large: ours is "
+    "1.3e-6 from its own float64, theirs 1.9e-6.",
+)
 DEEP = Bounds(
     {torch.float32: Errors(8e-6, 1e-5), torch.float64: FLOAT64},
     "Rounding adds up over the layers of a stack and the segments of a memory: 3.5e-6 and 4.9e-6 over 120 models.",
@@ -232,7 +237,7 @@ def cases() -> Iterator[Case]:
     for seed in range(9):
         kernel = KERNELS[seed % 3]
         loop = partial(run_double_loop, seed, kernel)
-        yield Case("transformer_xl", "double loop over distances", f"seed {seed}, {kernel}", loop)
+        yield Case("transformer_xl", "double loop over distances", f"seed {seed}, {kernel}", loop, LOOP)
     for seed in range(3):
         for pre_norm in (False, True):
             for longer in (False, True):

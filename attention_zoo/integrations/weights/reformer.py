@@ -10,8 +10,10 @@ Layers of LSH and local attention, reversible, whose two streams end side by sid
   our seed in evaluation.
 - Equal text needs the whole prefix at each step: `generate(..., cached=False)` here, `use_cache=False` there. With
   caches both approximate, each in its way.
-- The bias of the head was part of the logits in transformers 4, which trained the released checkpoints, and is not in
-  transformers 5. It is taken as the version did that wrote the config.
+- The bias of the head is taken as the version did that wrote the checkpoint. In transformers 4, which trained the
+  released ones, `lm_head.bias` and `lm_head.decoder.bias` were one tensor and part of the logits. In transformers 5
+  up to 5.23 the first is saved alone and not used. In 5.24 both are saved, each by itself, and the second alone is
+  used. (So 5.24 starts from zero where only the first was saved: it loses the bias of transformers 4; ours keeps it.)
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ def _plan(settings: Settings, tensors: Mapping[str, Tensor], head: str) -> Plan:
     causal, dim = bool(settings.get("is_decoder", False)), settings.number("hidden_size", 256)
     dropout = settings.number("hidden_dropout_prob", 0.05)
     positions, length, rules = _positions(settings, prefix)
-    has_bias = head == "lm" and _is_before_5(settings)
+    bias = _bias_of_head(settings, tensors) if head == "lm" else None
     options: dict[str, Any] = {
         "attention": _layers(settings, kinds, causal),
         "vocab": settings.number("vocab_size", 320),
@@ -65,7 +67,7 @@ def _plan(settings: Settings, tensors: Mapping[str, Tensor], head: str) -> Plan:
         "depth": len(kinds),
         "heads": settings.number("num_attention_heads", 12),
         "causal": causal,
-        "head": {"name": "lm", "bias": has_bias} if head == "lm" else "hidden",
+        "head": {"name": "lm", "bias": bias is not None} if head == "lm" else "hidden",
         "positions": positions,
         "max_length": length,
         "pre_norm": True,
@@ -79,13 +81,11 @@ def _plan(settings: Settings, tensors: Mapping[str, Tensor], head: str) -> Plan:
         "reversible": "both",
     }  # fmt: skip
     rules |= _body(prefix, kinds)
-    unused = [f"{prefix}encoder.layers.*mask_value_float*", "lm_head.decoder.bias"]
+    unused = [f"{prefix}encoder.layers.*mask_value_float*", "lm_head.bias", "lm_head.decoder.bias"]
     if head == "lm":
         rules |= copy("head.weight", "lm_head.decoder.weight")
-        if has_bias:
-            rules |= copy("head.bias", "lm_head.bias" if "lm_head.bias" in tensors else "lm_head.decoder.bias")
-        else:
-            unused.append("lm_head.bias")
+        if bias is not None:
+            rules |= copy("head.bias", bias)
     elif prefix:
         unused += [name for name in tensors if not name.startswith(prefix)]
     inside = max(
@@ -96,10 +96,12 @@ def _plan(settings: Settings, tensors: Mapping[str, Tensor], head: str) -> Plan:
     return Plan(options, rules, tuple(unused), inside)
 
 
-def _is_before_5(settings: Settings) -> bool:
-    """Whether transformers 4 or older wrote the config; the oldest wrote no version."""
+def _bias_of_head(settings: Settings, tensors: Mapping[str, Tensor]) -> str | None:
+    """The key of the bias that was part of the logits; None if none was. The oldest configs name no version."""
     major = str(settings.get("transformers_version", "0")).partition(".")[0]
-    return not major.isdigit() or int(major) < 5
+    if "lm_head.decoder.bias" in tensors:
+        return "lm_head.decoder.bias"
+    return "lm_head.bias" if not major.isdigit() or int(major) < 5 else None
 
 
 def _layers(settings: Settings, kinds: list[str], causal: bool) -> list[dict[str, Any]]:
