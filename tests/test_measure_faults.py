@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -396,3 +397,24 @@ def test_a_device_has_one_name():
     for wrong in ("", "meta", "cpu:3", "cuda:٣", "tpu", 3, None):
         with pytest.raises(ValueError, match="device must be"):
             canonical_device(wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"warmup": 10**400}, "warmup must be a number of at least 0|warmup must be an integer of at least 0"),
+        ({"repeats": 1e-320}, "repeats must be an integer of at least 0, got 1e-320"),
+        ({"variant": {"a": 1}}, "variant must be that of its config"),
+        ({"batch": True}, "batch must be that of its config, got True"),
+        ({"environment": {"cpu": 3}}, "environment.cpu must be text, got 3"),
+    ],
+)
+def test_a_kept_row_that_could_not_be_drawn_is_not_kept(tmp_path, change, said):
+    cell = SpeedCell("full", 8, **TINY)
+    row = {**run_cell(cell, **QUICK), "wall_seconds": 1.0, "limits": {"timeout_s": 1.0, "memory_limit_bytes": None}}
+    keep_row(tmp_path / f"{row['id']}.json", row)
+    told: list[str] = []
+    assert len(read_rows(tmp_path, "speed", told.append)) == 1
+    (tmp_path / f"{row['id']}.json").write_text(json.dumps({**row, **change}))
+    assert read_rows(tmp_path, "speed", told.append) == []
+    assert re.search(said, told[0])

@@ -11,10 +11,18 @@ from typing import Any
 from attention_zoo.files import Damaged, read_json, remove_leftovers, write_row
 from attention_zoo.measure.cell import FIGURES, SpeedCell
 from attention_zoo.measure.ends import STATUSES
+from attention_zoo.rules import shown
 
 Row = dict[str, Any]
 WORDS = ("peak_method", "trace")
 """Figures that are no numbers."""
+MEASURED = (
+    "seconds", "seconds_min", "seconds_max", "cpu_seconds", "tokens_per_second", "matmul_flops_per_second",
+    "floor_ratio",
+)  # fmt: skip
+"""Figures that are measured; all others are counted."""
+LEAST, MOST = 1e-18, 1e18
+"""No call takes less time, and no figure is larger."""
 LIMITS = ("timeout_s", "memory_limit_bytes")
 """Under which a cell ran; None: without."""
 
@@ -69,7 +77,10 @@ def output_folder(given: str) -> Path:
 
 
 def number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite number, and no larger than a float can be."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return value.bit_length() < 1024 if isinstance(value, int) else math.isfinite(value)
 
 
 def _checked(path: Path, kind: str) -> Row:
@@ -83,14 +94,17 @@ def _checked(path: Path, kind: str) -> Row:
 def _wrong(row: Row, kind: str, name: str) -> str | None:
     for key, given in (("kind", kind), ("id", name)):
         if row.get(key) != given:
-            return f"{key} must be {given}, got {row.get(key)!r:.80}"
+            return f"{key} must be {given}, got {shown(row.get(key))}"
     for key, wanted in (("backend", str), ("status", str), ("config", dict), ("environment", dict)):
         if not isinstance(row.get(key), wanted):
-            return f"{key} must be {wanted.__name__}, got {row.get(key)!r:.80}"
+            return f"{key} must be {wanted.__name__}, got {shown(row.get(key))}"
+    for key in ("cpu", "torch", "source"):
+        if not isinstance(row["environment"].get(key), str | None):
+            return f"environment.{key} must be text, got {shown(row['environment'][key])}"
     if row["status"] not in (*STATUSES, "missing"):
-        return f"status must be one of {', '.join(STATUSES)}, got {row['status']!r:.80}"
+        return f"status must be one of {', '.join(STATUSES)}, got {shown(row['status'])}"
     if not isinstance(row.get("error"), str | None if row["status"] == "ok" else str):
-        return f"error must be text, got {row.get('error')!r:.80}"
+        return f"error must be text, got {shown(row.get('error'))}"
     return None
 
 
@@ -99,18 +113,27 @@ def _wrong_speed(row: Row) -> str | None:
         SpeedCell(**row["config"])
     except (TypeError, ValueError) as error:
         return f"config: {' '.join(str(error).split()):.200}"
-    if row.get("length") != row["config"]["length"]:
-        return f"length must be that of its config, got {row.get('length')!r:.80}"
+    for key, value in row["config"].items():
+        if key != "options" and (row.get(key) != value or type(row[key]) is not type(value)):
+            return f"{key} must be that of its config, got {shown(row.get(key))}"
     limits = row.get("limits")
     given = limits if isinstance(limits, dict) else {}
     if not all(key in given and (given[key] is None or number(given[key])) for key in LIMITS):
-        return f"limits must tell {' and '.join(LIMITS)}, got {limits!r:.80}"
+        return f"limits must tell {' and '.join(LIMITS)}, got {shown(limits)}"
     if not number(row.get("wall_seconds")):
-        return f"wall_seconds must be a number, got {row.get('wall_seconds')!r:.80}"
+        return f"wall_seconds must be a number, got {shown(row.get('wall_seconds'))}"
     for key in FIGURES:
         value = row.get(key)
-        if value is not None and not (isinstance(value, str) if key in WORDS else number(value) and value >= 0):
-            return f"{key} must be {'text' if key in WORDS else 'a number of at least 0'}, got {value!r:.80}"
-    if row["status"] == "ok" and not row.get("seconds"):
-        return f"seconds must be a number above 0, got {row.get('seconds')!r:.80}"
+        if value is None:
+            continue
+        if key in WORDS:
+            fine, rule = isinstance(value, str), "text"
+        else:
+            fine, rule = number(value) and 0 <= value <= MOST, "a number of at least 0"
+            if key not in MEASURED:
+                fine, rule = fine and isinstance(value, int), "an integer of at least 0"
+        if not fine:
+            return f"{key} must be {rule}, got {shown(value)}"
+    if row["status"] == "ok" and not (row.get("seconds") or 0) > LEAST:
+        return f"seconds must be a number above 0, got {shown(row.get('seconds'))}"
     return None
