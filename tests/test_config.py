@@ -137,10 +137,9 @@ def test_the_wheel_takes_every_folder() -> None:
     taken = {path for pattern in patterns for path in CONF.glob(pattern)}
     assert taken == set(CONF.rglob("*.yaml"))
     folders = {path.parent for path in (CONF.parent / "attention_zoo").rglob("*.py")}
-    named = {CONF.parent / package.replace(".", "/") for package in setup["packages"]} - {
-        CONF.parent / "attention_zoo/conf"
-    }
-    assert named == folders, "pyproject.toml must list each package"
+    moved = setup["package-dir"]
+    named = {CONF.parent / moved.get(package, package.replace(".", "/")) for package in setup["packages"]}
+    assert named - {CONF} == folders, "pyproject.toml must list each package"
 
 
 def test_conf_is_found_from_any_directory(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""A command as a process of its own. Installed beside the package, as `attention_zoo_start`: importing the package brings
-torch, which takes seconds, and who stops a command on the way shall read one line, too."""
+"""A command as a process of its own. Installed beside the package, as `attention_zoo_start`: importing the package
+brings torch, which takes seconds, and who stops a command on the way shall read one line, too."""
 
 from __future__ import annotations
 
