@@ -164,6 +164,7 @@ def test_mechanisms_refuse_what_reached_torch(name: str, options: dict[str, Any]
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"origin": -1}, "origin must be a mapping, got -1"),
+    ({"attention": {"name": "full", "seed": [1]}}, r"seed must be an integer.*, got \[1\]"),
     ({"norm": {"name": "rms", "eps": -1}}, "norm.eps must be a number above 0, got -1"),
     ({"norm": {"name": "layer", "eps": None}}, "norm.eps must be a number above 0, got None"),
     ({"windw": 3}, "windw is no option of Transformer"),

@@ -145,6 +145,19 @@ def test_one_process_works_in_a_folder(config: dict[str, Any], tmp_path: Path) -
     assert run_training(config, tmp_path) == done
 
 
+def test_figures_stand_until_the_run_can_be_had_again(config: dict[str, Any], tmp_path: Path) -> None:
+    """Model gone and checkpoint damaged: what to do is said, and the row of the finished run is not replaced."""
+    whole = run_training(config, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    told = run_training(config, tmp_path)
+    assert told["status"] == "failed"
+    assert "force=true" in told["error"]
+    assert json.loads((tmp_path / "result.json").read_text())["metrics"] == whole["metrics"]
+    again = run_training({**config, "force": True}, tmp_path)
+    assert (again["metrics"], again["model_sha256"]) == (whole["metrics"], whole["model_sha256"])
+
+
 def test_settings_of_a_run_do_not_outlive_it(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

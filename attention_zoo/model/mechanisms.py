@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from attention_zoo import registry
 from attention_zoo.contract import Attention, Layer, named, one_of
+from attention_zoo.options import Seed, check_values
 from attention_zoo.positions import ATTENTION_LEVEL, EMBEDDING_LEVEL
 from attention_zoo.rules import shown
 
@@ -96,6 +97,8 @@ def layers(attention: Any, *, depth: int, positions: str | Mapping[str, Any], se
     listed = entries(attention)
     if len(listed) > depth:
         raise ValueError(f"depth must be at least the number of mechanisms listed, {len(listed)}, got {depth}")
+    for entry in listed:
+        check_values({"seed": Seed}, entry.options)  # before it is added to
     passed = "none" if name in EMBEDDING_LEVEL else positions
     made = []
     for index in range(depth):

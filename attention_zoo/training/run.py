@@ -22,7 +22,7 @@ import torch
 from hydra.utils import instantiate
 
 from attention_zoo.contract import Unsupported
-from attention_zoo.files import Damaged, plain, remove_leftovers, safe_name, write_atomic, write_row
+from attention_zoo.files import Damaged, plain, read_json, remove_leftovers, safe_name, write_atomic, write_row
 from attention_zoo.locks import owning
 from attention_zoo.measure.ends import ran_out_of_memory
 from attention_zoo.measure.environment import device_name, environment
@@ -159,11 +159,21 @@ class _Run:
 
     def _write(self) -> None:
         self.row["notices"] = list(self.progress.warnings)
+        if not self.row["final"] and self._holds_figures():
+            return  # a sound disk or force=true brings the run back: until then its figures stand
         try:
             write_row(self.folder / RESULT, self.row)
         except OSError as error:
             known = f"; before that: {self.row['error']}" if self.row["error"] else ""
             self.row |= {"status": "failed", "error": f"{_line(error)}{known}", "final": False}
+
+    def _holds_figures(self) -> bool:
+        """Whether the folder has the figures of this very run, finished before."""
+        try:
+            old = read_json(self.folder / RESULT)
+        except (FileNotFoundError, Damaged):
+            return False
+        return old.get("status") == "ok" and old.get("id") == self.row["id"]
 
     def _failed(self, error: BaseException) -> None:
         status = "oom" if ran_out_of_memory(error) else "unsupported" if isinstance(error, Unsupported) else "failed"
