@@ -77,7 +77,7 @@ def test_equals_the_definition(name: str, options: dict, layout: str) -> None:
     x = torch.randn(2, length, 32, requires_grad=True)
     marked = layer.mark(tokens)
     q, k, v = (layer._heads(project(x)) for project in (layer.to_q, layer.to_k, layer.to_v))
-    own = layer._global_qkv(x, marked, 0) if layer.own_global else None
+    own = layer._global_qkv(x, marked, length) if layer.own_global else None
     call = layer._call(q, k, v, tokens, tokens, None, own)
     inside = tokens.valid[:, None, :, None]
     weight = torch.randn_like(q) * inside
