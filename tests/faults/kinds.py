@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from . import Counts, cells, disk, fuzz, kills, reports, scores, torn, wandb_server
+from . import Counts, cells, disk, fuzz, kills, odd, reports, scores, torn, wandb_server
 
 
 class Kind(Protocol):
@@ -29,6 +29,7 @@ KINDS: dict[str, Kind] = {
     "cells": cells,
     "torn": torn,
     "disk": disk,
+    "odd": odd,
     "wandb": wandb_server,
     "reports": reports,
 }
