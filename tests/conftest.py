@@ -8,6 +8,7 @@ of the suite that way.
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 from jaxtyping import install_import_hook
@@ -22,6 +23,10 @@ import torch
 if not torch.cuda.is_available():
     # read once, when triton is first imported: our kernels then run on a CPU, slowly
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# a shell's background job ignores Ctrl-C, and so would all that the tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
