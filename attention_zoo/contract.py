@@ -10,8 +10,9 @@ Letters, the same everywhere: B batch, L queries, S keys, H heads, K key/value h
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from numbers import Real
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from weakref import WeakValueDictionary
@@ -21,32 +22,14 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from attention_zoo.layout.layout import Layout
 from attention_zoo.options import Factor, Heads, HeadWidth, Named, Positive, Seed, checked
-from attention_zoo.rules import OneOf, at_least, known_options, named, one_of, shown  # noqa: F401
-from attention_zoo.tokens import (  # noqa: F401
-    Held,
-    Tokens,
-    check_place,
-    check_tokens,
-    hold,
-    is_integers,
-    keep,
-    of_tensor,
-    unshared,
-)
+from attention_zoo.rules import OneOf, Unsupported, at_least, known_options, named, one_of, shown  # noqa: F401
+from attention_zoo.tokens import Tokens, check_place, check_tokens, is_integers, keep, of_tensor  # noqa: F401
 
 Growth = Literal["constant", "linear", "loglinear", "quadratic"]
 VANISHING = 1e-45
 BIASES = "true, false, into or out"
-
-
-class Unsupported(ValueError):
-    """A mechanism was asked for something that it does not declare. Raised at build, never silently ignored."""
-
-    def __init__(self, backend: str, option: str, reason: str, instead: str):
-        option = " ".join(option.split())[:300]  # it may quote a value, whatever that holds
-        super().__init__(f"{backend}: {option} is not supported: {reason}; use {instead} instead")
-        self.backend, self.option, self.reason, self.instead = backend, option, reason, instead
 
 
 class Source(NamedTuple):
@@ -151,6 +134,18 @@ def layer_of(number: int) -> Attention:
     return _layers[number]
 
 
+def _then_built(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that calls `built` if it is the outermost one: when all options are attributes."""
+
+    @wraps(init)
+    def wrapped(self: Attention, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        if type(self).__init__ is wrapped:
+            self.built()
+
+    return wrapped
+
+
 class Attention(Layer):
     """Base of all attention mechanisms: the shared options and the checks that are the same for each.
 
@@ -194,7 +189,7 @@ class Attention(Layer):
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
         if "__init__" in cls.__dict__:
-            cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = _then_built(checked(cls.__init__))  # type: ignore[method-assign]
 
     @checked
     def __init__(
@@ -244,6 +239,9 @@ class Attention(Layer):
         if kv_heads != heads and not can.grouped_heads:
             raise Unsupported(self.name, f"kv_heads={kv_heads}", "keys are not grouped", "kv_heads=null")
 
+    def built(self) -> None:
+        """Refuse, after construction, options that only fit together by what a subclass made of them."""
+
     def _enlist(self) -> None:
         self.number = next(_numbers)
         _layers[self.number] = self
@@ -277,17 +275,23 @@ class Attention(Layer):
         """The state after a call, without the call's output: a step at a long context can be had without attending."""
         return self(x, tokens, state=state).state
 
-    def enter(self, x: Tensor, tokens: Tokens | None, state: Any, source: Source | None) -> tuple[Tensor, Tokens]:
-        """Check one call and zero the padding, so that not even NaN spreads from it."""
+    def enter(
+        self, x: Tensor, tokens: Tokens | None, state: Any, source: Source | None, choices: Any = None
+    ) -> tuple[Tensor, Layout]:
+        """Check one call; its tokens described, and x with zeros at padding, so that not even NaN spreads from it."""
         if not isinstance(x, Tensor) or x.layout != torch.strided or not x.is_floating_point():
             raise ValueError(f"x must be a dense tensor of floats, [batch, length, {self.dim}], got {of_tensor(x)}")
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be [batch, length, {self.dim}], got shape {tuple(x.shape)}")
         if x.shape[1] == 0:
             raise ValueError("x must hold at least one token, got length 0")
+        if choices is not None and self.choices_shape(*x.shape[:2]) is None:
+            raise Unsupported(self.name, "choices", "it makes no discrete decisions", "choices=None")
         if source is not None and not isinstance(source, Source):
             raise ValueError(f"source must be a Source(hidden, tokens), got {shown(source)}")
         if state is not None:
+            if not self.causal and not self.cross:
+                raise Unsupported(self.name, "state", "two-sided attention needs all tokens in one call", "causal=True")
             self._check_state(state, len(x))
         if source is not None and not self.cross:
             raise Unsupported(self.name, "source", "it was built with cross=False", "cross=True at build")
@@ -296,13 +300,13 @@ class Attention(Layer):
         if tokens is None:
             if state is not None and not self.cross:
                 raise ValueError("tokens must be given with a state: they say which positions these tokens have")
-            return x, Tokens.all_valid(x.shape[0], x.shape[1], x.device)
+            return x, Layout.plain(x.shape[0], x.shape[1], x.device)
         check_tokens(tokens, x.shape[:2])
         check_place(tokens, x)
-        if self.declared.global_tokens == "none" and bool((tokens.is_global & tokens.valid).any()):
+        layout = Layout.of(tokens)
+        if self.declared.global_tokens == "none" and layout.any_global:
             raise Unsupported(self.name, "global tokens", "no token can see everything", "longformer, bigbird or full")
-        (tokens,) = hold(tokens)
-        return x.masked_fill(~tokens.valid[..., None], 0), tokens
+        return layout.blanked(x), layout
 
     def _check_state(self, state: Any, batch: int) -> None:
         """Raise a ValueError for what is no state of such a layer, or of another number of rows."""

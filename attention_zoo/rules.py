@@ -207,3 +207,12 @@ def known_options(option: str, given: Mapping[str, Any], known: Collection[str])
     for key in given:
         if key not in known:
             raise ValueError(f"{option} has no option {key}; it has {', '.join(sorted(known)) or 'none'}")
+
+
+class Unsupported(ValueError):
+    """A mechanism was asked for something that it does not declare. Raised at build, never silently ignored."""
+
+    def __init__(self, backend: str, option: str, reason: str, instead: str):
+        option = " ".join(option.split())[:300]  # it may quote a value, whatever that holds
+        super().__init__(f"{backend}: {option} is not supported: {reason}; use {instead} instead")
+        self.backend, self.option, self.reason, self.instead = backend, option, reason, instead

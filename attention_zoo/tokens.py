@@ -107,7 +107,7 @@ class Tokens(NamedTuple):
 
     def cut(self, columns: slice | Tensor, rows: slice = slice(None)) -> Tokens:
         """The same columns of these rows, by default of all."""
-        return type(self)(*(field[rows, columns] for field in self))
+        return Tokens(*(field[rows, columns] for field in self))
 
     def take(self, columns: Int[Tensor, "B n"]) -> Tokens:
         """Each row its own columns."""
@@ -141,38 +141,6 @@ def is_integers(given: Any) -> bool:
 def of_tensor(given: Any) -> str:
     """What is said of an argument that is no tensor of the right kind."""
     return f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else shown(given)
-
-
-class Held(Tokens):
-    """Tokens in memory that nobody outside of this package writes to. Made by `hold` and `unshared`."""
-
-    __slots__ = ()
-
-    def _replace(self, **fields: Any) -> Tokens:  # type: ignore[override]
-        return Tokens(*self)._replace(**fields)  # what comes in is somebody's
-
-
-def unshared(tokens: Tokens) -> Tokens:
-    """These tokens, of tensors that are fresh: nobody else has them."""
-    return Held(*tokens)
-
-
-def hold(*many: Tokens, kept: bool = False) -> tuple[Tokens, ...]:
-    """Copies where gradients are on, of what is not held yet: masks may be filled again before backward reads them.
-
-    The boundary of every call: behind it tokens may be kept by reference, for backward and for states. What they share
-    stays shared. `kept`: by a state: copy without gradients, too. In `torch.compile` the operator inside does this.
-    """
-    if not (kept or torch.is_grad_enabled()) or torch.compiler.is_compiling():
-        return many
-    copies: dict[int, Tensor] = {}
-
-    def copy(field: Tensor) -> Tensor:
-        if id(field) not in copies:
-            copies[id(field)] = field.clone()
-        return copies[id(field)]
-
-    return tuple(tokens if isinstance(tokens, Held) else Held._make(map(copy, tokens)) for tokens in many)
 
 
 def keep(mask: Bool[Tensor, "B S"], tokens: Tokens, *tensors: Tensor) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ import torch
 import attention_zoo as zoo
 from attention_zoo import Tokens
 from attention_zoo.ops import plans
-from attention_zoo.ops.mild import MILD, mild_rows
+from attention_zoo.ops.pattern.mild import MILD, mild_rows
 
 L, HEADS, D = 90, 4, 8
 OPTIONS = {"longformer": {"window": 7}, "bigbird": {"block": 8, "random": 1}}

@@ -10,11 +10,11 @@ import torch
 
 import attention_zoo as zoo
 from attention_zoo.ops import tiles as tiles_module
-from attention_zoo.ops.dense import dense
-from attention_zoo.ops.pages import LEAST, PAGE, large_pages
-from attention_zoo.ops.partial import LOG2E, Asked, Scratch, Sums, fold, partial, partial_backward
-from attention_zoo.ops.parts import Part, blocks_in
-from attention_zoo.ops.tiles import Tile, run_tiles
+from attention_zoo.ops.softmax.dense import dense
+from attention_zoo.ops.softmax.pages import LEAST, PAGE, large_pages
+from attention_zoo.ops.softmax.partial import LOG2E, Asked, Scratch, Sums, fold, partial, partial_backward
+from attention_zoo.ops.softmax.parts import Part, blocks_in
+from attention_zoo.ops.softmax.tiles import Tile, run_tiles
 
 SCALE = 0.3
 

@@ -14,7 +14,7 @@ import attention_zoo as zoo
 from attention_zoo import Source, Tokens
 from attention_zoo.contract import Held, hold
 from attention_zoo.integrations.multihead import MultiheadAttention
-from attention_zoo.ops.columns import Columns
+from attention_zoo.layout.ledger import Columns
 
 LENGTH = 29
 LAYERS: dict[str, dict[str, Any]] = {

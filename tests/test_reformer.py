@@ -15,7 +15,7 @@ from attention_zoo.attention.reformer import Reformer
 from attention_zoo.contract import Tokens, Unsupported
 from attention_zoo.measure.memory import peak_memory
 from attention_zoo.ops import hashing, lsh
-from attention_zoo.ops.dense import dense
+from attention_zoo.ops.softmax.dense import dense
 
 DIM, HEADS = 12, 3
 

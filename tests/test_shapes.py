@@ -41,7 +41,7 @@ def test_a_wrong_shape_is_met(tmp_path: Path) -> None:
     file = tmp_path / "test_wrong.py"
     file.write_text(
         "import torch\n"
-        "from attention_zoo.ops.dense import dense\n"
+        "from attention_zoo.ops.softmax.dense import dense\n"
         "def test_it():\n"
         "    dense(*(torch.zeros(2, 5, 4) for _ in range(3)), scale=1.0)\n"
     )

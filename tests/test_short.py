@@ -6,7 +6,7 @@ import torch
 import attention_zoo as zoo
 from attention_zoo import Tokens
 from attention_zoo.ops import short
-from attention_zoo.ops.short import KEYS
+from attention_zoo.ops.pattern.short import KEYS
 
 
 @pytest.fixture

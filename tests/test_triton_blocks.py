@@ -7,7 +7,7 @@ import torch
 from triton_device import close, on_triton
 
 import attention_zoo as zoo
-from attention_zoo.ops.dense import dense
+from attention_zoo.ops.softmax.dense import dense
 from attention_zoo.testing.case import Case
 
 __all__ = ["on_triton"]

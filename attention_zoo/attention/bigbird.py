@@ -29,20 +29,18 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from attention_zoo.attention.bigbird_plans import Plan, Reference, Uniform
 from attention_zoo.attention.pattern import PatternAttention, hide
-from attention_zoo.contract import Abilities, Tokens, Unsupported
-from attention_zoo.ops.blocks import BLOCKS, TRITON_BLOCKS
-from attention_zoo.ops.dispatch import DENSE, TILES
-from attention_zoo.ops.place import place_of
-from attention_zoo.ops.row import LINKED_ROW, ROW
-from attention_zoo.ops.short import SHORT
+from attention_zoo.contract import Abilities, Tokens
+from attention_zoo.layout.host import Array
+from attention_zoo.layout.reach import Blocks
 from attention_zoo.options import Chunk, Natural, Positive
-from attention_zoo.rules import OneOf
+from attention_zoo.place import place_of
+from attention_zoo.rules import OneOf, Unsupported
 
 
 class BigBird(PatternAttention):
@@ -61,9 +59,6 @@ class BigBird(PatternAttention):
     """
 
     name = "bigbird"
-    kernels = (LINKED_ROW, ROW, SHORT, TRITON_BLOCKS, BLOCKS, TILES, DENSE)
-    links_blocks = True
-    counts_keys = True
     tiny = {"block": 4, "random": 1}
     declared = Abilities(
         causality="strict",
@@ -102,6 +97,14 @@ class BigBird(PatternAttention):
         else:
             self._check_reference()
             self._plan = self._reference = Reference(self.seed, self.heads, random, block, plan == "reference")
+        self.reach = Blocks(
+            block,
+            self.links,
+            most=(2 if self._reference else 0) + self.side + 1 + (0 if self.causal else self.side) + random,
+            knows_length=not self.causal,
+            whole=self._whole if self._reference else None,
+            weights="counts",
+        )
 
     def _check_reference(self) -> None:
         if self.causal:
@@ -141,50 +144,20 @@ class BigBird(PatternAttention):
         times = listed.short()
         for pick in self._plan.picks(row, blocks).unbind(-1):
             times = times + (pick.transpose(1, 2)[..., None] == column)
-        everything = self.sees_all(queries)
-        if everything is None:
+        if not self._reference:
             return hide(times > 0)  # the paper's plan lists no block twice
+        everything = self._whole(row, blocks)
         times = times.masked_fill(everything[:, None, :, None], 1)
         counts = torch.arange(self.random + 2, device=times.device)
         logs = counts.to(torch.promote_types(place_of(self)[1], torch.float32)).log()
         return logs[times.long()]
 
-    def near(
-        self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor, length: Tensor
-    ) -> Bool[Tensor, "#B q_tiles k_tiles"]:
-        first, last = q_lo // self.block, q_hi // self.block
-        low, high = k_lo // self.block, k_hi // self.block
-        blocks = self._blocks_of(length)
-        most = blocks.amax(-1, keepdim=True)
-        if self.causal or bool(((blocks == most) | (blocks == 0)).all()):
-            blocks = most  # one document: the picks of a row are the same for all key tiles
-        found = (first - high <= self.side) & (low - last <= self.side)
-        if self._reference:
-            ends = (first <= 0) | (low <= 0) | (last >= blocks - 1) | (high >= blocks - 1)
-            found = found | ends | (blocks <= self._reference.full_blocks)
-        # tiles that span more rows of blocks than a tile without holes are taken whole
-        widest = 2 * self.tile // self.block + 2
-        found = found | (last - first >= widest)
-        for row in (first + step for step in range(widest)):
-            picks = self._plan.picks(row, blocks).flatten(-2)
-            hit = (picks >= low[..., None]) & (picks <= high[..., None])
-            found = found | (hit.any(-1) & (row <= last))
-        return found
-
-    # --- for the blocks kernel -------------------------------------------------------------------------------------
-
-    @property
-    def linked(self) -> int:
-        ends = 2 if self._reference else 0
-        return ends + self.side + 1 + (0 if self.causal else self.side) + self.random
-
-    def blocks_of(self, tokens: Tokens) -> Int[Tensor, "B L"]:
-        return torch.zeros_like(tokens.length) if self.causal else self._blocks_of(tokens.length)
+    # --- as lists ----------------------------------------------------------------------------------------------------
 
     def links(
         self, row: Int[Tensor, "#B R"], blocks: Int[Tensor, "#B #R"]
     ) -> tuple[Int[Tensor, "#B H R m"], Float[Tensor, "#B H R m"]]:
-        """What `bias` says, as a list of key blocks for each row; see `BlockPattern`."""
+        """What `bias` says, as a list of key blocks for each row; see `Blocks`."""
         row, blocks = torch.broadcast_tensors(row, blocks)
         offset = torch.arange(-self.side, 1 if self.causal else self.side + 1, device=row.device)
         fixed = row[..., None] + offset
@@ -201,11 +174,9 @@ class BigBird(PatternAttention):
         weight = same.sum(-1).double().log()
         return found.clamp(min=0), weight.masked_fill(again, -torch.inf)
 
-    def sees_all(self, queries: Tokens) -> Bool[Tensor, "B L"] | None:
+    def _whole(self, row: Array, blocks: Array) -> Array:
         """Rows of the released plans' global blocks; everyone in a document that is too short for links."""
-        if not self._reference:
-            return None
-        row, blocks = queries.position // self.block, self._blocks_of(queries.length)
+        assert self._reference
         return (row == 0) | (row == blocks - 1) | (blocks <= self._reference.full_blocks)
 
     def _blocks_of(self, length: Tensor) -> Tensor:

@@ -28,9 +28,7 @@ from torch import Tensor
 
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Abilities, Tokens
-from attention_zoo.ops.dispatch import DENSE, SDPA, TILES
-from attention_zoo.ops.flex import FLEX
-from attention_zoo.ops.row import ROW
+from attention_zoo.layout.reach import Anywhere
 
 
 class Full(PatternAttention):
@@ -42,8 +40,7 @@ class Full(PatternAttention):
     """
 
     name = "full"
-    unweighted = True
-    kernels = (ROW, SDPA, FLEX, TILES, DENSE)
+    reach = Anywhere(weights="uniform")
     declared = Abilities(
         causality="strict",
         carry="prefix",

@@ -28,20 +28,20 @@ theirs rounds its softmax to float32 (tests/oracles/README.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from attention_zoo.attention.operator import refuse_export
 from attention_zoo.attention.pattern import PatternAttention, hide
+from attention_zoo.constants import made_once
 from attention_zoo.contract import Abilities, Tokens
-from attention_zoo.ops.constants import made_once
-from attention_zoo.ops.dispatch import BANDED, DENSE, TILES, WHOLE_BAND
-from attention_zoo.ops.flex import FLEX
-from attention_zoo.ops.row import ROW
-from attention_zoo.ops.short_band import SHORT_BAND
-from attention_zoo.ops.xformers import XFORMERS
+from attention_zoo.layout.reach import Band
+from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.globals import dense_global_rows, global_rows, put_global_rows
 from attention_zoo.options import Positive
 from attention_zoo.rules import OneOf
 
@@ -59,9 +59,6 @@ class Longformer(PatternAttention):
 
     name = "longformer"
     tiny = {"window": 3}
-    kernels = (ROW, WHOLE_BAND, SHORT_BAND, FLEX, BANDED, XFORMERS, TILES, DENSE)
-    shift_invariant = True
-    unweighted = True
     declared = Abilities(
         causality="strict",
         carry="prefix",
@@ -89,26 +86,64 @@ class Longformer(PatternAttention):
         if len(steps) != self.heads:
             raise ValueError(f"dilation must be one number or one for each of {self.heads} heads, got {len(steps)}")
         self.window, self.global_projections = window, global_projections
-        if global_projections == "separate":
-            self.add_global_projections()
+        self.computes_apart = global_projections == "separate"
+        if self.computes_apart:
+            # they start as copies of the others
+            self.to_q_global, self.to_k_global, self.to_v_global = map(deepcopy, (self.to_q, self.to_k, self.to_v))
         # heads that share a dilation share the mask
-        common = steps[:1] if len(set(steps)) == 1 else steps
-        self._reach, self._strides = window * max(steps), tuple(common)
-        self.contiguous = max(steps) == 1
-
-    @property
-    def reach(self) -> int:
-        return self._reach
-
-    @property
-    def strides(self) -> Sequence[int]:
-        return self._strides
+        self.dilation = steps[0] if len(set(steps)) == 1 else tuple(steps)
+        self.reach = Band(window, stride=self.dilation, weights="uniform")
 
     def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B #H L S"]:
         gap = (queries.position[:, :, None] - keys.position[:, None, :])[:, None]
-        step = self._strides[0] if len(self._strides) == 1 else _column(self._strides, like=gap, dtype=torch.long)
+        alike = isinstance(self.dilation, int)
+        step = self.dilation if alike else _column(self.dilation, like=gap, dtype=torch.long)
         seen = gap.abs() <= self.window * step
-        return hide(seen if self.contiguous else seen & (gap % step == 0))
+        return hide(seen if self.dilation == 1 else seen & (gap % step == 0))
+
+    def finish(self, call: PatternCall, out: Tensor, x: Tensor) -> Tensor:
+        """With rows of global queries by the second projection; only computed where there are some."""
+        if not (self.computes_apart and call.queries.any_global):
+            return out
+        q, k, v = (self._heads(project(x)) for project in (self.to_q_global, self.to_k_global, self.to_v_global))
+        q, k = self.scheme.rotate(q, call.queries.position), self.scheme.rotate(k, call.queries.position)
+        if earlier := call.k.shape[2] - x.shape[1]:
+            # a global query's document begins in its call (checked before): it sees none of the keys before that
+            k, v = (nn.functional.pad(y, (0, 0, earlier, 0)) for y in (k, v))
+        return self._with_rows(call, out, q, k, v, self.kernel, self.scale)
+
+    def attend(
+        self,
+        q: Float[Tensor, "B H L D"],
+        k: Float[Tensor, "B K S D"],
+        v: Float[Tensor, "B K S D"],
+        queries: Tokens | None = None,
+        keys: Tokens | None = None,
+        *,
+        scale: float | None = None,
+        kernel: str | None = None,
+        global_qkv: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Float[Tensor, "B H L D"]:
+        """As of `PatternAttention`.
+
+        Args:
+            global_qkv: a second projection of the same tokens, for the rows of global queries.
+        """
+        if global_qkv is None:
+            return super().attend(q, k, v, queries, keys, scale=scale, kernel=kernel)
+        refuse_export(self.name)
+        kernel, scale = self.kernel if kernel is None else kernel, self.scale if scale is None else scale
+        call = self._call(q, k, v, queries, keys, scale)
+        call.apart = True
+        return self._with_rows(call, self._run(call, kernel), *global_qkv, kernel, scale)
+
+    def _with_rows(
+        self, call: PatternCall, out: Tensor, q: Tensor, k: Tensor, v: Tensor, kernel: str, scale: float
+    ) -> Tensor:
+        if not (out.numel() and call.queries.any_global):
+            return out
+        rows = PatternCall(self, q, k, v, call.queries, call.keys, scale, call.learned)
+        return put_global_rows(rows, out, (dense_global_rows if kernel == "dense" else global_rows)(rows))
 
 
 @made_once

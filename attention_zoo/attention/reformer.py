@@ -6,7 +6,7 @@ rotations, sorted by bucket and cut into chunks; a token attends to its own chun
     h(x)  = argmax [xR; -xR]
     out_i = sum_r exp(z_r - logsumexp_r z_r) · softmax over the window of round r,    z_r = its log-sum-exp
 
-O(rounds·L·(log L + chunk)) time, O(L) memory (ops/hashing.py, ops/lsh.py).
+O(rounds·L·(log L + chunk)) time, O(L) memory (ops/lsh/hashing.py, ops/lsh/chunks.py).
 
 Paper: queries have 1/sqrt(D). A token attends inside its bucket, as far as the window shows it, and a key that several
 rounds show counts once; to itself only where it sees nothing else. Causal order is of time, inside the sorted chunks.
@@ -39,21 +39,27 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from attention_zoo.contract import Abilities, Attention, Output, Source, Unsupported, at_least, of_tensor
-from attention_zoo.ops import hashing, lsh, lsh_layout, lsh_step
-from attention_zoo.ops.columns import Columns
-from attention_zoo.ops.compiled import one_operator, refuse_export
-from attention_zoo.ops.dispatch import triton_reason
-from attention_zoo.ops.function import zeros_for
-from attention_zoo.ops.place import place_of
+from attention_zoo.attention.operator import one_operator, refuse_export
+from attention_zoo.contract import Abilities, Attention, Output, Source, at_least, of_tensor
+from attention_zoo.layout.host import Array, tensor_of
+from attention_zoo.layout.kernel import check_name, choose, explain
+from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.ledger import Columns, Horizon, Ledger, behind, goes_on, none
+from attention_zoo.layout.ragged import put, ragged, take
+from attention_zoo.ops.lsh import chunks, hashing, step
+from attention_zoo.ops.lsh import layout as lsh_layout
+from attention_zoo.ops.lsh.call import KERNELS, HashedCall
+from attention_zoo.ops.softmax.function import zeros_for
 from attention_zoo.options import LARGEST, Around, Chunk, Fill, Seed
+from attention_zoo.place import place_of
 from attention_zoo.rules import OneOf
-from attention_zoo.tokens import Tokens, hold, unshared
+from attention_zoo.tokens import Tokens
 
 Buckets = Annotated[int, Field(ge=2, le=2**16)]
 MOST_PAIRS = 2**24
@@ -72,7 +78,7 @@ class Hashed(NamedTuple):
     """
 
     columns: Columns
-    sorted: lsh_step.Sorted | None = None
+    sorted: step.Sorted | None = None
 
 
 class Documents(NamedTuple):
@@ -83,8 +89,8 @@ class Documents(NamedTuple):
         slots: places that these are sorted into; as many, or more with `fill`.
     """
 
-    sizes: Int[Tensor, " K"]
-    slots: Int[Tensor, " K"]
+    sizes: Int[np.ndarray, " K"]
+    slots: Int[np.ndarray, " K"]
 
 
 class Reformer(Attention):
@@ -93,7 +99,7 @@ class Reformer(Attention):
     `Output.choices` are the buckets, int32 [B, H, rounds, L, 1]; handed back they are replayed. With a state every call
     equals the last rows of the whole prefix in one call. The prefix is hashed again when its bucket count changes, that
     is when its length doubles; until then a step hashes its own tokens only. Single-token steps without gradients cost
-    the same at any length but for that, and for sorting the prefix every thousandth time (ops/lsh_step.py); they need
+    the same at any length but for that, and for sorting the prefix every thousandth time (ops/lsh/step.py); they need
     consecutive tokens, the defaults of `wrap`, `look_ahead`, `fill` and `kernel`. Other calls sort the whole prefix.
 
     `rounds` may be changed on a built layer: more in evaluation are slower and nearer to full attention.
@@ -157,8 +163,7 @@ class Reformer(Attention):
         **shared: Any,
     ):
         super().__init__(**shared)
-        if kernel not in ("auto", "triton", "chunks", "dense"):
-            raise Unsupported(self.name, f"kernel={kernel}", "it has no such kernel", "auto, triton, chunks or dense")
+        check_name(self.name, KERNELS, kernel)
         if (pairs := chunk * chunk * (1 + look_back + look_ahead)) > MOST_PAIRS:
             raise ValueError(f"chunk, look_back, look_ahead must give at most {MOST_PAIRS} pairs a chunk, got {pairs}")
         self.rounds, self.chunk, self.look_back, self.look_ahead = rounds, chunk, look_back, look_ahead
@@ -194,7 +199,7 @@ class Reformer(Attention):
         device, dtype = place_of(self)
         empty = torch.zeros(batch_size, 0, self.heads * self.head_width, device=device, dtype=dtype)
         buckets = torch.zeros(batch_size, self.heads, 0, 0, 1, dtype=torch.int32, device=device)
-        return Hashed(Columns.of(Tokens.none(batch_size, device), empty, empty, buckets))
+        return Hashed(Columns.of(none(batch_size, device), empty, empty, buckets))
 
     @one_operator
     def forward(
@@ -208,70 +213,78 @@ class Reformer(Attention):
     ) -> Output:
         """See `Layer`."""
         at_least(1, rounds=self.rounds)
-        if state is not None and not self.causal:
-            raise Unsupported(self.name, "state", "two-sided attention needs all tokens in one call", "causal=True")
-        x, tokens = self.enter(x, tokens, state, source)
+        x, layout = self.enter(x, tokens, state, source, choices)
         B, L, _ = x.shape
         self._check_choices(choices, B, L)
         qk, v = self.to_qk(x), self.to_v(x)
-        if state is not None and choices is None and self._is_step(tokens, state):
-            return self._step(qk, v, tokens, state)
-        keys, is_new = tokens, torch.ones_like(tokens.valid)
+        if state is not None and choices is None and self._is_step(layout, state):
+            return self._step(qk, v, layout, state)
+        keys, ledger = layout, None
         if state is not None:
             held = state.columns
             qk, v = torch.cat([held.held[0], qk], 1), torch.cat([held.held[1], v], 1)
-            keys, is_new = held.tokens.then(tokens), torch.cat([torch.zeros_like(held.tokens.valid), is_new], 1)
-        flat_qk, flat_v = (_take(y, keys.valid).unflatten(-1, (self.heads, -1)) for y in (qk, v))
-        is_new = _take(is_new, keys.valid)
+            ledger = self._behind(held.ledger, layout)
+            keys = ledger.layout
+        flat_qk, flat_v = (take(y, keys).unflatten(-1, (self.heads, -1)) for y in (qk, v))
+        is_new = _since(keys, L)
         documents = self._documents(keys)
-        buckets = self._buckets(flat_qk.detach(), documents, is_new, tokens, state, choices)
-        out = self._attend(flat_qk, flat_v, buckets, documents, None if state is None else is_new.nonzero()[:, 0])
-        hidden = _put(self.to_out(out.flatten(1)), tokens.valid)
-        padded = _put(buckets.movedim(-1, 0), keys.valid).permute(0, 2, 3, 1)[..., None]
+        buckets = self._buckets(flat_qk.detach(), documents, is_new, layout, state, choices)
+        asked = None if state is None else tensor_of(is_new.nonzero()[0], x.device)
+        out = self._attend(flat_qk, flat_v, buckets, documents, keys, asked)
+        hidden = put(self.to_out(out.flatten(1)), layout)
+        padded = put(buckets.movedim(-1, 0), keys).permute(0, 2, 3, 1)[..., None]
         new = None
-        if state is not None:
+        if ledger is not None:
             seeded = choices is None and not self._draws
-            columns = Columns.of(keys, qk, v, padded if seeded else padded[:, :, :0], reserve=state.columns.reserve)
-            new = Hashed(columns.settle(L, live=_current))
+            columns = Columns.of(ledger, qk, v, padded if seeded else padded[:, :, :0])
+            new = Hashed(columns.settle(layout, horizon=CURRENT)[0])
         return Output(hidden, new, choices=padded[..., padded.shape[3] - L :, :])
 
     def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Hashed) -> Hashed:
         """See `Attention`: projections alone; the next call hashes."""
-        x, tokens = self.enter(x, tokens, state, None)
+        x, layout = self.enter(x, tokens, state, None)
         qk, v, buckets = state.columns.buffers
         columns = state.columns._replace(buffers=(qk, v, buckets[:, :, :0]))
         added = (self.to_qk(x), self.to_v(x), buckets.new_zeros(len(x), self.heads, 0, x.shape[1], 1))
-        return Hashed(columns.append(tokens, *added, live=_current).settle(x.shape[1], live=_current))
+        return Hashed(columns.append(layout, *added, horizon=CURRENT).settle(layout, horizon=CURRENT)[0])
 
-    def _is_step(self, tokens: Tokens, state: Hashed) -> bool:
+    def _behind(self, ledger: Ledger, layout: Layout) -> Ledger:
+        """With a call's tokens, all of which are sorted anew."""
+        if not ledger.filled:
+            return Ledger.of(layout, ledger.reserve)
+        key = ("behind", id(ledger.fields), ledger.filled, ledger.version)
+        keys = layout.plan(key, lambda: (behind(ledger.layout, layout), ledger))[0]
+        return Ledger.of(keys, ledger.reserve)
+
+    def _is_step(self, layout: Layout, state: Hashed) -> bool:
         """Whether this call is one more token for each row, whose windows can be found without sorting."""
         plain = self.kernel == "auto" and self.wrap == "row" and not self.look_ahead
-        held = state.columns
-        if not plain or tokens.valid.shape[1] != 1 or torch.is_grad_enabled() or not held.steady:
+        ledger = state.columns.ledger
+        if not plain or layout.valid.shape[1] != 1 or torch.is_grad_enabled() or not ledger.steady:
             return False
-        sizes = held.tokens.valid.sum(1)
-        return held.goes_on(tokens) and self._keeps_buckets(state) and self._hash_alike(sizes, sizes + 1)
+        sizes = ledger.host.valid.sum(1)
+        return goes_on(ledger, layout) and self._keeps_buckets(state) and self._hash_alike(sizes, sizes + 1)
 
-    def _step(self, qk: Float[Tensor, "B 1 HD"], v: Float[Tensor, "B 1 HD"], tokens: Tokens, state: Hashed) -> Output:
-        """See ops/lsh_step.py."""
-        one = torch.ones_like(tokens.valid[:, 0])
+    def _step(self, qk: Float[Tensor, "B 1 HD"], v: Float[Tensor, "B 1 HD"], layout: Layout, state: Hashed) -> Output:
+        """See ops/lsh/step.py."""
         q = qk[:, 0].unflatten(-1, (self.heads, -1))
-        sizes = state.columns.tokens.valid.sum(1) + 1
-        found = self._buckets(q, Documents(one.long(), sizes), one, tokens, None, None)  # [H, R, B]
+        sizes = state.columns.ledger.host.valid.sum(1) + 1
+        one = Documents(np.ones_like(sizes), sizes)
+        found = self._buckets(q, one, np.ones(len(q), bool), layout, None, None)  # [H, R, B]
         mine = found.movedim(-1, 0)[..., None, None]
-        columns = state.columns.append(tokens, qk, v, mine, live=_current)
+        columns = state.columns.append(layout, qk, v, mine, horizon=CURRENT)
         all_qk, all_v, all_buckets = columns.held
-        buckets, valid = all_buckets[..., 0], columns.tokens.valid
+        buckets, keys = all_buckets[..., 0], columns.tokens
         known = state.sorted
-        if known is None or columns.fields is not state.columns.fields or known.is_stale(columns.filled):
+        moved = columns.ledger.fields is not state.columns.ledger.fields
+        if known is None or moved or known.is_stale(columns.filled):
             count = max(math.prod(self.factors_for(size)) for size in sizes.tolist())
-            known = lsh_step.Sorted.of(buckets[..., :-1], valid[:, :-1], count)
-        column, seen = lsh_step.windows(
-            known, buckets, columns.filled - sizes, chunk=self.chunk, look_back=self.look_back
-        )
+            known = step.Sorted.of(buckets[..., :-1], keys.valid[:, :-1], count)
+        fillers = keys.plan("fillers", lambda: tensor_of(columns.filled - sizes, qk.device))
+        column, seen = step.windows(known, buckets, fillers, chunk=self.chunk, look_back=self.look_back)
         if not self.attend_across_buckets:
             seen = seen & (buckets.gather(-1, column) == mine[..., 0])
-        out = lsh_step.attend(
+        out = step.attend(
             q,
             all_qk.unflatten(-1, (self.heads, -1)),
             all_v.unflatten(-1, (self.heads, -1)),
@@ -302,16 +315,16 @@ class Reformer(Attention):
             wanted = f"[batch, {self.heads}, length, {self.head_width}]"
             raise ValueError(f"qk and v must both be {wanted}, got {tuple(qk.shape)} and {tuple(v.shape)}")
         B, _, L, _ = qk.shape
-        (tokens,) = hold(unshared(Tokens.all_valid(B, L, qk.device)) if tokens is None else tokens)
-        if tokens.valid.shape != (B, L):
-            raise ValueError(f"tokens must have shape {(B, L)}, got {tuple(tokens.valid.shape)}")
+        layout = Layout.plain(B, L, qk.device) if tokens is None else Layout.of(tokens)
+        if layout.valid.shape != (B, L):
+            raise ValueError(f"tokens must have shape {(B, L)}, got {tuple(layout.valid.shape)}")
         self._check_choices(choices, B, L)
         if not (B and L):
             return zeros_for(v, (qk, v))
-        flat_qk, flat_v = (_take(y.transpose(1, 2), tokens.valid) for y in (qk, v))
-        documents, is_new = self._documents(tokens), torch.ones(len(flat_qk), dtype=torch.bool, device=qk.device)
-        buckets = self._buckets(flat_qk.detach(), documents, is_new, tokens, None, choices)
-        return _put(self._attend(flat_qk, flat_v, buckets, documents, None), tokens.valid).transpose(1, 2)
+        flat_qk, flat_v = (take(y.transpose(1, 2), layout) for y in (qk, v))
+        documents, is_new = self._documents(layout), np.ones(len(flat_qk), bool)
+        buckets = self._buckets(flat_qk.detach(), documents, is_new, layout, None, choices)
+        return put(self._attend(flat_qk, flat_v, buckets, documents, layout, None), layout).transpose(1, 2)
 
     def choices_shape(self, batch: int, length: int) -> tuple[int, ...]:
         return batch, self.heads, self.rounds, length, 1
@@ -321,14 +334,12 @@ class Reformer(Attention):
         if choices is not None and (not isinstance(choices, Tensor) or choices.shape != wanted):
             raise ValueError(f"choices must be buckets of shape {wanted}, got {of_tensor(choices)}")
 
-    def _documents(self, tokens: Tokens) -> Documents:
-        rows = torch.arange(tokens.valid.shape[0], device=tokens.valid.device)[:, None]
-        names = rows * (tokens.document.amax() + 1) + tokens.document
-        sizes = torch.unique_consecutive(_take(names, tokens.valid), return_counts=True)[1]
+    def _documents(self, layout: Layout) -> Documents:
+        _, sizes = ragged(layout)
         if not self.fill:
             return Documents(sizes, sizes)
-        said = _take(tokens.length, tokens.valid)[sizes.cumsum(0) - 1]
-        return Documents(sizes, -(-torch.maximum(said, sizes) // self.fill) * self.fill)
+        said = layout.host.length[layout.host.valid][sizes.cumsum() - 1]
+        return Documents(sizes, -(-np.maximum(said, sizes) // self.fill) * self.fill)
 
     @property
     def _draws(self) -> bool:
@@ -338,23 +349,25 @@ class Reformer(Attention):
         self,
         qk: Float[Tensor, "M H D"],
         documents: Documents,
-        is_new: Bool[Tensor, " M"],
-        tokens: Tokens,
+        is_new: Bool[np.ndarray, " M"],
+        layout: Layout,
         state: Hashed | None,
         choices: Int[Tensor, "B H R L 1"] | None,
     ) -> Int[Tensor, "H R M"]:
         """Remembered, replayed, or hashed with as many buckets as the token's document has now."""
-        buckets = torch.zeros(self.heads, self.rounds, len(qk), dtype=torch.int32, device=qk.device)
-        missing = torch.ones_like(is_new)
-        if state is not None and self._remembers(state, tokens):
-            buckets[..., ~is_new] = _bucket_rows(state.columns.held[2], state.columns.tokens.valid)
+        device = qk.device
+        buckets = torch.zeros(self.heads, self.rounds, len(qk), dtype=torch.int32, device=device)
+        missing = np.ones_like(is_new)
+        if state is not None and self._remembers(state, layout):
+            held = _bucket_rows(state.columns.held[2], state.columns.tokens)
+            _put_at(buckets, ~is_new, held)
             missing = missing & is_new
         if choices is not None:
-            buckets[..., is_new] = _bucket_rows(choices, tokens.valid).int()
+            _put_at(buckets, is_new, _bucket_rows(choices, layout).int())
             missing = missing & ~is_new
         kinds: dict[tuple[int, ...], int] = {}
-        kind = torch.tensor([kinds.setdefault(self.factors_for(n), len(kinds)) for n in documents.slots.tolist()])
-        kind = kind.to(documents.sizes).repeat_interleave(documents.sizes)
+        kind = np.array([kinds.setdefault(self.factors_for(n), len(kinds)) for n in documents.slots.tolist()], int)
+        kind = kind.repeat(documents.sizes)
         for factors, number in kinds.items():
             chosen = missing & (kind == number)
             if not bool(chosen.any()):
@@ -366,22 +379,23 @@ class Reformer(Attention):
                 rotations = hashing.released_rotations(self.hash_seed, *shape, qk.dtype)
             else:
                 rotations = hashing.seeded_rotations(self.seed, *shape)
-            buckets[..., chosen] = hashing.hash_tokens(qk[chosen], rotations, factors)
+            tokens = qk if bool(chosen.all()) else qk.index_select(0, tensor_of(chosen.nonzero()[0], device))
+            _put_at(buckets, chosen, hashing.hash_tokens(tokens, rotations, factors))
         return buckets
 
-    def _remembers(self, state: Hashed, tokens: Tokens) -> bool:
+    def _remembers(self, state: Hashed, layout: Layout) -> bool:
         """Whether the state's buckets are those that its tokens have in this call."""
         if not self._keeps_buckets(state):
             return False
-        held = state.columns.tokens
+        held, new = state.columns.ledger.host, layout.host
         old = held.valid.sum(1)
-        now = old + (tokens.valid & (tokens.document == _last_document(held))).sum(1)
+        now = old + (new.valid & (new.document == held.last_document)).sum(1)
         return self._hash_alike(old, now)
 
     def _keeps_buckets(self, state: Hashed) -> bool:
         return not self._draws and not self.fill and state.columns.buffers[2].shape[2] == self.rounds
 
-    def _hash_alike(self, old: Int[Tensor, " B"], now: Int[Tensor, " B"]) -> bool:
+    def _hash_alike(self, old: Array, now: Array) -> bool:
         return all(self.factors_for(a) == self.factors_for(b) for a, b in zip(old.tolist(), now.tolist()) if a)
 
     def _attend(
@@ -390,20 +404,14 @@ class Reformer(Attention):
         v: Float[Tensor, "M H D"],
         buckets: Int[Tensor, "H R M"],
         documents: Documents,
+        keys: Layout,
         asked: Int[Tensor, " m"] | None,
     ) -> Float[Tensor, "m H D"]:
         if not len(qk if asked is None else asked):
             return v[:0]
-        layout = lsh_layout.lay_out(
-            documents.sizes,
-            rounds=self.rounds,
-            chunk=self.chunk,
-            look_back=self.look_back,
-            look_ahead=self.look_ahead,
-            across_rounds=self.wrap == "reference",
-            slots=documents.slots if self.fill else None,
-        )
-        plan = lsh.Plan(
+        shape = (self.rounds, self.chunk, self.look_back, self.look_ahead, self.wrap, self.fill)
+        layout = keys.plan(("hashed", *shape), lambda: self._lay_out(documents, qk.device))
+        plan = chunks.Plan(
             order=lsh_layout.sort_tokens(buckets, layout.document),
             layout=layout,
             buckets=None if self.attend_across_buckets else buckets,
@@ -413,29 +421,31 @@ class Reformer(Attention):
             epsilon=self.key_norm_epsilon,
             once=self.correct_duplicates,
         )
-        return lsh.lsh_attention(qk, v, plan, kernel=self._kernel(qk))
+        call = self._described(qk.device, qk.dtype)
+        return choose(self.name, KERNELS, self.kernel, call).run(call)(qk, v, plan)
+
+    def _lay_out(self, documents: Documents, device: torch.device) -> lsh_layout.Layout:
+        return lsh_layout.lay_out(
+            documents.sizes,
+            rounds=self.rounds,
+            chunk=self.chunk,
+            look_back=self.look_back,
+            look_ahead=self.look_ahead,
+            across_rounds=self.wrap == "reference",
+            slots=documents.slots if self.fill else None,
+            device=device,
+        )
+
+    def _described(self, device: torch.device, dtype: torch.dtype) -> HashedCall:
+        return HashedCall(device, dtype, self.chunk, self.head_width, self.correct_duplicates)
 
     def explain_kernels(self, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
-        """Every kernel, fastest first, with the reason why it cannot run there, or None."""
-        return [("triton", self._refuse_triton(device, dtype)), ("chunks", None), ("dense", None)]
+        """Every kernel, fastest first, with all reasons why it cannot run there, or None."""
+        return explain(KERNELS, self._described(device, dtype))
 
-    def _refuse_triton(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        if reason := triton_reason(device):
-            return reason
-        if self.correct_duplicates:
-            return "it cannot count in how many rounds a pair meets (correct_duplicates)"
-        from attention_zoo.ops.triton_blocks import refuse
 
-        return refuse(self.chunk, self.head_width, dtype)
-
-    def _kernel(self, qk: Tensor) -> str:
-        """The kernel that runs this call."""
-        if self.kernel not in ("auto", "triton"):
-            return self.kernel
-        reason = self._refuse_triton(qk.device, qk.dtype)
-        if reason and self.kernel == "triton":
-            raise Unsupported(self.name, "kernel=triton", reason, "kernel=auto")
-        return "chunks" if reason else "triton"
+CURRENT = Horizon()
+"""Tokens of finished documents are never asked for again."""
 
 
 def _factors(buckets: int | Sequence[int]) -> tuple[int, ...]:
@@ -445,30 +455,19 @@ def _factors(buckets: int | Sequence[int]) -> tuple[int, ...]:
     return factors
 
 
-def _take(y: Tensor, valid: Bool[Tensor, "B S"]) -> Tensor:
-    """[B, S, ...] -> [M, ...]: the valid tokens, row after row."""
-    flat = y.flatten(0, 1)
-    return flat if bool(valid.all()) else flat.index_select(0, valid.flatten().nonzero()[:, 0])
+def _since(keys: Layout, count: int) -> Bool[np.ndarray, " M"]:
+    """Which of the valid tokens, row after row, stand in the last `count` columns."""
+    columns = keys.host.valid.shape[1]
+    return np.broadcast_to(np.arange(columns) >= columns - count, keys.host.valid.shape)[keys.host.valid]
 
 
-def _put(y: Tensor, valid: Bool[Tensor, "B S"]) -> Tensor:
-    """[M, ...] -> [B, S, ...] with zeros at padding."""
-    if len(y) < valid.numel():
-        whole = y.new_zeros(valid.numel(), *y.shape[1:])
-        y = whole.index_copy(0, valid.flatten().nonzero()[:, 0], y)
-    return y.unflatten(0, valid.shape)
+def _put_at(into: Int[Tensor, "H R M"], mask: Bool[np.ndarray, " M"], values: Int[Tensor, "H R m"]) -> None:
+    """Set the masked tokens'."""
+    if bool(mask.all()):
+        into.copy_(values)
+    else:
+        into.index_copy_(-1, tensor_of(mask.nonzero()[0], into.device), values.to(into.dtype))
 
 
-def _bucket_rows(buckets: Int[Tensor, "B H R S 1"], valid: Bool[Tensor, "B S"]) -> Int[Tensor, "H R M"]:
-    return _take(buckets[..., 0].permute(0, 3, 1, 2), valid).movedim(0, -1)
-
-
-def _last_document(tokens: Tokens) -> Int[Tensor, "B 1"]:
-    """-1 for a row without valid tokens."""
-    document = torch.where(tokens.valid, tokens.document, -1)
-    return torch.nn.functional.pad(document, (1, 0), value=-1).amax(1, keepdim=True)
-
-
-def _current(tokens: Tokens) -> Bool[Tensor, "B S"]:
-    """Tokens of finished documents are never asked for again."""
-    return tokens.valid & (tokens.document == _last_document(tokens))
+def _bucket_rows(buckets: Int[Tensor, "B H R S 1"], layout: Layout) -> Int[Tensor, "H R M"]:
+    return take(buckets[..., 0].permute(0, 3, 1, 2), layout).movedim(0, -1)

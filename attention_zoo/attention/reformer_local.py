@@ -13,11 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from attention_zoo.attention.pattern import PatternAttention, hide
 from attention_zoo.contract import Abilities, Tokens
+from attention_zoo.layout.host import Array
+from attention_zoo.layout.reach import Band, Reach, Tiles
 from attention_zoo.options import Around, Chunk, Fill
 
 
@@ -36,7 +38,6 @@ class ReformerLocal(PatternAttention):
 
     name = "reformer.local"
     tiny = {"chunk": 3}
-    counts_keys = True
     declared = Abilities(
         causality="strict",
         carry="prefix",
@@ -69,22 +70,10 @@ class ReformerLocal(PatternAttention):
         return replace(self.declared, causality="values") if self.fill else self.declared
 
     @property
-    def reach(self) -> int | None:
+    def reach(self) -> Reach:  # type: ignore[override]
         if self.fill and not self.causal:
-            return None
-        return self.chunk * (max(self.look_back, self.look_ahead) + 1) - 1
-
-    def near(
-        self, q_lo: Tensor, q_hi: Tensor, k_lo: Tensor, k_hi: Tensor, length: Tensor
-    ) -> Bool[Tensor, "#B q_tiles k_tiles"]:
-        if self.reach is not None:
-            return super().near(q_lo, q_hi, k_lo, k_hi, length)
-        first, last = q_lo // self.chunk - self.look_back, q_hi // self.chunk + self.look_ahead
-        ring = self._ring(length)
-        around = (
-            (k_hi // self.chunk + turn >= first) & (k_lo // self.chunk + turn <= last) for turn in (-ring, 0, ring)
-        )
-        return torch.stack(torch.broadcast_tensors(*around)).any(0)
+            return _Ring(self)
+        return Band(self.chunk * (max(self.look_back, self.look_ahead) + 1) - 1, weights="counts")
 
     def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B 1 L S"]:
         mine, theirs = (tokens.position // self.chunk for tokens in (queries, keys))
@@ -98,7 +87,25 @@ class ReformerLocal(PatternAttention):
             times = times + ((step - torch.where(ring > abs(turn), turn, 0)) % ring == 0)
         return times.double().log()  # of float32 it would be off by 1e-8 in a model of float64
 
-    def _ring(self, length: Tensor) -> Tensor:
+    def _ring(self, length: Any) -> Any:
         """Chunks of a text."""
         filled = -(-length // self.fill) * self.fill
-        return (-(-filled // self.chunk)).clamp(min=1)
+        return (-(-filled // self.chunk)).clip(1)
+
+
+class _Ring(Reach):
+    """Chunks of a text that goes round."""
+
+    weights = "counts"
+
+    def __init__(self, layer: ReformerLocal):
+        self.layer = layer
+
+    def near(self, tiles: Tiles) -> Array:
+        layer = self.layer
+        first, last = tiles.q_lo // layer.chunk - layer.look_back, tiles.q_hi // layer.chunk + layer.look_ahead
+        low, high, ring = tiles.k_lo // layer.chunk, tiles.k_hi // layer.chunk, layer._ring(tiles.length)
+        found = (high >= first) & (low <= last)
+        for turn in (-ring, ring):
+            found = found | ((high + turn >= first) & (low + turn <= last))
+        return found

@@ -12,7 +12,7 @@ f_i = 10000^(-2i/E), concatenated as in the released code; u and v are one pair 
 
 One call of any length equals the loop over segments, in outputs and gradients: what a loop would pass from segment to
 segment are inputs of this same layer, and those are all there. So segments run at once, in O(L·(S+M)) time and O(L·E)
-memory (ops/relative.py). Decoding projects the query into the space of hidden states instead of all keys out of it.
+memory (ops/relative/chunks.py). Decoding projects the query into the space of hidden states instead of all keys out of it.
 
 Paper: as above; u and v are one pair for all layers, norms follow the addition. The memory is as long as the segment in
 training and longer in evaluation.
@@ -36,45 +36,41 @@ Other checkpoints: tests/test_weights_transformer_xl.py. Token by token: tests/r
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Abilities, Attention, Output, Source, Unsupported, at_least
-from attention_zoo.ops.columns import Columns
-from attention_zoo.ops.compiled import one_operator, refuse_export
-from attention_zoo.ops.dispatch import triton_reason
-from attention_zoo.ops.function import watch, zeros_for
-from attention_zoo.ops.place import place_of
-from attention_zoo.ops.projections import is_plain, streams
-from attention_zoo.ops.relative import Plan, chunk_borders, plan_chunks, relative_attention
+from attention_zoo.attention.operator import one_operator, refuse_export
+from attention_zoo.contract import Abilities, Attention, Output, Source, at_least
+from attention_zoo.layout.host import Host, tensor_of
+from attention_zoo.layout.kernel import choose, explain
+from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.ledger import Columns, Horizon, none
+from attention_zoo.layout.visible import first_columns, runs_of
+from attention_zoo.ops.relative.call import KERNELS, RelativeCall
+from attention_zoo.ops.relative.chunks import Plan, chunk_borders, plan_chunks, relative_attention
+from attention_zoo.ops.relative.few import absorbed, few_of
+from attention_zoo.ops.relative.projections import is_plain, streams
+from attention_zoo.ops.relative.waves import waves
+from attention_zoo.ops.softmax.function import watch, zeros_for
 from attention_zoo.options import Natural, Positive
-from attention_zoo.rules import OneOf
-from attention_zoo.tokens import Tokens, hold, unshared
-
-TABLE = 256
-"""Tables of distances are made for a multiple of this many, so that growing calls share one."""
+from attention_zoo.place import place_of
+from attention_zoo.rules import OneOf, Unsupported
+from attention_zoo.tokens import Tokens
 
 
-class Layout(NamedTuple):
-    """Where the keys of each query lie.
+class Segments(NamedTuple):
+    """Where the keys of each query begin: the first column that it sees, and the first of its own segment, [B, L].
 
-    Fields:
-        keys: tokens of the S columns; the last L are the queries.
-        first, own: see `attention_zoo.ops.relative.Plan`.
-        run: which run of one document each column belongs to, counted from 1; 0 before the first.
-        aligned: whether within each document columns stand as positions do.
+    One more than its own column where it sees nothing.
     """
 
-    keys: Tokens
-    first: Int[Tensor, "B L"]
-    own: Int[Tensor, "B L"]
-    run: Int[Tensor, "B S"]
-    aligned: bool
+    first: Int[np.ndarray, "B L"]
+    own: Int[np.ndarray, "B L"]
 
 
 class TransformerXL(Attention):
@@ -176,7 +172,7 @@ class TransformerXL(Attention):
         at_least(0, batch_size=batch_size)
         device, dtype = place_of(self)
         empty = torch.zeros(batch_size, 0, self.dim, device=device, dtype=dtype)
-        return Columns.of(Tokens.none(batch_size, device), empty)
+        return Columns.of(none(batch_size, device), empty)
 
     @one_operator
     def forward(
@@ -189,47 +185,66 @@ class TransformerXL(Attention):
         choices: Any = None,
     ) -> Output:
         """See `Layer`."""
-        if choices is not None:
-            raise Unsupported(self.name, "choices", "it makes no discrete decisions", "choices=None")
         self._check_lengths()
-        x, tokens = self.enter(x, tokens, state, source)
-        columns = self._append(x, tokens, state)
-        hidden = columns.held[0].to(x.dtype)
-        layout = self._layout(columns.tokens, x.shape[1])
-        out = self._absorbed(x, hidden, layout) if self._is_absorbed(x) else self._chunked(x, hidden, layout)
-        out = out if state is None else watch(out, layout.keys)
+        x, layout = self.enter(x, tokens, state, source, choices)
+        columns = self._append(x, layout, state)
+        hidden, keys = columns.held[0].to(x.dtype), columns.tokens
+        call = RelativeCall(
+            x.shape[1], self.head_width, x.device, self._compute_dtype(x), runs_of(keys, self._lowest).consecutive,
+            all(map(is_plain, (self.to_k, self.to_v, self.to_r))), self.kernel,
+        )  # fmt: skip
+        kernel = choose(self.name, KERNELS, self.kernel, call).name
+        out = self._absorbed(x, hidden, keys) if kernel == "absorbed" else self._chunked(x, hidden, keys, kernel)
+        out = out if state is None else watch(out, keys)
         out = self.to_out(rearrange(out, "b h l d -> b l (h d)"))
-        return Output(out, None if state is None else self._keep(columns, x.shape[1]))
+        return Output(out, None if state is None else self._keep(columns, layout))
 
     def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Columns) -> Columns:
         """See `Attention`: hidden states as they come."""
-        x, tokens = self.enter(x, tokens, state, None)
-        return self._keep(self._append(x, tokens, state), x.shape[1])
+        x, layout = self.enter(x, tokens, state, None)
+        return self._keep(self._append(x, layout, state), layout)
 
-    def _append(self, x: Tensor, tokens: Tokens, state: Columns | None) -> Columns:
-        held = self._begun(state, x, tokens) if self.starts_blank else state
-        return Columns.of(tokens, x) if held is None else held.append(tokens, x, live=self._live, most=self._most)
+    # --- memory ----------------------------------------------------------------------------------------------------
 
-    def _keep(self, columns: Columns, added: int) -> Columns:
+    @property
+    def _lowest(self) -> int:
+        """The lowest position that there may be."""
+        return -self.memory_length if self.starts_blank else 0
+
+    @property
+    def _horizon(self) -> Horizon:
+        """What the next token of each row's current document can still see."""
+        segment = 1 if self.same_length else self.segment_length
+        return Horizon(self.memory_length, segment, most=self.memory_length + segment - 1)
+
+    def _append(self, x: Tensor, layout: Layout, state: Columns | None) -> Columns:
+        held = self._begun(state, x, layout) if self.starts_blank else state
+        return Columns.of(layout, x) if held is None else held.append(layout, x, horizon=self._horizon)
+
+    def _keep(self, columns: Columns, layout: Layout) -> Columns:
         columns = columns._replace(buffers=(columns.buffers[0].detach(),))
-        return columns.settle(added, live=self._live, most=self._most)
+        return columns.settle(layout, horizon=self._horizon)[0]
 
-    def _begun(self, state: Columns | None, x: Tensor, tokens: Tokens) -> Columns:
+    def _begun(self, state: Columns | None, x: Tensor, layout: Layout) -> Columns:
         """The state, with blank hidden states at the M positions before 0 where it is empty yet."""
-        B, M = len(x), self.memory_length
+        B, M, new = len(x), self.memory_length, layout.host
         if state is None or not state.filled:
-            column = tokens.valid.long().argmax(1, keepdim=True)
-            held = Tokens.all_valid(B, M, x.device)._replace(
-                document=tokens.document.gather(1, column).expand(B, M),
-                position=torch.arange(-M, 0, device=x.device).expand(B, M),
-            )
-            state = Columns.of(held, self.blank.to(x.dtype).expand(B, M, -1))
-        if M and bool((tokens.valid & (tokens.document != state.tokens.document[:, -1:])).any()):
+            column = new.valid.argmax(1)[:, None]
+
+            def before_zero() -> Layout:
+                document = np.broadcast_to(np.take_along_axis(new.document, column, 1), (B, M))
+                return Layout.known(Host.plain(B, M, start=-M)._replace(document=document), x.device)
+
+            blank = layout.plan(("before zero", M), before_zero)
+            state = Columns.of(blank, self.blank.to(x.dtype).expand(B, M, -1))
+        if M and bool((new.valid & (new.document != state.ledger.host.document[:, -1:])).any()):
             raise Unsupported(
                 self.name, "initial_memory=zeros with several documents in a row", "only a row's first can begin so",
                 "initial_memory=empty, or one document a row",
             )  # fmt: skip
         return state
+
+    # --- scores ----------------------------------------------------------------------------------------------------
 
     def attend(
         self,
@@ -256,10 +271,8 @@ class TransformerXL(Attention):
                 f"more, got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
             )
         self._check_lengths()
-        if keys is None:
-            valid = torch.ones(B, S, dtype=torch.bool, device=q.device)
-            keys = unshared(Tokens.of(valid, start=(L - S) % self.segment_length))
-        (keys,) = hold(keys)
+        start = (L - S) % self.segment_length
+        keys = Layout.plain(B, S, q.device, start) if keys is None else Layout.of(keys)
         if keys.valid.shape != (B, S):
             raise ValueError(f"keys must have shape {(B, S)}, got {tuple(keys.valid.shape)}")
         seen = min(S, self.memory_length + (1 if self.same_length else self.segment_length))
@@ -267,172 +280,88 @@ class TransformerXL(Attention):
             raise ValueError(f"r must be [at least {seen}, {H}, {D}], got {tuple(r.shape)}")
         if not (B and L):
             return zeros_for(q, (q, k, v, r, self.u, self.v))
-        plan = self._plan(self._layout(keys, L), q.dtype)
+        consecutive = runs_of(keys, self._lowest).consecutive
+        call = RelativeCall(L, D, q.device, q.dtype, consecutive, wanted=self.kernel)
+        plan = self._plan(keys, L, choose(self.name, KERNELS[1:], self.kernel, call).name)
         if len(r) != plan.distances:  # cutting and padding cost a copy of the table each, and one of its gradient
             hidden = max(0, plan.distances - len(r))  # distances of hidden pairs
             r = nn.functional.pad(r[: plan.distances], (0, 0, 0, 0, 0, hidden))
         own = (k.detach(), v.detach())
         return relative_attention(q, k, v, *own, r, self.u, self.v, plan, scale=self.scale)
 
-    def _chunked(self, x: Tensor, hidden: Tensor, layout: Layout) -> Float[Tensor, "B H L D"]:
+    def _chunked(self, x: Tensor, hidden: Tensor, keys: Layout, kernel: str) -> Float[Tensor, "B H L D"]:
         """Project all keys, then attend in chunks of queries."""
         q = self._heads(self.to_q(x))
-        plan = self._plan(layout, q.dtype)
+        plan = self._plan(keys, x.shape[1], kernel)
         k, k_own = (self._heads(stream) for stream in streams(self.to_k, hidden))
         v, v_own = (self._heads(stream) for stream in streams(self.to_v, hidden))
         r = rearrange(self.to_r(self._waves(plan.distances)), "n (h d) -> n h d", h=self.heads)
         return relative_attention(q, k, v, k_own, v_own, r, self.u, self.v, plan, scale=self.scale)
 
-    def _is_absorbed(self, x: Tensor) -> bool:
-        """Whether this call is for the "absorbed" kernel: it spends E per pair and head where the others spend D."""
-        if self.kernel == "absorbed" and torch.is_grad_enabled():
-            raise Unsupported(self.name, "kernel=absorbed", "it gives no gradients", "torch.no_grad() or kernel=auto")
-        if not all(map(is_plain, (self.to_k, self.to_v, self.to_r))):
-            if self.kernel != "absorbed":
-                return False
-            raise Unsupported(
-                self.name, "kernel=absorbed", "it multiplies by the matrices of to_k, to_v and to_r, one of which is "
-                "wrapped, hooked or no nn.Linear", "kernel=auto",
-            )  # fmt: skip
-        few = 4 * x.shape[1] <= self.head_width and not torch.is_grad_enabled()
-        return self.kernel == "absorbed" or (self.kernel == "auto" and few)
-
-    def _absorbed(self, x: Tensor, hidden: Tensor, layout: Layout) -> Float[Tensor, "B H L D"]:
-        """Few queries meet the hidden states themselves: q · (W h) = (Wᵀ q) · h, and W mixes values after the sum."""
-        keys, length = layout.keys, x.shape[1]
-        exact = torch.promote_types(x.dtype, torch.float32)
+    def _absorbed(self, x: Tensor, hidden: Tensor, keys: Layout) -> Float[Tensor, "B H L D"]:
+        """See ops/relative/few.py."""
+        key = ("few", x.shape[1], *self._lengths)
+        few = keys.plan(key, lambda: few_of(keys, self._segments(keys, x.shape[1]).first))
         with torch.autocast(x.device.type, enabled=False):
-            to_k, to_r, to_v = (
-                rearrange(layer.weight.to(exact), "(h d) e -> h d e", h=self.heads)
-                for layer in (self.to_k, self.to_r, self.to_v)
-            )
+            exact = torch.promote_types(x.dtype, torch.float32)
             q = self._heads(self.to_q(x.to(place_of(self)[1]))).to(exact)
-            states = hidden.to(exact)[:, None]
-            column = torch.arange(hidden.shape[1], device=x.device)
-            seen = (column >= layout.first[..., None]) & (column <= column[-length:, None]) & keys.valid[:, None]
-            distance = (keys.position[:, -length:, None] - keys.position[:, None]).masked_fill(~seen, 0)
-            waves = self._waves(int(distance.amax()) + 1).to(exact)
-            # the bias of keys adds the same to all scores of a query: softmax does not see it
-            content = ((q + self.u[:, None]) @ to_k) @ states.transpose(-1, -2)
-            place = ((q + self.v[:, None]) @ to_r) @ waves.T
-            scores = content + place.gather(-1, distance[:, None].expand_as(content))
-            scores = (scores * self.scale).masked_fill(~seen[:, None], -torch.inf)
-            weights = scores.softmax(-1).masked_fill(~seen[:, None], 0)  # padding sees nothing: softmax gives NaN
-            out = (weights @ states) @ to_v.transpose(-1, -2)
-            if self.to_v.bias is not None:
-                out = out + rearrange(self.to_v.bias, "(h d) -> h 1 d", h=self.heads)
-            return out.to(x.dtype)
+            projections: Any = (self.to_k, self.to_r, self.to_v)
+            table = self._waves(few.distances)
+            return absorbed(q, hidden, projections, (self.u, self.v), table, few, scale=self.scale).to(x.dtype)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b l (h d) -> b h l d", h=self.heads)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def _oldest(self, position: Tensor) -> Tensor:
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        """Of the queries."""
+        kind = x.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+    def _waves(self, distances: int) -> Float[Tensor, "n E"]:
+        device, dtype = place_of(self)
+        return waves(distances, self.dim, self.clamp_length, dtype, device)
+
+    def _oldest(self, position: Any) -> Any:
         """The oldest position that a token there sees; may be negative."""
         start = position if self.same_length else position - position % self.segment_length
         return start - self.memory_length
 
-    def _waves(self, distances: int) -> Float[Tensor, "n E"]:
-        """R of the distances from 0 on; one table serves many calls."""
-        device, dtype = place_of(self)
-        rounded = -(-distances // TABLE) * TABLE
-        return _table(rounded, self.dim, self.clamp_length, dtype, device)[:distances]
+    @property
+    def _lengths(self) -> tuple[Any, ...]:
+        """All that says which keys a query sees."""
+        return self.segment_length, self.memory_length, self.same_length, self._lowest
 
-    def _layout(self, keys: Tokens, length: int) -> Layout:
-        """Find the first key of each query and of its segment, by binary search over (document, position)."""
-        lowest = -self.memory_length if self.starts_blank else 0
-        position, valid = keys.position, keys.valid
-        columns = position.shape[1]
-        column = torch.arange(columns, device=position.device).expand_as(position)
-        newest = torch.where(valid, column, -1).cummax(1).values
-        before = nn.functional.pad(newest[:, :-1], (1, 0), value=-1)
-        previous = before.clamp(min=0)
-        follows = valid & (before >= 0) & (keys.document == keys.document.gather(1, previous))
-        step = position - position.gather(1, previous)
-        aligned = ~follows | ((before == column - 1) & (step == 1))
-        rising, aligned = torch.stack([(~follows | (step > 0)).all(), aligned.all()]).tolist()
-        if not rising:
-            raise ValueError("tokens.position must strictly increase over the valid tokens of a document")
+    def _segments(self, keys: Layout, length: int) -> Segments:
+        """Of the last `length` columns of the keys."""
 
-        run = (valid & ~follows).long().cumsum(1)
-        stride = torch.where(valid, position, 0).amax() + 1 - lowest
-        place = torch.where(valid, run * stride + position - lowest, -1).cummax(1).values
-        asked = slice(columns - length, None)
-        at, base = torch.where(valid, position, 0)[:, asked], (run * stride)[:, asked]
-        border = at - at % self.segment_length
-        first, own = (
-            torch.searchsorted(place, base + start.clamp(min=lowest) - lowest) for start in (self._oldest(at), border)
-        )
-        nothing = column[:, asked] + 1
-        first, own = (torch.where(valid[:, asked], found, nothing) for found in (first, own))
-        return Layout(keys, first, own, run, aligned)
+        def find() -> Segments:
+            host = keys.host.cut(slice(keys.valid.shape[1] - length, None))
+            at = np.where(host.valid, host.position, 0)
+            border = at - at % self.segment_length
+            return Segments(*(first_columns(keys, start, self._lowest) for start in (self._oldest(at), border)))
 
-    def _plan(self, layout: Layout, dtype: torch.dtype) -> Plan:
-        """Choose the kernel and cut the queries into chunks."""
-        if self.kernel == "shift" and not layout.aligned:
-            raise Unsupported(
-                self.name, "kernel=shift", "columns are not positions here (holes, or forgotten tokens)",
-                "kernel=auto or gather",
-            )  # fmt: skip
-        reason = None if self.kernel in ("auto", "triton") else "another kernel is asked for"
-        reason = reason or self._refuse_triton(layout, dtype)
-        if self.kernel == "triton" and reason:
-            raise Unsupported(self.name, "kernel=triton", reason, "kernel=auto")
-        if reason is None:
-            # no pair is farther apart than this, and no need to wait for the device to say by how much
+        return keys.plan(("segments", length, *self._lengths), find)
+
+    def _plan(self, keys: Layout, length: int, kernel: str) -> Plan:
+        """The queries in chunks, once for all layers that see alike."""
+        return keys.plan(("chunks", length, kernel, *self._lengths), lambda: self._cut(keys, length, kernel))
+
+    def _cut(self, keys: Layout, length: int, kernel: str) -> Plan:
+        first, own = self._segments(keys, length)
+        columns, device = keys.valid.shape[1], keys.valid.device
+        if kernel == "triton":
+            # no pair is farther apart than this
             farthest = self.memory_length + (1 if self.same_length else self.segment_length)
-            distances = min(layout.keys.position.shape[1], farthest)
-            return Plan(layout.first, layout.own, (), distances, None, None, triton=True)
-        gather = self.kernel == "gather" or not layout.aligned
-        keys, length = layout.keys, layout.first.shape[1]
-        columns = keys.position.shape[1]
+            found = (tensor_of(each, device) for each in (first, own))
+            return Plan(*found, (), min(columns, farthest), None, None, triton=True)
         # chunks follow the segments of the first row: its queries need no key that its own segment does not
-        query = int(keys.valid[0, columns - length :].long().argmax())
-        phase = int(keys.position[0, columns - length + query]) - query
+        mine = keys.host.cut(slice(columns - length, None))
+        query = int(mine.valid[0].argmax())
+        phase = int(mine.position[0, query]) - query
         borders = chunk_borders(length, self.segment_length, phase)
-        more = {"position": keys.position, "valid": keys.valid} if gather else {}
-        return plan_chunks(layout.first, layout.own, borders, columns, **more)
+        return plan_chunks(first, own, borders, columns, keys=keys if kernel == "gather" else None, device=device)
 
     def explain_kernels(self, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
-        """Every kernel, fastest first, with the reason why it cannot run many tokens without holes there, or None."""
-        few = "it is for few queries, and gives no gradients"
-        return [("absorbed", few), ("triton", self._refuse_device(device, dtype)), ("shift", None), ("gather", None)]
-
-    def _refuse_triton(self, layout: Layout, dtype: torch.dtype) -> str | None:
-        """Why the Triton kernel cannot run this call, or None."""
-        reason = self._refuse_device(layout.first.device, dtype)
-        if reason is None and not layout.aligned:
-            reason = "columns are not positions here (holes, or forgotten tokens)"
-        return reason
-
-    def _refuse_device(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        if reason := triton_reason(device):
-            return reason
-        from attention_zoo.ops.triton_relative import refuse
-
-        return refuse(self.head_width, dtype)
-
-    @property
-    def _most(self) -> int:
-        """How many tokens before it a token can see."""
-        return self.memory_length + (0 if self.same_length else self.segment_length - 1)
-
-    def _live(self, keys: Tokens) -> Bool[Tensor, "B S"]:
-        """What the next token of each row's current document can still see."""
-        oldest = self._oldest(keys.next_position)[:, None]
-        last = torch.where(keys.valid, keys.document, -1).amax(1, keepdim=True)
-        return keys.valid & (keys.document == last) & (keys.position >= oldest)
-
-
-@lru_cache(maxsize=8)
-def _table(distances: int, width: int, clamp: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """R: sines, then cosines, of the distances from 0 on, [n, E]. Do not modify."""
-    # it may be asked for first where tensors are born unfit for gradients
-    with torch.inference_mode(False):
-        # angles in float32 at least: bfloat16 cannot count past 256
-        exact = torch.promote_types(dtype, torch.float32)
-        exponent = torch.arange(0, width, 2, device=device, dtype=exact) / width
-        distance = torch.arange(distances, device=device, dtype=exact)
-        if clamp is not None:
-            distance = distance.clamp(max=clamp)
-        angle = distance[:, None] * 10_000.0**-exponent
-        return torch.cat([angle.sin(), angle.cos()], -1).to(dtype)
+        """Every kernel, fastest first, with all reasons why it cannot run many tokens without holes there, or None."""
+        with torch.enable_grad():
+            return explain(KERNELS, RelativeCall(10**6, self.head_width, device, dtype))

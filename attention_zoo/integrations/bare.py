@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from attention_zoo.attention.pattern import PatternAttention
-from attention_zoo.contract import Attention, Tokens, Unsupported, unshared
+from attention_zoo.contract import Attention, Tokens, Unsupported
+from attention_zoo.layout.layout import Layout
 from attention_zoo.registry import build, options_of, recipe
 
 
@@ -29,7 +30,7 @@ def at_columns(valid: Tensor, document: Tensor | None = None) -> Tokens:
     """
     begun = valid.cummax(1).values
     length = Tokens.of(begun & valid.flip(1).cummax(1).values.flip(1), document=document).length
-    return unshared(Tokens.of(begun, document=document)._replace(valid=valid, length=length))
+    return Layout.fresh(Tokens.of(begun, document=document)._replace(valid=valid, length=length))
 
 
 def at_padding_too(keys: Tokens) -> Tokens:
@@ -41,7 +42,7 @@ def at_padding_too(keys: Tokens) -> Tokens:
         return keys
     begun = keys.valid.cummax(1).values
     position = torch.where(begun, keys.position, -1)
-    return unshared(keys._replace(position=position, valid=torch.ones_like(begun)))
+    return Layout.fresh(keys._replace(position=position, valid=torch.ones_like(begun)))
 
 
 REASONS = {
@@ -136,7 +137,7 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
 
 def _check(name: str, pattern: PatternAttention) -> None:
     """Refuse what would be lost without a word."""
-    if pattern.own_global:
+    if pattern.computes_apart:
         raise Unsupported(
             name, "global_projections=separate", "the model has no second projection for global tokens",
             "global_projections=shared",

@@ -39,11 +39,12 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo.attention.longformer import Longformer
+from attention_zoo.attention.operator import refuse_export
 from attention_zoo.attention.pattern import PatternAttention
-from attention_zoo.contract import Tokens, Unsupported, one_of, unshared
+from attention_zoo.contract import Tokens, Unsupported, one_of
 from attention_zoo.integrations.bare import at_columns, at_padding_too, bare_pattern, refusal
 from attention_zoo.integrations.guard import Description, refuse_others
-from attention_zoo.ops.compiled import refuse_export
+from attention_zoo.layout.layout import Layout
 from attention_zoo.registry import available, recipe
 
 PREFIX = "zoo_"
@@ -206,7 +207,7 @@ class _Layout(NamedTuple):
 def _layout(mask: Tensor | None, key: Tensor) -> _Layout:
     B, _, S, _ = key.shape
     if mask is None:
-        keys = unshared(Tokens.all_valid(B, S, key.device))
+        keys = Layout.plain(B, S, key.device)
         return _Layout(keys, keys, 0, None, None)
     found = getattr(mask, "zoo_layout", None)
     if found is None:
@@ -216,7 +217,8 @@ def _layout(mask: Tensor | None, key: Tensor) -> _Layout:
         raise ValueError(f"the mask describes {mask.shape[0]} x {mask.shape[3]} keys, the attention has {B} x {S}")
     if mask.device != key.device:
         keys, everywhere = (
-            unshared(Tokens(*(field.to(key.device) for field in tokens))) for tokens in (found.keys, found.everywhere)
+            Layout.fresh(Tokens(*(field.to(key.device) for field in tokens)))
+            for tokens in (found.keys, found.everywhere)
         )
         return found._replace(keys=keys, everywhere=everywhere)
     return found
@@ -234,7 +236,7 @@ def _decode(mask: Tensor) -> _Layout:
         )
     # a copy: views would hold the mask that holds them
     position, valid, is_global, document, length, asked = mask[:, 0, :6].clone().unbind(1)
-    tokens = unshared(Tokens(position, valid.bool(), is_global.bool(), document, length))
+    tokens = Layout.fresh(Tokens(position, valid.bool(), is_global.bool(), document, length))
     return _Layout(
         tokens,
         at_padding_too(tokens),
@@ -277,7 +279,7 @@ def _interface(name: str) -> Callable[..., tuple[Tensor, None]]:
         pattern = _pattern(name, module, query, key, causal, crosses, layout.reach)
         keys = layout.keys
         if crosses:
-            queries = unshared(Tokens.all_valid(query.shape[0], L, query.device))
+            queries = Layout.plain(query.shape[0], L, query.device)
         else:
             end = layout.start + L
             if end > S or (attention_mask is None and L != S):
@@ -298,7 +300,7 @@ def _interface(name: str) -> Callable[..., tuple[Tensor, None]]:
 def _first(pattern: PatternAttention, start: int) -> int:
     """The first column that queries from column `start` on may see: columns are as far apart as positions."""
     marks = type(pattern).mark is not PatternAttention.mark  # global tokens are seen from everywhere
-    return 0 if marks or pattern.reach is None else max(0, start - pattern.reach)
+    return 0 if marks or pattern.reach.farthest is None else max(0, start - pattern.reach.farthest)
 
 
 def _check_call(name: str, dropout: float, others: Mapping[str, Any]) -> None:

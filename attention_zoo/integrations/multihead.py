@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from attention_zoo.attention.operator import refuse_export
 from attention_zoo.attention.pattern import PatternAttention
-from attention_zoo.contract import Tokens, Unsupported, unshared
+from attention_zoo.contract import Unsupported
 from attention_zoo.integrations.bare import at_columns, at_padding_too, bare_pattern
-from attention_zoo.ops.compiled import refuse_export
-from attention_zoo.ops.projections import is_plain
+from attention_zoo.layout.layout import Layout
+from attention_zoo.ops.relative.projections import is_plain
 
 ROWS = 256
 """Rows of a mask that are looked at together."""
@@ -173,7 +174,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         keys = at_columns(_valid(padding, key))
-        queries = keys if itself else unshared(Tokens.all_valid(query.shape[0], query.shape[1], query.device))
+        queries = keys if itself else Layout.plain(query.shape[0], query.shape[1], query.device)
         if self.attention == "full" and itself and padding is not None:  # then equal to torch at padding, too
             queries = at_padding_too(keys)
         q, k, v = (

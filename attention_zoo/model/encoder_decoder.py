@@ -12,7 +12,8 @@ from __future__ import annotations
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Source, Tokens, add_losses, hold, unshared
+from attention_zoo.contract import Source, Tokens, add_losses
+from attention_zoo.layout.layout import Layout
 from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.state import Running
 from attention_zoo.model.transformer import ModelOutput, Transformer
@@ -61,9 +62,9 @@ class EncoderDecoder(nn.Module):
     def encode(self, ids: Int[Tensor, "B S"], tokens: Tokens | None = None) -> tuple[Source, dict[str, Tensor]]:
         """What the decoder attends to, and the encoder's auxiliary losses."""
         if tokens is None:
-            out, tokens = self.encoder(ids), unshared(Tokens.all_valid(ids.shape[0], ids.shape[1], ids.device))
+            out, tokens = self.encoder(ids), Layout.plain(ids.shape[0], ids.shape[1], ids.device)
         else:
-            (tokens,) = hold(tokens)
+            tokens = Layout.of(tokens)
             out = self.encoder(ids, tokens)
         return Source(out.hidden, tokens), out.losses
 

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Held, Layer, Tokens, Unsupported
+from attention_zoo.contract import Layer, Tokens, Unsupported
+from attention_zoo.layout.layout import Layout
 
 
 class ExtraGlobalTokens(nn.Module):
@@ -76,7 +77,7 @@ class ExtraGlobalTokens(nn.Module):
         yes = torch.ones_like(number, dtype=torch.bool)
         return (
             wide,
-            Held(
+            Layout(
                 spread(tokens.position + count, number, 0),
                 spread(tokens.valid, yes, False),
                 spread(tokens.is_global, yes, False),

@@ -22,9 +22,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attention_zoo.contract import Output, Source, Tokens, add_losses, hold
+from attention_zoo.contract import Output, Source, Tokens, add_losses
+from attention_zoo.layout.layout import Layout
 from attention_zoo.model.block import Block, Branch, Stack
-from attention_zoo.ops.function import once
+from attention_zoo.ops.softmax.function import once
 from attention_zoo.options import checked
 from attention_zoo.rules import OneOf
 
@@ -53,8 +54,10 @@ class ReversibleStack(Stack):
         source: Source | None = None,
         choices: tuple[Any, ...] | None = None,
     ) -> Output:
-        tokens = None if tokens is None else hold(tokens)[0]
-        source = None if source is None else source._replace(tokens=hold(source.tokens)[0])
+        if not torch.compiler.is_compiling():
+            # backward runs the layers again: what they read must be the same then
+            tokens = None if tokens is None else Layout.of(tokens)
+            source = None if source is None else source._replace(tokens=Layout.of(source.tokens))
         call = _Call(
             self.branches,
             tokens,

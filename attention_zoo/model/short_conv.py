@@ -11,14 +11,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from attention_zoo.contract import Layer, Output, Source, Tokens, keep
-from attention_zoo.ops.place import place_of
+from attention_zoo.contract import Layer, Output, Source, Tokens
+from attention_zoo.layout.host import tensor_of
+from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.ledger import behind, chosen, gathered
 from attention_zoo.options import Positive, checked
+from attention_zoo.place import place_of
 
 
 class Recent(NamedTuple):
@@ -59,26 +63,42 @@ class ShortConvolution(Layer):
     ) -> Output:
         if tokens is None:
             return Output(x + self._mix(x, None))
-        x = x.masked_fill(~tokens.valid[..., None], 0)
+        tokens = Layout.of(tokens)
+        x = tokens.blanked(x)
         before = x.new_zeros(x.shape[0], 0, self.dim) if state is None else state.hidden
         hidden = torch.cat([before, x], 1)
-        tokens = tokens if state is None else state.tokens.then(tokens)
-        mixed = self._mix_valid(hidden, tokens)[:, before.shape[1] :]
+        keys = tokens
+        if state is not None and before.shape[1]:
+            held = Layout.of(state.tokens)
+            keys = tokens.plan(("behind", id(held)), lambda: (behind(held, tokens), held))[0]
+        mixed = self._mix_valid(hidden, keys)[:, before.shape[1] :]
         new = None
         if state is not None:
-            after = tokens.valid.long().flip(1).cumsum(1).flip(1)  # 1 at the newest valid token
-            kept, hidden = keep(tokens.valid & (after < self.width), tokens, hidden)
-            new = Recent(hidden, kept)
+            columns, kept = keys.plan(("last", self.width), lambda: self._last(keys))
+            new = Recent(hidden if columns is None else gathered(hidden, columns), kept)
         return Output(x + mixed, new)
 
-    def _mix_valid(self, x: Tensor, tokens: Tokens) -> Tensor:
-        if bool(tokens.valid.all()):
-            return self._mix(x, tokens.document)
+    def _last(self, keys: Layout) -> tuple[Tensor | None, Layout]:
+        """The columns that later tokens mix with, and what they are."""
+        valid = keys.host.valid
+        after = valid[:, ::-1].cumsum(1)[:, ::-1]  # 1 at the newest valid token
+        columns, kept = chosen(keys.host, valid & (after < self.width))
+        device = keys.valid.device
+        return (None, keys) if columns is None else (tensor_of(columns, device), Layout.known(kept, device))
+
+    def _mix_valid(self, x: Tensor, tokens: Layout) -> Tensor:
+        if tokens.dense:
+            return self._mix(x, None if tokens.one_document else tokens.document)
         # push each row's valid tokens together: then "the one before" is the column before
-        order = torch.argsort(tokens.valid.long(), dim=1, stable=True)
-        document = torch.where(tokens.valid, tokens.document, -1).gather(1, order)
+        order, back, document = tokens.plan("pushed", lambda: self._pushed(tokens))
         mixed = self._mix(x.gather(1, order[..., None].expand_as(x)), document)
-        return mixed.gather(1, order.argsort(1)[..., None].expand_as(x))
+        return mixed.gather(1, back[..., None].expand_as(x))
+
+    def _pushed(self, tokens: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        order = np.argsort(tokens.host.valid, axis=1, kind="stable")
+        document = np.take_along_axis(np.where(tokens.host.valid, tokens.host.document, -1), order, 1)
+        device = tokens.valid.device
+        return tensor_of(order, device), tensor_of(order.argsort(1), device), tensor_of(document, device)
 
     def _mix(self, x: Tensor, document: Tensor | None) -> Tensor:
         mixed = x * self.weight[0]

@@ -8,18 +8,39 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from attention_zoo.contract import Tokens
-from attention_zoo.ops.columns import Columns
+from attention_zoo.layout.host import Array, tensor_of
+from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.ledger import Ledger
+from attention_zoo.layout.number import numbered
 
 State = TypeVar("State")
 
 
-class Running(NamedTuple):
+class Clock(NamedTuple):
+    """Where each row stands in which document, each [B]; see `Running`."""
+
+    next: Array
+    document: Array
+    offset: Array
+
+
+class _Running(NamedTuple):
+    layers: Any
+    next: Int[Tensor, " B"]
+    document: Int[Tensor, " B"]
+    offset: Int[Tensor, " B"]
+
+
+class Running(_Running):
     """A model between two calls. Its clock: where each row stands in which document.
+
+    What the host knows of the clock is kept beside the fields; a state that is made of other tensors (`reorder`, a
+    checkpoint) reads it again.
 
     Fields:
         layers: the stack's state.
@@ -28,25 +49,41 @@ class Running(NamedTuple):
         offset: [B], added to the caller's document numbers: it rises when a row starts fresh.
     """
 
-    layers: Any
-    next: Int[Tensor, " B"]
-    document: Int[Tensor, " B"]
-    offset: Int[Tensor, " B"]
-
     @staticmethod
     def start(layers: Any, batch_size: int, device: Any) -> Running:
-        zero = torch.zeros(batch_size, dtype=torch.long, device=device)
-        return Running(layers, zero, zero, zero)
+        zero = np.zeros(batch_size, np.int64)
+        return Running._at(layers, Clock(zero, zero, zero), device)
+
+    @staticmethod
+    def _at(layers: Any, clock: Clock, device: Any) -> Running:
+        made = Running(layers, *(tensor_of(field, device) for field in clock))
+        made.__dict__["clock"] = clock
+        return made
+
+    @property
+    def clock(self) -> Clock:
+        """On the host."""
+        if "clock" not in self.__dict__:
+            self.__dict__["clock"] = Clock(*torch.stack([*self[1:]]).numpy(force=True))
+        known: Clock = self.__dict__["clock"]
+        return known
+
+    def after(self, layers: Any) -> Running:
+        """The same clock, with what the layers hold now."""
+        made = Running(layers, *self[1:])
+        made.__dict__.update(self.__dict__)
+        return made
 
     def place(
-        self, valid: Bool[Tensor, "B L"], tokens: Tokens | None, fresh: Bool[Tensor, " B"] | None
-    ) -> tuple[Tokens, Running]:
+        self, shape: tuple[int, int], layout: Layout | None, fresh: Bool[Tensor, " B"] | None
+    ) -> tuple[Layout, Running]:
         """Number the tokens of the next call, and turn the clock.
 
         Args:
-            valid: True keeps a token.
-            tokens: of the caller: is_global and document are read. Document numbers count over the whole stream: the
-                one that the last call ended with goes on, a higher one is new. None: the current document goes on.
+            shape: [B, L] of the call.
+            layout: of the caller: padding, is_global and document are read. Document numbers count over the whole
+                stream: the one that the last call ended with goes on, a higher one is new. None: all tokens are valid
+                and the current document goes on.
             fresh: rows that start a new stream. They get the next document number, so that nothing crosses; their
                 caller's numbering may start anew.
 
@@ -56,32 +93,39 @@ class Running(NamedTuple):
         Raises:
             ValueError: where a row's document number is lower than in the last call and the row is not fresh.
         """
-        current, start, offset = self.document, self.next, self.offset
-        column = torch.where(valid, torch.arange(valid.shape[1], 0, -1, device=valid.device), 0).argmax(1, keepdim=True)
-        first = current - offset if tokens is None else tokens.document.gather(1, column)[:, 0]
+        start, current, offset = self.clock
+        device, given = self.next.device, None if layout is None else layout.host
+        valid = np.ones(shape, bool) if given is None else given.valid
+        first = current - offset
+        if given is not None:
+            column = valid.argmax(1)[:, None] if shape[1] else np.zeros((len(valid), 1), np.int64)
+            first = np.take_along_axis(given.document, column, 1)[:, 0]
         if fresh is not None:
-            current = torch.where(fresh & (start > 0), current + 1, current)
-            start = torch.where(fresh, 0, start)
-            offset = torch.where(fresh, current - first, offset)
-        occupied = valid.any(1)
-        if tokens is None:
-            placed = Tokens.of(valid, start=start)._replace(document=current[:, None].expand_as(valid))
-            return placed, self._replace(next=start + valid.sum(1), document=current, offset=offset)
-        document = tokens.document + offset[:, None]
+            anew = fresh.numpy(force=True)
+            current = np.where(anew & (start > 0), current + 1, current)
+            start = np.where(anew, 0, start)
+            offset = np.where(anew, current - first, offset)
+        if given is None:
+            document = np.broadcast_to(current[:, None], shape)
+            placed = numbered(valid, np.zeros(shape, bool), None, start)._replace(document=document)
+            clock = Clock(start + shape[1], current, offset)
+            return Layout.known(placed, device), Running._at(self.layers, clock, device)
+        occupied, document = valid.any(1), given.document + offset[:, None]
         if bool((fallen := occupied & (first + offset < current)).any()):
-            row = int(fallen.long().argmax())
+            row = int(fallen.argmax())
             raise ValueError(
                 f"document must not fall from one call to the next, got {int(first[row])} after "
                 f"{int((current - offset)[row])} in row {row}; number documents over the stream, or say fresh"
             )
-        start = torch.where(occupied & (first + offset > current), 0, start)
-        placed = Tokens.of(valid, tokens.is_global, torch.where(valid, document, 0), start)
-        last = torch.where(valid, document, 0).amax(1)
-        return placed, self._replace(
-            next=torch.where(occupied, placed.next_position, start),
-            document=torch.where(occupied, last, current),
-            offset=offset,
+        start = np.where(occupied & (first + offset > current), 0, start)
+        document = np.where(valid, document, 0)
+        placed = numbered(valid, given.is_global, document, start)
+        clock = Clock(
+            np.where(occupied, placed.next_position, start),
+            np.where(occupied, document.max(1, initial=0), current),
+            offset,
         )
+        return Layout.known(placed, device), Running._at(self.layers, clock, device)
 
 
 def reorder(state: State, index: Int[Tensor, " n"]) -> State:
@@ -96,7 +140,7 @@ def detach(state: State) -> State:
 
 def reserve(state: State, columns: int) -> State:
     """The same state; what grows with the context makes room for so many columns when it is next moved."""
-    return _map(lambda held: held._replace(reserve=columns), state, Columns)
+    return _map(lambda ledger: ledger._replace(reserve=columns), state, Ledger)
 
 
 def state_bytes(state: Any) -> int:
@@ -105,15 +149,21 @@ def state_bytes(state: Any) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _map(function: Callable[[Any], Any], tree: Any, kind: type = Tensor) -> Any:
-    if isinstance(tree, kind):
-        return function(tree)
-    if isinstance(tree, tuple | list):
-        parts = [_map(function, part, kind) for part in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
-    if isinstance(tree, dict):
-        return {key: _map(function, part, kind) for key, part in tree.items()}
-    return tree
+def _map(function: Callable[[Any], Any], tree: Any, kind: type = Tensor, known: dict[int, Any] | None = None) -> Any:
+    """The tree with the function's results; what stood in it twice, as one object, does so again."""
+    known = {} if known is None else known
+    if id(tree) not in known:
+        if isinstance(tree, kind):
+            found = function(tree)
+        elif isinstance(tree, tuple | list):
+            parts = [_map(function, part, kind, known) for part in tree]
+            found = type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+        elif isinstance(tree, dict):
+            found = {key: _map(function, part, kind, known) for key, part in tree.items()}
+        else:
+            return tree
+        known[id(tree)] = found
+    return known[id(tree)]
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

@@ -27,14 +27,13 @@ from attention_zoo.contract import (
     at_least,
     check_place,
     check_tokens,
-    hold,
     is_integers,
     known_options,
     named,
     of_tensor,
     shown,
-    unshared,
 )
+from attention_zoo.layout.layout import Layout
 from attention_zoo.model.block import Block, Stack, Taps, build_norm
 from attention_zoo.model.embedding import build_embedding
 from attention_zoo.model.global_tokens import ExtraGlobalTokens
@@ -43,8 +42,8 @@ from attention_zoo.model.mechanisms import entries, layers
 from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.reversible import ReversibleStack
 from attention_zoo.model.state import Running
-from attention_zoo.ops.place import place_of
 from attention_zoo.options import Depth, Heads, Named, Positive, Probability, Seed, checked
+from attention_zoo.place import place_of
 from attention_zoo.positions import EMBEDDING_LEVEL
 from attention_zoo.rules import OneOf
 
@@ -246,32 +245,35 @@ class Transformer(nn.Module):
             ValueError: for ids out of range (on CUDA the embedding's own assertion says so), or a missing source.
         """
         self._check(ids, tokens, types, state, source, fresh, last_only)
+        said = tokens is not None or state is not None
         new = state
-        # once for all layers
-        tokens = None if tokens is None else hold(tokens)[0]
-        if source is not None:
-            source = source._replace(tokens=hold(source.tokens, kept=state is not None)[0])
-        if state is not None:
-            valid = torch.ones_like(ids, dtype=torch.bool) if tokens is None else tokens.valid
-            tokens, new = state.place(valid, tokens, fresh)
-            tokens = unshared(tokens) if torch.is_grad_enabled() else tokens
+        if not torch.compiler.is_compiling():
+            # once for all layers; where a compiler traces, each operator does it
+            B, L = ids.shape
+            layout = None if tokens is None else Layout.of(tokens)
+            if state is not None:
+                layout, new = state.place((B, L), layout, fresh)
+            tokens = Layout.plain(B, L, ids.device) if layout is None else layout
+            source = None if source is None else source._replace(tokens=Layout.of(source.tokens))
+        elif state is not None:
+            tokens, new = _placed(state, tokens, tuple(ids.shape), fresh)
         x = self._embed(ids, tokens, types)
         inner, columns = tokens, None
         if self.extra is not None:
             x, inner, columns = self.extra.insert(x, tokens)
         out = self.stack(x, inner, state=None if state is None else state.layers, source=source)
         hidden = out.hidden if columns is None else ExtraGlobalTokens.strip(out.hidden, columns)
-        asked = None if tokens is None else tokens.valid
+        asked = tokens.valid if said and tokens is not None else None
         if last_only:
-            hidden, asked = _last(hidden, asked), None
+            hidden, asked = _last(hidden, None if _is_dense(tokens) else asked), None
         hidden = self.norm(hidden)
         logits = self.head(hidden, asked)
         if new is not None:
-            new = new._replace(layers=out.state)
+            new = new.after(out.state)
         return ModelOutput(logits, hidden, new, dict(out.losses))
 
     def _embed(self, ids: Tensor, tokens: Tokens | None, types: Tensor | None) -> Tensor:
-        if tokens is not None:
+        if tokens is not None and not _is_dense(tokens):
             ids = ids.masked_fill(~tokens.valid, 0)
             types = None if types is None else types.masked_fill(~tokens.valid, 0)
         places = None
@@ -287,9 +289,9 @@ class Transformer(nn.Module):
                 tokens = Tokens.all_valid(ids.shape[0], ids.shape[1], ids.device)
             counted = Tokens.of(tokens.valid & (ids != uncounted), document=tokens.document)
             return counted.position.masked_fill(~counted.valid, -1)
-        if tokens is None:
+        if tokens is None or (isinstance(tokens, Layout) and tokens.is_plain):
             return torch.arange(ids.shape[1], device=ids.device)[None]
-        return tokens.position.masked_fill(~tokens.valid, 0)
+        return tokens.position if _is_dense(tokens) else tokens.position.masked_fill(~tokens.valid, 0)
 
     def _check(self, ids, tokens, types, state, source, fresh, last_only) -> None:
         if not is_integers(ids) or ids.ndim != 2 or ids.shape[1] == 0:
@@ -304,7 +306,7 @@ class Transformer(nn.Module):
         # elsewhere reading a number back would make every call wait, and a graph break
         if ids.device.type == "cpu" and not torch.compiler.is_compiling() and len(ids):
             real = ids if tokens is None else ids.masked_fill(~tokens.valid, 0)
-            low, high = (int(bound) for bound in real.aminmax())
+            low, high = torch.stack(real.aminmax()).tolist()
             if low < 0 or high >= self.vocab:
                 raise ValueError(f"ids must lie in [0, {self.vocab}), got {low if low < 0 else high}")
         if types is not None:
@@ -340,6 +342,17 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"state must be of a model with {len(self.stack.layers)} blocks, got one of {len(state.layers)}"
             )
+
+
+@torch.compiler.disable
+def _placed(state: Running, tokens: Tokens | None, shape: tuple[int, int], fresh: Tensor | None) -> Any:
+    """As `Running.place`, where a compiler traces: the clock is the host's."""
+    return state.place(shape, None if tokens is None else Layout.of(tokens), fresh)
+
+
+def _is_dense(tokens: Tokens | None) -> bool:
+    """Whether it is known that there is no padding."""
+    return isinstance(tokens, Layout) and tokens.dense
 
 
 def _last(hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B 1 E"]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attention_zoo.constants import made_once
 from attention_zoo.contract import Tokens
-from attention_zoo.ops.constants import made_once
 from attention_zoo.positions.scheme import AttentionPositions
 
 

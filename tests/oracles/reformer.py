@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import attention_zoo as zoo
 from attention_zoo import Tokens
 from attention_zoo.attention.reformer import Reformer
-from attention_zoo.ops.hashing import hash_tokens
+from attention_zoo.ops.lsh.hashing import hash_tokens
 
 from .case import FLOAT32, Bounds, Case, Errors, Leaves, at_columns, compare, padding, randomise, vectors
 

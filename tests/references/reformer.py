@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attention_zoo.attention.reformer import Reformer
 from attention_zoo.contract import Tokens
-from attention_zoo.ops.hashing import seeded_rotations
+from attention_zoo.ops.lsh.hashing import seeded_rotations
 
 
 def reference(layer: Reformer, x: Tensor, tokens: Tokens, choices: Tensor | None = None) -> Tensor:

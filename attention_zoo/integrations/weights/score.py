@@ -20,7 +20,7 @@ from torch import Tensor
 from attention_zoo.contract import Tokens, at_least
 from attention_zoo.integrations.weights.tokeniser import encode
 from attention_zoo.model.transformer import Transformer
-from attention_zoo.ops.place import place_of
+from attention_zoo.place import place_of
 from attention_zoo.tasks.task import IGNORED, generator
 from attention_zoo.training.evaluate import token_losses
 

@@ -1,0 +1,129 @@
+"""A call's columns laid anew, in whole blocks: every document begins at the border of a block, and padding is gone.
+
+What stands in consecutive columns from position 0 on need only be filled up (`filled`). Everything else (padding on the
+left, holes, documents in one row, forgotten tokens) is moved: a block then holds the tokens of one block of positions
+of one document, in their places, and rows end at the same block, so that the queries of a decoding step share one.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from attention_zoo.layout.host import Array, Host, before, tensor_of
+from attention_zoo.layout.layout import Layout
+
+
+class Grid:
+    """New columns for some tokens, `size` to a block.
+
+    Attributes:
+        size: columns of a block.
+        columns: how many there are, whole blocks.
+        source: [B|1, columns], which of the given columns each is; any one where it is none.
+        held: [B|1, columns], whether it is one.
+        place: [B, S], the new column of each given one; `columns` at padding.
+    """
+
+    def __init__(self, layout: Layout, size: int, columns: int, place: Int[np.ndarray, "B S"] | None):
+        """place: None: the given columns stay where they are."""
+        self.layout, self.size, self.columns = layout, size, columns
+        B, S = layout.valid.shape
+        self.moved = place is not None
+        if place is None:
+            column = np.arange(columns)[None]
+            self.place = np.broadcast_to(column[:, :S], (B, S))
+            self.source, self.held = column.clip(max=S - 1), column < S
+        else:
+            self.place = place
+            source = np.full((B, columns + 1), S)
+            np.put_along_axis(source, place, np.broadcast_to(np.arange(S), (B, S)), 1)
+            self.held = source[:, :-1] < S
+            self.source = source[:, :-1].clip(max=S - 1)
+
+    @staticmethod
+    def filled(layout: Layout, size: int) -> Grid:
+        """Columns as they are, filled up to whole blocks."""
+        S = layout.valid.shape[1]
+        return layout.plan(("filled", size), lambda: Grid(layout, size, S + -S % size, None))
+
+    @staticmethod
+    def of(layout: Layout, size: int) -> Grid:
+        """Columns moved to where their positions lie in their documents' blocks."""
+        return layout.plan(("grid", size), lambda: Grid(layout, size, *_places(layout.host, size)))
+
+    @cached_property
+    def keys(self) -> Layout:
+        """What the new columns are."""
+        given = self.layout.host
+        if self.moved:
+            host = given.take(self.source).only(self.held)
+        else:
+            more = ((0, 0), (0, self.columns - given.valid.shape[1]))
+            host = Host(*(np.pad(field, more) for field in given))  # filled with padding
+        return Layout.known(host, self.layout.valid.device)
+
+    def first(self, queries: int) -> int:
+        """The first column of the first block that holds one of the last so many tokens."""
+        place = self.place[:, self.place.shape[1] - queries :]
+        return min(int(place.min()), self.columns - 1) // self.size * self.size
+
+    @cached_property
+    def row(self) -> Int[np.ndarray, "B n"]:
+        """Which block of its document each block is; -1 for an empty one."""
+        return self.of_block(self.keys.host.position // self.size)
+
+    @cached_property
+    def document(self) -> Int[np.ndarray, "B n"]:
+        """Which document each block belongs to; -1 for an empty one."""
+        return self.of_block(self.keys.host.document)
+
+    def of_block(self, field: Int[np.ndarray, "B columns"]) -> Int[np.ndarray, "B n"]:
+        """The largest value among the tokens of each block; -1 where there are none."""
+        known = np.where(self.keys.host.valid, field, -1)
+        return known.reshape(len(known), -1, self.size).max(-1)
+
+    @cached_property
+    def _index(self) -> Int[Tensor, "B columns"]:
+        return tensor_of(self.source, self.layout.valid.device)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, H, S, D] in the new columns; anything where there is no token."""
+        if self.moved:
+            return taken(x, self._index)
+        more = self.columns - x.shape[2]
+        return torch.nn.functional.pad(x, (0, 0, 0, more)) if more else x
+
+
+def _places(host: Host, size: int) -> tuple[int, Int[np.ndarray, "B S"]]:
+    """How many columns there are, and the one of each token."""
+    row = host.position // size
+    earlier = before(host.valid)
+    at = earlier.clip(min=0)
+    follows = (earlier >= 0) & (np.take_along_axis(host.document, at, 1) == host.document)
+    step = np.where(follows, row - np.take_along_axis(row, at, 1), 1) * host.valid
+    index = step.cumsum(1) - 1
+    # rows end together: then the queries of a decoding step share one block, however long their prefixes are
+    index = index + (index.max(initial=-1) - index.max(1, keepdims=True, initial=-1))
+    columns = (max(0, int(index.max(initial=0))) + 1) * size
+    return columns, np.where(host.valid, index * size + host.position % size, columns)
+
+
+def taken(x: Tensor, columns: Int[Tensor, "B n"]) -> Tensor:
+    """Each batch row's own columns of [B, H, S, D]."""
+    return x.gather(2, columns[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def is_wasteful(grid: Grid, queries: int) -> bool:
+    """Whether most columns would be empty: of documents or queries much shorter than a block, or with many holes."""
+    given, used = grid.place.shape[1], grid.columns - grid.first(queries)
+    return grid.columns > 2 * (given + grid.size) or used > 2 * (queries + grid.size)
+
+
+def mask_of(mask: Array, device: torch.device) -> Bool[Tensor, "B 1 n 1"]:
+    """Rows of [B, H, n, D] that the mask [B, n] keeps."""
+    return tensor_of(mask, device)[:, None, :, None]

@@ -1,0 +1,84 @@
+"""Which kernel runs a call, and every reason why another cannot: one dispatcher for all mechanisms.
+
+A mechanism lists its kernels, fastest first, and each kernel the facts that it needs. `auto` takes the first whose facts
+all hold; a named one that cannot raises with its reasons and those of all others. Nothing is substituted silently.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+
+from attention_zoo.rules import Unsupported
+
+Call = TypeVar("Call")
+Fact = Callable[[Any], str | None]
+"""Of a call, or of a mechanism: None where it holds, else one sentence."""
+
+
+class Kernel(NamedTuple, Generic[Call]):
+    """One way to run a mechanism.
+
+    Fields:
+        name: what `kernel=` takes.
+        run: the call -> its output.
+        needs: facts about the call, without which it is not exact.
+        about: one line for people.
+        fits: facts about the mechanism, known when it is built: one that they exclude does not have this kernel.
+    """
+
+    name: str
+    run: Callable[[Call], Any]
+    needs: tuple[Fact, ...]
+    about: str
+    fits: tuple[Fact, ...] = ()
+
+    def refuse(self, call: Call) -> str | None:
+        """Every reason why it cannot run the call exactly, in one line, or None."""
+        return "; ".join(unmet(self.needs, call)) or None
+
+
+def unmet(facts: Iterable[Fact], of: Any) -> list[str]:
+    """What is said of the facts that do not hold; a reason for two of them is said once."""
+    return list(dict.fromkeys(reason for fact in facts if (reason := fact(of)) is not None))
+
+
+def kernels_of(kernels: Sequence[Kernel[Any]], mechanism: Any) -> tuple[Kernel[Any], ...]:
+    """Those that the mechanism has."""
+    return tuple(kernel for kernel in kernels if not any(fact(mechanism) for fact in kernel.fits))
+
+
+def check_name(backend: str, kernels: Sequence[Kernel[Any]], wanted: str) -> None:
+    """Refuse at build a kernel that the mechanism does not have."""
+    names = ["auto", *(kernel.name for kernel in kernels)]
+    if wanted not in names:
+        raise Unsupported(backend, f"kernel={wanted}", "it has no such kernel", " or ".join(names))
+
+
+def choose(backend: str, kernels: Sequence[Kernel[Call]], wanted: str, call: Call) -> Kernel[Call]:
+    """The kernel that runs this call."""
+    for kernel in kernels:
+        # not `refuse`: the first fact that does not hold is enough, and later ones may cost more
+        if wanted in ("auto", kernel.name) and all(fact(call) is None for fact in kernel.needs):
+            return kernel
+    reasons = "; ".join(f"{name}: {reason or 'would run'}" for name, reason in explain(kernels, call))
+    raise Unsupported(backend, f"kernel={wanted}", reasons, "kernel=auto")
+
+
+def explain(kernels: Sequence[Kernel[Call]], call: Call) -> list[tuple[str, str | None]]:
+    """Every kernel, fastest first, with all reasons why it cannot run this call, or None."""
+    return [(kernel.name, kernel.refuse(call)) for kernel in kernels]
+
+
+TRITON_DEVICES = ("cuda",)
+"""Where our Triton kernels may run; tests add "cpu", where Triton's interpreter runs them."""
+
+
+def triton_reason(device: torch.device) -> str | None:
+    """Why our Triton kernels cannot run there, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None if device.type in TRITON_DEVICES else f"it runs on CUDA, not on {device.type}"

@@ -1,0 +1,254 @@
+"""How far the queries of a mechanism reach: the one thing that it says beside its definition, as a value.
+
+A reach is a promise about `bias`: no key outside of it is seen. Kernels and caches follow from it. What it also says of
+the keys inside (`weights`) decides how fast they are:
+
+    uniform    0 inside, -inf outside: the reach is the whole definition
+    counts     logarithms of how often a key counts, and never of more than a few: nobody need look for largest scores
+    distance   any bias that depends on the difference of positions alone: one mask serves all tiles
+    any        anything
+
+    Band(4)  Band(back=64, ahead=64, stride=2)  Band(4, first=2)  Blocks(64, links)  Anywhere()  Band(4) | Blocks(...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from attention_zoo.layout.host import Array, array_of
+
+Weights = Literal["uniform", "counts", "distance", "any"]
+PerHead = int | tuple[int, ...]
+Links = Callable[[Tensor, Tensor], tuple[Int[Tensor, "#B H R m"], Float[Tensor, "#B H R m"]]]
+Rows = Callable[[Array, Array], Bool[np.ndarray, "*n"]]
+Found = TypeVar("Found")
+KEPT = 8
+"""Most calls of which a pattern of blocks keeps what follows from its links."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Ranges of tiles of `size` columns, inclusive: positions of queries and keys, the length of the keys' document.
+
+    Broadcast to [B, query tiles, key tiles]; each pair lies in one document, whatever it is.
+    """
+
+    q_lo: Array
+    q_hi: Array
+    k_lo: Array
+    k_hi: Array
+    length: Array
+    size: int
+
+
+class Reach:
+    """Base of all reaches. Two may be joined by `|`: a key is within it that is within one of them."""
+
+    weights: Weights = "any"
+
+    @property
+    def farthest(self) -> int | None:
+        """How many positions back the farthest key is that a later query may see; None: any. Lets caches forget."""
+        return None
+
+    @property
+    def farthest_ahead(self) -> int | None:
+        """The same of keys after a query, where it may see the future; None: any."""
+        return self.farthest
+
+    @property
+    def first(self) -> int:
+        """So many tokens at the start of a document are within reach of all, and never forgotten."""
+        return 0
+
+    def near(self, tiles: Tiles) -> Bool[np.ndarray, "B q k"]:
+        """May any query of the one tile see any key of the other? Never False where it does."""
+        raise NotImplementedError
+
+    def __or__(self, other: Reach) -> Either:
+        return Either((*_parts(self), *_parts(other)))
+
+
+@dataclass(frozen=True)
+class Anywhere(Reach):
+    """Every key of the own document."""
+
+    weights: Weights = "any"
+
+    def near(self, tiles: Tiles) -> Array:
+        return np.ones(np.broadcast_shapes(tiles.q_lo.shape, tiles.k_lo.shape), bool)
+
+
+@dataclass(frozen=True)
+class Band(Reach):
+    """Keys at distances 0, `stride`, 2 · `stride`, ... of a query, on both sides; causal, the base hides the future.
+
+    Fields:
+        back: how many of them before the query. A number, or one for each head.
+        ahead: how many after it; default as many.
+        stride: distance between them, in positions. A number, or one for each head.
+        first: tokens at the start of a document that all see besides.
+    """
+
+    back: PerHead
+    ahead: PerHead | None = None
+    stride: PerHead = 1
+    first: int = 0
+    weights: Weights = "any"
+
+    def __post_init__(self) -> None:
+        for name in ("back", "ahead", "stride", "first"):
+            value = getattr(self, name)
+            least = 1 if name == "stride" else 0
+            for each in value if isinstance(value, tuple) else () if value is None else (value,):
+                if not isinstance(each, int) or isinstance(each, bool) or each < least:
+                    raise ValueError(f"Band: {name} must be a whole number of at least {least}, got {value!r}")
+        lengths = {len(x) for x in (self.back, self.ahead, self.stride) if isinstance(x, tuple)}
+        if len(lengths) > 1:
+            raise ValueError(f"Band: back, ahead and stride must be of the same heads, got {sorted(lengths)} of them")
+
+    @property
+    def strides(self) -> Sequence[int]:
+        """For each head, or one for all."""
+        return self.stride if isinstance(self.stride, tuple) else (self.stride,)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether it has no gaps, and no tokens beyond it."""
+        return max(self.strides) == 1 and not self.first
+
+    @property
+    def same_for_all(self) -> bool:
+        """Whether heads differ in their strides at most, and both sides are alike."""
+        return isinstance(self.back, int) and self.ahead in (None, self.back)
+
+    @property
+    def farthest(self) -> int:
+        return _most(self.back, self.stride)
+
+    @property
+    def farthest_ahead(self) -> int:
+        return self.farthest if self.ahead is None else _most(self.ahead, self.stride)
+
+    def near(self, tiles: Tiles) -> Array:
+        found = (tiles.q_lo - tiles.k_hi <= self.farthest) & (tiles.k_lo - tiles.q_hi <= self.farthest_ahead)
+        return found | (tiles.k_lo < self.first) if self.first else found
+
+
+def _most(count: PerHead, stride: PerHead) -> int:
+    counts, strides = (x if isinstance(x, tuple) else (x,) for x in (count, stride))
+    heads = max(len(counts), len(strides))
+    return max(a * b for a, b in zip(counts * (heads // len(counts)), strides * (heads // len(strides))))
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks(Reach):
+    """Whole blocks of keys, listed for each row of blocks of queries; blocks are counted within the document.
+
+    Fields:
+        size: tokens of a block.
+        links: (row [#B, R], blocks of its document [#B, #R]) -> different key blocks [#B, H, R, m] of each row, and
+            what is added to their scores (-inf: unseen). A causal pattern puts the own block last and no later one
+            before it, and is told 0 blocks. It must follow from its arguments alone, on whatever device they are.
+        most: how many blocks `links` lists for a row.
+        knows_length: whether links depend on how many blocks the document has, as causal ones must not.
+        whole: rows that see everything without being seen by everything, (row, blocks) -> bool, in numpy; None: none do.
+    """
+
+    size: int
+    links: Links
+    most: int
+    knows_length: bool = False
+    whole: Rows | None = None
+    weights: Weights = "any"
+    _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def kept(self, key: Hashable, make: Callable[[], Found]) -> Found:
+        """What follows from the links and the key alone, from call to call; the last few."""
+        if key not in self._kept:
+            while len(self._kept) >= KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def lists(self, row: Int[np.ndarray, "#B R"], blocks: Int[np.ndarray, "#B #R"]) -> tuple[Tensor, Tensor]:
+        """`links` of these rows, on the host."""
+        rows, counts = (torch.from_numpy(np.ascontiguousarray(each, np.int64)) for each in (row, blocks))
+        links, weight = self.links(rows, counts)
+        return links.detach(), weight.detach()
+
+    def blocks_of(self, length: Array) -> Array:
+        """How many blocks documents of these lengths have, as `links` wants to hear it."""
+        return (length + self.size - 1) // self.size if self.knows_length else np.zeros_like(length)
+
+    def near(self, tiles: Tiles) -> Array:
+        first, last, low, high = (x // self.size for x in (tiles.q_lo, tiles.q_hi, tiles.k_lo, tiles.k_hi))
+        blocks = self.blocks_of(tiles.length)
+        most = blocks.max(-1, keepdims=True)
+        if bool(((blocks == most) | (blocks == 0)).all()):
+            blocks = most  # one document: the links of a row are the same for all key tiles
+        # tiles that span more rows of blocks than a tile without holes are taken whole
+        widest = tiles.size // self.size + 2
+        found = last - first >= widest
+        for step in range(widest):
+            row = first + step
+            found = found | (self._hit(row, blocks, low, high) & (row <= last))
+        return found
+
+    def _hit(self, row: Array, blocks: Array, low: Array, high: Array) -> Array:
+        """Whether each of these rows, of a document of so many blocks, is linked to one from `low` to `high`."""
+        highest = int(high.max(initial=0)) + 1
+        row = row.clip(-1, highest)  # of tiles without tokens
+        pairs, shape = np.broadcast_arrays(row, blocks), np.broadcast_shapes(row.shape, blocks.shape)
+        asked, place = np.unique(np.stack(pairs).reshape(2, -1), axis=1, return_inverse=True)
+        rows, counts = asked[0][None], asked[1][None]
+        links, weight = (array_of(x)[0] for x in self.lists(rows, counts))  # [H, R, m]
+        linked = np.zeros((len(asked[0]), highest + 2), bool)
+        head, index, link = np.nonzero((weight > -np.inf) & (links <= highest))
+        linked[index, links[head, index, link]] = True
+        if self.whole is not None:
+            linked[self.whole(rows, counts)[0]] = True
+        before = np.concatenate([np.zeros((len(linked), 1), np.int64), linked.cumsum(1)], 1)
+        place = place.reshape(shape)
+        return before[place, high.clip(-1, highest) + 1] > before[place, low.clip(0, highest + 1)]
+
+
+@dataclass(frozen=True)
+class Either(Reach):
+    """What is within one of several reaches; `weights` is "any": where they overlap, only `bias` knows."""
+
+    parts: tuple[Reach, ...]
+
+    @property
+    def farthest(self) -> int | None:
+        return _largest([part.farthest for part in self.parts])
+
+    @property
+    def farthest_ahead(self) -> int | None:
+        return _largest([part.farthest_ahead for part in self.parts])
+
+    @property
+    def first(self) -> int:
+        return max(part.first for part in self.parts)
+
+    def near(self, tiles: Tiles) -> Array:
+        found = self.parts[0].near(tiles)
+        for part in self.parts[1:]:
+            found = found | part.near(tiles)
+        return found
+
+
+def _largest(counts: Sequence[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return max(known) if len(known) == len(counts) else None
+
+
+def _parts(reach: Reach) -> tuple[Reach, ...]:
+    return reach.parts if isinstance(reach, Either) else (reach,)

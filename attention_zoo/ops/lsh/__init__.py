@@ -1,0 +1,1 @@
+"""Attention of hashed tokens: hash, sort, attend inside chunks."""

@@ -1,0 +1,350 @@
+"""Attention of hashed tokens: sort, attend inside chunks, merge rounds (Kitaev et al. 2020, §2).
+
+Tokens are sorted by (document, bucket, place) and cut into chunks; a chunk attends to itself and to its neighbours.
+
+Everything works on a *ragged* list of M tokens: the valid tokens of all rows, document after document. Padding is gone
+before this file is entered, and each document has its own chunks, so that neither can move anything.
+
+Attention over several rounds, merged by log-sum-exp, is one softmax over the union of the rounds' keys, where a key met
+n times counts n times. Hence backward runs each chunk with the merged statistics (ops/softmax/partial.py) and the rounds' and
+chunks' gradients add: nothing but output, log-sum-exp and the sorted order (int32) is saved. Chunks are processed a few
+at a time, heads in blocks: O(M·D) memory beside the inputs, O(rounds·M·(log M + window·D)) time. A document fills whole
+chunks, so that rows packed with documents much shorter than a chunk pay for empty slots.
+
+Letters: M tokens, H heads, R rounds, D head width, N chunks in a round, C slots in a chunk, W chunks in a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from attention_zoo.ops.lsh.layout import Layout
+from attention_zoo.ops.softmax.dense import dense
+from attention_zoo.ops.softmax.function import exact, once
+from attention_zoo.ops.softmax.pages import large_pages
+from attention_zoo.ops.softmax.partial import LOG2E, Asked, Scratch, partial, partial_backward
+
+# What one step may hold: scores of the chunks attended at once, and slots of the heads handled at once. On CPU a step
+# should stay near the cache; on a GPU a few steps should fill the device (these two are not measured).
+_SCORES = {"cpu": 2**19}
+_SLOTS = {"cpu": 2**16}
+_SCORES_GPU, _SLOTS_GPU = 2**23, 2**18
+
+
+class Plan(NamedTuple):
+    """One call of LSH attention, but for its vectors.
+
+    Fields:
+        order: [H, R, M], tokens in sorted order.
+        layout: of the M tokens.
+        buckets: [H, R, M] to attend inside buckets only; None: across buckets, as far as the window goes.
+        asked: [m], the tokens whose output is wanted; None: all.
+        causal: whether a token sees earlier ones only. Order in the ragged list is order in time.
+        scale: factor on q·k.
+        epsilon: k = q / sqrt(|q|² + D·epsilon).
+        once: whether a key met in several rounds counts once.
+    """
+
+    order: Int[Tensor, "H R M"]
+    layout: Layout
+    buckets: Int[Tensor, "H R M"] | None
+    asked: Int[Tensor, " m"] | None
+    causal: bool
+    scale: float
+    epsilon: float
+    once: bool
+
+
+def lsh_attention(
+    q: Float[Tensor, "M H D"], v: Float[Tensor, "M H D"], plan: Plan, block: type[Block] | None = None
+) -> Float[Tensor, "m H D"]:
+    """Attention of tokens to those that share a window of sorted chunks with them; keys are normalised queries.
+
+    A token attends to itself only where it sees nothing else in any round; then its output is its value. Linear memory,
+    backward recomputes.
+
+    Args:
+        block: what runs a few heads at a time; default `Block`, another may do it by kernels of its own.
+    """
+    out: Tensor = _Chunks.apply(q, v, plan, block or Block)
+    return out
+
+
+class Block:
+    """The chunks of a few heads: rows are (head, token), chunks (head, round, chunk), slots (head, round, chunk, slot).
+
+    Within a document a row's number grows with time; the number `rows` stands for an empty slot.
+    """
+
+    def __init__(self, plan: Plan, heads: slice):
+        self.plan, self.heads = plan, heads
+        layout = plan.layout
+        order = plan.order[heads].long()
+        self.H, R, M = order.shape
+        device = order.device
+        self.rows, self.M = self.H * M, M
+        per_round = layout.neighbours.shape[0] // R * layout.chunk
+        head = torch.arange(self.H, device=device)[:, None, None]
+        first = (head * R + torch.arange(R, device=device)[:, None]) * per_round
+        contents = torch.full((self.H, R, per_round), self.rows, device=device)
+        contents[..., layout.slot] = order + head * M
+        self.contents = contents.view(-1, layout.chunk)
+        self.slots = torch.empty_like(order).scatter_(-1, order, layout.slot.expand_as(order)) + first  # [H, R, M]
+        self.neighbours = (layout.neighbours + head * layout.neighbours.shape[0]).flatten(0, 1)
+        self.present = layout.present.repeat(self.H, 1)
+        if plan.asked is None:
+            self.active, self.asked_slots = torch.arange(len(self.contents), device=device), self.slots
+        else:
+            asked = self.slots[..., plan.asked]
+            self.active, index = torch.unique(asked // layout.chunk, return_inverse=True)
+            self.asked_slots = index * layout.chunk + asked % layout.chunk
+        self.labels: Tensor | None = None
+        if plan.buckets is not None:
+            # numbered through the rounds: buckets of two rounds are never the same
+            labels = plan.buckets[heads] + torch.arange(R, device=device)[:, None] * (plan.buckets.amax() + 1)
+            self.labels = labels.new_full(self.contents.shape, -1)
+            self.labels.view(-1)[self.slots.flatten()] = labels.flatten()
+
+    def table(self, *parts: Float[Tensor, "_ H D"], dtype: torch.dtype) -> Float[Tensor, "rows_and_one parts_D"]:
+        """Vectors of the rows, side by side so that one gather fetches all; zeros for the empty slot.
+
+        Parts hold the block's heads, and all tokens or the asked ones (the others are zeros).
+        """
+        D = parts[0].shape[-1]
+        table = large_pages(torch.empty(self.rows + 1, len(parts), D, dtype=dtype, device=parts[0].device))
+        table[self.rows if self.plan.asked is None else slice(None)] = 0
+        rows = table[: self.rows].view(self.H, self.M, len(parts), D)
+        for number, part in enumerate(parts):
+            if len(part) == self.M:
+                rows[:, :, number] = part.transpose(0, 1)
+            else:
+                rows[:, self.plan.asked, number] = part.transpose(0, 1).to(dtype)
+        return table.flatten(1)
+
+    def scalars(self, x: Float[Tensor, "asked H"], fill: float) -> Float[Tensor, " rows_and_one"]:
+        """One number a row, `fill` for the empty slot and the rows that were not asked."""
+        table = x.new_full((self.rows + 1,), fill)
+        asked = slice(None) if self.plan.asked is None else self.plan.asked
+        table[: self.rows].view(self.H, -1)[:, asked] = x.T
+        return table
+
+    def steps(self, exact: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+        """A few chunks at a time: which of the active ones, query rows, chunks of the windows, key rows, bias."""
+        C, W = self.plan.layout.chunk, self.neighbours.shape[1]
+        size = max(1, _SCORES.get(self.contents.device.type, _SCORES_GPU) // (C * C * W))
+        for start in range(0, len(self.active), size):
+            step = slice(start, min(start + size, len(self.active)))
+            chunks = self.active[step]
+            queries, windows = self.contents[chunks], self.neighbours[chunks]
+            keys = self.contents[windows].masked_fill(~self.present[chunks][..., None], self.rows).flatten(1)
+            yield step, queries, windows, keys, self.bias(chunks, windows, queries, keys, exact)
+
+    def bias(
+        self, chunks: Tensor, windows: Tensor, queries: Tensor, keys: Tensor, exact: torch.dtype
+    ) -> Float[Tensor, "a 1 C K"]:
+        """-inf for the future, empty slots, other buckets and the token itself; else 0, or -log of the times met."""
+        # by arithmetic: to compare integers costs half as much as the attention itself; floats are exact this far
+        dtype = torch.float32 if self.rows < 2**24 else torch.float64
+        q, k = queries.to(dtype)[:, :, None], keys.to(dtype)[:, None, :]
+        if self.plan.causal:
+            bias = (q - k).sub_(1).clamp_(-1, 0)
+        else:
+            bias = (q - k).abs_().clamp_(max=1).sub_(1).sub_((keys == self.rows).to(dtype)[:, None])
+        if self.labels is not None:
+            mine, theirs = self.labels[chunks], self.labels[windows].flatten(1)
+            bias.sub_((mine[:, :, None] != theirs[:, None, :]).to(dtype))
+        bias.mul_(torch.finfo(dtype).max).mul_(2)  # what is negative becomes -inf, 0 stays 0
+        if self.plan.once:
+            bias = bias - self.times_met(queries, keys).clamp_(min=1).to(exact).log_()
+        return bias[:, None]
+
+    def times_met(self, queries: Int[Tensor, "a C"], keys: Int[Tensor, "a K"]) -> Int[Tensor, "a C K"]:
+        """How often the windows of all rounds show each key to each query, before causality."""
+        R, C = self.plan.layout.rounds, self.plan.layout.chunk
+        chunk_of = (self.slots // C).transpose(0, 1).flatten(1)  # [R, rows]
+        chunk_of = torch.nn.functional.pad(chunk_of, (0, 1), value=-1)
+        labels = None if self.labels is None else self.labels.view(-1)[self.slots].transpose(0, 1).flatten(1)
+        if labels is not None:
+            labels = torch.nn.functional.pad(labels, (0, 1), value=-1)
+        met = torch.zeros(*queries.shape, keys.shape[1], dtype=torch.int32, device=queries.device)
+        for mine in range(R):
+            own = chunk_of[mine][queries].clamp(min=0)
+            windows = self.neighbours[own].masked_fill(~self.present[own], -2)  # [a, C, W]
+            for theirs in range(R) if self.plan.layout.across_rounds else [mine]:
+                chunks = chunk_of[theirs][keys][:, None, :]
+                alike: Tensor | bool = True
+                if labels is not None:
+                    alike = labels[mine][queries][:, :, None] == labels[theirs][keys][:, None, :]
+                for window in windows.unbind(-1):
+                    met += (chunks == window[..., None]) & alike
+        return met
+
+    # --- the block's share: vectors in are [tokens, its heads, D], out [its heads, tokens, D]
+
+    def forward(self, q: Tensor, v: Tensor) -> tuple[Float[Tensor, "h m D"], Float[Tensor, "h m"]]:
+        """Output and log-sum-exp of the asked tokens; zeros and -inf where one sees nothing."""
+        k, _ = _keys(q, self.plan.epsilon)
+        out, lse = self.attend(q, k, v)
+        lse = lse.view(-1)[self.asked_slots]
+        total = lse.logsumexp(1)
+        weights = (lse - total.masked_fill(total == -torch.inf, 0)[:, None]).exp()
+        return _sum_rounds(out.view(-1, q.shape[-1]), self.asked_slots, weights), total
+
+    def backward(
+        self, q: Tensor, v: Tensor, grad: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Float[Tensor, "h M D"], Float[Tensor, "h M D"]]:
+        """Gradients of q and v, but for tokens that see only themselves."""
+        k, factor = _keys(q, self.plan.epsilon)
+        asked = slice(None) if self.plan.asked is None else self.plan.asked
+        dq_slots, dk_slots, dv_slots = self.attend_backward(q, k, v, grad, out, lse)
+        dk, dv = (_sum_rounds(slots.view(-1, q.shape[-1]), self.slots) for slots in (dk_slots, dv_slots))
+        k, factor = k.transpose(0, 1), factor.transpose(0, 1)
+        dq = dk.sub_(k * (k * dk).sum(-1, keepdim=True)).mul_(factor)
+        dq[:, asked] += _sum_rounds(dq_slots.view(-1, q.shape[-1]), self.asked_slots)
+        return dq, dv
+
+    # --- what the Triton kernels do in place of the steps: from rows to slots
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Float[Tensor, "active C D"], Float[Tensor, "active C"]]:
+        """Output and log-sum-exp of the slots of the active chunks."""
+        C, D = self.plan.layout.chunk, q.shape[-1]
+        query_table, key_table = self.table(q, dtype=k.dtype), self.table(k, v, dtype=k.dtype)
+        out = large_pages(k.new_empty(len(self.active), C, D))
+        lse = k.new_empty(len(self.active), C)
+        scratch = Scratch()
+        for step, queries, _, keys, bias in self.steps(k.dtype):
+            rows, (k, v) = _rows(query_table, queries), _rows(key_table, keys).chunk(2, -1)
+            rows, k, v = (x[:, None] for x in (rows, k, v))
+            part, part_lse = partial(rows, k, v, bias, scale=self.plan.scale, scratch=scratch)
+            out[step], lse[step] = part[:, 0], part_lse[:, 0, :, 0]
+        return out, lse
+
+    def attend_backward(
+        self, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the queries in the slots of the active chunks, of keys and values in all slots."""
+        C, D = self.plan.layout.chunk, q.shape[-1]
+        query_table, key_table = self.table(q, grad, out, dtype=k.dtype), self.table(k, v, dtype=k.dtype)
+        # rows that were not asked, or that see nothing: +inf makes their weights exactly zero
+        shift_table = self.scalars(lse.masked_fill(lse == -torch.inf, torch.inf) * -LOG2E, -torch.inf)
+        dq_slots = large_pages(k.new_empty(len(self.active), C, D))
+        dk_slots, dv_slots = large_pages(k.new_empty(2, len(self.contents), C * D)).zero_()
+        scratch = Scratch()
+        for step, queries, windows, keys, bias in self.steps(k.dtype):
+            rows, grads, outs = _rows(query_table, queries).chunk(3, -1)
+            key_rows, values = _rows(key_table, keys).chunk(2, -1)
+            down = (grads * outs).sum(-1, keepdim=True).neg_()
+            parts = (
+                scratch("dq", rows.shape, rows).zero_(),
+                scratch("dk", key_rows.shape, rows),
+                scratch("dv", values.shape, rows),
+            )
+            partial_backward(
+                Asked(grads, rows, down, shift_table[queries][..., None]),
+                key_rows,
+                values,
+                bias,
+                scale=self.plan.scale,
+                into=parts,
+                shape=(len(rows), 1, C),
+                scratch=scratch,
+                fresh=True,
+            )
+            dq_slots[step] = parts[0]
+            for total, part in ((dk_slots, parts[1]), (dv_slots, parts[2])):
+                # a chunk is the same neighbour of one other chunk only: no two rows of an index_add meet
+                for window, share in zip(windows.unbind(1), part.reshape(*windows.shape, C * D).unbind(1)):
+                    total.index_add_(0, window, share)
+        return dq_slots, dk_slots, dv_slots
+
+
+def _keys(q: Float[Tensor, "M h D"], epsilon: float) -> tuple[Float[Tensor, "M h D"], Float[Tensor, "M h 1"]]:
+    """Normalised queries, and the factor that made them; without epsilon a zero query makes a zero key."""
+    exact = q.to(torch.promote_types(q.dtype, torch.float32))
+    square = exact.square().sum(-1, keepdim=True) + q.shape[-1] * epsilon
+    factor = torch.where(square > 0, square, torch.inf).rsqrt()
+    return exact * factor, factor
+
+
+def _rows(table: Float[Tensor, "rows width"], rows: Int[Tensor, "a n"]) -> Float[Tensor, "a n width"]:
+    return table.index_select(0, rows.flatten()).view(*rows.shape, -1)
+
+
+def _sum_rounds(
+    x: Float[Tensor, "slots D"], slots: Int[Tensor, "h R n"], weights: Float[Tensor, "h R n"] | None = None
+) -> Float[Tensor, "h n D"]:
+    """Sorted back into the order of tokens and summed over rounds."""
+    total = large_pages(x.new_empty(slots.shape[0], slots.shape[2], x.shape[1])).zero_()
+    for number in range(slots.shape[1]):
+        rows = x.index_select(0, slots[:, number].flatten()).view(total.shape)
+        if weights is None:
+            total.add_(rows)
+        else:
+            total.addcmul_(rows, weights[:, number, :, None])
+    return total
+
+
+def _blocks(plan: Plan, kind: type[Block]) -> Iterator[Block]:
+    H = len(plan.order)
+    limit = _SLOTS.get(plan.order.device.type, _SLOTS_GPU)
+    size = max(1, limit // (plan.layout.neighbours.shape[0] * plan.layout.chunk))
+    for start in range(0, H, size):
+        yield kind(plan, slice(start, min(start + size, H)))
+
+
+class _Chunks(torch.autograd.Function):
+    @staticmethod
+    @exact
+    def forward(ctx: Any, q: Tensor, v: Tensor, plan: Plan, kind: type[Block]) -> Tensor:
+        asked = slice(None) if plan.asked is None else plan.asked
+        out = large_pages(torch.empty_like(q[asked]))
+        lse = out.new_empty(out.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+        for block in _blocks(plan, kind):
+            heads = block.heads
+            part, total = block.forward(q[:, heads], v[:, heads])
+            alone = (total == -torch.inf).T[..., None]
+            out[:, heads] = torch.where(alone, v[asked, heads], part.transpose(0, 1).to(q.dtype))
+            lse[:, heads] = total.T
+        ctx.save_for_backward(q, v, out, lse)
+        ctx.plan, ctx.kind = plan._replace(order=plan.order.int()), kind
+        return out
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (q, v, out, lse), plan = saved, ctx.plan
+        asked = slice(None) if plan.asked is None else plan.asked
+        dq, dv = large_pages(torch.empty_like(q)), large_pages(torch.empty_like(v))
+        for block in _blocks(plan, ctx.kind):
+            heads = block.heads
+            mine = (q[:, heads], v[:, heads], grad[:, heads], out[:, heads], lse[:, heads])
+            part_q, part_v = block.backward(*mine)
+            alone = (lse[:, heads] == -torch.inf)[..., None]
+            part_v[:, asked] += torch.where(alone, grad[:, heads], 0).transpose(0, 1)
+            dq[:, heads], dv[:, heads] = part_q.transpose(0, 1), part_v.transpose(0, 1)
+        return dq, dv, None, None
+
+
+def dense_attention(q: Tensor, v: Tensor, plan: Plan) -> Tensor:
+    """The same by definition: every pair of tokens, weighted by how often the windows of all rounds show it."""
+    tokens = torch.arange(len(q), device=q.device)
+    asked = tokens if plan.asked is None else plan.asked
+    with torch.autocast(q.device.type, enabled=False):
+        heads = []
+        for head in range(q.shape[1]):
+            met = Block(plan, slice(head, head + 1)).times_met(asked[None], tokens[None])[0]
+            hidden = tokens >= asked[:, None] if plan.causal else tokens == asked[:, None]
+            met = met.masked_fill(hidden, 0)
+            k, _ = _keys(q[:, head : head + 1], plan.epsilon)
+            bias = (met > 0 if plan.once else met).to(k.dtype).log()
+            queries, keys, values = (
+                x.transpose(0, 1)[None] for x in (q[asked, head : head + 1], k, v[:, head : head + 1])
+            )
+            out = dense(queries, keys, values, bias[None, None], scale=plan.scale)[0, 0]
+            heads.append(torch.where(met.any(-1, keepdim=True), out, v[asked, head]))
+        return torch.stack(heads, 1).to(q.dtype)

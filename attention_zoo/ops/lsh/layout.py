@@ -1,0 +1,94 @@
+"""Where hashed tokens stand: sorted, cut into chunks, each with the chunks that it attends to (Kitaev et al. 2020, §2).
+
+A document's chunks form a ring, in each round of hashing or over all rounds; no chunk holds tokens of two documents.
+Letters as in ops/lsh/chunks.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from attention_zoo.layout.host import tensor_of
+
+
+class Layout(NamedTuple):
+    """Where sorted tokens go, the same for all heads and, but for the numbering of chunks, for all rounds.
+
+    Fields:
+        chunk: C, slots in a chunk; the last chunk of a document may be partly empty.
+        document: [M], index of each token's document.
+        slot: [M], slot of the i-th token in sorted order, below N·C.
+        neighbours: [R·N, W], chunks that each chunk attends to, itself first; chunk n of round r is number r·N + n.
+        present: [R·N, W], False where a short ring would repeat a chunk and repeats do not count.
+        rounds: R.
+        across_rounds: whether a window may reach into another round.
+    """
+
+    chunk: int
+    document: Int[Tensor, " M"]
+    slot: Int[Tensor, " M"]
+    neighbours: Int[Tensor, "RN W"]
+    present: Bool[Tensor, "RN W"]
+    rounds: int
+    across_rounds: bool
+
+
+def lay_out(
+    sizes: Int[np.ndarray, " K"],
+    *,
+    rounds: int,
+    chunk: int,
+    look_back: int,
+    look_ahead: int,
+    across_rounds: bool,
+    slots: Int[np.ndarray, " K"] | None = None,
+    device: torch.device | str = "cpu",
+) -> Layout:
+    """Chunks of K documents with `sizes` tokens each, every one at least 1.
+
+    Each document's chunks form a ring in each round or, `across_rounds`, one ring over all rounds. A ring shorter than
+    the window shows a chunk once.
+
+    Args:
+        slots: at least `sizes`: make chunks for so many, the last of which may be empty, and let short rings show a
+            chunk as often as their window reaches it (a step of a whole ring or more stays at the own chunk).
+        device: of the result.
+    """
+    chunks = ((sizes if slots is None else slots) + chunk - 1) // chunk
+    first = chunks.cumsum() - chunks
+    documents = np.arange(len(sizes))
+    document = documents.repeat(sizes)
+    within = np.arange(len(document)) - (sizes.cumsum() - sizes)[document]
+    slot = first[document] * chunk + within
+    owner = documents.repeat(chunks)
+    total = len(owner)
+    inside = np.arange(total) - first[owner]
+    ring, start = chunks[owner][None, :, None], first[owner][None, :, None]
+    steps = np.array([0, *range(-1, -look_back - 1, -1), *range(1, look_ahead + 1)])
+    number = np.arange(rounds)[:, None, None]
+    if slots is not None:
+        steps = np.where(np.abs(steps) < ring * (rounds if across_rounds else 1), steps, 0)
+    if across_rounds:
+        place = (number * ring + inside[None, :, None] + steps) % (rounds * ring)
+        neighbours = place // ring * total + start + place % ring
+    else:
+        neighbours = number * total + start + (inside[None, :, None] + steps) % ring
+    neighbours = neighbours.reshape(rounds * total, -1)
+    width = neighbours.shape[1]
+    earlier = np.tril(np.ones((width, width), bool), -1)
+    present = ~((neighbours[:, :, None] == neighbours[:, None, :]) & earlier).any(-1)
+    if slots is not None:
+        present = np.ones_like(present)
+    found = (tensor_of(each, device) for each in (document, slot, neighbours, present))
+    return Layout(chunk, *found, rounds, across_rounds)
+
+
+def sort_tokens(buckets: Int[Tensor, "H R M"], document: Int[Tensor, " M"]) -> Int[Tensor, "H R M"]:
+    """Order by (document, bucket, place)."""
+    key = document * (buckets.amax() + 1) + buckets
+    return key.argsort(dim=-1, stable=True)

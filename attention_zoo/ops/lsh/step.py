@@ -1,0 +1,102 @@
+"""One step of LSH attention: what the newest token of a growing document attends to, without sorting it all again.
+
+A document's sorted order changes by one place a step. So the order of an older prefix is kept, with where each bucket
+starts in it (`Sorted`), and the tokens since then are merged in by rank: the token of rank n is either one of theirs or
+that of rank n - (theirs before it) in the old order. A step reads its windows alone, rounds · (look_back + 1) · chunk
+keys a head, and sorts the `recent` tokens; once these are `RECENT`, all are sorted again.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from attention_zoo.ops.lsh.chunks import _keys
+
+RECENT = 1024
+"""Tokens that are merged at each step, at most; less where the document is short."""
+
+
+class Sorted(NamedTuple):
+    """The order of the first n columns; fillers come first.
+
+    Fields:
+        order: [B, H, R, n], columns by (bucket, place).
+        starts: [B, H, R, buckets + 1], how many of them lie in buckets before each; the last: all.
+    """
+
+    order: Int[Tensor, "B H R n"]
+    starts: Int[Tensor, "B H R b"]
+
+    @staticmethod
+    def of(buckets: Int[Tensor, "B H R n"], valid: Bool[Tensor, "B n"], count: int) -> Sorted:
+        """Sort these columns, whose buckets are below `count`."""
+        label = buckets.masked_fill(~valid[:, None, None], -1)
+        label, order = label.sort(dim=-1, stable=True)
+        borders = torch.arange(count + 1, device=label.device, dtype=label.dtype)
+        starts = torch.searchsorted(label, borders.expand(*label.shape[:-1], -1).contiguous())
+        return Sorted(order.int(), starts)
+
+    def is_stale(self, columns: int) -> bool:
+        """Whether too many columns came since."""
+        size = self.order.shape[-1]
+        return columns - size > max(64, min(RECENT, size // 4))
+
+
+def windows(
+    held: Sorted,
+    buckets: Int[Tensor, "B H R S"],
+    fillers: Int[Tensor, " B"],
+    *,
+    chunk: int,
+    look_back: int,
+) -> tuple[Int[Tensor, "B H R W"], Bool[Tensor, "B H R W"]]:
+    """Columns in the windows of the last token, and which of them it sees: not itself, nor empty slots."""
+    size, columns = held.order.shape[-1], buckets.shape[-1]
+    recent, which = buckets[..., size:].sort(dim=-1, stable=True)
+    place = torch.arange(columns - size, device=buckets.device)
+    rank = held.starts.gather(-1, recent.long() + 1) + place  # of each recent token, in the whole order
+    mine = rank.gather(-1, (which == columns - size - 1).long().argmax(-1, keepdim=True))
+
+    fillers = fillers[:, None, None, None]
+    tokens = columns - fillers
+    chunks = (tokens + chunk - 1) // chunk
+    back = torch.arange(look_back + 1, device=buckets.device)
+    number = ((mine - fillers) // chunk - back) % chunks  # each document is a ring; a short one shows no chunk twice
+    wanted = number[..., None] * chunk + torch.arange(chunk, device=buckets.device)
+    there = (wanted < tokens[..., None]) & (back < chunks)[..., None]
+    wanted, there = wanted.flatten(-2) + fillers, there.flatten(-2)
+
+    before = torch.searchsorted(rank, wanted)
+    at = before.clamp(max=columns - size - 1)
+    old = held.order.gather(-1, (wanted - before).clamp(0, size - 1)).long()
+    column = torch.where(rank.gather(-1, at) == wanted, size + which.gather(-1, at), old)
+    return column, there & (column < columns - 1)
+
+
+def attend(
+    q: Float[Tensor, "B H D"],
+    qk: Float[Tensor, "B S H D"],
+    v: Float[Tensor, "B S H D"],
+    column: Int[Tensor, "B H W"],
+    seen: Bool[Tensor, "B H W"],
+    *,
+    scale: float,
+    epsilon: float,
+    once: bool,
+) -> Float[Tensor, "B H D"]:
+    """The last token's output: one softmax over the windows of all rounds, or its own value where it sees nothing."""
+    B, H = q.shape[:2]
+    row = torch.arange(B, device=q.device)[:, None, None]
+    head = torch.arange(H, device=q.device)[:, None]
+    keys, _ = _keys(qk[row, column, head], epsilon)
+    scores = (keys @ q[..., None].to(keys.dtype))[..., 0] * scale
+    if once:
+        met = (column[..., :, None] == column[..., None, :]) & seen[..., None, :]
+        scores = scores - met.sum(-1).clamp(min=1).to(scores.dtype).log()
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    out = (weights[..., None, :] @ v[row, column, head].to(keys.dtype))[..., 0, :].to(q.dtype)
+    return torch.where(seen.any(-1, keepdim=True), out, v[:, -1])

@@ -1,0 +1,182 @@
+"""What kernels of patterns need to know of a call: each fact once, with the sentence that says why it does not hold."""
+
+from __future__ import annotations
+
+import torch
+
+from attention_zoo.layout.kernel import triton_reason
+from attention_zoo.layout.reach import Anywhere, Band, Blocks
+from attention_zoo.ops.pattern.call import Pattern, PatternCall
+from attention_zoo.ops.softmax import fused
+
+MASK = 2**23
+"""Most cells of a mask that fused attention is given on a CPU, 32 MiB in float32: for a segment behind its past."""
+
+
+# --- of a pattern ----------------------------------------------------------------------------------------------------
+
+
+def is_band(pattern: Pattern) -> str | None:
+    reach = pattern.reach
+    plain = isinstance(reach, Band) and reach.same_for_all and not reach.first
+    if plain and reach.weights in ("uniform", "distance"):
+        return None
+    return "the pattern is no band: it depends on more than the distance"
+
+
+def is_uniform(pattern: Pattern) -> str | None:
+    return None if pattern.reach.weights == "uniform" else "the pattern weighs its keys"
+
+
+def is_plain_band(pattern: Pattern) -> str | None:
+    if is_band(pattern) or is_uniform(pattern):
+        return "the pattern is no band"
+    return None if isinstance(pattern.reach, Band) and pattern.reach.contiguous else "the band has gaps (dilation)"
+
+
+def is_blocks(pattern: Pattern) -> str | None:
+    return None if isinstance(pattern.reach, Blocks) else "the pattern is not made of blocks"
+
+
+def is_one_function(pattern: Pattern) -> str | None:
+    """Whether the bias of a pair can be computed on chip, from its two tokens."""
+    return None if isinstance(pattern.reach, Band | Anywhere) else "the pattern is no function of two positions alone"
+
+
+def shows_all(pattern: Pattern) -> str | None:
+    """Whether there are calls in which it hides nothing."""
+    reach = pattern.reach
+    if isinstance(reach, Anywhere) and reach.weights == "uniform":
+        return None
+    return is_plain_band(pattern) and "the pattern is no band without gaps"
+
+
+# --- of a call -------------------------------------------------------------------------------------------------------
+
+
+def one_query(call: PatternCall) -> str | None:
+    return None if call.q.shape[2] == 1 else "more than one query"
+
+
+def no_gradients(call: PatternCall) -> str | None:
+    return "it is for decoding, without gradients" if torch.is_grad_enabled() else None
+
+
+def every_row(call: PatternCall) -> str | None:
+    return "global queries have projections of their own" if call.apart and call.queries.any_global else None
+
+
+def causal(call: PatternCall) -> str | None:
+    return None if call.pattern.causal else "links of a two-sided pattern depend on the whole length"
+
+
+def on_cpu(call: PatternCall) -> str | None:
+    device = call.q.device.type
+    return None if device == "cpu" else f"it runs on CPU, not on {device}"
+
+
+def on_cuda(call: PatternCall) -> str | None:
+    device = call.q.device.type
+    return None if device == "cuda" else f"it runs on CUDA, not on {device}"
+
+
+def has_triton(call: PatternCall) -> str | None:
+    return triton_reason(call.q.device)
+
+
+def fused_engine(call: PatternCall) -> str | None:
+    return fused.refuse(call.q)
+
+
+def exact_bias(call: PatternCall) -> str | None:
+    dtype = call.q.dtype
+    return None if dtype in (torch.float32, torch.float64) else f"{_name(dtype)} would round the bias"
+
+
+def exact_position_bias(call: PatternCall) -> str | None:
+    return exact_bias(call) if call.has_position_bias else None
+
+
+def half_precision(call: PatternCall) -> str | None:
+    dtype = call.q.dtype
+    return None if dtype in fused.HALF else f"its windows exist in half precision, not in {_name(dtype)}"
+
+
+def no_position_bias(call: PatternCall) -> str | None:
+    return "the position scheme adds to the scores" if call.has_position_bias else None
+
+
+def bias_is_fixed(call: PatternCall) -> str | None:
+    return "the bias learns" if call.learned else None
+
+
+def no_globals(call: PatternCall) -> str | None:
+    return "it knows no global tokens" if call.any_global_key or call.queries.any_global else None
+
+
+def queries_within_keys(call: PatternCall) -> str | None:
+    L, S = call.lengths
+    return None if 0 < L <= S else "there are no queries, or more than keys"
+
+
+def own_keys(call: PatternCall) -> str | None:
+    return None if call.own_keys else "queries are not the last tokens of the keys"
+
+
+def consecutive(call: PatternCall) -> str | None:
+    """Documents lie in consecutive columns, with nothing forgotten inside."""
+    return None if call.aligned else "columns are not positions here (holes, or forgotten keys)"
+
+
+def from_zero(call: PatternCall) -> str | None:
+    """One document a row, from position 0 in column 0."""
+    if call.starts_at_zero:
+        return None
+    return "columns are not positions here (padding on the left, holes, documents, or forgotten keys)"
+
+
+def no_padding(call: PatternCall) -> str | None:
+    return None if call.all_valid else "columns are not positions here (padding)"
+
+
+def globals_alike(call: PatternCall) -> str | None:
+    alike = call.queries.globals_alike and call.keys.globals_alike
+    return None if alike else "batch rows differ in their global tokens"
+
+
+def window_holds_all(call: PatternCall) -> str | None:
+    reach = call.pattern.reach
+    if not isinstance(reach, Band):
+        return None
+    if call.k.shape[2] - 1 > reach.farthest:
+        return "there are keys beyond the window"
+    return from_zero(call)
+
+
+def mask_is_small(call: PatternCall) -> str | None:
+    """No mask of queries x keys is needed, or a small one on a CPU."""
+    reason = unmasked(call)
+    (L, S), rows = call.lengths, 1 if call.rows_alike else len(call.q)
+    if reason is None or (not call.q.is_cuda and rows * L * S <= MASK):
+        return None
+    return f"{reason}, and a mask of L x S would be too large"
+
+
+def unmasked(call: PatternCall) -> str | None:
+    """Whether fused attention needs no mask of queries x keys."""
+    if not call.one_document:
+        return "rows hold several documents"
+    if not call.pattern.causal:
+        return None
+    if reason := own_keys(call):
+        return reason
+    L, S = call.lengths
+    if L == 1:
+        return None
+    if L != S:
+        return "a causal mask with earlier keys is not square"
+    return None if call.starts_at_zero else "a causal mask cannot hide padding on the left or in holes"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

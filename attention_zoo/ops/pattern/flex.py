@@ -1,0 +1,298 @@
+"""torch's FlexAttention for any pattern that says of one query and one key what it says of all.
+
+The pattern's own `bias` is the mask, evaluated on chip from the positions of the two tokens. Which blocks of 128 x 128
+it is evaluated in is told by `near`, or by plain arithmetic where columns are positions: lists of key blocks for each
+row of blocks, as wide as the longest (never L x L, nor its blocks). Padding, documents, causality and position biases
+are honoured in all layouts; global keys are a second call, merged by log-sum-exp, global queries a few rows more.
+
+torch compiles the kernel for each shape: lengths and widths of the lists are rounded up to a few sizes an octave. Rows
+and columns that only fill up are in no list, so that they cost no time.
+
+CUDA only: on a CPU FlexAttention has no backward, and uncompiled it is L x S.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attention_zoo.layout.host import tensor_of
+from attention_zoo.layout.kernel import Kernel
+from attention_zoo.ops.pattern import facts
+from attention_zoo.ops.pattern.band import by_distance
+from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.globals import global_columns, with_global_rows
+from attention_zoo.ops.pattern.near import needed_pairs
+from attention_zoo.tokens import Tokens
+
+BLOCK = 128
+"""Rows and columns of a block: torch's kernels need no other."""
+RECOMPILATIONS = 128
+"""Different shapes and patterns in one process, at most: beyond, torch raises."""
+
+Mod = Callable[..., Tensor]
+
+
+class Sides(NamedTuple):
+    """What is known of each row of q or of k, filled up to whole blocks; [B, n], or [1, n] where batch rows are alike.
+
+    Fields:
+        position, length: see `Tokens`.
+        document: -2 for queries and -1 for keys that are not there.
+    """
+
+    position: Tensor
+    length: Tensor
+    document: Tensor
+
+    @staticmethod
+    def of(tokens: Tokens, there: Tensor, missing: int, count: int) -> Sides:
+        more = (0, count - there.shape[1])
+        document = torch.where(there, tokens.document, missing)
+        fields = (F.pad(tokens.position, more), F.pad(tokens.length, more), F.pad(document, more, value=missing))
+        return Sides(*(field.int().contiguous() for field in fields))
+
+
+def bucket(length: int) -> int:
+    """The next length that kernels are compiled for: whole blocks, four lengths an octave."""
+    step = max(BLOCK, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
+# --- lists of blocks -------------------------------------------------------------------------------------------------
+
+
+class Lists(NamedTuple):
+    """For each row of blocks the blocks to visit: how many, [1, 1, n], and which, [1, 1, n, W]."""
+
+    number: Tensor
+    blocks: Tensor
+
+
+def band_lists(rows: int, columns: int, L: int, offset: int, back: int, ahead: int, device: Any) -> Lists:
+    """The blocks of `columns` that rows see when row i sees columns i + offset - back ... i + offset + ahead.
+
+    Args:
+        rows, columns: how many blocks there are, fillers included.
+        L: how many rows are none.
+    """
+    first = torch.arange(rows, device=device) * BLOCK
+    last = (first + BLOCK).clamp(max=L) - 1
+    low = (first + offset - back).clamp(min=0) // BLOCK
+    high = (last + offset + ahead).clamp(max=columns * BLOCK - 1) // BLOCK
+    count = torch.where(first < L, (high - low + 1).clamp(min=0), 0)
+    width = min(columns, (BLOCK + back + ahead) // BLOCK + 2)
+    index = (low[:, None] + torch.arange(width, device=device)).clamp(max=columns - 1)
+    return Lists(count[None, None].int(), index[None, None].int())
+
+
+def lists_of_pairs(row: Tensor, column: Tensor, rows: int) -> Lists:
+    """Lists from the pairs of blocks that matter, in any order; widths are powers of two."""
+    order = torch.argsort(row, stable=True)
+    row, column = row[order], column[order]
+    count = torch.bincount(row, minlength=rows)
+    place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    width = 1 << (max(1, int(count.max())) - 1).bit_length()
+    index = column.new_zeros(rows, width)
+    index[row, place] = column
+    return Lists(count[None, None].int(), index[None, None].int())
+
+
+def both_sides(call: PatternCall, rows: int, columns: int) -> tuple[Lists, Lists]:
+    """Key blocks of each block of queries, and query blocks of each block of keys."""
+    (L, S), device = call.lengths, call.q.device
+    if facts.is_band(call.pattern) is None and call.aligned:
+        reach = call.band.farthest
+        ahead = 0 if call.pattern.causal else reach
+        forth = band_lists(rows, columns, L, S - L, reach, ahead, device)
+        return forth, band_lists(columns, rows, S, L - S, ahead, reach, device)
+    row, column = (tensor_of(each, device) for each in needed_pairs(call, BLOCK))
+    return lists_of_pairs(row, column, rows), lists_of_pairs(column, row, columns)
+
+
+def everything(rows: int, columns: int, device: Any) -> tuple[Lists, Lists]:
+    """Every block of queries with every block of keys."""
+
+    def lists(n: int, m: int) -> Lists:
+        count = torch.full((1, 1, n), m, dtype=torch.int32, device=device)
+        return Lists(count, torch.arange(m, dtype=torch.int32, device=device).repeat(1, 1, n, 1))
+
+    return lists(rows, columns), lists(columns, rows)
+
+
+# --- what a pair is --------------------------------------------------------------------------------------------------
+
+
+def pair_functions(
+    call: PatternCall, q: Sides, k: Sides, distance_bias: Tensor | None, *, use_pattern: bool
+) -> tuple[Mod, Mod | None]:
+    """Whether a pair is seen, and what is added to its score; of tensors that the compiler captures."""
+    pattern, causal = call.pattern, call.pattern.causal
+    q_position, q_length, q_document = q
+    k_position, k_length, k_document = k
+
+    def bias(b: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        queries = _one(q_position[b, i], q_length[b, i], q_document[b, i])
+        keys = _one(k_position[b, j], k_length[b, j], k_document[b, j])
+        return pattern.bias(queries, keys).reshape(())
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        found = q_document[b, i] == k_document[b, j]
+        if causal:
+            found = found & (k_position[b, j] <= q_position[b, i])
+        if use_pattern:
+            found = found & (bias(b, i, j) > -torch.inf)
+        return found
+
+    weighs = use_pattern and pattern.reach.weights != "uniform"
+    if distance_bias is None and not weighs:
+        return seen, None
+
+    def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if weighs:
+            value = value + bias(b, i, j).clamp(min=torch.finfo(torch.float32).min)  # -inf is the mask's to say
+        if distance_bias is not None:
+            n = distance_bias.shape[1] // 2
+            value = value + distance_bias[h, (k_position[b, j] - q_position[b, i] + n).clamp(0, 2 * n - 1)]
+        return value
+
+    return seen, score
+
+
+def _one(position: Tensor, length: Tensor, document: Tensor) -> Tokens:
+    """Fields of one token, as [1, 1]."""
+    position, length, document = (x.reshape(1, 1) for x in (position, length, document))
+    yes = torch.ones_like(position, dtype=torch.bool)
+    return Tokens(position, yes, ~yes, document, length)
+
+
+# --- running it ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, lists: tuple[Lists, Lists], functions: tuple[Mod, Mod | None], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, both differentiable."""
+    # imported here: it loads torch's compiler
+    from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+    (forth, back), (seen, score) = lists, functions
+    mask = BlockMask(
+        seq_lengths=(q.shape[2], k.shape[2]),
+        kv_num_blocks=forth.number,
+        kv_indices=forth.blocks,
+        full_kv_num_blocks=None,
+        full_kv_indices=None,
+        q_num_blocks=back.number,
+        q_indices=back.blocks,
+        full_q_num_blocks=None,
+        full_q_indices=None,
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=seen,
+    )
+    grouped = q.shape[1] != k.shape[1]
+    more: dict[str, Any] = {"score_mod": score, "block_mask": mask, "scale": scale, "enable_gqa": grouped}
+    if not q.is_cuda:
+        out, aux = flex_attention(q, k, v, return_aux=AuxRequest(lse=True), **more)
+        return out, aux.lse
+    with torch._dynamo.config.patch(recompile_limit=RECOMPILATIONS):
+        # the other kernel, for few queries, reads lists of another kind
+        options = {"FORCE_USE_FLEX_ATTENTION": True}
+        out, aux = _compiled()(q, k, v, return_aux=AuxRequest(lse=True), kernel_options=options, **more)
+    return out, aux.lse
+
+
+def _run(call: PatternCall) -> Tensor:
+    q, k, v = call.q, call.k, call.v
+    L, S = q.shape[2], k.shape[2]
+    Lb, Sb = bucket(L), bucket(S)
+    q = F.pad(q, (0, 0, 0, Lb - L))
+    queries = Sides.of(call.queries, call.queries.valid, -2, Lb)
+    local = call.keys.valid & ~call.keys.is_global if call.any_global_key else call.keys.valid
+    keys = Sides.of(call.keys, local, -1, Sb)
+    distance_bias = _by_distance(call)
+    lists = both_sides(call, Lb // BLOCK, Sb // BLOCK)
+    functions = pair_functions(call, queries, keys, distance_bias, use_pattern=True)
+    filled = F.pad(k, (0, 0, 0, Sb - S)), F.pad(v, (0, 0, 0, Sb - S))
+    out, lse = _attend(q, filled[0], filled[1], lists, functions, call.scale)
+    if call.any_global_key:
+        columns, chosen = global_columns(call.keys)
+        G = bucket(columns.shape[1])
+        index = F.pad(columns, (0, G - columns.shape[1]))[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        functions = pair_functions(
+            call, queries, Sides.of(chosen, chosen.valid, -1, G), distance_bias, use_pattern=False
+        )
+        lists = everything(Lb // BLOCK, G // BLOCK, q.device)
+        more, more_lse = _attend(q, k.gather(2, index), v.gather(2, index), lists, functions, call.scale)
+        out = _merge(out, lse, more, more_lse)
+    return with_global_rows(call, out[:, :, :L])
+
+
+def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Tensor:
+    """Two parts over disjoint keys; rows that see nothing in both stay zero, with finite gradients."""
+    least = -1e30
+    share = (lse.clamp(min=least) - more_lse.clamp(min=least)).sigmoid()[..., None]
+    return (out * share + more * (1 - share)).to(out.dtype)
+
+
+def _by_distance(call: PatternCall) -> Tensor | None:
+    """Position bias of a key d positions after the query, [H, 2n] at d + n."""
+    reach = call.pattern.reach.farthest
+    if not call.has_position_bias or (reach is not None and not call.any_global_key):
+        return by_distance(call, (reach or 0) + 1)
+    return by_distance(call, bucket(call.k.shape[2] if call.aligned else int(call.keys.host.position.max()) + 1))
+
+
+def _on_cuda(call: PatternCall) -> str | None:
+    reason = facts.on_cuda(call)
+    return reason and f"{reason}: there it has no backward"
+
+
+def _has_compiler(call: PatternCall) -> str | None:
+    return "triton is not installed" if importlib.util.find_spec("triton") is None else None
+
+
+def _takes_dtype(call: PatternCall) -> str | None:
+    known = (torch.float32, torch.float16, torch.bfloat16)
+    return None if call.q.dtype in known else f"it has no kernel in {call.q.dtype}".replace("torch.", "")
+
+
+def _is_wide(call: PatternCall) -> str | None:
+    return None if call.q.shape[3] >= 16 else f"heads must be 16 wide at least, not {call.q.shape[3]}"
+
+
+def _sums_in_order(call: PatternCall) -> str | None:
+    return "the pattern has learned weights, which it would sum in no fixed order" if call.learned else None
+
+
+def _is_long(call: PatternCall) -> str | None:
+    return None if call.q.shape[2] >= BLOCK else f"fewer than {BLOCK} queries are no work for it"
+
+
+def _heads_alike(call: PatternCall) -> str | None:
+    one = (tokens.cut(slice(0, 1)) for tokens in (call.queries, call.keys))
+    return None if call.pattern.bias(*one).shape[1] == 1 else "heads have patterns of their own"
+
+
+FITS = (_takes_dtype, _is_wide, _sums_in_order, _is_long, _heads_alike)
+"""What it needs on any device."""
+FLEX: Kernel[PatternCall] = Kernel(
+    "flex",
+    _run,
+    (_on_cuda, _has_compiler, *FITS),
+    "torch's FlexAttention, compiled: any layout, of patterns that are a function of two positions",
+    (facts.is_one_function,),
+)

@@ -1,0 +1,200 @@
+"""Global tokens of a pattern: their keys as parts of every tile, their queries as rows that see everything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from attention_zoo.layout.host import Host, tensor_of
+from attention_zoo.layout.layout import Layout
+from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.softmax.dense import dense
+from attention_zoo.ops.softmax.fused import fused
+from attention_zoo.ops.softmax.parts import Part
+from attention_zoo.ops.softmax.tiles import Rows, Tile, run_tiles, scores_at_once
+from attention_zoo.tokens import Tokens
+
+FUSED_ROWS = 1024
+"""Global queries in one fused call: bounds its mask."""
+
+
+def most_keys(call: PatternCall, rows: int) -> int:
+    """Most keys of a part for so many rows, so that no step holds more scores than it should."""
+    return max(64, scores_at_once(call.q) // (call.q.shape[1] * max(1, rows)))
+
+
+def cuts(start: int, stop: int, most: int) -> list[tuple[int, int]]:
+    """The range in as few pieces of at most `most` as there can be, all of about the same size."""
+    count = -(-(stop - start) // most)
+    borders = [start + (stop - start) * piece // count for piece in range(count)] + [stop]
+    return list(pairwise(borders))
+
+
+def global_columns(layout: Layout) -> tuple[Int[Tensor, "B n"], Layout]:
+    """Columns of each row's global tokens, in order, and what they are; fillers marked invalid at the end."""
+    return layout.plan("global columns", lambda: _global_columns(layout))
+
+
+def _global_columns(layout: Layout) -> tuple[Tensor, Layout]:
+    mask = layout.host.is_global & layout.host.valid
+    order = np.argsort(~mask, axis=1, kind="stable")[:, : int(mask.sum(1).max(initial=0))]
+    chosen = layout.host.take(order)
+    chosen = chosen._replace(valid=chosen.valid & np.take_along_axis(mask, order, 1))
+    device = layout.valid.device
+    return tensor_of(order, device), Layout.known(chosen, device)
+
+
+class GlobalKeys:
+    """The global keys of a call, to be parts of its tiles."""
+
+    def __init__(self, call: PatternCall):
+        self.call = call
+        self.columns, self.chosen = global_columns(call.keys)
+        self.width, self.all_seen = most_keys(call, call.pattern.tile), _all_seen(call, self.chosen)
+        self.pieces: dict[tuple[int, int], Tensor] = {}  # the same tensor for all tiles: it is then gathered once
+
+    def parts(self, rows: slice, some: slice) -> list[Part]:
+        """What queries at these rows see of some of the keys."""
+        return [self._part(rows, a, b) for a, b in cuts(some.start, some.stop, self.width)]
+
+    def _part(self, rows: slice, a: int, b: int) -> Part:
+        columns = self.pieces.setdefault((a, b), self.columns[:, a:b])
+        if self.all_seen:
+            return Part(columns, no_bias)
+        call, keys, some = self.call, self.chosen, slice(a, b)
+        return Part(columns, lambda batch: _some_bias(call, call.queries.cut(rows, batch), keys, some, batch))
+
+
+def with_global_keys(call: PatternCall, local: list[Tile]) -> list[Tile]:
+    """The tiles, each of which also sees the global keys of its documents."""
+    if not call.any_global_key:
+        return local
+    keys = GlobalKeys(call)
+    runs = [tile.rows for tile in local if isinstance(tile.rows, slice)]
+    near = same_documents(call, call.queries.host, runs, keys.chosen.host)
+    return [tile._replace(parts=[*tile.parts, *keys.parts(_span(tile), some)]) for tile, some in zip(local, near)]
+
+
+def with_global_queries(call: PatternCall, local: list[Tile]) -> list[Tile]:
+    """The tiles, and those that decide the rows of global queries."""
+    if not call.any_global_query:
+        return local
+    columns, queries = global_columns(call.queries)
+    tiles = _everyone_tiles(call, queries)
+    return [*local, *(Tile(Rows(columns[:, _span(t)], queries.valid[:, _span(t)]), t.parts) for t in tiles)]
+
+
+def _span(tile: Tile) -> slice:
+    assert isinstance(tile.rows, slice)
+    return tile.rows
+
+
+def same_documents(call: PatternCall, queries: Host, rows: Sequence[slice], keys: Host) -> list[slice]:
+    """For each run of query rows, the key columns among which all keys of their documents are.
+
+    Without it a row of many documents, each with global tokens, would cost the square of its length.
+    """
+    if call.one_document:
+        return [slice(0, keys.valid.shape[1])] * len(rows)
+    low = np.where(queries.valid, queries.document, np.iinfo(np.int64).max)
+    high = np.where(queries.valid, queries.document, -1)
+    # documents never fall along a row
+    ordered = np.maximum.accumulate(np.where(keys.valid, keys.document, -1), 1)
+    found = []
+    for run in rows:
+        lows, highs = low[:, run].min(1), high[:, run].max(1)
+        start = min(int(np.searchsorted(row, at)) for row, at in zip(ordered, lows))
+        stop = max(int(np.searchsorted(row, at, side="right")) for row, at in zip(ordered, highs))
+        found.append(slice(start, stop))
+    return found
+
+
+def no_bias(batch: slice) -> None:
+    """Of a part whose keys are all seen: None."""
+
+
+def _all_seen(call: PatternCall, keys: Layout) -> bool:
+    """Whether `everyone_bias` is zero at these keys."""
+    return keys.dense and _hides_padding_alone(call)
+
+
+def _hides_padding_alone(call: PatternCall) -> bool:
+    return not call.pattern.causal and call.one_document and not call.has_position_bias
+
+
+def _some_bias(call: PatternCall, queries: Tokens, keys: Layout, some: slice, batch: slice) -> Tensor | None:
+    """`everyone_bias` of some of the keys, or None where it would be all zeros."""
+    if _hides_padding_alone(call) and bool(keys.host.valid[batch, some].all()):
+        return None
+    return everyone_bias(call, queries, keys.cut(some, batch))
+
+
+def everyone_bias(call: PatternCall, queries: Tokens, keys: Tokens) -> Tensor:
+    """Between a global token and anyone: the position bias, padding, document and causality, but no pattern."""
+    extra = call.pattern.position_bias(queries, keys)
+    zero = call.q.new_zeros((), dtype=torch.promote_types(call.q.dtype, torch.float32)) if extra is None else extra
+    return torch.where(call.seen(queries, keys), zero, -torch.inf)
+
+
+def _everyone_tiles(call: PatternCall, queries: Layout) -> list[Tile]:
+    """Tiles of queries that see everything; their rows count the given queries."""
+    count, size, all_seen = queries.valid.shape[1], 2 * call.pattern.tile, _all_seen(call, call.keys)
+
+    def part(rows: slice, keys: slice) -> Part:
+        if all_seen:
+            return Part(keys, no_bias)
+        return Part(keys, lambda batch: _some_bias(call, queries.cut(rows, batch), call.keys, keys, batch))
+
+    runs = [slice(a, min(a + size, count)) for a in range(0, count, size)]
+    return [
+        Tile(rows, [part(rows, slice(a, b)) for a, b in cuts(some.start, some.stop, most_keys(call, size))])
+        for rows, some in zip(runs, same_documents(call, queries.host, runs, call.keys.host))
+    ]
+
+
+def with_global_rows(call: PatternCall, out: Tensor) -> Tensor:
+    """The result of a pattern's local part, with the rows of global queries put over it."""
+    return put_global_rows(call, out, global_rows(call)) if call.any_global_query else out
+
+
+def global_rows(call: PatternCall) -> Tensor:
+    """What the call's global queries see, [B, H, n, D] in the order of `global_columns`: everything."""
+    columns, queries = global_columns(call.queries)
+    q = call.q.gather(2, columns[:, None, :, None].expand(-1, call.q.shape[1], -1, call.q.shape[3]))
+    if q.is_cuda and not call.has_position_bias:
+        return fused_rows(call, q, queries)
+    tiles = _everyone_tiles(call, queries)
+    asked = queries.valid[:, None, :, None]
+    return run_tiles(q, call.k, call.v, tiles, scale=call.scale, learned=call.learned, asked=asked)
+
+
+def dense_global_rows(call: PatternCall) -> Tensor:
+    """The same by the definition, materialised."""
+    columns, queries = global_columns(call.queries)
+    q = call.q.gather(2, columns[:, None, :, None].expand(-1, call.q.shape[1], -1, call.q.shape[3]))
+    return dense(q, call.k, call.v, everyone_bias(call, queries, call.keys), scale=call.scale)
+
+
+def fused_rows(call: PatternCall, q: Tensor, queries: Layout) -> Tensor:
+    """Rows that see everything by torch's fused attention, for GPUs; without a position bias. Masks are rows x S."""
+    found = []
+    for start in range(0, q.shape[2], FUSED_ROWS):
+        some = slice(start, start + FUSED_ROWS)
+        # a filler sees everything: it is thrown away, and must only be finite
+        seen = call.seen(queries.cut(some), call.keys) | ~queries.valid[:, None, some, None]
+        bias = torch.zeros((), dtype=q.dtype, device=q.device).where(seen, -torch.inf)
+        found.append(fused(q[:, :, some], call.k, call.v, bias, scale=call.scale))
+    return torch.cat(found, 2)
+
+
+def put_global_rows(call: PatternCall, out: Tensor, rows: Tensor) -> Tensor:
+    """Global rows put over what the pattern alone gave them."""
+    columns, chosen = global_columns(call.queries)
+    index = columns[:, None, :, None].expand_as(rows)
+    fresh = torch.where(chosen.valid[:, None, :, None], rows, out.gather(2, index))
+    return out.scatter(2, index, fresh)

@@ -1,0 +1,1 @@
+"""Attention with Transformer-XL's relative positions, in chunks."""

@@ -1,0 +1,74 @@
+"""Which kernel runs a call with relative positions: the facts that they need, each with its sentence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attention_zoo.layout.kernel import Kernel, triton_reason
+
+
+@dataclass(frozen=True)
+class RelativeCall:
+    """What is to be known of a call.
+
+    Fields:
+        queries: how many there are.
+        consecutive: whether tokens stand in consecutive columns at consecutive positions.
+        plain: whether projections are matrices that may be multiplied by past their modules.
+        wanted: the kernel that was asked for.
+    """
+
+    queries: int
+    head_width: int
+    device: torch.device
+    dtype: torch.dtype
+    consecutive: bool = True
+    plain: bool = True
+    wanted: str = "auto"
+
+
+def _is_few(call: RelativeCall) -> str | None:
+    few = 4 * call.queries <= call.head_width or call.wanted == "absorbed"
+    return None if few else "it is for few queries, a fourth of the head width at most"
+
+
+def _no_gradients(call: RelativeCall) -> str | None:
+    return "it gives no gradients" if torch.is_grad_enabled() else None
+
+
+def _is_plain(call: RelativeCall) -> str | None:
+    if call.plain:
+        return None
+    return "it multiplies by the matrices of to_k, to_v and to_r, one of which is wrapped, hooked or no nn.Linear"
+
+
+def _has_triton(call: RelativeCall) -> str | None:
+    return triton_reason(call.device)
+
+
+def _triton_takes(call: RelativeCall) -> str | None:
+    if triton_reason(call.device):
+        return None
+    from attention_zoo.ops.relative.triton import refuse
+
+    return refuse(call.head_width, call.dtype)
+
+
+def _consecutive(call: RelativeCall) -> str | None:
+    return None if call.consecutive else "columns are not positions here (holes, or forgotten keys)"
+
+
+def _name(kernel: str) -> Any:
+    return lambda call: kernel
+
+
+KERNELS: tuple[Kernel[RelativeCall], ...] = (
+    Kernel("absorbed", _name("absorbed"), (_is_few, _no_gradients, _is_plain), "few queries meet hidden states"),
+    Kernel("triton", _name("triton"), (_has_triton, _triton_takes, _consecutive), "one Triton kernel, no chunks"),
+    Kernel("shift", _name("shift"), (_consecutive,), "chunks; distances are brought to columns by a view"),
+    Kernel("gather", _name("gather"), (), "chunks; distances are gathered, between any positions"),
+)
+"""Fastest first. The mechanism runs the one that is chosen."""

@@ -1,0 +1,62 @@
+"""Projections of which a mechanism needs more than their outputs: two streams of gradients, or the matrix itself.
+
+Both can be had of a plain `nn.Linear` in one pass. Whatever else stands in its place (an adapter, a pruned, quantised
+or sharded layer, one with hooks) is called as the module that it is, so that it has its effect and its gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as registered
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from attention_zoo.ops.relative.chunks import project_streams
+from attention_zoo.ops.softmax.function import once
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a call of this module is x · weightᵀ + bias and nothing else, and so may be computed past it."""
+    return (
+        type(layer) in (nn.Linear, NonDynamicallyQuantizableLinear)  # torch's own attention has the second
+        and "forward" not in vars(layer)
+        and not any(getattr(layer, hooks) for hooks in _HOOKS)
+        and not any(getattr(registered, f"_global{hooks}") for hooks in _HOOKS)
+        and all(type(tensor) in (nn.Parameter, Tensor) for tensor in (layer.weight, layer.bias) if tensor is not None)
+    )
+
+
+def streams(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """layer(x), once, as two streams of the same numbers (they share memory: never write into them).
+
+    Returns:
+        The first hands its gradient to what the layer learns alone, the second to x alone.
+    """
+    if is_plain(layer):
+        return project_streams(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+    if not torch.is_grad_enabled() or not x.requires_grad:
+        y = layer(x)
+        return y, y.detach()
+    border = x.detach().requires_grad_()
+    return _Streams.apply(x, border, layer(border))
+
+
+class _Streams(torch.autograd.Function):
+    """Of y, which a module computed from `border`: x again, where a graph of its own begins."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, border: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(border, y)
+        return y.detach(), y.detach()
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, saved: tuple[Tensor, ...], for_weight: Tensor, for_x: Tensor) -> tuple[Tensor | None, ...]:
+        border, y = saved
+        # through the module's graph twice: here for x, and by the caller's engine for what the module learns
+        (dx,) = torch.autograd.grad(y, border, for_x, retain_graph=True, allow_unused=True)
+        return dx, None, for_weight

@@ -1,0 +1,258 @@
+"""The executor: run a list of tiles, each some query rows against some keys, and recompute in backward.
+
+A tile's parts see disjoint keys and are merged exactly (ops/softmax/partial.py); what is saved for backward is q, k, v, the
+output and one log-sum-exp per row, so memory is O(L·D) whatever the pattern. Gradients of keys and values accumulate in
+place: plain autograd through `k[:, :, a:b]` would allocate a full-size zero tensor per tile, which is quadratic
+(pytorch#9701).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from attention_zoo.ops.softmax.function import exact, once
+from attention_zoo.ops.softmax.pages import large_pages
+from attention_zoo.ops.softmax.partial import LOG2E, Asked, Scratch, Sums, partial_backward
+from attention_zoo.ops.softmax.parts import Part, Shared, View, some_rows
+
+SCORES = {"cpu": 1 << 19}
+"""Scores that a step should hold, over batch and heads: near the cache on a CPU. See `scores_at_once`."""
+_SCORES_GPU = 1 << 26  # a few steps should fill the device
+
+
+def scores_at_once(x: Tensor) -> int:
+    """How many scores a step on this tensor's device should hold. Two copies of them exist in backward."""
+    return SCORES.get(x.device.type, _SCORES_GPU)
+
+
+class Rows(NamedTuple):
+    """Each batch row's own query rows; where `valid` is False it has fewer, and the entry is ignored."""
+
+    columns: Int[Tensor, "B n"]
+    valid: Bool[Tensor, "B n"]
+
+
+class Tile(NamedTuple):
+    """Query rows and the parts that they see.
+
+    Every row of every head belongs to at most one tile with a slice of rows (with any step), and to at most one with
+    `Rows`, which then decides alone. Rows in none yield zeros.
+
+    Fields:
+        heads: which query heads; a group that shares a key head stays together.
+    """
+
+    rows: slice | Rows
+    parts: Sequence[Part]
+    heads: slice = slice(None)
+
+
+def run_tiles(
+    q: Float[Tensor, "B H L D"],
+    k: Float[Tensor, "B K S D"],
+    v: Float[Tensor, "B K S D"],
+    tiles: Sequence[Tile],
+    *,
+    scale: float,
+    learned: Sequence[Tensor] = (),
+    mild: Bool[Tensor, "B H L 1"] | None = None,
+    asked: Bool[Tensor, "B 1 L 1"] | None = None,
+) -> Float[Tensor, "B H L D"]:
+    """Attention along the tiles.
+
+    Args:
+        learned: tensors that the biases depend on and that want a gradient.
+        mild: rows whose scores are known to be small (ops/pattern/mild.py); None: none is.
+        asked: rows that are queries; the others yield zeros, and take part in no gradient. None: all.
+    """
+    tiles = sorted(tiles, key=lambda tile: isinstance(tile.rows, Rows))
+    return _Tiles.apply(q, k, v, tiles, scale, mild, asked, *learned)
+
+
+class _Tiles(torch.autograd.Function):
+    @staticmethod
+    @exact
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tiles: Sequence[Tile],
+        scale: float,
+        mild: Tensor | None,
+        asked: Tensor | None,
+        *learned: Tensor,
+    ) -> Tensor:
+        B, H, L, D = q.shape
+        exact = torch.promote_types(q.dtype, torch.float32)
+        # laid out as the next projection wants it: merging the heads is then free
+        out = large_pages(q.new_empty(B, L, H, D)).transpose(1, 2)
+        if not _all_rows(tiles, q):
+            out.zero_()
+        lse = q.new_full((B, H, L, 1), -torch.inf, dtype=exact)
+        deciding = []  # log-sum-exp of tiles with `Rows`
+        scratch, shared = Scratch(), Shared(k, v)
+        all_mild = mild is not None and bool(mild.all())
+        for step in _steps(q, k, v, tiles):
+            if not step.parts:
+                continue
+            query = step.rows(q)
+            sums = Sums(query, scratch, all_mild if all_mild or mild is None else step.rows(mild))
+            for part in step.parts:
+                view = View(part, step.tile.heads, step.batch, q, k)
+                keys, values = view.take(k, v, shared, scratch)
+                sums.add(view.fold(query), keys, values, view.bias(), scale=scale, shape=view.shape(query))
+            if isinstance(step.tile.rows, slice):
+                _, found_lse = sums.end(step.rows(out))
+            else:
+                found, found_lse = sums.end()
+                step.put(out, found)
+                valid = some_rows(step.tile.rows.valid, step.batch)[:, None, :, None]
+                deciding.append(found_lse.masked_fill(~valid | (found_lse == -torch.inf), torch.inf))
+                found_lse = torch.full_like(found_lse, torch.inf)
+            step.put(lse, found_lse)
+        if asked is not None:
+            # nobody bounded their scores: what came of them may be infinite, and backward multiplies by it
+            hidden = ~asked
+            out.masked_fill_(hidden, 0)
+            lse.masked_fill_(hidden, torch.inf)
+        # rows that see nothing, or that another tile decides: +inf makes their weights zero
+        lse.masked_fill_(lse == -torch.inf, torch.inf)
+        ctx.save_for_backward(q, k, v, out, lse, *deciding, *learned)
+        ctx.tiles, ctx.scale, ctx.deciding = tiles, scale, len(deciding)
+        return out
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor):
+        q, k, v, out, lse, *more = saved
+        deciding, learned = more[: ctx.deciding], more[ctx.deciding :]
+        exact = torch.promote_types(q.dtype, torch.float32)
+        dq = large_pages(torch.empty_like(q))
+        if not _all_rows(ctx.tiles, q):
+            dq.zero_()
+        dk, dv = (large_pages(torch.empty_like(x, dtype=exact)).zero_() for x in (k, v))
+        dlearned = [torch.zeros_like(x) for x in learned]
+        scratch, shared, down = Scratch(), Shared(k, v), _down(grad, out, lse)
+        shift, *deciding = (x * -LOG2E for x in (lse, *deciding))
+        for step in _steps(q, k, v, ctx.tiles):
+            if not step.parts:
+                continue
+            mine = deciding.pop(0) if isinstance(step.tile.rows, Rows) else step.rows(shift)
+            query = step.rows(q)
+            asked = Asked(step.rows(grad).to(exact), query, step.rows(down), mine)
+            views = [View(part, step.tile.heads, step.batch, q, k) for part in step.parts]
+            in_place = isinstance(step.tile.rows, slice) and dq.dtype == exact
+            in_place = in_place and all(view.sees(step.rows(dq)) for view in views)
+            dquery = (step.rows(dq) if in_place else scratch("dq", query.shape, lse)).zero_()
+            for view in views:
+                keys, values = view.take(k, v, shared, scratch)
+                dkeys, dvalues = view.gradients(dk, dv, shared, scratch)
+                dscores = partial_backward(
+                    Asked(*(view.fold(x) for x in asked)),
+                    keys,
+                    values,
+                    view.bias(),
+                    scale=ctx.scale,
+                    into=(view.fold(dquery), dkeys, dvalues),
+                    shape=view.shape(query),
+                    scratch=scratch,
+                    fresh=view.fresh,
+                )
+                view.add(dk, dv, dkeys, dvalues)
+                if learned:
+                    _learn(dlearned, learned, view, dscores.view(*view.shape(query), -1))
+            if not in_place:
+                step.put(dq, dquery)
+        shared.add(dk, dv)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, *dlearned
+
+
+def _down(grad: Tensor, out: Tensor, like: Float[Tensor, "B H L 1"]) -> Float[Tensor, "B H L 1"]:
+    """-(grad · out), summed over D; some rows at a time, since a copy of either is as large as a gradient."""
+    down = torch.empty_like(like)
+    for start in range(0, out.shape[2], 512):
+        rows = slice(start, start + 512)
+        torch.sum(grad[:, :, rows].to(like.dtype) * out[:, :, rows], -1, keepdim=True, out=down[:, :, rows])
+    return down.neg_()
+
+
+def _learn(total: list[Tensor], learned: Sequence[Tensor], view: View, dscores: Tensor) -> None:
+    """Add the gradient that this part's bias hands to what it was computed from."""
+    with torch.enable_grad():
+        bias = view.bias()
+    if bias is None or not bias.requires_grad:
+        return
+    dbias = dscores.sum_to_size(bias.shape).to(bias.dtype)
+    for into, share in zip(total, torch.autograd.grad(bias, learned, dbias, allow_unused=True)):
+        if share is not None:
+            into += share
+
+
+class _Step(NamedTuple):
+    """One tile for some batch rows."""
+
+    tile: Tile
+    batch: slice | None  # None: all
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        return self.tile.parts
+
+    def rows(self, x: Shaped[Tensor, "B H L d"]) -> Shaped[Tensor, "b H n d"]:
+        rows, x = self.tile.rows, some_rows(x, self.batch)
+        return x[:, self.tile.heads, rows] if isinstance(rows, slice) else x.gather(2, self._index(rows, x))
+
+    def put(self, into: Float[Tensor, "B H L d"], values: Float[Tensor, "b H n d"]) -> None:
+        """Set the tile's rows."""
+        rows, into = self.tile.rows, some_rows(into, self.batch)
+        if isinstance(rows, slice):
+            into[:, self.tile.heads, rows] = values
+            return
+        index, valid = self._index(rows, into), some_rows(rows.valid, self.batch)[:, None, :, None]
+        old = into.gather(2, index)
+        into.scatter_(2, index, torch.where(valid, values.to(into.dtype), old))
+
+    def _index(self, rows: Rows, x: Tensor) -> Tensor:
+        return some_rows(rows.columns, self.batch)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+
+
+def _steps(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile]) -> Iterator[_Step]:
+    """Tiles, for as many batch rows at once as `SCORES` allows, or one where heads and batch do not merge in memory."""
+    B, H = q.shape[:2]
+    merges = all(x.shape[1] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in (q, k, v))
+    limit = scores_at_once(q)
+    for tile in tiles:
+        size = 1
+        if B > 1 and merges and tile.heads == slice(None):
+            size = max(1, limit // (H * _count(tile.rows, q.shape[2]) * _widest(tile, k.shape[2])))
+        for start in range(0, B, size):
+            yield _Step(tile, None if size >= B else slice(start, min(start + size, B)))
+
+
+def _all_rows(tiles: Sequence[Tile], q: Tensor) -> bool:
+    """Whether each row of each head is written by a tile with a slice of rows."""
+    H, L = q.shape[1:3]
+    written = (
+        len(range(H)[tile.heads]) * _count(tile.rows, L)
+        for tile in tiles
+        if tile.parts and isinstance(tile.rows, slice)
+    )
+    return sum(written) == H * L
+
+
+def _count(rows: slice | Rows, columns: int) -> int:
+    return len(range(columns)[rows]) if isinstance(rows, slice) else rows.columns.shape[1]
+
+
+def _widest(tile: Tile, columns: int) -> int:
+    return max((_width(part, columns) for part in tile.parts), default=1)
+
+
+def _width(part: Part, columns: int) -> int:
+    return len(range(columns)[part.keys]) if isinstance(part.keys, slice) else part.keys.shape[-1] * part.block
