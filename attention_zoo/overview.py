@@ -103,7 +103,8 @@ def about(name: str) -> str:
     parts = [f"# {name}", text, "## Options", markdown(("option", "default", "meaning"), option_rows(name))]
     parts += ["## Abilities", markdown(("ability", "here"), list(zip(COLUMNS, abilities))[1:])]
     if issubclass(cls, PatternAttention):
-        kernels = [(kernel.name, kernel.about) for kernel in cls.kernels]
+        can = cls.declared.causality
+        kernels = [(kernel.name, kernel.about) for kernel in build(name, dim=64, heads=1, causal=can != "none").kernels]
         parts += ["## Kernels, fastest first", markdown(("kernel", "what it is"), kernels)]
     return "\n\n".join(parts)
 

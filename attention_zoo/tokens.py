@@ -74,7 +74,7 @@ class Tokens(NamedTuple):
             return Tokens(position, valid, flags, torch.zeros_like(position), length)
         filled = torch.where(valid, document.long(), -1)
         running = filled.cummax(1).values if L else filled
-        if bool((valid & (document.long() < running)).any()) or bool((valid & (document < 0)).any()):
+        if bool((valid & ((document.long() < running) | (document < 0))).any()):
             raise ValueError("document must be non-negative and never fall along the valid tokens of a row")
         before = nn.functional.pad(running[:, :-1], (1, 0), value=-1)
         first = valid & (running != before)

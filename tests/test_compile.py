@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import attention_zoo as zoo
+from attention_zoo.attention.operator import TAPES
 from attention_zoo.contract import layer_of
 from attention_zoo.integrations.multihead import MultiheadAttention
-from attention_zoo.attention.operator import TAPES
 
 # torch's own compiler warns of its own code
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention_zoo as zoo
 from attention_zoo import Tokens
-from attention_zoo.model.state import detach, reorder, reserve, state_bytes
 from attention_zoo.layout.ledger import Columns
+from attention_zoo.model.state import detach, reorder, reserve, state_bytes
 from attention_zoo.testing.case import Case, close, piece, ragged, run
 
 CARRYING = [name for name in zoo.available() if Case.of(name).can.carry == "prefix"]

@@ -16,8 +16,8 @@ from attention_zoo.attention.reformer import Reformer
 from attention_zoo.attention.transformer_xl import TransformerXL
 from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens
 from attention_zoo.ops import hashing, lsh, lsh_layout, plans, tiles
-from attention_zoo.ops.pattern.mild import mild_rows
 from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.mild import mild_rows
 from attention_zoo.testing import contract_checks
 
 

@@ -15,9 +15,9 @@ import attention_zoo as zoo
 from attention_zoo.attention import transformer_xl
 from attention_zoo.attention.transformer_xl import TransformerXL
 from attention_zoo.contract import Tokens, Unsupported, keep
+from attention_zoo.layout.ledger import Columns
 from attention_zoo.measure.memory import peak_memory
 from attention_zoo.ops import relative
-from attention_zoo.layout.ledger import Columns
 from attention_zoo.ops.softmax.dense import dense
 
 DIM, HEADS = 12, 3

@@ -36,7 +36,6 @@ from torch import Tensor
 from attention_zoo.attention.bigbird_plans import Plan, Reference, Uniform
 from attention_zoo.attention.pattern import PatternAttention, hide
 from attention_zoo.contract import Abilities, Tokens
-from attention_zoo.layout.host import Array
 from attention_zoo.layout.reach import Blocks
 from attention_zoo.options import Chunk, Natural, Positive
 from attention_zoo.place import place_of
@@ -174,7 +173,7 @@ class BigBird(PatternAttention):
         weight = same.sum(-1).double().log()
         return found.clamp(min=0), weight.masked_fill(again, -torch.inf)
 
-    def _whole(self, row: Array, blocks: Array) -> Array:
+    def _whole(self, row: Any, blocks: Any) -> Any:
         """Rows of the released plans' global blocks; everyone in a document that is too short for links."""
         assert self._reference
         return (row == 0) | (row == blocks - 1) | (blocks <= self._reference.full_blocks)

@@ -96,8 +96,9 @@ class Longformer(PatternAttention):
 
     def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B #H L S"]:
         gap = (queries.position[:, :, None] - keys.position[:, None, :])[:, None]
-        alike = isinstance(self.dilation, int)
-        step = self.dilation if alike else _column(self.dilation, like=gap, dtype=torch.long)
+        step: Any = self.dilation
+        if not isinstance(step, int):
+            step = _column(step, like=gap, dtype=torch.long)
         seen = gap.abs() <= self.window * step
         return hide(seen if self.dilation == 1 else seen & (gap % step == 0))
 

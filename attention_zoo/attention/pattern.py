@@ -10,7 +10,7 @@ The base alone applies, in this order: mark, bias, global override, position bia
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class PatternAttention(Attention):
     tile = 64
     """Query rows of a tile, few so that little of what is read is hidden; twice as many where tiles must be looked for.
     Smaller in tests, so that short lengths straddle many borders."""
-    computes_apart: ClassVar[bool] = False
+    computes_apart = False
     """Whether `finish` may compute the rows of global queries in another way (Longformer's own projections)."""
 
     def __init_subclass__(cls, **options: Any):
@@ -70,8 +70,8 @@ class PatternAttention(Attention):
         for name in cls.__dict__:
             if name in BEFORE:
                 raise Unsupported(
-                    getattr(cls, "name", cls.__name__), f"the class attribute {name}", "a pattern says by `reach` alone "
-                    "how far it sees and how it weighs", BEFORE[name],
+                    getattr(cls, "name", cls.__name__), f"the class attribute {name}",
+                    "a pattern says by `reach` alone how far it sees and how it weighs", BEFORE[name],
                 )  # fmt: skip
 
     def __init__(self, *, kernel: str = "auto", **shared: Any):
@@ -151,15 +151,17 @@ class PatternAttention(Attention):
 
     def full_bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B #H L S"]:
         """Everything that is added to the scores: the whole definition. L x S, for oracles, pictures and counting."""
-        known = isinstance(queries, Layout) and isinstance(keys, Layout)  # the layouts of a call are marked
-        if not known:
+        plain = alone = False
+        if isinstance(queries, Layout) and isinstance(keys, Layout):  # the layouts of a call are marked already
+            plain = not queries.any_global and not keys.any_global
+            alone = keys.one_document and bool((queries.host.document == keys.documents).all())
+        else:
             queries, keys = self.mark(queries), self.mark(keys)
         bias, extra = self.bias(queries, keys), self.position_bias(queries, keys)
-        if not (known and not queries.any_global and not keys.any_global):
+        if not plain:
             everyone = queries.is_global[:, None, :, None] | keys.is_global[:, None, None, :]
             bias = bias.masked_fill(everyone, 0)
         bias = bias if extra is None else bias + extra
-        alone = known and keys.one_document and bool((queries.host.document == keys.documents).all())
         return bias.masked_fill(~seen(queries, keys, causal=self.causal, one_document=alone), -torch.inf)
 
     # --- final: running it -----------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ f_i = 10000^(-2i/E), concatenated as in the released code; u and v are one pair 
 
 One call of any length equals the loop over segments, in outputs and gradients: what a loop would pass from segment to
 segment are inputs of this same layer, and those are all there. So segments run at once, in O(L·(S+M)) time and O(L·E)
-memory (ops/relative/chunks.py). Decoding projects the query into the space of hidden states instead of all keys out of it.
+memory (ops/relative/chunks.py). Decoding projects the query into the space of hidden states instead of all keys out of
+it.
 
 Paper: as above; u and v are one pair for all layers, norms follow the addition. The memory is as long as the segment in
 training and longer in evaluation.
@@ -352,8 +353,8 @@ class TransformerXL(Attention):
         if kernel == "triton":
             # no pair is farther apart than this
             farthest = self.memory_length + (1 if self.same_length else self.segment_length)
-            found = (tensor_of(each, device) for each in (first, own))
-            return Plan(*found, (), min(columns, farthest), None, None, triton=True)
+            starts = tensor_of(first, device), tensor_of(own, device)
+            return Plan(*starts, (), min(columns, farthest), None, None, triton=True)
         # chunks follow the segments of the first row: its queries need no key that its own segment does not
         mine = keys.host.cut(slice(columns - length, None))
         query = int(mine.valid[0].argmax())

@@ -22,7 +22,7 @@ from attention_zoo.layout.layout import Layout
 from attention_zoo.registry import build, options_of, recipe
 
 
-def at_columns(valid: Tensor, document: Tensor | None = None) -> Tokens:
+def at_columns(valid: Tensor, document: Tensor | None = None) -> Layout:
     """Tokens of a model that counts columns, as transformers and torch do: from a row's first on each has a position.
 
     So padding on the left moves nothing, and a hole takes its place. Both arguments are [B, L], as in `Tokens.of`, and
@@ -33,7 +33,7 @@ def at_columns(valid: Tensor, document: Tensor | None = None) -> Tokens:
     return Layout.fresh(Tokens.of(begun, document=document)._replace(valid=valid, length=length))
 
 
-def at_padding_too(keys: Tokens) -> Tokens:
+def at_padding_too(keys: Layout) -> Layout:
     """Queries at all columns of `at_columns`, those at padding among them: each sees what stands before it.
 
     Before its row's first token that is nothing, which a position before all others says.

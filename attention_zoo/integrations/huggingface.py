@@ -193,22 +193,22 @@ def _read(
     return document, TWO_SIDED if two_sided else CAUSAL, reach
 
 
-class _Layout(NamedTuple):
+class _Said(NamedTuple):
     """What a layer learns from the mask, or from its absence."""
 
-    keys: Tokens
-    everywhere: Tokens  # the same, for queries that count at padding, too
+    keys: Layout
+    everywhere: Layout  # the same, for queries that count at padding, too
     start: int  # column of the first query
     causal: bool | None  # None: not to be told from the mask
     reach: int | None
     alone: bool = False  # a token sees itself and nothing else, whatever the direction and the reach
 
 
-def _layout(mask: Tensor | None, key: Tensor) -> _Layout:
+def _layout(mask: Tensor | None, key: Tensor) -> _Said:
     B, _, S, _ = key.shape
     if mask is None:
         keys = Layout.plain(B, S, key.device)
-        return _Layout(keys, keys, 0, None, None)
+        return _Said(keys, keys, 0, None, None)
     found = getattr(mask, "zoo_layout", None)
     if found is None:
         found = _decode(mask)
@@ -224,7 +224,7 @@ def _layout(mask: Tensor | None, key: Tensor) -> _Layout:
     return found
 
 
-def _decode(mask: Tensor) -> _Layout:
+def _decode(mask: Tensor) -> _Said:
     directions = {CAUSAL: True, TWO_SIDED: False, EITHER: None}
     mask = mask.as_subclass(Tensor)
     ours = mask.dtype == torch.long and mask.ndim == 4 and mask.shape[1:3] == (1, ROWS) and mask.numel()
@@ -237,7 +237,7 @@ def _decode(mask: Tensor) -> _Layout:
     # a copy: views would hold the mask that holds them
     position, valid, is_global, document, length, asked = mask[:, 0, :6].clone().unbind(1)
     tokens = Layout.fresh(Tokens(position, valid.bool(), is_global.bool(), document, length))
-    return _Layout(
+    return _Said(
         tokens,
         at_padding_too(tokens),
         int(asked[0].argmax()),
@@ -286,10 +286,12 @@ def _interface(name: str) -> Callable[..., tuple[Tensor, None]]:
                 raise ValueError(f"{L} queries over {S} keys need a mask that says where they stand")
             # a static cache is longer than what is written, and any cache than what a window reaches
             seen = slice(_first(pattern, layout.start), end)
-            key, value, keys = key[:, :, seen], value[:, :, seen], keys.cut(seen)
-            queries = keys if keys.valid.shape[1] == L else keys.cut(slice(-L, None))
+            key, value, keys = key[:, :, seen], value[:, :, seen], keys.columns(seen)
+            queries = (
+                keys if keys.valid.shape[1] == L else keys.columns(slice(keys.valid.shape[1] - L, keys.valid.shape[1]))
+            )
             if name == "full" and L > 1:  # then equal to sdpa at padding, too: somebody's loss may count it
-                queries = layout.everywhere if L == S else layout.everywhere.cut(slice(layout.start, end))
+                queries = layout.everywhere if L == S else layout.everywhere.columns(slice(layout.start, end))
         scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
         out = pattern.attend(query, key, value, queries, keys, scale=scale)
         return out.transpose(1, 2).contiguous(), None

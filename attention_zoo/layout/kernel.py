@@ -1,7 +1,8 @@
 """Which kernel runs a call, and every reason why another cannot: one dispatcher for all mechanisms.
 
-A mechanism lists its kernels, fastest first, and each kernel the facts that it needs. `auto` takes the first whose facts
-all hold; a named one that cannot raises with its reasons and those of all others. Nothing is substituted silently.
+A mechanism lists its kernels, fastest first, and each kernel the facts that it needs. `auto` takes the first whose
+facts all hold; a named one that cannot raises with its reasons and those of all others. Nothing is substituted
+silently.
 """
 
 from __future__ import annotations

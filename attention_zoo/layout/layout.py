@@ -35,7 +35,7 @@ class Layout(Tokens):
     # no __slots__: facts and plans are kept beside the fields
 
     @staticmethod
-    def of(tokens: Tokens) -> Layout:
+    def of(tokens: Tokens) -> Layout:  # type: ignore[override]
         """A copy of somebody's tokens: masks may be filled again before backward, or a later call, reads them."""
         if isinstance(tokens, Layout):
             return tokens
@@ -61,7 +61,7 @@ class Layout(Tokens):
         """One document of `length` valid tokens in each row, from position `start` on."""
         made = Layout.known(Host.plain(batch, length, start), device)
         made.__dict__.update(dense=True, any_global=False, one_document=True, aligned=True, rows_alike=True)
-        made.__dict__.update(starts_at_zero=not start or not length, is_plain=True)
+        made.__dict__.update(starts_at_zero=not start or not length, implied=True)
         return made
 
     def _replace(self, **fields: Any) -> Tokens:  # type: ignore[override]
@@ -74,6 +74,8 @@ class Layout(Tokens):
     def __reduce__(self) -> Any:
         return Layout, tuple(self)  # facts are found again, plans made again
 
+    implied = False
+    """Whether nothing was said of the tokens: they are what the shape of a call implies."""
     _whole: Tensor | None = None
 
     def _with(self, host: Host) -> Layout:
@@ -89,11 +91,6 @@ class Layout(Tokens):
         position, document, length, valid, is_global = whole.numpy(force=True)
         self._whole = None
         return Host(position, valid.astype(bool), is_global.astype(bool), document, length)
-
-    @cached_property
-    def is_plain(self) -> bool:
-        """Whether nothing was said of the tokens: one document of valid ones, numbered from 0, in each row."""
-        return self.dense and self.starts_at_zero and not self.any_global
 
     @cached_property
     def dense(self) -> bool:
@@ -201,18 +198,7 @@ class Layout(Tokens):
         """The same tokens, of which these are global."""
         fields = Tokens(*self)._replace(is_global=tensor_of(flags, self.valid.device))
         made = Layout(*fields)._with(self.host._replace(is_global=flags))
-        for fact in (
-            "dense",
-            "documents",
-            "one_document",
-            "rows_alike",
-            "starts_at_zero",
-            "aligned",
-            "padding",
-            "asked",
-        ):
-            if fact in self.__dict__:
-                made.__dict__[fact] = self.__dict__[fact]
+        made.__dict__.update({fact: self.__dict__[fact] for fact in _WITHOUT_GLOBALS if fact in self.__dict__})
         return made
 
     def columns(self, columns: slice) -> Layout:
@@ -221,6 +207,12 @@ class Layout(Tokens):
             return self
         key = ("columns", columns.start, columns.stop, columns.step)
         return self.plan(key, lambda: Layout(*self.cut(columns))._with(self.host.cut(columns)))
+
+
+_WITHOUT_GLOBALS = (
+    "dense", "documents", "one_document", "rows_alike", "starts_at_zero", "aligned", "padding", "asked",
+)  # fmt: skip
+"""Facts to which global tokens are as others."""
 
 
 def ends(keys: Layout, queries: Layout) -> bool:

@@ -52,7 +52,8 @@ class Horizon(NamedTuple):
             return mask
         following = held.next_position[:, None]
         oldest = following - following % self.segment - self.span
-        return mask & ((held.position >= oldest) | held.is_global | (held.position < self.first))
+        seen = (held.position >= oldest) | held.is_global
+        return mask & (seen | (held.position < self.first) if self.first else seen)
 
 
 class Ledger(NamedTuple):
@@ -313,9 +314,7 @@ class Columns(NamedTuple):
         """In buffers of its own with so much room."""
         with torch.inference_mode(False):
             buffers = tuple(
-                torch.zeros(
-                    *x.shape[:-2], room, x.shape[-1], dtype=torch.promote_types(x.dtype, y.dtype), device=x.device
-                )
+                x.new_zeros(*x.shape[:-2], room, x.shape[-1], dtype=torch.promote_types(x.dtype, y.dtype))
                 for x, y in zip(self.buffers, like)
             )
         for buffer, x in zip(buffers, self.held):

@@ -159,7 +159,7 @@ class Blocks(Reach):
             before it, and is told 0 blocks. It must follow from its arguments alone, on whatever device they are.
         most: how many blocks `links` lists for a row.
         knows_length: whether links depend on how many blocks the document has, as causal ones must not.
-        whole: rows that see everything without being seen by everything, (row, blocks) -> bool, in numpy; None: none do.
+        whole: rows that see everything without being seen by everything, (row, blocks) -> bool, in numpy; None: none.
     """
 
     size: int

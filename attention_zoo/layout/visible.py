@@ -91,12 +91,13 @@ Visible = tuple[Seen, ...]
 
 def visible(queries: Layout, *keys: Layout, reach: Reach, causal: bool) -> Visible:
     """What the queries may see of one or several sets of keys whose positions count the same tokens as theirs."""
-    return tuple(
-        queries.plan(
-            ("visible", id(each), reach, causal), lambda each=each: (_seen(queries, each, reach, causal), each)
-        )[0]
-        for each in keys
-    )
+
+    def part(each: Layout) -> Seen:
+        # the plan keeps what the key's id is of
+        key = ("visible", id(each), reach, causal)
+        return queries.plan(key, lambda: (_seen(queries, each, reach, causal), each))[0]
+
+    return tuple(map(part, keys))
 
 
 def _seen(queries: Layout, keys: Layout, reach: Reach, causal: bool) -> Seen:

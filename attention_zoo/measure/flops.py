@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Attention, Tokens
+from attention_zoo.layout.reach import Tiles
 
 TILE, COLUMNS = 64, 2**14
 EXACT_TILES = 64
@@ -79,19 +81,18 @@ def count_pairs(layer: Attention, length: int, *, last_row_only: bool = False) -
 
 @torch.no_grad()
 def _seen(layer: PatternAttention, tokens: Tokens, rows: slice) -> float:
-    """Keys seen by these rows together, averaged over heads. `near` spares the key tiles that cannot matter."""
+    """Keys seen by these rows together, averaged over heads. its reach spares the key tiles that cannot matter."""
     queries = tokens.cut(rows)
     length = tokens.valid.shape[1]
-    start = torch.arange(0, length, TILE, device=tokens.position.device)
-    k_lo = start[None, None, :]
-    k_hi = (k_lo + TILE - 1).clamp(max=length - 1)
-    q_lo, q_hi = (queries.position[:, at].view(1, 1, 1) for at in (0, -1))
-    near = layer.near(q_lo, q_hi, k_lo, k_hi, tokens.length[:, :1, None]).expand(1, 1, len(start)).flatten()
+    start = np.arange(0, length, TILE)[None, None, :]
+    first, last = (np.array(int(queries.position[0, at])).reshape(1, 1, 1) for at in (0, -1))
+    tiles = Tiles(first, last, start, (start + TILE - 1).clip(max=length - 1), np.full((1, 1, 1), length), TILE)
+    near = np.broadcast_to(layer.reach.near(tiles), start.shape).reshape(-1)
     if bool(queries.is_global.any()):
-        near = torch.ones_like(near)
-    needed = near.repeat_interleave(TILE)[:length] | tokens.is_global[0]
+        near = np.ones_like(near)
+    needed = torch.from_numpy(near.repeat(TILE)[:length]) | tokens.is_global[0]
     if layer.causal:
-        needed = needed & (tokens.position[0] <= q_hi.flatten())
+        needed = needed & (tokens.position[0] <= int(last.item()))
     columns = needed.nonzero().flatten()
     seen = 0.0
     for some in columns.split(COLUMNS):

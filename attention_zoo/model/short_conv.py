@@ -61,7 +61,7 @@ class ShortConvolution(Layer):
         source: Source | None = None,
         choices: Any = None,
     ) -> Output:
-        if tokens is None:
+        if tokens is None or (isinstance(tokens, Layout) and tokens.implied and state is None):
             return Output(x + self._mix(x, None))
         tokens = Layout.of(tokens)
         x = tokens.blanked(x)

@@ -289,7 +289,7 @@ class Transformer(nn.Module):
                 tokens = Tokens.all_valid(ids.shape[0], ids.shape[1], ids.device)
             counted = Tokens.of(tokens.valid & (ids != uncounted), document=tokens.document)
             return counted.position.masked_fill(~counted.valid, -1)
-        if tokens is None or (isinstance(tokens, Layout) and tokens.is_plain):
+        if tokens is None or (isinstance(tokens, Layout) and tokens.implied):
             return torch.arange(ids.shape[1], device=ids.device)[None]
         return tokens.position if _is_dense(tokens) else tokens.position.masked_fill(~tokens.valid, 0)
 

@@ -6,10 +6,10 @@ Everything works on a *ragged* list of M tokens: the valid tokens of all rows, d
 before this file is entered, and each document has its own chunks, so that neither can move anything.
 
 Attention over several rounds, merged by log-sum-exp, is one softmax over the union of the rounds' keys, where a key met
-n times counts n times. Hence backward runs each chunk with the merged statistics (ops/softmax/partial.py) and the rounds' and
-chunks' gradients add: nothing but output, log-sum-exp and the sorted order (int32) is saved. Chunks are processed a few
-at a time, heads in blocks: O(M·D) memory beside the inputs, O(rounds·M·(log M + window·D)) time. A document fills whole
-chunks, so that rows packed with documents much shorter than a chunk pay for empty slots.
+n times counts n times. Hence backward runs each chunk with the merged statistics (ops/softmax/partial.py) and the
+rounds' and chunks' gradients add: nothing but output, log-sum-exp and the sorted order (int32) is saved. Chunks are
+processed a few at a time, heads in blocks: O(M·D) memory beside the inputs, O(rounds·M·(log M + window·D)) time. A
+document fills whole chunks, so that rows packed with documents much shorter than a chunk pay for empty slots.
 
 Letters: M tokens, H heads, R rounds, D head width, N chunks in a round, C slots in a chunk, W chunks in a window.
 """

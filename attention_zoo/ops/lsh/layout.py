@@ -6,6 +6,7 @@ Letters as in ops/lsh/chunks.py.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -84,8 +85,8 @@ def lay_out(
     present = ~((neighbours[:, :, None] == neighbours[:, None, :]) & earlier).any(-1)
     if slots is not None:
         present = np.ones_like(present)
-    found = (tensor_of(each, device) for each in (document, slot, neighbours, present))
-    return Layout(chunk, *found, rounds, across_rounds)
+    place = partial(tensor_of, device=device)
+    return Layout(chunk, place(document), place(slot), place(neighbours), place(present), rounds, across_rounds)
 
 
 def sort_tokens(buckets: Int[Tensor, "H R M"], document: Int[Tensor, " M"]) -> Int[Tensor, "H R M"]:

@@ -81,9 +81,8 @@ class _BandBias:
         """Of queries at `reach`, `reach` + 1, ... and all the keys that one of them sees, from position 0 on."""
         call, device = self.call, self.call.q.device
         count = self.size + self.reach * (1 if call.pattern.causal else 2)
-        keys = Layout.plain(1, count, device)._replace(
-            position=torch.arange(0, count * self.stride, self.stride, device=device)[None]
-        )
+        position = torch.arange(0, count * self.stride, self.stride, device=device)[None]
+        keys = Layout.plain(1, count, device)._replace(position=position)
         queries = keys.cut(slice(self.reach, self.reach + self.size))
         self.held = call.pattern.scores_bias(queries, keys)
         if call.pattern.causal:

@@ -121,7 +121,7 @@ class _Laid:
 
 
 def _with_whole_rows(call: PatternCall) -> PatternCall:
-    """The call with its rows that see all marked: they run like those of global tokens, as keys they stay themselves."""
+    """The call with its rows that see all marked: they run as those of global tokens, but are seen as what they are."""
     reach, queries = call.blocks, call.queries.host
     if reach.whole is None:
         return call
@@ -272,9 +272,8 @@ class _Biases:
         self.host = keys.host.valid & ~keys.host.is_global
         self.usable = None
         if not bool(self.host.all()):
-            self.usable = keys.plan(
-                ("usable", block), lambda: tensor_of(self.host, self.device).unflatten(1, (-1, block))
-            )
+            usable = keys.plan("usable", lambda: tensor_of(self.host, self.device))
+            self.usable = usable.unflatten(1, (-1, block))
         self.by_distance = by_distance(call, keys.valid.shape[1])
 
     def plain(self, links: Array, weight: Array) -> list[bool]:

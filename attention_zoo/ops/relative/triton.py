@@ -1,13 +1,13 @@
 """Triton kernels for relative attention: the shift of the distance scores happens inside a tile, on chip.
 
-softmax(scale · [(q_i + u)·k_j + (q_i + w)·r_{i-j}]) V, as in ops/relative/chunks.py, for keys that stand in columns as in
-positions. The distances in a tile of n queries and n keys are 2n - 1 neighbours, so a tile multiplies its queries by
+softmax(scale · [(q_i + u)·k_j + (q_i + w)·r_{i-j}]) V, as in ops/relative/chunks.py, for keys that stand in columns as
+in positions. The distances in a tile of n queries and n keys are 2n - 1 neighbours, so a tile multiplies its queries by
 2n rows of the table and reads the product along its diagonals (`tl.gather`): one product more than plain attention, of
 double width, and no score ever leaves the chip. Backward recomputes in three kernels without atomics: queries walk keys
 (dq, du, dw), keys walk queries (dk, dv), distances walk queries (dr). O(L·reach) time, O(L·D) memory.
 
-Distances count from the largest to 0 in the table, as in ops/relative/chunks.py. Float32 sums; products in the tensors' own
-type. Letters: B batch, H heads, L queries, S keys, D head width, T distances.
+Distances count from the largest to 0 in the table, as in ops/relative/chunks.py. Float32 sums; products in the tensors'
+own type. Letters: B batch, H heads, L queries, S keys, D head width, T distances.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ makes this as fast on a CPU as torch's fused kernel forward, and faster backward
 - the exponential is base 2 (half the cost of base e there), and its factor rides along with the product;
 - what is added to the scores stands in their memory before the product does, which adds to it (zeros too: MKL fills
   them in more slowly than `zero_`);
-- rows whose scores are known to be small (ops/pattern/mild.py) take their exponentials as they are: where all rows of a part
-  are such, nobody looks for their largest scores or subtracts them;
+- rows whose scores are known to be small (ops/pattern/mild.py) take their exponentials as they are: where all rows of
+  a part are such, nobody looks for their largest scores or subtracts them;
 - scores live in a `Scratch` that all steps of a call share: fresh memory costs as much as the arithmetic on it.
 """
 

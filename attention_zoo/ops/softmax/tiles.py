@@ -1,8 +1,8 @@
 """The executor: run a list of tiles, each some query rows against some keys, and recompute in backward.
 
-A tile's parts see disjoint keys and are merged exactly (ops/softmax/partial.py); what is saved for backward is q, k, v, the
-output and one log-sum-exp per row, so memory is O(L·D) whatever the pattern. Gradients of keys and values accumulate in
-place: plain autograd through `k[:, :, a:b]` would allocate a full-size zero tensor per tile, which is quadratic
+A tile's parts see disjoint keys and are merged exactly (ops/softmax/partial.py); what is saved for backward is q, k, v,
+the output and one log-sum-exp per row, so memory is O(L·D) whatever the pattern. Gradients of keys and values
+accumulate in place: plain autograd through `k[:, :, a:b]` would allocate a full-size zero tensor per tile, which is quadratic
 (pytorch#9701).
 """
 
@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from attention_zoo.layout.host import array_of
 from attention_zoo.ops.softmax.function import exact, once
 from attention_zoo.ops.softmax.pages import large_pages
 from attention_zoo.ops.softmax.partial import LOG2E, Asked, Scratch, Sums, partial_backward
@@ -97,7 +98,7 @@ class _Tiles(torch.autograd.Function):
         lse = q.new_full((B, H, L, 1), -torch.inf, dtype=exact)
         deciding = []  # log-sum-exp of tiles with `Rows`
         scratch, shared = Scratch(), Shared(k, v)
-        all_mild = mild is not None and bool(mild.all())
+        all_mild = mild is not None and bool(array_of(mild).all())  # known on a CPU alone
         for step in _steps(q, k, v, tiles):
             if not step.parts:
                 continue
