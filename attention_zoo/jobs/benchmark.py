@@ -7,7 +7,7 @@ calls fill one page.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich import box
@@ -29,8 +29,8 @@ from attention_zoo.overview import markdown
 from attention_zoo.report import rivals, units
 from attention_zoo.report.build import build_report
 from attention_zoo.report.charts import Table
-from attention_zoo.report.rows import Row
 from attention_zoo.report.summary import write_csv
+from attention_zoo.results.row import Row
 
 TITLE = "What attention costs"
 WIDE = ("resident ratio", "ours peaks", "theirs peaks")
@@ -127,7 +127,7 @@ class _Job:
             self.console.print(f"{skipped} of {len(cells)} cells were finished already; force=true measures them again")
 
     def _contest(self) -> None:
-        def keep(rows: list[Row]) -> None:
+        def keep(rows: Sequence[Row]) -> None:
             for row in rows:
                 keep_row(self.folder / "peers" / f"{row['id']}.json", row)
             self.rows += rows
