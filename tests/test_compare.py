@@ -142,11 +142,13 @@ def test_only_a_row_of_the_same_config_code_and_data_counts_as_finished(tmp_path
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "is not JSON: it is empty"), ("[1]", "must hold a JSON object"), ("{}", "is no row of a training: kind must be quality"),
-        ('{"kind": "quality", "backend": "x", "status": 1}', "lacks id, config; status: must be"),
+        ("", "is not JSON: it is empty"), ("[1]", "must hold a JSON object"),
+        ("{}", "is no row of a training: kind must be quality"),
+        ('{"kind": "quality", "backend": "x", "status": 1}', "lacks config, id; status: must be"),
         ('{"kind": "quality", "backend": "x", "status": "ok"}', "lacks config, id"),
-        ('{"kind": "quality", "backend": "x", "status": "ok", "id": "1", "config": {}, "metrics": [1]}', "metrics: must be"),
-        ('{"kind": "quality", "backend": "x", "status": "ok", "id": "1", "config": {}, "metrics": {}}', "lacks steps, train_seconds"),
+        ('{"kind": "quality", "backend": "x", "status": "ok", "id": "", "config": {}, "metrics": [1]}', "id: "),
+        ('{"kind": "quality", "backend": "x", "status": "ok", "id": "1", "config": {}, "metrics": [1]}', "metrics: "),
+        ('{"kind": "quality", "backend": "x", "status": "ok", "id": "1", "config": {}, "metrics": {}}', "lacks steps"),
     ],
 )  # fmt: skip
 def test_a_damaged_result_is_named_and_trained_again(tmp_path, content, said):
