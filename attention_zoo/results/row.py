@@ -162,13 +162,6 @@ class SpeedRow(Common, Call, Figures):
 
 
 @with_config(STRICT)
-class SpeedOk(TypedDict):
-    """What a cell that was measured holds."""
-
-    seconds: Above
-
-
-@with_config(STRICT)
 class Agreement(TypedDict):
     """How closely a peer computes the same."""
 
@@ -258,13 +251,6 @@ class BudgetRow(Common, Call):
     fit: NotRequired[Nested | None]
 
 
-@with_config(STRICT)
-class BudgetOk(TypedDict):
-    """What a length that was found holds."""
-
-    length: Positive
-
-
 # --- trained ---------------------------------------------------------------------------------------------------------
 
 
@@ -310,16 +296,6 @@ class TrainingRow(Common, Trained):
     data: NotRequired[Nested | None]
 
 
-@with_config(STRICT)
-class TrainingOk(TypedDict):
-    """What a training that ended well holds."""
-
-    task: Name
-    seq_len: Positive
-    steps: Count
-    metrics: Annotated[Scores, Field(min_length=1)]
-
-
 # --- seen ------------------------------------------------------------------------------------------------------------
 
 
@@ -330,63 +306,3 @@ class PortraitRow(Common):
     length: NotRequired[Positive | None]
     abilities: NotRequired[Nested | None]
     pairs: NotRequired[Pairs | None]
-
-
-@with_config(STRICT)
-class PortraitOk(TypedDict):
-    """What a picture that was made holds."""
-
-    abilities: Nested
-    pairs: Pairs
-
-
-# --- kept ------------------------------------------------------------------------------------------------------------
-
-
-@with_config(STRICT)
-class Kept(TypedDict):
-    """What the file of a row must say so that its work is not done again."""
-
-    backend: str
-    status: Status
-    error: NotRequired[str | None]
-    config: Nested
-
-
-@with_config(STRICT)
-class KeptMeasured(Kept):
-    """A measurement: by which code and on what machine."""
-
-    id: Name
-    environment: Environment
-
-
-@with_config(STRICT)
-class KeptCell(KeptMeasured):
-    """A cell: under which limits, since those of today may be wider."""
-
-    wall_seconds: Number
-    limits: Limits
-
-
-@with_config(STRICT)
-class KeptTraining(Kept):
-    """A training; one whose config could not even be read has no name."""
-
-    id: Name | None
-
-
-@with_config(STRICT)
-class KeptTrainingOk(TypedDict):
-    """What is shown of a training that is not done again. A score may be no number, for which JSON has a word only."""
-
-    metrics: dict[str, float | str]
-    steps: Count
-    train_seconds: Amount
-
-
-@with_config(STRICT)
-class KeptFailed(TypedDict):
-    """Whatever did not end well says why."""
-
-    error: str
