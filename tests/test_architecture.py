@@ -25,9 +25,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("attention",),
     ("registry", "settings"),
     ("model",),
+    ("results",),
     ("tasks", "measure", "tracking"),
     ("training",),
     ("report", "integrations", "overview"),
+    ("jobs",),
     ("commands",),
 )
 """Each part may import those in earlier lines and its own line; `testing` may import all, and nothing imports it."""

@@ -9,10 +9,10 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from attention_zoo.jobs.benchmark import benchmark
 from attention_zoo.measure.config import BenchmarkConfig, register
 from attention_zoo.report import rivals
 from attention_zoo.report import rows as results
-from attention_zoo.report.benchmark import benchmark
 from attention_zoo.report.palette import styles
 
 GRIDS = ("peers", "short", "growth", "cuda", "long_core", "long_layer")

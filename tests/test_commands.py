@@ -34,7 +34,7 @@ from attention_zoo.commands.main import PLAIN, main
 from attention_zoo.commands.refusals import EXTRAS, flags, of_hydra
 from attention_zoo.commands.work import COMMANDS, Command, Outcome, failures
 from attention_zoo.files import append_jsonl
-from attention_zoo.report.compare import CompareConfig
+from attention_zoo.jobs.compare import CompareConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -210,8 +210,8 @@ def test_benchmark_and_compare_end_with_1_when_a_result_failed(
             append_jsonl(tmp_path / config.output / "results.jsonl", each)
         return tmp_path / config.output / "report.html"
 
-    monkeypatch.setattr("attention_zoo.report.benchmark.benchmark", lambda config: rows)
-    monkeypatch.setattr("attention_zoo.report.compare.compare", compare)
+    monkeypatch.setattr("attention_zoo.jobs.benchmark.benchmark", lambda config: rows)
+    monkeypatch.setattr("attention_zoo.jobs.compare.compare", compare)
     for name in ("benchmark", "compare"):
         assert main([name, "output=out"]) == 1
         assert capsys.readouterr().err == "error: 1 of 2 cells and 1 of 1 trainings failed\n"

@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 
 import attention_zoo as zoo
 from attention_zoo.files import read_jsonl, write_json
-from attention_zoo.report import trainings
-from attention_zoo.report.compare import CompareConfig, TrainingPlan, register
-from attention_zoo.report.trainings import Run, finished, run_trainings
+from attention_zoo.jobs import trainings
+from attention_zoo.jobs.compare import CompareConfig, TrainingPlan, register
+from attention_zoo.jobs.trainings import Run, finished, run_trainings
 from attention_zoo.training.run import run_identity
 
 
@@ -118,7 +118,7 @@ def test_only_a_row_of_the_same_config_code_and_data_counts_as_finished(tmp_path
     assert finished(run.config, tmp_path) is None, "nothing there"
     write_json(tmp_path / "result.json", row)
     assert finished(run.config, tmp_path) is None, "other data"
-    from attention_zoo.training.run import build
+    from attention_zoo.training.assembly import build
 
     row["data"] = json.loads(json.dumps(build(run.config["task"]).describe(run.config["seq_len"])))
     write_json(tmp_path / "result.json", row)
@@ -142,11 +142,13 @@ def test_only_a_row_of_the_same_config_code_and_data_counts_as_finished(tmp_path
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "is not JSON: it is empty"), ("[1]", "must hold a JSON object"), ("{}", "is no row of a training: kind"),
-        ('{"kind": "quality", "backend": "x", "status": 1}', "must be text"),
-        ('{"kind": "quality", "backend": "x", "status": "ok"}', "config and id are missing"),
-        ('{"kind": "quality", "backend": "x", "status": "ok", "id": 1, "config": {}, "metrics": [1]}', "metrics"),
-        ('{"kind": "quality", "backend": "x", "status": "ok", "id": 1, "config": {}, "metrics": {}}', "steps"),
+        ("", "is not JSON: it is empty"), ("[1]", "must hold a JSON object"),
+        ("{}", "is no row of a training: kind must be quality"),
+        ('{"kind": "quality", "backend": "x", "status": 1}', "lacks config, id; status: must be"),
+        ('{"kind": "quality", "backend": "x", "status": "ok"}', "lacks config, id"),
+        ('{"kind": "quality", "backend": "x", "status": "ok", "id": "", "config": {}, "metrics": [1]}', "id: "),
+        ('{"kind": "quality", "backend": "x", "status": "ok", "id": "1", "config": {}, "metrics": [1]}', "metrics: "),
+        ('{"kind": "quality", "backend": "x", "status": "ok", "id": "1", "config": {}, "metrics": {}}', "lacks steps"),
     ],
 )  # fmt: skip
 def test_a_damaged_result_is_named_and_trained_again(tmp_path, content, said):

@@ -17,8 +17,8 @@ from attention_zoo.report import Findings, build_report, headline, read, write_c
 from attention_zoo.report.again import ReportConfig, report
 from attention_zoo.report.build import draw
 from attention_zoo.report.rows import FROM, sift
-from attention_zoo.report.schema import wrong_with
 from attention_zoo.report.summary import remarks
+from attention_zoo.results.check import wrong_with
 
 COMMITTED = sorted((Path(__file__).parents[1] / "experiments" / "results").rglob("results.jsonl"))
 

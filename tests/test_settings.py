@@ -16,9 +16,9 @@ from omegaconf import MISSING, OmegaConf
 import attention_zoo as zoo
 from attention_zoo.attention.longformer import Longformer
 from attention_zoo.integrations.weights.commands import ConvertConfig, EvaluateConfig
+from attention_zoo.jobs.compare import CompareConfig
 from attention_zoo.measure.config import BenchmarkConfig
 from attention_zoo.options import Positive, Probability
-from attention_zoo.report.compare import CompareConfig
 from attention_zoo.settings import finite, plain_values, settings
 from attention_zoo.training.config import check, compose_training, device_of
 from attention_zoo.training.run import run_folder
@@ -154,7 +154,7 @@ def test_what_a_command_cannot_mean_is_refused(words: list[str], said: str, caps
 
 
 def test_what_a_component_refuses_has_its_full_key():
-    from attention_zoo.training.run import full_key
+    from attention_zoo.training.assembly import full_key
 
     given = {"attention": partial(Longformer, window=3), "vocab": 4}
     assert full_key("feed_forward must be x", "model", zoo.Transformer, given) == "model.feed_forward must be x"

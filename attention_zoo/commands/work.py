@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,14 +56,14 @@ def _train(composed: DictConfig) -> Outcome:
 
 
 def _benchmark(composed: DictConfig) -> Outcome:
-    from attention_zoo.report.benchmark import benchmark
+    from attention_zoo.jobs.benchmark import benchmark
 
     return _outcome(benchmark(settings(composed)))
 
 
 def _compare(composed: DictConfig) -> Outcome:
     from attention_zoo.files import read_jsonl
-    from attention_zoo.report.compare import compare
+    from attention_zoo.jobs.compare import compare
 
     return _outcome(read_jsonl(compare(settings(composed)).with_name("results.jsonl")))
 
@@ -89,7 +89,7 @@ def _evaluate(composed: DictConfig) -> Outcome:
     return Outcome()
 
 
-def _outcome(rows: Iterable[dict[str, Any]]) -> Outcome:
+def _outcome(rows: Iterable[Mapping[str, Any]]) -> Outcome:
     words = failures(rows)
     return Outcome(FAILED, words) if words else Outcome()
 
@@ -97,7 +97,7 @@ def _outcome(rows: Iterable[dict[str, Any]]) -> Outcome:
 WORDS = {"speed": "cells", "peer": "matches", "budget": "budgets", "quality": "trainings"}
 
 
-def failures(rows: Iterable[dict[str, Any]]) -> str:
+def failures(rows: Iterable[Mapping[str, Any]]) -> str:
     """How many results failed, in words; empty where none did.
 
     What a mechanism does not do is no failure. That a cell runs out of memory or time is what it was measured for; a
@@ -129,7 +129,7 @@ def _register_benchmark() -> None:
 
 
 def _register_compare() -> None:
-    from attention_zoo.report.compare import register
+    from attention_zoo.jobs.compare import register
 
     register()
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import cast
 
 from attention_zoo import registry
 from attention_zoo.measure.cell import SpeedCell
@@ -22,8 +22,8 @@ from attention_zoo.measure.derived import growth_exponent
 from attention_zoo.measure.environment import device_name, environment
 from attention_zoo.measure.identity import identity
 from attention_zoo.measure.predict import EXPONENT
+from attention_zoo.results.row import BudgetRow, Row, Status, Tried
 
-Row = dict[str, Any]
 MARGIN = 0.03
 """How far below and above the answer the two runs are."""
 ATTEMPTS = 10
@@ -85,7 +85,7 @@ def longest_trainable(
     *,
     timeout_s: float = 120.0,
     say: Callable[[str], None] = lambda line: None,
-) -> Row:
+) -> BudgetRow:
     """The row of kind "budget" of one series of cells.
 
     Args:
@@ -148,18 +148,18 @@ def _rounded(length: float, up: bool = False) -> int:
 
 
 def _row(
-    cell: SpeedCell, budget_bytes: int, points: Mapping[int, float], law: Fit | None, *, status: str = "ok",
+    cell: SpeedCell, budget_bytes: int, points: Mapping[int, float], law: Fit | None, *, status: Status = "ok",
     error: str | None = None, length: int | None = None, fits: Row | None = None, fails: Row | None = None,
     verified: bool = False, why: str | None = None,
-) -> Row:  # fmt: skip
+) -> BudgetRow:  # fmt: skip
     config = {**asdict(replace(cell, length=1)), "budget_bytes": budget_bytes}
     return {
         "kind": "budget",
         "id": identity(config, device=device_name(cell.device), threads=cell.threads),
         "status": status,
         "error": error,
-        **{key: value for key, value in asdict(cell).items() if key not in ("length", "options")},
-        "dim": cell.dim,
+        "backend": cell.backend,
+        **cell.call(),
         "budget_bytes": budget_bytes,
         "length": length,
         "verified": verified,
@@ -170,10 +170,9 @@ def _row(
         "bytes_per_token": law.per_unit if law and law.power == 1 else None,
         "fit": asdict(law) if law else None,
         "config": config,
-        "environment": {**environment(), "threads": cell.threads},
+        "environment": environment(cell.threads),
     }
 
 
-def _tried(row: Row | None) -> Row | None:
-    keys = ("length", "status", "error", "seconds", "resident_bytes", "held_bytes")
-    return None if row is None else {key: row[key] for key in keys}
+def _tried(row: Row | None) -> Tried | None:
+    return None if row is None else cast(Tried, {key: row[key] for key in Tried.__annotations__})

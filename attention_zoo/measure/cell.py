@@ -25,16 +25,10 @@ from attention_zoo.measure.trace import write_trace
 from attention_zoo.measure.work import Phase, Variant, Work, prepare
 from attention_zoo.model.state import state_bytes
 from attention_zoo.options import Heads, Positive, Text, Threads, check_fields
+from attention_zoo.results.row import Call, Figures, SpeedRow, Status, no_figures
 from attention_zoo.rules import OneOf
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-
-FIGURES = (
-    "seconds", "seconds_min", "seconds_max", "repeats", "warmup", "cpu_seconds", "tokens_per_second", "peak_bytes",
-    "reserved_bytes", "resident_bytes", "peak_method", "held_bytes", "predicted_bytes", "state_bytes", "flops",
-    "floor_flops", "matmul_flops_per_second", "floor_ratio", "trace",
-)  # fmt: skip
-"""What a measured row holds besides what describes its cell; all None where the cell did not finish."""
 
 UNOBSERVED = f"resident set: tensors of a call of over {LONG_S:g} s are not observed"
 """Method where `peak_bytes` is None and `resident_bytes` holds what was measured."""
@@ -96,6 +90,22 @@ class SpeedCell:
             for value in (getattr(self, each.name) for each in fields(self) if each.name != "length")
         )
 
+    def call(self) -> Call:
+        """What rows say of it, but for backend and length."""
+        return {
+            "kernel": self.kernel,
+            "batch": self.batch,
+            "heads": self.heads,
+            "head_width": self.head_width,
+            "causal": self.causal,
+            "variant": self.variant,
+            "phase": self.phase,
+            "device": self.device,
+            "dtype": self.dtype,
+            "threads": self.threads,
+            "dim": self.dim,
+        }
+
     def shape(self) -> Shape:
         """What its inputs look like."""
         return Shape(self.batch, self.length, torch.device(self.device), getattr(torch, self.dtype))
@@ -111,26 +121,23 @@ class SpeedCell:
         return layer.to(self.device, getattr(torch, self.dtype))
 
 
-def blank_row(cell: SpeedCell, status: str, error: str | None = None) -> dict[str, Any]:
+def blank_row(cell: SpeedCell, status: Status, error: str | None = None) -> SpeedRow:
     """The row of a cell without figures: what describes it, and how it ended."""
-    described = {
-        each.name: getattr(cell, each.name) for each in fields(cell) if each.name not in ("backend", "options")
-    }
     return {
         "kind": "speed",
         "id": cell.identity(),
         "backend": cell.backend,
         "status": status,
         "error": error,
-        **described,
-        "dim": cell.dim,
-        **dict.fromkeys(FIGURES),
+        "length": cell.length,
+        **cell.call(),
+        **no_figures(),
         "config": asdict(cell),
-        "environment": {**environment(), "threads": cell.threads},
+        "environment": environment(cell.threads),
     }
 
 
-def run_described(cell: dict[str, Any], **how: Any) -> dict[str, Any]:
+def run_described(cell: dict[str, Any], **how: Any) -> SpeedRow:
     """`run_cell` of the cell with these fields: what a fresh process is asked for."""
     return run_cell(SpeedCell(**cell), **how)
 
@@ -143,7 +150,7 @@ def run_cell(
     observe: bool = True,
     trace: str | None = None,
     memory_limit_bytes: int | None = None,
-) -> dict[str, Any]:
+) -> SpeedRow:
     """Measure a cell in this process: time first, then memory in a pass of its own, since observing slows the call.
 
     Args:
@@ -169,7 +176,7 @@ def run_cell(
     return {**blank_row(cell, "ok"), **figures}
 
 
-def _measure(cell: SpeedCell, repeats: int, budget_s: float, observe: bool, trace: str | None) -> dict[str, Any]:
+def _measure(cell: SpeedCell, repeats: int, budget_s: float, observe: bool, trace: str | None) -> Figures:
     torch.manual_seed(0)
     device, dtype = torch.device(cell.device), getattr(torch, cell.dtype)
     layer = cell.build()
@@ -184,7 +191,12 @@ def _measure(cell: SpeedCell, repeats: int, budget_s: float, observe: bool, trac
     memory = _observed(work, device, timing.seconds) if observe else None
     flops, floor = analytic_flops(cell, layer, linear.flops, work.seen)
     return {
-        **asdict(timing),
+        "seconds": timing.seconds,
+        "seconds_min": timing.seconds_min,
+        "seconds_max": timing.seconds_max,
+        "repeats": timing.repeats,
+        "warmup": timing.warmup,
+        "cpu_seconds": timing.cpu_seconds,
         "tokens_per_second": cell.batch * work.tokens / timing.seconds,
         "peak_bytes": memory.peak_bytes if memory else None,
         "peak_method": memory.method if memory else UNOBSERVED,

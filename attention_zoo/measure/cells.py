@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from attention_zoo.files import plain
-from attention_zoo.measure.cell import FIGURES, SpeedCell, blank_row, run_cell
+from attention_zoo.measure.cell import SpeedCell, blank_row, run_cell
 from attention_zoo.measure.ends import check_retry, is_kept
 from attention_zoo.measure.kept import keep_row, read_rows
 from attention_zoo.measure.nursery import WIDER, Nursery
 from attention_zoo.measure.predict import expected_wall_s, over_budget, too_slow
+from attention_zoo.results.row import Limits, Row, SpeedRow, no_figures
 
 __all__ = ["CellEvent", "SpeedCell", "read_cells", "run_cell", "run_cells"]
 
@@ -44,7 +45,7 @@ class CellEvent:
     index: int
     total: int
     cell: SpeedCell
-    row: dict[str, Any] | None
+    row: Row | None
     remaining_s: float | None
 
 
@@ -61,7 +62,7 @@ def run_cells(
     profile: bool = False,
     on_event: Callable[[CellEvent], None] | None = None,
     on_bad: Callable[[str], None] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Measure cells one after the other, shorter lengths first, so that longer ones can be judged by them.
 
     Args:
@@ -91,7 +92,10 @@ def run_cells(
     names = [cell.identity() for cell in cells]
     todo = sorted(dict(zip(names, cells)).items(), key=lambda item: item[1].length)
     kept = {row["id"]: row for row in read_cells(folder, on_bad)}
-    limits = {"timeout_s": None if math.isinf(timeout_s) else timeout_s, "memory_limit_bytes": memory_limit_bytes}
+    limits: Limits = {
+        "timeout_s": None if math.isinf(timeout_s) else timeout_s,
+        "memory_limit_bytes": memory_limit_bytes,
+    }
     trace = str(Path(folder) / "traces") if profile else None
     how: dict[str, Any] = {
         "memory_limit_bytes": memory_limit_bytes,
@@ -99,13 +103,13 @@ def run_cells(
         "budget_s": budget_s,
         "trace": trace,
     }
-    done: list[tuple[SpeedCell, dict[str, Any]]] = []
-    found: dict[str, dict[str, Any]] = {}
+    done: list[tuple[SpeedCell, Row]] = []
+    found: dict[str, Row] = {}
 
     with Nursery() as nursery:
         for index, (name, cell) in enumerate(todo):
 
-            def tell(kind: Any, row: dict[str, Any] | None, left: int) -> None:
+            def tell(kind: Any, row: Row | None, left: int) -> None:
                 if on_event is not None:
                     waiting = expected_wall_s([other for _, other in todo[left:]], done, budget_s)
                     on_event(CellEvent(kind, index, len(todo), cell, row, waiting))  # noqa: B023  (called at once)
@@ -131,21 +135,21 @@ def run_cells(
     return [found[name] for name in names]
 
 
-def read_cells(folder: str | Path, on_bad: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+def read_cells(folder: str | Path, on_bad: Callable[[str], None] | None = None) -> list[Row]:
     """All rows kept in a folder, of whatever code; see `row["environment"]["source"]`.
 
     Args:
         on_bad: told about each file that holds no such row, in one line; default: standard error.
     """
     rows = read_rows(Path(folder) / "cells", "speed", on_bad or _complain)
-    return [{**dict.fromkeys(FIGURES), **row} for row in rows]
+    return [{**no_figures(), **row} for row in rows]
 
 
 def _complain(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _is_final(row: dict[str, Any], limits: dict[str, Any], retry: str | None) -> bool:
+def _is_final(row: Row, limits: Limits, retry: str | None) -> bool:
     """Whether the row of an earlier call stands. A limit of then may be wider now."""
     if not is_kept(row, retry):
         return False
@@ -156,7 +160,7 @@ def _is_final(row: dict[str, Any], limits: dict[str, Any], retry: str | None) ->
     return True
 
 
-def _lacks_trace(row: dict[str, Any]) -> bool:
+def _lacks_trace(row: Row) -> bool:
     return row["status"] == "ok" and not row["trace"]
 
 
@@ -164,12 +168,12 @@ def _as_wide(then: float | None, now: float | None) -> bool:
     return then is None or (now is not None and now <= WIDER * then)
 
 
-def _older(cell: SpeedCell, rows: Any) -> dict[str, Any] | None:
+def _older(cell: SpeedCell, rows: Any) -> Row | None:
     config = asdict(cell)
     return next((row for row in rows if row["config"] == config), None)
 
 
-def _predicted(cell: SpeedCell, done: Any, limit_bytes: int | None) -> dict[str, Any] | None:
+def _predicted(cell: SpeedCell, done: Any, limit_bytes: int | None) -> SpeedRow | None:
     excess = over_budget(cell, done, limit_bytes)
     if excess is not None:
         return {**blank_row(cell, "oom_predicted", excess.why), "predicted_bytes": excess.predicted_bytes}

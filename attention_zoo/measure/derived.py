@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-Row = Mapping[str, Any]
+from attention_zoo.results.row import Row
+
 Costs = Mapping[int, float]
 """Cost by length; infinite where a cell did not survive."""
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from attention_zoo.results.row import Status
+
 STATUSES = ("ok", "unsupported", "oom", "oom_predicted", "timeout", "failed", "lost")
 REPEATED = ("failed", "oom", "oom_predicted", "timeout")
 """Kept statuses that retry=failed repeats; a prediction is then made anew."""
@@ -32,7 +34,7 @@ SAID = 300
 class Ended(NamedTuple):
     """Status and reason, in one line, of work that gave no result."""
 
-    status: str
+    status: Status
     reason: str
 
 
@@ -96,7 +98,7 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 def ending(error: BaseException) -> Ended:
     """Of work that ended in an exception."""
-    status = "oom" if ran_out_of_memory(error) else "failed"
+    status: Status = "oom" if ran_out_of_memory(error) else "failed"
     return Ended(status, f"{type(error).__name__}: {one_line(error)}")
 
 

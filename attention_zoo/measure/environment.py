@@ -11,10 +11,14 @@ from typing import Any
 import torch
 
 from attention_zoo.measure.identity import source_digest
+from attention_zoo.results.row import Environment
 
 
-def environment() -> dict[str, Any]:
+def environment(threads: int | None = None) -> Environment:
     """Machine and software of this process, as plain JSON values.
+
+    Args:
+        threads: those that were, or should have been, measured with; None: torch's of now.
 
     Returns:
         cpu (model name), cores (usable by this process), threads (intra-op), wait_policy and spin_count (of OpenMP;
@@ -24,7 +28,7 @@ def environment() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": usable_cores(),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads() if threads is None else threads,
         "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "spin_count": os.environ.get("GOMP_SPINCOUNT"),
         "memory_bytes": _memory_bytes(),

@@ -21,7 +21,7 @@ COSMETIC = frozenset(
 )
 """Keys (dotted where nested) that change where a result goes or how it is shown, never what it is."""
 
-UNSEEN = frozenset({"report", "tracking", "testing", "integrations"})
+UNSEEN = frozenset({"report", "jobs", "tracking", "testing", "integrations"})
 """Subpackages that no figure depends on: editing a chart must not throw measurements away."""
 
 

@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from attention_zoo.files import Damaged, read_json, remove_leftovers, write_row
-from attention_zoo.measure.cell import FIGURES, SpeedCell
-from attention_zoo.measure.ends import STATUSES
+from attention_zoo.measure.cell import SpeedCell
+from attention_zoo.results.check import wrong_to_keep
+from attention_zoo.results.row import Row
 from attention_zoo.rules import shown
-
-Row = dict[str, Any]
-WORDS = ("peak_method", "trace")
-"""Figures that are no numbers."""
-MEASURED = (
-    "seconds", "seconds_min", "seconds_max", "cpu_seconds", "tokens_per_second", "matmul_flops_per_second",
-    "floor_ratio",
-)  # fmt: skip
-"""Figures that are measured; all others are counted."""
-LEAST, MOST = 1e-18, 1e18
-"""No call takes less time, and no figure is larger."""
-LIMITS = ("timeout_s", "memory_limit_bytes")
-"""Under which a cell ran; None: without."""
 
 
 def read_rows(folder: str | Path, kind: str, on_bad: Callable[[str], None]) -> list[Row]:
@@ -44,7 +32,7 @@ def read_rows(folder: str | Path, kind: str, on_bad: Callable[[str], None]) -> l
     return found
 
 
-def keep_row(path: str | Path, row: Mapping[str, Any]) -> None:
+def keep_row(path: str | Path, row: Row) -> None:
     """Write a row, also where something else has its name."""
     make_way(path)
     write_row(path, row)
@@ -85,30 +73,18 @@ def number(value: Any) -> bool:
 
 def _checked(path: Path, kind: str) -> Row:
     row = read_json(path)
-    wrong = _wrong(row, kind, path.stem) or (_wrong_speed(row) if kind == "speed" else None)
+    wrong = wrong_to_keep(row, kind) or _misplaced(row, path.stem) or (_of_no_cell(row) if kind == "speed" else None)
     if wrong is not None:
         raise Damaged(f"{path} is no row of kind {kind}: {wrong}")
     return row
 
 
-def _wrong(row: Row, kind: str, name: str) -> str | None:
-    for key, given in (("kind", kind), ("id", name)):
-        if row.get(key) != given:
-            return f"{key} must be {given}, got {shown(row.get(key))}"
-    for key, wanted in (("backend", str), ("status", str), ("config", dict), ("environment", dict)):
-        if not isinstance(row.get(key), wanted):
-            return f"{key} must be {wanted.__name__}, got {shown(row.get(key))}"
-    for key in ("cpu", "torch", "source"):
-        if not isinstance(row["environment"].get(key), str | None):
-            return f"environment.{key} must be text, got {shown(row['environment'][key])}"
-    if row["status"] not in (*STATUSES, "missing"):
-        return f"status must be one of {', '.join(STATUSES)}, got {shown(row['status'])}"
-    if not isinstance(row.get("error"), str | None if row["status"] == "ok" else str):
-        return f"error must be text, got {shown(row.get('error'))}"
-    return None
+def _misplaced(row: Row, name: str) -> str | None:
+    return None if row["id"] == name else f"id must be {name}, got {shown(row['id'])}"
 
 
-def _wrong_speed(row: Row) -> str | None:
+def _of_no_cell(row: Row) -> str | None:
+    """What tells that a row is of no cell that there could be, or of another one than it says."""
     try:
         SpeedCell(**row["config"])
     except (TypeError, ValueError) as error:
@@ -116,24 +92,4 @@ def _wrong_speed(row: Row) -> str | None:
     for key, value in row["config"].items():
         if key != "options" and (row.get(key) != value or type(row[key]) is not type(value)):
             return f"{key} must be that of its config, got {shown(row.get(key))}"
-    limits = row.get("limits")
-    given = limits if isinstance(limits, dict) else {}
-    if not all(key in given and (given[key] is None or number(given[key])) for key in LIMITS):
-        return f"limits must tell {' and '.join(LIMITS)}, got {shown(limits)}"
-    if not number(row.get("wall_seconds")):
-        return f"wall_seconds must be a number, got {shown(row.get('wall_seconds'))}"
-    for key in FIGURES:
-        value = row.get(key)
-        if value is None:
-            continue
-        if key in WORDS:
-            fine, rule = isinstance(value, str), "text"
-        else:
-            fine, rule = number(value) and 0 <= value <= MOST, "a number of at least 0"
-            if key not in MEASURED:
-                fine, rule = fine and isinstance(value, int), "an integer of at least 0"
-        if not fine:
-            return f"{key} must be {rule}, got {shown(value)}"
-    if row["status"] == "ok" and not (row.get("seconds") or 0) > LEAST:
-        return f"seconds must be a number above 0, got {shown(row.get('seconds'))}"
     return None

@@ -7,13 +7,14 @@ import signal
 import time
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from attention_zoo.measure.cell import SpeedCell, blank_row
 from attention_zoo.measure.ends import Ended, how_it_ended, oom_kills
 from attention_zoo.measure.forked import kill_group
 from attention_zoo.measure.memory import default_limit
 from attention_zoo.measure.servers import Gone, Scratch, Server
+from attention_zoo.results.row import SpeedRow
 
 GRACE_S = 5.0
 """After its time a process ends by itself; this long after it, it is ended."""
@@ -45,9 +46,7 @@ class Nursery:
         self._answer.close()
         self._complaint.close()
 
-    def run(
-        self, cell: SpeedCell, *, timeout_s: float, memory_limit_bytes: int | None = None, **how: Any
-    ) -> dict[str, Any]:
+    def run(self, cell: SpeedCell, *, timeout_s: float, memory_limit_bytes: int | None = None, **how: Any) -> SpeedRow:
         """The row of one cell, measured in a process of its own.
 
         Args:
@@ -67,10 +66,10 @@ class Nursery:
         limit = f"{memory_limit_bytes / 2**20:,.1f} MiB"
         return {**row, "status": "oom", "error": f"not within {limit}, though with more: {row['error']}"}
 
-    def _measured(self, cell: SpeedCell, timeout_s: float, **how: Any) -> dict[str, Any]:
+    def _measured(self, cell: SpeedCell, timeout_s: float, **how: Any) -> SpeedRow:
         given = {"cell": asdict(cell), **how}
         found = self.call("attention_zoo.measure.cell:run_described", given, timeout_s=timeout_s)
-        return blank_row(cell, *found) if isinstance(found, Ended) else found
+        return blank_row(cell, *found) if isinstance(found, Ended) else cast(SpeedRow, found)
 
     def call(self, function: str, given: dict[str, Any], *, timeout_s: float) -> dict[str, Any] | Ended:
         """What a function returns in a fresh process, or how that ended.

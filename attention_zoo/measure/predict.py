@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from attention_zoo import registry
 from attention_zoo.measure.cell import SpeedCell
+from attention_zoo.results.row import Row
 
 EXPONENT = {"constant": 0.0, "linear": 1.0, "loglinear": 1.1, "quadratic": 2.0}
 
-Done = Sequence[tuple[SpeedCell, dict[str, Any]]]
+Done = Sequence[tuple[SpeedCell, Row]]
 
 
 class Excess(NamedTuple):
@@ -89,7 +90,7 @@ def _expected_seconds(cell: SpeedCell, known: Done) -> float:
     return max(others or [row["seconds"] for _, row in known])
 
 
-def _shorter(cell: SpeedCell, done: Done) -> list[tuple[SpeedCell, dict[str, Any]]]:
+def _shorter(cell: SpeedCell, done: Done) -> list[tuple[SpeedCell, Row]]:
     """Finished cells of the same series below this length, shortest first."""
     mine = [(each, row) for each, row in done if each.series() == cell.series() and each.length < cell.length]
     return sorted(mine, key=lambda pair: pair[0].length)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from attention_zoo.measure.cells import CellEvent, SpeedCell
+from attention_zoo.results.row import Row
 
 
 class CellProgress:
@@ -62,7 +62,7 @@ def named(cell: SpeedCell) -> str:
     return f"{cell.backend}{kernel} {cell.length} {cell.phase}"
 
 
-def outcome(row: dict[str, Any]) -> str:
+def outcome(row: Row) -> str:
     """A row in words: "123 ms, 45.1 MiB" (of tensors, or resident where these were not observed), or why not."""
     if row["status"] != "ok":
         return f"{row['status']}: {row['error']}"

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from attention_zoo.options import Text
 from attention_zoo.report import build_report, read, write_csv
-from attention_zoo.report.compare import show
+from attention_zoo.report.summary import show
 from attention_zoo.schemas import store
 
 

@@ -15,8 +15,9 @@ from attention_zoo.report.charts import Chart, Table
 from attention_zoo.report.costs import MEMORY, TIME, Series, Setting
 from attention_zoo.report.palette import Style, pick, styles
 from attention_zoo.report.quality import Task, metric_words, spoken, value_words
-from attention_zoo.report.rows import BASELINES, LeftOut, Row, Rows
+from attention_zoo.report.rows import BASELINES, LeftOut, Rows
 from attention_zoo.report.summary import Findings, headline, labels, summary
+from attention_zoo.results.row import Row
 
 TITLE = "Which attention, at what cost?"
 

@@ -18,7 +18,7 @@ from attention_zoo.report import costs, patterns, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.costs import MEMORY, RATE, STATE, TIME, Series, Setting
 from attention_zoo.report.palette import BASELINE, BLANK, GRID, INK, MUTED, PAPER, Style, pick
-from attention_zoo.report.rows import Row
+from attention_zoo.results.row import Row
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 FAILED = "did not finish"

@@ -16,7 +16,8 @@ from attention_zoo.measure.derived import Efficiency, efficiency_length, growth_
 from attention_zoo.report import groups, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.groups import Group
-from attention_zoo.report.rows import BASELINES, Row
+from attention_zoo.report.rows import BASELINES
+from attention_zoo.results.row import Row
 
 TIME, MEMORY = "seconds", "peak_bytes"
 RATE, STATE = "tokens_per_second", "state_bytes"

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from attention_zoo.measure.identity import COSMETIC
 from attention_zoo.report import rows as results
-from attention_zoo.report.rows import FROM, Row
+from attention_zoo.report.rows import FROM
+from attention_zoo.results.row import Row
 
 Facts = Mapping[str, str]
 """Dotted name -> value in words."""

@@ -21,10 +21,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from attention_zoo.contract import Layer
+from attention_zoo.measure.ends import Ended
 from attention_zoo.measure.environment import environment
 from attention_zoo.measure.identity import identity
 from attention_zoo.registry import build, recipe
-from attention_zoo.report.rows import Row
+from attention_zoo.results.row import PortraitRow, Row
 
 UNSEEN, VALUE, GRADIENT = 0, 1, 2
 """What a pair of (query, key) can be: not seen, seen without gradient, seen with gradient."""
@@ -71,7 +72,7 @@ def portrait(
     dim: int = 32,
     heads: int = 1,
     seed: int = 0,
-) -> Row:
+) -> PortraitRow:
     """A row of kind "portrait": the abilities that a backend declares and the pairs that it sees, causal.
 
     Args:
@@ -84,27 +85,39 @@ def portrait(
     Returns:
         a row; whatever goes wrong is recorded in it as status "failed", so that one backend cannot stop a report.
     """
-    config: dict[str, Any] = {
-        "kind": "portrait",
-        "name": name,
-        "length": length,
-        "dim": dim,
-        "heads": heads,
-        "seed": seed,
-    }
-    row: Row = {"kind": "portrait", "backend": name, "length": length, "environment": environment()}
+    sizes = {"length": length, "dim": dim, "heads": heads, "seed": seed}
+    given: dict[str, Any] = {"kind": "portrait", "name": name, **sizes}
+    known = None
     try:
         cls, _ = recipe(name)
-        config["options"] = dict(cls.tiny if options is None else options)
-        row |= {"id": identity(config, device="cpu", threads=torch.get_num_threads()), "config": config}
-        layer = build(name, dim=dim, heads=heads, causal=True, seed=seed, **config["options"]).double().eval()
+        given["options"] = dict(cls.tiny if options is None else options)
+        known = identity(given, device="cpu", threads=torch.get_num_threads())
+        layer = build(name, dim=dim, heads=heads, causal=True, seed=seed, **given["options"]).double().eval()
         pairs = visible(layer, length, dim=dim, seed=seed)
         abilities = asdict(layer.abilities)
     except Exception as error:  # recorded, not hidden: the report lists it
-        message = f"{type(error).__name__}: {error}".splitlines()[0]
-        return {"id": None, "config": config, **row, "status": "failed", "error": message}
-    lines = ["".join(map(str, line)) for line in pairs.tolist()]
-    return {**row, "status": "ok", "error": None, "abilities": abilities, "pairs": lines}
+        return {
+            "id": known, "config": given, "kind": "portrait", "backend": name, "length": length,
+            "environment": environment(), "status": "failed",
+            "error": f"{type(error).__name__}: {error}".splitlines()[0],
+        }  # fmt: skip
+    return {
+        "kind": "portrait", "backend": name, "length": length, "environment": environment(), "id": known,
+        "config": given, "status": "ok", "error": None, "abilities": abilities,
+        "pairs": ["".join(map(str, line)) for line in pairs.tolist()],
+    }  # fmt: skip
+
+
+def unseen(name: str, length: int, given: dict[str, Any], ended: Ended) -> PortraitRow:
+    """The row of a portrait whose process gave none.
+
+    Args:
+        given: what `portrait` was asked for.
+    """
+    return {
+        "kind": "portrait", "id": None, "backend": name, "status": ended.status, "error": ended.reason,
+        "length": length, "environment": environment(), "config": given,
+    }  # fmt: skip
 
 
 def pairs_of(row: Row) -> list[list[int]]:

@@ -10,7 +10,7 @@ from typing import Any
 from attention_zoo.report import groups, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.groups import Group
-from attention_zoo.report.rows import Row
+from attention_zoo.results.row import Row
 
 LEARNT = 0.95
 """Accuracy that full attention must reach before a recall task tells mechanisms apart."""

@@ -10,8 +10,9 @@ from attention_zoo.report import charts, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.charts import Chart, Table
 from attention_zoo.report.palette import MUTED, Style
-from attention_zoo.report.rows import FROM, Row
+from attention_zoo.report.rows import FROM
 from attention_zoo.report.units import NONE
+from attention_zoo.results.row import Row
 
 FAIR = (
     "Both sides in one run, in turns, each in a process of its own; ratios are theirs over ours, so that above 1 ours "

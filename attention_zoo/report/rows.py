@@ -1,8 +1,8 @@
 """Result rows: which may be drawn, which count, which failed, which are stale, what each is called.
 
-A row is a plain dict (kind "speed", "peer", "budget", "quality" or "portrait"); the report reads rows and nothing else,
-so that a file of results from another machine is drawn like one's own. Rows are checked once, by `sift`: what comes
-after may trust them (`schema` says what for), and what was left out is said beside what is drawn.
+A row is a plain dict of one of the types of `results.row`; the report reads rows and nothing else, so that a file of
+results from another machine is drawn like one's own. Rows are checked once, by `sift`: what comes after may trust them,
+and what was left out is said beside what is drawn.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from attention_zoo.files import plain
 from attention_zoo.measure.identity import COSMETIC, source_digest
-from attention_zoo.report import schema
-
-Row = dict[str, Any]
+from attention_zoo.results.check import wrong_with
+from attention_zoo.results.row import Row
+from attention_zoo.rules import shown
 
 STATUS = {
     "oom": "out of memory",
@@ -76,7 +76,7 @@ def sift(rows: Iterable[Any]) -> Rows:
 
 
 def check(rows: Iterable[Any], where: str | None = None) -> tuple[list[Row], list[LeftOut]]:
-    """Rows that are what their kind must be (`schema`), made plain, and what is wrong with the others.
+    """Rows that are what their kind must be (`results.check`), made plain, and what is wrong with the others.
 
     Args:
         rows: anything.
@@ -86,7 +86,7 @@ def check(rows: Iterable[Any], where: str | None = None) -> tuple[list[Row], lis
     for number, row in enumerate(rows, 1):
         try:
             row = clean(row)
-            wrong = schema.wrong_with(row) if isinstance(row, dict) else f"must be a mapping, got {schema.shown(row)}"
+            wrong = wrong_with(row) if isinstance(row, dict) else f"must be a mapping, got {shown(row, 60)}"
         except (RecursionError, ValueError) as error:
             wrong = str(error) if isinstance(error, ValueError) else "nested too deeply"
         if wrong is None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from attention_zoo.files import Damaged, read_json, read_jsonl
-from attention_zoo.report import schema
-from attention_zoo.report.rows import FROM, LeftOut, Row, Rows, check, fresh, unique
+from attention_zoo.report.rows import FROM, LeftOut, Rows, check, fresh, unique
+from attention_zoo.results.row import Row
+from attention_zoo.rules import shown
 
 TABLE, RESULT = "results.jsonl", "result.json"
 KEPT = ("cells", "peers", "budgets")
@@ -38,7 +39,7 @@ def read(results: Any) -> Rows:
     one = isinstance(results, str | os.PathLike)
     given: list[Any] = [results] if one else list(results) if isinstance(results, Iterable) else [results]
     if not given or not all(isinstance(each, str | os.PathLike) and str(each) for each in given):
-        raise ValueError(f"results must be a path or a list of paths, got {schema.shown(results)}")
+        raise ValueError(f"results must be a path or a list of paths, got {shown(results, 60)}")
     files = dict.fromkeys(file for path in given for file in _files(Path(path)))
     placed: list[tuple[Path, list[Row]]] = []
     bad: list[LeftOut] = []

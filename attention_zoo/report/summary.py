@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -23,8 +24,9 @@ from attention_zoo.report import costs, groups, quality, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.costs import MEMORY, TIME, Series, Setting
 from attention_zoo.report.quality import Learnt, Task
-from attention_zoo.report.rows import Row, Rows
+from attention_zoo.report.rows import Rows
 from attention_zoo.report.units import NONE
+from attention_zoo.results.row import Row
 
 PROSE = {"dense": "materialised full attention", "sdpa": "fused full attention"}
 """The baselines in a sentence, by kernel."""
@@ -274,6 +276,17 @@ def rich_table(found: Findings) -> RichTable:
         # text of rows is no markup; a range goes below its figure
         table.add_row(Text(textwrap.fill(name, 18)), *(Text(cell.replace(" (", "\n(")) for cell in cells))
     return table
+
+
+def show(rows: list[Row], path: Path, console: Console) -> None:
+    """The summary for a terminal: table, sentences, what failed, where the report is."""
+    found = Findings.of(rows)
+    console.print(rich_table(found))
+    for sentence in headline(found):
+        console.print(f"• {sentence}", markup=False, highlight=False, soft_wrap=True)
+    for line in remarks(found):
+        console.print(f"! {line}", markup=False, highlight=False, soft_wrap=True, style="yellow")
+    console.print(f"\nreport: {path.resolve()}", markup=False, highlight=False, soft_wrap=True)
 
 
 def markdown_table(found: Findings) -> str:

@@ -183,15 +183,14 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(one_line(error)) from None
     full = plain_values(merged)
     check_fields(TrainConfig, full)
-    trainer = full["trainer"]
+    options = options_of(full)
     if not full["attention"]:
         raise ValueError("attention must be one mechanism; for a stack of several use 'hybrid=[longformer,full]'")
-    if full["batch"] % trainer["accumulate"]:
-        raise ValueError(
-            f"trainer.accumulate must divide batch, got accumulate={trainer['accumulate']} for batch={full['batch']}"
-        )
+    accumulate = options.trainer.accumulate
+    if options.batch % accumulate:
+        raise ValueError(f"trainer.accumulate must divide batch, got accumulate={accumulate} for batch={options.batch}")
     full["device"] = device_of(full["device"]) if full["device"] != "auto" else "auto"
-    check_precision(trainer["precision"], device_of(full["device"]))
+    check_precision(options.trainer.precision, device_of(full["device"]))
     _check_mechanisms(full)
     for group, given in OWN.items():
         _check_group(group, full[group], given)
@@ -202,6 +201,11 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
     width = dim if isinstance(dim, int) else 1
     fits(full["batch"] * full["seq_len"] * (16 + 4 * width), f"batch={full['batch']}, seq_len={full['seq_len']}")
     return full
+
+
+def options_of(config: Mapping[str, Any]) -> TrainConfig:
+    """What `check` returned, with its values as typed attributes."""
+    return TrainConfig(**{**config, "trainer": TrainerConfig(**config["trainer"])})
 
 
 def _check_mechanisms(config: Mapping[str, Any]) -> None:

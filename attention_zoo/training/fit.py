@@ -19,6 +19,7 @@ from attention_zoo.options import Finite, Natural, NonNegative, check_fields
 from attention_zoo.stopping import Stopped
 from attention_zoo.tasks.task import Task
 from attention_zoo.tracking.tracker import Tracker
+from attention_zoo.training.config import TrainerConfig
 from attention_zoo.training.evaluate import Evaluation, is_better
 from attention_zoo.training.progress import Progress
 from attention_zoo.training.trainer import NotFinite, Step, Trainer
@@ -75,7 +76,7 @@ def fit(
     *,
     task: Task,
     steps: int,
-    options: Mapping[str, Any],
+    options: TrainerConfig,
     evaluate: Callable[[], Evaluation | None],
     save: Callable[[], None],
     tracker: Tracker,
@@ -86,7 +87,7 @@ def fit(
 
     Args:
         steps: of the whole run.
-        options: those of `TrainerConfig`.
+        options: how often what is done, and when to stop.
         evaluate: scores the model on the main set; None where it was asked to stop on the way.
         save: writes a checkpoint.
         asked: the signal that asks the run to stop, or None; see `stopping.graceful`.
@@ -98,7 +99,6 @@ def fit(
         NotFinite: as `Trainer.step` does, or for a metric that is not finite.
         Stopped: when asked to, with a checkpoint of the last step written.
     """
-    every = {name: options[f"{name}_every"] for name in ("log", "eval", "checkpoint")}
     latest: Evaluation | None = None
     mark = time.perf_counter()
 
@@ -112,16 +112,17 @@ def fit(
     def settle() -> Evaluation | None:
         """What the last step calls for; None where there was no evaluation, or where it was put off."""
         done, found = trainer.done, None
-        if done % every["eval"] == 0 or done == steps:
+        if done % options.eval_every == 0 or done == steps:
             clock()
             found = evaluate()
             clock()
             if found is None:
                 return None
             history.stopped = _judge(found, history, done, task, options, tracker, progress)
-        if history.stopped is None and options["max_seconds"] is not None and history.seconds >= options["max_seconds"]:
-            history.stopped = f"time: {options['max_seconds']:g} s were over after step {done} of {steps}"
-            progress.notice(f"stopped by trainer.max_seconds={options['max_seconds']:g} after step {done} of {steps}")
+        most = options.max_seconds
+        if history.stopped is None and most is not None and history.seconds >= most:
+            history.stopped = f"time: {most:g} s were over after step {done} of {steps}"
+            progress.notice(f"stopped by trainer.max_seconds={most:g} after step {done} of {steps}")
         if history.stopped is None and done >= steps:
             history.stopped = "steps"
         history.settled = done
@@ -133,10 +134,10 @@ def fit(
             clock()
             step = trainer.step()
             history.train_seconds += clock()
-            _note(step, history, trainer.done, steps, every["log"], tracker, progress)
+            _note(step, history, trainer.done, steps, options.log_every, tracker, progress)
         latest = settle()
         by = asked()
-        if trainer.done % every["checkpoint"] == 0 or history.stopped is not None or by is not None:
+        if trainer.done % options.checkpoint_every == 0 or history.stopped is not None or by is not None:
             save()
             clock()
     if by is None and latest is None:
@@ -170,7 +171,7 @@ def _judge(
     history: History,
     step: int,
     task: Task,
-    options: Mapping[str, Any],
+    options: TrainerConfig,
     tracker: Tracker,
     progress: Progress,
 ) -> str | None:
@@ -186,8 +187,8 @@ def _judge(
     history.worse += 1
     if is_better(task, value, history.best):
         history.best, history.worse = value, 0
-    if options["stop_at"] is not None and not is_better(task, options["stop_at"], value):
+    if options.stop_at is not None and not is_better(task, options.stop_at, value):
         return f"stop_at: {task.metric} reached {value:.4f} at step {step}"
-    if options["patience"] is not None and history.worse >= options["patience"]:
+    if options.patience is not None and history.worse >= options.patience:
         return f"patience: {task.metric} has not improved on {history.best:.4f} for {history.worse} evaluations"
     return None

@@ -7,9 +7,15 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from attention_zoo.files import Damaged, read_json
+from attention_zoo.measure.ends import Ended
+from attention_zoo.measure.environment import environment
+from attention_zoo.results.check import wrong_to_keep
+from attention_zoo.results.row import Row, Trained, TrainingRow
+from attention_zoo.training.evaluate import Evaluation
+from attention_zoo.training.fit import History
 
 RESULT, METRICS, CHECKPOINT, MODEL, ERROR = (
     "result.json", "metrics.jsonl", "checkpoint.pt", "model.safetensors", "error.txt",
@@ -20,19 +26,12 @@ RETRIED = ("oom", "timeout", "failed")
 """Statuses that `retry=failed` tries again nevertheless."""
 
 
-def blank_row(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The row of a run of which nothing is known yet.
-
-    Fields that need a word:
-        model_sha256: of model.safetensors, by which a later call knows that it is still whole.
-        final: False where something in the run's surroundings failed (its folder, the disk), so that the next call
-            tries again.
-        notices: what went otherwise than asked and did not end the run.
-    """
+def blank_row(config: Mapping[str, Any]) -> TrainingRow:
+    """The row of a run of which nothing is known yet. What is none of a config's values is there as it was given."""
     return {
         "kind": "quality",
         "id": None,
-        "backend": config.get("backend"),
+        "backend": cast(str, config.get("backend")),
         "status": "ok",
         "error": None,
         "final": True,
@@ -62,6 +61,66 @@ def blank_row(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def trained(
+    history: History,
+    evaluations: Mapping[str, Evaluation],
+    *,
+    steps: int,
+    parameters: int,
+    carries_state: bool,
+    model_sha256: str | None,
+) -> Trained:
+    """What a run that is through adds to its row.
+
+    Args:
+        evaluations: of each set after the last step; the first is the main one.
+    """
+    main = next(iter(evaluations.values()))
+    return {
+        "steps": steps,
+        "parameters": parameters,
+        "train_seconds": history.train_seconds,
+        "step_seconds": history.train_seconds / steps,
+        "tokens_per_second": history.tokens / history.train_seconds,
+        "peak_bytes": history.peak_bytes,
+        "curve": history.curve,
+        "quality_curve": history.quality,
+        "metrics": main.metrics,
+        "evaluations": {name: each.metrics for name, each in evaluations.items()},
+        "loss_by_position": main.loss_by_position,
+        "carries_state": carries_state,
+        "stopped": history.stopped,
+        "model_sha256": model_sha256,
+    }
+
+
+def lost_row(config: Mapping[str, Any], identity: str | None, ended: Ended, *, task: str, data: Any) -> TrainingRow:
+    """The row of a run whose process has left none.
+
+    Args:
+        task: its name.
+        data: what it says of its data.
+    """
+    return {
+        "kind": "quality", "id": identity, "backend": config["backend"], "status": ended.status, "error": ended.reason,
+        "environment": environment(), "config": dict(config), "task": task, "data": data,
+        "seed": config["seed"], "seq_len": config["seq_len"], "batch": config["batch"],
+    }  # fmt: skip
+
+
+def read_row(path: str | Path) -> Row:
+    """The row that a run has left.
+
+    Raises:
+        Damaged: if it holds something else.
+        FileNotFoundError: if there is nothing.
+    """
+    row = read_json(path)
+    if (wrong := wrong_to_keep(row, "quality")) is not None:
+        raise Damaged(f"{path} is no row of a training: {wrong}")
+    return row
+
+
 def kept_row(
     folder: str | Path,
     identity: str,
@@ -69,7 +128,7 @@ def kept_row(
     *,
     retry: str | None = None,
     notice: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any] | None:
+) -> Row | None:
     """The row of an earlier run of the same identity over the same data, if it still stands.
 
     Args:
@@ -81,7 +140,7 @@ def kept_row(
     """
     path = Path(folder) / RESULT
     try:
-        row = read_json(path)
+        row = read_row(path)
     except FileNotFoundError:
         return None
     except Damaged as error:

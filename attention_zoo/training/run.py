@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import sys
 import traceback
 from collections.abc import Mapping
@@ -19,25 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 
 from attention_zoo.contract import Unsupported
-from attention_zoo.files import Damaged, plain, read_json, remove_leftovers, safe_name, write_atomic, write_row
+from attention_zoo.files import Damaged, plain, remove_leftovers, safe_name, write_atomic, write_row
 from attention_zoo.locks import owning
 from attention_zoo.measure.ends import ran_out_of_memory
 from attention_zoo.measure.environment import device_name, environment
 from attention_zoo.measure.identity import identity
 from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.saved import save as save_model
-from attention_zoo.options import WrongOption, calls_of
+from attention_zoo.results.row import Row, Status, Trained, TrainingRow
 from attention_zoo.stopping import Stopped, graceful
 from attention_zoo.tasks.task import Task
 from attention_zoo.tracking import Guarded, JsonlTracker, NoTracker, RunInfo, Tracker, Trackers
-from attention_zoo.training.checkpoint import CheckpointError, OtherRun, foreign, load_checkpoint, save_checkpoint
-from attention_zoo.training.config import check, device_of
-from attention_zoo.training.evaluate import Evaluation, evaluate
+from attention_zoo.training.assembly import assemble, build, mechanism_of, name_of
+from attention_zoo.training.checkpoint import CheckpointError
+from attention_zoo.training.config import TrainConfig, check, device_of, options_of
 from attention_zoo.training.fit import History, fit
-from attention_zoo.training.precision import Precision
 from attention_zoo.training.progress import Progress
 from attention_zoo.training.records import (
     CHECKPOINT,
@@ -50,9 +47,12 @@ from attention_zoo.training.records import (
     clear,
     digest_of,
     kept_row,
+    read_row,
+    trained,
 )  # fmt: skip
-from attention_zoo.training.seed import contained, random_state, restore_random_state, seed_all
-from attention_zoo.training.trainer import NotFinite, Trainer
+from attention_zoo.training.resume import resume, save
+from attention_zoo.training.seed import contained, seed_all
+from attention_zoo.training.trainer import NotFinite
 
 NAME_LIMIT = 60
 
@@ -77,7 +77,7 @@ def run_folder(config: Mapping[str, Any]) -> Path:
     return Path(config["output"]) / f"{what}-{name}"
 
 
-def run_training(config: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
+def run_training(config: Mapping[str, Any], folder: str | Path) -> Row:
     """Train and evaluate one model.
 
     Whatever the run sets for the whole process (threads, generators, torch's defaults) is as before when it returns.
@@ -101,42 +101,15 @@ def run_training(config: Mapping[str, Any], folder: str | Path) -> dict[str, Any
             return row | {"status": "failed", "error": _line(error), "final": False}
 
 
-def build(config: Mapping[str, Any], group: str = "", /, **given: Any) -> Any:
-    """What a `_target_` stands for, with run-time values added; its own errors, not Hydra's wrapping of them.
-
-    Args:
-        group: that the config is of, for errors: they name options by their full keys.
-    """
-    made = instantiate({**config, "_partial_": True, "_convert_": "all"})
-    try:
-        return made(**given)
-    except ValueError as error:
-        if not group or type(error) not in (ValueError, WrongOption):
-            raise
-        raise ValueError(full_key(str(error), group, made.func, given)) from error
-
-
-def full_key(text: str, group: str, target: Any, given: Mapping[str, Any]) -> str:
-    """An error of a component in which the option that it begins with has its full key."""
-    name = re.match(r"\w*", text)[0]  # type: ignore[index]
-    own = {option for call in calls_of(target) for option in call.rules} - given.keys()
-    mechanism = getattr(given.get("attention"), "func", None)
-    if name in own:
-        return f"{group}.{text}"
-    if mechanism is not None and name in {option for call in calls_of(mechanism) for option in call.rules}:
-        return f"attention.{text}"
-    return text if text.startswith(group) else f"{group}: {text}"
-
-
 class _Run:
     """One run, by the owner of its folder."""
 
-    def __init__(self, config: Mapping[str, Any], folder: Path, row: dict[str, Any]):
-        self.config, self.folder, self.row = config, folder, row
+    def __init__(self, config: Mapping[str, Any], folder: Path, row: TrainingRow):
+        self.config, self.folder, self.row = dict(config), folder, row
         self.progress = Progress(str(row["backend"]), 0, "none")
         self.follower: Tracker | None = None
 
-    def recorded(self) -> dict[str, Any]:
+    def recorded(self) -> Row:
         """Run, and write the row before anything else learns of it."""
         try:
             old = self._run()
@@ -170,13 +143,14 @@ class _Run:
     def _holds_figures(self) -> bool:
         """Whether the folder has the figures of this very run, finished before."""
         try:
-            old = read_json(self.folder / RESULT)
+            old = read_row(self.folder / RESULT)
         except (FileNotFoundError, Damaged):
             return False
         return old.get("status") == "ok" and old.get("id") == self.row["id"]
 
     def _failed(self, error: BaseException) -> None:
-        status = "oom" if ran_out_of_memory(error) else "unsupported" if isinstance(error, Unsupported) else "failed"
+        status: Status = "unsupported" if isinstance(error, Unsupported) else "failed"
+        status = "oom" if ran_out_of_memory(error) else status
         outside = isinstance(error, CheckpointError | Damaged | OSError)
         self.row |= {"status": status, "error": _line(error), "final": not outside}
         try:
@@ -184,153 +158,114 @@ class _Run:
         except OSError as unwritten:
             self.progress.warn(f"no traceback kept: {_line(unwritten)}")
 
-    def _run(self) -> dict[str, Any] | None:
+    def _run(self) -> Row | None:
         """The row of an earlier run; None where this one has run, and its row is filled."""
         full, row = check(self.config), self.row
-        self.progress = progress = Progress(str(full["backend"]), full["steps"], full["trainer"]["progress"])
-        if full["force"]:
+        options = options_of(full)
+        self.progress = progress = Progress(str(options.backend), options.steps, options.trainer.progress)
+        if options.force:
             clear(self.folder, progress.warn)
         else:
             check_places(self.folder)
-        if full["threads"] is not None:
-            torch.set_num_threads(full["threads"])
-        row |= {"id": run_identity(full), "config": full, "environment": environment()}
-        row |= {name: full[name] for name in ("seed", "seq_len", "batch")}
-        task = build(full["task"], "task")
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        self.config, name = full, run_identity(full)
+        row |= {"id": name, "config": full, "environment": environment()}
+        row |= {"seed": options.seed, "seq_len": options.seq_len, "batch": options.batch}
+        task = build(options.task, "task")
         row["task"] = task.name
-        progress.label = f"{full['backend']} {task.name}"
-        task.check(full["seq_len"])
-        row["data"] = json.loads(json.dumps(plain(task.describe(full["seq_len"]))))
-        old = kept_row(self.folder, row["id"], row["data"], retry=full["retry"], notice=progress.warn)
+        progress.label = f"{options.backend} {task.name}"
+        task.check(options.seq_len)
+        row["data"] = json.loads(json.dumps(plain(task.describe(options.seq_len))))
+        old = kept_row(self.folder, name, row["data"], retry=options.retry, notice=progress.warn)
         if old is not None:
             _say_kept(old, progress)
             return old
-        self.follower = self._follow(full)
-        row |= self._train(full, task)
+        self.follower = self._follow()
+        row |= self._train(options, task)
         (self.folder / ERROR).unlink(missing_ok=True)
         return None
 
-    def _train(self, config: dict[str, Any], task: Task) -> dict[str, Any]:
-        row, folder, progress = self.row, self.folder, self.progress
-        options, device = config["trainer"], device_of(config["device"])
-        seed_all(config["seed"])
-        mechanism = _mechanism(config)
-        model = build(
-            config["model"],
-            "model",
-            attention=mechanism,
-            vocab=task.vocab,
-            causal=task.causal,
-            head=task.head,
-            seed=config["seed"],
-        ).to(device)
-        row["backend"] = config["backend"] or _name_of(mechanism)
+    def _train(self, options: TrainConfig, task: Task) -> Trained:
+        row, progress, path = self.row, self.progress, self.folder / CHECKPOINT
+        seed_all(options.seed)
+        mechanism = mechanism_of(options)
+        row["backend"] = options.backend or name_of(mechanism)
         progress.label = f"{row['backend']} {task.name}"
-        carry = bool(options["carry_state"] and task.streams and model.carries)
-        precision = Precision(options["precision"], device)
-        trainer = Trainer(
-            model,
-            optimizer=build(config["optimizer"], "optimizer", model=model),
-            schedule=build(config["schedule"], "schedule", steps=config["steps"]),
-            batches=task.train_batches(config["batch"], config["seq_len"], config["seed"]),
-            accumulate=options["accumulate"],
-            clip=options["clip"],
-            precision=precision,
-            carry=carry,
-            device=device,
-        )
-        sets = task.evaluation_sets(config["batch"], config["seq_len"])
-        main = next(iter(sets))
-        history, path = History(), folder / CHECKPOINT
-        _resume(path, row, trainer, history, progress)
-        figures = JsonlTracker(self._info(config))
+        parts, history, known = assemble(options, mechanism, task), History(), (str(row["id"]), row["data"])
+        step, lines = resume(path, *known, parts.trainer, history, steps=options.steps, progress=progress)
+        row["resumed_at"] = step
+        JsonlTracker.rewind(self.folder, step or 0, lines, on_bad=progress.warn)
+        figures = JsonlTracker(self._info())
         assert self.follower is not None
         tracker = Trackers([figures, self.follower])
-        if device != "cpu":
+        if parts.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
 
-        def save() -> None:
-            history.peak_bytes = _peak_bytes(history, device)
-            content = {"identity": row["id"], "data": row["data"], "trainer": trainer.state_dict()}
-            content |= {"history": history.state_dict(), "random": random_state(), "lines": figures.lines}
-            save_checkpoint(path, content)
+        def save_all() -> None:
+            history.peak_bytes = _peak_bytes(history, parts.device)
+            save(path, *known, parts.trainer, history, figures.lines)
 
         with progress, graceful() as asked:
-
-            def score(name: str) -> Evaluation | None:
-                return evaluate(model, task, sets[name], precision=precision, device=device, carry=carry, stop=asked)
-
             last = fit(
-                trainer,
+                parts.trainer,
                 history,
                 task=task,
-                steps=config["steps"],
-                options=options,
-                evaluate=lambda: score(main),
-                save=save,
+                steps=options.steps,
+                options=options.trainer,
+                evaluate=lambda: parts.score(parts.main, asked),
+                save=save_all,
                 tracker=tracker,
                 progress=progress,
                 asked=asked,
             )
-            evaluations: dict[str, Evaluation] = {}
-            for name in sets:
-                found = last if name == main else score(name)
+            evaluations = {parts.main: last}
+            for name in list(parts.sets)[1:]:
+                found = parts.score(name, asked)
                 if found is None:
                     by = asked()
                     assert by is not None
                     raise Stopped(by)
                 evaluations[name] = found
-        save_model(model, folder / MODEL)
-        for name, result in evaluations.items():
-            if name != main:
-                tracker.log({f"evaluate/{name}_{k}": v for k, v in result.metrics.items()}, trainer.done)
-        return {
-            "steps": trainer.done,
-            "parameters": parameter_count(model),
-            "train_seconds": history.train_seconds,
-            "step_seconds": history.train_seconds / trainer.done,
-            "tokens_per_second": history.tokens / history.train_seconds,
-            "peak_bytes": _peak_bytes(history, device),
-            "curve": history.curve,
-            "quality_curve": history.quality,
-            "metrics": last.metrics,
-            "evaluations": {name: result.metrics for name, result in evaluations.items()},
-            "loss_by_position": last.loss_by_position,
-            "carries_state": carry,
-            "stopped": history.stopped,
-            "model_sha256": digest_of(folder / MODEL),
-        }
+        save_model(parts.model, self.folder / MODEL)
+        for name, result in list(evaluations.items())[1:]:
+            tracker.log({f"evaluate/{name}_{k}": v for k, v in result.metrics.items()}, parts.trainer.done)
+        history.peak_bytes = _peak_bytes(history, parts.device)
+        return trained(
+            history, evaluations, steps=parts.trainer.done, parameters=parameter_count(parts.model),
+            carries_state=parts.carry, model_sha256=digest_of(self.folder / MODEL),
+        )  # fmt: skip
 
-    def _info(self, config: Mapping[str, Any]) -> RunInfo:
+    def _info(self) -> RunInfo:
         row = self.row
-        unnamed = hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:16]
+        unnamed = hashlib.sha256(json.dumps(plain(self.config), sort_keys=True).encode()).hexdigest()[:16]
         return RunInfo(
             folder=self.folder,
             name=f"{row['task'] or 'refused'}-{row['backend']}-s{row['seed']}",
             identity=row["id"] or unnamed,
             backend=str(row["backend"]),
             sweep=f"{row['task'] or 'refused'}-{row['seq_len']}",
-            config=config,
+            config=self.config,
             notice=self.progress.warn,
         )
 
-    def _follow(self, config: Mapping[str, Any]) -> Tracker:
-        return Guarded(build(config["tracker"], info=self._info(config)), self.progress.warn)
+    def _follow(self) -> Tracker:
+        return Guarded(build(self.config["tracker"], info=self._info()), self.progress.warn)
 
     def _follow_failure(self) -> Tracker:
         """The tracker of a run that failed before it had one: who follows a sweep shall see those too."""
-        tracker = self.row["config"].get("tracker")
+        tracker = self.config.get("tracker")
         if not (isinstance(tracker, Mapping) and isinstance(tracker.get("_target_"), str)):
-            return NoTracker(self._info(self.row["config"]))
+            return NoTracker(self._info())
         try:
-            return self._follow(self.row["config"])
+            return self._follow()
         except Exception as error:  # of the tracker itself, which may be why the run failed
-            if _line(error) not in self.row["error"]:
+            if _line(error) not in (self.row["error"] or ""):
                 self.progress.warn(f"the tracker does not start: {_line(error)}")
-            return NoTracker(self._info(self.row["config"]))
+            return NoTracker(self._info())
 
 
-def _say_kept(row: Mapping[str, Any], progress: Progress) -> None:
+def _say_kept(row: Row, progress: Progress) -> None:
     if row["status"] == "ok":
         progress.notice("finished before; force=true runs it again")
     else:
@@ -340,53 +275,6 @@ def _say_kept(row: Mapping[str, Any], progress: Progress) -> None:
 
 def _peak_bytes(history: History, device: str) -> int | None:
     return None if device == "cpu" else max(history.peak_bytes or 0, torch.cuda.max_memory_allocated())
-
-
-def _mechanism(config: Mapping[str, Any]) -> Any:
-    """The model's `attention`: the group's partial, or a hybrid stack's list of names and mappings."""
-    if config["hybrid"]:
-        return list(config["hybrid"])
-    chosen = config["attention"]
-    if isinstance(chosen, Mapping) and "_target_" in chosen:
-        return instantiate({**chosen, "_partial_": True, "_convert_": "all"})
-    return chosen
-
-
-def _name_of(mechanism: Any) -> str:
-    if isinstance(mechanism, list):
-        return "+".join(_name_of(one) for one in mechanism)
-    if isinstance(mechanism, Mapping):
-        return str(mechanism["name"])
-    return getattr(getattr(mechanism, "func", None), "name", str(mechanism))
-
-
-def _resume(path: Path, row: dict[str, Any], trainer: Trainer, history: History, progress: Progress) -> None:
-    """Go on from the checkpoint, where there is one of this run."""
-    step, lines, steps = 0, None, row["config"]["steps"]
-    if path.exists():
-        try:
-            content = load_checkpoint(path, row["id"])
-            if json.dumps(plain(content.get("data"))) != json.dumps(row["data"]):
-                raise OtherRun(f"{path} was trained on other data")
-        except OtherRun as other:
-            progress.notice(f"{other}: starts afresh")
-        else:
-            try:
-                trainer.load_state_dict(content["trainer"], path)
-                history.load_state_dict(content["history"])
-                restore_random_state(content["random"])
-                lines = int(content["lines"])
-                if trainer.done > steps or not 0 <= trainer.done - history.settled <= 1 or lines < 0:
-                    raise ValueError(f"step {trainer.done} of {steps}, settled {history.settled}, {lines} lines")
-            except CheckpointError:
-                raise
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-                if ran_out_of_memory(error):
-                    raise
-                raise foreign(path, f"it does not fit this run ({type(error).__name__}: {error})") from None
-            step = row["resumed_at"] = trainer.done
-            progress.notice(f"had ended: {history.stopped}" if history.stopped else f"goes on after step {step}")
-    JsonlTracker.rewind(path.parent, step, lines, on_bad=progress.warn)
 
 
 def _line(error: BaseException) -> str:
@@ -400,7 +288,7 @@ def _line(error: BaseException) -> str:
     return text if isinstance(error, ValueError | NotFinite) and text else f"{type(error).__name__}: {text}"[:500]
 
 
-def report_line(row: Mapping[str, Any], folder: str | Path) -> str:
+def report_line(row: Row, folder: str | Path) -> str:
     """How a run ended, for people."""
     name = f"{row['backend']} {row['task'] or ''}".strip()
     if row["status"] != "ok":
@@ -409,7 +297,7 @@ def report_line(row: Mapping[str, Any], folder: str | Path) -> str:
     return f"{name}: {figures}, {row['train_seconds']:.1f} s of training, in {folder}"
 
 
-def show(row: Mapping[str, Any], folder: str | Path) -> bool:
+def show(row: Row, folder: str | Path) -> bool:
     """Print `report_line`, on standard error where it went wrong; whether it went well."""
     ok = row["status"] == "ok"
     print(report_line(row, folder), file=sys.stdout if ok else sys.stderr, flush=True)

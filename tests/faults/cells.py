@@ -20,10 +20,10 @@ from unittest import mock
 
 from unruly import ENDS, installed
 
+from attention_zoo.jobs.trainings import Run
 from attention_zoo.measure import cells as runner
 from attention_zoo.measure.cell import SpeedCell, run_cell
 from attention_zoo.measure.kept import read_rows
-from attention_zoo.report.trainings import Run
 
 from . import Counts
 
@@ -194,7 +194,7 @@ JOB = """
 import sys
 from attention_zoo import stopping
 from attention_zoo.measure.config import BenchmarkConfig
-from attention_zoo.report.benchmark import benchmark
+from attention_zoo.jobs.benchmark import benchmark
 stopping.install()
 print("begins", flush=True)
 try:

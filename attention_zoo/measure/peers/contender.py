@@ -20,12 +20,13 @@ from attention_zoo.measure.link import Link, Nonsense
 from attention_zoo.measure.nursery import GRACE_S
 from attention_zoo.measure.peers.table import PEERS
 from attention_zoo.measure.servers import Gone, Scratch, Server
+from attention_zoo.results.row import Status
 
 
 class Lost(Exception):
     """A contender is gone: its status, and why."""
 
-    def __init__(self, status: str, reason: str):
+    def __init__(self, status: Status, reason: str):
         super().__init__(reason)
         self.status, self.reason = status, reason
 

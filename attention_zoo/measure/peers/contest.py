@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from attention_zoo.measure.cell import SpeedCell
 from attention_zoo.measure.environment import device_name, environment
@@ -19,8 +19,8 @@ from attention_zoo.measure.identity import identity
 from attention_zoo.measure.peers.contender import Contender, Lost, Stable
 from attention_zoo.measure.peers.matches import Match, heats
 from attention_zoo.measure.peers.table import PEERS
+from attention_zoo.results.row import Ours, PeerRow, Theirs
 
-Row = dict[str, Any]
 Say = Callable[[str], None]
 Key = tuple[str | None, Any]
 
@@ -36,7 +36,7 @@ class Side:
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)  # FLOPs a second of a matrix product, around each call of ours
-    figures: Row = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -58,8 +58,8 @@ def run_contest(
     memory_limit_bytes: int | None = None,
     pythons: dict[str, str] | None = None,
     say: Say = lambda line: None,
-    on_rows: Callable[[list[Row]], None] = lambda rows: None,
-) -> list[Row]:
+    on_rows: Callable[[Sequence[PeerRow]], None] = lambda rows: None,
+) -> list[PeerRow]:
     """Run every match.
 
     Args:
@@ -74,8 +74,8 @@ def run_contest(
     Returns:
         One row of kind "peer" for each of ours and each peer that it met.
     """
-    rows: list[Row] = []
-    agreements: dict[str, Row | Lost] = {}
+    rows: list[PeerRow] = []
+    agreements: dict[str, dict[str, Any] | Lost] = {}
     with Stable(pythons, memory_limit_bytes) as stable:
         for heat in heats(many):
             found = _Heat(heat, stable, rounds, timeout_s, agreements, say).run()
@@ -101,7 +101,7 @@ class _Heat:
         side = Side(cell, peer)
         return self.sides.setdefault(side.key, side)
 
-    def run(self) -> list[Row]:
+    def run(self) -> list[PeerRow]:
         for side in self.sides.values():
             self._try(side, self._check)
             self._try(side, self._observe)
@@ -184,7 +184,7 @@ class _Heat:
         assert side.contender is not None
         side.figures.update(side.contender.ask("end"))
 
-    def _row(self, ours: Side, theirs: Side) -> Row:
+    def _row(self, ours: Side, theirs: Side) -> PeerRow:
         assert theirs.peer is not None
         cell, adapter = ours.cell, PEERS[theirs.peer]
         lost = ours.lost or theirs.lost
@@ -200,8 +200,8 @@ class _Heat:
             "fair": adapter.fair,
             "status": lost.status if lost else "ok",
             "error": lost.reason if lost else None,
-            **{key: value for key, value in asdict(cell).items() if key not in ("backend", "options")},
-            "dim": cell.dim,
+            "length": cell.length,
+            **cell.call(),
             "rounds": len(ratios),
             "time_ratio": statistics.median(wall for wall, _ in ratios) if ratios else None,
             "time_ratio_min": min((wall for wall, _ in ratios), default=None),
@@ -210,26 +210,32 @@ class _Heat:
             "memory_ratio": _over(other["peak_bytes"], mine["peak_bytes"]),
             "resident_ratio": _over(other["resident_bytes"], mine["resident_bytes"]),
             **mine,
-            **{f"their_{key}": value for key, value in other.items()},
+            **_theirs(other),
             "floor_flops": ours.figures.get("floor_flops"),
             "floor_ratio": _floor_ratio(ours),
             "matmul_flops_per_second": statistics.median(ours.rates) if ours.rates else None,
             "agreement": theirs.figures.get("agreement"),
             "versions": theirs.figures.get("versions"),
             "config": config,
-            "environment": {**environment(), "threads": cell.threads},
+            "environment": environment(cell.threads),
         }
 
 
-def _figures(side: Side) -> Row:
+def _figures(side: Side) -> Ours:
     seconds = side.seconds
     return {
         "seconds": statistics.median(seconds) if seconds else None,
         "seconds_min": min(seconds, default=None),
         "seconds_max": max(seconds, default=None),
         "cpu_seconds": statistics.median(side.cpu_seconds) if seconds else None,
-        **{key: side.figures.get(key) for key in ("peak_bytes", "resident_bytes", "peak_method")},
+        "peak_bytes": side.figures.get("peak_bytes"),
+        "resident_bytes": side.figures.get("resident_bytes"),
+        "peak_method": side.figures.get("peak_method"),
     }
+
+
+def _theirs(figures: Ours) -> Theirs:
+    return cast(Theirs, {f"their_{key}": value for key, value in figures.items()})
 
 
 def _over(theirs: float | None, ours: float | None) -> float | None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from attention_zoo.measure.derived import growth_exponent
+from attention_zoo.results.row import Row
 
-Row = dict[str, Any]
 CPU = {"device": "cpu", "dtype": "float32", "threads": 1}
 CUDA = {"device": "cuda", "dtype": "bfloat16"}
 SHARED = {"variant": "core", "phase": "forward_backward", "heads": 8, "head_width": 64, "batch": 1, "status": "ok"}

@@ -21,11 +21,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from attention_zoo import registry
 from attention_zoo.files import plain, write_atomic
+from attention_zoo.jobs.trainings import Run, RunEvent, run_trainings
 from attention_zoo.locks import owning
 from attention_zoo.measure.cells import SpeedCell, run_cells
 from attention_zoo.measure.config import BenchmarkConfig, check_mappings
 from attention_zoo.measure.ends import Ended
-from attention_zoo.measure.environment import environment
 from attention_zoo.measure.kept import clear_leftovers, number, output_folder
 from attention_zoo.measure.nursery import Nursery
 from attention_zoo.measure.progress import CellProgress
@@ -33,9 +33,9 @@ from attention_zoo.options import SeedOfRun, Text, check_fields
 from attention_zoo.report import rows as results
 from attention_zoo.report import units
 from attention_zoo.report.build import TITLE, build_report
-from attention_zoo.report.rows import Row
-from attention_zoo.report.summary import Findings, headline, remarks, rich_table, write_csv
-from attention_zoo.report.trainings import Run, RunEvent, run_trainings
+from attention_zoo.report.patterns import unseen
+from attention_zoo.report.summary import show, write_csv
+from attention_zoo.results.row import Row
 from attention_zoo.rules import OneOf
 from attention_zoo.schemas import store
 from attention_zoo.settings import one_line
@@ -230,16 +230,12 @@ class _Job:
         """Each in a process of its own: a mechanism may end the one that it runs in."""
         with Nursery() as nursery:
             for name in self.config.names():
-                given = {"name": name, "options": self.config.small.get(name), "length": self.config.picture_length}
+                length = self.config.picture_length
+                given = {"name": name, "options": self.config.small.get(name), "length": length}
                 found = nursery.call(
                     "attention_zoo.report.patterns:portrait", given, timeout_s=self.config.measure.patience_s
                 )
-                if isinstance(found, Ended):
-                    found = {
-                        "kind": "portrait", "id": None, "backend": name, "status": found.status, "error": found.reason,
-                        "length": self.config.picture_length, "environment": environment(), "config": given,
-                    }  # fmt: skip
-                self.rows.append(found)
+                self.rows.append(unseen(name, length, given, found) if isinstance(found, Ended) else found)
 
     def _noting(self, shown: Callable[[Any], None]) -> Callable[[Any], None]:
         """Show an event, and keep the row that came with it."""
@@ -258,17 +254,6 @@ def write_results(rows: list[Row], folder: str | Path, *, title: str) -> Path:
     write_atomic(folder / "results.jsonl", "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows))
     write_csv(rows, folder / "results.csv")
     return build_report(rows, folder / "report.html", title=title)
-
-
-def show(rows: list[Row], path: Path, console: Console) -> None:
-    """The summary for a terminal: table, sentences, what failed, where the report is."""
-    found = Findings.of(rows)
-    console.print(rich_table(found))
-    for sentence in headline(found):
-        console.print(f"• {sentence}", markup=False, highlight=False, soft_wrap=True)
-    for line in remarks(found):
-        console.print(f"! {line}", markup=False, highlight=False, soft_wrap=True, style="yellow")
-    console.print(f"\nreport: {path.resolve()}", markup=False, highlight=False, soft_wrap=True)
 
 
 class TrainingProgress:

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from attention_zoo import stopping
-from attention_zoo.files import Damaged, plain, read_json, read_jsonl, safe_name
+from attention_zoo.files import Damaged, plain, read_jsonl, safe_name
 from attention_zoo.measure.ends import Ended, how_it_ended, oom_kills
-from attention_zoo.measure.environment import environment
 from attention_zoo.measure.kept import keep_row, make_way, number
-from attention_zoo.report.rows import Row
-from attention_zoo.training.records import RESULT, kept_row
-from attention_zoo.training.run import build, run_identity, run_training
+from attention_zoo.results.row import Row
+from attention_zoo.training.assembly import build
+from attention_zoo.training.config import options_of
+from attention_zoo.training.records import RESULT, kept_row, lost_row, read_row
+from attention_zoo.training.run import run_identity, run_training
 
 POLL_S = 0.25
 GRACE_S = 120.0
@@ -168,7 +169,7 @@ def finished(
 ) -> Row | None:
     """The row of an earlier run of the same config, code, machine and data; None where there is none to trust."""
     try:
-        _checked(folder / RESULT)
+        read_row(folder / RESULT)
     except FileNotFoundError:
         return None
     except Damaged as error:
@@ -178,34 +179,6 @@ def finished(
     if config.get("force") or identity is None:
         return None
     return kept_row(folder, identity, _data_of(config), retry=retry or config.get("retry"), notice=on_bad)
-
-
-def _checked(path: Path) -> Row:
-    """The row that a run has left.
-
-    Raises:
-        Damaged: if it holds something else.
-    """
-    row = read_json(path)
-    words = {key: row.get(key) for key in ("backend", "status", "error")}
-    wrong = None
-    if row.get("kind") != "quality":
-        wrong = f"kind must be quality, got {row.get('kind')!r:.80}"
-    elif not all(isinstance(value, str) or (key == "error" and value is None) for key, value in words.items()):
-        wrong = f"backend, status and error must be text, got {words!r:.200}"
-    elif not isinstance(row.get("config"), dict) or "id" not in row:
-        wrong = "config and id are missing"
-    elif row["status"] == "ok":
-        metrics = row.get("metrics")
-        if not isinstance(metrics, dict) or not all(
-            isinstance(value, str) or number(value) for value in metrics.values()
-        ):
-            wrong = f"metrics must be numbers by name, got {metrics!r:.80}"
-        elif not (number(row.get("steps")) and number(row.get("train_seconds"))):
-            wrong = "steps and train_seconds must be numbers"
-    if wrong is not None:
-        raise Damaged(f"{path} is no row of a training: {wrong}")
-    return row
 
 
 def _identity(config: dict[str, Any]) -> str | None:
@@ -239,7 +212,7 @@ def _start(run: Run, folder: Path) -> _Child:
     kills = oom_kills()
     with open(place / "log.txt", "wb") as log:
         process = subprocess.Popen(
-            stopping.child_command("attention_zoo.report.trainings"),
+            stopping.child_command("attention_zoo.jobs.trainings"),
             stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=env,
             process_group=0,  # Ctrl-C in a terminal is for this process, which then has the runs save where they are
         )  # fmt: skip
@@ -254,7 +227,7 @@ def _result(child: _Child) -> Row | None:
     """The row of a run that is over; None while it is not."""
     code = child.process.poll()
     if code is None:
-        budget = child.run.config["trainer"]["max_seconds"]
+        budget = options_of(child.run.config).trainer.max_seconds
         limit = None if budget is None else 3 * budget + GRACE_S
         if limit is None or time.monotonic() - child.started < limit:
             return None
@@ -262,12 +235,12 @@ def _result(child: _Child) -> Row | None:
         child.process.wait()
         return _unfinished(child, Ended("timeout", f"not through within {limit:g} s"))
     try:
-        row = _checked(child.folder / RESULT)
+        row = read_row(child.folder / RESULT)
     except FileNotFoundError:
         return _unfinished(child, _how_it_ended(child, code))
     except Damaged as error:
         return _unfinished(child, Ended("failed", str(error)))
-    return row | {"task": row.get("task") or _task_name(child.run)}
+    return {**row, "task": row.get("task") or _task_name(child.run)}
 
 
 def _how_it_ended(child: _Child, code: int) -> Ended:
@@ -282,11 +255,7 @@ def _how_it_ended(child: _Child, code: int) -> Ended:
 def _unfinished(child: _Child, ended: Ended) -> Row:
     """The row of a run that has left none."""
     config = child.run.config
-    row = {
-        "kind": "quality", "id": _identity(config), "backend": config["backend"], "status": ended.status,
-        "error": ended.reason, "environment": environment(), "config": config, "task": _task_name(child.run),
-        "data": _data_of(config), **{name: config[name] for name in ("seed", "seq_len", "batch")},
-    }  # fmt: skip
+    row = lost_row(config, _identity(config), ended, task=_task_name(child.run), data=_data_of(config))
     keep_row(child.folder / RESULT, row)
     return row
 
