@@ -31,12 +31,12 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from attention_zoo.attention.pattern import PatternAttention, hide
 from attention_zoo.contract import Abilities, Tokens
-from attention_zoo.ops.constants import made_once
+from attention_zoo.ops.constants import constant
 from attention_zoo.ops.dispatch import BANDED, DENSE, TILES, WHOLE_BAND
 from attention_zoo.ops.flex import FLEX
 from attention_zoo.ops.row import ROW
@@ -106,12 +106,8 @@ class Longformer(PatternAttention):
 
     def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B #H L S"]:
         gap = (queries.position[:, :, None] - keys.position[:, None, :])[:, None]
-        step = self._strides[0] if len(self._strides) == 1 else _column(self._strides, like=gap, dtype=torch.long)
+        step: int | Tensor = self._strides[0]
+        if len(self._strides) > 1:  # by head
+            step = constant(self._strides, like=gap, dtype=torch.long, axes=3)
         seen = gap.abs() <= self.window * step
         return hide(seen if self.contiguous else seen & (gap % step == 0))
-
-
-@made_once
-def _column(steps: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> Int[Tensor, "H 1 1"]:
-    """Dilation by head."""
-    return torch.tensor(steps, device=device, dtype=dtype)[:, None, None]
