@@ -71,7 +71,8 @@ def test_a_first_call_runs_what_every_later_one_does(name: str, options: dict[st
 def test_slopes_are_those_of_the_definition_bit_for_bit(heads: int, dtype: torch.dtype) -> None:
     scheme = alibi.Alibi(heads=heads, head_width=2)
     found = constant(scheme.slopes, like=torch.ones(1), dtype=dtype)
-    assert found.dtype == dtype and torch.equal(found, slopes(heads, dtype))
+    assert found.dtype == dtype
+    assert torch.equal(found, slopes(heads, dtype))
     assert constant(scheme.slopes, like=torch.ones(2), dtype=dtype) is found
 
 
@@ -84,7 +85,8 @@ def test_numbers_that_lie_in_the_middle_are_rounded_as_torch_rounds_them() -> No
 
 def test_a_column_of_whole_numbers() -> None:
     found = constant((1, 2, 2**40), like=torch.ones(1), dtype=torch.long, axes=3)
-    assert found.dtype == torch.long and found.tolist() == [[[1]], [[2]], [[2**40]]]
+    assert found.dtype == torch.long
+    assert found.tolist() == [[[1]], [[2]], [[2**40]]]
 
 
 @pytest.mark.parametrize(("name", "options"), LAYERS)
@@ -122,4 +124,5 @@ def test_it_does_not_matter_where_a_layer_was_built_and_called_first(
     again = expected(x)
     assert torch.equal(again.hidden, hidden)
     again.hidden.sum().backward()
-    assert x.grad is not None and bool(x.grad.isfinite().all())
+    assert x.grad is not None
+    assert bool(x.grad.isfinite().all())
