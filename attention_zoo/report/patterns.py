@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from attention_zoo.contract import Layer
+from attention_zoo.contract import Layer, Unsupported
 from attention_zoo.measure.environment import environment
 from attention_zoo.measure.identity import identity
 from attention_zoo.registry import build, recipe
@@ -82,7 +82,8 @@ def portrait(
         seed: of links, hashes and inputs.
 
     Returns:
-        a row; whatever goes wrong is recorded in it as status "failed", so that one backend cannot stop a report.
+        a row; whatever goes wrong is recorded in it as status "failed" (or "unsupported", what a mechanism does not
+        do), so that one backend cannot stop a report.
     """
     config: dict[str, Any] = {
         "kind": "portrait",
@@ -102,7 +103,8 @@ def portrait(
         abilities = asdict(layer.abilities)
     except Exception as error:  # recorded, not hidden: the report lists it
         message = f"{type(error).__name__}: {error}".splitlines()[0]
-        return {"id": None, "config": config, **row, "status": "failed", "error": message}
+        status = "unsupported" if isinstance(error, Unsupported) else "failed"
+        return {"id": None, "config": config, **row, "status": status, "error": message}
     lines = ["".join(map(str, line)) for line in pairs.tolist()]
     return {**row, "status": "ok", "error": None, "abilities": abilities, "pairs": lines}
 
