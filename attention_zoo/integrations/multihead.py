@@ -28,6 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Tokens, Unsupported, unshared
 from attention_zoo.integrations.bare import at_columns, at_padding_too, bare_pattern
+from attention_zoo.ops.calls import fits, refuse_trace
 from attention_zoo.ops.compiled import refuse_export
 from attention_zoo.ops.projections import is_plain
 
@@ -115,6 +116,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             if not (query is key is value) or key_padding_mask is not None or not self.batch_first:
                 raise ValueError("nested tensors must be query, key and value at once, with batch_first and no padding")
             return self._nested(query, need_weights, attn_mask, average_attn_weights, is_causal), None
+        refuse_trace(self.attention)
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            fits(self, x, name)
         weighed = self.attention == "full" if need_weights is None else need_weights
         itself = query is key or query.is_set_to(key)
         self._check_shape(attn_mask, query, key)

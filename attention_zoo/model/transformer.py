@@ -43,6 +43,7 @@ from attention_zoo.model.mechanisms import entries, layers
 from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.reversible import ReversibleStack
 from attention_zoo.model.state import Running
+from attention_zoo.ops.calls import check_ids
 from attention_zoo.ops.place import place_of
 from attention_zoo.options import Depth, Heads, Named, Positive, Probability, Seed, checked
 from attention_zoo.positions import EMBEDDING_LEVEL
@@ -292,6 +293,7 @@ class Transformer(nn.Module):
         return tokens.position.masked_fill(~tokens.valid, 0)
 
     def _check(self, ids, tokens, types, state, source, fresh, last_only) -> None:
+        check_ids(self.embedding, ids, types)
         if not is_integers(ids) or ids.ndim != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids must be integers [batch, length >= 1], got {of_tensor(ids)}")
         if tokens is not None:
