@@ -102,7 +102,7 @@ class Layer(nn.Module):
 
     @property
     def abilities(self) -> Abilities:
-        raise NotImplementedError
+        raise AttributeError(f"{type(self).__name__} declares no abilities")  # so that hasattr says no
 
     def initial_state(self, batch_size: int) -> Any:
         """An empty state for `batch_size` rows, on the layer's device and in its dtype."""

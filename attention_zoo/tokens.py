@@ -44,6 +44,7 @@ class Tokens(NamedTuple):
             is_global: bool [B, L]; default none.
             document: non-negative int [B, L] that never falls along the valid tokens of a row; default one document.
             start: int or int [B], position of the first valid token: what earlier calls have already consumed.
+                From 0 on; a tensor that is not on the CPU is not read, and positions below 0 are 0 there.
 
         Raises:
             ValueError: for a wrong shape or dtype, naming the argument.
@@ -119,15 +120,17 @@ class Tokens(NamedTuple):
 
 
 def _begin(start: Any, batch: int, device: Any) -> Int[Tensor, " B"]:
-    """The position that each row starts from. A tensor's values are not read, which would make every step wait."""
-    if not isinstance(start, Tensor):
-        rows = start if isinstance(start, list | tuple) else [start]
+    """The position that each row starts from. Values are read on CPU alone: elsewhere each step would wait."""
+    if isinstance(start, Tensor) and (not is_integers(start) or start.shape not in ((), (1,), (batch,))):
+        raise ValueError(f"start must be an integer, or a tensor of {batch} integers, got {of_tensor(start)}")
+    here = type(start) is Tensor and start.device.type == "cpu" and not torch.compiler.is_compiling()
+    if here or not isinstance(start, Tensor):
+        given = start.tolist() if here else start  # dispatches no operator
+        rows = given if isinstance(given, list | tuple) else [given]
         if len(rows) not in (1, batch) or not all(type(row) is int and 0 <= row <= LAST for row in rows):
             raise ValueError(
-                f"start must be an integer from 0 to {LAST}, or one for each of {batch} rows, got {shown(start)}"
+                f"start must be an integer from 0 to {LAST}, or one for each of {batch} rows, got {shown(given)}"
             )
-    elif not is_integers(start) or start.shape not in ((), (1,), (batch,)):
-        raise ValueError(f"start must be an integer, or a tensor of {batch} integers, got {of_tensor(start)}")
     return torch.as_tensor(start, device=device, dtype=torch.long).expand(batch)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention_zoo as zoo
+from attention_zoo.integrations.multihead import MultiheadAttention
 
 VALID = torch.ones(2, 6, dtype=torch.bool)
 TOKENS = zoo.Tokens.of(VALID)
@@ -95,3 +98,90 @@ def test_writing(given: dict[str, Any], said: str):
     model = zoo.Transformer(attention="full", vocab=11, dim=8, heads=2)
     with pytest.raises(ValueError, match=said):
         zoo.generate(model, **{"ids": torch.zeros(2, 6, dtype=torch.long), "steps": 2, **given})
+
+
+@pytest.mark.parametrize("name", zoo.available())
+@pytest.mark.parametrize("wrong", [torch.float64, torch.bfloat16, "meta"])
+def test_vectors_that_a_layers_weights_cannot_take(name: str, wrong: Any):
+    layer = zoo.build(name, dim=16, heads=2)
+    rule = "where the layer's weights are, on cpu" if wrong == "meta" else "of the dtype of the layer's weights"
+    with pytest.raises(ValueError, match=rf"^x must be {rule}.*, got \S+$"):
+        layer(torch.ones(2, 6, 16).to(wrong))
+    assert layer.double()(torch.ones(2, 6, 16, dtype=torch.float64)).hidden.dtype == torch.float64
+
+
+def test_the_vectors_of_a_source_are_of_the_same_kind():
+    layer = zoo.build("full", dim=16, heads=2, causal=False, cross=True)
+    with pytest.raises(ValueError, match=r"^source.hidden must be of the dtype of the layer's weights, torch.float32"):
+        layer(torch.ones(2, 6, 16), source=zoo.Source(torch.ones(2, 6, 16).half(), TOKENS))
+
+
+@pytest.mark.parametrize("name", zoo.available())
+def test_autocast_takes_what_torch_can_convert(name: str):
+    layer = zoo.build(name, dim=16, heads=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert layer(torch.ones(2, 6, 16, dtype=dtype)).hidden.isfinite().all()
+        with pytest.raises(ValueError, match=r"^x must be of the dtype of the layer's weights"):
+            layer(torch.ones(2, 6, 16, dtype=torch.float64))
+
+
+def test_projections_that_convert_what_they_get_are_left_alone():
+    layer: Any = zoo.build("full", dim=16, heads=2)
+    expected = layer(torch.ones(2, 6, 16)).hidden
+    for part in (layer.to_q, layer.to_k, layer.to_v):
+        part.register_forward_pre_hook(lambda _, given: (given[0].float(),))
+    layer.to_out.register_forward_pre_hook(lambda _, given: (given[0].float(),))
+    assert torch.equal(layer(torch.ones(2, 6, 16, dtype=torch.float64)).hidden, expected)
+
+
+@pytest.mark.parametrize("attention", ["full", "longformer"])
+def test_vectors_that_torchs_drop_in_cannot_take(attention: str):
+    layer = MultiheadAttention(16, 2, batch_first=True, attention=attention)
+    x = torch.ones(2, 6, 16)
+    for wrong, rule in (("meta", "where the layer's weights are"), (torch.float64, "of the dtype of the layer's")):
+        with pytest.raises(ValueError, match=f"^query must be {rule}"):
+            layer(x.to(wrong), x.to(wrong), x.to(wrong))
+    with pytest.raises(ValueError, match=r"^value must be of the dtype"):
+        layer(x, x, x.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16])
+def test_ids_that_an_embedding_does_not_take(dtype: torch.dtype):
+    model = zoo.Transformer(attention="full", vocab=9, dim=16, heads=2, embedding={"types": 2})
+    ids = torch.ones(2, 6, dtype=torch.long)
+    with pytest.raises(ValueError, match=rf"^ids must be int64 or int32, as an embedding takes them, got {dtype}$"):
+        model(ids.to(dtype))
+    with pytest.raises(ValueError, match=r"^types must be int64 or int32"):
+        model(ids, types=ids.to(dtype))
+    with pytest.raises(ValueError, match=r"^ids must be where the model's weights are, on cpu, got meta$"):
+        model(ids.to("meta"))
+    assert torch.equal(model(ids.int()).hidden, model(ids).hidden)
+
+
+@pytest.mark.parametrize("start", [torch.tensor(-1), torch.tensor([0, -2]), torch.tensor([2**60])])
+def test_a_row_does_not_start_where_no_token_is(start: torch.Tensor):
+    with pytest.raises(ValueError, match=r"^start must be an integer from 0 to \d+, or one for each of 2 rows, got "):
+        zoo.Tokens.of(VALID, start=start)
+
+
+def test_where_rows_start_is_checked_without_an_operator():
+    """Each decoding step goes through it."""
+    start, seen = torch.tensor([3, 4]), []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        assert zoo.Tokens.of(VALID, start=start).position[:, 0].shape == (2,)
+    assert "cumsum" in seen
+    assert not {"_local_scalar_dense", "lt", "any", "aminmax", "is_nonzero"} & set(seen)
+
+
+@pytest.mark.parametrize("given", [None, 3, "model", {}, torch.nn.Linear(2, 2), zoo.build("full", dim=8, heads=1)])
+def test_what_is_no_model_is_not_saved(given: Any, tmp_path: Path):
+    with pytest.raises(ValueError, match=rf"^save needs a Transformer or .*, got {type(given).__name__}$"):
+        zoo.save(given, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -190,7 +190,8 @@ def row(kind: str, status: str) -> dict[str, Any]:
     ("rows", "words"),
     [
         ([row("speed", status) for status in ("ok", "unsupported", "oom", "oom_predicted", "timeout")], ""),
-        ([row("peer", "missing"), row("portrait", "failed"), row("quality", "unsupported")], ""),
+        ([row("peer", "missing"), row("portrait", "unsupported"), row("quality", "unsupported")], ""),
+        ([row("portrait", "failed"), row("portrait", "ok"), row("portrait", "timeout")], "2 of 3 pictures failed"),
         ([row("speed", "failed"), row("speed", "lost"), row("speed", "ok")], "2 of 3 cells failed"),
         ([row("quality", status) for status in ("ok", "oom", "timeout", "lost", "failed")], "4 of 5 trainings failed"),
         ([row("speed", "failed"), row("quality", "oom")], "1 of 1 cells and 1 of 1 trainings failed"),

@@ -72,6 +72,17 @@ def test_smoke_preset_from_start_to_report_and_the_second_call_only_draws(tmp_pa
     assert (tmp_path / "report.html").read_text() == page
 
 
+@pytest.mark.slow
+def test_a_picture_that_fails_alone_is_one_line_and_an_exit_code(tmp_path):
+    asked = ["preset=smoke", "backends=[longformer]", "measure.lengths=[16]", "~trainings.text", "~trainings.mqar"]
+    done = command("experiments.compare", *asked, "small={longformer: {window: -1}}", f"output={tmp_path}")
+    assert done.returncode == 1
+    assert done.stderr == "error: 1 of 1 pictures failed\n"
+    said = "! longformer, attention picture: failed: ValueError: window must be an integer of at least 1, got -1"
+    assert said in done.stdout.splitlines()
+    assert {row["status"] for row in read_jsonl(tmp_path / "results.jsonl") if row["kind"] == "speed"} == {"ok"}
+
+
 def tiny_run(name: str, steps: int = 2, **attention: object) -> Run:
     small = {"model": {"dim": 16}, "task": {"test_examples": 16}, "batch": 4, "device": "cpu", "threads": 1}
     plan = TrainingPlan("mqar", set={**small, "steps": steps}, options={"longformer": attention})

@@ -184,6 +184,39 @@ def test_export_of_torchs_drop_in_is_refused_by_name(strict: bool) -> None:
         torch.export.export(attention, (x, x, x), {"need_weights": False}, strict=strict)
 
 
+def test_traces_are_refused_by_name() -> None:
+    x, ids, heads = torch.randn(1, 9, 16), torch.zeros(1, 9, dtype=torch.long), torch.randn(1, 9, 16)
+    drop_in = MultiheadAttention(16, 2, batch_first=True, attention="bigbird")
+    cases = [(zoo.build(name, dim=16, heads=2), (x,), name) for name in zoo.available()]
+    cases += [(small(name), (ids,), "this model") for name in zoo.available()]
+    cases += [(drop_in, (heads, heads, heads), "bigbird")]
+    for model, given, name in cases:
+        with pytest.raises(zoo.Unsupported, match=rf"^{name}: torch.jit.trace is not supported: .*use torch.compile"):
+            torch.jit.trace(model, given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["aot_compile", "inductor"])
+def test_programs_compiled_for_a_file_are_refused_by_name(way: str) -> None:
+    model, ids = small("longformer").eval(), torch.zeros(1, 9, dtype=torch.long)
+    graphs: list[tuple[torch.fx.GraphModule, list[Tensor]]] = []
+
+    def keep(graph: torch.fx.GraphModule, given: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append((graph, given))
+        return graph
+
+    def compile_for_a_file() -> Any:
+        if way == "aot_compile":
+            compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+            return compiled.forward.aot_compile(((ids,), {}))
+        torch.compile(model, fullgraph=True, backend=keep)(ids)
+        ((graph, given),) = graphs
+        return torch._inductor.aot_compile(graph, tuple(torch.zeros(each.shape, dtype=each.dtype) for each in given))
+
+    with torch.no_grad(), pytest.raises(Exception, match=r"longformer: ahead-of-time compilation is not supported"):
+        compile_for_a_file()
+
+
 def test_a_graph_whose_layer_is_not_here_says_so() -> None:
     layer = zoo.build("full", dim=8, heads=1)
     number = layer.number

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo import Unsupported
-from attention_zoo.integrations import huggingface
+from attention_zoo.integrations import guard, huggingface
 from attention_zoo.integrations.bare import bare_pattern
 
 transformers = pytest.importorskip("transformers")
@@ -691,6 +691,59 @@ def test_a_model_that_attends_by_itself_is_refused_by_name(kind: str) -> None:
     config._attn_implementation = "zoo_longformer"
     with pytest.raises(Unsupported, match=kind):
         getattr(transformers, f"{kind}Model")(config)
+
+
+BEYOND: dict[str, tuple[dict[str, Any], str]] = {
+    "T5": (
+        {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4},
+        "position_bias",
+    ),
+    "MT5": (
+        {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4},
+        "position_bias",
+    ),
+    "LayoutLM": (TINY, "masks that are added"),
+    "MarkupLM": (TINY, "masks that are added"),
+}
+"""Models that attend through the interface, and always with what no pattern can honour."""
+
+
+@pytest.mark.parametrize("kind", list(BEYOND))
+def test_a_model_that_always_asks_for_more_is_refused_when_it_is_built(kind: str, tmp_path: Path) -> None:
+    huggingface.register()
+    options, word = BEYOND[kind]
+    make, said = getattr(transformers, f"{kind}Config"), f"{kind}.*attn_implementation.*{word}"
+    with pytest.raises(Unsupported, match=said):
+        transformers.AutoModel.from_config(make(**options), attn_implementation="zoo_full")
+    model = transformers.AutoModel.from_config(make(**options))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(Unsupported, match=said):
+        transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="zoo_longformer")
+    with pytest.raises(Unsupported, match=said):
+        model.set_attn_implementation("zoo_full")
+
+
+def test_which_of_their_models_are_refused_when_they_are_built() -> None:
+    """Judged by their sources: those that attend through the interface with masks of theirs alone must not be."""
+    taken = (
+        "Llama",
+        "Mistral",
+        "Bert",
+        "GPT2",
+        "Gemma2",
+        "Qwen3",
+        "Bart",
+        "Whisper",
+        "LayoutLMv3",
+        "ViT",
+        "ModernBert",
+    )
+    for kind in taken:
+        reason, _ = guard.how_it_attends(getattr(transformers, f"{kind}Model"), transformers.PreTrainedModel)
+        assert reason is None, kind
+    for kind in BEYOND:
+        reason, _ = guard.how_it_attends(getattr(transformers, f"{kind}Model"), transformers.PreTrainedModel)
+        assert reason is not None, kind
 
 
 @pytest.mark.parametrize("length", [3, 8, 17])

@@ -72,6 +72,7 @@ def test_what_goes_wrong_is_a_row():
     row = portrait("longformer", {"window": -1})
     assert row["status"] == "failed"
     assert "window" in row["error"]
+    assert portrait("transformer_xl", {"positions": "alibi"})["status"] == "unsupported"
     assert portrait("longformre")["error"].startswith("ValueError: attention must be one of")
 
 

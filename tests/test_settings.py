@@ -21,7 +21,7 @@ from attention_zoo.measure.config import BenchmarkConfig
 from attention_zoo.options import Positive, Probability
 from attention_zoo.settings import finite, plain_values, settings
 from attention_zoo.training.config import check, compose_training, device_of
-from attention_zoo.training.run import run_folder
+from attention_zoo.training.run import run_folder, run_training
 
 
 @dataclass
@@ -159,4 +159,28 @@ def test_what_a_component_refuses_has_its_full_key():
     given = {"attention": partial(Longformer, window=3), "vocab": 4}
     assert full_key("feed_forward must be x", "model", zoo.Transformer, given) == "model.feed_forward must be x"
     assert full_key("kv_heads must be x", "model", zoo.Transformer, given) == "attention.kv_heads must be x"
+    assert full_key("positions.base must be x", "model", zoo.Transformer, given) == "model.positions.base must be x"
     assert full_key("scaling must be x", "model", zoo.Transformer, given) == "model: scaling must be x"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "positions={name: rotary, scaling: yarn}",
+            "positions.scaling must be one of none, linear, llama3, got 'yarn'",
+        ),
+        ("positions={name: rotary, low_freq_factor: 9}", "positions.low_freq_factor must be above 0 and below"),
+        ("positions={name: axial, row_width: 99}", "positions.row_width must be between 0 and dim=64, got 99"),
+        ("positions={name: sinusoidal, base: 0}", "positions.base must be "),
+        ("norm={name: rms, eps: -1}", "norm.eps must be a number above 0, got -1"),
+        ("feed_forward={name: relu, width: 0}", "feed_forward.width must be an integer of at least 1, got 0"),
+        ("embedding={dropout: 2}", "embedding.dropout must be a probability below 1, got 2"),
+        ("embedding={cutoffs: [3, 2]}", "embedding.cutoffs must rise between 0 and vocab="),
+    ],
+)
+def test_options_of_components_are_named_in_full(words: str, said: str, tmp_path: Path) -> None:
+    key, _, value = words.partition("=")
+    config = compose_training(["task=mqar", "trainer.progress=none", f"++model.{key}={value}"])
+    row = run_training(config, tmp_path / "run")
+    assert row["error"].startswith(f"model.{said}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.wandb_server import FINISH_SECONDS, INIT_SECONDS, Server, follow, running
+from faults.wandb_server import INIT_SECONDS, Server, follow, running
 
 from attention_zoo.files import read_jsonl
 from attention_zoo.tracking import Guarded, JsonlTracker, NoTracker, RunInfo, Trackers, WandbTracker
@@ -104,7 +104,7 @@ def test_online_every_figure_reaches_the_server(tmp_path: Path) -> None:
 
 
 def test_a_failed_run_reaches_the_server_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = compose_training(["task=mqar", "model.heads=3", "trainer.progress=none", "tracker.finish_timeout=20"])
+    config = compose_training(["task=mqar", "model.heads=3", "trainer.progress=none"])
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     with Server() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
@@ -119,22 +119,37 @@ def test_a_failed_run_reaches_the_server_with_its_reason(tmp_path: Path, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "begins", "hurt", "word"),
+    ("fault", "begins", "hurt", "finish_s", "word"),
     [
-        ("drips", "start", None, "no answer in time; this run goes on offline"),
-        ("silent", "stream", None, "W&B does not finish: Timed out"),
-        (None, "start", "stop core", "W&B did not finish within 3 s and was ended"),
+        ("drips", "start", None, 60.0, "no answer in time; this run goes on offline"),
+        ("silent", "stream", None, 4.0, "W&B does not finish: Timed out"),
+        (None, "start", "stop core", 3.0, "W&B did not finish within 3 s and was ended"),
     ],
 )
 def test_nothing_of_wandb_holds_a_run(
-    fault: str | None, begins: str, hurt: str | None, word: str, tmp_path: Path
+    fault: str | None, begins: str, hurt: str | None, finish_s: float, word: str, tmp_path: Path
 ) -> None:
+    environment = {"WANDB_API_KEY": KEY}
     with Server(fault, begins) as server:
-        found = follow(tmp_path, {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}, hurt=hurt)
+        environment["WANDB_BASE_URL"] = server.url
+        found = follow(
+            tmp_path, environment, hurt=hurt, started=begins == "stream" or hurt is not None, finish_s=finish_s
+        )
     assert len(found["notices"]) == 1
     assert word in found["notices"][0]
     assert found["left"] == []
-    assert found["finished"] < INIT_SECONDS + FINISH_SECONDS + 15  # and what W&B needs to be imported again
+    assert found["finished"] < min(finish_s, INIT_SECONDS + 15) + 2
+
+
+def test_one_limit_holds_for_a_start_that_never_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb.py").write_text(BROKEN.format(init="import time; time.sleep(100)"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    notices: list[str] = []
+    tracker = WandbTracker(info(tmp_path, notices), init_timeout=90, finish_timeout=1.5)
+    began = time.monotonic()
+    tracker.finish(failed=False)
+    assert time.monotonic() - began < 20, "neither init_timeout nor the time for an import comes on top"
+    assert notices == ["W&B did not start and finish within 1.5 s and was ended; metrics.jsonl has every figure"]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +221,7 @@ def test_wandb_ends_with_a_run_that_is_killed(tmp_path: Path) -> None:
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom attention_zoo.tracking import RunInfo, WandbTracker\n"
         "t = WandbTracker(RunInfo(Path(sys.argv[1]), 'a', 'b', 'c', 'd', {}, print))\n"
-        "while t._started is None: time.sleep(0.01)\n"
+        "while not t._started: time.sleep(0.01)\n"
         "print('started', flush=True); time.sleep(100)"
     )
     env = {**os.environ, "HOME": str(tmp_path)}

@@ -32,12 +32,12 @@ from copy import deepcopy
 from typing import Annotated, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from attention_zoo.attention.operator import refuse_export
 from attention_zoo.attention.pattern import PatternAttention, hide
-from attention_zoo.constants import made_once
+from attention_zoo.constants import constant
 from attention_zoo.contract import Abilities, Tokens
 from attention_zoo.layout.reach import Band
 from attention_zoo.ops.pattern.call import PatternCall
@@ -98,7 +98,7 @@ class Longformer(PatternAttention):
         gap = (queries.position[:, :, None] - keys.position[:, None, :])[:, None]
         step: Any = self.dilation
         if not isinstance(step, int):
-            step = _column(step, like=gap, dtype=torch.long)
+            step = constant(step, like=gap, dtype=torch.long, axes=3)  # by head
         seen = gap.abs() <= self.window * step
         return hide(seen if self.dilation == 1 else seen & (gap % step == 0))
 
@@ -145,9 +145,3 @@ class Longformer(PatternAttention):
             return out
         rows = PatternCall(self, q, k, v, call.queries, call.keys, scale, call.learned)
         return put_global_rows(rows, out, (dense_global_rows if kernel == "dense" else global_rows)(rows))
-
-
-@made_once
-def _column(steps: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> Int[Tensor, "H 1 1"]:
-    """Dilation by head."""
-    return torch.tensor(steps, device=device, dtype=dtype)[:, None, None]

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_zoo.contract import Attention, Output, Source, Tokens, Unsupported, layer_of
+from attention_zoo.attention.calls import check_call, is_for_a_file, no_file
+from attention_zoo.contract import Attention, Output, Source, Tokens, layer_of
 from attention_zoo.ops.softmax.function import zeros_for
 
 TAPES: dict[int, tuple[Tensor, list[Tensor]]] = {}
@@ -50,6 +51,7 @@ def one_operator(forward: Callable[..., Output]) -> Callable[..., Output]:
         choices: Tensor | None = None,
     ) -> Output:
         if not torch.compiler.is_compiling():
+            check_call(self, x, source)
             if isinstance(x, Tensor) and x.ndim == 3 and not len(x):
                 return _no_rows(self, x, tokens, state, source)
             return forward(self, x, tokens, state=state, source=source, choices=choices)
@@ -85,10 +87,7 @@ def refuse_export(name: str) -> None:
 
 
 def _refuse_export(name: str) -> None:
-    raise Unsupported(
-        name, "torch.export", "which tiles a call has is decided at run time, which no saved graph can hold",
-        "torch.compile, and attention_zoo.save for files",
-    )  # fmt: skip
+    raise no_file(name, "torch.export")
 
 
 # as torch.compiler.assume_constant_result, without loading the compiler: it calls this instead of tracing into it
@@ -173,6 +172,8 @@ def _attend(
 
 @_attend.register_fake
 def _(x, tokens, source, choices, parameters, learns, layer, autocast, record):
+    if is_for_a_file():
+        raise no_file(layer_of(layer).name, "ahead-of-time compilation")
     shape = layer_of(layer).choices_shape(*x.shape[:2]) or (0,)
     return (
         torch.empty_like(x, dtype=autocast or x.dtype, memory_format=torch.contiguous_format),

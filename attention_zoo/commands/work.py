@@ -94,14 +94,14 @@ def _outcome(rows: Iterable[Mapping[str, Any]]) -> Outcome:
     return Outcome(FAILED, words) if words else Outcome()
 
 
-WORDS = {"speed": "cells", "peer": "matches", "budget": "budgets", "quality": "trainings"}
+WORDS = {"speed": "cells", "peer": "matches", "budget": "budgets", "quality": "trainings", "portrait": "pictures"}
 
 
 def failures(rows: Iterable[Mapping[str, Any]]) -> str:
     """How many results failed, in words; empty where none did.
 
     What a mechanism does not do is no failure. That a cell runs out of memory or time is what it was measured for; a
-    training that does was to end otherwise.
+    training or a picture that does was to end otherwise.
     """
     every, failed = Counter[str](), Counter[str]()
     for row in rows:
@@ -109,7 +109,7 @@ def failures(rows: Iterable[Mapping[str, Any]]) -> str:
             continue
         every[row["kind"]] += 1
         fine = {"ok", "unsupported"}
-        if row["kind"] != "quality":
+        if row["kind"] not in ("quality", "portrait"):
             fine |= {"oom", "oom_predicted", "timeout", "missing"}
         failed[row["kind"]] += row["status"] not in fine
     parts = [f"{number} of {every[kind]} {WORDS[kind]}" for kind, number in failed.items() if number]

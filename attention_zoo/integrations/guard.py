@@ -36,6 +36,10 @@ _HANDED_ON = frozenset(
 
 
 _ATTENTION = re.compile(r"^class (\w*Attention)\((?:torch\.)?nn\.Module\):", re.MULTILINE)
+_MAKES_BIAS = "if position_bias is None:"
+"""In a layer that has one at every call."""
+_ADDED = re.compile(r"attention_mask = torch\.ones\(.*\(1(?:\.0)? - \w*attention_mask\) \*", re.DOTALL)
+"""How masks to be added are made of masks of padding, and these where there are none."""
 
 
 class Description(Tensor):
@@ -63,9 +67,9 @@ def refuse_others(base: type, prefix: str) -> None:
     @functools.wraps(check)
     def checked(self: Any, attn_implementation: str | None, *args: Any, **kwargs: Any) -> Any:
         if str(attn_implementation).startswith(prefix):
-            through, own = how_it_attends(type(self), base)
-            if not through:
-                raise Unsupported(type(self).__name__, f'attn_implementation="{attn_implementation}"', OWN, INSTEAD)
+            reason, own = how_it_attends(type(self), base)
+            if reason is not None:
+                raise Unsupported(type(self).__name__, f'attn_implementation="{attn_implementation}"', reason, INSTEAD)
             if own:
                 warnings.warn(
                     f"{type(self).__name__}: where it uses {' or '.join(own)}, that layer keeps its own attention, "
@@ -78,18 +82,22 @@ def refuse_others(base: type, prefix: str) -> None:
     base._check_and_adjust_attn_implementation = checked  # type: ignore[attr-defined]
 
 
-def how_it_attends(model: type, base: type) -> tuple[bool, tuple[str, ...]]:
-    """Whether a model class, and all that it is derived from, leaves its attention to transformers' interface.
+def how_it_attends(model: type, base: type) -> tuple[str | None, tuple[str, ...]]:
+    """Why a model class, or one that it is derived from, cannot leave its attention to ours; None if it can.
+
+    What hangs on options or on the call (softcaps, sinks, chunks, masks of some parts) is refused there, by name.
 
     Classes whose source cannot be read (written at a prompt) are judged by those that they are derived from.
 
     Returns:
-        that, and which attention layers of its module do not, where others do.
+        that, and which attention layers of its module do not attend through the interface, where others do.
     """
     sources = [_source(each) for each in model.__mro__ if issubclass(each, base) and each is not base]
     known = [source for source in sources if source]
     own = {name for source in known for name in _own_attention(source)}
-    return bool(known) and not any(map(_attends_itself, known)), tuple(sorted(own))
+    if not known or any(map(_attends_itself, known)):
+        return OWN, ()
+    return next(filter(None, map(_always_beyond, known)), None), tuple(sorted(own))
 
 
 def _attends_itself(source: str) -> bool:
@@ -100,13 +108,28 @@ def _attends_itself(source: str) -> bool:
 
 
 @functools.cache
+def _always_beyond(source: str) -> str | None:
+    """What a module gives the interface at every call that no pattern can honour (T5's kind, LayoutLM's kind)."""
+    layers = [text for text in _parts(source) if "attention_interface(" in text]
+    if layers and all("position_bias=position_bias" in text and _MAKES_BIAS in text for text in layers):
+        return "its layers add a bias of their own to the scores (position_bias), which a pattern cannot honour"
+    if "masking_utils" not in source and re.search(_ADDED, source):
+        return "it makes masks that are added to scores by itself, not by transformers' masks, which say who sees whom"
+    return None
+
+
+@functools.cache
 def _own_attention(source: str) -> tuple[str, ...]:
     """Names of the attention layers of a module that turn scores into weights themselves."""
-    parts = re.split(r"^(?=class |def |@)", source, flags=re.MULTILINE)
-    found = [(re.match(_ATTENTION, text), text) for text in parts]
+    found = [(re.match(_ATTENTION, text), text) for text in _parts(source)]
     return tuple(
         match.group(1) for match, text in found if match and "softmax(" in text and "ALL_ATTENTION_FUNC" not in text
     )
+
+
+def _parts(source: str) -> list[str]:
+    """Classes and functions of a module."""
+    return re.split(r"^(?=class |def |@)", source, flags=re.MULTILINE)
 
 
 def _source(model: type) -> str:

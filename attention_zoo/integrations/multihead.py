@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from attention_zoo.attention.calls import fits, refuse_trace
 from attention_zoo.attention.operator import refuse_export
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Unsupported
@@ -116,6 +117,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             if not (query is key is value) or key_padding_mask is not None or not self.batch_first:
                 raise ValueError("nested tensors must be query, key and value at once, with batch_first and no padding")
             return self._nested(query, need_weights, attn_mask, average_attn_weights, is_causal), None
+        refuse_trace(self.attention)
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            fits(self, x, name)
         weighed = self.attention == "full" if need_weights is None else need_weights
         itself = query is key or query.is_set_to(key)
         self._check_shape(attn_mask, query, key)

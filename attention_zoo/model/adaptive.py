@@ -17,11 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
 from torch import Tensor, nn
 
 from attention_zoo.options import Factor, Natural, Positive, Probability, checked
@@ -43,7 +42,7 @@ class AdaptiveEmbedding(nn.Module):
     options = ("cutoffs", "divide", "width", "scale", "dropout")
     types: None = None
 
-    @checked
+    @checked(prefix="embedding.")
     def __init__(
         self,
         *,
@@ -53,16 +52,16 @@ class AdaptiveEmbedding(nn.Module):
         divide: Positive = 1,
         width: Positive | None = None,
         scale: Factor | None = None,
-        dropout: Annotated[Probability, Field(title="embedding dropout")] = 0.0,
+        dropout: Probability = 0.0,
     ):
         super().__init__()
         width = dim if width is None else width
         self.borders = (0, *cutoffs, vocab)
         if any(high <= low for low, high in pairwise(self.borders)):
-            raise ValueError(f"cutoffs must rise between 0 and vocab={vocab}, got {list(cutoffs)}")
+            raise ValueError(f"embedding.cutoffs must rise between 0 and vocab={vocab}, got {list(cutoffs)}")
         if width // divide ** (clusters := len(cutoffs)) < 1:
             raise ValueError(
-                f"width {width} over divide={divide} to the power of {clusters} leaves the last cluster none"
+                f"embedding.width {width} over divide={divide} to the power of {clusters} leaves the last cluster none"
             )
         self.num_embeddings, self.embedding_dim, self.divide = vocab, dim, divide
         self.scale = dim**0.5 if scale is None else scale
@@ -108,13 +107,15 @@ class AdaptiveSoftmax(nn.Module):
 
     options = ("tied_projections",)
 
-    @checked
+    @checked(prefix="head.")
     def __init__(self, embedding: AdaptiveEmbedding, *, tied: bool, tied_projections: bool | Sequence[bool] = True):
         super().__init__()
         clusters = len(embedding.widths)
         shared = [tied_projections] * clusters if isinstance(tied_projections, bool) else list(tied_projections)
         if len(shared) != clusters:
-            raise ValueError(f"tied_projections must be one word, or one for each of {clusters} clusters, got {shared}")
+            raise ValueError(
+                f"head.tied_projections must be one word, or one for each of {clusters} clusters, got {shared}"
+            )
         dim, tables = embedding.embedding_dim, embedding.tables
         self.borders = embedding.borders
         self.weights = nn.ParameterList(

@@ -7,11 +7,10 @@ Drawn at E^-1/2 and scaled by √E when read (Vaswani et al. 2017, §3.4), so th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
 from torch import Tensor, nn
 
 from attention_zoo.contract import known_options
@@ -35,7 +34,7 @@ class TokenEmbedding(nn.Embedding):
 
     options = ("scale", "types", "normed", "dropout")
 
-    @checked
+    @checked(prefix="embedding.")
     def __init__(
         self,
         *,
@@ -45,7 +44,7 @@ class TokenEmbedding(nn.Embedding):
         types: Natural = 0,
         normed: bool = False,
         norm: Named = "layer",
-        dropout: Annotated[Probability, Field(title="embedding dropout")] = 0.0,
+        dropout: Probability = 0.0,
     ):
         super().__init__(vocab, dim)
         nn.init.normal_(self.weight, std=dim**-0.5)

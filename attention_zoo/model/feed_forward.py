@@ -45,7 +45,7 @@ class FeedForward(Layer):
 
     options = ("width", "bias")
 
-    @checked
+    @checked(prefix="feed_forward.")
     def __init__(
         self,
         *,

@@ -34,7 +34,7 @@ class LanguageModel(nn.Module):
 
     options = ("bias", "transform")
 
-    @checked
+    @checked(prefix="head.")
     def __init__(
         self,
         embedding: TokenEmbedding,

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from attention_zoo import registry
+from attention_zoo.attention.calls import check_ids
 from attention_zoo.contract import (
     Source,
     Tokens,
@@ -294,6 +295,7 @@ class Transformer(nn.Module):
         return tokens.position if _is_dense(tokens) else tokens.position.masked_fill(~tokens.valid, 0)
 
     def _check(self, ids, tokens, types, state, source, fresh, last_only) -> None:
+        check_ids(self.embedding, ids, types)
         if not is_integers(ids) or ids.ndim != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids must be integers [batch, length >= 1], got {of_tensor(ids)}")
         if tokens is not None:

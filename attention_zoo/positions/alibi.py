@@ -6,11 +6,14 @@ code interleaves a second series there; the geometric one needs no such case).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from attention_zoo.constants import made_once
+from attention_zoo.constants import constant, numbers
 from attention_zoo.contract import Tokens
+from attention_zoo.options import Heads, Positive
 from attention_zoo.positions.scheme import AttentionPositions
 
 
@@ -19,13 +22,17 @@ class Alibi(AttentionPositions):
 
     has_bias = True
 
+    def __init__(self, *, heads: Heads, head_width: Positive):
+        super().__init__(heads=heads, head_width=head_width)
+        self.slopes = _slopes(heads)
+
     def bias(self, queries: Tokens, keys: Tokens, dtype: torch.dtype) -> Tensor:
         distance = (queries.position[:, :, None] - keys.position[:, None, :]).abs()
-        slope = _slopes(self.heads, like=distance, dtype=dtype)
+        slope = constant(self.slopes, like=distance, dtype=dtype)
         return -slope[:, None, None] * distance[:, None].to(dtype)
 
 
-@made_once
-def _slopes(heads: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    slope = 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float64, device="cpu") / heads)
-    return slope.to(torch.promote_types(dtype, torch.float32)).to(device, dtype)
+@lru_cache(maxsize=64)
+def _slopes(heads: int) -> tuple[float, ...]:
+    """[H], by torch's own power, whose last bit is not always Python's."""
+    return numbers(lambda: 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float64, device="cpu") / heads))

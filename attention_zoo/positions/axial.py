@@ -30,7 +30,7 @@ class Axial(nn.Module):
 
     options: ClassVar[tuple[str, ...]] = ("columns", "row_width", "scale")
 
-    @checked
+    @checked(prefix="positions.")
     def __init__(
         self,
         *,
@@ -45,7 +45,7 @@ class Axial(nn.Module):
         self.columns = math.isqrt(max_length - 1) + 1 if columns is None else columns
         row_width = dim // 2 if row_width is None else row_width
         if not 0 <= row_width <= dim:
-            raise ValueError(f"row_width must be between 0 and dim={dim}, got {row_width}")
+            raise ValueError(f"positions.row_width must be between 0 and dim={dim}, got {row_width}")
         self.row = nn.Embedding(-(-max_length // self.columns), row_width)
         self.column = nn.Embedding(self.columns, dim - row_width)
         for table in (self.row, self.column):

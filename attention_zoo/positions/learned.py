@@ -24,7 +24,7 @@ class Learned(nn.Module):
 
     options = ("scale", "uncounted")
 
-    @checked
+    @checked(prefix="positions.")
     def __init__(
         self, *, dim: Positive, max_length: Positive, scale: Factor | None = None, uncounted: Natural | None = None
     ):

@@ -53,10 +53,10 @@ class Rotary(AttentionPositions):
             raise ValueError(f"positions=rotary needs an even head_width, got {head_width}")
         for name, value in (("base", base), ("factor", factor)):
             if value < 1e-6:
-                raise ValueError(f"{name} must be at least 1e-06, so that angles are finite, got {value!r}")
+                raise ValueError(f"positions.{name} must be at least 1e-06, so that angles are finite, got {value!r}")
         if not 0 < low_freq_factor < high_freq_factor:
             raise ValueError(
-                f"low_freq_factor must be above 0 and below high_freq_factor, got {low_freq_factor!r} "
+                f"positions.low_freq_factor must be above 0 and below high_freq_factor, got {low_freq_factor!r} "
                 f"and {high_freq_factor!r}"
             )
         self.base, self.scaling, self.factor = base, scaling, factor

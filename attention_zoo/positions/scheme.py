@@ -22,7 +22,7 @@ class AttentionPositions(nn.Module):
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
         if "__init__" in cls.__dict__:
-            cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = checked(prefix="positions.")(cls.__init__)  # type: ignore[method-assign]
 
     @checked
     def __init__(self, *, heads: Heads, head_width: Positive):

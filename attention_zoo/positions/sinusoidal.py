@@ -27,7 +27,7 @@ class Sinusoidal(nn.Module):
 
     options: ClassVar[tuple[str, ...]] = ("base",)
 
-    @checked
+    @checked(prefix="positions.")
     def __init__(
         self,
         *,

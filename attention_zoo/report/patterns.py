@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from attention_zoo.contract import Layer
+from attention_zoo.contract import Layer, Unsupported
 from attention_zoo.measure.ends import Ended
 from attention_zoo.measure.environment import environment
 from attention_zoo.measure.identity import identity
@@ -83,7 +83,8 @@ def portrait(
         seed: of links, hashes and inputs.
 
     Returns:
-        a row; whatever goes wrong is recorded in it as status "failed", so that one backend cannot stop a report.
+        a row; whatever goes wrong is recorded in it as status "failed" (or "unsupported", what a mechanism does not
+        do), so that one backend cannot stop a report.
     """
     sizes = {"length": length, "dim": dim, "heads": heads, "seed": seed}
     given: dict[str, Any] = {"kind": "portrait", "name": name, **sizes}
@@ -98,7 +99,8 @@ def portrait(
     except Exception as error:  # recorded, not hidden: the report lists it
         return {
             "id": known, "config": given, "kind": "portrait", "backend": name, "length": length,
-            "environment": environment(), "status": "failed",
+            "environment": environment(),
+            "status": "unsupported" if isinstance(error, Unsupported) else "failed",
             "error": f"{type(error).__name__}: {error}".splitlines()[0],
         }  # fmt: skip
     return {

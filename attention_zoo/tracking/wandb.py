@@ -51,8 +51,7 @@ Timeout = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False, descripti
 
 
 class WandbTracker(Tracker):
-    """One W&B run. It holds a run only at its end, in `finish`: for `finish_timeout` at most, and where W&B has not
-    started by then for `init_timeout` more (and 30 s for what it does on this machine alone).
+    """One W&B run. It holds a run only at its end, in `finish`: for `finish_timeout` at most, started or not.
 
     Args:
         info: of the run.
@@ -61,8 +60,9 @@ class WandbTracker(Tracker):
         entity: W&B user or team; None is the key's own.
         group: replaces the sweep as the group.
         tags: of the run.
-        init_timeout: seconds to wait for the server at the start.
-        finish_timeout: seconds to wait for uploads at the end; what is not uploaded stays in the folder.
+        init_timeout: seconds to wait for the server at the start, while the run goes on.
+        finish_timeout: seconds that the run's end waits in all, for a start that is still to come and for uploads; what
+            is not uploaded by then stays in the folder.
     """
 
     @checked(prefix="tracker.")
@@ -99,7 +99,7 @@ class WandbTracker(Tracker):
         self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._said: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._process: _Process | None = None
-        self._started: float | None = None
+        self._started = False
         self._ended = threading.Event()
         self._closing = threading.Lock()
         self._closed = False
@@ -115,20 +115,20 @@ class WandbTracker(Tracker):
         self._send({"summary": summary | {f"final/{k}": v for k, v in row.get("metrics", {}).items()}})
 
     def finish(self, *, failed: bool) -> None:
-        self._close(int(failed), self.finish_timeout, self.init_timeout + LOCAL_SECONDS)
+        self._close(int(failed), self.finish_timeout)
 
     def stop(self) -> None:
-        self._close(1, min(self.finish_timeout, STOP_SECONDS), 0.0)
+        self._close(1, min(self.finish_timeout, STOP_SECONDS))
 
-    def _close(self, code: int, finish_s: float, start_s: float) -> None:
+    def _close(self, code: int, limit_s: float) -> None:
         called = time.monotonic()
         self._send({"finish": code})
         self._messages.put(None)
         try:
             while not self._ended.wait(0.02):
-                now, started = time.monotonic(), self._started
-                if now > (called + start_s if started is None else max(called, started)) + finish_s:
-                    self._say(f"W&B did not finish within {now - called:.0f} s and was ended; {self._cure()}")
+                if time.monotonic() > called + limit_s:
+                    what = "start and finish" if not self._started else "finish"
+                    self._say(f"W&B did not {what} within {limit_s:g} s and was ended; {self._cure()}")
                     break
         finally:
             with self._closing:
@@ -138,7 +138,8 @@ class WandbTracker(Tracker):
         self._tell()
 
     def _cure(self) -> str:
-        return f"{self.info.folder}/wandb has what it wrote down (wandb sync), metrics.jsonl has every figure"
+        written = f"{self.info.folder}/wandb has what it wrote down (wandb sync), "
+        return f"{'' if not self._started else written}metrics.jsonl has every figure"
 
     def _send(self, message: dict[str, Any]) -> None:
         if not self._ended.is_set():
@@ -183,7 +184,7 @@ class WandbTracker(Tracker):
             if "imported" in answer:
                 answer = process.answer(LOCAL_SECONDS if mode == "offline" else self.init_timeout)
             if "started" in answer:
-                self._started = time.monotonic()
+                self._started = True
                 return process if answer["started"] is not None else None
             process.end(0.0)
             problem = answer.get("problem", "no answer in time")

@@ -26,7 +26,7 @@ from . import Counts
 
 TITLE = "W&B: servers that refuse, stall, drip or die, its process stopped or killed, wrong settings"
 SMALL, LARGE = 2, 60
-INIT_SECONDS, FINISH_SECONDS = 3.0, 3.0
+INIT_SECONDS, FINISH_SECONDS = 3.0, 8.0
 LOCAL_SECONDS = 45.0
 """For interpreters that start and W&B's import on a busy machine; not a limit of the product."""
 
@@ -140,7 +140,7 @@ folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
 notices = []
 run = RunInfo(folder, "full", "0123456789abcdef", "full", "text-64", {"lr": 0.1}, notices.append)
 tracker = WandbTracker(run, **options)
-while sys.argv[3:] and tracker._started is None:
+while sys.argv[3:] and not (tracker._started or tracker._ended.is_set()):
     time.sleep(0.01)
 print("running", flush=True)
 sys.stdin.readline()
@@ -155,7 +155,12 @@ print(json.dumps({"logged": logged, "finished": time.monotonic() - began, "notic
 
 
 def follow(
-    folder: Path, environment: dict[str, str], *, hurt: str | None = None, started: bool = True
+    folder: Path,
+    environment: dict[str, str],
+    *,
+    hurt: str | None = None,
+    started: bool = False,
+    finish_s: float = 60.0,
 ) -> dict[str, Any]:
     """A tracked run in a process of its own.
 
@@ -163,7 +168,8 @@ def follow(
         folder: of the run.
         environment: beside that of this process, in which nothing of W&B's counts.
         hurt: one of `HURTS`.
-        started: hurt it once its run has started, not on the way.
+        started: hurt it, or end the run, once W&B has started, not on the way.
+        finish_s: what W&B may take at the end of the run.
 
     Returns:
         logged, finished (seconds), notices, stderr, and left: W&B's processes that outlived the run.
@@ -173,9 +179,9 @@ def follow(
     """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     clean |= {"HOME": str(folder), "NETRC": str(folder / "netrc"), "NO_PROXY": "127.0.0.1", **environment}
-    given = json.dumps({"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS})
+    given = json.dumps({"init_timeout": INIT_SECONDS, "finish_timeout": finish_s})
     process = subprocess.Popen(
-        [sys.executable, "-c", FOLLOWED, str(folder), given, *(["wait"] if hurt and started else [])],
+        [sys.executable, "-c", FOLLOWED, str(folder), given, *(["wait"] if started else [])],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean,
     )  # fmt: skip
     try:
@@ -186,7 +192,7 @@ def follow(
             number = signal.SIGSTOP if "stop" in hurt else signal.SIGKILL
             for pid in found if "all" in hurt else found[-1:]:
                 os.kill(pid, number)
-        output, errors = process.communicate("\n", timeout=INIT_SECONDS + 2 * FINISH_SECONDS + LOCAL_SECONDS)
+        output, errors = process.communicate("\n", timeout=finish_s + LOCAL_SECONDS)
     finally:
         process.kill()
         process.communicate()
@@ -267,7 +273,13 @@ def _throw(rng: random.Random) -> Iterator[tuple[str, str]]:
         faults = {"server": f"{fault} from the {begins} on", "hurt": f"{hurt}, {where}", "settings": str(settings)}
         said = f"{kind}: {faults[kind]}"
         try:
-            row = follow(Path(place), environment, hurt=hurt if kind == "hurt" else None, started=started)
+            row = follow(
+                Path(place),
+                environment,
+                hurt=hurt if kind == "hurt" else None,
+                started=started,
+                finish_s=FINISH_SECONDS,
+            )
         except subprocess.TimeoutExpired:
             yield "hung", said
             return

@@ -2,8 +2,8 @@
 
 A tile's parts see disjoint keys and are merged exactly (ops/softmax/partial.py); what is saved for backward is q, k, v,
 the output and one log-sum-exp per row, so memory is O(L·D) whatever the pattern. Gradients of keys and values
-accumulate in place: plain autograd through `k[:, :, a:b]` would allocate a full-size zero tensor per tile, which is quadratic
-(pytorch#9701).
+accumulate in place: plain autograd through `k[:, :, a:b]` would allocate a full-size zero tensor per tile, which is
+quadratic (pytorch#9701).
 """
 
 from __future__ import annotations
