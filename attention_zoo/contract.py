@@ -10,7 +10,7 @@ Letters, the same everywhere: B batch, L queries, S keys, H heads, K key/value h
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -114,16 +114,37 @@ class Abilities:
     truncated: bool = False
 
 
+catalogues: list[Callable[[], Mapping[str, Abilities]]] = []
+"""Who knows mechanisms by name: the registry, which stands above, enters itself here."""
+
+
+def able(**wanted: Any) -> str:
+    """Names of the mechanisms that declare what a message asks for, joined by "or": `able(cross=True)`.
+
+    Args:
+        wanted: field of `Abilities` -> the value that is needed, or a tuple of those that will do.
+    """
+    known = {name: can for catalogue in catalogues for name, can in catalogue().items()}
+    values = {field: value if isinstance(value, tuple) else (value,) for field, value in wanted.items()}
+    found = [name for name, can in known.items() if all(getattr(can, field) in values[field] for field in values)]
+    return " or ".join(found) or "a mechanism that declares " + ", ".join(values)
+
+
 class Layer(nn.Module):
     """Whatever answers the one call: an attention, a block, a stack, a wrapper."""
 
-    @property
-    def abilities(self) -> Abilities:
-        raise NotImplementedError
-
     def initial_state(self, batch_size: int) -> Any:
-        """An empty state for `batch_size` rows, on the layer's device and in its dtype."""
-        raise NotImplementedError
+        """An empty state for `batch_size` rows, on the layer's device and in its dtype.
+
+        Raises:
+            Unsupported: unless the layer says what its state is.
+        """
+        raise Unsupported(
+            type(self).__name__,
+            "state",
+            "it has no initial_state, hence keeps none",
+            "state=None and all tokens at once",
+        )
 
     def forward(
         self,
@@ -180,6 +201,7 @@ class Attention(Layer):
             tests under them (window 3, chunk 4, ...). Whole numbers among them are taken for lengths in tokens.
         companions: layers that models of this backend mix in and that are no backends: part -> class, as dotted names.
             They are built as "backend.part".
+        wraps: whether it stands around another layer, its option `inner`; see `model.wrapper`.
 
     Raises:
         Unsupported: for what the mechanism does not declare in `declared`.
@@ -190,6 +212,7 @@ class Attention(Layer):
     declared: ClassVar[Abilities]
     tiny: ClassVar[Mapping[str, Any]] = {}
     companions: ClassVar[Mapping[str, str]] = {}
+    wraps: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -228,13 +251,13 @@ class Attention(Layer):
         self.bias_into, self.bias_out = bias in (True, "into"), bias in (True, "out")
         can = self.declared
         if cross and not can.cross:
-            raise Unsupported(self.name, "cross=True", "it attends to its own tokens only", "attention=full")
+            raise Unsupported(self.name, "cross=True", "it attends to its own tokens only", able(cross=True))
         if cross and causal:
             raise ValueError("cross=True needs causal=False: the source is complete before the first query")
         if not causal and not can.two_sided:
-            raise Unsupported(self.name, "causal=False", "the mechanism only looks back", "longformer or bigbird")
+            raise Unsupported(self.name, "causal=False", "the mechanism only looks back", able(two_sided=True))
         if causal and can.causality == "none":
-            raise Unsupported(self.name, "causal=True", "the mechanism has no causal form", "longformer or full")
+            raise Unsupported(self.name, "causal=True", "the mechanism has no causal form", able(causality="strict"))
         if positions not in can.positions:
             raise Unsupported(
                 self.name, f"positions={positions}", "its scores do not take that scheme", " or ".join(can.positions)
@@ -300,7 +323,8 @@ class Attention(Layer):
         check_tokens(tokens, x.shape[:2])
         check_place(tokens, x)
         if self.declared.global_tokens == "none" and bool((tokens.is_global & tokens.valid).any()):
-            raise Unsupported(self.name, "global tokens", "no token can see everything", "longformer, bigbird or full")
+            others = able(global_tokens=("any", "first_call"))
+            raise Unsupported(self.name, "global tokens", "no token can see everything", others)
         (tokens,) = hold(tokens)
         return x.masked_fill(~tokens.valid[..., None], 0), tokens
 

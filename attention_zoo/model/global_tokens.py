@@ -1,92 +1,124 @@
-"""ETC's extra global tokens: learned embeddings at the start of each document that see all and are seen by all.
+"""Global tokens: learned embeddings at the start of each document that see all and are seen by all. A wrapper.
 
-Ainslie et al. 2020; Zaheer et al. 2020, §2 (BigBird-ETC). A mechanism asks for them by its attribute
-`extra_global_tokens`; the skeleton inserts them behind the embeddings and takes them out of the result. They stand at
-positions 0 .. count-1 of their document, and the text follows. O(count) further columns for each document.
+Ainslie et al. 2020 (ETC); Zaheer et al. 2020, §2 (BigBird-ETC). They are put in before the first block and taken out
+after the last. They stand at positions 0 .. count-1 of their document, and the text follows: in a stream they are put
+in once. O(count) further columns for each document.
+
+Paper: the global tokens are a sequence of their own, with projections and relative positions of their own.
+
+Released code: ETC's is for TensorFlow alone, and no checkpoint of it is converted here.
+
+Here: columns of the one sequence, which any mechanism with global tokens takes; what projections they go through is
+its say. BigBird's option `extra_global_tokens` puts this wrapper around its stack, and has no global blocks then.
+
+Checked: against a loop over documents that writes the tokens in front (tests/references/global_tokens.py), in pieces,
+packed and padded, against the whole call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Held, Layer, Tokens, Unsupported
+from attention_zoo.contract import Abilities, Held, Layer, Output, Source, Tokens, Unsupported, able
+from attention_zoo.model.wrapper import Nested, Wrapper
+from attention_zoo.options import Positive
 
 
-class ExtraGlobalTokens(nn.Module):
-    """Insert before every token that starts a document: in a stream, once.
+class GlobalTokens(Wrapper):
+    """Learned global tokens before every token that starts a document.
 
     Args:
+        inner: what they are for: any mechanism that has global tokens, or a list of such for a stack.
         count: number of tokens.
-        dim: model width E.
+        shared: the options of `Attention`, for the mechanism inside.
     """
 
-    def __init__(self, *, count: int, dim: int):
-        super().__init__()
-        self.embedding = nn.Parameter(torch.randn(count, dim))
+    name = "global_tokens"
+    tiny = {"count": 2}
+
+    def __init__(self, *, inner: Any = "full", count: Positive = 4, **shared: Any):
+        super().__init__(inner=inner, **shared)
+        self.embedding = nn.Parameter(torch.randn(count, self.dim))
 
     @staticmethod
-    def asked_for(layers: Sequence[Layer], dim: int) -> ExtraGlobalTokens | None:
-        """As many as the layers ask for, None if none does.
+    def abilities_around(inner: Abilities) -> Abilities:
+        if inner.global_tokens == "none":
+            raise Unsupported(
+                "global_tokens", "a mechanism inside without global tokens", "no token could see everything",
+                able(global_tokens=("any", "first_call")),
+            )  # fmt: skip
+        return Wrapper.abilities_around(inner)
 
-        Raises:
-            ValueError: if they ask for different numbers.
-            Unsupported: if one asks and another knows no global tokens.
-        """
-        counts = {count for layer in layers if (count := getattr(layer, "extra_global_tokens", 0))}
-        if len(counts) > 1:
-            raise ValueError(f"extra_global_tokens must be the same in all layers that ask, got {sorted(counts)}")
-        if not counts:
-            return None
-        for layer in layers:
-            name = getattr(layer, "name", type(layer).__name__)
-            if layer.abilities.global_tokens == "none":
-                raise Unsupported(
-                    name, "extra_global_tokens of another layer", "no token can see everything", "longformer or full"
-                )
-        return ExtraGlobalTokens(count=counts.pop(), dim=dim)
+    def forward(
+        self,
+        x: Float[Tensor, "B L E"],
+        tokens: Tokens | None = None,
+        *,
+        state: Nested | None = None,
+        source: Source | None = None,
+        choices: Any = None,
+    ) -> Output:
+        x, tokens = self.enter(x, tokens, state, source)
+        x, tokens, columns = insert(x, tokens, self.embedding)
+        before = None if state is None else state.inner
+        out = self.inside(x, tokens, state=before, source=source, choices=choices)
+        hidden = out.hidden.gather(1, columns[..., None].expand(*columns.shape, out.hidden.shape[-1]))
+        return out._replace(hidden=hidden, state=None if state is None else Nested((), out.state))
 
-    def insert(
-        self, x: Float[Tensor, "B L E"], tokens: Tokens | None
-    ) -> tuple[Float[Tensor, "B L2 E"], Tokens, Int[Tensor, "B L"]]:
-        """x and its tokens with the extra ones among them, and the column where each column of x went."""
-        B, L, E = x.shape
-        count = len(self.embedding)
-        if tokens is None:
-            tokens = Tokens.all_valid(B, L, x.device)
-        starts = tokens.valid & (tokens.position == 0)
-        before = starts.long().cumsum(1) * count
-        columns = torch.arange(L, device=x.device) + before
-        width = L + (int(before[:, -1].max()) if B else count)
-        # every start reserves the `count` columns before its own
-        places = columns[..., None] - count + torch.arange(count, device=x.device)
-        row, column, number = (starts[..., None] & (places >= 0)).nonzero(as_tuple=True)
-        target = places[row, column, number]
 
-        wide = x.new_zeros(B, width, E).scatter(1, columns[..., None].expand(B, L, E), x)
-        wide = wide.index_put((row, target), self.embedding[number].to(x.dtype))
+def insert(
+    x: Float[Tensor, "B L E"], tokens: Tokens, vectors: Float[Tensor, "n E"]
+) -> tuple[Float[Tensor, "B L2 E"], Tokens, Int[Tensor, "B L"]]:
+    """x and its tokens with n global ones before each start of a document, and the column where each column went."""
+    B, L, E = x.shape
+    count = len(vectors)
+    starts = tokens.valid & (tokens.position == 0)
+    before = starts.long().cumsum(1) * count
+    columns = torch.arange(L, device=x.device) + before
+    width = L + (int(before[:, -1].max()) if B else count)
+    # every start reserves the `count` columns before its own
+    places = columns[..., None] - count + torch.arange(count, device=x.device)
+    row, column, number = (starts[..., None] & (places >= 0)).nonzero(as_tuple=True)
+    target = places[row, column, number]
 
-        def spread(field: Tensor, extra: Tensor, filler: int | bool) -> Tensor:
-            out = field.new_full((B, width), filler).scatter(1, columns, field)
-            return out.index_put((row, target), extra.to(field.dtype))
+    wide = x.new_zeros(B, width, E).scatter(1, columns[..., None].expand(B, L, E), x)
+    wide = wide.index_put((row, target), vectors[number].to(x.dtype))
 
-        yes = torch.ones_like(number, dtype=torch.bool)
-        return (
-            wide,
-            Held(
-                spread(tokens.position + count, number, 0),
-                spread(tokens.valid, yes, False),
-                spread(tokens.is_global, yes, False),
-                spread(tokens.document, tokens.document[row, column], 0),
-                spread(tokens.length + count, tokens.length[row, column] + count, 0),
-            ),
-            columns,
-        )
+    def spread(field: Tensor, extra: Tensor, filler: int | bool) -> Tensor:
+        out = field.new_full((B, width), filler).scatter(1, columns, field)
+        return out.index_put((row, target), extra.to(field.dtype))
 
-    @staticmethod
-    def strip(hidden: Float[Tensor, "B L2 E"], columns: Int[Tensor, "B L"]) -> Float[Tensor, "B L E"]:
-        """The columns of the text alone."""
-        return hidden.gather(1, columns[..., None].expand(*columns.shape, hidden.shape[-1]))
+    yes = torch.ones_like(number, dtype=torch.bool)
+    held = Held(
+        spread(tokens.position + count, number, 0),
+        spread(tokens.valid, yes, False),
+        spread(tokens.is_global, yes, False),
+        spread(tokens.document, tokens.document[row, column], 0),
+        spread(tokens.length + count, tokens.length[row, column] + count, 0),
+    )
+    return wide, held, columns
+
+
+def asked_for(layers: Sequence[Layer]) -> int:
+    """How many extra global tokens mechanisms ask for by their attribute `extra_global_tokens`, 0 if none does.
+
+    Raises:
+        ValueError: if they ask for different numbers.
+        Unsupported: if one asks and another knows no global tokens.
+    """
+    counts = {count for layer in layers if (count := getattr(layer, "extra_global_tokens", 0))}
+    if len(counts) > 1:
+        raise ValueError(f"extra_global_tokens must be the same in all layers that ask, got {sorted(counts)}")
+    for layer in layers if counts else ():
+        can = getattr(layer, "abilities", None)
+        if can is None or can.global_tokens == "none":
+            raise Unsupported(
+                getattr(layer, "name", type(layer).__name__), "extra_global_tokens of another layer",
+                "no token can see everything", able(global_tokens=("any", "first_call")),
+            )  # fmt: skip
+    return counts.pop() if counts else 0
