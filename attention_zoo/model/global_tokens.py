@@ -49,7 +49,7 @@ class GlobalTokens(Wrapper):
     def abilities_around(inner: Abilities) -> Abilities:
         if inner.global_tokens == "none":
             raise Unsupported(
-                "global_tokens", "a mechanism inside without global tokens", "no token could see everything",
+                "global_tokens", "a mechanism without global tokens", "no token can see everything",
                 able(global_tokens=("any", "first_call")),
             )  # fmt: skip
         return Wrapper.abilities_around(inner)

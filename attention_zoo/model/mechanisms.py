@@ -123,13 +123,17 @@ def _is_registered(cls: type[Attention]) -> bool:
         return False
 
 
-def mechanisms(attention: Any, around: Sequence[Any] = ()) -> Mechanisms:
+def mechanisms(attention: Any, around: Any = ()) -> Mechanisms:
     """What `around` and `attention` say: the wrappers of either, and what stands inside them all.
+
+    Args:
+        attention: see the module.
+        around: a wrapper, or a list of wrappers from the outermost on.
 
     Raises:
         ValueError: as `entries`, and for what is no wrapper in `around`.
     """
-    wrappers = [_wrapper(one) for one in around]
+    wrappers = outer(around)
     handed: dict[str, Any] = {}
     listed = entries(attention)
     while listed[0].wraps:
@@ -140,6 +144,12 @@ def mechanisms(attention: Any, around: Sequence[Any] = ()) -> Mechanisms:
             raise ValueError(f"inner must say which mechanism the stack is made of, got {shown(entry.inner)}")
         listed = entries(entry.inner, option="inner")
     return Mechanisms(wrappers, listed, handed)
+
+
+def outer(around: Any) -> list[Entry]:
+    """The wrappers that the option `around` says."""
+    listed = isinstance(around, Sequence) and not isinstance(around, str)
+    return [_wrapper(one) for one in (around if listed else [around])]
 
 
 def _wrapper(one: Any) -> Entry:

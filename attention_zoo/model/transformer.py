@@ -11,7 +11,7 @@ norm of a pre-norm stack is here.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ from attention_zoo.model.embedding import build_embedding
 from attention_zoo.model.feed_forward import with_flat
 from attention_zoo.model.global_tokens import GlobalTokens, asked_for
 from attention_zoo.model.heads import POOLINGS, build_head
-from attention_zoo.model.mechanisms import entries, layers, mechanisms, wrapped
+from attention_zoo.model.mechanisms import entries, layers, mechanisms, outer, wrapped
 from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.reversible import ReversibleStack
 from attention_zoo.model.state import Running
@@ -136,7 +136,7 @@ class Transformer(nn.Module):
         embedding: Mapping[str, Any] | None = None,
         tied: bool = True,
         reversible: Annotated[bool | str, OneOf(False, True, "both"), Field(description=ENDS)] = False,
-        around: Sequence[Any] = (),
+        around: Any = (),
         last_norm: bool = True,
         max_length: Positive = 4096,
         seed: Seed = 0,
@@ -149,7 +149,7 @@ class Transformer(nn.Module):
         self.config = {
             **given,
             "attention": [entry.plain for entry in entries(attention)],
-            "around": [entry.plain for entry in asked.wrappers[: len(around)]],
+            "around": [entry.plain for entry in outer(around)],
         }
         self.vocab, self.dim, self.causal, self.cross = vocab, dim, causal, cross
         shared = {"dim": dim, "heads": heads, "causal": causal}

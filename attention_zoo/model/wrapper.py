@@ -82,8 +82,12 @@ class Wrapper(Attention):
     def __init__(self, *, inner: Any = "full", dim: Positive, heads: Heads, **shared: Any):
         check_target(type(self), shared)
         child = inner if isinstance(inner, Layer) else self._built(inner, {"dim": dim, "heads": heads, **shared})
-        # of this very one; the class says it for the default child
-        self.__dict__["declared"] = self.abilities_around(abilities_of(child))
+        try:
+            can = self.abilities_around(abilities_of(child))
+        except Unsupported as error:
+            inside = {str(getattr(each, "name", type(each).__name__)) for each in attentions(child) or [child]}
+            raise self._refused(error, " and ".join(sorted(inside))) from None
+        self.__dict__["declared"] = can  # of this very one; the class says it for the default child
         super().__init__(dim=dim, heads=heads, **shared)
         self.inner = child
 
@@ -145,8 +149,9 @@ class Wrapper(Attention):
         except Unsupported as error:
             raise self._refused(error) from None
 
-    def _refused(self, error: Unsupported) -> Unsupported:
-        return Unsupported(f"{self.name} around {error.backend}", error.option, error.reason, error.instead)
+    def _refused(self, error: Unsupported, inside: str | None = None) -> Unsupported:
+        backend = f"{self.name} around {inside or error.backend}"
+        return Unsupported(backend, error.option, error.reason, error.instead)
 
     def _check_state(self, state: Any, batch: int) -> None:
         if not isinstance(state, Nested):
