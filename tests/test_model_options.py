@@ -153,7 +153,7 @@ def test_the_older_flat_form_of_the_feed_forward_is_the_same() -> None:
         models = []
         for options in (flat, {"feed_forward": mapping}):
             torch.manual_seed(0)
-            models.append(Transformer(**given, **options))
+            models.append(zoo.Transformer(**given, **options))
         one, other = (model.state_dict() for model in models)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)

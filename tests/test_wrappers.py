@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -27,44 +28,12 @@ from attention_zoo.registry import recipe
 from attention_zoo.testing import contract_checks
 from attention_zoo.testing.numerics import definition
 
-MEMORY = '''
-"""A memory of what the stack has said, handed from token to token and from call to call."""
-import torch
-from torch import nn
-from attention_zoo import Nested, Wrapper
-
-class Memory(Wrapper):
-    """Adds what it remembers.
-
-    Args:
-        decay: of the memory with each token.
-        shared: see `Wrapper`.
-    """
-
-    name = "memory"
-
-    def __init__(self, *, decay: float = 0.5, **shared):
-        super().__init__(**shared)
-        self.decay, self.gate = decay, nn.Parameter(torch.rand(self.dim))
-
-    def own_state(self, batch_size):
-        return self.gate.new_zeros(batch_size, self.dim)
-
-    def forward(self, x, tokens=None, *, state=None, source=None, choices=None):
-        x, tokens = self.enter(x, tokens, state, source)
-        out = self.inside(x, tokens, state=state and state.inner, source=source, choices=choices)
-        memory, said = state.own if state else self.own_state(len(x)), []
-        starts, valid = (tokens.valid & (tokens.position == 0))[..., None], tokens.valid[..., None]
-        for column, hidden in enumerate(out.hidden.unbind(1)):
-            memory = memory.masked_fill(starts[:, column], 0)
-            said.append(hidden + self.gate * memory)
-            memory = torch.where(valid[:, column], self.decay * memory + hidden, memory)
-        return out._replace(hidden=torch.stack(said, 1), state=state and Nested(memory, out.state))
-'''
-"""A wrapper as a user writes it: a package of one file and an entry point."""
+README = (Path(__file__).parents[1] / "README.md").read_text()
+(MEMORY,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class Memory" in block)
+"""A wrapper as a user writes it, from the README: a package of this one file and an entry point."""
 
 STACKS: list[dict[str, Any]] = [
-    {"attention": {"name": "memory", "inner": entry("longformer"), "decay": 0.7}},
+    {"attention": {"name": "memory", "inner": entry("longformer")}},
     {"attention": {"name": "memory", "inner": [entry("longformer"), entry("transformer_xl")]}},
     {"attention": entry("full", positions="rotary"), "around": ["memory", {"name": "global_tokens", "count": 2}]},
     {"attention": {"name": "global_tokens", "inner": {"name": "memory", "inner": entry("bigbird")}}, "short_conv": 3},
@@ -244,6 +213,26 @@ def test_weights_from_before_load(tmp_path: Path) -> None:
     assert torch.equal(zoo.load(path)(some_ids()).logits, model(some_ids()).logits)
 
 
+@pytest.mark.usefixtures("memory")
+def test_wrappers_on_either_side_of_an_encoder_and_decoder() -> None:
+    encoder = build({"attention": "global_tokens"}, causal=False, head="hidden")
+    decoder = build({"attention": "longformer", "around": ["memory", "global_tokens"]}, cross=True)
+    model = zoo.EncoderDecoder(encoder=encoder, decoder=decoder).double().eval()
+    ids, source = some_ids(), (some_ids(3, 7, seed=1), Tokens.of(ragged(7, [7, 3, 5], "left")))
+    assert far(in_pieces(model, ids, None, [4, 5, 13], source=source), model(ids, source=source).logits) < 1e-10
+
+
+# torch's own compiler warns of its own code
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute")
+@pytest.mark.usefixtures("memory")
+def test_a_compiled_model_is_the_same() -> None:
+    for around in (["memory"], ["global_tokens"]):
+        torch._dynamo.reset()
+        model = build({"attention": entry("longformer"), "around": around})
+        compiled = torch.compile(model, backend="aot_eager")
+        assert far(compiled(some_ids(), layout()).logits, model(some_ids(), layout()).logits) < 1e-10
+
+
 def tensors(tree: Any) -> Iterator[Tensor]:
     if isinstance(tree, Tensor):
         yield tree
@@ -263,7 +252,7 @@ def remembered(layer: Any, x: Tensor, tokens: Tokens) -> Tensor:
                 memory, document = torch.zeros_like(memory), int(tokens.document[row, column])
             said.append(hidden[row, column] + layer.gate * memory)
             if bool(tokens.valid[row, column]):
-                memory = layer.decay * memory + hidden[row, column]
+                memory = memory / 2 + hidden[row, column]
         rows.append(torch.stack(said))
     return torch.stack(rows)
 

@@ -113,6 +113,11 @@ class Wrapper(Attention):
         return replace(inner, cross=False, adjustable=())
 
     @property
+    def is_layer(self) -> bool:
+        """Whether it stands around one attention, not around a stack."""
+        return self.inner.is_layer if isinstance(self.inner, Wrapper) else isinstance(self.inner, Attention)
+
+    @property
     def attentions(self) -> list[Layer]:
         """The mechanisms inside: of each block of a stack, or the one layer."""
         return attentions(self.inner) or [*getattr(self.inner, "attentions", [self.inner])]
@@ -130,7 +135,7 @@ class Wrapper(Attention):
         self, x: Float[Tensor, "B L E"], tokens: Tokens | None, state: Any, source: Source | None
     ) -> tuple[Float[Tensor, "B L E"], Tokens]:
         """Check one call. Around a single layer padding is zeroed; a stack's calls are checked by the model."""
-        if isinstance(self.inner, Attention):
+        if self.is_layer:
             return super().enter(x, tokens, state, source)
         return x, Tokens.all_valid(x.shape[0], x.shape[1], x.device) if tokens is None else tokens
 
