@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from small_models import VOCAB, entry, far, in_pieces, packed, ragged, small, so
 from torch import Tensor, nn
 
 import attention_zoo as zoo
-from attention_zoo import Layer, Nested, Output, Tokens, Transformer, Unsupported, Wrapper
+from attention_zoo import Abilities, Layer, Nested, Output, Tokens, Transformer, Unsupported, Wrapper
 from attention_zoo.contract import able
 from attention_zoo.integrations import weights
 from attention_zoo.model import detach, reorder, reserve, state_bytes
@@ -300,6 +301,23 @@ def test_abilities_come_from_what_is_inside() -> None:
     mixed = small("longformer", "reformer")
     assert abilities_of(mixed.stack).causality == "values"
     assert zoo.build("global_tokens", dim=16, heads=2, inner="longformer").abilities.compute == "linear"
+
+
+def test_a_wrapper_says_what_it_can_around_others() -> None:
+    class Short(GlobalTokens):
+        """Keeps nothing from call to call."""
+
+        @staticmethod
+        def abilities_around(inner: Abilities) -> Abilities:
+            return replace(inner, carry="none")
+
+    assert Short.declared.carry == "none"
+    model = Transformer(attention=Short, vocab=VOCAB, dim=16, heads=2)
+    assert not model.carries
+    with pytest.raises(Unsupported, match="global_tokens: state is not supported: it keeps none around this"):
+        Short(dim=16, heads=2).initial_state(1)
+    with pytest.raises(TypeError, match=r"Stubborn must say abilities_around\(inner\), from which declared follows"):
+        type("Stubborn", (Wrapper,), {"declared": Short.declared})
 
 
 def test_messages_name_mechanisms_by_what_they_can() -> None:

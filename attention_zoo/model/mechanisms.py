@@ -35,14 +35,14 @@ class Entry(NamedTuple):
         options: given with the entry; they win over the skeleton's.
         plain: what stands for the entry in a saved model's config; None if nothing could.
         cls: its class; None for another callable.
-        inner: of a wrapper what it stands around, as `attention` says it.
+        inner: of a wrapper the mechanisms that it stands around; none if it was given a layer.
     """
 
     make: Callable[..., Layer]
     options: dict[str, Any]
     plain: dict[str, Any] | None
     cls: type[Attention] | None = None
-    inner: Any = None
+    inner: Sequence[Entry] = ()
 
     @property
     def wraps(self) -> bool:
@@ -59,7 +59,7 @@ class Mechanisms(NamedTuple):
     """
 
     wrappers: list[Entry]
-    listed: list[Entry]
+    listed: Sequence[Entry]
     handed: dict[str, Any]
 
 
@@ -108,12 +108,13 @@ def _checked(entry: Entry, defaults: Mapping[str, Any]) -> Entry:
     assert entry.cls is not None
     known = {**registry.options_of_class(entry.cls), **defaults, **entry.options}
     if isinstance(inner := known["inner"], Layer):
-        return entry._replace(plain=None, inner=inner)
+        return entry._replace(plain=None)
     if inner is None:
         raise ValueError(f"inner must name the mechanism that {entry.cls.name} stands around, got None")
-    within = [each.plain for each in entries(inner, option="inner")]
-    plain = None if entry.plain is None or None in within else {**entry.plain, "inner": within}
-    return entry._replace(plain=plain, inner=inner)
+    inside = entries(inner, option="inner")
+    plains = [each.plain for each in inside]
+    plain = None if entry.plain is None or None in plains else {**entry.plain, "inner": plains}
+    return entry._replace(plain=plain, inner=inside)
 
 
 def _is_registered(cls: type[Attention]) -> bool:
@@ -135,14 +136,16 @@ def mechanisms(attention: Any, around: Any = ()) -> Mechanisms:
     """
     wrappers = outer(around)
     handed: dict[str, Any] = {}
-    listed = entries(attention)
+    listed: Sequence[Entry] = entries(attention)
     while listed[0].wraps:
         (entry,) = listed
         handed |= {key: value for key, value in entry.options.items() if key in SHARED}
         wrappers.append(entry)
-        if isinstance(entry.inner, Layer):
-            raise ValueError(f"inner must say which mechanism the stack is made of, got {shown(entry.inner)}")
-        listed = entries(entry.inner, option="inner")
+        if not entry.inner:
+            raise ValueError(
+                f"inner must say which mechanism the stack is made of, got {shown(entry.options['inner'])}"
+            )
+        listed = entry.inner
     return Mechanisms(wrappers, listed, handed)
 
 
@@ -154,8 +157,8 @@ def outer(around: Any) -> list[Entry]:
 
 def _wrapper(one: Any) -> Entry:
     entry = _entry(one, "around")
-    known = " or ".join(registry.wrappers())
     if not entry.wraps:
+        known = " or ".join(registry.wrappers())
         raise ValueError(f"around must list wrappers, {known}, got {shown(one)}; attention says what stands inside")
     if given := (entry.options.keys() & {"inner", *SHARED}):
         raise ValueError(

@@ -60,7 +60,8 @@ class Nested(NamedTuple):
 
 
 class Wrapper(Attention):
-    """Base of all wrappers. A subclass says its `name` and `forward`, and `own_state` if it keeps one.
+    """Base of all wrappers. A subclass says its `name` and `forward`; `own_state` if it keeps one; and
+    `abilities_around` if it can do less, or more, than what stands inside.
 
     Args:
         inner: what it stands around: a mechanism as the option `attention` takes it, one alone where the wrapper is
@@ -76,8 +77,9 @@ class Wrapper(Attention):
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
-        if "declared" not in cls.__dict__:
-            cls.declared = cls.abilities_around(Full.declared)
+        if "declared" in cls.__dict__:
+            raise TypeError(f"{cls.__name__} must say abilities_around(inner), from which declared follows")
+        cls.declared = cls.abilities_around(Full.declared)
 
     def __init__(self, *, inner: Any = "full", dim: Positive, heads: Heads, **shared: Any):
         check_target(type(self), shared)

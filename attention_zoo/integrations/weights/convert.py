@@ -69,7 +69,7 @@ def open_model(source: str | Path) -> Transformer | EncoderDecoder:
         return convert(source)
     model = load(_file_in(path))
     if isinstance(model, Transformer) and (origin := model.config["origin"]):  # a file may be older than the caution
-        model.config["origin"] = {**caution(origin, model.config), **origin}
+        model.config["origin"] = {**origin, **caution(origin, model.config)}
     return model
 
 

@@ -5,7 +5,7 @@
 What the swap keeps is every weight: queries, keys and values enter the new mechanism as they are, and Longformer's
 global projections start as copies of them. Positions beyond the table repeat it from the start, which keeps the local
 structure that attention has learned everywhere but at the seams (the paper's finding; drawing them anew needs far more
-training). Where the new mechanism sees all that the old one saw, outputs are the same.
+training). Wrappers stay around the stack. Where the new mechanism sees all that the old one saw, outputs are the same.
 
 Rotary, sinusoidal and relative positions have no end; a rotary model may be stretched through `positions`.
 """
