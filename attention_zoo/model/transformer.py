@@ -45,7 +45,7 @@ from attention_zoo.model.mechanisms import entries, layers, mechanisms, outer, w
 from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.reversible import ReversibleStack
 from attention_zoo.model.state import Running
-from attention_zoo.model.wrapper import Nested, Wrapper, abilities_of
+from attention_zoo.model.wrapper import Nested, abilities_of
 from attention_zoo.ops.place import place_of
 from attention_zoo.options import Depth, Heads, Named, Positive, Probability, Seed, checked
 from attention_zoo.positions import EMBEDDING_LEVEL
@@ -351,14 +351,15 @@ class Transformer(nn.Module):
         if len(state.next) != batch:
             raise ValueError(f"state must have as many rows as ids, {batch}, got {len(state.next)}")
         layers, stack = state.layers, self.stack
-        while isinstance(stack, Wrapper):
+        while getattr(stack, "wraps", False):  # also where torch.compile stands in between
             if not isinstance(layers, Nested):
                 raise ValueError(f"state must be of a model with {stack.name} around its stack, got one without")
             layers, stack = layers.inner, stack.inner
-        if isinstance(layers, Nested):
+        blocks = getattr(stack, "layers", None)
+        if blocks is not None and isinstance(layers, Nested):
             raise ValueError("state must be of a model with as many wrappers around its stack, got one of more")
-        if isinstance(stack, Stack) and len(layers) != len(stack.layers):
-            raise ValueError(f"state must be of a model with {len(stack.layers)} blocks, got one of {len(layers)}")
+        if blocks is not None and len(layers) != len(blocks):
+            raise ValueError(f"state must be of a model with {len(blocks)} blocks, got one of {len(layers)}")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         renamed = current_names(state_dict, prefix)

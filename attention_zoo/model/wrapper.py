@@ -68,12 +68,16 @@ class Wrapper(Attention):
             built as a layer; or a layer that is there already.
         shared: the options of `Attention`, for the mechanism inside where that does not say otherwise itself.
 
+    Attributes:
+        is_layer: whether it stands around one attention, not around a stack.
+
     Raises:
         Unsupported: for what the mechanism inside, or the wrapper around it, cannot do.
         ValueError: unless `inner` is one mechanism.
     """
 
     wraps = True
+    is_layer: bool
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -92,6 +96,7 @@ class Wrapper(Attention):
         self.__dict__["declared"] = can  # of this very one; the class says it for the default child
         super().__init__(dim=dim, heads=heads, **shared)
         self.inner = child
+        self.is_layer = child.is_layer if isinstance(child, Wrapper) else isinstance(child, Attention)
 
     def _built(self, inner: Any, shared: dict[str, Any]) -> Layer:
         listed = entries(inner, option="inner")
@@ -113,11 +118,6 @@ class Wrapper(Attention):
             Unsupported: if it cannot stand around such a layer.
         """
         return replace(inner, cross=False, adjustable=())
-
-    @property
-    def is_layer(self) -> bool:
-        """Whether it stands around one attention, not around a stack."""
-        return self.inner.is_layer if isinstance(self.inner, Wrapper) else isinstance(self.inner, Attention)
 
     @property
     def attentions(self) -> list[Layer]:
@@ -169,8 +169,14 @@ class Wrapper(Attention):
 
 def abilities_of(layer: Layer) -> Abilities:
     """Of a mechanism what it says; of a stack what each of its mechanisms can."""
-    if isinstance(layer, Attention):
-        return layer.abilities
-    found = [each.abilities if isinstance(each, Attention) else UNDECLARED for each in attentions(layer)]
+    if (own := _said_by(layer)) is not None:
+        return own
+    found = [_said_by(each) or UNDECLARED for each in attentions(layer)]
     weakest = {field: min((getattr(can, field) for can in found), key=order.index) for field, order in ORDERS.items()}
     return Abilities(**weakest, cross=False)
+
+
+def _said_by(layer: Layer) -> Abilities | None:
+    """Asked by attribute: torch.compile may stand in between."""
+    own = getattr(layer, "abilities", None)
+    return own if isinstance(own, Abilities) else None
