@@ -223,6 +223,7 @@ def test_wrappers_on_either_side_of_an_encoder_and_decoder() -> None:
     assert far(in_pieces(model, ids, None, [4, 5, 13], source=source), model(ids, source=source).logits) < 1e-10
 
 
+@pytest.mark.slow
 # torch's own compiler warns of its own code
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute")
 @pytest.mark.usefixtures("memory")
@@ -375,6 +376,10 @@ def test_states_of_other_trees_are_refused() -> None:
         plain(some_ids(), state=wrapped.initial_state(3))
     with pytest.raises(ValueError, match="state must be of a model with 2 blocks, got one of 3"):
         wrapped(some_ids(), state=build({"attention": "global_tokens"}, depth=3).initial_state(3))
+    wrapped.stack = torch.compile(wrapped.stack, backend="eager")  # which nothing here runs
+    assert wrapped.carries
+    with pytest.raises(ValueError, match="state must be of a model with global_tokens around its stack, got one with"):
+        wrapped(some_ids(), state=plain.initial_state(3))
     layer = zoo.build("global_tokens", dim=16, heads=2)
     with pytest.raises(ValueError, match="state must be of global_tokens, from initial_state or the call before"):
         layer(torch.randn(1, 3, 16), Tokens.all_valid(1, 3), state=layer.inner.initial_state(1))
