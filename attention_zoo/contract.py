@@ -97,16 +97,37 @@ class Abilities:
     truncated: bool = False
 
 
+catalogues: list[Callable[[], Mapping[str, Abilities]]] = []
+"""Who knows mechanisms by name: the registry, which stands above, enters itself here."""
+
+
+def able(**wanted: Any) -> str:
+    """Names of the mechanisms that declare what a message asks for, joined by "or": `able(cross=True)`.
+
+    Args:
+        wanted: field of `Abilities` -> the value that is needed, or a tuple of those that will do.
+    """
+    known = {name: can for catalogue in catalogues for name, can in catalogue().items()}
+    values = {field: value if isinstance(value, tuple) else (value,) for field, value in wanted.items()}
+    found = [name for name, can in known.items() if all(getattr(can, field) in values[field] for field in values)]
+    return " or ".join(found) or "a mechanism that declares " + ", ".join(values)
+
+
 class Layer(nn.Module):
     """Whatever answers the one call: an attention, a block, a stack, a wrapper."""
 
-    @property
-    def abilities(self) -> Abilities:
-        raise AttributeError(f"{type(self).__name__} declares no abilities")  # so that hasattr says no
-
     def initial_state(self, batch_size: int) -> Any:
-        """An empty state for `batch_size` rows, on the layer's device and in its dtype."""
-        raise NotImplementedError
+        """An empty state for `batch_size` rows, on the layer's device and in its dtype.
+
+        Raises:
+            Unsupported: unless the layer says what its state is.
+        """
+        raise Unsupported(
+            type(self).__name__,
+            "state",
+            "it has no initial_state, hence keeps none",
+            "state=None and all tokens at once",
+        )
 
     def forward(
         self,
@@ -175,6 +196,7 @@ class Attention(Layer):
             tests under them (window 3, chunk 4, ...). Whole numbers among them are taken for lengths in tokens.
         companions: layers that models of this backend mix in and that are no backends: part -> class, as dotted names.
             They are built as "backend.part".
+        wraps: whether it stands around another layer, its option `inner`; see `model.wrapper`.
 
     Raises:
         Unsupported: for what the mechanism does not declare in `declared`.
@@ -185,6 +207,7 @@ class Attention(Layer):
     declared: ClassVar[Abilities]
     tiny: ClassVar[Mapping[str, Any]] = {}
     companions: ClassVar[Mapping[str, str]] = {}
+    wraps: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -223,13 +246,13 @@ class Attention(Layer):
         self.bias_into, self.bias_out = bias in (True, "into"), bias in (True, "out")
         can = self.declared
         if cross and not can.cross:
-            raise Unsupported(self.name, "cross=True", "it attends to its own tokens only", "attention=full")
+            raise Unsupported(self.name, "cross=True", "it attends to its own tokens only", able(cross=True))
         if cross and causal:
             raise ValueError("cross=True needs causal=False: the source is complete before the first query")
         if not causal and not can.two_sided:
-            raise Unsupported(self.name, "causal=False", "the mechanism only looks back", "longformer or bigbird")
+            raise Unsupported(self.name, "causal=False", "the mechanism only looks back", able(two_sided=True))
         if causal and can.causality == "none":
-            raise Unsupported(self.name, "causal=True", "the mechanism has no causal form", "longformer or full")
+            raise Unsupported(self.name, "causal=True", "the mechanism has no causal form", able(causality="strict"))
         if positions not in can.positions:
             raise Unsupported(
                 self.name, f"positions={positions}", "its scores do not take that scheme", " or ".join(can.positions)
@@ -305,7 +328,8 @@ class Attention(Layer):
         check_place(tokens, x)
         layout = Layout.of(tokens)
         if self.declared.global_tokens == "none" and layout.any_global:
-            raise Unsupported(self.name, "global tokens", "no token can see everything", "longformer, bigbird or full")
+            others = able(global_tokens=("any", "first_call"))
+            raise Unsupported(self.name, "global tokens", "no token can see everything", others)
         return layout.blanked(x), layout
 
     def _check_state(self, state: Any, batch: int) -> None:

@@ -18,7 +18,7 @@ import torch
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Attention, Tokens, at_least
 from attention_zoo.measure.environment import device_name
-from attention_zoo.registry import available, build, is_shipped, options_of, recipe
+from attention_zoo.registry import available, build, is_shipped, options_of, recipe, wrappers
 
 COLUMNS = (
     "backend", "causal", "two-sided", "carries state", "global tokens", "cross", "compute", "memory", "state",
@@ -31,7 +31,7 @@ LONGEST = 2**24
 def abilities_rows(names: Iterable[str] | None = None) -> list[tuple[str, ...]]:
     """One row of text per backend, in the order of `COLUMNS`, read from what each class declares."""
     rows: list[tuple[str, ...]] = []
-    for name in names or available():
+    for name in names or (*available(), *wrappers()):
         can = recipe(name)[0].declared
         rows.append((
             name, _causality[can.causality], _yes(can.two_sided), _no(can.carry), _no(can.global_tokens),

@@ -1,5 +1,7 @@
 """Name -> class and default options. A backend is one yaml in conf/attention/ and the class that it targets.
 
+A wrapper is a backend that stands around others (its option `inner`): every option `attention` takes its name too.
+
 Third parties add theirs through the entry-point group `attention_zoo.backends`: each entry point names the backend and
 loads either the class itself (its defaults are the constructor's) or a mapping in the form of our yaml.
 """
@@ -17,17 +19,34 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 
-from attention_zoo.contract import Abilities, Attention, Unsupported
+from attention_zoo.contract import Abilities, Attention, Unsupported, catalogues
 
 GROUP = "attention_zoo.backends"
 
 
 def available() -> tuple[str, ...]:
-    """Names of all backends that can be used, shipped and third-party, sorted.
+    """Names of all backends that attend by themselves, shipped and third-party, sorted: what can be compared.
 
-    A third-party one that cannot is warned of and left out: it must not stop the others. `recipe` says why.
+    A third-party one that cannot be used is warned of and left out: it must not stop the others. `recipe` says why.
     """
-    return tuple(sorted([*_shipped(), *filter(_is_usable, _foreign())]))
+    return tuple(name for name in _usable() if not recipe(name)[0].wraps)
+
+
+def wrappers() -> tuple[str, ...]:
+    """Names of all backends that stand around others, as `available`."""
+    return tuple(name for name in _usable() if recipe(name)[0].wraps)
+
+
+def abilities() -> dict[str, Abilities]:
+    """What each of `available()` declares."""
+    return {name: recipe(name)[0].declared for name in available()}
+
+
+catalogues.append(abilities)
+
+
+def _usable() -> list[str]:
+    return sorted([*_shipped(), *filter(_is_usable, _foreign())])
 
 
 @cache
@@ -87,8 +106,8 @@ def recipe(name: str, *, option: str = "attention") -> tuple[type[Attention], di
     """The class of a backend and its default options.
 
     Args:
-        name: one of `available()`, or "backend.part": a layer that models of a backend mix in and that is none by
-            itself, from the backend's `companions`.
+        name: one of `available()` or `wrappers()`, or "backend.part": a layer that models of a backend mix in and that
+            is none by itself, from the backend's `companions`.
         option: under which name it was asked for, for messages.
 
     Raises:
@@ -109,9 +128,10 @@ def recipe(name: str, *, option: str = "attention") -> tuple[type[Attention], di
         companions = recipe(backend)[0].companions
         if part in companions:
             return _attempt(lambda: (_checked(_named(companions[part]), name), {}), f"backend {name!r}")
-    near = difflib.get_close_matches(name, available(), 1)
+    known = [*available(), *wrappers()]
+    near = difflib.get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"{option} must be one of {', '.join(available())}, got {name!r}{hint}")
+    raise ValueError(f"{option} must be one of {', '.join(known)}, got {name!r}{hint}")
 
 
 class _Unfit(ValueError):
@@ -167,12 +187,17 @@ def _checked(found: Any, name: str) -> type[Attention]:
 def options_of(name: str) -> dict[str, Any]:
     """Every option that `build(name)` takes, with its default; `inspect.Parameter.empty` where it must be given."""
     cls, defaults = recipe(name)
+    return {**options_of_class(cls), **defaults}
+
+
+def options_of_class(cls: type[Attention]) -> dict[str, Any]:
+    """Every option of a mechanism's constructor, with its default; `inspect.Parameter.empty` where it must be given."""
     found: dict[str, Any] = {}
     for owner in (Attention, *reversed(cls.__mro__[: cls.__mro__.index(Attention)])):
         for key, parameter in inspect.signature(owner).parameters.items():
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
                 found[key] = parameter.default
-    return {**found, **defaults}
+    return found
 
 
 def third_party() -> dict[str, dict[str, Any]]:
@@ -197,7 +222,7 @@ def build(name: str, *, dim: int, heads: int, causal: bool = True, **options: An
         hidden = layer(x).hidden            # [B, L, 512]
 
     Args:
-        name: one of `available()`.
+        name: one of `available()` or `wrappers()`: a wrapper stands around one layer then.
         dim: model width E.
         heads: number of heads H.
         causal: whether tokens see only the past.

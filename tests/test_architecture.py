@@ -117,7 +117,7 @@ def test_files_stay_readable() -> None:
             assert ast.get_docstring(ast.parse(path.read_text())), f"{path.relative_to(ROOT)} says nothing of itself"
 
 
-@pytest.mark.parametrize("name", zoo.available())
+@pytest.mark.parametrize("name", [*zoo.available(), *zoo.wrappers()])
 def test_every_option_is_described(name: str) -> None:
     """Under `Args:` of the mechanism's class, for whoever reads `help(layer)`."""
     cls = recipe(name)[0]

@@ -101,7 +101,7 @@ def test_every_key_of_a_component_is_an_option_of_its_target(node: dict[str, Any
     assert keys <= known, f"{node['_target_']} has no option {', '.join(sorted(keys - known))}"
 
 
-@pytest.mark.parametrize("name", zoo.available())
+@pytest.mark.parametrize("name", [*zoo.available(), *zoo.wrappers()])
 def test_every_attention_instantiates_as_the_skeleton_does(name: str) -> None:
     node = compose("train", overrides=[f"attention={name}"]).attention
     partial = instantiate(node)

@@ -11,9 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention_zoo as zoo
-from attention_zoo import Tokens
+from attention_zoo import Tokens, constants
 from attention_zoo.constants import constant
-from attention_zoo import constants
 from attention_zoo.positions import alibi
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -14,7 +14,7 @@ from attention_zoo.testing import ContractCheck, contract_checks
 def every_check() -> list[Any]:
     return [
         pytest.param(check, id=str(check), marks=[pytest.mark.slow] if check.slow else [])
-        for name in zoo.available()
+        for name in (*zoo.available(), *zoo.wrappers())
         for check in contract_checks(name, reference=reference_of(name))
     ]
 

@@ -8,7 +8,7 @@ from small_models import VOCAB, entry, far, in_pieces, packed, ragged, some_ids
 
 from attention_zoo import Output, Tokens, Transformer, Unsupported
 from attention_zoo.attention.full import Full
-from attention_zoo.model.global_tokens import ExtraGlobalTokens
+from attention_zoo.model.global_tokens import asked_for
 
 
 class Watched(Full):
@@ -47,8 +47,8 @@ def test_they_are_inserted_before_every_document_and_stripped():
     assert given.length[0, 1:].tolist() == [5] * 10
     assert given.length[1, :9].tolist() == [6] * 6 + [3] * 3
     assert out.logits.shape == (2, 7, VOCAB)
-    branch = model.stack.branches[0]
-    normed = branch.norm(model.extra.embedding)
+    branch = model.stack.inner.branches[0]
+    normed = branch.norm(model.stack.embedding)
     assert far(model.stack.attentions[0].seen[0, 1:3], normed) < 1e-6
     assert far(model.stack.attentions[0].seen[1, 6:8], normed) < 1e-6
 
@@ -105,16 +105,16 @@ def test_they_learn_and_matter():
     ids = some_ids()
     before = model(ids).logits
     before.square().mean().backward()
-    assert model.extra.embedding.grad.abs().sum() > 0
+    assert model.stack.embedding.grad.abs().sum() > 0
     with torch.no_grad():
-        model.extra.embedding.normal_()
+        model.stack.embedding.normal_()
     assert far(model(ids).logits, before) > 1e-4
 
 
 def test_layers_that_ask_must_agree():
-    assert ExtraGlobalTokens.asked_for([Full(dim=4, heads=1)], 4) is None
+    assert asked_for([Full(dim=4, heads=1)]) == 0
     model = Transformer(attention=[Full, Watched], vocab=VOCAB, dim=16, heads=2)
-    assert len(model.extra.embedding) == 2
+    assert len(model.stack.embedding) == 2
     with pytest.raises(ValueError, match=r"must be the same in all layers that ask, got \[2, 3\]"):
         Transformer(attention=[Other, Watched], vocab=VOCAB, dim=16, heads=2)
     with pytest.raises(Unsupported, match="transformer_xl: extra_global_tokens of another layer is not supported"):

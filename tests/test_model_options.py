@@ -143,6 +143,24 @@ def test_biases_are_where_they_were_asked_for(name, bias, into, out) -> None:
     assert (layer.to_out.bias is not None) == bool(out)
 
 
+def test_the_older_flat_form_of_the_feed_forward_is_the_same() -> None:
+    given = {"attention": "full", "vocab": 11, "dim": 16, "heads": 2}
+    for flat, mapping in (
+        ({"ff_mult": 2}, {"name": "gelu", "mult": 2}),
+        ({"ff_mult": 4, "ff_chunks": 3, "feed_forward": "swiglu"}, {"name": "swiglu", "chunks": 3}),
+        ({"ff_mult": 4, "feed_forward": {"name": "relu", "width": 5}}, {"name": "relu", "width": 5}),
+    ):
+        models = []
+        for options in (flat, {"feed_forward": mapping}):
+            torch.manual_seed(0)
+            models.append(zoo.Transformer(**given, **options))
+        one, other = (model.state_dict() for model in models)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        one, other = ([m.chunks for m in model.modules() if isinstance(m, FeedForward)] for model in models)
+        assert one == other
+
+
 def test_activations_and_widths_of_the_feed_forward() -> None:
     x = torch.randn(2, 3, 6, dtype=torch.float64)
     cubic = x + 0.044715 * x**3
@@ -190,7 +208,12 @@ def test_learned_positions_of_a_scale() -> None:
     ({"norm": {"eps": 1}}, "norm must be a word, or a mapping with a name and options, got {'eps': 1}"),
     ({"norm": 3}, "norm must be a word, or a mapping"),
     ({"norm": {"name": "batch"}}, "norm must be one of layer, rms, got 'batch'"),
-    ({"feed_forward": {"name": "relu", "wide": 3}}, "feed_forward=relu has no option wide; it has bias, width"),
+    (
+        {"feed_forward": {"name": "relu", "wide": 3}},
+        "feed_forward=relu has no option wide; it has bias, chunks, mult, width",
+    ),
+    ({"feed_forward": {"name": "relu", "mult": 0}, "ff_mult": None}, "feed_forward.mult must be an integer of at least 1, got 0"),
+    ({"feed_forward": {"name": "relu", "mult": 3}}, "ff_mult is feed_forward's mult, got 2 beside 3; give one"),
     ({"feed_forward": {"name": "relu", "width": 0}}, "feed_forward.width must be an integer of at least 1, got 0"),
     ({"positions": {"name": "learned", "size": 3}}, "positions=learned has no option size; it has scale, uncounted"),
     ({"positions": {"name": "rotary", "theta": 3}}, "positions=rotary has no option theta; it has base, factor"),

@@ -62,7 +62,7 @@ def test_partials_ties_and_extra_tokens_come_back(tmp_path):
 
     loaded = through_a_file(partial(Longformer, window=3), entry("bigbird", extra_global_tokens=2))
     assert loaded.stack.attentions[2].window == 3
-    assert len(loaded.extra.embedding) == 2
+    assert len(loaded.stack.embedding) == 2
     loaded = through_a_file(entry("transformer_xl"), "full")
     assert loaded.stack.attentions[0].u is loaded.stack.attentions[2].u
     assert loaded.head.weight is loaded.embedding.weight

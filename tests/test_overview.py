@@ -12,7 +12,7 @@ from attention_zoo.commands.main import main
 from attention_zoo.registry import options_of, recipe
 
 
-@pytest.mark.parametrize("name", zoo.available())
+@pytest.mark.parametrize("name", [*zoo.available(), *zoo.wrappers()])
 def test_a_page_holds_text_options_abilities_and_kernels(name: str) -> None:
     page = overview.about(name)
     cls = recipe(name)[0]
@@ -33,7 +33,7 @@ def test_a_page_holds_text_options_abilities_and_kernels(name: str) -> None:
         assert f"| {kernel.name} | {kernel.about} |" in page
 
 
-@pytest.mark.parametrize("name", ["full", "longformer", "bigbird", "reformer", "transformer_xl"])
+@pytest.mark.parametrize("name", ["full", "longformer", "bigbird", "reformer", "transformer_xl", "global_tokens"])
 def test_a_page_says_what_paper_code_and_we_do_and_how_it_was_checked(name: str) -> None:
     page = overview.about(name)
     places = [page.index(f"\n\n{word}") for word in ("Paper", "Released code", "Here", "Checked", "## Options")]

@@ -158,3 +158,5 @@ def test_every_other_command_is_understood(line, capsys):
 def test_available_backends_are_those_named():
     for name in zoo.available():
         assert f"[{name}](attention_zoo/attention/{name}.py)" in README
+    for name in zoo.wrappers():
+        assert f"[{name}](attention_zoo/model/{name}.py)" in README

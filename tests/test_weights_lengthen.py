@@ -110,7 +110,7 @@ def test_what_cannot_be_kept_is_refused() -> None:
         weights.lengthen(small("transformer_xl"), attention="full")
     with pytest.raises(ValueError, match="max_length must be an integer of at least 10, got 9"):
         weights.lengthen(model, attention="longformer", max_length=9)
-    with pytest.raises(ValueError, match=r"nothing would be lost, extra.embedding invented"):
+    with pytest.raises(ValueError, match=r"nothing would be lost, stack.embedding invented"):
         weights.lengthen(model, attention="bigbird", extra_global_tokens=2)
     with pytest.raises(ValueError, match=r"to_k_global.bias, .* would be lost, nothing invented"):
         weights.lengthen(small("longformer"), attention="full")

@@ -52,9 +52,9 @@ from attention_zoo.layout.kernel import check_name, choose, explain
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon, Ledger, behind, goes_on, none
 from attention_zoo.layout.ragged import put, ragged, take
-from attention_zoo.ops.lsh.call import KERNELS, HashedCall
 from attention_zoo.ops.lsh import chunks, hashing, step
 from attention_zoo.ops.lsh import layout as lsh_layout
+from attention_zoo.ops.lsh.call import KERNELS, HashedCall
 from attention_zoo.ops.softmax.function import zeros_for
 from attention_zoo.options import LARGEST, Around, Chunk, Fill, Seed
 from attention_zoo.place import place_of

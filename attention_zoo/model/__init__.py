@@ -6,8 +6,9 @@ from attention_zoo.model.parameters import parameter_count, unequal
 from attention_zoo.model.saved import load, save
 from attention_zoo.model.state import Running, detach, reorder, reserve, state_bytes
 from attention_zoo.model.transformer import ModelOutput, Transformer
+from attention_zoo.model.wrapper import Nested, Wrapper
 
 __all__ = [
-    "EncoderDecoder", "ModelOutput", "Running", "Transformer", "detach", "generate", "load", "parameter_count",
-    "reorder", "reserve", "save", "state_bytes", "stream", "unequal",
+    "EncoderDecoder", "ModelOutput", "Nested", "Running", "Transformer", "Wrapper", "detach", "generate", "load",
+    "parameter_count", "reorder", "reserve", "save", "state_bytes", "stream", "unequal",
 ]  # fmt: skip

@@ -139,7 +139,7 @@ class Block(Chain):
         cross: a cross-attention; default none.
         short_conv: taps of a short convolution before the attention; 0: none.
         norm, pre_norm, output_dropout: see `Branch`.
-        feed_forward, ff_mult, ff_chunks: see `FeedForward`.
+        feed_forward: one of `KINDS`, or a mapping with further options of `FeedForward`.
     """
 
     @checked
@@ -153,8 +153,6 @@ class Block(Chain):
         norm: Named = "layer",
         pre_norm: bool = True,
         feed_forward: Named = "gelu",
-        ff_mult: Positive = 4,
-        ff_chunks: Positive = 1,
         output_dropout: Probability = 0.0,
     ):
         shared: dict[str, Any] = {"dim": dim, "norm": norm, "pre_norm": pre_norm, "output_dropout": output_dropout}
@@ -164,7 +162,7 @@ class Block(Chain):
             branches.append(Branch(cross, **shared, cross=True))
         kind, options = named("feed_forward", feed_forward)
         known_options(f"feed_forward={kind}", options, FeedForward.options)
-        branches.append(Branch(FeedForward(dim=dim, kind=kind, mult=ff_mult, chunks=ff_chunks, **options), **shared))
+        branches.append(Branch(FeedForward(dim=dim, kind=kind, **options), **shared))
         super().__init__(branches)
 
     @property
@@ -172,6 +170,11 @@ class Block(Chain):
         """The mechanism of this block."""
         first: Any = self.layers[0]
         return first.body.layers[-1]
+
+
+def attentions(module: nn.Module) -> list[Layer]:
+    """The mechanism of each block below, in order, whatever stands around the blocks."""
+    return [each.attention for each in module.modules() if isinstance(each, Block)]
 
 
 class Stack(Chain):
@@ -191,8 +194,7 @@ class Stack(Chain):
     @property
     def attentions(self) -> list[Layer]:
         """The mechanism of each block, in order."""
-        blocks: Any = self.layers
-        return [block.attention for block in blocks]
+        return attentions(self)
 
     @property
     def branches(self) -> list[Branch]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention_zoo.contract import Layer, Output, Source, Tokens
-from attention_zoo.options import Positive, checked
-from attention_zoo.rules import OneOf
+from attention_zoo.options import Named, Positive, checked
+from attention_zoo.rules import OneOf, named, shown
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": nn.functional.gelu,
@@ -30,6 +30,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 KINDS = (*ACTIVATIONS, "swiglu")
 
 
+def with_flat(feed_forward: Named, *, ff_mult: int | None, ff_chunks: int | None) -> Named:
+    """The option `feed_forward` with what its older, flat form says: `ff_mult` is its mult, `ff_chunks` its chunks.
+
+    Raises:
+        ValueError: if both forms say something.
+    """
+    name, options = named("feed_forward", feed_forward)
+    flat = {key: value for key, value in {"mult": ff_mult, "chunks": ff_chunks}.items() if value is not None}
+    for key, value in flat.items():
+        if key in options:
+            raise ValueError(f"ff_{key} is feed_forward's {key}, got {value} beside {shown(options[key])}; give one")
+    return {"name": name, **flat, **options} if flat else feed_forward
+
+
 class FeedForward(Layer):
     """E -> wide -> E. No dropout inside, and no state.
 
@@ -38,12 +52,12 @@ class FeedForward(Layer):
         kind: gelu | gelu_tanh | relu | silu | swiglu. A swiglu has three matrices and is 2/3 as wide, so that
             parameters stay equal.
         mult: width of the hidden layer over E.
-        chunks: number of pieces along the length.
-        width: of the hidden layer exactly, whatever mult says.
+        chunks: number of pieces along the length in which it runs; more save memory.
+        width: of the hidden layer exactly; mult has no say then.
         bias: whether the matrices have one.
     """
 
-    options = ("width", "bias")
+    options = ("mult", "chunks", "width", "bias")
 
     @checked(prefix="feed_forward.")
     def __init__(
@@ -51,8 +65,8 @@ class FeedForward(Layer):
         *,
         dim: Positive,
         kind: Annotated[str, OneOf(*KINDS), Field(title="feed_forward")] = "gelu",
-        mult: Annotated[Positive, Field(title="ff_mult")] = 4,
-        chunks: Annotated[Positive, Field(title="ff_chunks")] = 1,
+        mult: Positive = 4,
+        chunks: Positive = 1,
         width: Positive | None = None,
         bias: bool = True,
     ):

@@ -18,6 +18,7 @@ from attention_zoo.model.encoder_decoder import EncoderDecoder
 from attention_zoo.model.state import reserve
 from attention_zoo.model.transformer import Transformer
 from attention_zoo.model.wrapped import callable_part, inner
+from attention_zoo.model.wrapper import abilities_of
 
 COLDEST = 1e-30
 """Of temperatures: logits that are divided by less leave the range of their type."""
@@ -119,11 +120,13 @@ def stream(
         model.train(training)
 
 
-def _cached(model, ids, valid, source, steps, chunk) -> Generator[Tensor, Tensor, None]:
+def _cached(
+    model: Any, ids: Tensor, valid: Tensor, source: Any, steps: int, chunk: int | None
+) -> Generator[Tensor, Tensor, None]:
     """Logits [B, V] of the next token; is sent the one that was chosen."""
     lm = _writer(model)
     if chunk is None:
-        strict = all(layer.abilities.causality == "strict" for layer in lm.stack.attentions)
+        strict = abilities_of(lm.stack).causality == "strict"
         chunk = CHUNK if strict else ids.shape[1]
     start = int(valid.any(0).long().argmax())  # a column that is padding in all rows says nothing
     state = reserve(lm.initial_state(len(ids)), ids.shape[1] - start + steps)
@@ -142,7 +145,7 @@ def _cached(model, ids, valid, source, steps, chunk) -> Generator[Tensor, Tensor
         logits, state = out.logits[:, 0], out.state
 
 
-def _again(model, ids, valid, source) -> Generator[Tensor, Tensor, None]:
+def _again(model: Any, ids: Tensor, valid: Tensor, source: Any) -> Generator[Tensor, Tensor, None]:
     """The same by reading all tokens anew each time."""
     while True:
         token = yield model(ids, Tokens.of(valid), source=source, last_only=True).logits[:, 0]
@@ -182,7 +185,7 @@ def _check_logits(logits: Tensor) -> None:
         raise ValueError("logits must be numbers, got NaN: the model's weights hold some, or its training diverged")
 
 
-def _check(model, greedy, temperature, top_k, top_p) -> None:
+def _check(model: Any, greedy: bool, temperature: Any, top_k: Any, top_p: Any) -> None:
     lm = _writer(model)
     if lm.head_name != "lm" or not lm.causal:
         raise ValueError("generate needs a causal model with head=lm")

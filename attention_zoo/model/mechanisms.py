@@ -1,12 +1,16 @@
-"""From the option `attention` to layers: one word, or a list of mechanisms that is tiled over depth.
+"""From the options `attention` and `around` to layers: one word, or a list of mechanisms that is tiled over depth.
 
 An entry of the list is the name of a backend, a mapping `{"name": ..., <options>}`, a `functools.partial` of an
 attention class (what Hydra makes of conf/attention/*.yaml), or any callable that takes (dim, heads, causal, positions,
 seed) by keyword and returns a layer.
+
+A wrapper is no entry of a list: it stands around the whole stack, and the list in its option `inner`; or `around` lists
+wrappers by themselves, from the outermost on.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +23,8 @@ from attention_zoo.rules import shown
 
 POSITIONS = tuple(dict.fromkeys([*EMBEDDING_LEVEL, *ATTENTION_LEVEL, "relative"]))
 """Every word that the option `positions` may be."""
+SHARED = frozenset(inspect.signature(Attention).parameters)
+"""Options that every mechanism has; a wrapper's are for the mechanisms inside."""
 
 
 class Entry(NamedTuple):
@@ -28,48 +34,87 @@ class Entry(NamedTuple):
         make: builds a layer from keywords.
         options: given with the entry; they win over the skeleton's.
         plain: what stands for the entry in a saved model's config; None if nothing could.
+        cls: its class; None for another callable.
+        inner: of a wrapper the mechanisms that it stands around; none if it was given a layer.
     """
 
     make: Callable[..., Layer]
     options: dict[str, Any]
     plain: dict[str, Any] | None
+    cls: type[Attention] | None = None
+    inner: Sequence[Entry] = ()
+
+    @property
+    def wraps(self) -> bool:
+        return self.cls is not None and self.cls.wraps
 
 
-def entries(attention: Any) -> list[Entry]:
+class Mechanisms(NamedTuple):
+    """What a stack is made of.
+
+    Fields:
+        wrappers: from the outermost on.
+        listed: the mechanisms of the blocks.
+        handed: options that a wrapper was given for the mechanisms inside.
+    """
+
+    wrappers: list[Entry]
+    listed: Sequence[Entry]
+    handed: dict[str, Any]
+
+
+def entries(attention: Any, *, option: str = "attention") -> list[Entry]:
     """The list that `attention` says.
 
     Raises:
-        ValueError: for an empty list, an unknown name or something that cannot be called.
+        ValueError: for an empty list, an unknown name, something that cannot be called, or a wrapper beside others.
     """
     many = attention if isinstance(attention, Sequence) and not isinstance(attention, str) else [attention]
     if not many:
-        raise ValueError("attention must name at least one mechanism, got an empty list")
-    return [_entry(one) for one in many]
+        raise ValueError(f"{option} must name at least one mechanism, got an empty list")
+    found = [_entry(one, option) for one in many]
+    if len(found) > 1 and (wrapper := next((one.cls for one in found if one.wraps), None)):
+        raise ValueError(
+            f"{option} must list mechanisms of blocks, got {wrapper.name}, which stands around a whole stack: give it "
+            f"the list, {{name: {wrapper.name}, inner: [...]}}, or name it in around"
+        )
+    return found
 
 
-def _entry(one: Any) -> Entry:
+def _entry(one: Any, option: str) -> Entry:
     if isinstance(one, str):
         one = {"name": one}
     if isinstance(one, Mapping):
         options = {key: value for key, value in one.items() if key != "name"}
         if not isinstance(name := one.get("name"), str):
-            raise ValueError(f"attention as a mapping needs a name, got {shown(dict(one))}")
-        registry.recipe(name)  # an unknown name is refused here
-        return _checked(Entry(partial(registry.build, name), options, dict(one)))
+            raise ValueError(f"{option} as a mapping needs a name, got {shown(dict(one))}")
+        cls, defaults = registry.recipe(name, option=option)  # an unknown name is refused here
+        return _checked(Entry(partial(registry.build, name), options, dict(one), cls), defaults)
     if not callable(one):
-        raise ValueError(f"attention must be a name, a mapping, a callable or a list of these, got {shown(one)}")
-    cls, options = (one.func, dict(one.keywords)) if isinstance(one, partial) else (one, {})
-    if isinstance(cls, type) and issubclass(cls, Attention):
-        plain = {"name": cls.name, **options} if _is_registered(cls) else None
-        return _checked(Entry(cls, options, plain))
+        raise ValueError(f"{option} must be a name, a mapping, a callable or a list of these, got {shown(one)}")
+    target, options = (one.func, dict(one.keywords)) if isinstance(one, partial) else (one, {})
+    if isinstance(target, type) and issubclass(target, Attention):
+        plain = {"name": target.name, **options} if _is_registered(target) else None
+        return _checked(Entry(target, options, plain, target), {})
     return Entry(one, {}, None)
 
 
-def _checked(entry: Entry) -> Entry:
+def _checked(entry: Entry, defaults: Mapping[str, Any]) -> Entry:
     for option in ("dim", "causal", "cross"):
         if option in entry.options:
             raise ValueError(f"{option} is the model's to say, not the mechanism's, got {shown(entry.options)}")
-    return entry
+    if not entry.wraps:
+        return entry
+    assert entry.cls is not None
+    known = {**registry.options_of_class(entry.cls), **defaults, **entry.options}
+    if isinstance(inner := known["inner"], Layer):
+        return entry._replace(plain=None)
+    if inner is None:
+        raise ValueError(f"inner must name the mechanism that {entry.cls.name} stands around, got None")
+    inside = entries(inner, option="inner")
+    plains = [each.plain for each in inside]
+    plain = None if entry.plain is None or None in plains else {**entry.plain, "inner": plains}
+    return entry._replace(plain=plain, inner=inside)
 
 
 def _is_registered(cls: type[Attention]) -> bool:
@@ -79,13 +124,75 @@ def _is_registered(cls: type[Attention]) -> bool:
         return False
 
 
-def layers(attention: Any, *, depth: int, positions: str | Mapping[str, Any], seed: int, **shared: Any) -> list[Layer]:
-    """`depth` layers; layer i gets seed + i.
+def mechanisms(attention: Any, around: Any = ()) -> Mechanisms:
+    """What `around` and `attention` say: the wrappers of either, and what stands inside them all.
 
     Args:
         attention: see the module.
+        around: a wrapper, or a list of wrappers from the outermost on.
+
+    Raises:
+        ValueError: as `entries`, and for what is no wrapper in `around`.
+    """
+    wrappers = outer(around)
+    handed: dict[str, Any] = {}
+    listed: Sequence[Entry] = entries(attention)
+    while listed[0].wraps:
+        (entry,) = listed
+        handed |= {key: value for key, value in entry.options.items() if key in SHARED}
+        wrappers.append(entry)
+        if not entry.inner:
+            raise ValueError(
+                f"inner must say which mechanism the stack is made of, got {shown(entry.options['inner'])}"
+            )
+        listed = entry.inner
+    return Mechanisms(wrappers, listed, handed)
+
+
+def outer(around: Any) -> list[Entry]:
+    """The wrappers that the option `around` says."""
+    listed = isinstance(around, Sequence) and not isinstance(around, str)
+    return [_wrapper(one) for one in (around if listed else [around])]
+
+
+def _wrapper(one: Any) -> Entry:
+    entry = _entry(one, "around")
+    if not entry.wraps:
+        known = " or ".join(registry.wrappers())
+        raise ValueError(f"around must list wrappers, {known}, got {shown(one)}; attention says what stands inside")
+    if given := (entry.options.keys() & {"inner", *SHARED}):
+        raise ValueError(
+            f"around must leave {' and '.join(sorted(given))} to attention, which says what stands inside, got "
+            f"{shown(one)}"
+        )
+    plain = None if entry.plain is None else {key: value for key, value in entry.plain.items() if key != "inner"}
+    return entry._replace(plain=plain)
+
+
+def wrapped(stack: Layer, wrappers: Sequence[Entry], **shared: Any) -> Layer:
+    """The stack with the wrappers around it; `shared` are dim, heads, causal and seed."""
+    for entry in reversed(wrappers):
+        own = {key: value for key, value in entry.options.items() if key not in SHARED}
+        stack = entry.make(**{**own, **shared, "inner": stack})
+    return stack
+
+
+def layers(
+    listed: Sequence[Entry],
+    *,
+    depth: int,
+    positions: str | Mapping[str, Any],
+    seed: int,
+    handed: Mapping[str, Any],
+    **shared: Any,
+) -> list[Layer]:
+    """`depth` layers; layer i gets seed + i.
+
+    Args:
+        listed: see `entries`.
         positions: the model's word, or mapping. Embedding-level ones and "none" ask nothing of a mechanism: one whose
             scores are relative by nature stays so. The others are passed on.
+        handed: options that a wrapper was given for all of them; an entry's own win.
         shared: dim, heads, causal.
 
     Raises:
@@ -94,15 +201,14 @@ def layers(attention: Any, *, depth: int, positions: str | Mapping[str, Any], se
     """
     name, _ = named("positions", positions)
     one_of(POSITIONS, positions=name)
-    listed = entries(attention)
     if len(listed) > depth:
         raise ValueError(f"depth must be at least the number of mechanisms listed, {len(listed)}, got {depth}")
     for entry in listed:
-        check_values({"seed": Seed}, entry.options)  # before it is added to
+        check_values({"seed": Seed}, {**handed, **entry.options})  # before it is added to
     passed = "none" if name in EMBEDDING_LEVEL else positions
     made = []
     for index in range(depth):
         entry = listed[index % len(listed)]
-        options = {**shared, "positions": passed, "seed": seed, **entry.options}
+        options = {**shared, "positions": passed, "seed": seed, **handed, **entry.options}
         made.append(entry.make(**{**options, "seed": options["seed"] + index}))
     return made

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from attention_zoo.files import write_atomic
 from attention_zoo.model.encoder_decoder import EncoderDecoder
-from attention_zoo.model.transformer import Transformer
+from attention_zoo.model.transformer import Transformer, current_names
 from attention_zoo.model.wrapped import inner, is_sharded
 from attention_zoo.rules import shown
 
 FORMAT = 1
+PREFIXES = {"Transformer": ("",), "EncoderDecoder": ("encoder.", "decoder.")}
+"""Of the weights of each Transformer in a model of either kind."""
 NAME = "model.safetensors"
 """Of the model in the folder of a run."""
 CONFIG, DIGEST = "attention_zoo", "sha256"
@@ -77,6 +79,8 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Transformer
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     header = _header(path, metadata, tensors)
+    for prefix in PREFIXES[header["kind"]]:
+        tensors = current_names(tensors, prefix)
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     _check_sizes(path, header, given)
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn and thrown away: nobody shall notice
@@ -110,7 +114,7 @@ def _checked(model: Transformer | EncoderDecoder) -> dict[str, Any]:
         raise ValueError(f"save knows Transformer and EncoderDecoder alone, not the subclass {type(model).__name__}")
     parts = [model.config] if isinstance(model, Transformer) else list(model.config.values())
     for config in parts:
-        if None in config["attention"]:
+        if None in [*config["attention"], *config["around"]]:
             raise ValueError(
                 "save needs attention given by name, mapping or partial of a registered class: "
                 "another callable cannot be written down; register it under the entry points attention_zoo.backends"
@@ -215,7 +219,7 @@ def _header(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tenso
         kind, version, config = header["kind"], header["format"], header["config"]
     except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError(f"{path}: holds tensors, but no model config of attention_zoo") from None
-    if type(version) is not int or version != FORMAT or kind not in ("Transformer", "EncoderDecoder"):
+    if type(version) is not int or version != FORMAT or kind not in tuple(PREFIXES):
         raise ValueError(f"{path}: format {shown(version)} of {shown(kind)} is not known here, only {FORMAT}")
     if not isinstance(config, dict) or not all(isinstance(part, dict) for part in _parts(header)):
         raise ValueError(f"{path}: its config must be a mapping of options, for encoder and decoder each")
@@ -232,13 +236,21 @@ def _check_sizes(path: Path, header: Mapping[str, Any], given: Mapping[str, tupl
         entries = part.get("attention")
         if isinstance(entries, list) and len(entries) > len(given):
             raise ValueError(f"{path}: its config names {len(entries)} mechanisms, and it has {len(given)} tensors")
-        for options in [part, *(entries if isinstance(entries, list) else [entries])]:
+        for options in [part, *_inside(entries)]:
             for key, most in {"depth": len(given), "dim": numbers, "vocab": numbers, "heads": numbers}.items():
                 value = options.get(key) if isinstance(options, dict) else None
                 if isinstance(value, int | float) and value > most:
                     raise ValueError(
                         f"{path}: its config says {key}={value}, and its {len(given)} tensors hold {numbers} numbers"
                     )
+
+
+def _inside(entries: Any) -> Iterator[Any]:
+    """Every mechanism that a config names, wrappers and what stands inside them."""
+    for entry in entries if isinstance(entries, list) else [entries]:
+        yield entry
+        if isinstance(entry, dict) and "inner" in entry:
+            yield from _inside(entry["inner"])
 
 
 def _parts(header: Mapping[str, Any]) -> list[Any]:

@@ -43,7 +43,7 @@ class Running(_Running):
     checkpoint) reads it again.
 
     Fields:
-        layers: the stack's state.
+        layers: the stack's state, a tree like its modules: a wrapper's holds that of what stands inside.
         next: [B], position of the next token in the row's current document; 0: no document is open.
         document: [B], number of the current document, as the layers count.
         offset: [B], added to the caller's document numbers: it rises when a row starts fresh.

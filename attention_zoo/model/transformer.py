@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from attention_zoo import registry
 from attention_zoo.attention.calls import check_ids
 from attention_zoo.contract import (
+    Layer,
     Source,
     Tokens,
     Unsupported,
@@ -37,12 +38,14 @@ from attention_zoo.contract import (
 from attention_zoo.layout.layout import Layout
 from attention_zoo.model.block import Block, Stack, Taps, build_norm
 from attention_zoo.model.embedding import build_embedding
-from attention_zoo.model.global_tokens import ExtraGlobalTokens
+from attention_zoo.model.feed_forward import with_flat
+from attention_zoo.model.global_tokens import GlobalTokens, asked_for
 from attention_zoo.model.heads import POOLINGS, build_head
-from attention_zoo.model.mechanisms import entries, layers
+from attention_zoo.model.mechanisms import entries, layers, mechanisms, outer, wrapped
 from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.reversible import ReversibleStack
 from attention_zoo.model.state import Running
+from attention_zoo.model.wrapper import Nested, abilities_of
 from attention_zoo.options import Depth, Heads, Named, Positive, Probability, Seed, checked
 from attention_zoo.place import place_of
 from attention_zoo.positions import EMBEDDING_LEVEL
@@ -71,7 +74,8 @@ class Transformer(nn.Module):
     """Embeddings, positions, blocks, head.
 
     Args:
-        attention: name of a backend, mapping, partial, or a list of these tiled over depth; see `model.mechanisms`.
+        attention: name of a backend, mapping, partial, or a list of these tiled over depth; see `model.mechanisms`. A
+            wrapper's name: what its option `inner` says, with the wrapper around the stack.
         vocab: number of token ids.
         dim: model width E.
         depth: number of blocks.
@@ -85,9 +89,8 @@ class Transformer(nn.Module):
             (Transformer-XL's own), none. Options: see `positions/`.
         pre_norm: norm before each branch, or after its addition.
         norm: layer | rms. Option: eps.
-        feed_forward: gelu | gelu_tanh | relu | silu | swiglu. Options: width (exactly; ff_mult has no say), bias.
-        ff_mult: its width over E.
-        ff_chunks: pieces along the length in which it runs; more save memory.
+        feed_forward: gelu | gelu_tanh | relu | silu | swiglu. Options: mult, chunks, width, bias; see `FeedForward`.
+        ff_mult, ff_chunks: the same as mult and chunks in feed_forward, which they are older than.
         short_conv: taps of a short causal convolution before each attention; 0: none.
         output_dropout: probability to drop a channel of what a branch adds.
         embedding: options of `TokenEmbedding`: scale, types, normed, dropout; or, with cutoffs, of `AdaptiveEmbedding`:
@@ -95,11 +98,13 @@ class Transformer(nn.Module):
         tied: whether the lm head's matrix is the embedding table.
         reversible: activations O(1) in depth, at the price of a second forward. True: the two streams end in their
             mean; "both": side by side, so that last norm and head are twice as wide (Reformer).
+        around: wrappers around the whole stack, from the outermost on: names or mappings. They stand around those that
+            attention names.
         last_norm: whether a pre-norm stack ends with a norm.
         max_length: number of positions that learned and axial tables hold.
         seed: layer i gets seed + i: of all randomness outside of training. Weights come from torch's default generator.
         origin: of converted weights: where they come from, as plain facts that stay with the model. One has a meaning:
-            with `attention_dropout` above 0, `train()` warns that dropout acts on outputs here.
+            what it holds as `caution`, `train()` warns of.
 
     Raises:
         Unsupported: for what a mechanism does not declare.
@@ -124,13 +129,14 @@ class Transformer(nn.Module):
         pre_norm: bool = True,
         norm: Named = "layer",
         feed_forward: Named = "gelu",
-        ff_mult: Positive = 4,
-        ff_chunks: Positive = 1,
+        ff_mult: Positive | None = None,
+        ff_chunks: Positive | None = None,
         short_conv: Taps = 0,
         output_dropout: Probability = 0.0,
         embedding: Mapping[str, Any] | None = None,
         tied: bool = True,
         reversible: Annotated[bool | str, OneOf(False, True, "both"), Field(description=ENDS)] = False,
+        around: Any = (),
         last_norm: bool = True,
         max_length: Positive = 4096,
         seed: Seed = 0,
@@ -139,10 +145,16 @@ class Transformer(nn.Module):
         given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__()
         self._warned = False
-        self.config = {**given, "attention": [entry.plain for entry in entries(attention)]}
+        asked = mechanisms(attention, around)
+        self.config = {
+            **given,
+            "attention": [entry.plain for entry in entries(attention)],
+            "around": [entry.plain for entry in outer(around)],
+        }
         self.vocab, self.dim, self.causal, self.cross = vocab, dim, causal, cross
         shared = {"dim": dim, "heads": heads, "causal": causal}
-        mechanisms = layers(attention, depth=depth, positions=positions, seed=seed, **shared)
+        made = layers(asked.listed, depth=depth, positions=positions, seed=seed, handed=asked.handed, **shared)
+        feed_forward = with_flat(feed_forward, ff_mult=ff_mult, ff_chunks=ff_chunks)
         blocks = [
             Block(
                 layer,
@@ -152,18 +164,18 @@ class Transformer(nn.Module):
                 norm=norm,
                 pre_norm=pre_norm,
                 feed_forward=feed_forward,
-                ff_mult=ff_mult,
-                ff_chunks=ff_chunks,
                 output_dropout=output_dropout,
             )
-            for layer in mechanisms
+            for layer in made
         ]
         self.embedding = build_embedding(embedding or {}, vocab=vocab, dim=dim, norm=norm)
         # said here, since an adapter may come to stand in the embedding's place
         self.types = 0 if self.embedding.types is None else self.embedding.types.num_embeddings
         self.positions = self._build_positions(positions, max_length)
-        self.extra = ExtraGlobalTokens.asked_for(mechanisms, dim)
-        self.stack = ReversibleStack(blocks, end=reversible) if reversible else Stack(blocks)
+        stack: Layer = ReversibleStack(blocks, end=reversible) if reversible else Stack(blocks)
+        if count := asked_for(made):
+            stack = GlobalTokens(inner=stack, count=count, **shared)
+        self.stack: Any = wrapped(stack, asked.wrappers, seed=seed, **shared)
         self.width = 2 * dim if reversible == "both" else dim
         self.norm = build_norm(norm, self.width) if pre_norm and last_norm else nn.Identity()
         self.head = build_head(
@@ -185,21 +197,17 @@ class Transformer(nn.Module):
         return scheme(dim=self.dim, max_length=max_length, **options)
 
     def train(self, mode: bool = True) -> Transformer:
-        """See `torch.nn.Module.train`. Warns once if the weights were trained with dropout inside attention."""
-        dropped = (self.config["origin"] or {}).get("attention_dropout")
-        if mode and dropped and not self._warned:
+        """See `torch.nn.Module.train`. Warns once of what the weights' origin has as `caution`."""
+        caution = (self.config["origin"] or {}).get("caution")
+        if mode and caution and not self._warned:
             self._warned = True
-            warnings.warn(
-                f"these weights were trained with dropout {dropped} inside attention, which fused kernels do not have: "
-                f"here dropout acts on the outputs of branches alone (output_dropout={self.config['output_dropout']})",
-                stacklevel=2,
-            )
+            warnings.warn(caution, stacklevel=2)
         return super().train(mode)
 
     @property
     def carries(self) -> bool:
         """Whether every layer keeps a state from call to call."""
-        return self.causal and all(layer.abilities.carry != "none" for layer in self.stack.attentions)
+        return self.causal and abilities_of(self.stack).carry != "none"
 
     @property
     def parameter_count(self) -> int:
@@ -259,11 +267,8 @@ class Transformer(nn.Module):
         elif state is not None:
             tokens, new = _placed(state, tokens, tuple(ids.shape), fresh)
         x = self._embed(ids, tokens, types)
-        inner, columns = tokens, None
-        if self.extra is not None:
-            x, inner, columns = self.extra.insert(x, tokens)
-        out = self.stack(x, inner, state=None if state is None else state.layers, source=source)
-        hidden = out.hidden if columns is None else ExtraGlobalTokens.strip(out.hidden, columns)
+        out = self.stack(x, tokens, state=None if state is None else state.layers, source=source)
+        hidden = out.hidden
         asked = tokens.valid if said and tokens is not None else None
         if last_only:
             hidden, asked = _last(hidden, None if _is_dense(tokens) else asked), None
@@ -294,7 +299,16 @@ class Transformer(nn.Module):
             return torch.arange(ids.shape[1], device=ids.device)[None]
         return tokens.position if _is_dense(tokens) else tokens.position.masked_fill(~tokens.valid, 0)
 
-    def _check(self, ids, tokens, types, state, source, fresh, last_only) -> None:
+    def _check(
+        self,
+        ids: Any,
+        tokens: Tokens | None,
+        types: Any,
+        state: Any,
+        source: Any,
+        fresh: Any,
+        last_only: bool,
+    ) -> None:
         check_ids(self.embedding, ids, types)
         if not is_integers(ids) or ids.ndim != 2 or ids.shape[1] == 0:
             raise ValueError(f"ids must be integers [batch, length >= 1], got {of_tensor(ids)}")
@@ -340,10 +354,35 @@ class Transformer(nn.Module):
             )
         if len(state.next) != batch:
             raise ValueError(f"state must have as many rows as ids, {batch}, got {len(state.next)}")
-        if len(state.layers) != len(self.stack.layers):
-            raise ValueError(
-                f"state must be of a model with {len(self.stack.layers)} blocks, got one of {len(state.layers)}"
-            )
+        layers, stack = state.layers, self.stack
+        while getattr(stack, "wraps", False):  # also where torch.compile stands in between
+            if not isinstance(layers, Nested):
+                raise ValueError(f"state must be of a model with {stack.name} around its stack, got one without")
+            layers, stack = layers.inner, stack.inner
+        blocks = getattr(stack, "layers", None)
+        if blocks is not None and isinstance(layers, Nested):
+            raise ValueError("state must be of a model with as many wrappers around its stack, got one of more")
+        if blocks is not None and len(layers) != len(blocks):
+            raise ValueError(f"state must be of a model with {len(blocks)} blocks, got one of {len(layers)}")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        renamed = current_names(state_dict, prefix)
+        state_dict.clear()
+        state_dict.update(renamed)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def current_names(weights: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Weights by their names today. Global tokens once stood beside the stack as `extra`, now they stand around it."""
+    old, stack = f"{prefix}extra.", f"{prefix}stack."
+    if f"{old}embedding" not in weights:
+        return dict(weights)
+    renamed = {}
+    for name, value in weights.items():
+        if name.startswith(stack):
+            name = f"{stack}inner.{name.removeprefix(stack)}"
+        renamed[f"{stack}{name.removeprefix(old)}" if name.startswith(old) else name] = value
+    return renamed
 
 
 @torch.compiler.disable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ def convert(
     plan = family.plan(settings, found.tensors, family.head(settings, found.config.get("architectures"), head))
     settings.finish()
     origin = {"model_type": settings.model_type, "attention_dropout": plan.attention_dropout}
+    origin |= caution(origin, plan.options)
     try:
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn and thrown away: nobody shall notice
             model = Transformer(**plan.options, origin=origin)
@@ -63,7 +65,29 @@ def convert(
 def open_model(source: str | Path) -> Transformer | EncoderDecoder:
     """A model from wherever it lies: a file of `zoo.save`, a folder with one, or a checkpoint as `convert` takes it."""
     path = Path(source).expanduser()
-    return load(_file_in(path)) if is_ours(path) else convert(source)
+    if not is_ours(path):
+        return convert(source)
+    model = load(_file_in(path))
+    if isinstance(model, Transformer) and (origin := model.config["origin"]):  # a file may be older than the caution
+        model.config["origin"] = {**origin, **caution(origin, model.config)}
+    return model
+
+
+def caution(origin: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, str]:
+    """What training is warned of, as the model's `origin` holds it: dropout inside attention, which is not here.
+
+    Args:
+        origin: of the weights.
+        options: of the model.
+    """
+    dropped = origin.get("attention_dropout")
+    if not dropped:
+        return {}
+    return {
+        "caution": f"these weights were trained with dropout {dropped} inside attention, which fused kernels do not "
+        "have: here dropout acts on the outputs of branches alone "
+        f"(output_dropout={options.get('output_dropout', 0.0)})"
+    }
 
 
 def is_ours(path: Path) -> bool:

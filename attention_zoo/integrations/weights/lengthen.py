@@ -5,14 +5,15 @@
 What the swap keeps is every weight: queries, keys and values enter the new mechanism as they are, and Longformer's
 global projections start as copies of them. Positions beyond the table repeat it from the start, which keeps the local
 structure that attention has learned everywhere but at the seams (the paper's finding; drawing them anew needs far more
-training). Where the new mechanism sees all that the old one saw, outputs are the same.
+training). Wrappers stay around the stack. Where the new mechanism sees all that the old one saw, outputs are the same.
 
 Rotary, sinusoidal and relative positions have no end; a rotary model may be stretched through `positions`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,8 @@ def lengthen(
             raise Unsupported(
                 "lengthen", f"attention={name}", "its queries and keys are no plain pattern's", "longformer or bigbird"
             )
-    entries = [
-        {**{key: value for key, value in entry.items() if key in KEPT}, **options, "name": attention}
-        for entry in old.config["attention"]
-    ]
-    config = {**old.config, "attention": entries, **_room(old, max_length)}
+    swapped = _swapped(old.config["attention"], {**options, "name": attention})
+    config = {**old.config, "attention": swapped, **_room(old, max_length)}
     if positions is not None:
         scheme, before = named("positions", positions)[0], named("positions", config["positions"])[0]
         if scheme != before:
@@ -78,6 +76,16 @@ def lengthen(
     new = new.to(floating.device, floating.dtype)
     _fill(new, source)
     return new.eval()
+
+
+def _swapped(entries: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The mechanisms of a model's config with the new attention in each one's place; wrappers stay around it."""
+    return [
+        {**entry, "inner": _swapped(entry["inner"], new)}
+        if recipe(entry["name"])[0].wraps
+        else {**{key: value for key, value in entry.items() if key in KEPT}, **new}
+        for entry in entries
+    ]
 
 
 def _room(old: Transformer, max_length: int | None) -> dict[str, Any]:
@@ -93,7 +101,7 @@ def _room(old: Transformer, max_length: int | None) -> dict[str, Any]:
 
 @torch.no_grad()
 def _fill(new: Transformer, source: Mapping[str, Tensor]) -> None:
-    own = own_tensors(new)
+    own, source = ({_within(name): tensor for name, tensor in each.items()} for each in (own_tensors(new), source))
     origin = {name: name if name in source else name.replace("_global.", ".") for name in own}
     lost = sorted(source.keys() - set(origin.values()))
     invented = sorted(name for name, there in origin.items() if there not in source)
@@ -107,3 +115,8 @@ def _fill(new: Transformer, source: Mapping[str, Tensor]) -> None:
         if name == "positions.table.weight":
             given = given[torch.arange(len(target), device=given.device) % len(given)]
         target.copy_(given)
+
+
+def _within(name: str) -> str:
+    """The name that a weight of a block has in a stack with no wrapper around it: only one of the two may have some."""
+    return re.sub(r"^stack\.(inner\.)+", "stack.", name)
