@@ -11,8 +11,8 @@ import yaml
 from faults.__main__ import table
 from faults.kinds import KINDS
 from readme_tables import reach_table
+from recorded import RECORDED
 
-import attention_zoo as zoo
 from attention_zoo import overview
 from attention_zoo.commands import work as commands
 from attention_zoo.commands.main import PLAIN, main
@@ -41,7 +41,7 @@ def command(name):
 
 
 def test_the_two_commands_do_their_own_set_up():
-    for name, end in (("main", "-m experiments.compare"), ("tests", "-m pytest -n 2")):
+    for name, end in (("main", "-m experiments.compare"), ("tests", '-m pytest -n 2 -m "not slow"')):
         make, install, run = command(name).split(" && ")
         assert make == "python3 -m venv .venv"
         assert install.startswith(".venv/bin/pip install -q -e ")
@@ -53,7 +53,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def test_the_table_of_abilities_is_generated():
-    assert between("abilities") == overview.markdown(overview.COLUMNS, overview.abilities_rows())
+    assert between("abilities") == overview.markdown(overview.COLUMNS, overview.abilities_rows(RECORDED))
 
 
 def test_the_table_of_faults_is_that_of_the_committed_counts():
@@ -155,6 +155,6 @@ def test_every_other_command_is_understood(line, capsys):
     assert not told.err
 
 
-def test_available_backends_are_those_named():
-    for name in zoo.available():
+def test_every_recorded_backend_is_named_with_its_file():
+    for name in RECORDED:
         assert f"[{name}](attention_zoo/attention/{name}.py)" in README

@@ -21,7 +21,7 @@ from attention_zoo.overview import abilities_rows, kernel_rows
 from attention_zoo.registry import options_of, recipe, third_party
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ("bigbird", "full", "longformer", "reformer", "transformer_xl")
+SHIPPED = zoo.available()
 
 
 def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:

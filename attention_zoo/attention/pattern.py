@@ -195,6 +195,14 @@ class PatternAttention(Attention):
         """Every kernel, fastest first, with the reason why it cannot run this call, or None."""
         return explain(self.kernels, self._call(q, k, v, queries, keys, None, None))
 
+    def explain_kernels(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+        """See `Attention`."""
+        q, k = (
+            torch.empty(1, heads, 1, self.head_width, device=device, dtype=dtype).expand(-1, -1, length, -1)
+            for heads in (self.heads, self.kv_heads)
+        )
+        return self.explain(q, k, k, *[Tokens.all_valid(1, length, device)] * 2)
+
     def _call(self, q, k, v, queries, keys, scale, global_qkv) -> PatternCall:
         if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[1] % k.shape[1] or q.shape[-1] != k.shape[-1]:
             raise ValueError(

@@ -44,7 +44,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from attention_zoo.contract import Abilities, Attention, Output, Source, Unsupported, at_least, of_tensor
+from attention_zoo.contract import Abilities, Attention, Operands, Output, Source, Unsupported, at_least, of_tensor
 from attention_zoo.ops import hashing, lsh, lsh_layout, lsh_step
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator, refuse_export
@@ -185,6 +185,10 @@ class Reformer(Attention):
         length = -(-length // self.fill) * self.fill if self.fill else length
         return hashing.bucket_factors(length, self.chunk, self.split_above)
 
+    def core(self, batch: int, length: int) -> Operands:
+        """See `Attention`: queries that are the keys, and values; hashing and sorting are part of the call."""
+        return Operands(((batch, self.heads, length, self.head_width),) * 2, by_rows=True)
+
     @property
     def keeps(self) -> tuple[Any, ...]:
         return Hashed, self.heads * self.head_width
@@ -257,8 +261,7 @@ class Reformer(Attention):
         one = torch.ones_like(tokens.valid[:, 0])
         q = qk[:, 0].unflatten(-1, (self.heads, -1))
         sizes = state.columns.tokens.valid.sum(1) + 1
-        found = self._buckets(q, Documents(one.long(), sizes), one, tokens, None, None)  # [H, R, B]
-        mine = found.movedim(-1, 0)[..., None, None]
+        mine = self._buckets(q, Documents(one.long(), sizes), one, tokens, None, None).movedim(-1, 0)[..., None, None]
         columns = state.columns.append(tokens, qk, v, mine, live=_current)
         all_qk, all_v, all_buckets = columns.held
         buckets, valid = all_buckets[..., 0], columns.tokens.valid
@@ -415,8 +418,8 @@ class Reformer(Attention):
         )
         return lsh.lsh_attention(qk, v, plan, kernel=self._kernel(qk))
 
-    def explain_kernels(self, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
-        """Every kernel, fastest first, with the reason why it cannot run there, or None."""
+    def explain_kernels(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+        """See `Attention`."""
         return [("triton", self._refuse_triton(device, dtype)), ("chunks", None), ("dense", None)]
 
     def _refuse_triton(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -454,8 +457,7 @@ def _take(y: Tensor, valid: Bool[Tensor, "B S"]) -> Tensor:
 def _put(y: Tensor, valid: Bool[Tensor, "B S"]) -> Tensor:
     """[M, ...] -> [B, S, ...] with zeros at padding."""
     if len(y) < valid.numel():
-        whole = y.new_zeros(valid.numel(), *y.shape[1:])
-        y = whole.index_copy(0, valid.flatten().nonzero()[:, 0], y)
+        y = y.new_zeros(valid.numel(), *y.shape[1:]).index_copy(0, valid.flatten().nonzero()[:, 0], y)
     return y.unflatten(0, valid.shape)
 
 
@@ -465,8 +467,7 @@ def _bucket_rows(buckets: Int[Tensor, "B H R S 1"], valid: Bool[Tensor, "B S"]) 
 
 def _last_document(tokens: Tokens) -> Int[Tensor, "B 1"]:
     """-1 for a row without valid tokens."""
-    document = torch.where(tokens.valid, tokens.document, -1)
-    return torch.nn.functional.pad(document, (1, 0), value=-1).amax(1, keepdim=True)
+    return nn.functional.pad(torch.where(tokens.valid, tokens.document, -1), (1, 0), value=-1).amax(1, keepdim=True)
 
 
 def _current(tokens: Tokens) -> Bool[Tensor, "B S"]:

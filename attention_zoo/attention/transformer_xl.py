@@ -44,7 +44,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.contract import Abilities, Attention, Output, Source, Unsupported, at_least
+from attention_zoo.contract import Abilities, Attention, Operands, Output, Source, Unsupported, at_least
 from attention_zoo.ops.columns import Columns
 from attention_zoo.ops.compiled import one_operator, refuse_export
 from attention_zoo.ops.dispatch import triton_reason
@@ -167,6 +167,12 @@ class TransformerXL(Attention):
         position = torch.arange(length)
         seen = (position - self._oldest(position).clamp(min=0) + 1).sum()
         return 1.5 * float(seen)
+
+    def core(self, batch: int, length: int) -> Operands:
+        """See `Attention`: a stretch that begins a segment, its memory in front and full, and keys of distances."""
+        (H, D), S, M = (self.heads, self.head_width), self.segment_length, self.memory_length
+        keys, seen = (batch, H, M + length, D), -(-M // S) * S
+        return Operands(((batch, H, length, D), keys, keys, (S + M, H, D)), True, (self.u, self.v), seen)
 
     @property
     def keeps(self) -> tuple[Any, ...]:
@@ -392,8 +398,8 @@ class TransformerXL(Attention):
         more = {"position": keys.position, "valid": keys.valid} if gather else {}
         return plan_chunks(layout.first, layout.own, borders, columns, **more)
 
-    def explain_kernels(self, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
-        """Every kernel, fastest first, with the reason why it cannot run many tokens without holes there, or None."""
+    def explain_kernels(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+        """See `Attention`."""
         few = "it is for few queries, and gives no gradients"
         return [("absorbed", few), ("triton", self._refuse_device(device, dtype)), ("shift", None), ("gather", None)]
 

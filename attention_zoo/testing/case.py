@@ -34,7 +34,8 @@ class Case:
         cls: the Attention class.
         defaults: its default options.
         tiny: options at which short lengths straddle every border; `cls.tiny` and what `Case.of` was given.
-        reference: the slow truth, or None for patterns, whose definition is their `dense` kernel.
+        reference: the slow truth, `cls.reference` or what `Case.of` was given; None for patterns, whose definition is
+            their `dense` kernel.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Case:
         """A registered name or a class; `options` come on top of its `tiny` ones."""
         cls, defaults = recipe(backend) if isinstance(backend, str) else (backend, {})
         name = backend if isinstance(backend, str) else cls.name
-        return Case(name, cls, defaults, {**cls.tiny, **options}, reference)
+        return Case(name, cls, defaults, {**cls.tiny, **options}, reference or cls.reference)
 
     @property
     def can(self) -> Abilities:

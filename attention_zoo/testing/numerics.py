@@ -37,8 +37,8 @@ def truths(case: Case, layer: Attention) -> dict[str, Callable[[Tensor, Tokens],
         reference = case.reference
         found["its reference loop"] = lambda x, tokens: reference(layer, x, tokens)
     assert found, (
-        f"{case.name}: nothing slow to compare with: derive from PatternAttention, whose definition is `bias`, or pass "
-        f"reference=(layer, x, tokens) -> hidden"
+        f"{case.name}: nothing slow to compare with: derive from PatternAttention, whose definition is `bias`, or give "
+        f"the class a static method reference(layer, x, tokens) -> hidden: what it computes, by plain loops"
     )
     return found
 
