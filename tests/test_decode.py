@@ -13,7 +13,7 @@ from attention_zoo import Tokens
 from attention_zoo.model.state import state_bytes
 from attention_zoo.ops.columns import Columns
 from attention_zoo.testing.case import Case, close, piece, ragged, run
-from attention_zoo.testing.decoding import Touched, context, cost_of_steps, steps
+from attention_zoo.testing.decoding import Touched, context, cost_of_steps, last_rows, steps
 
 CONSTANT = [name for name in RECORDED if Case.of(name).can.state == "constant"]
 
@@ -30,6 +30,20 @@ def test_nothing_that_a_graph_needs_is_overwritten():
     out.hidden.square().sum().backward()
     assert x.grad is not None
     assert x.grad[:, 4:8].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_inference_mode_and_gradients_take_turns(name):
+    """States made in one mode go on in another; only what is written in place differs."""
+    case = Case.of(name)
+    layer, x, tokens = case.build(causal=True), case.data(2, 32), Tokens.all_valid(2, 32)
+    modes = [torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode, torch.enable_grad]
+    state, expected = layer.initial_state(2), last_rows(layer, x, tokens, 0)
+    for at in range(32):
+        with modes[at // 3 % len(modes)]():
+            out = layer(x[:, at : at + 1], piece(tokens, at, at + 1), state=state)
+        state = out.state
+        close(out.hidden, expected[:, at : at + 1], f"{name}, step {at}")
 
 
 # --- any option, any layout -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from recorded import RECORDED
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import far, ragged, small, some_ids
@@ -132,7 +133,7 @@ def test_head_has_a_transform_and_a_bias() -> None:
 
 
 @pytest.mark.parametrize(("bias", "into", "out"), [(True, 1, 1), (False, 0, 0), ("into", 1, 0), ("out", 0, 1)])
-@pytest.mark.parametrize("name", zoo.available())
+@pytest.mark.parametrize("name", RECORDED)
 def test_biases_are_where_they_were_asked_for(name, bias, into, out) -> None:
     layer = zoo.build(name, dim=16, heads=2, bias=bias)
     found = {

@@ -37,9 +37,7 @@ def it_compiles_as_one_operator(case: Case) -> None:
             torch.export.export(layer, (case.data(1, 9),), strict=False)
         except Exception as error:
             refused = error
-    assert isinstance(refused, Unsupported), (
-        f"{case.name}: torch.export must be refused, got {refused!r}; {HOW}"
-    )
+    assert isinstance(refused, Unsupported), f"{case.name}: torch.export must be refused, got {refused!r}; {HOW}"
     torch._dynamo.reset()
 
 

@@ -1,4 +1,4 @@
-"""Decoding: states that are used again, copied and kept, in any mode, and what one more token costs."""
+"""Decoding: states that are used again, copied and kept, and what one more token costs."""
 
 from __future__ import annotations
 
@@ -95,19 +95,6 @@ def beams_are_reordered_at_every_step(case: Case) -> None:
         state = out.state
         expected = run(layer, history, piece(tokens, 0, at + 1)).hidden[:, -1:]
         close(out.hidden, expected, f"{case.name}: beams reordered before each token, step {at}")
-
-
-@check(decodes)
-def inference_mode_and_gradients_take_turns(case: Case) -> None:
-    """States made in one mode go on in another; only what is written in place differs."""
-    layer, x, tokens = case.build(causal=True), case.data(2, 30), Tokens.all_valid(2, 30)
-    modes = [torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode, torch.enable_grad]
-    state, expected = layer.initial_state(2), last_rows(layer, x, tokens, 0)
-    for at in range(30):
-        with modes[at // 3 % len(modes)]():
-            out = layer(x[:, at : at + 1], piece(tokens, at, at + 1), state=state)
-        state = out.state
-        close(out.hidden, expected[:, at : at + 1], f"{case.name}: modes in turns, step {at}")
 
 
 @check(decodes)

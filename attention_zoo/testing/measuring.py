@@ -56,9 +56,7 @@ def pairs_grow_as_declared(case: Case) -> None:
         if short is None or long is None:
             return
         where = f"{case.name} causal={causal}: `pairs`"
-        assert short > 0, (
-            f"{where} must count the query-key pairs that are scored, got {short} at 2,048 tokens"
-        )
+        assert short > 0, f"{where} must count the query-key pairs that are scored, got {short} at 2,048 tokens"
         assert long <= allowed * short, (
             f"{where} grow {long / short:.2f} times from 2,048 to 4,096 tokens, allowed for {case.can.compute} "
             f"compute: {allowed:.2f}; declare what it costs, or correct `pairs`"
