@@ -11,7 +11,6 @@ import torch
 from omegaconf import OmegaConf
 
 from attention_zoo.contract import Attention, Source, Tokens, Unsupported
-from attention_zoo.overview import meanings_of
 from attention_zoo.positions import ATTENTION_LEVEL
 from attention_zoo.testing.case import PRIME, Case, piece, run
 from attention_zoo.testing.check import check
@@ -114,14 +113,6 @@ def options_are_keyword_only_with_defaults(case: Case) -> None:
         assert given, f"{where} must have a default"
     unknown = set(case.cls.tiny) - set(own_options(case.cls))
     assert not unknown, f"{case.name}: tiny names options that the constructor does not have: {sorted(unknown)}"
-
-
-@check()
-def options_are_described(case: Case) -> None:
-    """Each stands under `Args:` of the class or a base, for `help(layer)`, `about` and `--help`."""
-    meanings = meanings_of(case.cls)
-    for name in own_options(case.cls):
-        assert meanings.get(name), f"{case.name}: say under `Args:` of {case.cls.__name__} what its option {name} means"
 
 
 def own_options(cls: type[Attention]) -> dict[str, inspect.Parameter]:

@@ -17,7 +17,7 @@ from typing import Any
 
 # Imported for the checks that they define, in the order in which a newcomer wants to see them fail: what names a cause
 # comes before what only differs because of it.
-from attention_zoo.testing import refusals, patterns, numerics, causality, padding  # noqa: F401  isort: skip
+from attention_zoo.testing import refusals, describing, patterns, numerics, causality, padding  # noqa: F401  isort: skip
 from attention_zoo.testing import states, decoding, cross, large_scores, persistence  # noqa: F401  isort: skip
 from attention_zoo.testing import costs, measuring, compiling  # noqa: F401  isort: skip
 from attention_zoo.contract import Attention
