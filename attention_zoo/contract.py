@@ -10,7 +10,7 @@ Letters, the same everywhere: B batch, L queries, S keys, H heads, K key/value h
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -208,7 +208,7 @@ class Attention(Layer):
     name: ClassVar[str]
     declared: ClassVar[Abilities]
     tiny: ClassVar[Mapping[str, Any]] = {}
-    reference: ClassVar[Callable[[Any, Tensor, Tokens], Tensor] | None] = None
+    reference: ClassVar[Any] = None
     companions: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls, **options: Any):
