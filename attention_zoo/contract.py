@@ -55,6 +55,22 @@ class Output(NamedTuple):
     choices: Any = None
 
 
+class Operands(NamedTuple):
+    """What `attend`, a mechanism without its projections, is given.
+
+    Fields:
+        shapes: of each operand, in the order of `attend`.
+        by_rows: whether those of heads lie in memory as a projection writes them, [B, L, H, D]; else [B, H, L, D].
+        parameters: of the layer that `attend` uses besides.
+        seen: tokens that come before the call's, of which some are among the keys.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    by_rows: bool = False
+    parameters: tuple[Tensor, ...] = ()
+    seen: int = 0
+
+
 def add_losses(*many: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sum auxiliary losses by name, as depth does."""
     total: dict[str, Tensor] = {}
@@ -194,6 +210,9 @@ class Attention(Layer):
         declared: its abilities at the default options.
         tiny: options at which a few dozen tokens already straddle every border of the mechanism; the contract suite
             tests under them (window 3, chunk 4, ...). Whole numbers among them are taken for lengths in tokens.
+        reference: the slow truth of a mechanism that is no pattern, by plain loops in float64, differentiable:
+            `reference(layer, x, tokens) -> hidden`, a static method. The contract suite compares outputs and gradients
+            with it; a pattern needs none, its definition is `bias`.
         companions: layers that models of this backend mix in and that are no backends: part -> class, as dotted names.
             They are built as "backend.part".
         wraps: whether it stands around another layer, its option `inner`; see `model.wrapper`.
@@ -206,6 +225,7 @@ class Attention(Layer):
     name: ClassVar[str]
     declared: ClassVar[Abilities]
     tiny: ClassVar[Mapping[str, Any]] = {}
+    reference: ClassVar[Any] = None
     companions: ClassVar[Mapping[str, str]] = {}
     wraps: ClassVar[bool] = False
 
@@ -293,6 +313,23 @@ class Attention(Layer):
         dot product) counts that in. None: no formula; a pattern's pairs are then counted from its definition.
         """
         return None
+
+    def core(self, batch: int, length: int) -> Operands | None:
+        """What `attend` is given for so many rows and tokens, so that it can be measured alone; None: there is none.
+
+        By default queries, keys and values, where the class has an `attend(q, k, v)`: [B, H, L, D] and [B, K, L, D].
+        """
+        if not hasattr(self, "attend"):
+            return None
+        keys = batch, self.kv_heads, length, self.head_width
+        return Operands(((batch, self.heads, length, self.head_width), keys, keys))
+
+    def explain_kernels(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+        """Every kernel, fastest first, with the reason why it cannot run so many tokens without padding there, or None.
+
+        A mechanism that has one way to compute calls it "own".
+        """
+        return [("own", None)]
 
     def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Any) -> Any:
         """The state after a call, without the call's output: a step at a long context can be had without attending."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from attention_zoo.attention.pattern import PatternAttention
-from attention_zoo.contract import Attention, Tokens, at_least
+from attention_zoo.contract import Attention, at_least
 from attention_zoo.measure.environment import device_name
 from attention_zoo.registry import available, build, is_shipped, options_of, recipe, wrappers
 
@@ -66,18 +66,15 @@ def kernel_rows(length: int, device: str = "cpu", dtype: torch.dtype = torch.flo
         if reason := _unbuilt(name):
             rows.append((name, "own", reason))
             continue
-        cls, defaults = recipe(name)
-        if not issubclass(cls, PatternAttention):
-            found = _own_kernels(cls(dim=64, heads=1, **defaults), device, dtype)
-        else:
-            layer = cls(dim=64, heads=1, causal=cls.declared.causality != "none", **defaults).to(device)
-            q = torch.empty(1, 1, 1, 64, device=device, dtype=dtype).expand(-1, -1, length, -1)
-            found = layer.explain(q, q, q, *[Tokens.all_valid(1, length, device)] * 2)
         first = True
-        for kernel, reason in found:
+        for kernel, reason in _built(name).to(device).explain_kernels(length, torch.device(device), dtype):
             rows.append((name, kernel, reason or ("runs, chosen by auto" if first else "runs")))
             first = first and reason is not None
     return rows
+
+
+def _built(name: str) -> Attention:
+    return build(name, dim=64, heads=1, causal=recipe(name)[0].declared.causality != "none")
 
 
 def _unbuilt(name: str) -> str | None:
@@ -85,7 +82,7 @@ def _unbuilt(name: str) -> str | None:
     if is_shipped(name):
         return None
     try:
-        build(name, dim=64, heads=1, causal=recipe(name)[0].declared.causality != "none")
+        _built(name)
     except Exception as error:
         return f"cannot be built: {type(error).__name__}: {' '.join(str(error).split())}"
     return None
@@ -102,9 +99,9 @@ def about(name: str) -> str:
     (abilities,) = abilities_rows([name])
     parts = [f"# {name}", text, "## Options", markdown(("option", "default", "meaning"), option_rows(name))]
     parts += ["## Abilities", markdown(("ability", "here"), list(zip(COLUMNS, abilities))[1:])]
-    if issubclass(cls, PatternAttention):
-        can = cls.declared.causality
-        kernels = [(kernel.name, kernel.about) for kernel in build(name, dim=64, heads=1, causal=can != "none").kernels]
+    layer = _built(name)
+    if isinstance(layer, PatternAttention):
+        kernels = [(kernel.name, kernel.about) for kernel in layer.kernels]
         parts += ["## Kernels, fastest first", markdown(("kernel", "what it is"), kernels)]
     return "\n\n".join(parts)
 
@@ -112,10 +109,16 @@ def about(name: str) -> str:
 def option_rows(name: str) -> list[tuple[str, str, str]]:
     """Option, default and meaning: the mechanism's own, then those that all share."""
     cls, _ = recipe(name)
-    meanings = {**described(Attention), **described(cls)}
+    meanings = meanings_of(cls)
     shared = inspect.signature(Attention).parameters
     ordered = sorted(options_of(name).items(), key=lambda item: (item[0] in shared, item[0] == "kernel"))
     return [(key, _default(value), meanings.get(key, "").replace("|", "\\|")) for key, value in ordered]
+
+
+def meanings_of(cls: type[Attention]) -> dict[str, str]:
+    """What a mechanism and its bases say of each option."""
+    bases = cls.__mro__[: cls.__mro__.index(Attention) + 1]
+    return {option: meaning for owner in reversed(bases) for option, meaning in described(owner).items()}
 
 
 def _default(value: object) -> str:
@@ -130,12 +133,6 @@ def described(cls: Any) -> dict[str, str]:
         meaning = " ".join(text.split())
         meanings |= dict.fromkeys(names.split(", "), meaning)
     return meanings
-
-
-def _own_kernels(layer: Any, device: str, dtype: torch.dtype) -> list[tuple[str, str | None]]:
-    """What a mechanism that is no pattern says of its kernels, if it says anything."""
-    explain = getattr(layer, "explain_kernels", None)
-    return [("own", None)] if explain is None else explain(torch.device(device), dtype)
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

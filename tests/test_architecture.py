@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-import attention_zoo as zoo
-from attention_zoo.registry import recipe
-from attention_zoo.testing.refusals import own_options
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attention_zoo"
@@ -115,15 +110,6 @@ def test_files_stay_readable() -> None:
         assert lines <= limit, f"{path.relative_to(ROOT)} has {lines} lines, at most {limit}"
         if lines > 1:
             assert ast.get_docstring(ast.parse(path.read_text())), f"{path.relative_to(ROOT)} says nothing of itself"
-
-
-@pytest.mark.parametrize("name", [*zoo.available(), *zoo.wrappers()])
-def test_every_option_is_described(name: str) -> None:
-    """Under `Args:` of the mechanism's class, for whoever reads `help(layer)`."""
-    cls = recipe(name)[0]
-    text = inspect.getdoc(cls) or ""
-    for option in own_options(cls):
-        assert f"{option}:" in text or f"{option}," in text, f"{cls.__name__} does not describe its option {option}"
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

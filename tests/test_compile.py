@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from recorded import RECORDED
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -46,7 +47,7 @@ def same(got, want) -> None:
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", zoo.available())
+@pytest.mark.parametrize("name", RECORDED)
 def test_one_graph_serves_every_length(name: str) -> None:
     """fullgraph=True raises at any graph break; the counter counts compilations."""
     model = small(name)
@@ -169,7 +170,7 @@ class Around(nn.Module):
 def test_export_is_refused_by_name(strict: bool) -> None:
     """A saved program would hold the number of a layer, which is another layer's in another process."""
     x, ids, heads = torch.randn(1, 9, 16), torch.zeros(1, 9, dtype=torch.long), torch.randn(1, 2, 9, 8)
-    cases = [(small(name), ids, name) for name in zoo.available()]
+    cases = [(small(name), ids, name) for name in RECORDED]
     cases += [(zoo.build("longformer", dim=16, heads=2), x, "longformer"), (Around(), heads, "longformer")]
     for model, given, name in cases:
         with pytest.raises(zoo.Unsupported, match=rf"^{name}: torch.export is not supported: .*use torch.compile"):

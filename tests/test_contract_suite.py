@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from typing import Any
 
 import pytest
+from recorded import RECORDED
 from references import reference_of
+from torch import Tensor
 
 import attention_zoo as zoo
+from attention_zoo.attention.longformer import Longformer
 from attention_zoo.testing import ContractCheck, contract_checks
+
+BUDGET_S = 40.0
+"""Seconds of the processor that the checks of one mechanism may take, the slow ones aside."""
+SPENT: Counter[str] = Counter()
 
 
 def every_check() -> list[Any]:
@@ -21,7 +30,16 @@ def every_check() -> list[Any]:
 
 @pytest.mark.parametrize("check", every_check())
 def test_contract(check: ContractCheck) -> None:
+    start = time.process_time()
     check()
+    if not check.slow:
+        SPENT[check.case.name] += time.process_time() - start
+
+
+@pytest.mark.parametrize("name", zoo.available())
+def test_the_suite_stays_within_its_budget(name: str) -> None:
+    """Of what this process ran of it: with several processes each sees a part."""
+    assert SPENT[name] <= BUDGET_S, f"the checks of {name} took {SPENT[name]:.0f} s of the processor: mark some slow"
 
 
 OTHER_OPTIONS = [
@@ -47,12 +65,45 @@ def test_contract_under_other_options(name: str, options: dict[str, Any]) -> Non
             check()
 
 
-def test_the_five_mechanisms_are_there() -> None:
-    assert {"bigbird", "full", "longformer", "reformer", "transformer_xl"} <= set(zoo.available())
+def test_the_recorded_mechanisms_are_there() -> None:
+    assert RECORDED == ["bigbird", "full", "longformer", "reformer", "transformer_xl"]
+    assert set(RECORDED) <= set(zoo.available())
 
 
 def test_a_mechanism_without_a_slow_truth_fails() -> None:
     """Having neither a definition nor a reference loop is a failure, not a skipped check."""
     (check,) = (check for check in contract_checks("transformer_xl") if check.name == "fast_equals_slow")
-    with pytest.raises(AssertionError, match="nothing slow to compare with"):
+    with pytest.raises(AssertionError, match=r"nothing slow to compare with: .*reference\(layer, x, tokens\)"):
         check()
+
+
+def first_failure(cls: type[Any], **given: Any) -> AssertionError:
+    """What the author of a mechanism reads first."""
+    for check in contract_checks(cls, **given):
+        if not check.slow:
+            try:
+                check()
+            except AssertionError as error:
+                return error
+    raise AssertionError(f"{cls.__name__} passes")
+
+
+def test_the_cause_is_named_first() -> None:
+    """A pattern that says to reach less far than it sees: not that outputs differ, but that `reach` is wrong."""
+
+    class Short(Longformer):
+        @property
+        def reach(self) -> int:
+            return self.window - 1
+
+    assert "a key 3 positions away is seen, but reach is 2" in str(first_failure(Short))
+
+
+def test_a_reference_stands_in_the_class() -> None:
+    class Wrong(Longformer):
+        @staticmethod
+        def reference(layer: Any, x: Tensor, tokens: zoo.Tokens) -> Tensor:
+            return layer(x, tokens).hidden + 1
+
+    assert "against its reference loop: differs by" in str(first_failure(Wrong))
+    assert "nothing slow" not in str(first_failure(Wrong, reference=lambda layer, x, tokens: x))

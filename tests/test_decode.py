@@ -1,110 +1,21 @@
-"""Prefill and steps: caches that grow in place, are never wrong, and cost the same at any length of the context."""
+"""Prefill and steps of the recorded mechanisms: caches that grow in place, and cost the same at any length.
+
+What every state must do, the contract suite asks (attention_zoo/testing/states.py and decoding.py).
+"""
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from recorded import RECORDED
 
-import attention_zoo as zoo
 from attention_zoo import Tokens
 from attention_zoo.layout.ledger import Columns
-from attention_zoo.model.state import detach, reorder, reserve, state_bytes
+from attention_zoo.model.state import state_bytes
 from attention_zoo.testing.case import Case, close, piece, ragged, run
+from attention_zoo.testing.decoding import Touched, context, cost_of_steps, last_rows, steps
 
-CARRYING = [name for name in zoo.available() if Case.of(name).can.carry == "prefix"]
-CONSTANT = [name for name in CARRYING if Case.of(name).can.state == "constant"]
-
-
-def steps(layer, x: Tensor, tokens: Tokens, state, start: int, stop: int) -> tuple[Tensor, object]:
-    """One token at a time."""
-    found = []
-    for at in range(start, stop):
-        out = run(layer, x[:, at : at + 1], piece(tokens, at, at + 1), state=state)
-        state = out.state
-        found.append(out.hidden)
-    return torch.cat(found, 1), state
-
-
-def last_rows(layer, x: Tensor, tokens: Tokens, start: int) -> Tensor:
-    """Each row of the output as the last of its own prefix: what a step must give, also where later tokens matter."""
-    return torch.cat(
-        [run(layer, x[:, :n], piece(tokens, 0, n)).hidden[:, -1:] for n in range(start + 1, x.shape[1] + 1)], 1
-    )
-
-
-# --- older states -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", CARRYING)
-def test_a_state_that_was_used_before_is_still_right(name):
-    """Two continuations of one state, step by step in turn: nobody writes into what another sees."""
-    case = Case.of(name)
-    layer, length, at = case.build(causal=True), 50, 20
-    x, other, tokens = case.data(2, length), case.data(2, length, seed=5), Tokens.all_valid(2, length)
-    other[:, :at] = x[:, :at]
-    state = run(layer, x[:, :at], piece(tokens, 0, at), state=layer.initial_state(2)).state
-    mine, theirs = state, state
-    expected = [last_rows(layer, row, tokens, at) for row in (x, other)]
-    for step in range(at, length):
-        mine, theirs = (
-            run(layer, row[:, step : step + 1], piece(tokens, step, step + 1), state=one)
-            for row, one in ((x, mine), (other, theirs))
-        )
-        close(mine.hidden, expected[0][:, step - at : step - at + 1], f"{name}, step {step}")
-        close(theirs.hidden, expected[1][:, step - at : step - at + 1], f"{name}, step {step} of the other")
-        mine, theirs = mine.state, theirs.state
-    # and the very first state once more
-    close(steps(layer, other, tokens, state, at, at + 3)[0], expected[1][:, :3], f"{name}: the first state")
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, detach, lambda s: pickle.loads(pickle.dumps(s))], ids=range(3))
-@pytest.mark.parametrize("name", CARRYING)
-def test_copies_of_a_state_go_their_own_way(name, copied):
-    case = Case.of(name)
-    layer, x, other = case.build(causal=True), case.data(2, 40), case.data(2, 40, seed=5)
-    tokens = Tokens.all_valid(2, 40)
-    other[:, :9] = x[:, :9]
-    state = run(layer, x[:, :8], piece(tokens, 0, 8), state=layer.initial_state(2)).state
-    state = run(layer, x[:, 8:9], piece(tokens, 8, 9), state=state).state  # in a buffer with room
-    twin = copied(state)
-    first, second = (steps(layer, row, tokens, one, 9, 40)[0] for row, one in ((x, state), (other, twin)))
-    close(first, last_rows(layer, x, tokens, 9), name)
-    close(second, last_rows(layer, other, tokens, 9), f"{name}: the copy")
-
-
-@pytest.mark.parametrize("name", CARRYING)
-def test_beams_are_reordered_at_every_step(name):
-    case = Case.of(name)
-    layer, x, tokens = case.build(causal=True), case.data(3, 30), Tokens.all_valid(3, 30)
-    generator = torch.Generator().manual_seed(0)
-    state = run(layer, x[:, :5], piece(tokens, 0, 5), state=layer.initial_state(3)).state
-    history = x[:, :5]
-    for at in range(5, 30):
-        order = torch.randint(3, (3,), generator=generator)
-        state, history = reorder(state, order), torch.cat([history[order], x[:, at : at + 1]], 1)
-        out = run(layer, x[:, at : at + 1], piece(tokens, at, at + 1), state=state)
-        state = out.state
-        expected = run(layer, history, piece(tokens, 0, at + 1)).hidden[:, -1:]
-        close(out.hidden, expected, f"{name}, step {at}")
-
-
-@pytest.mark.parametrize("name", CARRYING)
-def test_inference_mode_and_gradients_take_turns(name):
-    """States made in one mode go on in another; only what is written in place differs."""
-    case = Case.of(name)
-    layer, x, tokens = case.build(causal=True), case.data(2, 32), Tokens.all_valid(2, 32)
-    modes = [torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode, torch.enable_grad]
-    state, expected = layer.initial_state(2), last_rows(layer, x, tokens, 0)
-    for at in range(32):
-        with modes[at // 3 % len(modes)]():
-            out = layer(x[:, at : at + 1], piece(tokens, at, at + 1), state=state)
-        state = out.state
-        close(out.hidden, expected[:, at : at + 1], f"{name}, step {at}")
+CONSTANT = [name for name in RECORDED if Case.of(name).can.state == "constant"]
 
 
 def test_nothing_that_a_graph_needs_is_overwritten():
@@ -121,16 +32,18 @@ def test_nothing_that_a_graph_needs_is_overwritten():
     assert x.grad[:, 4:8].abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", CARRYING)
-def test_what_is_remembered_is_what_a_call_leaves(name):
+@pytest.mark.parametrize("name", RECORDED)
+def test_inference_mode_and_gradients_take_turns(name):
+    """States made in one mode go on in another; only what is written in place differs."""
     case = Case.of(name)
-    layer, x, tokens = case.build(causal=True), case.data(3, 40), Tokens.of(ragged(40, [40, 21, 9], "left"))
-    state = layer.initial_state(3)
-    for start, stop in ((0, 13), (13, 30)):
-        with torch.no_grad():
-            state = layer.remember(x[:, start:stop], piece(tokens, start, stop), state=state)
-    found = run(layer, x[:, 30:], piece(tokens, 30, 40), state=state).hidden
-    close(found, run(layer, x, tokens).hidden[:, 30:], name)
+    layer, x, tokens = case.build(causal=True), case.data(2, 32), Tokens.all_valid(2, 32)
+    modes = [torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode, torch.enable_grad]
+    state, expected = layer.initial_state(2), last_rows(layer, x, tokens, 0)
+    for at in range(32):
+        with modes[at // 3 % len(modes)]():
+            out = layer(x[:, at : at + 1], piece(tokens, at, at + 1), state=state)
+        state = out.state
+        close(out.hidden, expected[:, at : at + 1], f"{name}, step {at}")
 
 
 # --- any option, any layout -------------------------------------------------------------------------------------------
@@ -169,78 +82,15 @@ def test_steps_equal_the_whole_prefix(name, options):
         assert state.globals is not None
 
 
-@pytest.mark.parametrize("name", CARRYING)
-def test_steps_with_padding_documents_and_late_globals(name):
-    """Steps that do not simply go on: rows that skip a step, documents that end, global tokens where they may come."""
-    case = Case.of(name)
-    layer, length = case.build(causal=True), 90
-    valid = torch.rand(3, length, generator=torch.Generator().manual_seed(0)) < 0.8
-    valid[0] = True
-    document = torch.arange(length)[None] // torch.tensor([[1000], [37], [20]])
-    is_global = None
-    if case.can.global_tokens == "any":
-        is_global = torch.zeros_like(valid)
-        is_global[:, [3, 30, 60]] = True
-    x, tokens = case.data(3, length), Tokens.of(valid, is_global, document)
-    found, _ = steps(layer, x, tokens, layer.initial_state(3), 0, length)
-    for end in (1, 2, 33, 38, 61, 75, length):
-        expected = run(layer, x[:, :end], piece(tokens, 0, end)).hidden[:, -1]
-        here = valid[:, end - 1]
-        close(found[here, end - 1], expected[here], f"{name}, token {end}")
-
-
 # --- what a step costs ------------------------------------------------------------------------------------------------
 
 
-class Touched(TorchDispatchMode):
-    """Counts elements that operators read or write; views are free, and gathers read what they yield."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = self.moved = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        if function.is_view:
-            return found
-        results = found if isinstance(found, tuple | list) else [found]
-        outputs = [each for each in results if isinstance(each, Tensor)]
-        picks = any(word in str(function) for word in ("gather", "index", "embedding"))
-        inputs = [] if picks else [each for each in args if isinstance(each, Tensor)]
-        self.elements += sum(each.numel() for each in (*outputs, *inputs))
-        if "copy_" in str(function) or "cat" in str(function):
-            self.moved += sum(each.numel() for each in outputs)
-        return found
-
-
-def context(layer, length: int, room: int = 0):
-    """The state of one row of `length` tokens."""
-    state = reserve(layer.initial_state(1), room)
-    generator = torch.Generator().manual_seed(0)
-    for start in range(0, length, 8192):
-        stop = min(start + 8192, length)
-        x = torch.randn(1, stop - start, layer.dim, generator=generator)
-        with torch.no_grad():
-            valid = torch.ones(1, stop - start, dtype=torch.bool)
-            state = layer.remember(x, Tokens.of(valid, start=start), state=state)
-    return state
-
-
-def cost_of_steps(layer, length: int) -> tuple[float, float]:
-    """Elements touched and moved by a step behind `length` tokens, the mean of some."""
-    state, count = context(layer, length, room=length + 50), 8
-    x, one = torch.randn(1, 1, layer.dim), torch.ones(1, 1, dtype=torch.bool)
-    for at in range(length, length + 4):  # the first may have to hash and sort
-        state = run(layer, x, Tokens.of(one, start=at), state=state).state
-    with Touched() as touched:
-        for at in range(length + 4, length + 4 + count):
-            state = run(layer, x, Tokens.of(one, start=at), state=state).state
-    return touched.elements / count, touched.moved / count
-
-
-@pytest.mark.parametrize("name", CARRYING)
+@pytest.mark.parametrize("name", RECORDED)
 def test_a_step_costs_the_same_at_any_length(name):
-    """Counted, not timed. Full attention reads its cache, and Reformer counts its tokens; neither moves them."""
+    """Counted, not timed. Full attention reads its cache, and Reformer counts its tokens; neither moves them.
+
+    Of any mechanism with a constant state the contract suite asks the same.
+    """
     layer = Case.of(name).build(causal=True, dtype=torch.float32)
     (short, moved), (long, moved_later) = (cost_of_steps(layer, length) for length in (2048, 16384))
     assert moved_later <= 1.05 * moved

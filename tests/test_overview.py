@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+from recorded import RECORDED
 
 import attention_zoo as zoo
 from attention_zoo import overview
@@ -26,14 +27,14 @@ def test_a_page_holds_text_options_abilities_and_kernels(name: str) -> None:
             "must be given" if default is inspect.Parameter.empty else "null" if default is None else str(default)
         )
         assert rows[option][1] == expected
-        assert rows[option][2], f"{option} of {name} is not described"
+        assert rows[option][2], f"{option} of {name} is not described under `Args:` of its class"
         assert "| " + " | ".join(rows[option]) + " |" in page
     assert f"| compute | {cls.declared.compute} |" in page
     for kernel in getattr(cls, "kernels", ()):
         assert f"| {kernel.name} | {kernel.about} |" in page
 
 
-@pytest.mark.parametrize("name", ["full", "longformer", "bigbird", "reformer", "transformer_xl", "global_tokens"])
+@pytest.mark.parametrize("name", [*RECORDED, "global_tokens"])
 def test_a_page_says_what_paper_code_and_we_do_and_how_it_was_checked(name: str) -> None:
     page = overview.about(name)
     places = [page.index(f"\n\n{word}") for word in ("Paper", "Released code", "Here", "Checked", "## Options")]

@@ -74,8 +74,8 @@ def test_padding_that_is_not_zeroed() -> None:
     """Masked by -inf, but 0 · NaN is NaN."""
 
     class Careless(Full):
-        def enter(self, x: Tensor, tokens: Tokens | None, state: Any, source: Source | None) -> tuple[Tensor, Tokens]:
-            return x, super().enter(x, tokens, state, source)[1]
+        def enter(self, x: Tensor, *call: Any) -> tuple[Tensor, Layout]:
+            return x, super().enter(x, *call)[1]
 
     caught(Careless, "padding_contents_never_matter", kernel="dense")
 
@@ -95,19 +95,19 @@ def test_a_neighbour_in_the_batch_that_matters() -> None:
 class ShortReach(Longformer):
     """The executor believes that the window is one token shorter than the definition says."""
 
-    @property
-    def reach(self) -> int:
-        return super().reach - 1
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.reach = Band(self.window - 1, stride=self.dilation, weights="uniform")
 
 
 def test_a_window_off_by_one() -> None:
-    caught(ShortReach, "near_hides_nothing", "fast_equals_slow", "any_cut_equals_one_call")
+    caught(ShortReach, "reach_hides_nothing", "weights_are_what_reach_says", "fast_equals_slow", "any_cut_equals_one_call")
 
 
 def test_a_global_key_that_only_the_first_tile_sees(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = plans._GlobalKeys.parts
+    parts = globals_.GlobalKeys.parts
     monkeypatch.setattr(
-        plans._GlobalKeys, "parts", lambda keys, rows, some: [] if rows.start else parts(keys, rows, some)
+        globals_.GlobalKeys, "parts", lambda keys, rows, some: [] if rows.start else parts(keys, rows, some)
     )
     caught(Longformer, "fast_equals_slow_over_many_tiles")
 
@@ -217,9 +217,9 @@ def test_a_memory_that_is_read_one_token_short() -> None:
 
 def test_a_memory_that_is_not_detached() -> None:
     class Attached(TransformerXL):
-        def _layout(self, keys: Tokens, length: int) -> Any:
-            layout = super()._layout(keys, length)
-            return layout._replace(own=layout.first)
+        def _segments(self, keys: Layout, length: int) -> Any:
+            found = super()._segments(keys, length)
+            return found._replace(own=found.first)
 
     caught(Attached, "fast_equals_slow")
 
@@ -230,13 +230,13 @@ def test_a_memory_that_is_not_detached() -> None:
 def test_a_wrap_to_the_chunk_of_another_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows and documents in one ring of chunks."""
     right = lsh_layout.lay_out
-    monkeypatch.setattr(lsh_layout, "lay_out", lambda sizes, **more: right(sizes.sum(0, keepdim=True), **more))
+    monkeypatch.setattr(lsh_layout, "lay_out", lambda sizes, **more: right(sizes.sum(keepdims=True), **more))
     names = ("a_row_alone_equals_itself_in_a_batch", "documents_in_one_row_equal_documents_apart")
     caught(Reformer, *names, "fast_equals_slow")
 
 
 def test_a_value_from_the_future(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lsh.Plan, "causal", False)
+    monkeypatch.setattr(chunks.Plan, "causal", False)
     names = ("the_future_never_changes_the_past", "no_gradient_comes_from_the_future")
     caught(Reformer, *names, "fast_equals_slow")
 

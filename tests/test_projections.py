@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from recorded import RECORDED
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
@@ -46,7 +47,7 @@ def parts(name: str) -> list[str]:
     return [part for part in found if not part.endswith("_global")]
 
 
-CASES = [(name, part) for name in zoo.available() for part in parts(name)]
+CASES = [(name, part) for name in RECORDED for part in parts(name)]
 
 
 def adapted(name: str, part: str) -> tuple[Any, Any, Adapter]:
@@ -209,7 +210,7 @@ def test_an_adapter_may_stand_in_the_embeddings_place() -> None:
     torch.testing.assert_close(model(ids, types=types, state=model.initial_state(2)).hidden, expected)
 
 
-@pytest.mark.parametrize("name", zoo.available())
+@pytest.mark.parametrize("name", RECORDED)
 def test_a_quantised_model_runs_carries_a_state_and_writes(name: str) -> None:
     torch.manual_seed(0)
     model = zoo.Transformer(

@@ -1,24 +1,21 @@
 """The README is a promise: its commands are well-formed, its code runs, its tables are what code and results say."""
 
-import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from faults.__main__ import table
 from faults.kinds import KINDS
 from readme_tables import reach_table
+from recorded import RECORDED
 
-import attention_zoo as zoo
 from attention_zoo import overview
 from attention_zoo.commands import work as commands
 from attention_zoo.commands.main import PLAIN, main
 from attention_zoo.files import read_json
 from attention_zoo.report import Findings, markdown_table, read, rivals
-from attention_zoo.testing import contract_checks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -41,7 +38,7 @@ def command(name):
 
 
 def test_the_two_commands_do_their_own_set_up():
-    for name, end in (("main", "-m experiments.compare"), ("tests", "-m pytest -n 2")):
+    for name, end in (("main", "-m experiments.compare"), ("tests", '-m pytest -n 2 -m "not slow"')):
         make, install, run = command(name).split(" && ")
         assert make == "python3 -m venv .venv"
         assert install.startswith(".venv/bin/pip install -q -e ")
@@ -49,11 +46,13 @@ def test_the_two_commands_do_their_own_set_up():
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    assert "<!-- tests -->" in (ROOT / ".ci" / "run").read_text()
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "<!-- tests -->" in script
+    assert "-m pytest -n 2 -m slow" in script, "and the tests that README's command leaves out"
 
 
 def test_the_table_of_abilities_is_generated():
-    assert between("abilities") == overview.markdown(overview.COLUMNS, overview.abilities_rows())
+    assert between("abilities") == overview.markdown(overview.COLUMNS, overview.abilities_rows(RECORDED))
 
 
 def test_the_table_of_faults_is_that_of_the_committed_counts():
@@ -111,20 +110,6 @@ def test_the_examples_of_integrations_run(what, tmp_path, monkeypatch):
         torch.testing.assert_close(longer, names["logits"], atol=1e-5, rtol=1e-5)
 
 
-def test_the_example_of_a_new_mechanism_passes_the_contract_suite(tmp_path, monkeypatch):
-    (example,) = [block for block in blocks("python") if "class Strided" in block]
-    (recipe,) = [yaml.safe_load(block) for block in blocks("yaml")]
-    (tmp_path / "strided_example.py").write_text(example)
-    monkeypatch.syspath_prepend(tmp_path)
-    Strided = importlib.import_module("strided_example").Strided
-    layer = Strided(dim=16, heads=2, causal=True, stride=recipe["stride"])
-    assert layer(torch.randn(1, 9, 16)).hidden.shape == (1, 9, 16)
-    checks = [check for check in contract_checks(Strided) if not check.slow]
-    assert len(checks) > 20
-    for check in checks:
-        check()
-
-
 COMMANDS = [
     line
     for block in blocks("bash")
@@ -155,8 +140,8 @@ def test_every_other_command_is_understood(line, capsys):
     assert not told.err
 
 
-def test_available_backends_are_those_named():
-    for name in zoo.available():
+def test_every_recorded_backend_is_named_with_its_file():
+    for name in RECORDED:
         assert f"[{name}](attention_zoo/attention/{name}.py)" in README
     for name in zoo.wrappers():
         assert f"[{name}](attention_zoo/model/{name}.py)" in README

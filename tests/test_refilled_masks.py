@@ -12,7 +12,7 @@ from torch import Tensor
 
 import attention_zoo as zoo
 from attention_zoo import Source, Tokens
-from attention_zoo.contract import Held, hold
+from attention_zoo.layout.layout import Layout
 from attention_zoo.integrations.multihead import MultiheadAttention
 from attention_zoo.layout.ledger import Columns
 
@@ -163,7 +163,7 @@ def test_a_states_own_tokens_are_not_changed_unnoticed(what: str) -> None:
         out = layer(x[:, first:], tokens.cut(slice(first, 3)), state=state)
         out.hidden.sum().backward(retain_graph=True)  # nothing was changed yet
         columns = out.state if isinstance(out.state, Columns) else out.state.columns
-        columns.fields.valid.fill_(False)
+        columns.ledger.fields.valid.fill_(False)
         with pytest.raises(RuntimeError, match=r"tokens of a state.*have been modified by an inplace operation"):
             out.hidden.sum().backward()
 
@@ -183,18 +183,10 @@ def test_torchs_drop_in() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_only_a_call_that_needs_it_copies_and_only_once() -> None:
+def test_a_layout_is_a_copy_and_is_made_only_once() -> None:
     tokens = batch(0)
-    with torch.no_grad():
-        assert hold(tokens) == (tokens,)
-        kept = hold(tokens, kept=True)[0]
-    (held,) = hold(tokens)
-    for copy in (kept, held):
-        assert isinstance(copy, Held)
-        assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in zip(copy, tokens, strict=True))
-    assert hold(held)[0] is held
-    assert isinstance(held.cut(slice(1, 3)), Held)
+    layout = Layout.of(tokens)
+    assert all(torch.equal(a, b) and a.data_ptr() != b.data_ptr() for a, b in zip(layout, tokens, strict=True))
+    assert Layout.of(layout) is layout
     other: Tensor = batch(1).valid
-    assert not isinstance(held._replace(valid=other), Held), "what comes in is somebody's"
-    queries, keys = hold(tokens._replace(valid=other), tokens)
-    assert queries.position is keys.position
+    assert not isinstance(layout._replace(valid=other), Layout), "what comes in is somebody's"

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
+from recorded import FIGURES, RECORDED
 
 from attention_zoo.measure import regression
 
-RECORDED = json.loads((Path(__file__).parent / "regression.json").read_text())
+GRID = regression.grid(RECORDED)
 
 
-@pytest.mark.parametrize("name", regression.grid())
+@pytest.mark.parametrize("name", FIGURES["cells"])
 def test_nothing_grew_or_shrank_unnoticed(name):
-    said = regression.complaint(name, regression.observe(regression.grid()[name]), RECORDED)
+    said = regression.complaint(name, regression.observe(GRID[name]), FIGURES)
     assert said is None, said
 
 
-def test_nothing_is_recorded_that_is_no_more():
-    assert RECORDED["cells"].keys() == regression.grid().keys()
+def test_what_is_recorded_is_recorded_whole():
+    assert FIGURES["cells"].keys() == GRID.keys()
+    assert regression.grid().keys() >= GRID.keys(), "nothing is recorded that is no more"
 
 
 def test_bytes_are_compared_under_the_torch_they_were_recorded_with():
-    if RECORDED["torch"] != regression.torch_release():
-        pytest.skip(f"recorded with torch {RECORDED['torch']}, this is {regression.torch_release()}: FLOPs alone")
+    if FIGURES["torch"] != regression.torch_release():
+        pytest.skip(f"recorded with torch {FIGURES['torch']}, this is {regression.torch_release()}: FLOPs alone")
 
 
 def test_what_moved_is_said_in_one_line(monkeypatch):

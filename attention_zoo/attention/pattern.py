@@ -194,6 +194,14 @@ class PatternAttention(Attention):
         """Every kernel, fastest first, with all reasons why it cannot run this call, or None."""
         return explain(self.kernels, self._call(q, k, v, queries, keys, None))
 
+    def explain_kernels(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+        """See `Attention`."""
+        q, k = (
+            torch.empty(1, heads, 1, self.head_width, device=device, dtype=dtype).expand(-1, -1, length, -1)
+            for heads in (self.heads, self.kv_heads)
+        )
+        return self.explain(q, k, k, *[Layout.plain(1, length, device)] * 2)
+
     def _call(
         self, q: Tensor, k: Tensor, v: Tensor, queries: Tokens | None, keys: Tokens | None, scale: float | None
     ) -> PatternCall:

@@ -46,7 +46,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from attention_zoo.attention.operator import one_operator, refuse_export
-from attention_zoo.contract import Abilities, Attention, Output, Source, at_least, of_tensor
+from attention_zoo.contract import Abilities, Attention, Operands, Output, Source, at_least, of_tensor
 from attention_zoo.layout.host import Array, tensor_of
 from attention_zoo.layout.kernel import check_name, choose, explain
 from attention_zoo.layout.layout import Layout
@@ -189,6 +189,10 @@ class Reformer(Attention):
             return self.factors
         length = -(-length // self.fill) * self.fill if self.fill else length
         return hashing.bucket_factors(length, self.chunk, self.split_above)
+
+    def core(self, batch: int, length: int) -> Operands:
+        """See `Attention`: queries that are the keys, and values; hashing and sorting are part of the call."""
+        return Operands(((batch, self.heads, length, self.head_width),) * 2, by_rows=True)
 
     @property
     def keeps(self) -> tuple[Any, ...]:
@@ -439,8 +443,8 @@ class Reformer(Attention):
     def _described(self, device: torch.device, dtype: torch.dtype) -> HashedCall:
         return HashedCall(device, dtype, self.chunk, self.head_width, self.correct_duplicates)
 
-    def explain_kernels(self, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
-        """Every kernel, fastest first, with all reasons why it cannot run there, or None."""
+    def explain_kernels(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+        """See `Attention`."""
         return explain(KERNELS, self._described(device, dtype))
 
 

@@ -46,7 +46,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attention_zoo.attention.operator import one_operator, refuse_export
-from attention_zoo.contract import Abilities, Attention, Output, Source, at_least
+from attention_zoo.contract import Abilities, Attention, Operands, Output, Source, at_least
 from attention_zoo.layout.host import Host, tensor_of
 from attention_zoo.layout.kernel import choose, explain
 from attention_zoo.layout.layout import Layout
@@ -164,6 +164,12 @@ class TransformerXL(Attention):
         position = torch.arange(length)
         seen = (position - self._oldest(position).clamp(min=0) + 1).sum()
         return 1.5 * float(seen)
+
+    def core(self, batch: int, length: int) -> Operands:
+        """See `Attention`: a stretch that begins a segment, its memory in front and full, and keys of distances."""
+        (H, D), S, M = (self.heads, self.head_width), self.segment_length, self.memory_length
+        keys, seen = (batch, H, M + length, D), -(-M // S) * S
+        return Operands(((batch, H, length, D), keys, keys, (S + M, H, D)), True, (self.u, self.v), seen)
 
     @property
     def keeps(self) -> tuple[Any, ...]:
@@ -362,7 +368,7 @@ class TransformerXL(Attention):
         borders = chunk_borders(length, self.segment_length, phase)
         return plan_chunks(first, own, borders, columns, keys=keys if kernel == "gather" else None, device=device)
 
-    def explain_kernels(self, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
-        """Every kernel, fastest first, with all reasons why it cannot run many tokens without holes there, or None."""
+    def explain_kernels(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+        """See `Attention`."""
         with torch.enable_grad():
-            return explain(KERNELS, RelativeCall(10**6, self.head_width, device, dtype))
+            return explain(KERNELS, RelativeCall(length, self.head_width, device, dtype))

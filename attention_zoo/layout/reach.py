@@ -68,6 +68,14 @@ class Reach:
         """So many tokens at the start of a document are within reach of all, and never forgotten."""
         return 0
 
+    def inside(self, query: Tensor, key: Tensor) -> Bool[Tensor, "#H *n"]:
+        """Whether keys at these positions are within reach of queries at those: the definition, where it is all.
+
+        Raises:
+            NotImplementedError: where positions alone do not say it.
+        """
+        raise NotImplementedError(f'{type(self).__name__} does not say which keys are within reach: weights="any"')
+
     def near(self, tiles: Tiles) -> Bool[np.ndarray, "B q k"]:
         """May any query of the one tile see any key of the other? Never False where it does."""
         raise NotImplementedError
@@ -81,6 +89,9 @@ class Anywhere(Reach):
     """Every key of the own document."""
 
     weights: Weights = "any"
+
+    def inside(self, query: Tensor, key: Tensor) -> Tensor:
+        return torch.ones(1, *torch.broadcast_shapes(query.shape, key.shape), dtype=torch.bool)
 
     def near(self, tiles: Tiles) -> Array:
         return np.ones(np.broadcast_shapes(tiles.q_lo.shape, tiles.k_lo.shape), bool)
@@ -137,9 +148,19 @@ class Band(Reach):
     def farthest_ahead(self) -> int:
         return self.farthest if self.ahead is None else _most(self.ahead, self.stride)
 
+    def inside(self, query: Tensor, key: Tensor) -> Tensor:
+        gap = query - key
+        back, stride = (_by_head(x, gap) for x in (self.back, self.stride))
+        ahead = back if self.ahead is None else _by_head(self.ahead, gap)
+        return ((gap <= back * stride) & (-gap <= ahead * stride) & (gap % stride == 0)) | (key < self.first)
+
     def near(self, tiles: Tiles) -> Array:
         found = (tiles.q_lo - tiles.k_hi <= self.farthest) & (tiles.k_lo - tiles.q_hi <= self.farthest_ahead)
         return found | (tiles.k_lo < self.first) if self.first else found
+
+
+def _by_head(count: PerHead, like: Tensor) -> Tensor:
+    return torch.tensor(count).view(-1, *[1] * like.ndim)
 
 
 def _most(count: PerHead, stride: PerHead) -> int:

@@ -21,6 +21,9 @@ Reference = Callable[[Attention, Tensor, Tokens], Tensor]
 """The slow truth of a mechanism that is no pattern, by plain loops: `reference(layer, x, tokens) -> hidden`."""
 
 PRIME = 29
+MANY = 307
+"""Tokens far beyond a tile of `WIDE` rows; in tiles of a few rows so many would only repeat what `PRIME` shows."""
+WIDE = 64
 EXACT = 1e-12
 """What two float64 orders of the same sums may differ by, relative to the largest value."""
 
@@ -34,7 +37,8 @@ class Case:
         cls: the Attention class.
         defaults: its default options.
         tiny: options at which short lengths straddle every border; `cls.tiny` and what `Case.of` was given.
-        reference: the slow truth, or None for patterns, whose definition is their `dense` kernel.
+        reference: the slow truth, `cls.reference` or what `Case.of` was given; None for patterns, whose definition is
+            their `dense` kernel.
     """
 
     name: str
@@ -51,7 +55,7 @@ class Case:
         """A registered name or a class; `options` come on top of its `tiny` ones."""
         cls, defaults = recipe(backend) if isinstance(backend, str) else (backend, {})
         name = backend if isinstance(backend, str) else cls.name
-        return Case(name, cls, defaults, {**cls.tiny, **options}, reference)
+        return Case(name, cls, defaults, {**cls.tiny, **options}, reference or cls.reference)
 
     @property
     def can(self) -> Abilities:
@@ -80,6 +84,12 @@ class Case:
     def lengths(self) -> list[int]:
         """1, W-1, W, 2W+3 and a prime that is longer."""
         return sorted({1, max(1, self.border - 1), self.border, 2 * self.border + 3, PRIME})
+
+    def telling(self, length: int) -> Iterator[tuple[str, Tokens]]:
+        """Of `layouts`, those in which positions are not columns: for options that change scores, not layouts."""
+        for name, tokens in self.layouts(length):
+            if name == "padded left" or "documents" in name:
+                yield name, tokens
 
     def variants(self) -> Iterator[dict[str, Any]]:
         """The tiny options alone, then other widths, each declared position scheme, and grouped heads."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from attention_zoo.testing.case import PRIME, Case, close, piece, run, same
+from attention_zoo.testing.case import MANY, PRIME, WIDE, Case, close, piece, run, same
 from attention_zoo.testing.check import check
 
 
@@ -23,8 +23,8 @@ def the_future_never_changes_the_past(case: Case) -> None:
     A mechanism with `causality="values"` may decide otherwise (a chunk border may move); it replays its choices here.
     """
     for variant in case.variants():
-        layer = case.build(causal=True, dtype=torch.float32, **variant)
-        for length in (PRIME, 307):
+        for length, tile in ((PRIME, 4), (MANY, WIDE)):
+            layer = case.build(causal=True, dtype=torch.float32, tile=tile, **variant)
             x = case.data(3, length, dtype=torch.float32)
             for layout, tokens in case.layouts(length):
                 out = run(layer, x, tokens)

@@ -12,7 +12,7 @@ from torch import Tensor
 from attention_zoo.attention.full import Full
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Attention, Tokens, Unsupported
-from attention_zoo.testing.case import PRIME, Case, close, gradients, run, weighed
+from attention_zoo.testing.case import MANY, PRIME, WIDE, Case, close, gradients, run, weighed
 from attention_zoo.testing.check import check
 
 
@@ -37,8 +37,8 @@ def truths(case: Case, layer: Attention) -> dict[str, Callable[[Tensor, Tokens],
         reference = case.reference
         found["its reference loop"] = lambda x, tokens: reference(layer, x, tokens)
     assert found, (
-        f"{case.name}: nothing slow to compare with: derive from PatternAttention, whose definition is `bias`, or pass "
-        f"reference=(layer, x, tokens) -> hidden"
+        f"{case.name}: nothing slow to compare with: derive from PatternAttention, whose definition is `bias`, or give "
+        f"the class a static method reference(layer, x, tokens) -> hidden: what it computes, by plain loops"
     )
     return found
 
@@ -77,8 +77,9 @@ def fast_equals_slow(case: Case) -> None:
         for variant in case.variants():
             layer = case.build(causal=causal, **variant)
             # a variant changes scores, not layouts: one long length tells
+            layouts = case.telling if variant else case.layouts
             for length in [PRIME] if variant else case.lengths:
-                for layout, tokens in case.layouts(length):
+                for layout, tokens in layouts(length):
                     where = f"{case.name} causal={causal} {variant} length {length}, {layout}"
                     compare(case, layer, case.data(3, length), tokens, where)
 
@@ -86,13 +87,13 @@ def fast_equals_slow(case: Case) -> None:
 @check()
 def fast_equals_slow_over_many_tiles(case: Case) -> None:
     """Far beyond every tile of an executor: no global token, then a single one that all later tiles must read."""
-    length = 307
+    length = MANY
     valid = torch.ones(2, length, dtype=torch.bool)
     valid[1, 201:] = False
     alone = torch.zeros_like(valid)
     alone[:, 12] = True
     for causal in case.sides:
-        layer = case.build(causal=causal, tile=64)
+        layer = case.build(causal=causal, tile=WIDE)
         for flags in (None, alone) if case.can.global_tokens != "none" else (None,):
             where = f"{case.name} causal={causal} length {length}, {'one global token' if flags is alone else 'padded'}"
             compare(case, layer, case.data(2, length), Tokens.of(valid, flags), where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from attention_zoo.contract import Tokens
-from attention_zoo.testing.case import PRIME, Case, close, gradients, ragged, run, same
+from attention_zoo.testing.case import MANY, PRIME, WIDE, Case, close, gradients, ragged, run, same
 from attention_zoo.testing.check import check
 
 
@@ -51,8 +51,8 @@ def a_row_of_padding_is_finite(case: Case) -> None:
 def a_row_alone_equals_itself_in_a_batch(case: Case) -> None:
     """Each row without its padding, called by itself."""
     for causal in case.sides:
-        layer = case.build(causal=causal)
-        for length in (PRIME, 307):
+        for length, tile in ((PRIME, 4), (MANY, WIDE)):
+            layer = case.build(causal=causal, tile=tile)
             x = case.data(3, length)
             for layout, tokens in case.layouts(length):
                 whole = run(layer, x, tokens).hidden

@@ -1,12 +1,14 @@
-"""What the executor believes of a pattern: its bias is pairwise, `near` and `reach` never hide a cell that is seen."""
+"""What the executor believes of a pattern: its bias is pairwise, and what `reach` says of it is true."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Tokens
+from attention_zoo.layout.reach import Tiles
 from attention_zoo.testing.case import PRIME, Case, same
 from attention_zoo.testing.check import check
 
@@ -59,31 +61,69 @@ def marking_looks_at_one_token(case: Case) -> None:
 
 
 @check(is_pattern)
-def near_hides_nothing(case: Case) -> None:
-    """Where any cell of a tile is seen, `near` says so; no seen key is farther than `reach`."""
+def reach_hides_nothing(case: Case) -> None:
+    """No key is seen beyond `reach`: not by its distance, and not by the tiles that it says can matter."""
     for causal in case.sides:
         layer = build(case, causal)
-        tokens = layer.mark(Tokens.all_valid(1, 2 * PRIME))
-        position, length = tokens.position[0], tokens.length[:1, :1, None]
-        seen = (layer.bias(tokens, tokens) > -torch.inf).any(1).any(0)
-        if causal:
-            seen = seen & (position[None] <= position[:, None])
-        if layer.reach is not None:
-            gap = (position[:, None] - position[None]).abs()
-            farthest = int(torch.where(seen, gap, 0).max())
-            assert farthest <= layer.reach, (
-                f"{case.name} causal={causal}: a key {farthest} positions away is seen, but reach is {layer.reach}"
+        where = f"{case.name} causal={causal}: reach={layer.reach}"
+        seen, position = seen_pairs(layer)
+        farthest = int((position[:, None] - position[None]).masked_fill(~seen, 0).max())
+        if layer.reach.farthest is not None:
+            kept = seen & (position[None] >= layer.reach.first)
+            farthest = int((position[:, None] - position[None]).masked_fill(~kept, 0).max())
+            assert farthest <= layer.reach.farthest, (
+                f"{where} hides keys: one {farthest} positions back is seen, farther than {layer.reach.farthest}"
             )
         for size in (1, 3, 8):
-            lo, hi = position[::size], position[size - 1 :: size]
-            hi = torch.cat([hi, position[-1:]])[: len(lo)]
-            near = layer.near(lo[None, :, None], hi[None, :, None], lo[None, None], hi[None, None], length)
-            near = near.any(0).expand(len(lo), len(lo))
+            lo = position[::size].numpy()
+            hi = np.minimum(lo + size - 1, len(position) - 1)
+            length = np.full((1, 1, 1), len(position))
+            asked = Tiles(lo[None, :, None], hi[None, :, None], lo[None, None], hi[None, None], length, size)
+            near = torch.from_numpy(np.broadcast_to(layer.reach.near(asked), (1, len(lo), len(lo)))[0].copy())
             missed = tiles(seen, size) & ~near
             assert not bool(missed.any()), (
-                f"{case.name} causal={causal}: tile (query, key) {missed.nonzero()[0].tolist()} of size {size} is "
-                f"seen, but near() says that it cannot matter"
+                f"{where} hides keys: tile (query, key) {missed.nonzero()[0].tolist()} of size {size} is seen by "
+                f"`bias`, but `reach` says that it cannot matter"
             )
+
+
+@check(is_pattern)
+def weights_are_what_reach_says(case: Case) -> None:
+    """`reach.weights` is true of `bias`: fast kernels believe it."""
+    for causal in case.sides:
+        layer = build(case, causal)
+        weights, where = layer.reach.weights, f"{case.name} causal={causal}: weights={layer.reach.weights!r}"
+        if weights == "any":
+            continue
+        tokens = Tokens.all_valid(1, 2 * PRIME)
+        bias = layer.bias(tokens, tokens).expand(1, case.heads, 2 * PRIME, 2 * PRIME)[0]
+        later = torch.ones(2 * PRIME, 2 * PRIME, dtype=torch.bool).triu(1) if causal else torch.tensor(False)
+        finite = (bias > -torch.inf) & ~later
+        if weights == "counts":
+            times = bias[finite].double().exp()
+            assert bool(((times - times.round()).abs() < 1e-4).all()), (
+                f"{where}, but some bias is no logarithm of a count"
+            )
+            assert bool((times < 1024).all()), f"{where}, but some key counts {int(times.max())} times"
+            continue
+        shifted = (bias[:, 1:, 1:] - bias[:, :-1, :-1]).nan_to_num().masked_fill(later[..., 1:, 1:], 0)
+        if not layer.reach.first:
+            assert not bool(shifted.any()), f"{where}, but `bias` depends on more than the difference of positions"
+        if weights == "uniform":
+            position = tokens.position[0]
+            inside = layer.reach.inside(position[:, None], position[None]).expand_as(bias)
+            assert bool((bias[finite] == 0).all()), f'{where}, but some keys weigh more than others; say "counts"'
+            assert bool((finite == (inside & ~later)).all()), (
+                f"{where}, but `bias` hides keys within reach, or shows others"
+            )
+
+
+def seen_pairs(layer: PatternAttention) -> tuple[Tensor, Tensor]:
+    """Which pairs of one long document are seen, by any head, and its positions."""
+    tokens = layer.mark(Tokens.all_valid(1, 2 * PRIME))
+    position = tokens.position[0]
+    seen = (layer.bias(tokens, tokens) > -torch.inf).any(1).any(0)
+    return (seen & (position[None] <= position[:, None]) if layer.causal else seen), position
 
 
 def tiles(seen: Tensor, size: int) -> Tensor:

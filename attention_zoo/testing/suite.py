@@ -15,9 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# imported for the checks that they define, in the order in which a newcomer wants to see them fail
-from attention_zoo.testing import numerics, large_scores, patterns  # noqa: F401  isort: skip
-from attention_zoo.testing import causality, padding, states, cross, persistence, refusals, costs  # noqa: F401  isort: skip
+# Imported for the checks that they define, in the order in which a newcomer wants to see them fail: what names a cause
+# comes before what only differs because of it.
+from attention_zoo.testing import refusals, describing, patterns, numerics, causality, padding  # noqa: F401  isort: skip
+from attention_zoo.testing import states, decoding, cross, large_scores, persistence  # noqa: F401  isort: skip
+from attention_zoo.testing import costs, measuring, compiling  # noqa: F401  isort: skip
 from attention_zoo.contract import Attention
 from attention_zoo.testing.case import Case, Reference
 from attention_zoo.testing.check import CHECKS, Check

@@ -1,0 +1,12 @@
+"""The mechanisms that this repository has recorded figures of: what tests of recorded data and of README are about.
+
+What every mechanism must do, a new one too, is asked by the contract suite (attention_zoo/testing), and by it alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+FIGURES = json.loads((Path(__file__).parent / "regression.json").read_text())
+RECORDED = sorted({cell.split()[0] for cell in FIGURES["cells"]})
