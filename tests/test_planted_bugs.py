@@ -14,8 +14,8 @@ from attention_zoo.attention.longformer import Longformer
 from attention_zoo.attention.pattern import Cache, PatternAttention
 from attention_zoo.attention.reformer import Reformer
 from attention_zoo.attention.transformer_xl import TransformerXL
-from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens
-from attention_zoo.ops import hashing, lsh, lsh_layout, plans, tiles
+from attention_zoo.contract import Abilities, Attention, Output, Tokens
+from attention_zoo.ops import hashing, lsh_layout, plans, tiles
 from attention_zoo.ops.pattern.call import PatternCall
 from attention_zoo.ops.pattern.mild import mild_rows
 from attention_zoo.testing import contract_checks
@@ -101,7 +101,9 @@ class ShortReach(Longformer):
 
 
 def test_a_window_off_by_one() -> None:
-    caught(ShortReach, "reach_hides_nothing", "weights_are_what_reach_says", "fast_equals_slow", "any_cut_equals_one_call")
+    caught(
+        ShortReach, "reach_hides_nothing", "weights_are_what_reach_says", "fast_equals_slow", "any_cut_equals_one_call"
+    )
 
 
 def test_a_global_key_that_only_the_first_tile_sees(monkeypatch: pytest.MonkeyPatch) -> None:
