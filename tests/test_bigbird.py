@@ -144,7 +144,7 @@ def weigh_heads(layer: BigBird) -> None:
 
     def weighed(*rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         found, weight = links(*rows)
-        return found, weight + heads / 8
+        return found, weight + heads * (1 + found % 2) / 8
 
     layer.reach = replace(layer.reach, links=weighed)
 
