@@ -73,11 +73,13 @@ def inside(reach: Reach, query: Tensor, key: Tensor) -> Tensor:
     return torch.stack([part.inside(query, key).any(0) for part in getattr(reach, "parts", (reach,))]).any(0)
 
 
+def facts(layout: Layout) -> list[bool]:
+    names = "dense", "any_global", "one_document", "aligned", "rows_alike", "globals_alike", "starts_at_zero"
+    return [getattr(layout, name) for name in names]
+
+
 def alike(*fields: Tensor) -> bool:
     return all(torch.equal(row, field[0]) for field in fields for row in field)
-
-
-# --- facts -----------------------------------------------------------------------------------------------------------
 
 
 @every_layout
@@ -100,7 +102,6 @@ def test_every_fact_is_its_slow_definition(tokens: Tokens) -> None:
         assert torch.equal(torch.from_numpy(np.array(mine)), theirs)
     x = torch.randn(*tokens.valid.shape, 3)
     assert torch.equal(layout.blanked(x), x * tokens.valid[..., None])
-    assert (layout.asked is None) == layout.dense
     steps = [pair for row in rows for pair in pairwise(row)]
     assert runs_of(layout).consecutive == all(b[2] != a[2] or b[:2] == (a[0] + 1, a[1] + 1) for a, b in steps)
 
@@ -109,20 +110,8 @@ def test_every_fact_is_its_slow_definition(tokens: Tokens) -> None:
 def test_what_is_said_of_plain_tokens_would_be_found(batch: int, length: int, start: int) -> None:
     said = Layout.plain(batch, length, start=start)
     found = Layout.of(Tokens.of(torch.ones(batch, length, dtype=torch.bool), start=start))
-    for fact in ("dense", "any_global", "one_document", "aligned", "rows_alike", "starts_at_zero", "globals_alike"):
-        assert getattr(said, fact) == getattr(found, fact), fact
+    assert facts(said) == facts(found)
     assert all(torch.equal(a, b) for a, b in zip(said, found))
-
-
-def test_masks_that_are_filled_again_change_no_layout() -> None:
-    tokens = tokens_of("holes", 1)
-    kept = [field.clone() for field in tokens]
-    layout = Layout.of(tokens)
-    for field in tokens:
-        field.zero_()
-    assert all(torch.equal(a, b) for a, b in zip(layout, kept))
-    assert np.array_equal(layout.host.valid, kept[1].numpy())
-    assert Layout.of(layout) is layout
 
 
 @every_layout
@@ -148,19 +137,12 @@ def test_marked_tokens_are_one_layout_for_each_answer(tokens: Tokens) -> None:
 
     layout = Layout.of(tokens)
     assert layout.marked(lambda tokens: tokens) is layout
-    known = [getattr(layout, fact) for fact in ("dense", "one_document", "rows_alike", "starts_at_zero", "aligned")]
+    facts(layout)
     marked, want = layout.marked(mark), mark(tokens)
     assert all(torch.equal(a, b) for a, b in zip(marked, want))
     assert layout.marked(mark) is marked
     assert marked.marked(mark) is marked
-    fresh = Layout.of(want)
-    assert (marked.any_global, marked.globals_alike) == (fresh.any_global, fresh.globals_alike)
-    assert known == [
-        getattr(fresh, fact) for fact in ("dense", "one_document", "rows_alike", "starts_at_zero", "aligned")
-    ]
-
-
-# --- columns laid anew -----------------------------------------------------------------------------------------------
+    assert facts(marked) == facts(Layout.of(want))
 
 
 @every_layout
@@ -182,7 +164,7 @@ def test_a_grid_holds_every_token_in_a_block_of_its_document(tokens: Tokens, siz
         assert not grid.columns % size
         assert int(keys.valid.sum()) == int(tokens.valid.sum())
         for b, row in enumerate(rows_of(tokens)):
-            blocks: dict[int, tuple[int, int]] = {}
+            blocks = {}
             for column, position, document, is_global in row:
                 at = int(grid.place[b, column])
                 assert torch.equal(packed[b, :, at], x[b, :, column])
@@ -250,9 +232,6 @@ def test_tiles_with_a_pair_that_is_seen_are_near(causal: bool, seed: int) -> Non
         farthest = LENGTH if reach.farthest is None else reach.farthest
         late = (at[:, None] - at > farthest) & (at >= reach.first)
         assert not bool((seen & late).any()), "a cache would forget what is seen"
-
-
-# --- what is held ----------------------------------------------------------------------------------------------------
 
 
 @every_layout
