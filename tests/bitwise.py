@@ -105,11 +105,20 @@ def layouts(L: int, B: int = 3) -> Iterator[tuple[str, Any]]:
     yield "start", (valid, None, None, torch.tensor([0, 5, 70]))
 
 
+def parameters_of(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """By names that do not change with where wrappers stand."""
+    found = {
+        name.replace("stack.inner.", "stack.").replace("stack.embedding", "extra.embedding"): parameter
+        for name, parameter in module.named_parameters()
+    }
+    return sorted(found.items())
+
+
 def seeded(module: torch.nn.Module, scale: float = 1.0) -> torch.nn.Module:
     """Parameters as functions of their names' ends and order, whatever the constructor draws."""
     seen: dict[str, int] = {}
     with torch.no_grad():
-        for name, p in module.named_parameters():
+        for name, p in parameters_of(module):
             end = ".".join(name.split(".")[-2:])
             number = seen[end] = seen.get(end, 0) + 1
             seed = int.from_bytes(hashlib.sha256(f"{end}{number}".encode()).digest()[:6], "big")
@@ -161,7 +170,7 @@ def call(layer: Any, L: int, given: Any, dtype: torch.dtype, train: bool) -> str
         )
         if tokens is not None:
             weight = weight * tokens.valid[..., None]
-        names = [p for _, p in sorted(layer.named_parameters())]
+        names = [p for _, p in parameters_of(layer)]
         if out.hidden.requires_grad:
             grads = list(torch.autograd.grad((out.hidden * weight).sum(), [x, *names], allow_unused=True))
     return digest(out.hidden, out.choices, *grads)
@@ -283,7 +292,7 @@ def model_cases() -> Iterator[tuple[str, Callable[[], str]]]:
             out = net(ids, None if given is None else zoo.Tokens.of(*given))
             keep = out.logits if given is None else out.logits[given[0]]
             keep.double().logsumexp(-1).sum().backward()
-            return digest(keep, *(p.grad for _, p in net.named_parameters()))
+            return digest(keep, *(p.grad for _, p in parameters_of(net)))
 
         def running(net=net, given=None):
             net.eval()
