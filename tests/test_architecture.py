@@ -14,7 +14,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attention_zoo"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("files", "locks", "stopping", "room", "rules", "options", "schemas", "tokens", "contract"),
+    ("files", "locks", "stopping", "room", "rules", "options", "schemas", "tokens", "constants", "place"),
+    ("layout",),
+    ("contract",),
     ("ops",),
     ("positions",),
     ("attention",),
@@ -32,7 +34,8 @@ PUBLIC = ("", "__init__")
 """The package itself, which only hands out names: what it imports, everybody may have loaded."""
 LAZY = ("xformers", "triton", "transformers", "wandb", "plotly", "hydra", "attention_zoo.testing")
 """What `import attention_zoo` must not load."""
-LONGEST = 475
+LONGEST = 400
+"""Lines of a file, Triton kernels aside."""
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -107,7 +110,9 @@ def test_files_stay_readable() -> None:
     for path in [*FILES, *sorted((ROOT / "experiments").rglob("*.py"))]:
         lines = path.read_text().count("\n")
         limit = 100 if path.parent.name == "experiments" else LONGEST
-        assert lines <= limit, f"{path.relative_to(ROOT)} has {lines} lines, at most {limit}"
+        assert lines <= limit or path.name == "triton.py", (
+            f"{path.relative_to(ROOT)} has {lines} lines, at most {limit}"
+        )
         if lines > 1:
             assert ast.get_docstring(ast.parse(path.read_text())), f"{path.relative_to(ROOT)} says nothing of itself"
 

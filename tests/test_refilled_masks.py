@@ -12,8 +12,8 @@ from torch import Tensor
 
 import attention_zoo as zoo
 from attention_zoo import Source, Tokens
-from attention_zoo.layout.layout import Layout
 from attention_zoo.integrations.multihead import MultiheadAttention
+from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns
 
 LENGTH = 29

@@ -37,21 +37,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
 from attention_zoo.attention.operator import one_operator, refuse_export
-from attention_zoo.contract import Abilities, Attention, Operands, Output, Source, at_least, of_tensor
-from attention_zoo.layout.host import Array, tensor_of
+from attention_zoo.attention.reformer_buckets import FACTORS, Documents, Hashed, HashedAttention, factors_of, since
+from attention_zoo.contract import Abilities, Operands, Output, Source, at_least, of_tensor
+from attention_zoo.layout.host import tensor_of
 from attention_zoo.layout.kernel import check_name, choose, explain
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon, Ledger, behind, goes_on, none
-from attention_zoo.layout.ragged import put, ragged, take
+from attention_zoo.layout.ragged import put, take
 from attention_zoo.ops.lsh import chunks, hashing, step
 from attention_zoo.ops.lsh import layout as lsh_layout
 from attention_zoo.ops.lsh.call import KERNELS, HashedCall
@@ -64,36 +65,9 @@ from attention_zoo.tokens import Tokens
 Buckets = Annotated[int, Field(ge=2, le=2**16)]
 MOST_PAIRS = 2**24
 """Of a chunk's queries and the keys of its window, so that one chunk's scores fit into memory."""
-FACTORS = "an even number of at least 2, or two of them"
 
 
-class Hashed(NamedTuple):
-    """State: the projected tokens of each row's current document.
-
-    Fields:
-        columns: qk and v, [B, S, H·D], and buckets, [B, H, R, S, 1], by the seeded rotations and the bucket count of
-            the length so far; R is 0 where they came from elsewhere (drawn in training, or replayed), and are to be
-            hashed again.
-        sorted: the order of the first of them, once steps need it.
-    """
-
-    columns: Columns
-    sorted: step.Sorted | None = None
-
-
-class Documents(NamedTuple):
-    """What tokens are sorted within, row after row.
-
-    Fields:
-        sizes: valid tokens of each.
-        slots: places that these are sorted into; as many, or more with `fill`.
-    """
-
-    sizes: Int[np.ndarray, " K"]
-    slots: Int[np.ndarray, " K"]
-
-
-class Reformer(Attention):
+class Reformer(HashedAttention):
     """LSH attention with shared queries and keys.
 
     `Output.choices` are the buckets, int32 [B, H, rounds, L, 1]; handed back they are replayed. With a state every call
@@ -167,7 +141,7 @@ class Reformer(Attention):
         if (pairs := chunk * chunk * (1 + look_back + look_ahead)) > MOST_PAIRS:
             raise ValueError(f"chunk, look_back, look_ahead must give at most {MOST_PAIRS} pairs a chunk, got {pairs}")
         self.rounds, self.chunk, self.look_back, self.look_ahead = rounds, chunk, look_back, look_ahead
-        self.factors = None if buckets is None else _factors(buckets)
+        self.factors = None if buckets is None else factors_of(buckets)
         self.attend_across_buckets, self.correct_duplicates = attend_across_buckets, correct_duplicates
         self.wrap, self.key_norm_epsilon, self.resample, self.kernel = wrap, key_norm_epsilon, resample, kernel
         self.fill, self.split_above, self.hash_seed = fill, split_above, hash_seed
@@ -182,13 +156,6 @@ class Reformer(Attention):
         window = min(1 + self.look_back + self.look_ahead, chunks)
         hashing = length * sum(self.factors_for(length)) / 4
         return self.rounds * (chunks * self.chunk * window * self.chunk + hashing)
-
-    def factors_for(self, length: int) -> tuple[int, ...]:
-        """Buckets of a document of `length` tokens, as factors that are hashed one by one."""
-        if self.factors is not None:
-            return self.factors
-        length = -(-length // self.fill) * self.fill if self.fill else length
-        return hashing.bucket_factors(length, self.chunk, self.split_above)
 
     def core(self, batch: int, length: int) -> Operands:
         """See `Attention`: queries that are the keys, and values; hashing and sorting are part of the call."""
@@ -230,7 +197,7 @@ class Reformer(Attention):
             ledger = self._behind(held.ledger, layout)
             keys = ledger.layout
         flat_qk, flat_v = (take(y, keys).unflatten(-1, (self.heads, -1)) for y in (qk, v))
-        is_new = _since(keys, L)
+        is_new = since(keys, L)
         documents = self._documents(keys)
         buckets = self._buckets(flat_qk.detach(), documents, is_new, layout, state, choices)
         asked = None if state is None else tensor_of(is_new.nonzero()[0], x.device)
@@ -338,70 +305,6 @@ class Reformer(Attention):
         if choices is not None and (not isinstance(choices, Tensor) or choices.shape != wanted):
             raise ValueError(f"choices must be buckets of shape {wanted}, got {of_tensor(choices)}")
 
-    def _documents(self, layout: Layout) -> Documents:
-        _, sizes = ragged(layout)
-        if not self.fill:
-            return Documents(sizes, sizes)
-        said = layout.host.length[layout.host.valid][sizes.cumsum() - 1]
-        return Documents(sizes, -(-np.maximum(said, sizes) // self.fill) * self.fill)
-
-    @property
-    def _draws(self) -> bool:
-        return self.training and self.resample and self.hash_seed is None
-
-    def _buckets(
-        self,
-        qk: Float[Tensor, "M H D"],
-        documents: Documents,
-        is_new: Bool[np.ndarray, " M"],
-        layout: Layout,
-        state: Hashed | None,
-        choices: Int[Tensor, "B H R L 1"] | None,
-    ) -> Int[Tensor, "H R M"]:
-        """Remembered, replayed, or hashed with as many buckets as the token's document has now."""
-        device = qk.device
-        buckets = torch.zeros(self.heads, self.rounds, len(qk), dtype=torch.int32, device=device)
-        missing = np.ones_like(is_new)
-        if state is not None and self._remembers(state, layout):
-            held = _bucket_rows(state.columns.held[2], state.columns.tokens)
-            _put_at(buckets, ~is_new, held)
-            missing = missing & is_new
-        if choices is not None:
-            _put_at(buckets, is_new, _bucket_rows(choices, layout).int())
-            missing = missing & ~is_new
-        kinds: dict[tuple[int, ...], int] = {}
-        kind = np.array([kinds.setdefault(self.factors_for(n), len(kinds)) for n in documents.slots.tolist()], int)
-        kind = kind.repeat(documents.sizes)
-        for factors, number in kinds.items():
-            chosen = missing & (kind == number)
-            if not bool(chosen.any()):
-                continue
-            shape = (self.heads, self.rounds, self.head_width, factors)
-            if self._draws:
-                rotations = hashing.fresh_rotations(*shape, qk)
-            elif self.hash_seed is not None:
-                rotations = hashing.released_rotations(self.hash_seed, *shape, qk.dtype)
-            else:
-                rotations = hashing.seeded_rotations(self.seed, *shape)
-            tokens = qk if bool(chosen.all()) else qk.index_select(0, tensor_of(chosen.nonzero()[0], device))
-            _put_at(buckets, chosen, hashing.hash_tokens(tokens, rotations, factors))
-        return buckets
-
-    def _remembers(self, state: Hashed, layout: Layout) -> bool:
-        """Whether the state's buckets are those that its tokens have in this call."""
-        if not self._keeps_buckets(state):
-            return False
-        held, new = state.columns.ledger.host, layout.host
-        old = held.valid.sum(1)
-        now = old + (new.valid & (new.document == held.last_document)).sum(1)
-        return self._hash_alike(old, now)
-
-    def _keeps_buckets(self, state: Hashed) -> bool:
-        return not self._draws and not self.fill and state.columns.buffers[2].shape[2] == self.rounds
-
-    def _hash_alike(self, old: Array, now: Array) -> bool:
-        return all(self.factors_for(a) == self.factors_for(b) for a, b in zip(old.tolist(), now.tolist()) if a)
-
     def _attend(
         self,
         qk: Float[Tensor, "M H D"],
@@ -450,28 +353,3 @@ class Reformer(Attention):
 
 CURRENT = Horizon()
 """Tokens of finished documents are never asked for again."""
-
-
-def _factors(buckets: int | Sequence[int]) -> tuple[int, ...]:
-    factors = (buckets,) if isinstance(buckets, int) else tuple(buckets)
-    if len(factors) not in (1, 2) or any(type(n) is not int or n < 2 or n % 2 for n in factors):
-        raise ValueError(f"buckets must be {FACTORS}, got {buckets!r}")
-    return factors
-
-
-def _since(keys: Layout, count: int) -> Bool[np.ndarray, " M"]:
-    """Which of the valid tokens, row after row, stand in the last `count` columns."""
-    columns = keys.host.valid.shape[1]
-    return np.broadcast_to(np.arange(columns) >= columns - count, keys.host.valid.shape)[keys.host.valid]
-
-
-def _put_at(into: Int[Tensor, "H R M"], mask: Bool[np.ndarray, " M"], values: Int[Tensor, "H R m"]) -> None:
-    """Set the masked tokens'."""
-    if bool(mask.all()):
-        into.copy_(values)
-    else:
-        into.index_copy_(-1, tensor_of(mask.nonzero()[0], into.device), values.to(into.dtype))
-
-
-def _bucket_rows(buckets: Int[Tensor, "B H R S 1"], layout: Layout) -> Int[Tensor, "H R M"]:
-    return take(buckets[..., 0].permute(0, 3, 1, 2), layout).movedim(0, -1)

@@ -90,7 +90,8 @@ class Inserted(NamedTuple):
     number: Int[Tensor, " N"]
 
 
-@torch.compiler.disable  # how wide rows become is decided on the host
+# how wide rows become is decided on the host; as torch.compiler.disable, without loading the compiler
+@torch._disable_dynamo
 def insert(
     x: Float[Tensor, "B L E"], layout: Layout, vectors: Float[Tensor, "n E"]
 ) -> tuple[Float[Tensor, "B L2 E"], Inserted]:

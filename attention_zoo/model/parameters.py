@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -26,3 +27,16 @@ def unequal(counts: Mapping[str, int], tolerance: float = 0.10) -> list[str]:
         for name, count in counts.items()
         if count > (1 + tolerance) * base
     ]
+
+
+def current_names(weights: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Weights by their names today. Global tokens once stood beside the stack as `extra`, now they stand around it."""
+    old, stack = f"{prefix}extra.", f"{prefix}stack."
+    if f"{old}embedding" not in weights:
+        return dict(weights)
+    renamed = {}
+    for name, value in weights.items():
+        if name.startswith(stack):
+            name = f"{stack}inner.{name.removeprefix(stack)}"
+        renamed[f"{stack}{name.removeprefix(old)}" if name.startswith(old) else name] = value
+    return renamed

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from attention_zoo.files import write_atomic
 from attention_zoo.model.encoder_decoder import EncoderDecoder
-from attention_zoo.model.transformer import Transformer, current_names
+from attention_zoo.model.parameters import current_names
+from attention_zoo.model.transformer import Transformer
 from attention_zoo.model.wrapped import inner, is_sharded
 from attention_zoo.rules import shown
 

@@ -42,7 +42,7 @@ from attention_zoo.model.feed_forward import with_flat
 from attention_zoo.model.global_tokens import GlobalTokens, asked_for
 from attention_zoo.model.heads import POOLINGS, build_head
 from attention_zoo.model.mechanisms import entries, layers, mechanisms, outer, wrapped
-from attention_zoo.model.parameters import parameter_count
+from attention_zoo.model.parameters import current_names, parameter_count
 from attention_zoo.model.reversible import ReversibleStack
 from attention_zoo.model.state import Running
 from attention_zoo.model.wrapper import Nested, abilities_of
@@ -265,7 +265,7 @@ class Transformer(nn.Module):
             tokens = Layout.plain(B, L, ids.device) if layout is None else layout
             source = None if source is None else source._replace(tokens=Layout.of(source.tokens))
         elif state is not None:
-            tokens, new = _placed(state, tokens, tuple(ids.shape), fresh)
+            tokens, new = _placed(state, tokens, (ids.shape[0], ids.shape[1]), fresh)
         x = self._embed(ids, tokens, types)
         out = self.stack(x, tokens, state=None if state is None else state.layers, source=source)
         hidden = out.hidden
@@ -372,20 +372,7 @@ class Transformer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def current_names(weights: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Weights by their names today. Global tokens once stood beside the stack as `extra`, now they stand around it."""
-    old, stack = f"{prefix}extra.", f"{prefix}stack."
-    if f"{old}embedding" not in weights:
-        return dict(weights)
-    renamed = {}
-    for name, value in weights.items():
-        if name.startswith(stack):
-            name = f"{stack}inner.{name.removeprefix(stack)}"
-        renamed[f"{stack}{name.removeprefix(old)}" if name.startswith(old) else name] = value
-    return renamed
-
-
-@torch.compiler.disable
+@torch._disable_dynamo  # as torch.compiler.disable, without loading the compiler
 def _placed(state: Running, tokens: Tokens | None, shape: tuple[int, int], fresh: Tensor | None) -> Any:
     """As `Running.place`, where a compiler traces: the clock is the host's."""
     return state.place(shape, None if tokens is None else Layout.of(tokens), fresh)

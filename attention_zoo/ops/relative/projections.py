@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules import module as registered
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from attention_zoo.ops.relative.chunks import project_streams
 from attention_zoo.ops.softmax.function import once
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -43,6 +43,36 @@ def streams(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         return y, y.detach()
     border = x.detach().requires_grad_()
     return _Streams.apply(x, border, layer(border))
+
+
+def project_streams(
+    x: Float[Tensor, "B S E"], weight: Float[Tensor, "F E"], bias: Float[Tensor, " F"] | None
+) -> tuple[Float[Tensor, "B S F"], Float[Tensor, "B S F"]]:
+    """x · weightᵀ + bias, once, as two streams of the same numbers (they share memory: never write into them).
+
+    Returns:
+        The first hands its gradient to weight and bias alone, the second to x alone.
+    """
+    return _Project.apply(x, weight, bias)
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        y = torch.nn.functional.linear(x, weight, bias)
+        return y, y.detach()
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, saved: tuple[Tensor, ...], for_weight: Tensor, for_x: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = saved
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        # under autocast the gradient is narrower than what was saved
+        dx = (for_x @ weight.to(for_x.dtype)).to(x.dtype) if need_x else None
+        flat = for_weight.flatten(0, 1)
+        dweight = (flat.T @ x.flatten(0, 1).to(flat.dtype)).to(weight.dtype) if need_weight else None
+        return dx, dweight, flat.sum(0).to(weight.dtype) if need_bias else None
 
 
 class _Streams(torch.autograd.Function):
