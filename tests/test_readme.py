@@ -9,7 +9,7 @@ import torch
 from faults.__main__ import table
 from faults.kinds import KINDS
 from readme_tables import reach_table
-from recorded import RECORDED
+from recorded import RECORDED, WRAPPERS
 
 from attention_zoo import overview
 from attention_zoo.commands import work as commands
@@ -143,5 +143,5 @@ def test_every_other_command_is_understood(line, capsys):
 def test_every_recorded_backend_is_named_with_its_file():
     for name in RECORDED:
         assert f"[{name}](attention_zoo/attention/{name}.py)" in README
-    for name in zoo.wrappers():
+    for name in WRAPPERS:
         assert f"[{name}](attention_zoo/model/{name}.py)" in README
