@@ -13,6 +13,7 @@ from torch import Tensor
 
 import attention_zoo as zoo
 from attention_zoo.attention.longformer import Longformer
+from attention_zoo.layout.reach import Band
 from attention_zoo.testing import ContractCheck, contract_checks
 
 BUDGET_S = 40.0
@@ -92,11 +93,11 @@ def test_the_cause_is_named_first() -> None:
     """A pattern that says to reach less far than it sees: not that outputs differ, but that `reach` is wrong."""
 
     class Short(Longformer):
-        @property
-        def reach(self) -> int:
-            return self.window - 1
+        def __init__(self, *, window: int = 3, **options: Any):
+            super().__init__(window=window, **options)
+            self.reach = Band(window - 1, weights="uniform")
 
-    assert "a key 3 positions away is seen, but reach is 2" in str(first_failure(Short))
+    assert "hides keys: one 3 positions back is seen, farther than 2" in str(first_failure(Short))
 
 
 def test_a_reference_stands_in_the_class() -> None:

@@ -213,7 +213,7 @@ def test_learned_positions_of_a_scale() -> None:
         {"feed_forward": {"name": "relu", "wide": 3}},
         "feed_forward=relu has no option wide; it has bias, chunks, mult, width",
     ),
-    ({"feed_forward": {"name": "relu", "mult": 0}, "ff_mult": None}, "mult must be an integer of at least 1, got 0"),
+    ({"feed_forward": {"name": "relu", "mult": 0}, "ff_mult": None}, "feed_forward.mult must be an integer"),
     ({"feed_forward": {"name": "relu", "mult": 3}}, "ff_mult is feed_forward's mult, got 2 beside 3; give one"),
     ({"feed_forward": {"name": "relu", "width": 0}}, "feed_forward.width must be an integer of at least 1, got 0"),
     ({"positions": {"name": "learned", "size": 3}}, "positions=learned has no option size; it has scale, uncounted"),

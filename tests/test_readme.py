@@ -11,6 +11,7 @@ from faults.kinds import KINDS
 from readme_tables import reach_table
 from recorded import RECORDED, WRAPPERS
 
+import attention_zoo as zoo
 from attention_zoo import overview
 from attention_zoo.commands import work as commands
 from attention_zoo.commands.main import PLAIN, main
@@ -52,7 +53,9 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def test_the_table_of_abilities_is_generated():
-    assert between("abilities") == overview.markdown(overview.COLUMNS, overview.abilities_rows(RECORDED))
+    assert between("abilities") == overview.markdown(
+        overview.COLUMNS, overview.abilities_rows([*RECORDED, *zoo.wrappers()])
+    )
 
 
 def test_the_table_of_faults_is_that_of_the_committed_counts():

@@ -350,7 +350,7 @@ def test_messages_name_mechanisms_by_what_they_can() -> None:
     ({"attention": "full", "around": 3}, "around must be a name, a mapping, a callable or a list"),
     ({"attention": "full", "around": [lambda **given: None]}, "around must list wrappers"),
     ({"attention": {"name": "global_tokens", "inner": ["full"] * 3}}, "depth must be at least the number"),
-], ids=str)  # fmt: skip
+], ids=lambda value: re.sub(r" at 0x\w+", "", str(value)))  # fmt: skip
 def test_what_cannot_be_is_refused_when_it_is_built(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}") as caught:
         Transformer(**options, vocab=VOCAB, dim=16, heads=2)

@@ -217,8 +217,8 @@ class PatternAttention(Attention):
         for name, tokens, columns in (("queries", mine, L), ("keys", held, S)):
             if tokens.valid.shape != (q.shape[0], columns):
                 raise ValueError(f"{name} must have shape {(q.shape[0], columns)}, got {tuple(tokens.valid.shape)}")
-        marked = held.marked(self.mark)
-        asked = marked if mine is held else mine.marked(self.mark)
+        marked = self._marked(held)
+        asked = marked if mine is held else self._marked(mine)
         return PatternCall(self, q, k, v, asked, marked, self.scale if scale is None else scale, self.bias_parameters())
 
     @property
@@ -242,8 +242,11 @@ class PatternAttention(Attention):
         choices: Any = None,
     ) -> Output:
         """See `Layer`. With a state, every call's output equals the last rows of the whole prefix."""
-        x, layout = self.enter(x, tokens, state, source, choices)
-        layout = layout.marked(self.mark)
+        if isinstance(tokens, Layout) and tokens.implied and state is source is choices is None and not self.cross:
+            layout = tokens  # a model's call of which nothing was said: there is nothing to check
+        else:
+            x, layout = self.enter(x, tokens, state, source, choices)
+        layout = self._marked(layout)
         q = self._heads(self.to_q(x))
         if self.cross:
             new = held = self._source_keys(state, source)
@@ -265,8 +268,11 @@ class PatternAttention(Attention):
     def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Columns) -> Columns:
         """See `Attention`: keys and values alone."""
         x, layout = self.enter(x, tokens, state, None)
-        layout = layout.marked(self.mark)
+        layout = self._marked(layout)
         return self._append(state, layout, *self._own_keys(x, layout)).settle(layout, horizon=self._horizon)[0]
+
+    def _marked(self, layout: Layout) -> Layout:
+        return layout if type(self).mark is PatternAttention.mark else layout.marked(self.mark)
 
     def _own_keys(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         return self.scheme.rotate(self._heads(self.to_k(x)), layout.position), self._heads(self.to_v(x))
@@ -280,7 +286,7 @@ class PatternAttention(Attention):
             assert state is not None
             return state
         hidden, layout = self.enter_source(source)
-        return Columns.of(layout.marked(self.mark), self._heads(self.to_k(hidden)), self._heads(self.to_v(hidden)))
+        return Columns.of(self._marked(layout), self._heads(self.to_k(hidden)), self._heads(self.to_v(hidden)))
 
     def _run(self, call: PatternCall, kernel: str) -> Float[Tensor, "B H L D"]:
         if not (call.q.numel() and call.k.numel()):

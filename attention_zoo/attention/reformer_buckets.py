@@ -109,7 +109,9 @@ class HashedAttention(Attention):
                 rotations = hashing.released_rotations(self.hash_seed, *shape, qk.dtype)
             else:
                 rotations = hashing.seeded_rotations(self.seed, *shape)
-            tokens = qk if bool(chosen.all()) else qk.index_select(0, tensor_of(chosen.nonzero()[0], device))
+            if bool(chosen.all()):
+                return hashing.hash_tokens(qk, rotations, factors)
+            tokens = qk.index_select(0, tensor_of(chosen.nonzero()[0], device))
             _put_at(buckets, chosen, hashing.hash_tokens(tokens, rotations, factors))
         return buckets
 

@@ -59,9 +59,16 @@ class Layout(Tokens):
     @staticmethod
     def plain(batch: int, length: int, device: torch.device | str = "cpu", start: int = 0) -> Layout:
         """One document of `length` valid tokens in each row, from position `start` on."""
-        made = Layout.known(Host.plain(batch, length, start), device)
+        shape = batch, length
+        with torch.inference_mode(False):  # it may outlive the call
+            position = torch.arange(start, start + length, device=device).expand(shape)
+            valid = torch.ones(shape, dtype=torch.bool, device=device)
+            zero, ends = position.new_zeros(shape), position.new_full(shape, start + length)
+        made = Layout(position, valid, torch.zeros_like(valid), zero, ends)
         made.__dict__.update(dense=True, any_global=False, one_document=True, aligned=True, rows_alike=True)
-        made.__dict__.update(starts_at_zero=not start or not length, implied=True)
+        made.__dict__.update(
+            starts_at_zero=not start or not length, implied=True, _start=start, padding=None, asked=None
+        )
         return made
 
     def _replace(self, **fields: Any) -> Tokens:  # type: ignore[override]
@@ -76,6 +83,7 @@ class Layout(Tokens):
 
     implied = False
     """Whether nothing was said of the tokens: they are what the shape of a call implies."""
+    _start = 0
     _whole: Tensor | None = None
 
     def _with(self, host: Host) -> Layout:
@@ -87,6 +95,8 @@ class Layout(Tokens):
     @cached_property
     def host(self) -> Host:
         """All fields in numpy: the one place where a call's tokens are read from the device."""
+        if self.implied:
+            return Host.plain(self.valid.shape[0], self.valid.shape[1], self._start)
         whole = torch.stack([self[0], self[3], self[4], self[1], self[2]]) if self._whole is None else self._whole
         position, document, length, valid, is_global = whole.numpy(force=True)
         self._whole = None

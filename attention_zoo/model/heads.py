@@ -160,3 +160,11 @@ def build_head(
     if pooling == "first" and causal:
         raise ValueError("pooling=first needs causal=False: a causal first token has seen nothing but itself")
     return Classify(dim=dim, classes=classes, pooling=pooling)
+
+
+def last_valid(hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B 1 E"]:
+    """Of the last valid token of each row; of any where there is none."""
+    if valid is None or hidden.shape[1] == 1:
+        return hidden[:, -1:]
+    column = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), 0).amax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), column][:, None]

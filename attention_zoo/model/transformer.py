@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
@@ -40,7 +41,7 @@ from attention_zoo.model.block import Block, Stack, Taps, build_norm
 from attention_zoo.model.embedding import build_embedding
 from attention_zoo.model.feed_forward import with_flat
 from attention_zoo.model.global_tokens import GlobalTokens, asked_for
-from attention_zoo.model.heads import POOLINGS, build_head
+from attention_zoo.model.heads import POOLINGS, build_head, last_valid
 from attention_zoo.model.mechanisms import entries, layers, mechanisms, outer, wrapped
 from attention_zoo.model.parameters import current_names, parameter_count
 from attention_zoo.model.reversible import ReversibleStack
@@ -271,7 +272,7 @@ class Transformer(nn.Module):
         hidden = out.hidden
         asked = tokens.valid if said and tokens is not None else None
         if last_only:
-            hidden, asked = _last(hidden, None if _is_dense(tokens) else asked), None
+            hidden, asked = last_valid(hidden, None if _is_dense(tokens) else asked), None
         hidden = self.norm(hidden)
         logits = self.head(hidden, asked)
         if new is not None:
@@ -284,8 +285,15 @@ class Transformer(nn.Module):
             types = None if types is None else types.masked_fill(~tokens.valid, 0)
         places = None
         if self.positions is not None:
-            places = self.positions(self._positions_of(ids, tokens), place_of(self.embedding)[1])
+            dtype, last = place_of(self.embedding)[1], self._last_position(tokens)
+            places = self.positions(self._positions_of(ids, tokens), dtype, last=last)
         return self.embedding(ids, places, types)
+
+    def _last_position(self, tokens: Tokens | None) -> int | None:
+        """The largest position of a valid token, where the host knows it."""
+        if not isinstance(tokens, Layout) or getattr(self.positions, "uncounted", None) is not None:
+            return None
+        return int(np.where(tokens.host.valid, tokens.host.position, 0).max(initial=0))
 
     def _positions_of(self, ids: Tensor, tokens: Tokens | None) -> Tensor:
         """[B or 1, L]; -1 at tokens that are not counted."""
@@ -309,9 +317,11 @@ class Transformer(nn.Module):
         fresh: Any,
         last_only: bool,
     ) -> None:
-        check_ids(self.embedding, ids, types)
-        if not is_integers(ids) or ids.ndim != 2 or ids.shape[1] == 0:
-            raise ValueError(f"ids must be integers [batch, length >= 1], got {of_tensor(ids)}")
+        plain = type(ids) is Tensor and ids.dtype == torch.int64 and ids.ndim == 2 and ids.shape[1] and not ids.is_meta
+        if not plain or types is not None or torch._C._is_tracing():
+            check_ids(self.embedding, ids, types)
+            if not is_integers(ids) or ids.ndim != 2 or ids.shape[1] == 0:
+                raise ValueError(f"ids must be integers [batch, length >= 1], got {of_tensor(ids)}")
         if tokens is not None:
             check_tokens(tokens, ids.shape)
             check_place(tokens, ids)
@@ -381,11 +391,3 @@ def _placed(state: Running, tokens: Tokens | None, shape: tuple[int, int], fresh
 def _is_dense(tokens: Tokens | None) -> bool:
     """Whether it is known that there is no padding."""
     return isinstance(tokens, Layout) and tokens.dense
-
-
-def _last(hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B 1 E"]:
-    """Of the last valid token of each row; of any where there is none."""
-    if valid is None or hidden.shape[1] == 1:
-        return hidden[:, -1:]
-    column = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), 0).amax(1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), column][:, None]

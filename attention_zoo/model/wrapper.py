@@ -18,9 +18,11 @@ child once or often, and takes out what it put in. Its state is a tree, `Nested`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -142,8 +144,8 @@ class Wrapper(Attention):
         The child says itself which choices it takes.
         """
         if self.is_layer:
-            return super().enter(x, tokens, state, source)
-        return x, Layout.plain(x.shape[0], x.shape[1], x.device) if tokens is None else Layout.of(tokens)
+            return _entered(super().enter, x, tokens, state, source)
+        return x, _described(x, tokens)
 
     def inside(
         self,
@@ -169,6 +171,17 @@ class Wrapper(Attention):
             raise ValueError(
                 f"state must be of {self.name}, from initial_state or the call before, got {type(state).__name__}"
             )
+
+
+# what tokens are is the host's to say: as torch.compiler.disable, without loading the compiler
+@torch._disable_dynamo
+def _described(x: Tensor, tokens: Tokens | None) -> Layout:
+    return Layout.plain(x.shape[0], x.shape[1], x.device) if tokens is None else Layout.of(tokens)
+
+
+@torch._disable_dynamo
+def _entered(enter: Callable[..., tuple[Tensor, Layout]], *call: Any) -> tuple[Tensor, Layout]:
+    return enter(*call)
 
 
 def abilities_of(layer: Layer) -> Abilities:

@@ -35,16 +35,23 @@ class Learned(nn.Module):
         nn.init.normal_(self.table.weight, std=dim**-0.5)
         self.nowhere = None if uncounted is None else nn.Parameter(torch.zeros(dim))
 
-    def forward(self, position: Int[Tensor, "B L"], dtype: Any = None) -> Float[Tensor, "B L E"]:
-        """In the table's own dtype, whatever is asked for."""
-        check_end("learned", position, self.max_length)
+    def forward(
+        self, position: Int[Tensor, "B L"], dtype: Any = None, *, last: int | None = None
+    ) -> Float[Tensor, "B L E"]:
+        """In the table's own dtype, whatever is asked for. `last`: the largest position, where it is known already."""
+        check_end("learned", position, self.max_length, last)
         if self.nowhere is None:
             return self.table(position) * self.scale
         found = torch.where(position[..., None] < 0, self.nowhere, self.table(position.clamp(min=0)))
         return found * self.scale
 
 
-def check_end(scheme: str, position: Tensor, max_length: int) -> None:
-    """Raise a ValueError for a position that a table of `max_length` rows does not hold."""
-    if position.numel() and (last := int(position.max())) >= max_length:
+def check_end(scheme: str, position: Tensor, max_length: int, last: int | None = None) -> None:
+    """Raise a ValueError for a position that a table of `max_length` rows does not hold.
+
+    Args:
+        last: the largest; None: it is read, which makes the call wait for the device.
+    """
+    last = (int(position.max()) if position.numel() else 0) if last is None else last
+    if last >= max_length:
         raise ValueError(f"positions={scheme} knows positions below max_length={max_length}, got position {last}")

@@ -97,7 +97,7 @@ def weights_are_what_reach_says(case: Case) -> None:
             continue
         tokens = Tokens.all_valid(1, 2 * PRIME)
         bias = layer.bias(tokens, tokens).expand(1, case.heads, 2 * PRIME, 2 * PRIME)[0]
-        later = torch.ones(2 * PRIME, 2 * PRIME, dtype=torch.bool).triu(1) & causal
+        later = torch.full((2 * PRIME, 2 * PRIME), causal).triu(1)
         finite = (bias > -torch.inf) & ~later
         if weights == "counts":
             times = bias[finite].double().exp()

@@ -26,7 +26,7 @@ class RecurrentMemory(Wrapper):
     """
 
     name = "recurrent_memory"
-    tiny = {"decay": 0.75}
+    tiny = {"decay": 0.25}
 
     def __init__(
         self,

@@ -67,6 +67,10 @@ def released_rotations(
     return drawn.split([count // 2 for count in factors], -1)
 
 
+AT_ONCE = 1 << 16
+"""Products of tokens and rotations that are held for several heads at once; more are held for one."""
+
+
 def hash_tokens(
     q: Float[Tensor, "M H D"], rotations: Sequence[Tensor], factors: tuple[int, ...]
 ) -> Int[Tensor, "H R M"]:
@@ -75,15 +79,18 @@ def hash_tokens(
     exact = torch.promote_types(q.dtype, torch.float32)
     rounds = rotations[0].shape[2]
     buckets = torch.zeros(H, rounds, M, dtype=torch.int32, device=q.device)
-    turns = [turn[..., : count // 2].to(q.device, exact) for turn, count in zip(rotations, factors)]
+    some = max(1, AT_ONCE // max(1, M * rounds * max(factors)))
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        for head in range(H):
-            x, radix = q[:, head].to(exact), 1
+        turns = [turn[..., : count // 2].to(q.device, exact) for turn, count in zip(rotations, factors)]
+        for start in range(0, H, some):
+            heads = range(start, min(start + some, H))
+            vectors, radix = [q[:, head].to(exact) for head in heads], 1
             for turn, count in zip(turns, factors):
-                y = (x @ turn[head].reshape(D, -1)).view(M, rounds, -1)
+                products = [x @ turn[head].reshape(D, -1) for x, head in zip(vectors, heads)]
+                y = torch.stack(products).view(len(products), M, rounds, -1)
                 best = y.abs().argmax(-1, keepdim=True)
                 # argmax [y; -y]: the largest magnitude, and which half it came from
                 best = torch.where(y.gather(-1, best) >= 0, best, best + count // 2)
-                buckets[head] += (best[..., 0] * radix).T.int()
+                buckets[start : heads.stop] += (best[..., 0] * radix).transpose(1, 2).int()
                 radix *= count
     return buckets

@@ -7,6 +7,8 @@ alone, so that a step costs the same whatever the length of the cache.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -104,7 +106,7 @@ def _run_linked(call: PatternCall) -> Tensor:
         bias = bias + _position_bias(call, column, here - last)
     if not call.queries.dense:
         bias = bias.masked_fill(~call.queries.valid[..., None], 0)
-    k, v = (_gather(buffer, column) for buffer in held.buffers)
+    k, v = _gathered(held.buffers, column)
     return _blanked(call, _attend(call.q, k, v, bias[:, :, None], call.scale))
 
 
@@ -149,13 +151,13 @@ def _position_bias(call: PatternCall, column: Int[Tensor, "B H n"], shift: Int[T
     return found[:, :, 0].unflatten(0, (B, H)).diagonal(dim1=1, dim2=2).transpose(1, 2)
 
 
-def _gather(buffer: Float[Tensor, "B K room D"], column: Int[Tensor, "B H n"]) -> Float[Tensor, "B H n D"]:
-    """Each head's own columns."""
-    B, K, room, D = buffer.shape
-    H = column.shape[1]
-    heads = torch.arange(H, device=column.device) // (H // K)
-    first = (torch.arange(B, device=column.device)[:, None] * K + heads) * room
-    return buffer.view(-1, D).index_select(0, (first[..., None] + column).flatten()).view(*column.shape, D)
+def _gathered(buffers: Sequence[Float[Tensor, "B K room D"]], column: Int[Tensor, "B H n"]) -> Iterator[Tensor]:
+    """Each head's own columns of each buffer, [B, H, n, D]."""
+    B, K, room, D = buffers[0].shape
+    group, device = column.shape[1] // K, column.device
+    first = torch.arange(0, B * K * room, room, device=device).view(B, K, 1).expand(-1, -1, group).reshape(B, -1, 1)
+    index = (first + column).flatten()
+    return (buffer.view(-1, D).index_select(0, index).view(*column.shape, D) for buffer in buffers)
 
 
 LINKED_ROW: Kernel[PatternCall] = Kernel(
