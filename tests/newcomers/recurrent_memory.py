@@ -37,7 +37,7 @@ class RecurrentMemory(Wrapper):
     ):
         super().__init__(inner=inner, **shared)
         self.decay = decay
-        self.gate = nn.Parameter(torch.ones(self.dim))
+        self.gate = nn.Parameter(torch.full((self.dim,), 0.5))
 
     def own_state(self, batch_size: int) -> Tensor:
         return self.gate.new_zeros(batch_size, self.dim)
