@@ -164,7 +164,7 @@ def test_a_compiled_training_step_equals_the_eager_one(name: str) -> None:
 
 
 def test_flex_compiles_once_for_lengths_of_one_bucket() -> None:
-    from attention_zoo.ops import flex
+    from attention_zoo.ops.pattern import flex
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -15,7 +15,9 @@ from torch.nn.attention import flex_attention as torch_flex
 import attention_zoo as zoo
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Abilities
-from attention_zoo.ops import flex
+from attention_zoo.layout.kernel import unmet
+from attention_zoo.ops.pattern import facts, flex
+from attention_zoo.ops.pattern.near import needed_pairs
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_cuda.py runs it compiled"),
@@ -75,14 +77,15 @@ def test_equals_the_definition(name: str, options: dict, layout: str) -> None:
     length = 61
     tokens = tokens_of(layout, length)
     x = torch.randn(2, length, 32, requires_grad=True)
-    marked = layer.mark(tokens)
     q, k, v = (layer._heads(project(x)) for project in (layer.to_q, layer.to_k, layer.to_v))
-    own = layer._global_qkv(x, marked, length) if layer.own_global else None
-    call = layer._call(q, k, v, tokens, tokens, None, own)
+    call, own = layer._call(q, k, v, tokens, tokens, None), {}
+    if layer.computes_apart:
+        projections = layer.to_q_global, layer.to_k_global, layer.to_v_global
+        call.apart, own = True, {"global_qkv": tuple(layer._heads(project(x)) for project in projections)}
     inside = tokens.valid[:, None, :, None]
     weight = torch.randn_like(q) * inside
-    want = layer.attend(q, k, v, tokens, tokens, kernel="dense", global_qkv=own)
-    got = flex.FLEX.run(call)
+    want = layer.attend(q, k, v, tokens, tokens, kernel="dense", **own)
+    got = layer.finish(call, flex.FLEX.run(call), x)
     torch.testing.assert_close(got * inside, want * inside, atol=2e-5, rtol=2e-5)
     pairs = [torch.autograd.grad((out * weight).sum(), x, retain_graph=True)[0] for out in (got, want)]
     torch.testing.assert_close(*pairs, atol=5e-5, rtol=5e-5)
@@ -93,14 +96,16 @@ def test_equals_the_definition(name: str, options: dict, layout: str) -> None:
 def test_lists_hold_every_pair_that_is_seen_and_are_no_wider_than_needed(L: int, S: int, causal: bool) -> None:
     layer = zoo.build("longformer", dim=16, heads=1, window=20, causal=causal)
     q, k = torch.zeros(1, 1, L, 16), torch.zeros(1, 1, S, 16)
-    call = layer._call(q, k, k, None, None, None, None)
+    call = layer._call(q, k, k, None, None, None)
     rows, columns = flex.bucket(L) // 16, flex.bucket(S) // 16
     seen = layer.full_bias(call.queries, call.keys)[0, 0] > -torch.inf
     needed = torch.zeros(rows, columns, dtype=torch.bool)
     for i, j in seen.nonzero().tolist():
         needed[i // 16, j // 16] = True
     by_arithmetic = flex.both_sides(call, rows, columns)
-    row, column = flex.needed_pairs(call, 16)
+    assert facts.is_band(layer) is None
+    assert call.aligned, "or both ways would be one"
+    row, column = map(torch.from_numpy, needed_pairs(call, 16))
     by_ranges = flex.lists_of_pairs(row, column, rows), flex.lists_of_pairs(column, row, columns)
     for forth, back in (by_arithmetic, by_ranges):
         for lists, want in ((forth, needed), (back, needed.T)):
@@ -129,7 +134,7 @@ def test_the_table_of_blocks_grows_with_the_length_and_not_with_its_square() -> 
     sizes = []
     for length in (512, 1024, 2048):
         q = torch.zeros(1, 1, length, 16)
-        lists = flex.both_sides(layer._call(q, q, q, None, None, None, None), length // 16, length // 16)
+        lists = flex.both_sides(layer._call(q, q, q, None, None, None), length // 16, length // 16)
         sizes.append(sum(one.blocks.numel() for one in lists))
     assert sizes[1] == 2 * sizes[0]
     assert sizes[2] == 4 * sizes[0]
@@ -138,16 +143,18 @@ def test_the_table_of_blocks_grows_with_the_length_and_not_with_its_square() -> 
 def test_it_refuses_with_a_reason(monkeypatch) -> None:
     monkeypatch.setattr(flex, "BLOCK", 128)
     layer = zoo.build("longformer", dim=32, heads=2, kernel="flex")
-    with pytest.raises(zoo.Unsupported, match=r"kernel=flex is not supported.*on cpu it has no backward"):
+    with pytest.raises(
+        zoo.Unsupported, match=r"kernel=flex is not.*flex: it runs on CUDA, not on cpu: there it has no backward"
+    ):
         layer(torch.zeros(1, 200, 32))
     q = torch.zeros(1, 2, 200, 16)
 
     def reason(name, q, **options):
         layer = zoo.build(name, dim=32, heads=q.shape[1], **options)
-        return flex.unfit(layer._call(q, q, q, None, None, None, None))
+        return "; ".join(unmet(flex.FITS, layer._call(q, q, q, None, None, None)))
 
-    assert reason("longformer", q) is None
-    assert reason("full", q, causal=False) is None
+    assert not reason("longformer", q)
+    assert not reason("full", q, causal=False)
     assert "float64" in reason("longformer", q.double())
     assert "patterns of their own" in reason("longformer", q, dilation=[1, 2])
     assert "16 wide" in reason("longformer", q[..., :8])

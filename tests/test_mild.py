@@ -5,7 +5,7 @@ import torch
 
 import attention_zoo as zoo
 from attention_zoo import Tokens
-from attention_zoo.ops import plans
+from attention_zoo.ops.pattern import local
 from attention_zoo.ops.pattern.mild import MILD, mild_rows
 
 L, HEADS, D = 90, 4, 8
@@ -46,7 +46,7 @@ def operands(kv_heads, size=1.0, dtype=torch.float32, seed=1):
 def test_no_row_that_is_called_mild_has_a_large_score(monkeypatch, name, causal, kv_heads, kind):
     """Whatever keys it may see by padding, document and causality; and rows of small norm are called so."""
     found = []
-    monkeypatch.setattr(plans, "mild_rows", lambda call, first: found.append((call, mild_rows(call, first))))
+    monkeypatch.setattr(local, "mild_rows", lambda call, first: found.append((call, mild_rows(call, first))))
     q, k, v = operands(kv_heads, 4.0)
     q = q * torch.linspace(0.1, 4.0, L)[:, None]
     layer(name, causal, kv_heads).attend(q, k, v, *2 * [layouts()[kind]])

@@ -5,7 +5,7 @@ import torch
 
 import attention_zoo as zoo
 from attention_zoo import Tokens, Unsupported
-from attention_zoo.ops import dispatch
+from attention_zoo.ops.pattern import facts
 
 B = 3
 
@@ -75,7 +75,7 @@ def test_auto_picks_the_fastest_exact_kernel(monkeypatch):
     full, window = build("full").float(), build("longformer").float()
     for kind in ("plain", "right", "left", "packed"):
         assert chosen(full, layout(kind, 20, False)) == "sdpa"
-    monkeypatch.setattr(dispatch, "MASK", B * 20 * 20 - 1)  # the mask that left padding and documents need is too large
+    monkeypatch.setattr(facts, "MASK", B * 20 * 20 - 1)  # the mask that left padding and documents need is too large
     assert chosen(full, layout("plain", 20, False)) == "sdpa"
     assert chosen(full, layout("right", 20, False)) == "sdpa"
     assert chosen(full, layout("left", 20, False)) == "tiles"
@@ -89,7 +89,7 @@ def test_auto_picks_the_fastest_exact_kernel(monkeypatch):
 
 def test_a_named_kernel_runs_or_says_why_not(monkeypatch):
     layer = build("full", kernel="sdpa")
-    monkeypatch.setattr(dispatch, "MASK", 0)
+    monkeypatch.setattr(facts, "MASK", 0)
     tokens = layout("left", 20, False)
     with pytest.raises(Unsupported, match=r"full: kernel=sdpa.*cannot hide padding on the left.*kernel=auto"):
         layer(torch.randn(B, 20, 16, dtype=torch.float64), tokens)

@@ -5,7 +5,7 @@ import torch
 
 import attention_zoo as zoo
 from attention_zoo import Tokens
-from attention_zoo.ops import short
+from attention_zoo.ops.pattern import facts, short
 from attention_zoo.ops.pattern.short import KEYS
 
 
@@ -119,7 +119,10 @@ def test_a_window_that_holds_every_key_is_full_attention(causal):
         assert dict(layer.explain(*operands(L, L, 2)))["sdpa"] is None
     assert "beyond the window" in dict(layer.explain(*operands(22, 22, 2)))["sdpa"]
     layer = build("longformer", causal=causal, window=20, dilation=2)
-    assert "without gaps" in dict(layer.explain(*operands(9, 9)))["sdpa"]
+    assert "without gaps" in str(facts.shows_all(layer))
+    assert "sdpa" not in dict(layer.explain(*operands(9, 9)))
+    with pytest.raises(zoo.Unsupported, match="kernel=sdpa is not supported: it has no such kernel"):
+        build("longformer", causal=causal, window=20, dilation=2, kernel="sdpa")
     layer = build("longformer", causal=causal, window=20, positions="alibi")
     assert "position scheme" in dict(layer.explain(*operands(9, 9)))["sdpa"]
 
@@ -184,4 +187,4 @@ def test_which_calls_of_a_band_are_short():
 def test_how_many_blocks_are_linked_is_told(options):
     layer = build("bigbird", **{"block": 11, **options})
     row = torch.arange(9)[None]
-    assert layer.linked == layer.links(row, torch.full_like(row, 9))[0].shape[-1]
+    assert layer.reach.most == layer.links(row, torch.full_like(row, 9))[0].shape[-1]

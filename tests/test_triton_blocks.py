@@ -90,9 +90,9 @@ def test_reformer_steps_from_its_state(on_triton) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_block_that_everyone_sees_is_cut_into_pieces(monkeypatch, on_triton, dtype) -> None:
     """Lists of any content, one row that sees nothing, a key block in more lists than a piece has entries."""
-    from attention_zoo.ops import triton_blocks
+    from attention_zoo.ops.softmax import triton
 
-    monkeypatch.setattr(triton_blocks, "PIECE", 2)
+    monkeypatch.setattr(triton, "PIECE", 2)
     B, H, K, N, C, D = 1, 2, 1, 5, 4, 6
     L = N * C - 3
     links = torch.full((B, H, N, 3), -1)
@@ -106,8 +106,8 @@ def test_a_block_that_everyone_sees_is_cut_into_pieces(monkeypatch, on_triton, d
     q_label, k_label = torch.zeros(1, N * C), torch.zeros(1, N * C)
     q_label[0, L:], k_label[0, L:], k_label[0, 5] = -2, -1, -1
     q_label[0, 2] = 7  # no key has this label
-    packed = triton_blocks.Lists.packed(links, weight)
-    lists = triton_blocks.Lists(
+    packed = triton.Lists.packed(links, weight)
+    lists = triton.Lists(
         *(x.to(on_triton) for x in packed[:2]), *(x.int().to(on_triton) for x in (time, q_label, time, k_label)),
         block=C, causal=True, strict=False, weight=packed[2].to(on_triton),
     )  # fmt: skip
@@ -124,7 +124,7 @@ def test_a_block_that_everyone_sees_is_cut_into_pieces(monkeypatch, on_triton, d
     exact = [x.double().requires_grad_() for x in given]
     want = dense(*exact, bias, scale=0.3)
     mine = [x.to(on_triton).requires_grad_() for x in given]
-    got = triton_blocks.block_attention(*mine, lists, scale=0.3)
+    got = triton.block_attention(*mine, lists, scale=0.3)
     grad = torch.randn_like(want)
     close(got, want, "output")
     assert not got[0, :, 2].any(), "a row that sees nothing yields zeros"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_zoo.ops import dispatch
+from attention_zoo.layout import kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -30,7 +30,7 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> str:
     triton = pytest.importorskip("triton", reason="triton is not installed")
     if DEVICE == "cpu" and not _interprets():
         pytest.skip(f"the interpreter of triton {triton.__version__} does not work with this numpy (triton#9171)")
-    monkeypatch.setattr(dispatch, "TRITON_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(kernel, "TRITON_DEVICES", ("cuda", "cpu"))
     return DEVICE
 
 

@@ -107,10 +107,13 @@ def _seen(queries: Layout, keys: Layout, reach: Reach, causal: bool) -> Seen:
     far = int(max(theirs.position.max(initial=0), mine.position.max(initial=0))) + 1
     high = np.full(mine.position.shape, far) if ahead is None else mine.position + ahead
     stride = far + 2
-    place = np.maximum.accumulate(np.where(theirs.valid, theirs.document * stride + theirs.position, -1), 1)
+    # documents are counted: ids may be any, and too large to multiply
+    known = np.union1d(mine.document, theirs.document)
+    place = np.searchsorted(known, theirs.document) * stride + theirs.position
+    place = np.maximum.accumulate(np.where(theirs.valid, place, -1), 1)
     first, stop = np.zeros_like(mine.position), np.zeros_like(mine.position)
     for row in range(len(first)):
-        base = mine.document[row] * stride
+        base = np.searchsorted(known, mine.document[row]) * stride
         first[row] = np.searchsorted(place[row], base + low[row].clip(min=0))
         stop[row] = np.searchsorted(place[row], base + high[row].clip(max=far), side="right")
     stop = np.where(mine.valid, np.maximum(stop, first), first)

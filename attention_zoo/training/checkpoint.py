@@ -165,40 +165,60 @@ def _check_tensor(given: Tensor, shape: Sequence[int], dtype: torch.dtype, where
         raise foreign(path, f"{where} holds NaN or infinity")
 
 
-def pack(value: Any) -> Any:
+def pack(value: Any, seen: dict[int, int] | None = None) -> Any:
     """A recurrent state as dicts, lists, tensors and plain values, which is all that a safe reader accepts.
+
+    A sequence that stands in it twice, as one object, is written once: layers share what they know of their tokens.
 
     Raises:
         TypeError: for anything that is no tensor, tuple, list, dict or plain value, naming its type.
     """
+    seen = {} if seen is None else seen
     if isinstance(value, Tensor):
         return value.detach().clone()  # a view into a preallocated cache would drag all of it along
     if isinstance(value, PLAIN):
         return {"plain": value}
     if isinstance(value, dict):
-        return {"dict": [[key, pack(inner)] for key, inner in value.items()]}
+        return {"dict": [[key, pack(inner, seen)] for key, inner in value.items()]}
     if isinstance(value, list | tuple):
+        if id(value) in seen:
+            return {"again": seen[id(value)]}
+        seen[id(value)] = len(seen)
         kind = type(value)
         name = kind.__name__ if kind in (list, tuple) else f"{kind.__module__}:{kind.__qualname__}"
-        return {"sequence": name, "items": [pack(inner) for inner in value]}
+        return {"sequence": name, "items": [pack(inner, seen) for inner in value]}
     raise TypeError(f"a recurrent state must be made of tensors, tuples, lists, dicts and plain values, got {value!r}")
 
 
-def unpack(value: Any, device: Any = "cpu") -> Any:
+def unpack(value: Any, device: Any = "cpu", made: dict[int, Any] | None = None) -> Any:
     """What `pack` was given. Named tuples are looked up among loaded modules; nothing is imported, no code is run."""
+    made = {} if made is None else made
     if isinstance(value, Tensor):
         return value.to(device)
     if "plain" in value:
         return value["plain"]
     if "dict" in value:
-        return {key: unpack(inner, device) for key, inner in value["dict"]}
-    items = [unpack(inner, device) for inner in value["items"]]
-    if value["sequence"] in ("list", "tuple"):
-        return items if value["sequence"] == "list" else tuple(items)
-    module, _, qualname = value["sequence"].partition(":")
+        return {key: unpack(inner, device, made) for key, inner in value["dict"]}
+    if "again" in value:
+        return made[value["again"]]
+    number = len(made)
+    made[number] = None  # sequences are counted as they begin
+    items = [unpack(inner, device, made) for inner in value["items"]]
+    made[number] = _sequence(value["sequence"], items)
+    return made[number]
+
+
+def _sequence(name: str, items: list[Any]) -> Any:
+    if name in ("list", "tuple"):
+        return items if name == "list" else tuple(items)
+    module, _, qualname = name.partition(":")
     kind: Any = sys.modules.get(module)
     for part in qualname.split("."):
         kind = getattr(kind, part, None)
-    if not (isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")):
-        raise CheckpointError(f"the checkpoint's recurrent state needs the named tuple {value['sequence']}: not found")
+    fits = isinstance(kind, type) and issubclass(kind, tuple) and len(getattr(kind, "_fields", ())) >= len(items)
+    if not fits:
+        raise CheckpointError(
+            f"the checkpoint's recurrent state holds a {name} of {len(items)} fields, unknown to this version: "
+            f"begin the run anew with force=true, or end it with the version that wrote it"
+        )
     return kind(*items)

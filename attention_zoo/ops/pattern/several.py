@@ -1,0 +1,92 @@
+"""One softmax over several sets of keys, each with a layout of its own: tokens and their summaries, levels, memories.
+
+Each set is a part: its scores are computed by themselves and merged by log-sum-exp, forward and backward, so that
+nothing is ever L x S. O(L · keys that are seen) time, O(L·D) memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attention_zoo.layout.host import tensor_of
+from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.reach import Anywhere, Band, Reach
+from attention_zoo.layout.visible import Seen, columns_of, visible
+from attention_zoo.ops.pattern.globals import cuts
+from attention_zoo.ops.softmax.parts import Part
+from attention_zoo.ops.softmax.tiles import Tile, run_tiles, scores_at_once
+
+ROWS = 128
+"""Queries of a tile."""
+
+
+class Keys(NamedTuple):
+    """One set of keys.
+
+    Fields:
+        k, v: [B, K, S, D]; K is the same for all sets.
+        layout: of the S columns. Positions count the same tokens as those of the queries: a group of tokens stands
+            where its last one does (`layout.pooled.Pooled.ends`).
+        reach: which of them a query sees: a contiguous `Band`, or `Anywhere`.
+        weight: [B, S], added to the scores: log n of a key that counts for n; default 0.
+    """
+
+    k: Float[Tensor, "B K S D"]
+    v: Float[Tensor, "B K S D"]
+    layout: Layout
+    reach: Reach = Anywhere(weights="uniform")
+    weight: Float[Tensor, "B S"] | None = None
+
+
+def attend_to_several(
+    q: Float[Tensor, "B H L D"], queries: Layout, sets: Sequence[Keys], *, scale: float, causal: bool
+) -> Float[Tensor, "B H L D"]:
+    """What each query sees of all sets together; zeros where that is nothing, and at padding.
+
+    Raises:
+        ValueError: for a reach with gaps, or one that is no band.
+    """
+    for each in sets:
+        plain = isinstance(each.reach, Anywhere) or (isinstance(each.reach, Band) and each.reach.contiguous)
+        if not plain or (isinstance(each.reach, Band) and not each.reach.same_for_all and each.reach.ahead is None):
+            raise ValueError(f"reach must be Anywhere or a Band without gaps, the same for all heads, got {each.reach}")
+    k, v = torch.cat([each.k for each in sets], 2), torch.cat([each.v for each in sets], 2)
+    seen = [visible(queries, each.layout, reach=each.reach, causal=causal)[0] for each in sets]
+    starts = [0]
+    for each in sets:
+        starts.append(starts[-1] + each.k.shape[2])
+    tiles, L = [], q.shape[2]
+    for a in range(0, L, ROWS):
+        rows, parts = slice(a, min(a + ROWS, L)), []
+        most = max(64, scores_at_once(q) // (q.shape[1] * ROWS))
+        for each, ranges, start in zip(sets, seen, starts):
+            low, high = columns_of(ranges, rows).tolist()
+            for first, stop in cuts(low, high, most) if high > low else ():
+                bias = _Bias(each, ranges, rows, slice(first, stop), q.dtype)
+                parts.append(Part(slice(start + first, start + stop), bias))
+        tiles.append(Tile(rows, parts))
+    learned = [each.weight for each in sets if each.weight is not None and each.weight.requires_grad]
+    return run_tiles(q, k, v, tiles, scale=scale, learned=learned, asked=queries.asked)
+
+
+class _Bias:
+    """Of some rows and columns of one set."""
+
+    def __init__(self, keys: Keys, seen: Seen, rows: slice, columns: slice, dtype: torch.dtype):
+        self.keys, self.columns = keys, columns
+        self.first, self.stop = seen.first[:, rows], seen.stop[:, rows]
+        self.dtype = torch.promote_types(dtype, torch.float32)
+
+    def __call__(self, batch: slice) -> Tensor:
+        device, columns = self.keys.k.device, self.columns
+        column = torch.arange(columns.start, columns.stop, device=device)
+        first, stop = (tensor_of(x[batch], device)[..., None] for x in (self.first, self.stop))
+        shown = (column >= first) & (column < stop) & self.keys.layout.valid[batch, None, columns]
+        weight = self.keys.weight
+        zero = torch.zeros((), dtype=self.dtype, device=device) if weight is None else weight[batch, None, columns]
+        return torch.where(shown, zero.to(self.dtype), -torch.inf)[:, None]
