@@ -10,3 +10,5 @@ from pathlib import Path
 
 FIGURES = json.loads((Path(__file__).parent / "regression.json").read_text())
 RECORDED = sorted({cell.split()[0] for cell in FIGURES["cells"]})
+WRAPPERS = ("global_tokens",)
+"""Wrappers of this repository: nobody records figures of them, README names them."""

@@ -51,7 +51,7 @@ def test_a_layer(name: str):
         ({"tokens": TOKENS._replace(valid=VALID.float())}, "valid must be bool"),
         ({"tokens": zoo.Tokens.of(VALID.to("meta"))}, "tokens must be where the input is"),
         ({"state": "x"}, "state must be of"),
-        ({"state": other.initial_state(2)}, "state must be of"),
+        ({"state": other.initial_state(2)}, f"state must {'be of' if name == 'reformer' else 'hold keys of shape'}"),
         ({"state": layer.initial_state(3)}, "state must hold keys of shape"),
         ({"state": wide.initial_state(2)}, "state must hold keys of shape"),
         ({"source": "x"}, "source must be a Source"),

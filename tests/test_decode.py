@@ -10,7 +10,8 @@ import torch
 from recorded import RECORDED
 
 from attention_zoo import Tokens
-from attention_zoo.layout.ledger import Columns
+from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.ledger import Columns, Horizon, none
 from attention_zoo.model.state import state_bytes
 from attention_zoo.testing.case import Case, close, piece, ragged, run
 from attention_zoo.testing.decoding import Touched, context, cost_of_steps, last_rows, steps
@@ -78,8 +79,8 @@ def test_steps_equal_the_whole_prefix(name, options):
     if name == "reformer":
         assert state.sorted is not None
     if name == "bigbird":
-        assert state.columns.steady
-        assert state.globals is not None
+        assert state.ledger.steady
+        assert "_listed" in vars(state.ledger.fields), "steps read the listed global tokens alone"
 
 
 # --- what a step costs ------------------------------------------------------------------------------------------------
@@ -118,27 +119,24 @@ def test_constant_states_are_constant(name):
 @pytest.mark.parametrize("most", [None, 300])
 def test_columns_are_moved_a_few_times_each(most):
     """Growing by single columns copies each a bounded number of times, whether all are kept or a window."""
-
-    def live(tokens):
-        return tokens.valid if most is None else tokens.valid & (tokens.position > tokens.position[:, -1:] - most)
-
-    columns, one, width = Columns.of(Tokens.none(1), torch.zeros(1, 0, 5)), torch.ones(1, 1, dtype=torch.bool), 5
+    horizon = Horizon(most, most=most)
+    columns, one, width = Columns.of(none(1, "cpu"), torch.zeros(1, 0, 5)), torch.ones(1, 1, dtype=torch.bool), 5
     with torch.no_grad(), Touched() as touched:
         for at in range(3000):
             new = torch.full((1, 1, width), float(at))
-            columns = columns.append(Tokens.of(one, start=at), new, live=live, most=most)
-            columns = columns.settle(1, live=live, most=most)
+            layout = Layout.of(Tokens.of(one, start=at))
+            columns, _ = columns.append(layout, new, horizon=horizon).settle(layout, horizon=horizon)
     assert columns.held[0][0, -100:, 0].tolist() == list(range(2900, 3000))
-    assert columns.room <= 1.3 * (3000 if most is None else most) + 64
+    assert columns.ledger.room <= 1.3 * (3000 if most is None else most) + 64
     assert touched.moved <= 10 * 3000 * (width + 5)
 
 
 def test_a_reserved_cache_never_moves():
     layer = Case.of("full").build(causal=True, dtype=torch.float32)
     state = context(layer, 100, room=500)
-    buffers = state.columns.buffers
+    buffers = state.buffers
     x, one = torch.randn(1, 1, layer.dim), torch.ones(1, 1, dtype=torch.bool)
     for at in range(100, 500):
         state = run(layer, x, Tokens.of(one, start=at), state=state).state
-        assert all(mine is first for mine, first in zip(state.columns.buffers, buffers))
-    assert state.columns.room == 500
+        assert all(mine is first for mine, first in zip(state.buffers, buffers))
+    assert state.ledger.room == 500

@@ -9,7 +9,8 @@ import attention_zoo as zoo
 from attention_zoo import Tokens
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import LARGEST_SCALE, Source
-from attention_zoo.ops import plans
+from attention_zoo.ops.pattern import globals as globals_
+from attention_zoo.ops.pattern import local
 from attention_zoo.testing.case import gradients
 
 TINY = {
@@ -216,14 +217,15 @@ def test_heads_of_width_one_whose_channel_has_a_stride():
 def test_padding_yields_zeros_from_the_executor_itself(monkeypatch, name, dtype):
     """Before anything outside could mend it: fillers of a kernel too."""
     found = []
-    run = plans.run_tiles
+    run = local.run_tiles
 
     def spy(*given, asked=None, **more):
         out = run(*given, asked=asked, **more)
         found.append((out.detach(), asked))
         return out
 
-    monkeypatch.setattr(plans, "run_tiles", spy)
+    for module in (local, globals_):
+        monkeypatch.setattr(module, "run_tiles", spy)
     for causal in (True, False):
         for layout, tokens in layouts().items():
             for kernel in ("auto", "tiles"):

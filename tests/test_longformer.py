@@ -5,7 +5,7 @@ import torch
 
 import attention_zoo as zoo
 from attention_zoo import Tokens
-from attention_zoo.ops import partial, tiles
+from attention_zoo.ops.softmax import partial, tiles
 
 DILATIONS = [1, 3, (1, 1, 2, 2), (3, 3, 1, 1), (1, 2, 3, 4), (2, 2, 2, 5)]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import attention_zoo as zoo
-from attention_zoo.ops import tiles as tiles_module
+from attention_zoo.ops.softmax import tiles as tiles_module
 from attention_zoo.ops.softmax.dense import dense
 from attention_zoo.ops.softmax.pages import LEAST, PAGE, large_pages
 from attention_zoo.ops.softmax.partial import LOG2E, Asked, Scratch, Sums, fold, partial, partial_backward

@@ -9,15 +9,24 @@ import torch
 from references import reference_of
 from torch import Tensor
 
+from attention_zoo.attention import pattern
 from attention_zoo.attention.full import Full
 from attention_zoo.attention.longformer import Longformer
-from attention_zoo.attention.pattern import Cache, PatternAttention
+from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.attention.reformer import Reformer
 from attention_zoo.attention.transformer_xl import TransformerXL
 from attention_zoo.contract import Abilities, Attention, Output, Tokens
-from attention_zoo.ops import hashing, lsh_layout, plans, tiles
+from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.ledger import Columns, Horizon
+from attention_zoo.layout.reach import Band
+from attention_zoo.ops.lsh import chunks, hashing
+from attention_zoo.ops.lsh import layout as lsh_layout
+from attention_zoo.ops.pattern import call as pattern_call
+from attention_zoo.ops.pattern import globals as globals_
+from attention_zoo.ops.pattern import local
 from attention_zoo.ops.pattern.call import PatternCall
 from attention_zoo.ops.pattern.mild import mild_rows
+from attention_zoo.ops.softmax import tiles
 from attention_zoo.testing import contract_checks
 
 
@@ -34,39 +43,42 @@ def caught(backend: str | type[Attention], *names: str, **options: Any) -> None:
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 
-def seen_wrongly(future: int = 0, padding: bool = False, documents: bool = False) -> Any:
-    """`PatternCall.seen` with one of its three conditions broken."""
+def see_wrongly(
+    monkeypatch: pytest.MonkeyPatch, future: int = 0, padding: bool = False, documents: bool = False
+) -> None:
+    """Break one of the three conditions of `seen`, for kernels and for the definition alike."""
 
-    def seen(self: PatternCall, queries: Tokens, keys: Tokens) -> Tensor:
+    def seen(queries: Tokens, keys: Tokens, *, causal: bool, one_document: bool) -> Tensor:
         found = torch.ones(queries.valid.shape[0], queries.valid.shape[1], keys.valid.shape[1], dtype=torch.bool)
         if not padding:
             found = found & keys.valid[:, None, :]
-        if not documents:
+        if not (documents or one_document):
             found = found & (keys.document[:, None, :] == queries.document[:, :, None])
-        if self.pattern.causal:
+        if causal:
             found = found & (keys.position[:, None, :] <= queries.position[:, :, None] + future)
         return found[:, None]
 
-    return seen
+    for module in (pattern_call, pattern):
+        monkeypatch.setattr(module, "seen", seen)
 
 
 # with kernel=dense fast and slow have the same bug: what they compute must be caught by its consequences alone
 
 
 def test_a_leak_of_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PatternCall, "seen", seen_wrongly(future=1))
+    see_wrongly(monkeypatch, future=1)
     names = ("the_future_never_changes_the_past", "no_gradient_comes_from_the_future", "the_future_may_be_absent")
     caught(Full, *names, "any_cut_equals_one_call", kernel="dense")
     caught(Longformer, *names, kernel="dense")
 
 
 def test_padding_that_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PatternCall, "seen", seen_wrongly(padding=True))
+    see_wrongly(monkeypatch, padding=True)
     caught(Full, "a_row_alone_equals_itself_in_a_batch", "ragged_prompts_decode_like_rows_alone", kernel="dense")
 
 
 def test_documents_that_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PatternCall, "seen", seen_wrongly(documents=True))
+    see_wrongly(monkeypatch, documents=True)
     caught(Full, "documents_in_one_row_equal_documents_apart", kernel="dense")
 
 
@@ -128,8 +140,9 @@ def test_a_gradient_that_is_a_little_wrong(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_padding_that_is_run_like_a_query(monkeypatch: pytest.MonkeyPatch) -> None:
     """It sees keys that nobody bounded its scores by, overflows, and poisons gradients: forward all is right."""
-    right = plans.run_tiles
-    monkeypatch.setattr(plans, "run_tiles", lambda *operands, asked, **more: right(*operands, **more))
+    right = tiles.run_tiles
+    for module in (local, globals_):
+        monkeypatch.setattr(module, "run_tiles", lambda *operands, asked, **more: right(*operands, **more))
     names = ("large_scores_are_finite_and_right", "large_scores_of_given_queries_and_keys")
     caught(Full, *names)
     caught("bigbird", *names, "large_scores_through_a_state")
@@ -140,7 +153,7 @@ def test_a_bound_on_scores_that_is_too_low(monkeypatch: pytest.MonkeyPatch) -> N
         found = mild_rows(call, first)
         return None if found is None else torch.ones_like(found)
 
-    monkeypatch.setattr(plans, "mild_rows", hopeful)
+    monkeypatch.setattr(local, "mild_rows", hopeful)
     names = ("large_scores_are_finite_and_right", "large_scores_of_given_queries_and_keys")
     caught(Longformer, *names)
 
@@ -166,22 +179,26 @@ def test_marks_that_depend_on_the_row() -> None:
 
 
 class Forgetful(Full):
-    def _keep(self, held: Cache, added: int) -> Cache:
-        return self.initial_state(len(held.columns.tokens.valid))
+    def forward(self, x: Tensor, tokens: Tokens | None = None, **more: Any) -> Output:
+        out = super().forward(x, tokens, **more)
+        return out if out.state is None else out._replace(state=self.initial_state(len(x)))
 
 
 class Hoarding(Longformer):
-    def _live(self, keys: Tokens) -> Tensor:
-        return torch.ones_like(keys.valid)
+    @property
+    def _horizon(self) -> Horizon:
+        return Horizon()
 
 
 class Mixing(Full):
     """Its state says nothing of the batch: every row continues the first."""
 
-    def _keep(self, held: Cache, added: int) -> Cache:
-        columns = super()._keep(held, added).columns
-        first = (buffer[:1].expand_as(buffer).clone() for buffer in columns.buffers)
-        return Cache(columns._replace(buffers=tuple(first)))
+    def forward(self, x: Tensor, tokens: Tokens | None = None, **more: Any) -> Output:
+        out = super().forward(x, tokens, **more)
+        if out.state is None:
+            return out
+        first = (buffer[:1].expand_as(buffer).clone() for buffer in out.state.buffers)
+        return out._replace(state=out.state._replace(buffers=tuple(first)))
 
 
 def test_a_state_that_is_dropped() -> None:
@@ -199,9 +216,9 @@ def test_a_state_of_the_wrong_row() -> None:
 
 def test_a_memory_one_token_short() -> None:
     class Short(TransformerXL):
-        def _live(self, keys: Tokens) -> Tensor:
-            live = super()._live(keys)
-            return live.scatter(1, live.long().argmax(1, keepdim=True), value=False)
+        @property
+        def _horizon(self) -> Horizon:
+            return super()._horizon._replace(span=self.memory_length - 1)
 
     caught(Short, "any_cut_equals_one_call", "every_call_is_the_tail_of_the_whole_prefix")
 
@@ -210,7 +227,7 @@ def test_a_memory_that_is_read_one_token_short() -> None:
     """In every call alike, so that only the reference loop can tell."""
 
     class Short(TransformerXL):
-        def _oldest(self, position: Tensor) -> Tensor:
+        def _oldest(self, position: Any) -> Any:
             return super()._oldest(position) + 1
 
     # the loop must not share the bug
@@ -312,7 +329,7 @@ def test_an_undeclared_ability_that_is_accepted() -> None:
             state="linear",
         )
 
-        def initial_state(self, batch_size: int) -> Cache:
+        def initial_state(self, batch_size: int) -> Columns:
             return PatternAttention.initial_state(self, batch_size)
 
     caught(Shy, "undeclared_abilities_are_refused_at_the_call")

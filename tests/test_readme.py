@@ -9,7 +9,7 @@ import torch
 from faults.__main__ import table
 from faults.kinds import KINDS
 from readme_tables import reach_table
-from recorded import RECORDED
+from recorded import RECORDED, WRAPPERS
 
 import attention_zoo as zoo
 from attention_zoo import overview
@@ -53,9 +53,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def test_the_table_of_abilities_is_generated():
-    assert between("abilities") == overview.markdown(
-        overview.COLUMNS, overview.abilities_rows([*RECORDED, *zoo.wrappers()])
-    )
+    assert between("abilities") == overview.markdown(overview.COLUMNS, overview.abilities_rows([*RECORDED, *WRAPPERS]))
 
 
 def test_the_table_of_faults_is_that_of_the_committed_counts():
@@ -146,5 +144,5 @@ def test_every_other_command_is_understood(line, capsys):
 def test_every_recorded_backend_is_named_with_its_file():
     for name in RECORDED:
         assert f"[{name}](attention_zoo/attention/{name}.py)" in README
-    for name in zoo.wrappers():
+    for name in WRAPPERS:
         assert f"[{name}](attention_zoo/model/{name}.py)" in README

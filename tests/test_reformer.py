@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from attention_zoo.attention.reformer import Reformer
 from attention_zoo.contract import Tokens, Unsupported
 from attention_zoo.measure.memory import peak_memory
-from attention_zoo.ops import hashing, lsh
+from attention_zoo.ops.lsh import chunks, hashing
 from attention_zoo.ops.softmax.dense import dense
 
 DIM, HEADS = 12, 3
@@ -118,8 +118,8 @@ def test_options_equal_reference(options: dict, causal: bool):
 
 def test_many_steps_and_blocks_of_heads(monkeypatch: pytest.MonkeyPatch):
     """Lengths that a test can afford fit into one step; this forces many, and one head at a time."""
-    monkeypatch.setitem(lsh._SCORES, "cpu", 64)
-    monkeypatch.setitem(lsh._SLOTS, "cpu", 1)
+    monkeypatch.setitem(chunks._SCORES, "cpu", 64)
+    monkeypatch.setitem(chunks._SLOTS, "cpu", 1)
     assert_equals_reference(build(), 29)
     assert_equals_reference(build(causal=False, wrap="reference"), 19)
 
