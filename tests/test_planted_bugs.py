@@ -255,7 +255,7 @@ def test_a_wrap_to_the_chunk_of_another_row(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_value_from_the_future(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks.Plan, "causal", False)
+    monkeypatch.setattr(chunks.HashedPlan, "causal", False)
     names = ("the_future_never_changes_the_past", "no_gradient_comes_from_the_future")
     caught(Reformer, *names, "fast_equals_slow")
 

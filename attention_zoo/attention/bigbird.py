@@ -33,7 +33,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from attention_zoo.attention.bigbird_plans import Plan, Reference, Uniform
+from attention_zoo.attention.bigbird_plans import LinkPlan, Reference, Uniform
 from attention_zoo.attention.pattern import PatternAttention, hide
 from attention_zoo.contract import Abilities, Tokens
 from attention_zoo.layout.reach import Blocks
@@ -92,7 +92,7 @@ class BigBird(PatternAttention):
         self._reference: Reference | None = None
         if plan == "uniform":
             ends = 0 if extra_global_tokens else 1
-            self._plan: Plan = Uniform(self.seed, self.heads, random, self.side, ends, self.causal)
+            self._plan: LinkPlan = Uniform(self.seed, self.heads, random, self.side, ends, self.causal)
         else:
             self._check_reference()
             self._plan = self._reference = Reference(self.seed, self.heads, random, block, plan == "reference")

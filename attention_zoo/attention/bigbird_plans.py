@@ -30,7 +30,7 @@ OLD_DRAWN, OLD_REACHED = 4096, 1024
 """Tokens over which the old plan is drawn (the released models' longest input), and within which its links lie."""
 
 
-class Plan(Protocol):
+class LinkPlan(Protocol):
     """Which links a row has."""
 
     def picks(self, row: Int[Tensor, "*#n"], blocks: Int[Tensor, "*#n"]) -> Int[Tensor, "*n H r"]:

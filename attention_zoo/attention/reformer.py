@@ -318,7 +318,7 @@ class Reformer(HashedAttention):
             return v[:0]
         shape = (self.rounds, self.chunk, self.look_back, self.look_ahead, self.wrap, self.fill)
         layout = keys.plan(("hashed", *shape), lambda: self._lay_out(documents, qk.device))
-        plan = chunks.Plan(
+        plan = chunks.HashedPlan(
             order=lsh_layout.sort_tokens(buckets, layout.document),
             layout=layout,
             buckets=None if self.attend_across_buckets else buckets,
@@ -331,7 +331,7 @@ class Reformer(HashedAttention):
         call = self._described(qk.device, qk.dtype)
         return choose(self.name, KERNELS, self.kernel, call).run(call)(qk, v, plan)
 
-    def _lay_out(self, documents: Documents, device: torch.device) -> lsh_layout.Layout:
+    def _lay_out(self, documents: Documents, device: torch.device) -> lsh_layout.ChunkLayout:
         return lsh_layout.lay_out(
             documents.sizes,
             rounds=self.rounds,

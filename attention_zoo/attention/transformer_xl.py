@@ -53,7 +53,7 @@ from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon, none
 from attention_zoo.layout.visible import first_columns, runs_of
 from attention_zoo.ops.relative.call import KERNELS, RelativeCall
-from attention_zoo.ops.relative.chunks import Plan, chunk_borders, plan_chunks, relative_attention
+from attention_zoo.ops.relative.chunks import ChunkPlan, chunk_borders, plan_chunks, relative_attention
 from attention_zoo.ops.relative.few import absorbed, few_of
 from attention_zoo.ops.relative.projections import is_plain, streams
 from attention_zoo.ops.relative.waves import waves
@@ -349,18 +349,18 @@ class TransformerXL(Attention):
 
         return keys.plan(("segments", length, *self._lengths), find)
 
-    def _plan(self, keys: Layout, length: int, kernel: str) -> Plan:
+    def _plan(self, keys: Layout, length: int, kernel: str) -> ChunkPlan:
         """The queries in chunks, once for all layers that see alike."""
         return keys.plan(("chunks", length, kernel, *self._lengths), lambda: self._cut(keys, length, kernel))
 
-    def _cut(self, keys: Layout, length: int, kernel: str) -> Plan:
+    def _cut(self, keys: Layout, length: int, kernel: str) -> ChunkPlan:
         first, own = self._segments(keys, length)
         columns, device = keys.valid.shape[1], keys.valid.device
         if kernel == "triton":
             # no pair is farther apart than this
             farthest = self.memory_length + (1 if self.same_length else self.segment_length)
             starts = tensor_of(first, device), tensor_of(own, device)
-            return Plan(*starts, (), min(columns, farthest), None, None, triton=True)
+            return ChunkPlan(*starts, (), min(columns, farthest), None, None, triton=True)
         # chunks follow the segments of the first row: its queries need no key that its own segment does not
         mine = keys.host.cut(slice(columns - length, None))
         query = int(mine.valid[0].argmax())

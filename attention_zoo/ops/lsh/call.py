@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from attention_zoo.layout.kernel import Kernel, triton_reason
-from attention_zoo.ops.lsh.chunks import Plan, dense_attention, lsh_attention
+from attention_zoo.ops.lsh.chunks import HashedPlan, dense_attention, lsh_attention
 
-Run = Callable[[Tensor, Tensor, Plan], Tensor]
+Run = Callable[[Tensor, Tensor, HashedPlan], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def _triton_takes(call: HashedCall) -> str | None:
 
 
 def _triton(call: HashedCall) -> Run:
-    from attention_zoo.ops.lsh.triton import TritonBlock
+    from attention_zoo.ops.lsh.triton import TritonHeadBlock
 
-    return partial(lsh_attention, block=TritonBlock)
+    return partial(lsh_attention, block=TritonHeadBlock)
 
 
 KERNELS: tuple[Kernel[HashedCall], ...] = (

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attention_zoo.ops.lsh.layout import Layout
+from attention_zoo.ops.lsh.layout import ChunkLayout
 from attention_zoo.ops.softmax.dense import dense
 from attention_zoo.ops.softmax.function import exact, once
 from attention_zoo.ops.softmax.pages import large_pages
@@ -36,7 +36,7 @@ _SLOTS = {"cpu": 2**16}
 _SCORES_GPU, _SLOTS_GPU = 2**23, 2**18
 
 
-class Plan(NamedTuple):
+class HashedPlan(NamedTuple):
     """One call of LSH attention, but for its vectors.
 
     Fields:
@@ -51,7 +51,7 @@ class Plan(NamedTuple):
     """
 
     order: Int[Tensor, "H R M"]
-    layout: Layout
+    layout: ChunkLayout
     buckets: Int[Tensor, "H R M"] | None
     asked: Int[Tensor, " m"] | None
     causal: bool
@@ -61,7 +61,7 @@ class Plan(NamedTuple):
 
 
 def lsh_attention(
-    q: Float[Tensor, "M H D"], v: Float[Tensor, "M H D"], plan: Plan, block: type[Block] | None = None
+    q: Float[Tensor, "M H D"], v: Float[Tensor, "M H D"], plan: HashedPlan, block: type[HeadBlock] | None = None
 ) -> Float[Tensor, "m H D"]:
     """Attention of tokens to those that share a window of sorted chunks with them; keys are normalised queries.
 
@@ -69,19 +69,19 @@ def lsh_attention(
     backward recomputes.
 
     Args:
-        block: what runs a few heads at a time; default `Block`, another may do it by kernels of its own.
+        block: what runs a few heads at a time; default `HeadBlock`, another may do it by kernels of its own.
     """
-    out: Tensor = _Chunks.apply(q, v, plan, block or Block)
+    out: Tensor = _Chunks.apply(q, v, plan, block or HeadBlock)
     return out
 
 
-class Block:
+class HeadBlock:
     """The chunks of a few heads: rows are (head, token), chunks (head, round, chunk), slots (head, round, chunk, slot).
 
     Within a document a row's number grows with time; the number `rows` stands for an empty slot.
     """
 
-    def __init__(self, plan: Plan, heads: slice):
+    def __init__(self, plan: HashedPlan, heads: slice):
         self.plan, self.heads = plan, heads
         layout = plan.layout
         order = plan.order[heads].long()
@@ -289,7 +289,7 @@ def _sum_rounds(
     return total
 
 
-def _blocks(plan: Plan, kind: type[Block]) -> Iterator[Block]:
+def _blocks(plan: HashedPlan, kind: type[HeadBlock]) -> Iterator[HeadBlock]:
     H = len(plan.order)
     limit = _SLOTS.get(plan.order.device.type, _SLOTS_GPU)
     size = max(1, limit // (plan.layout.neighbours.shape[0] * plan.layout.chunk))
@@ -300,7 +300,7 @@ def _blocks(plan: Plan, kind: type[Block]) -> Iterator[Block]:
 class _Chunks(torch.autograd.Function):
     @staticmethod
     @exact
-    def forward(ctx: Any, q: Tensor, v: Tensor, plan: Plan, kind: type[Block]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, v: Tensor, plan: HashedPlan, kind: type[HeadBlock]) -> Tensor:
         asked = slice(None) if plan.asked is None else plan.asked
         out = large_pages(torch.empty_like(q[asked]))
         lse = out.new_empty(out.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
@@ -330,14 +330,14 @@ class _Chunks(torch.autograd.Function):
         return dq, dv, None, None
 
 
-def dense_attention(q: Tensor, v: Tensor, plan: Plan) -> Tensor:
+def dense_attention(q: Tensor, v: Tensor, plan: HashedPlan) -> Tensor:
     """The same by definition: every pair of tokens, weighted by how often the windows of all rounds show it."""
     tokens = torch.arange(len(q), device=q.device)
     asked = tokens if plan.asked is None else plan.asked
     with torch.autocast(q.device.type, enabled=False):
         heads = []
         for head in range(q.shape[1]):
-            met = Block(plan, slice(head, head + 1)).times_met(asked[None], tokens[None])[0]
+            met = HeadBlock(plan, slice(head, head + 1)).times_met(asked[None], tokens[None])[0]
             hidden = tokens >= asked[:, None] if plan.causal else tokens == asked[:, None]
             met = met.masked_fill(hidden, 0)
             k, _ = _keys(q[:, head : head + 1], plan.epsilon)

@@ -17,7 +17,7 @@ from torch import Tensor
 from attention_zoo.layout.host import tensor_of
 
 
-class Layout(NamedTuple):
+class ChunkLayout(NamedTuple):
     """Where sorted tokens go, the same for all heads and, but for the numbering of chunks, for all rounds.
 
     Fields:
@@ -49,7 +49,7 @@ def lay_out(
     across_rounds: bool,
     slots: Int[np.ndarray, " K"] | None = None,
     device: torch.device | str = "cpu",
-) -> Layout:
+) -> ChunkLayout:
     """Chunks of K documents with `sizes` tokens each, every one at least 1.
 
     Each document's chunks form a ring in each round or, `across_rounds`, one ring over all rounds. A ring shorter than
@@ -86,7 +86,7 @@ def lay_out(
     if slots is not None:
         present = np.ones_like(present)
     place = partial(tensor_of, device=device)
-    return Layout(chunk, place(document), place(slot), place(neighbours), place(present), rounds, across_rounds)
+    return ChunkLayout(chunk, place(document), place(slot), place(neighbours), place(present), rounds, across_rounds)
 
 
 def sort_tokens(buckets: Int[Tensor, "H R M"], document: Int[Tensor, " M"]) -> Int[Tensor, "H R M"]:

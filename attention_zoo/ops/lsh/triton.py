@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attention_zoo.ops.lsh.chunks import Block
+from attention_zoo.ops.lsh.chunks import HeadBlock
 from attention_zoo.ops.softmax import triton
 from attention_zoo.ops.softmax.triton import Lists
 
 
-class TritonBlock(Block):
-    """The chunks of a few heads; see `Block`."""
+class TritonHeadBlock(HeadBlock):
+    """The chunks of a few heads; see `HeadBlock`."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         queries, keys = self.table(q, dtype=q.dtype), self.table(k, v, dtype=q.dtype)

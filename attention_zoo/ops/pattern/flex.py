@@ -68,14 +68,14 @@ def bucket(length: int) -> int:
 # --- lists of blocks -------------------------------------------------------------------------------------------------
 
 
-class Lists(NamedTuple):
+class BlockLists(NamedTuple):
     """For each row of blocks the blocks to visit: how many, [1, 1, n], and which, [1, 1, n, W]."""
 
     number: Tensor
     blocks: Tensor
 
 
-def band_lists(rows: int, columns: int, L: int, offset: int, back: int, ahead: int, device: Any) -> Lists:
+def band_lists(rows: int, columns: int, L: int, offset: int, back: int, ahead: int, device: Any) -> BlockLists:
     """The blocks of `columns` that rows see when row i sees columns i + offset - back ... i + offset + ahead.
 
     Args:
@@ -89,11 +89,11 @@ def band_lists(rows: int, columns: int, L: int, offset: int, back: int, ahead: i
     count = torch.where(first < L, (high - low + 1).clamp(min=0), 0)
     width = min(columns, (BLOCK + back + ahead) // BLOCK + 2)
     index = (low[:, None] + torch.arange(width, device=device)).clamp(max=columns - 1)
-    return Lists(count[None, None].int(), index[None, None].int())
+    return BlockLists(count[None, None].int(), index[None, None].int())
 
 
-def lists_of_pairs(row: Tensor, column: Tensor, rows: int) -> Lists:
-    """Lists from the pairs of blocks that matter, in any order; widths are powers of two."""
+def lists_of_pairs(row: Tensor, column: Tensor, rows: int) -> BlockLists:
+    """BlockLists from the pairs of blocks that matter, in any order; widths are powers of two."""
     order = torch.argsort(row, stable=True)
     row, column = row[order], column[order]
     count = torch.bincount(row, minlength=rows)
@@ -101,10 +101,10 @@ def lists_of_pairs(row: Tensor, column: Tensor, rows: int) -> Lists:
     width = 1 << (max(1, int(count.max())) - 1).bit_length()
     index = column.new_zeros(rows, width)
     index[row, place] = column
-    return Lists(count[None, None].int(), index[None, None].int())
+    return BlockLists(count[None, None].int(), index[None, None].int())
 
 
-def both_sides(call: PatternCall, rows: int, columns: int) -> tuple[Lists, Lists]:
+def both_sides(call: PatternCall, rows: int, columns: int) -> tuple[BlockLists, BlockLists]:
     """Key blocks of each block of queries, and query blocks of each block of keys."""
     (L, S), device = call.lengths, call.q.device
     if facts.is_band(call.pattern) is None and call.aligned:
@@ -116,12 +116,12 @@ def both_sides(call: PatternCall, rows: int, columns: int) -> tuple[Lists, Lists
     return lists_of_pairs(row, column, rows), lists_of_pairs(column, row, columns)
 
 
-def everything(rows: int, columns: int, device: Any) -> tuple[Lists, Lists]:
+def everything(rows: int, columns: int, device: Any) -> tuple[BlockLists, BlockLists]:
     """Every block of queries with every block of keys."""
 
-    def lists(n: int, m: int) -> Lists:
+    def lists(n: int, m: int) -> BlockLists:
         count = torch.full((1, 1, n), m, dtype=torch.int32, device=device)
-        return Lists(count, torch.arange(m, dtype=torch.int32, device=device).repeat(1, 1, n, 1))
+        return BlockLists(count, torch.arange(m, dtype=torch.int32, device=device).repeat(1, 1, n, 1))
 
     return lists(rows, columns), lists(columns, rows)
 
@@ -183,7 +183,12 @@ def _compiled() -> Callable[..., Any]:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, lists: tuple[Lists, Lists], functions: tuple[Mod, Mod | None], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: tuple[BlockLists, BlockLists],
+    functions: tuple[Mod, Mod | None],
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp, both differentiable."""
     # imported here: it loads torch's compiler

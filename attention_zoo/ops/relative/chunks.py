@@ -58,7 +58,7 @@ class Chunk(NamedTuple):
     all_own: int
 
 
-class Plan(NamedTuple):
+class ChunkPlan(NamedTuple):
     """Which keys each query sees, cut into chunks. Queries are the last columns of the keys. Made by `plan_chunks`.
 
     Fields:
@@ -106,11 +106,11 @@ def plan_chunks(
     *,
     keys: Layout | None = None,
     device: torch.device | str = "cpu",
-) -> Plan:
+) -> ChunkPlan:
     """Cut the queries at `borders` (ascending, from 0 to L) and find the keys that each chunk must read.
 
     Args:
-        first, own: see `Plan`.
+        first, own: see `ChunkPlan`.
         columns: number of key columns S; query i stands in column S - L + i.
         keys: give them where columns do not stand as positions do.
     """
@@ -132,7 +132,7 @@ def plan_chunks(
     if B > 1 and bool(((first == first[:1]) & (own == own[:1])).all()):
         first, own = first[:1], own[:1]  # all rows alike: one mask serves them
     where = (None, None) if keys is None else (keys.position, keys.valid)
-    return Plan(tensor_of(first, device), tensor_of(own, device), tuple(chunks), distances, *where)
+    return ChunkPlan(tensor_of(first, device), tensor_of(own, device), tuple(chunks), distances, *where)
 
 
 def relative_attention(
@@ -144,7 +144,7 @@ def relative_attention(
     r: Float[Tensor, "n H D"],
     u: Float[Tensor, "H D"],
     w: Float[Tensor, "H D"],
-    plan: Plan,
+    plan: ChunkPlan,
     *,
     scale: float,
 ) -> Float[Tensor, "B H L D"]:
@@ -171,7 +171,7 @@ class _Relative(torch.autograd.Function):
 
     @staticmethod
     @exact
-    def forward(ctx: Any, q, k, v, k_own, v_own, r, u, w, plan: Plan, scale: float) -> Tensor:
+    def forward(ctx: Any, q, k, v, k_own, v_own, r, u, w, plan: ChunkPlan, scale: float) -> Tensor:
         B, H, L, _ = q.shape
         exact = torch.promote_types(q.dtype, torch.float32)
         table = _falling(r, exact)
@@ -212,7 +212,7 @@ class _Relative(torch.autograd.Function):
 
 
 def _backward(
-    saved: tuple[Tensor, ...], grad: Tensor, own: tuple[bool, bool], plan: Plan, scale: float
+    saved: tuple[Tensor, ...], grad: Tensor, own: tuple[bool, bool], plan: ChunkPlan, scale: float
 ) -> tuple[Any, ...]:
     """Gradients of q, k, v, k_own and v_own (None where not wanted), the falling table, u and w; most without scale."""
     q, k, v, r, u, w, out, lse = saved
@@ -257,7 +257,7 @@ def _backward(
     return dq, dk, dv, dk_own, dv_own, dtable, du, dw
 
 
-def _tiles(plan: Plan, q: Tensor) -> Iterator[tuple[Chunk, slice]]:
+def _tiles(plan: ChunkPlan, q: Tensor) -> Iterator[tuple[Chunk, slice]]:
     """Every chunk, in groups of as many heads as `TILE` allows; the widest early, so that scratch never grows."""
     B, H = q.shape[:2]
     limit = TILE["cuda" if q.is_cuda else "cpu"]
@@ -281,7 +281,7 @@ def _falling(r: Float[Tensor, "n H D"], dtype: torch.dtype) -> Float[Tensor, "H 
 class _Shift:
     """Distance scores where key columns stand as positions do: no element moves."""
 
-    def __init__(self, plan: Plan, chunk: Chunk):
+    def __init__(self, plan: ChunkPlan, chunk: Chunk):
         self.rows, self.columns = chunk.stop - chunk.start, chunk.high - chunk.low
 
     def cut(self, table: Tensor) -> Tensor:
@@ -312,7 +312,7 @@ class _Shift:
 class _Gather:
     """Distance scores between any positions: one element picked per pair."""
 
-    def __init__(self, plan: Plan, chunk: Chunk):
+    def __init__(self, plan: ChunkPlan, chunk: Chunk):
         assert plan.position is not None
         self.n = plan.distances
         offset = plan.position.shape[1] - plan.first.shape[1]
@@ -344,7 +344,7 @@ def _add_scores(
     return into
 
 
-def _hide(scores: Float[Tensor, "H B l s"], plan: Plan, chunk: Chunk) -> None:
+def _hide(scores: Float[Tensor, "H B l s"], plan: ChunkPlan, chunk: Chunk) -> None:
     """-inf, in place, where a pair is not seen. Only the columns that hide something are touched."""
     first = plan.first[:, chunk.start : chunk.stop, None]
     offset = chunk.high - chunk.stop
@@ -367,7 +367,7 @@ def _collect(
     heads: slice,
     weights: Float[Tensor, "H B l s"],
     rows: Float[Tensor, "H B l D"],
-    plan: Plan,
+    plan: ChunkPlan,
     chunk: Chunk,
 ) -> None:
     """Add weightsᵀ · rows to the gradient of the chunk's keys: from all pairs, and from those inside own segments."""
