@@ -11,7 +11,6 @@ from faults.kinds import KINDS
 from readme_tables import reach_table
 from recorded import RECORDED, WRAPPERS
 
-import attention_zoo as zoo
 from attention_zoo import overview
 from attention_zoo.commands import work as commands
 from attention_zoo.commands.main import PLAIN, main
