@@ -25,7 +25,7 @@ from torch import Tensor
 from attention_zoo.contract import Output, Source, Tokens, add_losses
 from attention_zoo.layout.layout import Layout
 from attention_zoo.model.block import Block, Branch, Stack
-from attention_zoo.ops.softmax.function import once
+from attention_zoo.ops.softmax.function import differentiable_once
 from attention_zoo.options import checked
 from attention_zoo.rules import OneOf
 
@@ -184,7 +184,7 @@ class _Recomputed(torch.autograd.Function):
         return a, b, *record.losses.values()
 
     @staticmethod
-    @once
+    @differentiable_once
     def backward(ctx, saved, da, db, *dlosses):
         a, b, source = saved
         weights = dict(zip(ctx.losses, dlosses))

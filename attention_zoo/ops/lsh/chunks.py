@@ -25,7 +25,7 @@ from torch import Tensor
 
 from attention_zoo.ops.lsh.layout import ChunkLayout
 from attention_zoo.ops.softmax.dense import dense
-from attention_zoo.ops.softmax.function import exact, once
+from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 from attention_zoo.ops.softmax.pages import large_pages
 from attention_zoo.ops.softmax.partial import LOG2E, Asked, Scratch, partial, partial_backward
 
@@ -238,14 +238,14 @@ class HeadBlock:
         for step, queries, windows, keys, bias in self.steps(k.dtype):
             rows, grads, outs = _rows(query_table, queries).chunk(3, -1)
             key_rows, values = _rows(key_table, keys).chunk(2, -1)
-            down = (grads * outs).sum(-1, keepdim=True).neg_()
+            delta = (grads * outs).sum(-1, keepdim=True).neg_()
             parts = (
                 scratch("dq", rows.shape, rows).zero_(),
                 scratch("dk", key_rows.shape, rows),
                 scratch("dv", values.shape, rows),
             )
             partial_backward(
-                Asked(grads, rows, down, shift_table[queries][..., None]),
+                Asked(grads, rows, delta, shift_table[queries][..., None]),
                 key_rows,
                 values,
                 bias,
@@ -299,7 +299,7 @@ def _blocks(plan: HashedPlan, kind: type[HeadBlock]) -> Iterator[HeadBlock]:
 
 class _Chunks(torch.autograd.Function):
     @staticmethod
-    @exact
+    @without_autocast
     def forward(ctx: Any, q: Tensor, v: Tensor, plan: HashedPlan, kind: type[HeadBlock]) -> Tensor:
         asked = slice(None) if plan.asked is None else plan.asked
         out = large_pages(torch.empty_like(q[asked]))
@@ -315,7 +315,7 @@ class _Chunks(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once
+    @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (q, v, out, lse), plan = saved, ctx.plan
         asked = slice(None) if plan.asked is None else plan.asked

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from attention_zoo.layout.host import tensor_of
 from attention_zoo.layout.layout import Layout
-from attention_zoo.ops.softmax.function import exact, once
+from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 from attention_zoo.ops.softmax.pages import large_pages
 from attention_zoo.ops.softmax.partial import LOG2E, Scratch, add_product, partial
 
@@ -170,7 +170,7 @@ class _Relative(torch.autograd.Function):
     """Tiles are [H, B, l, D]: heads first, so that the table of a head serves the rows of all sequences at once."""
 
     @staticmethod
-    @exact
+    @without_autocast
     def forward(ctx: Any, q, k, v, k_own, v_own, r, u, w, plan: ChunkPlan, scale: float) -> Tensor:
         B, H, L, _ = q.shape
         exact = torch.promote_types(q.dtype, torch.float32)
@@ -198,7 +198,7 @@ class _Relative(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once
+    @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, r, u, w, *_ = saved
         own = ctx.needs_input_grad[3:5]

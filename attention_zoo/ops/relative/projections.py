@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registered
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from attention_zoo.ops.softmax.function import once
+from attention_zoo.ops.softmax.function import differentiable_once
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -64,7 +64,7 @@ class _Project(torch.autograd.Function):
         return y, y.detach()
 
     @staticmethod
-    @once
+    @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], for_weight: Tensor, for_x: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = saved
         need_x, need_weight, need_bias = ctx.needs_input_grad
@@ -84,7 +84,7 @@ class _Streams(torch.autograd.Function):
         return y.detach(), y.detach()
 
     @staticmethod
-    @once
+    @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], for_weight: Tensor, for_x: Tensor) -> tuple[Tensor | None, ...]:
         border, y = saved
         # through the module's graph twice: here for x, and by the caller's engine for what the module learns

@@ -20,7 +20,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attention_zoo.ops.softmax.function import exact, once
+from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 
 TILE = 64
 """Queries and keys of a tile; 16 in the interpreter's tests."""
@@ -284,7 +284,7 @@ def relative_attention(
 
 class _Relative(torch.autograd.Function):
     @staticmethod
-    @exact
+    @without_autocast
     def forward(ctx: Any, q, k, v, k_own, v_own, r, u, w, first, own, scale: float) -> Tensor:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         B, H, L, D = q.shape
@@ -303,7 +303,7 @@ class _Relative(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once
+    @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, r, u, w, first, own, out, lse = saved
         (B, H, L, D), S, T, scale = q.shape, k.shape[2], len(r), ctx.scale

@@ -1,7 +1,7 @@
 """What the autograd functions of this package share: exact arithmetic under autocast, and no second derivatives.
 
 torch's own `once_differentiable` marks only what the backward returns. Where that is added to another path, as in
-x + layer(x), `autograd.grad` goes past the mark and the missing term is silently zero. Hence `once`.
+x + layer(x), `autograd.grad` goes past the mark and the missing term is silently zero. Hence `differentiable_once`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-def exact(forward: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Run a forward without autocast, which would round the float32 sums inside to half precision."""
 
     @wraps(forward)
@@ -60,7 +60,7 @@ def watch(out: Tensor, fields: Iterable[Tensor]) -> Tensor:
     return out
 
 
-def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Make a backward(ctx, saved, *grads) a node of its own, tied to all that it reads, that raises in turn.
 
     The saved tensors are handed over because checkpointing lets them be unpacked only once. Runs without autocast.

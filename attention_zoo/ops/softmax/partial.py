@@ -148,14 +148,14 @@ class Asked(NamedTuple):
     Fields:
         grad: of the merged output.
         q: queries.
-        down: -(grad · merged output), summed over D.
+        delta: -(grad · merged output), summed over D.
         shift: -log2(e) · log-sum-exp of the merged attention; but -inf for rows that see nothing, which makes their
             weights exactly zero.
     """
 
     grad: Float[Tensor, "*rows D"]
     q: Float[Tensor, "*rows D"]
-    down: Float[Tensor, "*rows 1"]
+    delta: Float[Tensor, "*rows 1"]
     shift: Float[Tensor, "*rows 1"]
 
 
@@ -190,7 +190,7 @@ def partial_backward(
             dv.zero_()
         return q.new_empty(*q.shape[:2], k.shape[1])
     weights = exponents(q, k, bias, asked.shift, scale=scale, shape=shape, scratch=scratch).exp2_()
-    dscores = scratch("dscores", weights.shape, q).copy_(asked.down)
+    dscores = scratch("dscores", weights.shape, q).copy_(asked.delta)
     dscores.baddbmm_(grad, v.transpose(1, 2)).mul_(weights)
     beta = 0 if fresh else 1
     dq.baddbmm_(dscores, k, alpha=scale)

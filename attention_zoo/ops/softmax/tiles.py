@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from attention_zoo.layout.host import array_of
-from attention_zoo.ops.softmax.function import exact, once
+from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 from attention_zoo.ops.softmax.pages import large_pages
 from attention_zoo.ops.softmax.partial import LOG2E, Asked, Scratch, Sums, partial_backward
 from attention_zoo.ops.softmax.parts import Part, Shared, View, some_rows
@@ -77,7 +77,7 @@ def run_tiles(
 
 class _Tiles(torch.autograd.Function):
     @staticmethod
-    @exact
+    @without_autocast
     def forward(
         ctx: Any,
         q: Tensor,
@@ -129,7 +129,7 @@ class _Tiles(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once
+    @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor):
         q, k, v, out, lse, *more = saved
         deciding, learned = more[: ctx.deciding], more[ctx.deciding :]
@@ -139,14 +139,14 @@ class _Tiles(torch.autograd.Function):
             dq.zero_()
         dk, dv = (large_pages(torch.empty_like(x, dtype=exact)).zero_() for x in (k, v))
         dlearned = [torch.zeros_like(x) for x in learned]
-        scratch, shared, down = Scratch(), Shared(k, v), _down(grad, out, lse)
+        scratch, shared, delta = Scratch(), Shared(k, v), _delta(grad, out, lse)
         shift, *deciding = (x * -LOG2E for x in (lse, *deciding))
         for step in _steps(q, k, v, ctx.tiles):
             if not step.parts:
                 continue
             mine = deciding.pop(0) if isinstance(step.tile.rows, Rows) else step.rows(shift)
             query = step.rows(q)
-            asked = Asked(step.rows(grad).to(exact), query, step.rows(down), mine)
+            asked = Asked(step.rows(grad).to(exact), query, step.rows(delta), mine)
             views = [View(part, step.tile.heads, step.batch, q, k) for part in step.parts]
             in_place = isinstance(step.tile.rows, slice) and dq.dtype == exact
             in_place = in_place and all(view.sees(step.rows(dq)) for view in views)
@@ -174,13 +174,13 @@ class _Tiles(torch.autograd.Function):
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, *dlearned
 
 
-def _down(grad: Tensor, out: Tensor, like: Float[Tensor, "B H L 1"]) -> Float[Tensor, "B H L 1"]:
+def _delta(grad: Tensor, out: Tensor, like: Float[Tensor, "B H L 1"]) -> Float[Tensor, "B H L 1"]:
     """-(grad · out), summed over D; some rows at a time, since a copy of either is as large as a gradient."""
-    down = torch.empty_like(like)
+    delta = torch.empty_like(like)
     for start in range(0, out.shape[2], 512):
         rows = slice(start, start + 512)
         torch.sum(grad[:, :, rows].to(like.dtype) * out[:, :, rows], -1, keepdim=True, out=down[:, :, rows])
-    return down.neg_()
+    return delta.neg_()
 
 
 def _learn(total: list[Tensor], learned: Sequence[Tensor], view: View, dscores: Tensor) -> None:

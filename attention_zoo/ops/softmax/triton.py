@@ -25,7 +25,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attention_zoo.ops.softmax.function import exact, once
+from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 
 PIECE = 32
 """Entries of a turned list in one program of the backward."""
@@ -411,7 +411,7 @@ def block_attention(
 
 class _Blocks(torch.autograd.Function):
     @staticmethod
-    @exact
+    @without_autocast
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> Tensor:
         B, H, L, D = q.shape
         out = q.new_zeros(B, L, H, D).transpose(1, 2)  # as the next projection reads it
@@ -421,7 +421,7 @@ class _Blocks(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once
+    @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = saved
         delta = (grad.float() * out.float()).sum(-1)
