@@ -114,7 +114,7 @@ def test_a_training_step_moves_the_weights_and_a_decoding_step_goes_on():
     for step in range(3):
         work.before()
         work.run()
-        assert work.state().columns.tokens.position[:, -1].tolist() == [5 + step] * 2
+        assert work.state().tokens.position[:, -1].tolist() == [5 + step] * 2
 
 
 def test_the_resident_set_grows_by_what_is_touched_and_what_was_freed_before_counts_again():

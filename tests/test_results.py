@@ -97,7 +97,7 @@ def test_work_that_left_no_row_has_one_that_says_why(tmp_path):
     dark = plain(unseen("full", 4, {"name": "full"}, ended))
     assert list(dark) == ["kind", "id", "backend", "status", "error", "length", "environment", "config"]
     assert wrong_with(dark) is None
-    failed = plain(portrait("full", {"window": 3}, length=4))
+    failed = plain(portrait("longformer", {"window": "wide"}, length=4))
     assert list(failed) == ["id", "config", "kind", "backend", "length", "environment", "status", "error"]
     assert (failed["status"], wrong_with(failed)) == ("failed", None)
     cell = SpeedCell("full", 8, **TINY)

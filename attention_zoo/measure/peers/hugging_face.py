@@ -36,7 +36,7 @@ class Longformer(Adapter):
 
         if layer.causal:
             raise Unsupported(self.title, "causal=True", "it has no causal form", "causal=False")
-        if tuple(layer.strides) != (1,):
+        if layer.dilation != 1:
             raise Unsupported(self.title, "dilation", "its dilation needs a CUDA kernel of its own", "dilation=1")
         self.window = layer.window
         super().__init__(layer, shape)

@@ -24,7 +24,7 @@ class LocalAttention(Adapter):
     def __init__(self, layer: Any, shape: Shape):
         from local_attention import LocalAttention as Released
 
-        if tuple(layer.strides) != (1,):
+        if layer.dilation != 1:
             raise Unsupported(self.title, "dilation", "it has none", "dilation=1")
         self.window = layer.window
         super().__init__(layer, shape)
