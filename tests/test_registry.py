@@ -272,6 +272,7 @@ SINKS = '''"""A window and the first few tokens, which everybody sees. Xiao et a
 
 from attention_zoo.attention.pattern import PatternAttention, hide
 from attention_zoo.contract import Abilities, at_least
+from attention_zoo.layout.reach import Band
 
 
 class Sinks(PatternAttention):
@@ -291,10 +292,7 @@ class Sinks(PatternAttention):
         at_least(1, window=window, sinks=sinks)
         super().__init__(**shared)
         self.window, self.sinks = window, sinks
-
-    @property
-    def reach(self):
-        return self.window
+        self.reach = Band(window, weights="uniform")
 
     def mark(self, tokens):
         return tokens._replace(is_global=(tokens.is_global | (tokens.position < self.sinks)) & tokens.valid)

@@ -317,8 +317,9 @@ class Transformer(nn.Module):
         fresh: Any,
         last_only: bool,
     ) -> None:
-        plain = type(ids) is Tensor and ids.dtype == torch.int64 and ids.ndim == 2 and ids.shape[1] and not ids.is_meta
-        if not plain or types is not None or (not torch.compiler.is_compiling() and torch._C._is_tracing()):
+        traced = not torch.compiler.is_compiling() and torch._C._is_tracing()  # sizes are tensors then
+        known = not traced and types is None and type(ids) is Tensor and ids.dtype == torch.int64 and not ids.is_meta
+        if not (known and ids.ndim == 2 and ids.shape[1]):
             check_ids(self.embedding, ids, types)
             if not is_integers(ids) or ids.ndim != 2 or ids.shape[1] == 0:
                 raise ValueError(f"ids must be integers [batch, length >= 1], got {of_tensor(ids)}")

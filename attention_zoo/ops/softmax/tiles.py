@@ -179,7 +179,7 @@ def _delta(grad: Tensor, out: Tensor, like: Float[Tensor, "B H L 1"]) -> Float[T
     delta = torch.empty_like(like)
     for start in range(0, out.shape[2], 512):
         rows = slice(start, start + 512)
-        torch.sum(grad[:, :, rows].to(like.dtype) * out[:, :, rows], -1, keepdim=True, out=down[:, :, rows])
+        torch.sum(grad[:, :, rows].to(like.dtype) * out[:, :, rows], -1, keepdim=True, out=delta[:, :, rows])
     return delta.neg_()
 
 
