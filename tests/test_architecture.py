@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -78,6 +79,18 @@ def test_imports_go_one_way(path: Path) -> None:
             assert rank(part) > rank("registry"), f"{where}: a lower part must import from where the name is defined"
             continue
         assert rank(target) <= rank(part), f"{where}: {target} comes after {part}"
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    """Imports inside functions count."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    needs = {}
+    for name, path in names.items():
+        found = {each if each in names else each.rpartition(".")[0] for each, _ in imported(path)}
+        # the package itself only hands out names
+        needs[name] = {each for each in found if each in names and not f"{name}.".startswith(f"{each}.")}
+    order = graphlib.TopologicalSorter(needs)
+    order.prepare()  # raises a CycleError that names the circle
 
 
 def test_every_part_has_its_place() -> None:

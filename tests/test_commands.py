@@ -30,7 +30,8 @@ import attention_zoo as zoo
 from attention_zoo import stopping
 from attention_zoo.commands import help as helping
 from attention_zoo.commands.launch import launch
-from attention_zoo.commands.main import PLAIN, main
+from attention_zoo.commands.main import main
+from attention_zoo.commands.plain import PLAIN
 from attention_zoo.commands.refusals import EXTRAS, flags, of_hydra
 from attention_zoo.commands.work import COMMANDS, Command, Outcome, failures
 from attention_zoo.files import append_jsonl

@@ -5,6 +5,7 @@ import torch
 
 import attention_zoo as zoo
 from attention_zoo import Tokens, Unsupported
+from attention_zoo.attention.full import Full
 from attention_zoo.ops.pattern import facts
 
 B = 3
@@ -128,3 +129,20 @@ def test_a_mask_in_place_of_tokens_is_one_clear_error():
         layer(x, torch.ones(2, 5, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"tokens must be of shape \(2, 5\) like the input, got \(2, 4\)"):
         layer(x, Tokens.all_valid(2, 4))
+
+
+@pytest.mark.parametrize(
+    "name", ["near", "strides", "shift_invariant", "unweighted", "counts_keys", "kernels", "links_blocks"]
+)
+def test_what_patterns_said_before_there_was_reach_is_refused_with_the_new_form(name: str) -> None:
+    with pytest.raises(Unsupported, match=rf"the class attribute {name} .*; use reach.* instead"):
+        type("Old", (Full,), {"name": "old", name: None})
+
+
+def test_a_reach_that_is_a_number_is_refused_with_the_new_form() -> None:
+    class Old(Full):
+        name = "old"
+        reach = 7  # type: ignore[assignment]
+
+    with pytest.raises(Unsupported, match=r"reach=7 is not supported: .*; use reach = Band\(7\)"):
+        Old(dim=16, heads=2)

@@ -13,7 +13,8 @@ from recorded import RECORDED, WRAPPERS
 
 from attention_zoo import overview
 from attention_zoo.commands import work as commands
-from attention_zoo.commands.main import PLAIN, main
+from attention_zoo.commands.main import main
+from attention_zoo.commands.plain import PLAIN
 from attention_zoo.files import read_json
 from attention_zoo.report import Findings, markdown_table, read, rivals
 

@@ -7,14 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from attention_zoo.commands.launch import OK, launch
-
-PLAIN = {
-    "generate": "continue a prompt with a trained model",
-    "abilities": "what each mechanism can do",
-    "kernels": "what would run here, and why",
-    "about": "paper, released code, ours: one mechanism on a page",
-}
-"""Commands of plain flags; the others are `work.COMMANDS`."""
+from attention_zoo.commands.plain import PLAIN
 
 
 def main(words: Sequence[str] | None = None, program: str | None = None) -> int:

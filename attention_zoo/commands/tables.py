@@ -10,7 +10,7 @@ from rich.table import Table
 
 from attention_zoo import overview
 from attention_zoo.commands.flags import Flags
-from attention_zoo.commands.main import PLAIN
+from attention_zoo.commands.plain import PLAIN
 
 
 def run(what: str, words: Sequence[str], program: str) -> None:
