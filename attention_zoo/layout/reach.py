@@ -193,11 +193,13 @@ class Blocks(Reach):
 
     def kept(self, key: Hashable, make: Callable[[], Found]) -> Found:
         """What follows from the links and the key alone, from call to call; the last few."""
-        if key not in self._kept:
+        known: tuple[Found] | None = self._kept.get(key)
+        if known is None:
+            known = (make(),)
             while len(self._kept) >= KEPT:
-                del self._kept[next(iter(self._kept))]
-            self._kept[key] = make()
-        return self._kept[key]
+                self._kept.pop(next(iter(self._kept), None), None)  # another thread may have been faster
+            self._kept[key] = known
+        return known[0]
 
     def lists(self, row: Int[np.ndarray, "#B R"], blocks: Int[np.ndarray, "#B #R"]) -> tuple[Tensor, Tensor]:
         """`links` of these rows, on the host."""

@@ -112,14 +112,17 @@ def _run_linked(call: PatternCall) -> Tensor:
 
 def _links(call: PatternCall, row: Int[np.ndarray, "B 1"]) -> tuple[Int[Tensor, "B H m s"], Float[Tensor, "B H n"]]:
     """Positions of the tokens of all blocks that these rows are linked to, and weights: the same for many steps."""
-
-    def make() -> tuple[Tensor, Tensor]:
+    # of the last rows alone: they are as large as what a step reads
+    known: dict[bytes, tuple[Tensor, Tensor]] = call.blocks.kept(("row", call.q.device), dict)
+    found = known.get(row.tobytes())
+    if found is None:
         size = call.blocks.size
         links, weight = (x[:, :, 0].to(call.q.device) for x in call.blocks.lists(row, np.zeros_like(row)))
         position = links[..., None] * size + torch.arange(size, device=links.device)
-        return position, weight.to(torch.float32).repeat_interleave(size, -1)
-
-    return call.blocks.kept(("row", row.tobytes(), len(row), call.q.device), make)
+        found = position, weight.to(torch.float32).repeat_interleave(size, -1)
+        known.clear()
+        known[row.tobytes()] = found
+    return found
 
 
 def listed_globals(ledger: Ledger) -> Int[Tensor, "B g"]:
