@@ -25,8 +25,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# a shell's background job ignores Ctrl-C, and so would all that the tests start
+# a shell's background job ignores Ctrl-C, one of nohup the end of its terminal, and so would all that the tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="session")
