@@ -15,7 +15,7 @@ from jaxtyping import install_import_hook
 
 if os.environ.get("ATTENTION_ZOO_TYPECHECK") == "1":
     # before anything imports the package
-    tensors = ("contract", "ops", "positions", "attention", "model")
+    tensors = ("layout", "contract", "ops", "positions", "attention", "model")
     install_import_hook([f"attention_zoo.{part}" for part in tensors], "beartype.beartype")
 
 import torch

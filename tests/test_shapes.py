@@ -13,7 +13,7 @@ CHECKS = (
     "half_precision_gradients_are_finite",
     "documents_in_one_row",
     "states_are_stored",
-    "near_hides_nothing",
+    "reach_hides_nothing",
     "every_parameter",
     "cross_attention_equals",
 )

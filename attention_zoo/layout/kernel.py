@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -20,7 +21,8 @@ Fact = Callable[[Any], str | None]
 """Of a call, or of a mechanism: None where it holds, else one sentence."""
 
 
-class Kernel(NamedTuple, Generic[Call]):
+@dataclass(frozen=True)
+class Kernel(Generic[Call]):
     """One way to run a mechanism.
 
     Fields:
