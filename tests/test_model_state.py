@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from small_models import CARRYING, PREFIX, VOCAB, entry, far, in_pieces, packed, ragged, small, some_ids
@@ -203,3 +206,33 @@ def test_short_convolution_state_holds_no_more_than_it_needs():
     state = layer(torch.randn(2, 50, 4), Tokens.all_valid(2, 50), state=layer.initial_state(2)).state
     assert state.hidden.shape == (2, 3, 4)
     assert state_bytes(state.hidden) == 2 * 3 * 4 * 4
+
+
+COPIES = {
+    "reorder": lambda pair: reorder(pair, torch.tensor([0])),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
+    "detach": detach,
+}
+
+
+@pytest.mark.parametrize("copied", sorted(COPIES))
+@pytest.mark.parametrize("name", ["full", "longformer", "bigbird", "transformer_xl", "reformer"])
+def test_two_states_of_one_chain_that_are_copied_together_go_their_own_ways(name: str, copied: str) -> None:
+    """What they share stays shared: the older one must not write where the newer one holds something."""
+    torch.manual_seed(0)
+    model = Transformer(attention=name, vocab=31, dim=16, depth=2, heads=2, positions="none").double().eval()
+    ids = torch.randint(0, 31, (1, 14))
+    with torch.no_grad():
+        chain = [model(ids[:, :8], state=model.initial_state(1)).state]
+        for at in range(8, 13):
+            chain.append(model(ids[:, at : at + 1], state=chain[-1]).state)
+        whole = model(ids).logits
+        for first in range(4):
+            old, new = COPIES[copied]([chain[first], chain[-1]])
+            other = Tokens.of(torch.tensor([[False, True, False]]))
+            model(ids[:, :3], other, state=old)
+            assert (model(ids[:, 13:], state=new).logits - whole[:, 13:]).abs().max() < 1e-12
+            for at in range(8 + first, 13):
+                old = model(ids[:, at : at + 1], state=old).state
+            assert (model(ids[:, 13:], state=old).logits - whole[:, 13:]).abs().max() < 1e-12

@@ -6,6 +6,7 @@ import torch
 import attention_zoo as zoo
 from attention_zoo import Tokens, Unsupported
 from attention_zoo.attention.full import Full
+from attention_zoo.layout.reach import Band, Blocks
 from attention_zoo.ops.pattern import facts
 
 B = 3
@@ -146,3 +147,28 @@ def test_a_reach_that_is_a_number_is_refused_with_the_new_form() -> None:
 
     with pytest.raises(Unsupported, match=r"reach=7 is not supported: .*; use reach = Band\(7\)"):
         Old(dim=16, heads=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Band(()), "Band: back must be a whole number of at least 0"),
+        (lambda: Band(4, first=(1, 2)), "Band: first must be a whole number"),  # type: ignore[arg-type]
+        (lambda: Band(4, weights="unifrom"), "weights must be one of uniform, counts, distance, any, got 'unifrom'"),
+        (lambda: Band(2) | 3, "a reach can be joined with another one, got 3"),
+        (lambda: Blocks(0, lambda row, blocks: (row, row), 2), "Blocks: size must be a whole number of at least 1"),
+        (lambda: Blocks(8, None, 2), "Blocks: links must be a function"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_reach_that_cannot_be_is_refused_when_it_is_made(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_a_band_of_other_heads_is_refused_when_the_layer_is_built() -> None:
+    class Three(Full):
+        name = "three"
+        reach = Band((1, 2, 3))
+
+    with pytest.raises(ValueError, match="reach must say one number, or one for each of 4 heads"):
+        Three(dim=16, heads=4)

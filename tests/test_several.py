@@ -130,3 +130,19 @@ def test_a_reach_with_gaps_is_refused() -> None:
         attend_to_several(
             x, Layout.plain(1, 3), [Keys(x, x, Layout.plain(1, 3), Band(2, stride=2))], scale=1, causal=True
         )
+
+
+@pytest.mark.parametrize("reach", [Band((1, 2), ahead=1), Band(3, ahead=(1, 2)), Band((1, 2)), Band(2, first=1)])
+def test_heads_of_their_own_are_refused(reach: Band) -> None:
+    x = torch.zeros(1, 2, 3, 2)
+    with pytest.raises(ValueError, match=r"reach must be Anywhere or a Band without gaps, the same for all heads"):
+        attend_to_several(x, Layout.plain(1, 3), [Keys(x, x, Layout.plain(1, 3), reach)], scale=1, causal=True)
+
+
+def test_what_is_no_set_of_keys_is_refused() -> None:
+    x, layout = torch.zeros(1, 1, 3, 2), Layout.plain(1, 3)
+    with pytest.raises(ValueError, match="sets must hold at least one set of keys, got none"):
+        attend_to_several(x, layout, [], scale=1, causal=True)
+    with pytest.raises(ValueError, match=r"weight must be of shape \(1, 3\) like the keys, got \(3,\)"):
+        attend_to_several(x, layout, [Keys(x, x, layout, weight=torch.zeros(3))], scale=1, causal=True)
+    assert pooled(Tokens.all_valid(1, 5), 2).groups.valid.shape == (1, 2)

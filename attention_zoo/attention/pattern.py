@@ -23,7 +23,7 @@ from attention_zoo.contract import Attention, Output, Source, Tokens, at_least, 
 from attention_zoo.layout.kernel import Kernel, check_name, choose, explain, kernels_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon, none
-from attention_zoo.layout.reach import Anywhere, Reach
+from attention_zoo.layout.reach import Anywhere, Band, Reach
 from attention_zoo.ops.pattern.call import PatternCall, seen
 from attention_zoo.ops.pattern.choose import KERNELS
 from attention_zoo.ops.softmax.function import watch, zeros_for
@@ -93,10 +93,13 @@ class PatternAttention(Attention):
 
     def built(self) -> None:
         if not isinstance(self.reach, Reach):
+            band = f"Band({self.reach})" if type(self.reach) is int else "Band(...)"
             raise Unsupported(
                 self.name, f"reach={self.reach!r}", "a reach is a value that kernels and caches can read",
-                f"reach = Band({self.reach!r}), Blocks(...) or Anywhere() of attention_zoo.layout.reach",
+                f"reach = {band}, Blocks(...) or Anywhere() of attention_zoo.layout.reach",
             )  # fmt: skip
+        if isinstance(self.reach, Band) and self.reach.heads - {self.heads, 1}:
+            raise ValueError(f"reach must say one number, or one for each of {self.heads} heads, got {self.reach}")
         check_name(self.name, self.kernels, self.kernel)
 
     @property

@@ -223,7 +223,7 @@ class Reformer(HashedAttention):
         """With a call's tokens, all of which are sorted anew."""
         if not ledger.filled:
             return Ledger.of(layout, ledger.reserve)
-        key = ("behind", id(ledger.fields), ledger.filled, ledger.version)
+        key = ("behind", id(ledger.fields), ledger.filled, ledger.own)
         keys = layout.plan(key, lambda: (behind(ledger.layout, layout), ledger))[0]
         return Ledger.of(keys, ledger.reserve)
 

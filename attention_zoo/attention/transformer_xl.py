@@ -229,7 +229,8 @@ class TransformerXL(Attention):
         return Columns.of(layout, x) if held is None else held.append(layout, x, horizon=self._horizon)
 
     def _keep(self, columns: Columns, layout: Layout) -> Columns:
-        columns = columns._replace(buffers=(columns.buffers[0].detach(),))
+        (hidden,) = columns.buffers
+        columns = columns._replace(buffers=(hidden.detach(),)) if hidden.requires_grad else columns
         return columns.settle(layout, horizon=self._horizon)[0]
 
     def _begun(self, state: Columns | None, x: Tensor, layout: Layout) -> Columns:

@@ -8,7 +8,9 @@ sees is forgotten and the rest moves to a new one, a quarter larger than it need
 a few columns copied per token, amortised, and never a concatenation of all that was.
 
 Columns that are held never change, so an older state stays right after its successor was made: it goes on in a buffer
-of its own, since torch's version counter tells it that somebody has written behind its columns.
+of its own, since a buffer knows how many of its columns are written (`written`), by whichever state. Whatever makes
+other tensors of a state (rows in another order, a file, a graph that is cut) makes them without that mark, so that
+nobody writes behind their columns; copies that share a buffer among themselves share the mark.
 
 With gradients nothing is written in place: columns are concatenated, and forgotten after each call.
 """
@@ -62,8 +64,7 @@ class Ledger(NamedTuple):
     Fields:
         fields: what each column is, [B, room], of which the first `filled` are held.
         filled: columns held.
-        version: of the fields when this ledger was made; fields that have a later one were written by somebody else.
-            -1: there are no fields of its own.
+        own: whether the fields are its own, to be written behind what is held; else they are somebody's, as they came.
         loose: columns that came since there was one that did not simply go on (padding, another document).
         steady: whether each row holds consecutive tokens of one document, the last in the last column.
         reserve: columns for which there shall be room at least.
@@ -71,7 +72,7 @@ class Ledger(NamedTuple):
 
     fields: Layout
     filled: int
-    version: int = -1
+    own: bool = False
     loose: int = 0
     steady: bool = False
     reserve: int = 0
@@ -91,7 +92,7 @@ class Ledger(NamedTuple):
         return known[1]
 
     def _view(self) -> Layout:
-        if self.version < 0 and self.filled == self.room:
+        if not self.own and self.filled == self.room:
             return self.fields
         held = slice(0, self.filled)
         return Layout(*self.fields.cut(held))._with(self.host)
@@ -107,8 +108,7 @@ class Ledger(NamedTuple):
     @property
     def writable(self) -> bool:
         """Whether the room behind the columns is its own, and still free."""
-        valid = self.fields.valid
-        return self.version >= 0 and not valid.is_inference() and valid._version == self.version
+        return self.own and written(self.fields.valid) == self.filled
 
 
 class Step(NamedTuple):
@@ -130,14 +130,14 @@ def append(ledger: Ledger, layout: Layout, horizon: Horizon) -> tuple[Step, Ledg
 
     The same objects give the same objects: that is how layers share a ledger.
     """
-    key: Hashable = ("append", id(ledger.fields), ledger.filled, ledger.version, horizon, in_place())
+    key: Hashable = ("append", id(ledger.fields), ledger.filled, ledger.own, horizon, in_place())
     # the key's id stays its own: the plan keeps the ledger
     return layout.plan(key, lambda: (*_append(ledger, layout, horizon), ledger))[:2]
 
 
 def settle(ledger: Ledger, layout: Layout, horizon: Horizon) -> Step:
     """What is kept after the call that brought these columns last."""
-    key: Hashable = ("settle", id(ledger.fields), ledger.filled, ledger.version, horizon, in_place())
+    key: Hashable = ("settle", id(ledger.fields), ledger.filled, ledger.own, horizon, in_place())
     return layout.plan(key, lambda: (_settle(ledger, layout.valid.shape[1], horizon), ledger))[0]
 
 
@@ -157,8 +157,9 @@ def _append(ledger: Ledger, layout: Layout, horizon: Horizon) -> tuple[Step, Led
     for field, news, here, more in zip(into.fields, layout, host, layout.host):
         field.narrow(1, into.filled, added).copy_(news)
         here[:, into.filled : into.filled + added] = more
-    filled, version = into.filled + added, into.fields.valid._version
-    return step, into._replace(filled=filled, version=version, loose=loose, steady=into.steady and not loose)
+    filled = into.filled + added
+    set_written(into.fields.valid, filled)
+    return step, into._replace(filled=filled, loose=loose, steady=into.steady and not loose)
 
 
 def _settle(ledger: Ledger, added: int, horizon: Horizon) -> Step:
@@ -170,7 +171,7 @@ def _settle(ledger: Ledger, added: int, horizon: Horizon) -> Step:
         return Step(Ledger.of(Layout.known(kept, device), ledger.reserve), tensor_of(columns, device))
     many = horizon.most is not None and added > slack(horizon.most)
     holes = ledger.loose > 0 and ledger.loose * MOVED >= ledger.filled
-    return _moved(ledger, horizon, 0) if ledger.version < 0 or many or holes else Step(ledger)
+    return _moved(ledger, horizon, 0) if not ledger.own or many or holes else Step(ledger)
 
 
 def chosen(held: Host, mask: Bool[np.ndarray, "B S"]) -> tuple[Int[np.ndarray, "B n"] | None, Host]:
@@ -192,11 +193,12 @@ def _moved(ledger: Ledger, horizon: Horizon, added: int) -> Step:
     for here, field in zip(host, kept):
         here[:, :count] = field
     device = ledger.fields.valid.device
-    with torch.inference_mode(False):  # an inference tensor has no version
+    with torch.inference_mode(False):  # a later call may be made outside of it
         # clones: on the CPU a tensor that shares the array's memory would be written to twice
         fields = Layout(*(tensor.clone() for tensor in host.on(device)))._with(host)
     steady = is_steady(kept)
-    made = Ledger(fields, count, fields.valid._version, 0, steady, ledger.reserve)
+    set_written(fields.valid, count)
+    made = Ledger(fields, count, True, 0, steady, ledger.reserve)
     return Step(made, None if columns is None else tensor_of(columns, device), moved=True)
 
 
@@ -227,6 +229,17 @@ def is_steady(held: Host) -> bool:
     return bool((held.valid[:, -1] & ~(broken & held.valid).any(1)).all())
 
 
+def written(buffer: Tensor) -> int:
+    """How many of its columns are written; -1 where nobody knows."""
+    known: int = getattr(buffer, "_columns_written", -1)
+    return known
+
+
+def set_written(buffer: Tensor, columns: int) -> None:
+    """Say it, on the tensor itself: states that share it ask the same one."""
+    buffer._columns_written = columns  # type: ignore[attr-defined]
+
+
 def in_place() -> bool:
     """Whether a call may write behind the columns that it was given."""
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -249,12 +262,10 @@ class Columns(NamedTuple):
     Fields:
         buffers: each [B, ..., room, D], of which the first `ledger.filled` columns are held.
         ledger: what each column is.
-        version: of the buffers when this state was made, as the ledger's.
     """
 
     buffers: tuple[Tensor, ...]
     ledger: Ledger
-    version: int = -1
 
     @staticmethod
     def of(ledger: Ledger | Layout, *tensors: Tensor) -> Columns:
@@ -279,7 +290,7 @@ class Columns(NamedTuple):
         """These columns, followed by those of a call, each tensor [B, ..., n, D]."""
         step, ledger = append(self.ledger, layout, horizon)
         added = layout.valid.shape[1]
-        if ledger.version < 0:
+        if not ledger.own:
             kept = self._follow(step).held if step.ledger.filled else ()
             return Columns(tuple(torch.cat(pair, -2) for pair in zip(kept, tensors)) if kept else tensors, ledger)
         into = self._follow(step, tensors)
@@ -287,7 +298,8 @@ class Columns(NamedTuple):
             into = into._copied(ledger.room, tensors)
         for buffer, new in zip(into.buffers, tensors):
             buffer.narrow(-2, step.ledger.filled, added).copy_(new)
-        return Columns(into.buffers, ledger, into.buffers[0]._version)
+        set_written(into.buffers[0], ledger.filled)
+        return Columns(into.buffers, ledger)
 
     def settle(self, layout: Layout, *, horizon: Horizon) -> tuple[Columns, Columns]:
         """What is kept after the call that brought these columns last, and what it was taken from.
@@ -307,8 +319,7 @@ class Columns(NamedTuple):
     def _may_write(self, added: int, tensors: tuple[Tensor, ...]) -> bool:
         alike = all(a.dtype == b.dtype and a.device == b.device for a, b in zip(self.buffers, tensors))
         first = self.buffers[0]
-        room = first.shape[-2] >= self.filled + added
-        return alike and room and self.version >= 0 and not first.is_inference() and first._version == self.version
+        return alike and first.shape[-2] >= self.filled + added and written(first) == self.filled
 
     def _copied(self, room: int, like: tuple[Tensor, ...]) -> Columns:
         """In buffers of its own with so much room."""
@@ -319,7 +330,8 @@ class Columns(NamedTuple):
             )
         for buffer, x in zip(buffers, self.held):
             buffer.narrow(-2, 0, self.filled).copy_(x)
-        return Columns(buffers, self.ledger, buffers[0]._version)
+        set_written(buffers[0], self.filled)
+        return Columns(buffers, self.ledger)
 
 
 def none(batch: int, device: Any) -> Ledger:

@@ -15,6 +15,7 @@ from torch import Tensor
 from attention_zoo.layout.host import Host, tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.rules import at_least
+from attention_zoo.tokens import Tokens
 
 
 class Pooled(NamedTuple):
@@ -41,9 +42,10 @@ class Pooled(NamedTuple):
         return x.gather(1, index).unflatten(1, (G, k))
 
 
-def pooled(layout: Layout, size: int) -> Pooled:
-    """Groups of `size` tokens; the same object for the same size."""
+def pooled(tokens: Tokens, size: int) -> Pooled:
+    """Groups of `size` tokens; of a `Layout`, the same object for the same size."""
     at_least(1, size=size)
+    layout = Layout.of(tokens)
     return layout.plan(("pooled", size), lambda: _pooled(layout, size))
 
 

@@ -23,8 +23,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attention_zoo.layout.host import Array, array_of
+from attention_zoo.rules import one_of
 
 Weights = Literal["uniform", "counts", "distance", "any"]
+WEIGHTS = ("uniform", "counts", "distance", "any")
 PerHead = int | tuple[int, ...]
 Links = Callable[[Tensor, Tensor], tuple[Int[Tensor, "#B H R m"], Float[Tensor, "#B H R m"]]]
 Rows = Callable[[Array, Array], Bool[np.ndarray, "*n"]]
@@ -81,6 +83,8 @@ class Reach:
         raise NotImplementedError
 
     def __or__(self, other: Reach) -> Either:
+        if not isinstance(other, Reach):
+            raise ValueError(f"a reach can be joined with another one, got {other!r}")
         return Either((*_parts(self), *_parts(other)))
 
 
@@ -89,6 +93,9 @@ class Anywhere(Reach):
     """Every key of the own document."""
 
     weights: Weights = "any"
+
+    def __post_init__(self) -> None:
+        one_of(WEIGHTS, weights=self.weights)
 
     def inside(self, query: Tensor, key: Tensor) -> Tensor:
         return torch.ones(1, *torch.broadcast_shapes(query.shape, key.shape), dtype=torch.bool)
@@ -115,15 +122,21 @@ class Band(Reach):
     weights: Weights = "any"
 
     def __post_init__(self) -> None:
-        for name in ("back", "ahead", "stride", "first"):
+        one_of(WEIGHTS, weights=self.weights)
+        for name, least in (("back", 0), ("ahead", 0), ("stride", 1), ("first", 0)):
             value = getattr(self, name)
-            least = 1 if name == "stride" else 0
-            for each in value if isinstance(value, tuple) else () if value is None else (value,):
-                if not isinstance(each, int) or isinstance(each, bool) or each < least:
-                    raise ValueError(f"Band: {name} must be a whole number of at least {least}, got {value!r}")
-        lengths = {len(x) for x in (self.back, self.ahead, self.stride) if isinstance(x, tuple)}
-        if len(lengths) > 1:
-            raise ValueError(f"Band: back, ahead and stride must be of the same heads, got {sorted(lengths)} of them")
+            each = value if isinstance(value, tuple) and name != "first" else () if value is None else (value,)
+            if value == () or any(type(one) is not int or one < least for one in each):
+                raise ValueError(f"Band: {name} must be a whole number of at least {least}, got {value!r}")
+        if len(self.heads) > 1:
+            raise ValueError(
+                f"Band: back, ahead and stride must be of the same heads, got {sorted(self.heads)} of them"
+            )
+
+    @property
+    def heads(self) -> set[int]:
+        """For how many heads it says something of their own."""
+        return {len(x) for x in (self.back, self.ahead, self.stride) if isinstance(x, tuple)}
 
     @property
     def strides(self) -> Sequence[int]:
@@ -190,6 +203,14 @@ class Blocks(Reach):
     whole: Rows | None = None
     weights: Weights = "any"
     _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        one_of(WEIGHTS, weights=self.weights)
+        for name in ("size", "most"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"Blocks: {name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+        if not callable(self.links):
+            raise ValueError(f"Blocks: links must be a function of rows and numbers of blocks, got {self.links!r}")
 
     def kept(self, key: Hashable, make: Callable[[], Found]) -> Found:
         """What follows from the links and the key alone, from call to call; the last few."""

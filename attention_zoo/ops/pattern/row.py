@@ -69,7 +69,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
 def _held_in_order(call: PatternCall) -> str | None:
     held = call.columns
     # fields of its own: what was concatenated is not known to be in order
-    if held is not None and held.ledger.version >= 0 and held.ledger.steady:
+    if held is not None and held.ledger.own and held.ledger.steady:
         return None
     return "the keys are not held by a state whose columns are consecutive tokens"
 

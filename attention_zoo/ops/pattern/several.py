@@ -51,10 +51,10 @@ def attend_to_several(
     Raises:
         ValueError: for a reach with gaps, or one that is no band.
     """
+    if not sets:
+        raise ValueError("sets must hold at least one set of keys, got none")
     for each in sets:
-        plain = isinstance(each.reach, Anywhere) or (isinstance(each.reach, Band) and each.reach.contiguous)
-        if not plain or (isinstance(each.reach, Band) and not each.reach.same_for_all and each.reach.ahead is None):
-            raise ValueError(f"reach must be Anywhere or a Band without gaps, the same for all heads, got {each.reach}")
+        _check(each)
     k, v = torch.cat([each.k for each in sets], 2), torch.cat([each.v for each in sets], 2)
     seen = [visible(queries, each.layout, reach=each.reach, causal=causal)[0] for each in sets]
     starts = [0]
@@ -72,6 +72,16 @@ def attend_to_several(
         tiles.append(Tile(rows, parts))
     learned = [each.weight for each in sets if each.weight is not None and each.weight.requires_grad]
     return run_tiles(q, k, v, tiles, scale=scale, learned=learned, asked=queries.asked)
+
+
+def _check(keys: Keys) -> None:
+    reach = keys.reach
+    counts = (reach.back, reach.ahead) if isinstance(reach, Band) and reach.contiguous else (None,)
+    if not isinstance(reach, Anywhere) and (counts == (None,) or any(isinstance(count, tuple) for count in counts)):
+        raise ValueError(f"reach must be Anywhere or a Band without gaps, the same for all heads, got {reach}")
+    shape = keys.layout.valid.shape
+    if keys.weight is not None and keys.weight.shape != shape:
+        raise ValueError(f"weight must be of shape {tuple(shape)} like the keys, got {tuple(keys.weight.shape)}")
 
 
 class _Bias:
