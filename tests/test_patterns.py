@@ -6,6 +6,7 @@ import torch
 import attention_zoo as zoo
 from attention_zoo import Tokens, Unsupported
 from attention_zoo.attention.full import Full
+from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.reach import Band, Blocks
 from attention_zoo.ops.pattern import facts
 
@@ -172,3 +173,26 @@ def test_a_band_of_other_heads_is_refused_when_the_layer_is_built() -> None:
 
     with pytest.raises(ValueError, match="reach must say one number, or one for each of 4 heads"):
         Three(dim=16, heads=4)
+
+
+@pytest.mark.parametrize("name", ["full", "longformer", "bigbird"])
+def test_every_reason_can_be_asked_of_more_queries_than_keys(name: str) -> None:
+    layer = zoo.build(name, dim=16, heads=2, causal=False)
+    q, k = torch.randn(2, 2, 9, 8), torch.randn(2, 2, 3, 8)
+    reasons = dict(layer.explain(q, k, k, Tokens.all_valid(2, 9), Tokens.all_valid(2, 3)))
+    assert reasons["dense"] is None
+    assert "sdpa" in reasons or "there are no queries, or more than keys" in str(reasons["short"])
+
+
+def test_the_definition_marks_whatever_tokens_it_is_given() -> None:
+    layer = zoo.build("bigbird", dim=16, heads=2, block=4, random=0)
+    tokens = Tokens.all_valid(2, 30)
+    described = Layout.of(tokens)
+    assert torch.equal(layer.full_bias(described, described), layer.full_bias(tokens, tokens))
+    assert (layer.full_bias(tokens, tokens)[:, :, 29, 1] == 0).all(), "the first block is seen by all"
+
+
+def test_tokens_of_another_length_are_refused_also_where_a_model_made_them() -> None:
+    """A wrapper of somebody's that hands on fewer vectors must hand on fewer tokens."""
+    with pytest.raises(ValueError, match=r"tokens must be of shape \(2, 4\) like the input, got \(2, 8\)"):
+        zoo.build("full", dim=16, heads=2)(torch.randn(2, 4, 16), Layout.plain(2, 8))

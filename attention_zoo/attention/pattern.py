@@ -155,11 +155,10 @@ class PatternAttention(Attention):
     def full_bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B #H L S"]:
         """Everything that is added to the scores: the whole definition. L x S, for oracles, pictures and counting."""
         plain = alone = False
-        if isinstance(queries, Layout) and isinstance(keys, Layout):  # the layouts of a call are marked already
+        queries, keys = self.mark(queries), self.mark(keys)
+        if isinstance(queries, Layout) and isinstance(keys, Layout):  # nothing was marked: facts are still theirs
             plain = not queries.any_global and not keys.any_global
             alone = keys.one_document and bool((queries.host.document == keys.documents).all())
-        else:
-            queries, keys = self.mark(queries), self.mark(keys)
         bias, extra = self.bias(queries, keys), self.position_bias(queries, keys)
         if not plain:
             everyone = queries.is_global[:, None, :, None] | keys.is_global[:, None, None, :]
@@ -245,8 +244,8 @@ class PatternAttention(Attention):
         choices: Any = None,
     ) -> Output:
         """See `Layer`. With a state, every call's output equals the last rows of the whole prefix."""
-        if isinstance(tokens, Layout) and tokens.implied and state is source is choices is None and not self.cross:
-            layout = tokens  # a model's call of which nothing was said: there is nothing to check
+        if isinstance(tokens, Layout) and tokens.goes_with(x) and state is source is choices is None and not self.cross:
+            layout = tokens
         else:
             x, layout = self.enter(x, tokens, state, source, choices)
         layout = self._marked(layout)

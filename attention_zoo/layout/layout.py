@@ -84,11 +84,16 @@ class Layout(Tokens):
     implied = False
     """Whether nothing was said of the tokens: they are what the shape of a call implies."""
     _start = 0
+
     _whole: Tensor | None = None
 
     def _with(self, host: Host) -> Layout:
         self.__dict__["host"] = host
         return self
+
+    def goes_with(self, x: Tensor) -> bool:
+        """Whether a model's call implied these tokens, of x's shape: nothing is to be checked, or blanked."""
+        return self.implied and self.valid.shape == x.shape[:-1]
 
     # --- what the host knows -----------------------------------------------------------------------------------------
 

@@ -44,6 +44,8 @@ def _links_are_many(call: PatternCall) -> str | None:
 
 def _whole_blocks_are_global(call: PatternCall) -> str | None:
     (L, S), size = call.lengths, call.blocks.size
+    if L > S:
+        return facts.queries_within_keys(call)
     queries, keys = call.queries.host, call.keys.host
     whole = np.repeat(keys.is_global[:1, ::size], size, 1)[:, :S]
     differ = (keys.is_global != whole).any() or (queries.is_global != whole[:, S - L :]).any()
