@@ -1,8 +1,8 @@
-"""What is read off the last hidden states: next tokens, a label for each token, or one for the row."""
+"""What is read off the last hidden states: tokens, a label for each token, one for the row, or tokens and one label."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,7 +16,7 @@ from attention_zoo.model.feed_forward import ACTIVATIONS
 from attention_zoo.options import Named, Positive, checked
 from attention_zoo.rules import OneOf
 
-HEADS = ("lm", "tokens", "classify", "hidden")
+HEADS = ("lm", "tokens", "classify", "pretraining", "hidden")
 POOLINGS = ("mean", "first")
 
 
@@ -105,6 +105,24 @@ class Classify(nn.Module):
         return total / valid.sum(1, keepdim=True).clamp(min=1)
 
 
+class PretrainingLogits(NamedTuple):
+    """Two answers of one model: [B, L, V] for the tokens, [B, C] for the row."""
+
+    tokens: Float[Tensor, "B L V"]
+    row: Float[Tensor, "B C"]
+
+
+class Pretraining(nn.Module):
+    """Tokens and one label for the row, as BERT is trained; see `LanguageModel` and `Classify`."""
+
+    def __init__(self, tokens: LanguageModel, row: Classify):
+        super().__init__()
+        self.tokens, self.row = tokens, row
+
+    def forward(self, hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> PretrainingLogits:
+        return PretrainingLogits(self.tokens(hidden, valid), self.row(hidden, valid))
+
+
 class Hidden(nn.Module):
     """No logits."""
 
@@ -126,6 +144,8 @@ def build_head(
 ) -> nn.Module:
     """One of `HEADS`; "lm" has options, see `LanguageModel`, or `AdaptiveSoftmax` where the embedding is adaptive.
 
+    "pretraining" has those of `LanguageModel` and needs classes; an adaptive embedding has none.
+
     Args:
         dim: width of the hidden states.
 
@@ -134,31 +154,39 @@ def build_head(
     """
     head, options = named("head", head)
     one_of(HEADS, head=head)
-    known = (AdaptiveSoftmax if isinstance(embedding, AdaptiveEmbedding) else LanguageModel).options
-    known_options(f"head={head}", options, known if head == "lm" else ())
-    if (head in ("tokens", "classify")) != (classes is not None):
-        raise ValueError(f"classes belongs to head=tokens and head=classify, got classes={classes} with head={head}")
-    if head == "lm" and isinstance(embedding, AdaptiveEmbedding) and dim != embedding.embedding_dim:
+    adaptive = isinstance(embedding, AdaptiveEmbedding)
+    known = AdaptiveSoftmax.options if adaptive and head == "lm" else LanguageModel.options
+    known_options(f"head={head}", options, known if head in ("lm", "pretraining") else ())
+    if (head in ("tokens", "classify", "pretraining")) != (classes is not None):
         raise ValueError(
-            f"an embedding with cutoffs needs hidden states as wide as embeddings, {embedding.embedding_dim}, "
-            f"got {dim}; use reversible=true instead of both"
+            f"classes belongs to head=tokens, head=classify and head=pretraining, got classes={classes} with head={head}"
         )
+    if head == "pretraining" and adaptive:
+        raise ValueError("head=pretraining needs an embedding without cutoffs: all logits are asked for at once")
     if head == "lm" and isinstance(embedding, AdaptiveEmbedding):
+        if dim != embedding.embedding_dim:
+            raise ValueError(
+                f"an embedding with cutoffs needs hidden states as wide as embeddings, {embedding.embedding_dim}, "
+                f"got {dim}; use reversible=true instead of both"
+            )
         return AdaptiveSoftmax(embedding, tied=tied, **options)
-    if head == "lm":
+    if head == "hidden":
+        return Hidden()
+    if head in ("classify", "pretraining") and pooling == "first" and causal:
+        raise ValueError("pooling=first needs causal=False: a causal first token has seen nothing but itself")
+    if head in ("lm", "pretraining"):
         assert isinstance(embedding, TokenEmbedding)
         if tied and dim != embedding.embedding_dim:
             raise ValueError(
                 f"tied=True needs hidden states as wide as embeddings, {embedding.embedding_dim}, got {dim}"
             )
-        return LanguageModel(embedding, dim=dim, tied=tied, norm=norm, **options)
-    if head == "hidden":
-        return Hidden()
+        model = LanguageModel(embedding, dim=dim, tied=tied, norm=norm, **options)
+        if classes is None:
+            return model
+        return Pretraining(model, Classify(dim=dim, classes=classes, pooling=pooling))
     assert classes is not None
     if head == "tokens":
         return TokenLabels(dim=dim, classes=classes)
-    if pooling == "first" and causal:
-        raise ValueError("pooling=first needs causal=False: a causal first token has seen nothing but itself")
     return Classify(dim=dim, classes=classes, pooling=pooling)
 
 

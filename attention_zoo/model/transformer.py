@@ -59,13 +59,13 @@ class ModelOutput(NamedTuple):
     """What a model returns.
 
     Fields:
-        logits: [B, L, V] (lm), [B, L, C] (tokens), [B, C] (classify) or None (hidden).
+        logits: [B, L, V] (lm), [B, L, C] (tokens), [B, C] (classify), `PretrainingLogits`, or None (hidden).
         hidden: [B, L, E], after the last norm; finite at padding. 2E wide with `reversible="both"`.
         state: None in, None out.
         losses: auxiliary losses by name, weighted already.
     """
 
-    logits: Tensor | None
+    logits: Any
     hidden: Float[Tensor, "B L E"]
     state: Any
     losses: dict[str, Tensor]
@@ -83,8 +83,8 @@ class Transformer(nn.Module):
         heads: attention heads of each.
         causal: whether a token sees only the past (decoder) or all (encoder).
         cross: whether each block also attends to a `source`, through full attention.
-        head: lm | tokens | classify | hidden. Options of lm: see `LanguageModel`.
-        classes: number of labels, for tokens and classify.
+        head: lm | tokens | classify | pretraining | hidden. Options of lm: see `LanguageModel`.
+        classes: number of labels, for tokens, classify and pretraining.
         pooling: mean | first, for classify.
         positions: sinusoidal | learned | axial (added to embeddings), rotary | alibi (in each attention), relative
             (Transformer-XL's own), none. Options: see `positions/`.
@@ -293,6 +293,8 @@ class Transformer(nn.Module):
         """The largest position of a valid token, where the host knows it."""
         if not isinstance(tokens, Layout) or getattr(self.positions, "uncounted", None) is not None:
             return None
+        if tokens.implied:
+            return tokens.valid.shape[1] - 1
         return int(np.where(tokens.host.valid, tokens.host.position, 0).max(initial=0))
 
     def _positions_of(self, ids: Tensor, tokens: Tokens | None) -> Tensor:
@@ -345,8 +347,8 @@ class Transformer(nn.Module):
                 real = types if tokens is None else types.masked_fill(~tokens.valid, 0)
                 if int(real.min()) < 0 or int(real.max()) >= self.types:
                     raise ValueError(f"types must lie in [0, {self.types}), got {int(real.min())} to {int(real.max())}")
-        if last_only and self.head_name == "classify":
-            raise ValueError("last_only needs a head that answers for each token, got head=classify")
+        if last_only and self.head_name in ("classify", "pretraining"):
+            raise ValueError(f"last_only needs a head that answers for each token alone, got head={self.head_name}")
         if source is not None and not self.cross:
             raise ValueError("source needs a model built with cross=True")
         if self.cross and source is None and (state is None or (len(ids) and not bool((state.next > 0).any()))):

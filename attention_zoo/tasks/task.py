@@ -6,10 +6,12 @@ Letters: B rows of a batch, L tokens of a row.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -23,27 +25,70 @@ class Batch(NamedTuple):
     """One step's rows.
 
     Fields:
-        ids: [B, L] long.
+        ids: [B, L] long, what the model reads; of an encoder-decoder, what its decoder does.
         targets: [B, L] long, what the model should say at each token (already shifted for language modelling);
-            `IGNORED` where nothing is asked. [B] for tasks whose head is "classify".
+            `IGNORED` where nothing is asked. [B] for tasks whose objective is "classify".
         tokens: padding, packing and global flags; None where every token is valid and all belong together.
         fresh: [B], True where the row starts something new, so that a recurrent state must not enter it.
+        types: [B, L] long, the token types (BERT's segments); None where there are none.
+        source: [B, S] long, what an encoder reads; None without one.
+        source_tokens: as `tokens`, of the source.
+        labels: further targets by name, [B] long each: one more answer for the row, beside that for its tokens.
+        groups: integers by name, of the targets' shape: what the scored tokens are told apart by, such as the
+            "distance" to the evidence. Negative where a token belongs to no group.
     """
 
     ids: Int[Tensor, "B L"]
     targets: Int[Tensor, "B L"] | Int[Tensor, " B"]
     tokens: Tokens | None
     fresh: Bool[Tensor, " B"]
+    types: Int[Tensor, "B L"] | None = None
+    source: Int[Tensor, "B S"] | None = None
+    source_tokens: Tokens | None = None
+    labels: Mapping[str, Int[Tensor, " B"]] = MappingProxyType({})
+    groups: Mapping[str, Tensor] = MappingProxyType({})
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor changed."""
+        return Batch(*(_changed(field, change) for field in self))
+
+    def tensors(self) -> list[Tensor]:
+        """All of the batch, in one order."""
+        found: list[Tensor] = []
+
+        def take(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.each(take)
+        return found
 
     def to(self, device: Any) -> Batch:
         """The same batch on another device."""
-        tokens = None if self.tokens is None else Tokens(*(field.to(device) for field in self.tokens))
-        return Batch(self.ids.to(device), self.targets.to(device), tokens, self.fresh.to(device))
+        return self.each(lambda tensor: tensor.to(device))
 
-    def rows(self, part: slice) -> Batch:
+    def rows(self, part: slice | Tensor) -> Batch:
         """Some of the rows, as gradient accumulation needs them."""
-        tokens = None if self.tokens is None else Tokens(*(field[part] for field in self.tokens))
-        return Batch(self.ids[part], self.targets[part], tokens, self.fresh[part])
+        return self.each(lambda tensor: tensor[part])
+
+
+def _changed(field: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if field is None:
+        return None
+    if isinstance(field, Tokens):
+        return Tokens(*map(change, field))
+    if isinstance(field, Mapping):
+        return {name: change(tensor) for name, tensor in field.items()}
+    return change(field)
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """The rows of batches of the same lengths, one after another."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    parts = iter(zip(*(batch.tensors() for batch in batches), strict=True))
+    return first.each(lambda _: torch.cat(next(parts)))
 
 
 class Batches(Protocol):
@@ -66,20 +111,22 @@ class Task:
     Attributes:
         name: as in conf/task/<name>.yaml.
         vocab: number of token ids.
-        head: what the model puts out: "lm" and "tokens" one answer per token, "classify" one per row.
-        causal: whether the model may see the past only.
+        objective: what a model is trained for, a word of `training.objective.OBJECTIVES`: "causal_lm", "masked_lm",
+            "classify" (one answer for the row), "label" (one for each token), "seq2seq" (an encoder reads a source).
+            It says the model's head and direction.
+        classes: number of answers where the objective is "classify" or "label", or `labels` has one for the row.
         streams: whether row b of one batch goes on in row b of the next, so that a recurrent state is of use.
         metric: name of the main metric among those of `score`.
         better: whether a higher or a lower main metric is better.
     """
 
     name: ClassVar[str]
-    head: ClassVar[Literal["lm", "tokens", "classify"]] = "lm"
-    causal: ClassVar[bool] = True
+    objective: ClassVar[str] = "causal_lm"
     streams: ClassVar[bool] = False
     metric: ClassVar[str]
     better: ClassVar[Literal["higher", "lower"]]
     vocab: int
+    classes: int | None = None
 
     def check(self, seq_len: int) -> None:
         """Raise a ValueError where rows of `seq_len` tokens cannot be made; cheap, called before anything is built."""
@@ -93,8 +140,20 @@ class Task:
         raise NotImplementedError
 
     def evaluation_sets(self, batch_size: int, seq_len: int) -> Mapping[str, Iterable[Batch]]:
-        """Fixed sets, the main one first; each can be iterated again and again and gives the same batches."""
+        """Fixed sets; each can be iterated again and again and gives the same batches.
+
+        The first is looked at during training, and by it runs are stopped. A run's result is that on "test", where
+        there is one, else that on the first.
+        """
         raise NotImplementedError
+
+    def chance(self, seq_len: int) -> float | None:
+        """The main metric of a blind guess; None where it has no meaning."""
+        return None
+
+    def baselines(self, seq_len: int) -> dict[str, float]:
+        """The main metric that trivial rules reach on the set of a run's result: what a model has to beat."""
+        return {}
 
     def score(self, loss: float, accuracy: float) -> dict[str, float]:
         """Metrics from the mean cross-entropy in nats and the share of right answers, both over the scored tokens."""

@@ -29,13 +29,16 @@ class Stream:
 
     def __call__(self, batch: Batch) -> Any:
         """The model's output on the batch; afterwards `state` is what the next batch continues from."""
+        given: dict[str, Any] = {} if batch.types is None else {"types": batch.types}
+        if batch.source is not None:
+            given["source"] = batch.source if batch.source_tokens is None else (batch.source, batch.source_tokens)
         if not self.carry:
-            return self.model(batch.ids, batch.tokens)
+            return self.model(batch.ids, batch.tokens, **given)
         fresh = None
         if self.state is None or bool(batch.fresh.all()):
             self.state = self.model.initial_state(len(batch.ids))
         elif bool(batch.fresh.any()):
             fresh = batch.fresh
-        output = self.model(batch.ids, batch.tokens, state=self.state, fresh=fresh)
+        output = self.model(batch.ids, batch.tokens, state=self.state, fresh=fresh, **given)
         self.state = detach(output.state)
         return output

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from attention_zoo.tasks.task import IGNORED, Batches
+from attention_zoo.tasks.task import Batches
 from attention_zoo.training.checkpoint import check_like, check_optimizer, foreign, load_weights, pack, unpack
-from attention_zoo.training.evaluate import token_losses
+from attention_zoo.training.objective import MAIN, counts, losses
 from attention_zoo.training.precision import Precision
 from attention_zoo.training.schedule import Schedule
 from attention_zoo.training.streams import Stream
@@ -26,7 +26,7 @@ class NotFinite(ArithmeticError):
 
 
 class Step(NamedTuple):
-    """What one step was like: mean loss in nats of the scored tokens, auxiliary losses, gradient norm before clipping,
+    """What one step was like: mean loss in nats of the scored tokens, further losses by name, gradient norm before clipping,
     learning rate, tokens read."""
 
     loss: float
@@ -80,7 +80,7 @@ class Trainer:
         for group, lr in zip(self.optimizer.param_groups, self.base_lr):
             group["lr"] = lr * factor
         batch = next(self.batches)
-        scored = max(1, int((batch.targets != IGNORED).sum()))
+        scored = counts(batch)
         rows = len(batch.ids) // self.accumulate
         batch = batch.to(self.device)
         loss, auxiliary = 0.0, dict[str, float]()
@@ -90,8 +90,9 @@ class Trainer:
             part = batch.rows(slice(index * rows, (index + 1) * rows))
             with self.precision.autocast():
                 output = stream(part)
-            main = token_losses(output.logits, part.targets).sum() / scored
-            extra = {name: value / self.accumulate for name, value in output.losses.items()}
+            parts = losses(output, part, scored)
+            main = parts.pop(MAIN)
+            extra = parts | {name: value / self.accumulate for name, value in output.losses.items()}
             loss += float(main.detach())
             for name, value in extra.items():
                 auxiliary[name] = auxiliary.get(name, 0.0) + float(value.detach())
@@ -107,7 +108,8 @@ class Trainer:
         scaler.step(self.optimizer)
         scaler.update()
         self.done += 1
-        return Step(loss, auxiliary, norm, self.base_lr[0] * factor, batch.ids.numel())
+        read = batch.ids.numel() + (0 if batch.source is None else batch.source.numel())
+        return Step(loss, auxiliary, norm, self.base_lr[0] * factor, read)
 
     def _advice(self, what: str) -> str:
         lr = self.optimizer.param_groups[0]["lr"]
