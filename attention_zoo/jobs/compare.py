@@ -37,7 +37,7 @@ from attention_zoo.report.build import TITLE, build_report
 from attention_zoo.report.patterns import unseen
 from attention_zoo.report.summary import show, write_csv
 from attention_zoo.results.row import Row
-from attention_zoo.rules import OneOf
+from attention_zoo.rules import OneOf, shown
 from attention_zoo.schemas import store
 from attention_zoo.settings import one_line
 from attention_zoo.training.config import check, compose_training
@@ -88,7 +88,7 @@ class CompareConfig:
 
     backends: list[Text] | None = None
     measure: BenchmarkConfig = field(default_factory=BenchmarkConfig)
-    trainings: dict[str, TrainingPlan] = field(default_factory=dict)
+    trainings: dict[str, Any] = field(default_factory=dict)  # TrainingPlan; untyped, so that a word may add one
     seeds: list[SeedOfRun] = field(default_factory=lambda: [0])
     parallel: Annotated[int, Field(ge=1, le=1024)] = 2
     retry: Annotated[str, OneOf("failed")] | None = None
@@ -96,6 +96,9 @@ class CompareConfig:
     picture_length: Annotated[int, Field(ge=1, le=4096)] = 96
     title: Text = TITLE
     output: Text = "runs/compare"
+
+    def __post_init__(self) -> None:
+        self.trainings = {str(name): _plan(str(name), plan) for name, plan in self.trainings.items()}
 
     def names(self) -> list[str]:
         """The backends, each known.
@@ -136,6 +139,19 @@ class CompareConfig:
                     config = check({**shared, "seed": seed, "backend": name, "attention": _built(name, options)})
                     found[task].append(Run(f"{task}-{name}-s{seed}", config))
         return found
+
+
+def _plan(name: str, given: Any) -> TrainingPlan:
+    """A plan from a mapping; a key that it does not know is refused."""
+    if isinstance(given, TrainingPlan):
+        return given
+    if not isinstance(given, Mapping):
+        raise ValueError(f"trainings.{name} must be a mapping such as {{task: text, model: tiny}}, got {shown(given)}")
+    try:
+        made: TrainingPlan = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainingPlan), given))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ValueError(f"trainings.{name}: {one_line(error) or error}") from None
+    return made
 
 
 def _shared(name: str, plan: TrainingPlan) -> dict[str, Any]:
