@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -148,10 +148,10 @@ def _plan(name: str, given: Any) -> TrainingPlan:
     if not isinstance(given, Mapping):
         raise ValueError(f"trainings.{name} must be a mapping such as {{task: text, model: tiny}}, got {shown(given)}")
     try:
-        made: TrainingPlan = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainingPlan), given))
+        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainingPlan), given))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise ValueError(f"trainings.{name}: {one_line(error) or error}") from None
-    return made
+    return cast(TrainingPlan, made)
 
 
 def _shared(name: str, plan: TrainingPlan) -> dict[str, Any]:
