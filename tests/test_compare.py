@@ -129,7 +129,7 @@ def test_only_a_row_of_the_same_config_code_and_data_counts_as_finished(tmp_path
     assert finished(run.config, tmp_path) is None, "nothing there"
     write_json(tmp_path / "result.json", row)
     assert finished(run.config, tmp_path) is None, "other data"
-    from attention_zoo.training.assembly import build
+    from attention_zoo.training.building import build
 
     row["data"] = json.loads(json.dumps(build(run.config["task"]).describe(run.config["seq_len"])))
     write_json(tmp_path / "result.json", row)

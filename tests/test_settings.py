@@ -154,7 +154,7 @@ def test_what_a_command_cannot_mean_is_refused(words: list[str], said: str, caps
 
 
 def test_what_a_component_refuses_has_its_full_key():
-    from attention_zoo.training.assembly import full_key
+    from attention_zoo.training.building import full_key
 
     given = {"attention": partial(Longformer, window=3), "vocab": 4}
     assert full_key("feed_forward must be x", "model", zoo.Transformer, given) == "model.feed_forward must be x"

@@ -15,7 +15,8 @@ from attention_zoo import Transformer
 from attention_zoo.contract import Tokens
 from attention_zoo.tasks import IGNORED, Batch, Mqar, Text
 from attention_zoo.training.checkpoint import CheckpointError, OtherRun, load_checkpoint, pack, save_checkpoint, unpack
-from attention_zoo.training.evaluate import evaluate, token_losses
+from attention_zoo.training.evaluate import evaluate
+from attention_zoo.training.objective import token_losses
 from attention_zoo.training.optimizer import adamw, decay_groups
 from attention_zoo.training.precision import Precision
 from attention_zoo.training.schedule import constant, warmup_cosine

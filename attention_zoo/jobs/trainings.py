@@ -24,7 +24,7 @@ from attention_zoo.files import Damaged, plain, read_jsonl, safe_name
 from attention_zoo.measure.ends import Ended, how_it_ended, oom_kills
 from attention_zoo.measure.kept import keep_row, make_way, number
 from attention_zoo.results.row import Row
-from attention_zoo.training.assembly import build
+from attention_zoo.training.building import build
 from attention_zoo.training.config import options_of
 from attention_zoo.training.records import RESULT, kept_row, lost_row, read_row
 from attention_zoo.training.run import run_identity, run_training

@@ -159,7 +159,8 @@ def build_head(
     known_options(f"head={head}", options, known if head in ("lm", "pretraining") else ())
     if (head in ("tokens", "classify", "pretraining")) != (classes is not None):
         raise ValueError(
-            f"classes belongs to head=tokens, head=classify and head=pretraining, got classes={classes} with head={head}"
+            "classes belongs to head=tokens, head=classify and head=pretraining, "
+            f"got classes={classes} with head={head}"
         )
     if head == "pretraining" and adaptive:
         raise ValueError("head=pretraining needs an embedding without cutoffs: all logits are asked for at once")

@@ -39,6 +39,8 @@ Amount = Annotated[float, Field(ge=0, le=1e18)]
 Above = Annotated[float, Field(gt=1e-18, le=1e18)]
 """No call takes less time."""
 Curve = list[Annotated[list[Number], Field(min_length=2, max_length=2)]]
+Groups = list[Annotated[list[Number], Field(min_length=4, max_length=4)]]
+"""Of scored answers: which, their accuracy, loss in nats and number."""
 Nested = dict[str, Any]
 
 
@@ -269,6 +271,9 @@ class Trained(TypedDict):
     metrics: NotRequired[Scores | None]
     evaluations: NotRequired[dict[str, Scores] | None]
     loss_by_position: NotRequired[Curve | None]
+    by_group: NotRequired[dict[str, Groups] | None]
+    chance: NotRequired[Number | None]
+    baselines: NotRequired[dict[str, Number] | None]
     carries_state: NotRequired[bool | None]
     stopped: NotRequired[Words | None]
     model_sha256: NotRequired[Words | None]

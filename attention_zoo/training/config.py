@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any
 
@@ -20,7 +21,17 @@ from pydantic import Field
 
 from attention_zoo.measure.environment import resolved_device
 from attention_zoo.model.mechanisms import entries
-from attention_zoo.options import Finite, Positive, SeedOfRun, Text, Threads, check_fields, check_target
+from attention_zoo.options import (
+    Finite,
+    Natural,
+    Positive,
+    Probability,
+    SeedOfRun,
+    Text,
+    Threads,
+    check_fields,
+    check_target,
+)
 from attention_zoo.registry import recipe, third_party
 from attention_zoo.room import fits
 from attention_zoo.rules import OneOf, near, shown
@@ -64,6 +75,44 @@ class TrainerConfig:
 
 
 @dataclass
+class SideConfig:
+    """One half of an encoder-decoder: what differs from the run's `attention` and `model`; null: nothing does.
+
+    Fields:
+        attention: a backend's name, or a mapping with its name and options.
+        depth, heads, positions, feed_forward, short_conv, output_dropout, reversible, around: see `Transformer`.
+    """
+
+    attention: Any = None
+    depth: Positive | None = None
+    heads: Positive | None = None
+    positions: Any = None
+    feed_forward: Any = None
+    short_conv: Natural | None = None
+    output_dropout: Probability | None = None
+    reversible: Any = None
+    around: Any = None
+
+
+@dataclass
+class DecodeConfig:
+    """How an encoder-decoder writes when it is evaluated; see `generate`.
+
+    Fields:
+        greedy: take the likeliest token; false draws.
+        beams: continuations that are kept at a time; 1: one.
+        temperature, top_k, top_p, seed: of draws.
+    """
+
+    greedy: bool = True
+    beams: Positive = 1
+    temperature: float = 1.0
+    top_k: Natural = 0
+    top_p: float = 1.0
+    seed: SeedOfRun = 0
+
+
+@dataclass
 class TrainConfig:
     """conf/train.yaml.
 
@@ -73,6 +122,12 @@ class TrainConfig:
         backend: the name under which results are shown; null takes the mechanism's.
         model, task, optimizer, schedule, tracker: their groups.
         trainer: its group.
+        encoder, decoder: what differs in each half of an encoder-decoder, for tasks whose rows have a source.
+        decode: how such a model writes in evaluation.
+        init: a model to start from: a folder that `convert` wrote, a finished run's, or a model file. Its mechanisms
+            and sizes then stand for `attention` and `model`; what the task needs beside it (a head, more ids, token
+            types) starts afresh.
+        lora: with init: train low-rank adapters (peft) of these options alone, {r: 8}, and the fresh parts.
         steps: optimisation steps.
         seq_len: tokens of a row.
         batch: rows of a step.
@@ -93,6 +148,11 @@ class TrainConfig:
     schedule: Any = MISSING
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracker: Any = MISSING
+    encoder: SideConfig = field(default_factory=SideConfig)
+    decoder: SideConfig = field(default_factory=SideConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    init: Text | None = None
+    lora: dict[str, Any] | None = None
     steps: Positive = MISSING
     seq_len: Positive = MISSING
     batch: Positive = MISSING
@@ -105,7 +165,7 @@ class TrainConfig:
 
 
 OWN = {
-    "model": ("attention", "vocab", "causal", "head", "seed"),
+    "model": ("attention", "vocab", "causal", "cross", "head", "classes", "seed"),
     "optimizer": ("model",),
     "schedule": ("steps",),
     "tracker": ("info",),
@@ -158,8 +218,17 @@ def plain(composed: Any, attention: str | None) -> dict[str, Any]:
     if attention is None:
         config["attention"] = None  # Hydra merged several into one, which is none of them: `check` refuses it
     if config["backend"] is None:
-        config["backend"] = "+".join(_names(config["hybrid"])) if config["hybrid"] else attention or "several"
+        config["backend"] = _called(config, attention or "several")
     return config
+
+
+def _called(config: Mapping[str, Any], attention: str) -> str:
+    """What a run is called that was given no name."""
+    if config["init"]:
+        return Path(config["init"]).name or "init"
+    name = "+".join(_names(config["hybrid"])) if config["hybrid"] else attention
+    halves = [config[side]["attention"] for side in ("encoder", "decoder")]
+    return name if halves == [None, None] else "->".join(_names([half or name for half in halves]))
 
 
 def _names(hybrid: Sequence[Any]) -> list[str]:
@@ -205,7 +274,8 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def options_of(config: Mapping[str, Any]) -> TrainConfig:
     """What `check` returned, with its values as typed attributes."""
-    return TrainConfig(**{**config, "trainer": TrainerConfig(**config["trainer"])})
+    parts = {"trainer": TrainerConfig, "encoder": SideConfig, "decoder": SideConfig, "decode": DecodeConfig}
+    return TrainConfig(**{**config, **{name: part(**config[name]) for name, part in parts.items()}})
 
 
 def _check_mechanisms(config: Mapping[str, Any]) -> None:

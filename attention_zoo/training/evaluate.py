@@ -1,35 +1,55 @@
-"""Quality on a fixed set: mean loss and accuracy over the scored tokens, and the loss by how much came before."""
+"""Quality on a fixed set: mean loss and accuracy over the scored answers, by what came before and by where they stand.
+
+An encoder-decoder is scored twice: with the right answers before each (teacher forcing), and writing freely, where a
+row counts as right only if all of it is. Its encoder runs once for both.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from attention_zoo.model.generate import generate
 from attention_zoo.tasks.task import IGNORED, Batch, Task
+from attention_zoo.training.objective import MAIN, Answers, answers
 from attention_zoo.training.precision import Precision
 from attention_zoo.training.streams import Stream
 
 BINS = 32
+EACH = 16
+"""Groups that are shown one by one; more are gathered in bins that double."""
 
 
 class Evaluation(NamedTuple):
-    """Result on one set: metrics by name, and [position, loss in nats] where rows are streams."""
+    """Result on one set.
+
+    Fields:
+        metrics: by name.
+        loss_by_position: [position, loss in nats] where rows are streams.
+        by_group: for each of the batches' `groups`: [group, accuracy, loss in nats, scored answers] in rising order;
+            where there are many, a bin is named by its largest member.
+    """
 
     metrics: dict[str, float]
     loss_by_position: list[list[float]]
+    by_group: dict[str, list[list[float]]] = {}
 
 
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats of each scored token [n], in float32 or better."""
-    scored = targets != IGNORED
-    logits = logits[scored]
-    return functional.cross_entropy(
-        logits if logits.dtype == torch.float64 else logits.float(), targets[scored], reduction="none"
-    )
+class _Seen:
+    """What was scored so far."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, list[Answers]] = defaultdict(list)
+        self.places: list[Tensor] = []
+        self.groups: dict[str, list[Tensor]] = defaultdict(list)
+        self.exact: list[Tensor] = []
+
+    def whole(self, name: str) -> Answers:
+        return Answers(*(torch.cat(parts) for parts in zip(*self.answers[name])))
 
 
 @torch.no_grad()
@@ -42,21 +62,22 @@ def evaluate(
     device: str,
     carry: bool,
     stop: Callable[[], object] = lambda: None,
+    decode: Mapping[str, Any] | None = None,
 ) -> Evaluation | None:
     """Score a model on one set. The model is put in evaluation mode and left in the mode it had.
 
     Args:
         carry: whether the state crosses from batch to batch, as in training.
         stop: asked before every batch; where it answers anything true, the evaluation is given up.
+        decode: how an encoder-decoder writes, see `generate`; default greedily.
 
     Returns:
-        the task's metrics; where the task's rows are streams, the mean loss in up to 32 equal bins of the position
-        (tokens since the row started afresh), each named by its middle. None where it was given up.
+        the task's metrics; `exact_match` where rows have a source; for each of the batches' `labels` its own loss and
+        accuracy. None where it was given up.
     """
     was_training = model.training
     model.eval()
-    stream = Stream(model, carry=carry)
-    losses, hits, places = [], [], []
+    stream, seen = Stream(model, carry=carry), _Seen()
     before = torch.zeros(0, dtype=torch.long)
     try:
         for batch in batches:
@@ -66,18 +87,39 @@ def evaluate(
             before = torch.where(batch.fresh, 0, before) if len(before) == len(batch.fresh) else batch.fresh.long() * 0
             moved = batch.to(device)
             with precision.autocast():
-                logits = stream(moved).logits
+                if batch.source is not None:
+                    moved = stream.encoded(moved)
+                    seen.exact.append(_exact(model, moved, decode or {"greedy": True}))
+                output = stream(moved)
+            for name, said in answers(output, moved).items():
+                seen.answers[name].append(Answers(said.losses.double().cpu(), said.hits.cpu()))
             scored = batch.targets != IGNORED
-            losses.append(token_losses(logits, moved.targets).double().cpu())
-            hits.append((logits.argmax(-1).cpu() == batch.targets)[scored])
             if task.streams:
-                places.append((before[:, None] + torch.arange(length))[scored])
+                seen.places.append((before[:, None] + torch.arange(length))[scored])
+            for name, group in batch.groups.items():
+                seen.groups[name].append(group[scored])
             before = before + length
     finally:
         model.train(was_training)
-    loss, hit = torch.cat(losses), torch.cat(hits)
-    metrics = task.score(float(loss.mean()), float(hit.double().mean()))
-    return Evaluation(metrics, _by_position(torch.cat(places), loss) if places else [])
+    return _evaluation(task, seen)
+
+
+def _evaluation(task: Task, seen: _Seen) -> Evaluation:
+    main = seen.whole(MAIN)
+    metrics = task.score(float(main.losses.mean()), float(main.hits.double().mean()))
+    for name in seen.answers.keys() - {MAIN}:
+        said = seen.whole(name)
+        metrics |= {f"{name}_loss": float(said.losses.mean()), f"{name}_accuracy": float(said.hits.double().mean())}
+    if seen.exact:
+        metrics["exact_match"] = float(torch.cat(seen.exact).double().mean())
+    by_position = _by_position(torch.cat(seen.places), main.losses) if seen.places else []
+    return Evaluation(metrics, by_position, {name: _by_group(torch.cat(g), main) for name, g in seen.groups.items()})
+
+
+def _exact(model: nn.Module, batch: Batch, decode: Mapping[str, Any]) -> Tensor:
+    """[B], whether the model writes all of a row's targets by itself, from its first token on."""
+    written = generate(model, batch.ids[:, :1], steps=batch.targets.shape[1], source=batch.source, **decode)  # type: ignore[arg-type]
+    return ((written == batch.targets) | (batch.targets == IGNORED)).all(1).cpu()
 
 
 def _by_position(place: Tensor, loss: Tensor) -> list[list[float]]:
@@ -86,7 +128,18 @@ def _by_position(place: Tensor, loss: Tensor) -> list[list[float]]:
     bin = place // width
     count = torch.bincount(bin).double()
     mean = torch.bincount(bin, loss) / count
-    return [[min(i * width + width // 2, total - 1), float(mean[i])] for i in range(len(count))]
+    return [[min(i * width + width // 2, total - 1), float(mean[i])] for i in range(len(count)) if count[i]]
+
+
+def _by_group(group: Tensor, main: Answers) -> list[list[float]]:
+    kept = group >= 0
+    group, loss, hit = group[kept], main.losses[kept], main.hits[kept].double()
+    if len(group.unique()) > EACH:  # 0, 1, 2, 3-4, 5-8, 9-16, ...
+        group = torch.where(group > 1, 2.0 ** group.clamp(min=1).double().log2().ceil(), group.double()).long()
+    return [
+        [int(name), float(hit[group == name].mean()), float(loss[group == name].mean()), int((group == name).sum())]
+        for name in group.unique().tolist()
+    ]
 
 
 def is_better(task: Task, new: float, old: Any) -> bool:

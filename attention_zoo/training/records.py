@@ -53,6 +53,9 @@ def blank_row(config: Mapping[str, Any]) -> TrainingRow:
         "metrics": {},
         "evaluations": {},
         "loss_by_position": [],
+        "by_group": {},
+        "chance": None,
+        "baselines": {},
         "carries_state": None,
         "stopped": None,
         "resumed_at": None,
@@ -69,13 +72,16 @@ def trained(
     parameters: int,
     carries_state: bool,
     model_sha256: str | None,
+    chance: float | None,
+    baselines: Mapping[str, float],
 ) -> Trained:
     """What a run that is through adds to its row.
 
     Args:
-        evaluations: of each set after the last step; the first is the main one.
+        evaluations: of each set after the last step. The result is that on "test", or on the first without one.
+        chance, baselines: see `Task`.
     """
-    main = next(iter(evaluations.values()))
+    main = evaluations.get("test") or next(iter(evaluations.values()))
     return {
         "steps": steps,
         "parameters": parameters,
@@ -88,6 +94,9 @@ def trained(
         "metrics": main.metrics,
         "evaluations": {name: each.metrics for name, each in evaluations.items()},
         "loss_by_position": main.loss_by_position,
+        "by_group": main.by_group,
+        "chance": chance,
+        "baselines": dict(baselines),
         "carries_state": carries_state,
         "stopped": history.stopped,
         "model_sha256": model_sha256,

@@ -31,10 +31,12 @@ from attention_zoo.results.row import Row, Status, Trained, TrainingRow
 from attention_zoo.stopping import Stopped, graceful
 from attention_zoo.tasks.task import Task
 from attention_zoo.tracking import Guarded, JsonlTracker, NoTracker, RunInfo, Tracker, Trackers
-from attention_zoo.training.assembly import assemble, build, mechanism_of, name_of
+from attention_zoo.training.assembly import assemble
+from attention_zoo.training.building import build
 from attention_zoo.training.checkpoint import CheckpointError
 from attention_zoo.training.config import TrainConfig, check, device_of, options_of
 from attention_zoo.training.fit import History, fit
+from attention_zoo.training.models import mechanism_of, name_of
 from attention_zoo.training.progress import Progress
 from attention_zoo.training.records import (
     CHECKPOINT,
@@ -227,13 +229,14 @@ class _Run:
                     assert by is not None
                     raise Stopped(by)
                 evaluations[name] = found
-        save_model(parts.model, self.folder / MODEL)
+        save_model(parts.finished(), self.folder / MODEL)
         for name, result in list(evaluations.items())[1:]:
             tracker.log({f"evaluate/{name}_{k}": v for k, v in result.metrics.items()}, parts.trainer.done)
         history.peak_bytes = _peak_bytes(history, parts.device)
         return trained(
             history, evaluations, steps=parts.trainer.done, parameters=parameter_count(parts.model),
             carries_state=parts.carry, model_sha256=digest_of(self.folder / MODEL),
+            chance=task.chance(options.seq_len), baselines=task.baselines(options.seq_len),
         )  # fmt: skip
 
     def _info(self) -> RunInfo:

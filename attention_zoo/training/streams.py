@@ -27,6 +27,11 @@ class Stream:
         self.carry = carry
         self.state: Any = None
 
+    def encoded(self, batch: Batch) -> Batch:
+        """The same batch with its source as the encoder read it, for several calls of the decoder."""
+        given = () if batch.source_tokens is None else (batch.source_tokens,)
+        return batch._replace(source=self.model.encode(batch.source, *given)[0], source_tokens=None)
+
     def __call__(self, batch: Batch) -> Any:
         """The model's output on the batch; afterwards `state` is what the next batch continues from."""
         given: dict[str, Any] = {} if batch.types is None else {"types": batch.types}

@@ -26,8 +26,8 @@ class NotFinite(ArithmeticError):
 
 
 class Step(NamedTuple):
-    """What one step was like: mean loss in nats of the scored tokens, further losses by name, gradient norm before clipping,
-    learning rate, tokens read."""
+    """What one step was like: mean loss in nats of the scored tokens, further losses by name, gradient norm before
+    clipping, learning rate, tokens read."""
 
     loss: float
     auxiliary: dict[str, float]

@@ -22,7 +22,7 @@ from attention_zoo.integrations.weights.tokeniser import encode
 from attention_zoo.model.transformer import Transformer
 from attention_zoo.place import place_of
 from attention_zoo.tasks.task import IGNORED, generator
-from attention_zoo.training.evaluate import token_losses
+from attention_zoo.training.objective import token_losses
 
 REPLACEMENT = "\ufffd"
 """What decoding puts in place of bytes that are no character."""
