@@ -25,7 +25,7 @@ MAD's generator no blank follows the word's last token; here, as in Mamba's, it 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ class Copying(Generated):
             return self.tokens
         return (length - self.start - self.prefix - self.gap - (self.feed == "blank")) // (1 + self.times)
 
-    def draw(self, random: np.random.Generator, rows: int, length: int) -> Batch:
+    def draw(self, random: np.random.Generator, rows: int, length: int, **changes: Any) -> Batch:
         tokens = self.word_length(length)
         word = random.integers(FIRST, self.vocab, (rows, tokens))
         order = np.arange(tokens)[:: -1 if self.reverse else 1]

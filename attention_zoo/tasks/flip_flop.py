@@ -83,10 +83,9 @@ class FlipFlop(Generated):
             sets |= {f"long_gap_{length}": Setting(length, (("long", True),)) for length in self.test}
         return sets
 
-    def draw(
-        self, random: np.random.Generator, rows: int, length: int, p_ignore: float | None = None, long: bool = False
-    ) -> Batch:
-        ignored = 1.0 if long else self.p_ignore if p_ignore is None else p_ignore
+    def draw(self, random: np.random.Generator, rows: int, length: int, **changes: Any) -> Batch:
+        long = changes.get("long", False)
+        ignored = 1.0 if long else changes.get("p_ignore", self.p_ignore)
         count = (length + 1) // 2
         place = np.arange(count)
         latest = max(1, int(self.long_gap * count)) if long else count - 1 if self.prefix else 1

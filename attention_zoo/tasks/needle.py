@@ -13,7 +13,7 @@ Source: Kamradt 2023, "Needle in a haystack"; Hsieh et al. 2024, "RULER", §3.1,
 
 Chance: one over `alphabet`. Trivial rules, with 4 keys of 1 value: the value seen last and the one seen first (each
 one in four, and chance beside), the commonest byte of all values (the same: it is that of one of them). Groups:
-"depth", the tenth of the row in which the value stands, 0...9; "distance" from each byte of it to its question.
+"depth", the tenth of the text in which the value stands, 0...9; "distance" from each byte of it to its question.
 
 Deviations: random bytes for words and numbers, since models are trained from scratch; RULER shuffles its records with
 one fixed seed for every row, so that they stand at the same places. The text is that of Python's standard library, all
@@ -110,12 +110,14 @@ class Needle(Generated):
         from attention_zoo.tasks.text import SKIPPED, read_files
 
         if self.path is None:
-            root, suffix, skip = Path(sysconfig.get_path("stdlib")), ".py", tuple(sorted(SKIPPED))
+            root = Path(sysconfig.get_path("stdlib"))
+            files = read_files(root, ".py", self.max_bytes, tuple(sorted(SKIPPED)))
         else:
-            root, suffix, skip = Path(self.path).expanduser(), self.suffix, ("__pycache__",)
+            root = Path(self.path).expanduser()
             if not root.exists():
                 raise ValueError(f"task.path must be an existing file or folder, got {self.path!r}")
-        raw = b"".join(content for _, content in read_files(root, suffix, self.max_bytes, skip))
+            files = read_files(root, self.suffix, self.max_bytes)
+        raw = b"".join(content for _, content in files)
         data = np.frombuffer(raw, np.uint8)
         return data[data < RECORD]
 
@@ -133,7 +135,7 @@ class Needle(Generated):
         rows = super().describe(seq_len)["digest"]
         return {"text_bytes": len(self.text), "digest": digest([rows, self.text.tobytes()])}
 
-    def draw(self, random: np.random.Generator, rows: int, length: int) -> Batch:
+    def draw(self, random: np.random.Generator, rows: int, length: int, **changes: Any) -> Batch:
         records, size = self.keys * self.values, self.value_bytes
         key = self._keys(random, rows)
         value = self._lowest + random.integers(0, self.alphabet, (rows, records, size))
@@ -164,7 +166,7 @@ class Needle(Generated):
         targets, distance, depth = (np.full((rows, length), fill) for fill in (IGNORED, -1, -1))
         targets[:, place] = answer.reshape(rows, -1)
         distance[:, place] = place - evidence
-        depth[:, place] = evidence * 10 // length
+        depth[:, place] = evidence * 10 // context
         return of(ids, targets, groups={"distance": distance, "depth": depth})
 
     @property

@@ -3,24 +3,24 @@
     ids      _ c = a _ _ b = Q f = b _ a = P _ ? c      hops 1, chains 2: c = a, a = P; f = b, b = Q
     targets  . . . . . . . . . . . . . . . . . . P      _: filler
 
-Rules: each of `chains` chains gives a value to a variable, and that variable to the next, `hops` times. All variables of
-a row differ, and so do its values. The statements of all chains are shuffled, and every arrangement of them among the
-fillers is equally likely: one may use a variable that is set further on. At the end, the last variable of `queries` of
-the chains is asked for. Following a chain takes hops + 1 look-ups, one after another.
+Rules: each of `chains` chains gives a value to a variable, and that variable to the next, `hops` times. All variables
+of a row differ, and so do its values. The statements of all chains are shuffled, and every arrangement of them among
+the fillers is equally likely: one may use a variable that is set further on. At the end, the last variable of `queries`
+of the chains is asked for. Following a chain takes hops + 1 look-ups, one after another.
 
 Source: Hsieh et al. 2024, "RULER", §3.2: one chain of 4 hops in noise.
 
 Chance: one over `values`. Trivial rules: the value nearest to the question, and the first of the row, which are right
 for one chain in `chains`: .25. Groups: "distance" from the farthest statement of the chain to the question.
 
-Deviations: RULER states a chain in order and asks for all variables that have its value; here one variable is asked for,
+Deviations: RULER states a chain in order and asks for all variables that have its value; here a variable is asked for,
 whose value is the answer, so that models can be trained from scratch, and fillers are one id instead of sentences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -96,8 +96,8 @@ class VariableTracking(Generated):
     def tested(self, seq_len: int) -> dict[str, Setting]:
         return super().tested(seq_len) | {f"hops_{n}": Setting(seq_len, (("hops", n),)) for n in self.test_hops}
 
-    def draw(self, random: np.random.Generator, rows: int, length: int, hops: int | None = None) -> Batch:
-        links = 1 + (self.hops if hops is None else hops)
+    def draw(self, random: np.random.Generator, rows: int, length: int, **changes: Any) -> Batch:
+        links = 1 + changes.get("hops", self.hops)
         statements = self.chains * links
         # [rows, chain, link]: each sets a variable to what stands before it in its chain
         variable = FIRST + shuffled(random, rows, self.variables)[:, :statements].reshape(rows, self.chains, links)
@@ -125,7 +125,10 @@ class VariableTracking(Generated):
     def guesses(self, batch: Batch) -> dict[str, Tensor]:
         ids = batch.ids.numpy()
         values = ids >= FIRST + self.variables
-        column = {"nearest value": ids.shape[1] - 1 - values[:, ::-1].argmax(axis=1), "first value": values.argmax(axis=1)}
+        column = {
+            "nearest value": ids.shape[1] - 1 - values[:, ::-1].argmax(axis=1),
+            "first value": values.argmax(axis=1),
+        }
         return {
             name: torch.from_numpy(np.take_along_axis(ids, at[:, None], axis=1)).expand_as(batch.targets)
             for name, at in column.items()
