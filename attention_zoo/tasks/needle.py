@@ -13,7 +13,8 @@ Source: Kamradt 2023, "Needle in a haystack"; Hsieh et al. 2024, "RULER", §3.1,
 
 Chance: one over `alphabet`. Trivial rules, with 4 keys of 1 value: the value seen last and the one seen first (each
 one in four, and chance beside), the commonest byte of all values (the same: it is that of one of them). Groups:
-"depth", the tenth of the text in which the value stands, 0...9; "distance" from each byte of it to its question.
+"depth", 0...9, the tenth of the places for a record in which that of the value stands; "distance" from each byte of it
+to its question.
 
 Deviations: random bytes for words and numbers, since models are trained from scratch; RULER shuffles its records with
 one fixed seed for every row, so that they stand at the same places. The text is that of Python's standard library, all
@@ -166,7 +167,8 @@ class Needle(Generated):
         targets, distance, depth = (np.full((rows, length), fill) for fill in (IGNORED, -1, -1))
         targets[:, place] = answer.reshape(rows, -1)
         distance[:, place] = place - evidence
-        depth[:, place] = evidence * 10 // context
+        first = np.take_along_axis(start, asked, axis=1).repeat(size, axis=1)
+        depth[:, place] = first * 10 // (context - self.record + 1)
         return of(ids, targets, groups={"distance": distance, "depth": depth})
 
     @property
