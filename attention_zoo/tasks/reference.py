@@ -1,13 +1,16 @@
 """References: a source of definitions and references far apart; write the values of the references in their order.
 
-    source   . 2 = f . a = 7 . f = a . . b = 3 . 1 = b . e = 5 .
-    target   3 7 end           reference 1 says b, b is 3; reference 2 says f, f is a, a is 7
+    source   . #2 a . . a 7 c 5 . #1 b . b 3 . . .
+    target   3 7 end           reference #1 says b, and b is 3; #2 says a, and a is 7
 
-Rules: a record is three tokens, "left = right". A reference has its number on the left and a name on the right; with
-`hops` h the name leads over h - 1 further names to a value. Names are drawn without repetition, values independently;
-`spare` chains are referred to by nobody. All records stand in random order at random places, fillers between them. The
-target is the value of reference 1, of 2, and so on, and an end token. The decoder reads a beginning token and the
-target before each place.
+Rules: a record is two tokens. A reference is a number and a name; with `hops` h the name leads over h - 1 records of
+two names to one of a name and a value. Names are drawn without repetition, values independently; to `spare` chains
+nobody refers. All records stand in random order at random places, fillers between them. The target is the value of
+reference #1, of #2, and so on, and an end token. The decoder reads a beginning token and the target before each place.
+
+A share `direct` of the training batches is a first lesson: their references hold a value instead of a name. A decoder
+that does not yet look at the right reference gives the encoder no reason to link, and the other way round; without such
+batches a small model stays long where it knows neither. No evaluation set has them.
 
 Why a decoder of depth 1: its one cross-attention finds the reference of its place, and can look up nothing more. So the
 link from a reference to its value must be in what the encoder hands over. Copying, sorting and span reconstruction are
@@ -30,12 +33,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from attention_zoo.options import Natural, Positive, checked
-from attention_zoo.tasks.generated import Generated, of
+from attention_zoo.options import Natural, Positive, Probability, checked
+from attention_zoo.tasks.generated import Generated, Setting, of
 from attention_zoo.tasks.task import Batch
 
-BEGIN, END, PAD, IS = range(4)
-RECORD = 3
+BEGIN, END, PAD, FIRST = range(4)
+RECORD = 2
 """Tokens of a record."""
 Small = Annotated[int, Field(ge=1, le=2**16)]
 
@@ -48,6 +51,7 @@ class Reference(Generated):
         spare: chains of definitions that nobody refers to.
         hops: steps from a reference's name to its value; 1: the name is defined as the value.
         names, values, fillers: numbers of different ids.
+        direct: share of the training batches whose references hold the value itself.
         shortest: tokens of the shortest sources; longer ones up to `seq_len` are as frequent, and all are padded on the
             right. None: every source has `seq_len`.
         test: lengths of further evaluation sets.
@@ -68,16 +72,17 @@ class Reference(Generated):
         names: Small = 16,
         values: Small = 8,
         fillers: Small = 8,
+        direct: Probability = 0.25,
         shortest: Positive | None = None,
         test: Sequence[Positive] = (),
         test_examples: Positive = 1000,
     ):
         self.references, self.chains, self.hops, self.shortest = references, references + spare, hops, shortest
-        self.values, self.test, self.test_examples = values, test, test_examples
+        self.direct, self.values, self.test, self.test_examples = direct, values, test, test_examples
         if names < self.chains * hops:
             raise ValueError(f"names must be at least (references + spare) * hops, {self.chains * hops}, got {names}")
         # ids: special, numbers of references, names, values, fillers
-        self.first_name = IS + 1 + references
+        self.first_name = FIRST + references
         self.first_value = self.first_name + names
         self.first_filler = self.first_value + values
         self.vocab = self.first_filler + fillers
@@ -94,8 +99,14 @@ class Reference(Generated):
                 f"got {self.shortest}"
             )
 
-    def draw(self, random: np.random.Generator, rows: int, length: int, **changes: Any) -> Batch:
-        records, names = self._records(random, rows)
+    def trained(self, seq_len: int) -> list[tuple[Setting, float]]:
+        lesson = (Setting(seq_len, (("direct", True),)), self.direct)
+        return [*([lesson] if self.direct else []), (Setting(seq_len), 1 - self.direct)]
+
+    def draw(
+        self, random: np.random.Generator, rows: int, length: int, *, direct: bool = False, **changes: Any
+    ) -> Batch:
+        records, answers = self._records(random, rows, direct)
         sizes = random.integers(self.shortest or length, length + 1, (rows, 1))
         starts = _starts(random, sizes, length, self.records)
         order = random.permuted(np.tile(np.arange(self.records), (rows, 1)), axis=1)
@@ -105,14 +116,13 @@ class Reference(Generated):
             np.put_along_axis(source, at + offset, records[..., offset], 1)
         valid = np.arange(length) < sizes
         source[~valid] = PAD
-        answers = records[:, -self.chains :][:, : self.references, 2]
         begin, end = np.full((rows, 1), BEGIN), np.full((rows, 1), END)
         targets = np.concatenate([answers, end], 1)
         # record c + chains * h is step h of chain c; a chain starts at its reference
         stops = np.concatenate([at[:, : self.references]] + [
             at[:, first : first + self.references] for first in self._firsts()
         ], 1).reshape(rows, self.hops + 1, self.references)  # fmt: skip
-        gaps = np.abs(np.diff(stops, axis=1)).max(1)
+        gaps = np.abs(np.diff(stops, axis=1)).max(1) * (not direct)
         return of(
             np.concatenate([begin, targets[:, :-1]], 1),
             targets,
@@ -125,15 +135,18 @@ class Reference(Generated):
         """Of each hop the record of chain 0."""
         return range(self.references, self.records, self.chains)
 
-    def _records(self, random: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """[B, records, 3]: the references, then hop by hop a record of each chain."""
+    def _records(self, random: np.random.Generator, rows: int, direct: bool) -> tuple[np.ndarray, np.ndarray]:
+        """[B, records, 2]: the references, then hop by hop a record of each chain; [B, references]: what is asked."""
         known = self.first_value - self.first_name
         names = random.random((rows, known)).argsort(1)[:, : self.chains * self.hops] + self.first_name
         values = random.integers(self.first_value, self.first_filler, (rows, self.chains))
-        numbers = np.tile(np.arange(IS + 1, self.first_name), (rows, 1))
+        numbers = np.tile(np.arange(FIRST, self.first_name), (rows, 1))
+        named = names[:, : self.references]
+        if direct:
+            named = random.integers(self.first_value, self.first_filler, named.shape)
         left = np.concatenate([numbers, names], 1)
-        right = np.concatenate([names[:, : self.references], names[:, self.chains :], values], 1)
-        return np.stack([left, np.full_like(left, IS), right], 2), names
+        right = np.concatenate([named, names[:, self.chains :], values], 1)
+        return np.stack([left, right], 2), named if direct else values[:, : self.references]
 
     def baselines(self, seq_len: int) -> dict[str, float]:
         whole = self.batch("test", (), self.test_examples, self.trained(seq_len)[-1][0])
@@ -145,7 +158,7 @@ class Reference(Generated):
         assert batch.source is not None
         source, places = batch.source, torch.arange(batch.source.shape[1])
         is_value = (source >= self.first_value) & (source < self.first_filler)
-        numbers = torch.arange(IS + 1, self.first_name)
+        numbers = torch.arange(FIRST, self.first_name)
         where = (source[:, None] == numbers[:, None]).long().argmax(2)  # [B, references]
         far = (where[..., None] - places).abs().masked_fill(~is_value[:, None], source.shape[1])
         found = is_value.long().argsort(dim=1, descending=True, stable=True)[:, : self.references]
