@@ -4,14 +4,14 @@
     types  0 0 0 0 0 0 0 0 0 0 0   0   1 1 1 1 1 1 1 1 1         [SEP]: id 256
 
 Source: Tay et al. 2021, "Long Range Arena", §2.2.3, on Radev et al. 2013. The files new_aan_pairs.train.tsv, .eval.tsv
-and .test.tsv have five fields and no header: label (0 or 1), two ids, two texts. A release with the ids alone is refused,
-since the texts are what is read.
+and .test.tsv have five fields and no header: label (0 or 1), two ids, two texts. A release with the ids alone is
+refused, since the texts are what is read.
 
 Chance and "majority" are about 50 %.
 
 Deviations: the paper encodes each text apart and compares the two vectors. Here one row holds both, with a separator
-and token types, as BERT reads pairs, so that every mechanism takes part unchanged; attention may look from one text into
-the other, which the paper's cannot, and figures are not those of its table. Each text is cut at half of the row,
+and token types, as BERT reads pairs, so that every mechanism takes part unchanged; attention may look from one text
+into the other, which the paper's cannot, and figures are not those of its table. Each text is cut at half of the row,
 (seq_len - 1) // 2 bytes: 8,001 tokens hold the published 4,000 of each. Padding is masked, not a token.
 """
 
