@@ -293,8 +293,8 @@ def test_documents_that_repeat_training_are_not_evaluated(folder: Path) -> None:
 def test_the_share_that_is_known_is_counted_within_files() -> None:
     draw = random.Random(2)
     one, two = (bytes(draw.randrange(256) for _ in range(300)) for _ in range(2))
-    seen = [("a", one[:200]), ("b", two)]
-    shares = known_share([("x", one), ("y", two[50:]), ("z", b"short"), ("w", one[150:] + two[:49])], seen)
+    seen = (("a", one[:200]), ("b", two))
+    shares = known_share((("x", one), ("y", two[50:]), ("z", b"short"), ("w", one[150:] + two[:49])), seen)
     expected = []
     for raw in (one, two[50:], b"short", one[150:] + two[:49]):
         strings = {raw[i : i + SHINGLE] for i in range(len(raw) - SHINGLE + 1)}

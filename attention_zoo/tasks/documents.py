@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import importlib.util
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -29,6 +29,7 @@ from pydantic import Field
 
 from attention_zoo.options import Share, checked
 from attention_zoo.options import Text as Words
+from attention_zoo.tasks.compress import Kept, compressed, compression
 from attention_zoo.tasks.corpus import (
     OWN_SKIPPED,
     SKIPPED,
@@ -56,10 +57,12 @@ class Documents(NamedTuple):
     Fields:
         parts: "train", "validation", and "test" and "held_out" where there are such.
         dropped: sizes of the documents that repeat training too much.
+        kept: bytes before and after compression.
     """
 
     parts: dict[str, list[File]]
     dropped: list[int]
+    kept: Kept
 
 
 class DocumentTask(Task):
@@ -80,6 +83,8 @@ class DocumentTask(Task):
         validation: share of the files (of the bytes, where there are fewer files than parts) kept for validation.
         test: the same for the test; 0 for none.
         duplicates: largest share of a document's 50-byte shingles that may stand in training, for it to be evaluated.
+        compress: how each document is shortened once those that repeat training are gone, as a mapping
+            {method, budget}; see `compress`. None leaves it whole.
 
     Raises:
         ValueError: for a missing path or package, naming it.
@@ -100,6 +105,7 @@ class DocumentTask(Task):
         validation: Between = 0.05,
         test: Below = 0.1,
         duplicates: Share = 0.05,
+        compress: Mapping[str, Any] | None = None,
     ):
         if validation + test >= 1:
             raise ValueError(f"validation and test must leave a share for training, got {validation} and {test}")
@@ -114,6 +120,7 @@ class DocumentTask(Task):
         self.source = path or "standard library"
         self.held_out, self.max_bytes, self.held_out_bytes = held_out, max_bytes, held_out_bytes
         self.validation, self.test, self.duplicates = validation, test, duplicates
+        self.compression = None if compress is None else compression(**compress)
 
     @cached_property
     def documents(self) -> Documents:
@@ -134,7 +141,7 @@ class DocumentTask(Task):
         dropped = []
         if self.duplicates < 1 and compared:
             shares = iter(np.split(
-                known_share([file for part in compared.values() for file in part], train),
+                known_share(tuple(file for part in compared.values() for file in part), tuple(train)),
                 np.cumsum([len(part) for part in compared.values()]),
             ))  # fmt: skip
             for name, part in compared.items():
@@ -146,7 +153,12 @@ class DocumentTask(Task):
                         f"task.duplicates must leave a document for {NAMES[name]}, got {self.duplicates}: each repeats "
                         f"training more than that; give other text, or task.duplicates=1"
                     )
-        return Documents({"train": train, **others}, dropped)
+        parts = {"train": train, **others}
+        total = sum(len(raw) for part in parts.values() for _, raw in part)
+        if self.compression is None:
+            return Documents(parts, dropped, Kept(total, total))
+        parts = {name: compressed(part, self.compression)[0] for name, part in parts.items()}
+        return Documents(parts, dropped, Kept(total, sum(len(raw) for part in parts.values() for _, raw in part)))
 
     @cached_property
     def corpora(self) -> dict[str, Corpus]:
@@ -165,6 +177,8 @@ class DocumentTask(Task):
                 found[name] = self.held_out
             found |= {f"{name}_bytes": len(corpus.data), f"{name}_files": len(corpus.ends)}
         found |= {"dropped_bytes": sum(self.documents.dropped), "dropped_files": len(self.documents.dropped)}
+        if self.compression is not None:
+            found["kept_share"] = self.documents.kept.share
         if self.sha256 is not None:
             found["sha256"] = self.sha256.lower()
         return found | {"digest": digest([corpus.digest for corpus in self.corpora.values()])}

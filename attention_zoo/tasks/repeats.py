@@ -15,7 +15,6 @@ them right, whatever it knows of the text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -53,7 +52,8 @@ def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
     return found[0], found[1]
 
 
-def known_share(files: Sequence[File], seen: Sequence[File]) -> np.ndarray:
+@lru_cache(maxsize=4)
+def known_share(files: tuple[File, ...], seen: tuple[File, ...]) -> np.ndarray:
     """[files], the share of each file's shingles that stand in a file of `seen`; 0 for a file shorter than one."""
     mine = [np.unique(_of(raw)) for _, raw in files]
     sizes = np.array([len(each) for each in mine])
