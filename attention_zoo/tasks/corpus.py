@@ -26,9 +26,11 @@ import numpy as np
 from attention_zoo.rules import shown
 from attention_zoo.tasks.task import digest
 
-SKIPPED = frozenset({"__pycache__", "site-packages", "dist-packages", "node_modules", "test", "tests", "idle_test"})
-"""Folders of installed source that are left out: other people's packages, and tests, whose long literal tables are no
-prose of code."""
+SKIPPED = frozenset(
+    {"__pycache__", "site-packages", "dist-packages", "node_modules", "test", "tests", "idle_test", "pydoc_data"}
+)
+"""Folders of installed source that are left out: other people's packages, tests, whose long literal tables are no prose
+of code, and the help texts, which are one file of three quarters of a megabyte."""
 OWN_SKIPPED = ("__pycache__",)
 """Folders of one's own text that are left out: what Python made there."""
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")

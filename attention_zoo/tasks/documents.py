@@ -101,7 +101,7 @@ class DocumentTask(Task):
         hidden: bool = False,
         held_out: Words | None = "torch",
         max_bytes: Bytes | None = 8_000_000,
-        held_out_bytes: Bytes | None = 1_000_000,
+        held_out_bytes: Bytes | None = 300_000,
         validation: Between = 0.05,
         test: Below = 0.1,
         duplicates: Share = 0.05,
