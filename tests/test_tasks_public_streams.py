@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from attention_zoo.tasks import Text
 from attention_zoo.tasks.public import enwik8, sums
 from attention_zoo.tasks.public.enwik8 import Enwik8
 from attention_zoo.tasks.public.pg19 import Pg19
@@ -290,3 +291,16 @@ def test_a_copy_on_the_hub_is_fetched_and_read_like_any_folder(wiki: Path, monke
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="which takes the package huggingface_hub: pip install huggingface_hub"):
         Enwik8(path="hf:someone/enwik8", split=SPLIT)
+
+
+def test_any_other_folder_is_read_as_it_is_by_the_text_task(tmp_path: Path) -> None:
+    (tmp_path / "sub folder" / "é").mkdir(parents=True)
+    (tmp_path / "crlf.txt").write_bytes(b"line\r\nline\r\n" * 200)
+    (tmp_path / "utf16.log").write_text("wörter " * 300, encoding="utf-16")
+    (tmp_path / "sub folder" / "é" / "no ending").write_bytes(bytes(range(256)) * 20)
+    task = Text(path=str(tmp_path), held_out=None)
+    task.check(64)
+    told = task.describe(64)
+    sizes = [path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(value for name, value in told.items() if name.endswith("_bytes")) == sum(sizes)
+    assert next(task.train_batches(2, 64, seed=0)).ids.shape == (2, 64)

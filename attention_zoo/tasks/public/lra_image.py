@@ -70,7 +70,7 @@ def _records(file: Path, source: Source) -> np.ndarray:
     return records
 
 
-class CifarGrey(Labelled):
+class LraImage(Labelled):
     """Classification of CIFAR-10's pictures in shades of grey.
 
     Args:

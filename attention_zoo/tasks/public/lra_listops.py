@@ -67,7 +67,7 @@ def _words(text: bytes) -> list[bytes]:
     return text.translate(None, b"()").split()
 
 
-class ListOps(Labelled):
+class LraListOps(Labelled):
     """Classification of ListOps' expressions by their value.
 
     Args:

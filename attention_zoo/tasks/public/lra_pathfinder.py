@@ -64,7 +64,7 @@ def _pixels(path: Path, source: Source) -> np.ndarray:
         raise source.wrong(path, "the file must be an image", " ".join(str(error).split())) from None
 
 
-class Pathfinder(Labelled):
+class LraPathfinder(Labelled):
     """Classification of Pathfinder's drawings.
 
     Args:

@@ -53,7 +53,7 @@ class Pairs:
         return np.concatenate([first, [SEPARATOR], second])
 
 
-class AanPairs(Labelled):
+class LraRetrieval(Labelled):
     """Byte-level classification of pairs of papers.
 
     Args:

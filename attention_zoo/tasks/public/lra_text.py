@@ -55,7 +55,7 @@ class Reviews:
             raise self.source.unreadable(error) from None
 
 
-class ImdbBytes(Labelled):
+class LraText(Labelled):
     """Byte-level classification of IMDb's reviews.
 
     Args:
