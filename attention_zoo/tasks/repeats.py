@@ -5,8 +5,7 @@ stand for the bytes: with S_i = sum over j < i of r(byte j) m^j and m odd, the s
 that all of a text take one pass of additions. Two different shingles meet with a chance of about 2^-64 each.
 
 Near-duplicates: a document for evaluation of which more than a share of its 50-byte shingles stand anywhere in training
-is left out, rather than the training document, so that what is trained on does not depend on what is evaluated. Licence
-texts and import blocks alone stay below 5 %; a copied module does not.
+is left out, rather than the training document, so that what is trained on does not depend on what is evaluated.
 
 Recall hits (Arora et al. 2023 count those of bigrams): the bytes of a row that end a string of nine or more bytes which
 stood in the same row before; the group is the distance d to the latest time. A model that copies from d bytes ago has
