@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from attention_zoo.tasks import Text
+from attention_zoo.tasks import Text, repeats
 from attention_zoo.tasks.ngrams import bits_per_byte
 from attention_zoo.tasks.repeats import CONTEXT, SHINGLE, known_share, recall_distance, shingles
 from attention_zoo.tasks.text import cut_spans, join_files, list_files, read_files, split_files
@@ -290,7 +290,7 @@ def test_documents_that_repeat_training_are_not_evaluated(folder: Path) -> None:
     assert target in {name for name, _ in task(folder, test=0.2, duplicates=1).documents.parts["test"]}
 
 
-def test_the_share_that_is_known_is_counted_within_files() -> None:
+def test_the_share_that_is_known_is_counted_within_files(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = random.Random(2)
     one, two = (bytes(draw.randrange(256) for _ in range(300)) for _ in range(2))
     seen = (("a", one[:200]), ("b", two))
@@ -300,6 +300,25 @@ def test_the_share_that_is_known_is_counted_within_files() -> None:
         strings = {raw[i : i + SHINGLE] for i in range(len(raw) - SHINGLE + 1)}
         expected.append(sum(any(s in text for _, text in seen) for s in strings) / max(1, len(strings)))
     assert shares.tolist() == pytest.approx(expected)
+    monkeypatch.setattr(repeats, "MOST", 100)
+    sampled = known_share((("x", one), ("y", two[50:]), ("z", b"short")), seen)
+    assert sampled.tolist() == pytest.approx([expected[0], 1, 0], abs=0.15), "from a fifth of the shingles"
+
+
+def test_a_part_of_repeats_alone_is_drawn_larger(tmp_path: Path) -> None:
+    draw = random.Random(5)
+    for index in range(30):
+        (tmp_path / f"{index}.txt").write_bytes(bytes(draw.randrange(256) for _ in range(300)))
+    first = task(tmp_path, validation=0.01, test=0).documents.parts
+    ((name, _),) = first["validation"]
+    (tmp_path / name).write_bytes(first["train"][0][1])
+    read_files.cache_clear()
+    found = task(tmp_path, validation=0.01, test=0)
+    names = {part: {name for name, _ in files} for part, files in found.documents.parts.items()}
+    assert 1 <= len(names["validation"]) <= 8
+    assert name not in names["validation"]
+    assert not names["validation"] & names["train"]
+    assert len(names["train"]) + len(names["validation"]) + found.describe(16)["dropped_files"] == 30
 
 
 def test_nothing_left_to_evaluate_is_said(tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_a_damaged_record_is_told_and_run_again(
     if not (name == "metrics.jsonl" and content in ("empty", "bytes", "list", "deep", "half")) and content != "object":
         # a last line without an end is what a crash leaves, and no news
         assert f"{tmp_path / name}" in capsys.readouterr().err
-    assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [2, 2, 2]
+    assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [2, 2, 2, 2]
     assert run_training(config, tmp_path) == row, "the new record stands"
 
 

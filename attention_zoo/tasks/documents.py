@@ -12,7 +12,8 @@ same is on the package index, such as
     pip download --no-deps --no-binary :all: sympy==1.14.0     # then task.path=sympy-1.14.0.tar.gz task.suffix=.py
     task.sha256=d3d3fe8df1e5a0b42f0e7bdf50541697dbe7d23746e894990c030e2b05e72517
 
-Documents for evaluation that repeat training are left out (`repeats`); the parts of one file that was cut are not.
+Documents for evaluation that repeat training are left out (`repeats`); where that leaves nothing of a part, its share
+is doubled. The pieces of a file that was cut are not compared.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 from pydantic import Field
 
 from attention_zoo.options import Share, checked
@@ -131,34 +131,53 @@ class DocumentTask(Task):
         if not any(raw for _, raw in files):
             ending = f" ending in {self.suffix}" if self.suffix else ""
             raise ValueError(f"task.path={self.root} holds no non-empty file{ending}")
-        train, validation, test = split_files(files, self.validation, self.test)
-        others = {"validation": validation} | ({"test": test} if self.test else {})
-        cut = not {name for name, _ in train}.isdisjoint(name for part in others.values() for name, _ in part)
-        compared = {} if cut else dict(others)
+        parts, dropped = self._split(files)
         if self.held_root is not None:
-            held = read_files(self.held_root, ".py", self.held_out_bytes, tuple(sorted(SKIPPED)))
-            others["held_out"] = compared["held_out"] = list(held)
-        dropped = []
-        if self.duplicates < 1 and compared:
-            shares = iter(np.split(
-                known_share(tuple(file for part in compared.values() for file in part), tuple(train)),
-                np.cumsum([len(part) for part in compared.values()]),
-            ))  # fmt: skip
-            for name, part in compared.items():
-                apart = next(shares) <= self.duplicates
-                others[name] = [file for file, keep in zip(part, apart) if keep]
-                dropped += [len(file[1]) for file, keep in zip(part, apart) if not keep]
-                if part and not others[name]:
-                    raise ValueError(
-                        f"task.duplicates must leave a document for {NAMES[name]}, got {self.duplicates}: each repeats "
-                        f"training more than that; give other text, or task.duplicates=1"
-                    )
-        parts = {"train": train, **others}
+            held = list(read_files(self.held_root, ".py", self.held_out_bytes, tuple(sorted(SKIPPED))))
+            parts["held_out"], more = self._apart(held, parts["train"])
+            dropped += more
+            if held and not parts["held_out"]:
+                raise ValueError(self._all_repeat("held_out"))
         total = sum(len(raw) for part in parts.values() for _, raw in part)
         if self.compression is None:
             return Documents(parts, dropped, Kept(total, total))
         parts = {name: compressed(part, self.compression)[0] for name, part in parts.items()}
         return Documents(parts, dropped, Kept(total, sum(len(raw) for part in parts.values() for _, raw in part)))
+
+    def _split(self, files: Sequence[File]) -> tuple[dict[str, list[File]], list[int]]:
+        """The parts, and the sizes of the documents that were dropped. A part left empty is drawn larger."""
+        shares = {"validation": self.validation} | ({"test": self.test} if self.test else {})
+        while True:
+            train, *others = split_files(files, shares["validation"], shares.get("test", 0.0))
+            parts = dict(zip(shares, others))
+            if not {name for name, _ in train}.isdisjoint(name for part in parts.values() for name, _ in part):
+                return {"train": train, **parts}, []  # pieces of the same files
+            dropped: list[int] = []
+            for name, part in parts.items():
+                parts[name], more = self._apart(part, train)
+                dropped += more
+            empty = [name for name, part in parts.items() if not part]
+            if not empty:
+                return {"train": train, **parts}, dropped
+            shares |= {name: 2 * shares[name] for name in empty}
+            if sum(shares.values()) >= 1:
+                raise ValueError(self._all_repeat(empty[0]))
+
+    def _apart(self, files: Sequence[File], train: Sequence[File]) -> tuple[list[File], list[int]]:
+        """The files that do not repeat training, and the sizes of those that do."""
+        if self.duplicates == 1:
+            return list(files), []
+        known = known_share(tuple(files), tuple(train)) > self.duplicates
+        return (
+            [file for file, repeats in zip(files, known) if not repeats],
+            [len(file[1]) for file, repeats in zip(files, known) if repeats],
+        )
+
+    def _all_repeat(self, part: str) -> str:
+        return (
+            f"task.duplicates must leave a document for {NAMES[part]}, got {self.duplicates}: each repeats training "
+            f"more than that; give other text, or task.duplicates=1"
+        )
 
     @cached_property
     def corpora(self) -> dict[str, Corpus]:

@@ -2,8 +2,11 @@
 
     p(x | c) = (n(c x) + D(c) p(x | c')) / (n(c) + D(c))
 
-n counts, D(c) is the number of different bytes seen after c, c' is c without its first byte; below the empty context
-every byte has 1/256. An order-3 n-gram has contexts of three bytes. Counting 8 MB takes about two seconds.
+n counts, D(c) is the number of different bytes seen after c, c' is c without its farthest byte; below the empty context
+every byte has 1/256. An order-3 n-gram has contexts of three bytes. Counting 8 MB takes about a second.
+
+For masked bytes there are two of them, one reads backwards: with l before and r after x, taken as independent given x,
+p(x | l, r) ~ p(x | l) p(x | r) / p(x).
 
 A model that does not beat it has not been trained enough to say anything of attention.
 """
@@ -17,22 +20,8 @@ import numpy as np
 from attention_zoo.tasks.corpus import Corpus
 
 ORDER = 3
-
-
-def bits_per_byte(train: Corpus, data: np.ndarray, places: np.ndarray) -> dict[str, float]:
-    """Mean bits of the bytes at `places` in `data`, given the three before each, by the name of the rule.
-
-    Args:
-        train: counted.
-        places: indices; the first bytes of `data` have shorter contexts.
-    """
-    tables = count(train)
-    bits = {}
-    chance = np.full(len(places), 1 / 256)
-    for order, table in enumerate(tables):
-        chance = _refine(table, order, data, places, chance)
-        bits[order] = float(-np.log2(chance).mean())
-    return {f"order-{ORDER} n-gram": bits[ORDER], "unigram": bits[0]}
+BYTES = np.arange(256, dtype=np.uint32)
+NAME = f"order-{ORDER} n-gram"
 
 
 class Table(NamedTuple):
@@ -51,15 +40,18 @@ class Table(NamedTuple):
     kinds: np.ndarray
 
 
-_counted: dict[str, list[Table]] = {}  # of the last text: counting takes longer than all else
+_counted: dict[tuple[str, bool], list[Table]] = {}  # of the last text: counting takes longer than all else
 
 
-def count(train: Corpus) -> list[Table]:
+def count(train: Corpus, backwards: bool = False) -> list[Table]:
     """The tables of orders 0 to `ORDER`; those of the last text are kept."""
-    if train.digest not in _counted:
+    if any(digest != train.digest for digest, _ in _counted):
         _counted.clear()
-        _counted[train.digest] = [_table(train.data, order) for order in range(ORDER + 1)]
-    return _counted[train.digest]
+    key = (train.digest, backwards)
+    if key not in _counted:
+        data = train.data[::-1] if backwards else train.data
+        _counted[key] = [_table(data, order) for order in range(ORDER + 1)]
+    return _counted[key]
 
 
 def _table(data: np.ndarray, order: int) -> Table:
@@ -69,23 +61,73 @@ def _table(data: np.ndarray, order: int) -> Table:
     return Table(codes, counts, after, np.bincount(contexts, minlength=256**order).astype(np.int32))
 
 
-def _refine(table: Table, order: int, data: np.ndarray, places: np.ndarray, chance: np.ndarray) -> np.ndarray:
-    """The chance of each byte given `order` bytes before it, from that given one less."""
-    enough = places >= order
-    asked = _codes(data, order)[places[enough] - order]
-    at = np.searchsorted(table.codes, asked).clip(max=max(0, len(table.codes) - 1))
-    seen = np.where(table.codes[at] == asked, table.counts[at], 0) if len(table.codes) else np.zeros(len(asked))
-    after, kinds = table.after[asked >> 8], table.kinds[asked >> 8]
-    finer = chance.copy()
-    coarse = chance[enough]
-    finer[enough] = np.where(after > 0, (seen + kinds * coarse) / np.maximum(after + kinds, 1), coarse)
-    return finer
-
-
 def _codes(data: np.ndarray, order: int) -> np.ndarray:
-    """Each string of order + 1 bytes as a number, the first byte the highest."""
-    count = max(0, len(data) - order)  # four bytes are the most that a uint32 holds
+    """Each string of order + 1 bytes as a number, the first byte the highest; four bytes fill it."""
+    count = max(0, len(data) - order)
     code = np.zeros(count, np.uint32)
     for byte in range(order + 1):
         code = (code << 8) | data[byte : byte + count]
     return code
+
+
+def chances(tables: list[Table], near: np.ndarray, known: np.ndarray, said: np.ndarray) -> np.ndarray:
+    """The chance of bytes by the highest order of which the context is known.
+
+    Args:
+        tables: of `count`.
+        near: [..., ORDER], the bytes that are read, the nearest first.
+        known: [...], how many of those there are before one is missing.
+        said: the bytes, of a shape that goes with [...].
+    """
+    found = np.full(np.broadcast_shapes(known.shape, said.shape), 1 / 256)
+    context = np.zeros(known.shape, np.uint32)
+    for order, (codes, counts, after, kinds) in enumerate(tables):
+        if order:
+            context = np.where(known >= order, context | near[..., order - 1].astype(np.uint32) << 8 * (order - 1), 0)
+        asked = (context << 8) | said.astype(np.uint32)
+        at = np.searchsorted(codes, asked).clip(max=len(codes) - 1)
+        seen = np.where(codes[at] == asked, counts[at], 0)
+        often, kind = after[context], kinds[context]
+        finer = (seen + kind * found) / np.maximum(often + kind, 1)
+        found = np.where((known >= order) & (often > 0), finer, found)
+    return found
+
+
+def bits_per_byte(train: Corpus, data: np.ndarray, places: np.ndarray) -> dict[str, float]:
+    """Mean bits of the bytes at `places` in `data`, given the three before each, by the name of the rule.
+
+    Args:
+        train: counted.
+        places: indices; the first bytes of `data` have shorter contexts.
+    """
+    near = data[(places[:, None] - 1 - np.arange(ORDER)).clip(min=0)]
+    known = places.clip(max=ORDER)
+    return {
+        NAME: _bits(chances(count(train), near, known, data[places])),
+        "unigram": _bits(chances(count(train), near, known * 0, data[places])),
+    }
+
+
+def _bits(chance: np.ndarray) -> float:
+    return float(-np.log2(chance).mean())
+
+
+def two_sided(train: Corpus, ids: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """[n, 256], the chance of each byte at some places, given the three before and after that are bytes.
+
+    Args:
+        ids: [B, L]; what is no byte, 256 and more, ends a context.
+        rows, columns: [n], the places.
+    """
+    sides = []
+    for backwards in (False, True):
+        step = 1 if backwards else -1
+        at = columns[:, None] + step * (1 + np.arange(ORDER))
+        inside = (at >= 0) & (at < ids.shape[1])
+        near = np.where(inside, ids[rows[:, None], at.clip(0, ids.shape[1] - 1)], 256)
+        known = np.cumprod(near < 256, axis=1).sum(1)
+        sides.append(chances(count(train, backwards), near[:, None] & 255, known[:, None], BYTES))
+    nothing = np.zeros(1, np.int64)
+    alone = chances(count(train), np.zeros((1, ORDER), np.int64), nothing, BYTES)
+    both = sides[0] * sides[1] / alone
+    return both / both.sum(1, keepdims=True)

@@ -5,8 +5,7 @@ stand for the bytes: with S_i = sum over j < i of r(byte j) m^j and m odd, the s
 that all of a text take one pass of additions. Two different shingles meet with a chance of about 2^-64 each.
 
 Near-duplicates: a document for evaluation of which more than a share of its 50-byte shingles stand anywhere in training
-is left out, rather than the training document, so that what is trained on does not depend on what is evaluated. Licence
-texts and import blocks alone stay below 5 %; a copied module does not.
+is left out, rather than the training document, so that what is trained on does not depend on what is evaluated.
 
 Recall hits (Arora et al. 2023 count those of bigrams): the bytes of a row that end a string of nine or more bytes which
 stood in the same row before; the group is the distance d to the latest time. A model that copies from d bytes ago has
@@ -27,6 +26,8 @@ CONTEXT = 8
 """Bytes before a recall hit that stood before the earlier one, too."""
 MULTIPLIER = 0x9E3779B97F4A7C15
 CHUNK = 2**20
+MOST = 2**24
+"""Shingles of training that are held at a time: 128 MiB."""
 
 
 def shingles(data: np.ndarray, size: int) -> np.ndarray:
@@ -52,28 +53,35 @@ def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
     return found[0], found[1]
 
 
-@lru_cache(maxsize=4)
 def known_share(files: tuple[File, ...], seen: tuple[File, ...]) -> np.ndarray:
-    """[files], the share of each file's shingles that stand in a file of `seen`; 0 for a file shorter than one."""
-    mine = [np.unique(_of(raw)) for _, raw in files]
-    sizes = np.array([len(each) for each in mine])
-    asked = np.unique(np.concatenate([np.zeros(0, np.uint64), *mine]))
-    known = np.zeros(len(asked), bool)
-    for _, raw in seen:
-        for start in range(0, len(raw), CHUNK):
-            theirs = np.sort(_of(raw[start : start + CHUNK + SHINGLE - 1]))
-            if len(theirs) and len(asked):
-                place = np.searchsorted(asked, theirs)
-                place[place == len(asked)] = 0
-                known[place[asked[place] == theirs]] = True
+    """[files], the share of each file's shingles that stand in a file of `seen`; 0 for a file shorter than one.
+
+    Of a text of more than `MOST` bytes only those shingles count whose hash is a multiple of some number.
+    """
+    every = max(1, -(-sum(len(raw) for _, raw in seen) // MOST))
+    known = _all(seen, every)
     share = np.zeros(len(files))
-    for index in np.flatnonzero(sizes):
-        share[index] = known[np.searchsorted(asked, mine[index])].mean()
+    for index, (_, raw) in enumerate(files):
+        mine = np.unique(_of(raw, every))
+        if len(mine) and len(known):
+            at = np.searchsorted(known, mine).clip(max=len(known) - 1)
+            share[index] = (known[at] == mine).mean()
     return share
 
 
-def _of(raw: bytes) -> np.ndarray:
-    return shingles(np.frombuffer(raw, np.uint8), SHINGLE)
+@lru_cache(maxsize=2)
+def _all(files: tuple[File, ...], every: int) -> np.ndarray:
+    """The shingles of all files, sorted; kept, since several parts are compared with the same training."""
+    found = [np.zeros(0, np.uint64)]
+    for _, raw in files:
+        for start in range(0, len(raw), CHUNK):
+            found.append(_of(raw[start : start + CHUNK + SHINGLE - 1], every))
+    return np.sort(np.concatenate(found))
+
+
+def _of(raw: bytes, every: int) -> np.ndarray:
+    found = shingles(np.frombuffer(raw, np.uint8), SHINGLE)
+    return found if every == 1 else found[found % np.uint64(every) == 0]
 
 
 def recall_distance(rows: np.ndarray) -> np.ndarray:
