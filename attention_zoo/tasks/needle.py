@@ -40,7 +40,7 @@ from attention_zoo.tasks.placement import scattered, shuffled
 from attention_zoo.tasks.task import IGNORED, Batch, digest
 
 RECORD, QUESTION = 0xF5, 0xF6
-LETTERS = 0x40
+LETTERS = 0x80
 """Bytes of keys and values begin here, where there is room for all of the alphabet: letters, as the text has them."""
 
 
