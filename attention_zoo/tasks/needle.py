@@ -40,8 +40,8 @@ from attention_zoo.tasks.placement import scattered, shuffled
 from attention_zoo.tasks.task import IGNORED, Batch, digest
 
 RECORD, QUESTION = 0xF5, 0xF6
-LETTERS = 0x80
-"""Bytes of keys and values begin here, where there is room for all of the alphabet: letters, as the text has them."""
+LOWEST = 0x80
+"""Keys and values begin here, where there is room for all of the alphabet: bytes that ASCII text does not hold."""
 
 
 class Needle(Generated):
@@ -52,7 +52,8 @@ class Needle(Generated):
         values: records of each key.
         queries: keys that are asked for.
         key_bytes, value_bytes: of a record.
-        alphabet: number of bytes that keys and values are drawn from.
+        alphabet: number of bytes that keys and values are drawn from: up to 117 of them are none that ASCII text has,
+            so that each says that it is of a record; with letters of the text models learn several times as slowly.
         path: a file or folder of your own text; None reads the source of Python's standard library.
         suffix: ending of the files to take from a folder; None takes all.
         max_bytes: about how much text to read.
@@ -173,7 +174,7 @@ class Needle(Generated):
 
     @property
     def _lowest(self) -> int:
-        return max(0, min(LETTERS, RECORD - self.alphabet))
+        return max(0, min(LOWEST, RECORD - self.alphabet))
 
     def _keys(self, random: np.random.Generator, rows: int) -> np.ndarray:
         """[rows, keys, key_bytes]: one key, and others that differ from it in one byte each."""
