@@ -1,6 +1,6 @@
 """Variable tracking: chains of assignments stand in any order, and the value at the end of one is asked for.
 
-    ids      _ c = a _ _ b = Q f = b _ a = P _ ? c      hops 1, chains 2: c = a, a = P; f = b, b = Q
+    ids      _ : c a _ _ : b Q : f b _ : a P _ ? c      hops 1, chains 2: c is a, a is P; f is b, b is Q
     targets  . . . . . . . . . . . . . . . . . . P      _: filler
 
 Rules: each of `chains` chains gives a value to a variable, and that variable to the next, `hops` times. All variables
@@ -33,7 +33,7 @@ from attention_zoo.tasks.placement import scattered, shuffled
 from attention_zoo.tasks.task import IGNORED, Batch
 
 FILLER, SET, ASK, FIRST = 0, 1, 2, 3
-"""Ids; from FIRST on stand the variables, then the values."""
+"""Ids; SET begins a statement. From FIRST on stand the variables, then the values."""
 STATEMENT = 3
 
 
@@ -107,7 +107,7 @@ class VariableTracking(Generated):
         variable = FIRST + shuffled(random, rows, self.variables)[:, :statements].reshape(rows, self.chains, links)
         value = FIRST + self.variables + shuffled(random, rows, self.values)[:, : self.chains, None]
         right = np.concatenate([value, variable[:, :, :-1]], axis=2)
-        text = np.stack([variable, np.full_like(variable, SET), right], axis=3).reshape(rows, statements, STATEMENT)
+        text = np.stack([np.full_like(variable, SET), variable, right], axis=3).reshape(rows, statements, STATEMENT)
 
         context = length - 2 * self.queries
         start = scattered(random, rows, statements, STATEMENT, context)
