@@ -205,9 +205,10 @@ def test_the_default_preset_measures_and_trains_what_it_says():
     assert {(c.heads, c.head_width, c.batch, c.dtype, c.phase, c.variant, c.causal) for c in cells} == {
         (8, 64, 1, "float32", "forward_backward", "layer", True)
     }
+    assert sum(plan.seconds for plan in config.trainings.values()) <= 300
     for run in config.runs():
         assert run.config["threads"] == 1
-        assert run.config["trainer"]["max_seconds"] <= 110
+        assert run.config["trainer"]["max_seconds"] is None, "steps are equal: a limit would cut the slower ones short"
         if "mqar" in run.name:
             assert run.config["model"]["short_conv"] == 3
             assert run.config["seq_len"] == 64

@@ -208,7 +208,7 @@ def test_learned_positions_of_a_scale() -> None:
     ({"norm": {"name": "rms", "epsilon": 1}}, "norm=rms has no option epsilon; it has eps"),
     ({"norm": {"eps": 1}}, "norm must be a word, or a mapping with a name and options, got {'eps': 1}"),
     ({"norm": 3}, "norm must be a word, or a mapping"),
-    ({"norm": {"name": "batch"}}, "norm must be one of layer, rms, got 'batch'"),
+    ({"norm": {"name": "group"}}, "norm must be one of layer, rms, batch, got 'group'"),
     (
         {"feed_forward": {"name": "relu", "wide": 3}},
         "feed_forward=relu has no option wide; it has bias, chunks, mult, width",

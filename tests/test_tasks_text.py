@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import random
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,9 @@ import pytest
 import torch
 
 from attention_zoo.tasks import Text
-from attention_zoo.tasks.text import cut_spans, list_files, read_files, split_files
+from attention_zoo.tasks.ngrams import bits_per_byte
+from attention_zoo.tasks.repeats import CONTEXT, SHINGLE, known_share, recall_distance, shingles
+from attention_zoo.tasks.text import cut_spans, join_files, list_files, read_files, split_files
 
 
 @pytest.fixture
@@ -39,15 +44,20 @@ def test_files_are_found_sorted_and_split_by_their_own_name_alone(folder: Path) 
     names = [name for name, _, _ in list_files(folder)]
     assert len(names) == 60
     assert names == sorted(names)
-    train, validation = split_files(read_files(folder, None, None), 0.2)
-    sides = {name: "train" for name, _ in train} | {name: "validation" for name, _ in validation}
-    assert 0 < len(validation) < len(train)
-    assert sorted(sides) == names
+
+    def sides() -> dict[str, int]:
+        return {name: part for part, files in enumerate(split_files(read_files(folder, None, None), 0.2, 0.15))
+                for name, _ in files}  # fmt: skip
+
+    before = sides()
+    counts = [list(before.values()).count(part) for part in range(3)]
+    assert counts[0] > 30
+    assert min(counts[1:]) > 3
+    assert sorted(before) == names
     (folder / "part0" / "new.txt").write_text("more")
     read_files.cache_clear()
-    train, validation = split_files(read_files(folder, None, None), 0.2)
-    after = {name: "train" for name, _ in train} | {name: "validation" for name, _ in validation}
-    assert {name: after[name] for name in sides} == sides
+    after = sides()
+    assert {name: after[name] for name in before} == before
 
 
 def test_digest_names_the_content(folder: Path) -> None:
@@ -69,7 +79,7 @@ def test_a_cap_takes_a_fair_sample_of_whole_files(folder: Path) -> None:
 def test_rows_are_streams_without_gaps_inside_one_document(folder: Path) -> None:
     text = task(folder)
     batches = text.train_batches(4, 32, seed=0)
-    data = text.corpora[0].data.tobytes()
+    data = text.corpora["train"].data.tobytes()
     before = None
     fresh = 0
     for _ in range(40):
@@ -130,36 +140,61 @@ def test_short_files_are_joined_and_every_span_lies_inside_the_text() -> None:
 def test_evaluation_sets_are_fixed_and_apart_from_training(folder: Path) -> None:
     text = task(folder, held_out="attention_zoo", evaluation_rows=5)
     sets = text.evaluation_sets(2, 32)
-    assert list(sets) == ["validation", "held_out"]
+    assert list(sets) == ["validation", "test", "held_out"]
     for found in sets.values():
         one, two = list(found), list(found)
         assert all(torch.equal(a.ids, b.ids) for a, b in zip(one, two, strict=True))
         assert sum(int(batch.fresh.sum()) for batch in one) == 5
-    train = text.corpora[0].data.tobytes()
-    assert not any(bytes(row.tolist()) in train for batch in sets["validation"] for row in batch.ids)
+    train = text.corpora["train"].data.tobytes()
+    for name in ("validation", "test"):
+        assert not any(bytes(row.tolist()) in train for batch in sets[name] for row in batch.ids)
+
+
+def test_every_document_is_evaluated_unless_rows_are_picked(folder: Path) -> None:
+    text = task(folder, test=0.3)
+    data = text.corpora["test"].data.tobytes()
+    spans = cut_spans(text.corpora["test"].ends, 32, 3)
+    assert len(set(spans.segments.tolist())) > 1, "spans of unlike lengths are among them"
+    rows = [row for batch in text.evaluation_sets(4, 32)["test"] for row in batch.ids]
+    assert len(rows) == spans.segments.sum()
+    assert all(bytes(row.tolist()) in data for row in rows)
+    batches = list(task(folder, test=0.3, evaluation_rows=3).evaluation_sets(2, 32)["test"])
+    assert sum(int(batch.fresh.sum()) for batch in batches) == 3
 
 
 def test_one_file_gives_its_end_to_validation(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_bytes(bytes(range(256)) * 40)
-    text = Text(path=str(path), held_out=None, validation=0.25)
-    train, validation = text.corpora
-    assert train.data.tobytes() + validation.data.tobytes() == path.read_bytes()
-    assert len(validation.data) == 2560
+    text = Text(path=str(path), held_out=None, validation=0.25, test=0.125)
+    assert list(text.corpora) == ["train", "validation", "test"]
+    assert b"".join(part.data.tobytes() for part in text.corpora.values()) == path.read_bytes()
+    assert [len(part.data) for part in text.corpora.values()] == [6400, 2560, 1280]
     text.check(64)
 
 
 def test_a_small_folder_still_has_both_sides(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name * 100)
-    train, validation = Text(path=str(tmp_path), held_out=None, validation=0.01).corpora
-    assert len(train.ends) == len(validation.ends) == 1
+    three = Text(path=str(tmp_path), held_out=None, validation=0.01).corpora
+    assert [len(part.ends) for part in three.values()] == [2, 2, 2], "fewer files than parts: each is cut"
+    two = Text(path=str(tmp_path), held_out=None, validation=0.01, test=0, duplicates=1).corpora
+    assert [len(part.ends) for part in two.values()] == [1, 1]
+    (tmp_path / "c.txt").write_text("something else " * 20)
+    read_files.cache_clear()
+    three = Text(path=str(tmp_path), held_out=None, validation=0.01).corpora
+    assert [len(part.ends) for part in three.values()] == [1, 1, 1]
+
+
+def test_shares_must_leave_a_rest(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"validation and test must leave a share for training, got 0.5 and 0.5"):
+        Text(path=str(tmp_path), validation=0.5, test=0.5)
 
 
 def test_the_standard_library_is_there_and_quick_to_read() -> None:
     described = Text(max_bytes=300_000, held_out_bytes=100_000).describe(256)
     assert described["source"] == "standard library"
-    assert 250_000 < described["train_bytes"] + described["validation_bytes"] <= 300_000
+    read = sum(described[name] for name in ("train_bytes", "validation_bytes", "test_bytes", "dropped_bytes"))
+    assert 250_000 < read <= 400_000
     assert 50_000 < described["held_out_bytes"] <= 100_000
     assert len(described["digest"]) == 16
 
@@ -194,7 +229,7 @@ def test_no_folder_of_ones_own_is_left_out_unasked(tmp_path: Path) -> None:
 
     def taken(**options) -> int:
         found = task(tmp_path, **options).describe(16)
-        return found["train_files"] + found["validation_files"]
+        return found["train_files"] + found["validation_files"] + found["test_files"]
 
     assert taken() == 6
     assert taken(skip=["test", "tests"]) == 4
@@ -225,3 +260,137 @@ def test_text_that_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"task.path must be an existing file or folder, got") as caught:
             Text(path=path)
         assert "\n" not in str(caught.value)
+
+
+def test_shingles_are_equal_where_the_strings_are() -> None:
+    draw = random.Random(1)
+    data = bytes(draw.choice(b"ab") for _ in range(600))
+    found = shingles(np.frombuffer(data, np.uint8), 7)
+    strings = [data[i : i + 7] for i in range(len(data) - 6)]
+    assert len(found) == len(strings)
+    assert len(set(found.tolist())) == len(set(strings))
+    assert len({(h, s) for h, s in zip(found.tolist(), strings)}) == len(set(strings))
+    assert len(shingles(np.zeros(6, np.uint8), 7)) == 0
+
+
+def test_documents_that_repeat_training_are_not_evaluated(folder: Path) -> None:
+    plain = task(folder, test=0.2).documents
+    assert plain.dropped == []
+    train = plain.parts["train"]
+    target, other = plain.parts["test"][0][0], plain.parts["validation"][0][0]
+    longest = max(train, key=lambda entry: len(entry[1]))[1]
+    (folder / target).write_bytes(b"new words. " * 3 + longest)
+    (folder / other).write_bytes(bytes(range(256)) * 8 + longest[: SHINGLE + 5])  # about 6 of its 256 shingles: below
+    read_files.cache_clear()
+    text = task(folder, test=0.2)
+    assert [name for name, _ in plain.parts["test"][1:]] == [name for name, _ in text.documents.parts["test"]]
+    assert other in {name for name, _ in text.documents.parts["validation"]}
+    described = text.describe(16)
+    assert (described["dropped_files"], described["dropped_bytes"]) == (1, 33 + len(longest))
+    assert target in {name for name, _ in task(folder, test=0.2, duplicates=1).documents.parts["test"]}
+
+
+def test_the_share_that_is_known_is_counted_within_files() -> None:
+    draw = random.Random(2)
+    one, two = (bytes(draw.randrange(256) for _ in range(300)) for _ in range(2))
+    seen = (("a", one[:200]), ("b", two))
+    shares = known_share((("x", one), ("y", two[50:]), ("z", b"short"), ("w", one[150:] + two[:49])), seen)
+    expected = []
+    for raw in (one, two[50:], b"short", one[150:] + two[:49]):
+        strings = {raw[i : i + SHINGLE] for i in range(len(raw) - SHINGLE + 1)}
+        expected.append(sum(any(s in text for _, text in seen) for s in strings) / max(1, len(strings)))
+    assert shares.tolist() == pytest.approx(expected)
+
+
+def test_nothing_left_to_evaluate_is_said(tmp_path: Path) -> None:
+    for index in range(9):
+        (tmp_path / f"{index}.txt").write_text("the same words again and again. " * 20)
+    with pytest.raises(ValueError, match=r"task.duplicates must leave a document for validation, got 0.05"):
+        task(tmp_path).check(16)
+    task(tmp_path, duplicates=1).check(16)
+
+
+def test_recall_is_the_distance_to_the_latest_time_over_the_whole_row(tmp_path: Path) -> None:
+    draw = random.Random(3)
+    row = bytes(draw.choice(b"ab") for _ in range(400))
+    found = recall_distance(np.frombuffer(row + row[::-1], np.uint8).reshape(2, 400))
+    for line, distances in zip((row, row[::-1]), found):
+        for at in range(400):
+            string = line[at - CONTEXT : at + 1]
+            back = [d for d in range(1, at - CONTEXT + 1) if string == line[at - CONTEXT - d : at + 1 - d]]
+            assert distances[at] == (min(back) if back else -1)
+    (tmp_path / "a.txt").write_bytes(bytes(draw.randrange(256) for _ in range(60)) * 50)
+    text = task(tmp_path)
+    batches = list(text.evaluation_sets(2, 32)["test"])
+    assert all(batch.groups["recall"].shape == batch.targets.shape for batch in batches)
+    farthest = [int(batch.groups["recall"].max()) for batch in batches]
+    assert farthest[:3] == [-1, -1, 60], "what stood in an earlier segment counts: byte 68 is the first to come again"
+    assert next(text.train_batches(2, 32, 0)).groups == {}
+
+
+def test_n_grams_are_smoothed_as_witten_and_bell_say() -> None:
+    draw = random.Random(4)
+    train, other = (bytes(draw.choice(b"aab c") for _ in range(size)) for size in (300, 80))
+    other += b"xa"
+
+    def chance(context: bytes, byte: int) -> float:
+        lower = chance(context[1:], byte) if context else 1 / 256
+        n = len(context)
+        after = [train[i + n] for i in range(len(train) - n) if train[i : i + n] == context]
+        return (after.count(byte) + len(set(after)) * lower) / (len(after) + len(set(after))) if after else lower
+
+    places = np.arange(1, len(other))
+    found = bits_per_byte(join_files([("a", train)]), np.frombuffer(other, np.uint8), places)
+    for name, order in (("unigram", 0), ("order-3 n-gram", 3)):
+        expected = np.mean([-math.log2(chance(other[max(0, i - order) : i], other[i])) for i in places])
+        assert found[name] == pytest.approx(expected)
+    assert sum(chance(b"aab", byte) for byte in range(256)) == pytest.approx(1)
+
+
+def test_the_bar_is_below_chance_on_text_and_not_on_noise(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "a.txt").write_text("It was the best of times, it was the worst of times. " * 100)
+    text = task(tmp_path / "a.txt")
+    assert text.baselines(32)["order-3 n-gram"] < 0.5 < 3 < text.baselines(32)["unigram"] < text.chance(32) == 8
+    assert task(folder).baselines(32)["order-3 n-gram"] > 7.5
+
+
+@pytest.mark.parametrize("ending", [".tar.gz", ".zip"])
+def test_an_archive_is_read_in_memory_as_the_folder_is(folder: Path, tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"archive{ending}"
+    if ending == ".zip":
+        with zipfile.ZipFile(path, "w") as made:
+            for file in sorted(folder.rglob("*.txt"), reverse=True):
+                made.write(file, file.relative_to(folder).as_posix())
+            made.writestr("../outside.md", b"not to be written")
+    else:
+        with tarfile.open(path, "w:gz") as made:
+            made.add(folder, ".")
+            link = tarfile.TarInfo("link.txt")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            made.addfile(link)
+
+    def content(root: Path, most: int | None) -> dict[str, bytes]:
+        return {name.removeprefix("./"): raw for name, raw in read_files(root, ".txt", most)}
+
+    assert content(path, None) == content(folder, None)
+    assert 0 < sum(map(len, content(path, 3000).values())) <= 3000
+    broken = tmp_path / f"broken{ending}"
+    broken.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"task.path: .*broken.* cannot be read"):
+        task(broken).check(16)
+
+
+def test_another_text_than_the_one_named_is_refused(folder: Path, tmp_path: Path) -> None:
+    lines = "".join(
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {name}\n" for name, path, _ in list_files(folder)
+    )
+    right = hashlib.sha256(lines.encode()).hexdigest()
+    assert task(folder, sha256=right.upper()).describe(16)["sha256"] == right
+    (folder / "part0" / "more.txt").write_text("more")
+    with pytest.raises(ValueError, match=rf"task.sha256 must be that of the text, [0-9a-f]* for .*, got '{right}'"):
+        task(folder, sha256=right).check(16)
+    book = tmp_path / "book.txt"
+    book.write_bytes(b"words " * 300)
+    task(book, sha256=hashlib.sha256(b"words " * 300).hexdigest()).check(16)
+    with pytest.raises(ValueError, match="sha256 must be a SHA-256 of 64 hexadecimal digits, got 'abc'"):
+        task(book, sha256="abc")

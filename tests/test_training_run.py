@@ -152,15 +152,15 @@ def test_the_row_has_all_that_a_report_needs(config: dict[str, Any], tmp_path: P
     assert (row["steps"], row["seq_len"], row["batch"], row["seed"]) == (12, 12, 4, 0)
     assert row["curve"][-1][0] == 12
     assert [step for step, _ in row["quality_curve"]] == [4, 8, 12]
-    assert set(row["evaluations"]) == {"validation", "held_out"}
-    assert row["metrics"] == row["evaluations"]["validation"]
-    assert row["metrics"]["bits_per_byte"] == row["quality_curve"][-1][1]
+    assert set(row["evaluations"]) == {"validation", "test", "held_out"}
+    assert row["metrics"] == row["evaluations"]["test"]
+    assert row["evaluations"]["validation"]["bits_per_byte"] == row["quality_curve"][-1][1]
     assert row["loss_by_position"][-1][0] < 36
     loaded = zoo.load(tmp_path / "model.safetensors")
     assert row["parameters"] == sum(parameter.numel() for parameter in loaded.parameters())
     assert row["step_seconds"] * 12 == pytest.approx(row["train_seconds"])
     assert row["tokens_per_second"] == pytest.approx(12 * 48 / row["train_seconds"])
-    assert row["data"]["train_files"] + row["data"]["validation_files"] == 6
+    assert sum(row["data"][f"{part}_files"] for part in ("train", "validation", "test")) == 6
     assert row["environment"]["torch"] == torch.__version__
     assert row["stopped"] == "steps"
     json.dumps(row, allow_nan=False)

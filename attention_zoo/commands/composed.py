@@ -20,6 +20,7 @@ from attention_zoo.commands.help import page
 from attention_zoo.commands.launch import DEBUG, FAILED, OK, ending, say
 from attention_zoo.commands.refusals import choices, flags, of_hydra
 from attention_zoo.commands.work import COMMANDS, Outcome
+from attention_zoo.searchpath import register
 from attention_zoo.settings import one_line, said_of
 
 CONF = "pkg://attention_zoo.conf"
@@ -38,6 +39,7 @@ def run(name: str, words: Sequence[str], program: str) -> int:
     """
     words = flags(words)
     COMMANDS[name].register()
+    register()
     if "--help" in words or "-h" in words:
         print(page(name, [word for word in words if not word.startswith("-")], program))
         return OK

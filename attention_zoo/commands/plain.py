@@ -6,5 +6,6 @@ PLAIN = {
     "generate": "continue a prompt with a trained model",
     "abilities": "what each mechanism can do",
     "kernels": "what would run here, and why",
-    "about": "paper, released code, ours: one mechanism on a page",
+    "tasks": "what can be learned here, and how it is judged",
+    "about": "paper, released code, ours: one mechanism, or one task, on a page",
 }

@@ -1,4 +1,4 @@
-"""What there is, what runs here, and a mechanism on a page: the commands abilities, kernels and about."""
+"""What there is, what runs here, and a mechanism or a task on a page: the commands abilities, kernels, tasks, about."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.table import Table
 from attention_zoo import overview
 from attention_zoo.commands.flags import Flags
 from attention_zoo.commands.plain import PLAIN
+from attention_zoo.tasks import catalogue
 
 
 def run(what: str, words: Sequence[str], program: str) -> None:
@@ -22,14 +23,17 @@ def run(what: str, words: Sequence[str], program: str) -> None:
     parser = Flags(prog=program, description=f"{PLAIN[what].capitalize()}.")
     parser.add_argument("--markdown", action="store_true", help="print Markdown instead of drawing")
     if what == "about":
-        parser.add_argument("name", help="of a mechanism")
+        parser.add_argument("name", help="of a mechanism or a task")
     elif what == "kernels":
         parser.add_argument("--length", type=int, default=4096, help="tokens (default 4096)")
         parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     given = parser.parse_args(words)
     if what == "about":
-        page = overview.about(given.name)
+        page = catalogue.about(given.name) if given.name in catalogue.names() else overview.about(given.name)
         print(page) if given.markdown else Console().print(Markdown(page))
+    elif what == "tasks":
+        listed = catalogue.rows()
+        print(overview.markdown(catalogue.COLUMNS, listed)) if given.markdown else _draw(catalogue.COLUMNS, listed)
     elif what == "abilities":
         rows = overview.abilities_rows()
         if given.markdown:

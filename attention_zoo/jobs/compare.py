@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from attention_zoo import registry
 from attention_zoo.files import plain, write_atomic
+from attention_zoo.jobs.steps import equal_steps
 from attention_zoo.jobs.trainings import Run, RunEvent, run_trainings
 from attention_zoo.locks import owning
 from attention_zoo.measure.cells import SpeedCell, run_cells
@@ -36,7 +37,7 @@ from attention_zoo.report.build import TITLE, build_report
 from attention_zoo.report.patterns import unseen
 from attention_zoo.report.summary import show, write_csv
 from attention_zoo.results.row import Row
-from attention_zoo.rules import OneOf
+from attention_zoo.rules import OneOf, shown
 from attention_zoo.schemas import store
 from attention_zoo.settings import one_line
 from attention_zoo.training.config import check, compose_training
@@ -55,6 +56,8 @@ class TrainingPlan:
         tracker: which of conf/tracker.
         set: values of conf/train.yaml that differ, nested as there: {steps: 200, trainer: {max_seconds: 60}}.
         options: backend -> its own options; a backend without an entry keeps its defaults.
+        seconds: how long all of its trainings may take together: every backend is then trained for the same number of
+            steps, chosen from a few timed steps of each (`jobs.steps`). null: as many steps as `set` or the task says.
     """
 
     task: Text = "text"
@@ -62,6 +65,7 @@ class TrainingPlan:
     tracker: Text = "none"
     set: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False, description="a positive number or null")] | None = None
 
 
 @dataclass
@@ -84,7 +88,7 @@ class CompareConfig:
 
     backends: list[Text] | None = None
     measure: BenchmarkConfig = field(default_factory=BenchmarkConfig)
-    trainings: dict[str, TrainingPlan] = field(default_factory=dict)
+    trainings: dict[str, Any] = field(default_factory=dict)  # TrainingPlan; untyped, so that a word may add one
     seeds: list[SeedOfRun] = field(default_factory=lambda: [0])
     parallel: Annotated[int, Field(ge=1, le=1024)] = 2
     retry: Annotated[str, OneOf("failed")] | None = None
@@ -92,6 +96,9 @@ class CompareConfig:
     picture_length: Annotated[int, Field(ge=1, le=4096)] = 96
     title: Text = TITLE
     output: Text = "runs/compare"
+
+    def __post_init__(self) -> None:
+        self.trainings = {str(name): _plan(str(name), plan) for name, plan in self.trainings.items()}
 
     def names(self) -> list[str]:
         """The backends, each known.
@@ -104,24 +111,47 @@ class CompareConfig:
             registry.recipe(name, option="backends")
         return given
 
-    def runs(self) -> list[Run]:
+    def runs(self, steps: Mapping[str, int] | None = None) -> list[Run]:
         """Every training, one backend after the other within a task, so that a task is complete early.
+
+        Args:
+            steps: of the plans whose number was chosen, by name.
 
         Raises:
             ValueError: for a wrong override or option, naming it.
         """
+        return [run for runs in self.planned(steps).values() for run in runs]
+
+    def planned(self, steps: Mapping[str, int] | None = None) -> dict[str, list[Run]]:
+        """The same by plan."""
         check_fields(CompareConfig, self)
-        found = []
+        found: dict[str, list[Run]] = {}
         _check_options("small", self.small)
         for task, plan in self.trainings.items():
             _check_options(f"trainings.{task}.options", plan.options)
             shared = _shared(task, plan)
+            if steps and task in steps:
+                shared["steps"] = steps[task]
+            found[task] = []
             for seed in self.seeds:
                 for name in self.names():
                     options = {**registry.recipe(name)[1], **(plan.options.get(name) or {})}
                     config = check({**shared, "seed": seed, "backend": name, "attention": _built(name, options)})
-                    found.append(Run(f"{task}-{name}-s{seed}", config))
+                    found[task].append(Run(f"{task}-{name}-s{seed}", config))
         return found
+
+
+def _plan(name: str, given: Any) -> TrainingPlan:
+    """A plan from a mapping; a key that it does not know is refused."""
+    if isinstance(given, TrainingPlan):
+        return given
+    if not isinstance(given, Mapping):
+        raise ValueError(f"trainings.{name} must be a mapping such as {{task: text, model: tiny}}, got {shown(given)}")
+    try:
+        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainingPlan), given))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ValueError(f"trainings.{name}: {one_line(error) or error}") from None
+    return cast(TrainingPlan, made)
 
 
 def _shared(name: str, plan: TrainingPlan) -> dict[str, Any]:
@@ -182,7 +212,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
         )  # fmt: skip
         job = _Job(config, folder, console)
         try:
-            job.run(cells, runs)
+            job.run(cells, config.runs(job.equal_steps()))
         except KeyboardInterrupt:
             if any(row["kind"] != "portrait" for row in job.rows):  # else what an earlier call wrote is better
                 write_results(job.rows, folder, title=config.title)
@@ -225,6 +255,23 @@ class _Job:
             )  # fmt: skip
         self.rows = [*before, *trained]
         self.again = measuring.kinds["skipped"] + training.skipped
+
+    def equal_steps(self) -> dict[str, int]:
+        """The steps of those plans that have seconds instead."""
+        plans = {
+            name: (seconds, [run.config for run in runs])
+            for name, runs in self.config.planned().items()
+            if (seconds := self.config.trainings[name].seconds) is not None
+        }
+        if not plans:
+            return {}
+
+        def say(name: str, steps: int, timed: Mapping[str, float]) -> None:
+            each = ", ".join(f"{backend} {units.seconds(seconds)}" for backend, seconds in timed.items())
+            self.console.print(f"{name}: {steps:,} steps each (a step: {each})", soft_wrap=True, markup=False)
+
+        self.console.print("0/4 steps that every backend can take", style="bold")
+        return equal_steps(plans, self.folder, parallel=self.config.parallel, on_chosen=say)
 
     def _picture(self) -> None:
         """Each in a process of its own: a mechanism may end the one that it runs in."""

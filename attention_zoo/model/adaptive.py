@@ -82,7 +82,11 @@ class AdaptiveEmbedding(nn.Module):
         return self.tables[0].weight
 
     def forward(
-        self, ids: Int[Tensor, "B L"], places: Float[Tensor, "#B L E"] | None = None, types: None = None
+        self,
+        ids: Int[Tensor, "B L"],
+        places: Float[Tensor, "#B L E"] | None = None,
+        types: None = None,
+        valid: Bool[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B L E"]:
         """See `TokenEmbedding`."""
         parts: list[Tensor] = []

@@ -18,22 +18,13 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from attention_zoo.contract import Layer, Output, Source, Tokens, add_losses, known_options, named, one_of
+from attention_zoo.contract import Layer, Output, Source, Tokens, add_losses, known_options, named
 from attention_zoo.model.feed_forward import FeedForward
+from attention_zoo.model.norm import build_norm, normed, refuse_over_batch
 from attention_zoo.model.short_conv import ShortConvolution
-from attention_zoo.options import LARGEST, AboveZero, Named, Positive, Probability, check_values, checked
+from attention_zoo.options import LARGEST, Named, Positive, Probability, checked
 
-NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 Taps = Annotated[int, Field(ge=0, le=LARGEST, description="a number of taps, 0 for none")]
-
-
-def build_norm(norm: Named, dim: int) -> nn.Module:
-    """One of `NORMS` over the last axis. Option: eps, what is added to the variance; default torch's."""
-    name, options = named("norm", norm)
-    one_of(tuple(NORMS), norm=name)
-    known_options(f"norm={name}", options, ("eps",))
-    check_values({"eps": AboveZero | None if name == "rms" else AboveZero}, options, "norm.")
-    return NORMS[name](dim, **options)
 
 
 class Chain(Layer):
@@ -112,7 +103,7 @@ class Branch(Layer):
         choices: tuple[Any, ...] | None = None,
     ) -> Output:
         """What the branch would add to x, before dropout."""
-        hidden = self.norm(x) if self.pre_norm else x
+        hidden = normed(self.norm, x, None if tokens is None else tokens.valid) if self.pre_norm else x
         source = source if self.cross else None
         return self.body(hidden, tokens, state=state, source=source, choices=choices)
 
@@ -127,7 +118,9 @@ class Branch(Layer):
     ) -> Output:
         out = self.undropped(x, tokens, state=state, source=source, choices=choices)
         total = x + self.dropout(out.hidden)
-        return out._replace(hidden=total if self.pre_norm else self.norm(total))
+        if not self.pre_norm:
+            total = normed(self.norm, total, None if tokens is None else tokens.valid)
+        return out._replace(hidden=total)
 
 
 class Block(Chain):
@@ -155,6 +148,10 @@ class Block(Chain):
         feed_forward: Named = "gelu",
         output_dropout: Probability = 0.0,
     ):
+        if getattr(attention, "causal", False):
+            refuse_over_batch(norm, "causal=True")
+        if cross is not None:
+            refuse_over_batch(norm, "cross=True")
         shared: dict[str, Any] = {"dim": dim, "norm": norm, "pre_norm": pre_norm, "output_dropout": output_dropout}
         before = [ShortConvolution(dim=dim, width=short_conv)] if short_conv else []
         branches = [Branch(*before, attention, **shared)]

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attention_zoo.contract import known_options
 from attention_zoo.model.adaptive import AdaptiveEmbedding
-from attention_zoo.model.block import build_norm
+from attention_zoo.model.norm import build_norm, normed
 from attention_zoo.options import Factor, Named, Natural, Positive, Probability, checked
 
 
@@ -58,6 +58,7 @@ class TokenEmbedding(nn.Embedding):
         ids: Int[Tensor, "B L"],
         places: Float[Tensor, "#B L E"] | None = None,
         types: Int[Tensor, "B L"] | None = None,
+        valid: Bool[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B L E"]:
         """Sum of what there is.
 
@@ -65,6 +66,7 @@ class TokenEmbedding(nn.Embedding):
             ids: in [0, vocab).
             places: vectors of the positions.
             types: in [0, types); default 0 everywhere.
+            valid: False at padding, for a norm over the batch; default all.
         """
         x = super().forward(ids) * self.scale
         if places is not None:
@@ -72,7 +74,7 @@ class TokenEmbedding(nn.Embedding):
         if self.types is not None:
             x = x + self.types(torch.zeros_like(ids) if types is None else types)
         if self.norm is not None:
-            x = self.norm(x)
+            x = normed(self.norm, x, valid)
         return self.dropout(x)
 
 

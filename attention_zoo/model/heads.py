@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from attention_zoo.contract import known_options, named, one_of
 from attention_zoo.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
-from attention_zoo.model.block import build_norm
 from attention_zoo.model.embedding import TokenEmbedding
 from attention_zoo.model.feed_forward import ACTIVATIONS
+from attention_zoo.model.norm import build_norm, normed
 from attention_zoo.options import Named, Positive, checked
 from attention_zoo.rules import OneOf
 
@@ -53,7 +53,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B L V"]:
         if self.transform is not None:
-            hidden = self.transform(hidden)
+            hidden = self.transform(hidden, valid)
         return nn.functional.linear(hidden, self.weight, self.bias)
 
 
@@ -65,8 +65,8 @@ class _Transform(nn.Module):
         self.dense, self.norm = nn.Linear(dim, dim), build_norm(norm, dim)
         self.activation = activation
 
-    def forward(self, x: Float[Tensor, "B L E"]) -> Float[Tensor, "B L E"]:
-        return self.norm(ACTIVATIONS[self.activation](self.dense(x)))
+    def forward(self, x: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B L E"]:
+        return normed(self.norm, ACTIVATIONS[self.activation](self.dense(x)), valid)
 
 
 class TokenLabels(nn.Module):

@@ -37,12 +37,13 @@ from attention_zoo.contract import (
     shown,
 )
 from attention_zoo.layout.layout import Layout
-from attention_zoo.model.block import Block, Stack, Taps, build_norm
+from attention_zoo.model.block import Block, Stack, Taps
 from attention_zoo.model.embedding import build_embedding
 from attention_zoo.model.feed_forward import with_flat
 from attention_zoo.model.global_tokens import GlobalTokens, asked_for
 from attention_zoo.model.heads import POOLINGS, build_head, last_valid
 from attention_zoo.model.mechanisms import entries, layers, mechanisms, outer, wrapped
+from attention_zoo.model.norm import build_norm, check_last_only, normed
 from attention_zoo.model.parameters import current_names, parameter_count
 from attention_zoo.model.reversible import ReversibleStack
 from attention_zoo.model.state import Running
@@ -89,7 +90,7 @@ class Transformer(nn.Module):
         positions: sinusoidal | learned | axial (added to embeddings), rotary | alibi (in each attention), relative
             (Transformer-XL's own), none. Options: see `positions/`.
         pre_norm: norm before each branch, or after its addition.
-        norm: layer | rms. Option: eps.
+        norm: layer | rms | batch (two-sided models alone). Options: eps; momentum of batch.
         feed_forward: gelu | gelu_tanh | relu | silu | swiglu. Options: mult, chunks, width, bias; see `FeedForward`.
         ff_mult, ff_chunks: the same as mult and chunks in feed_forward, which they are older than.
         short_conv: taps of a short causal convolution before each attention; 0: none.
@@ -269,25 +270,25 @@ class Transformer(nn.Module):
             tokens, new = _placed(state, tokens, (ids.shape[0], ids.shape[1]), fresh)
         x = self._embed(ids, tokens, types)
         out = self.stack(x, tokens, state=None if state is None else state.layers, source=source)
-        hidden = out.hidden
-        asked = tokens.valid if said and tokens is not None else None
+        hidden, asked = out.hidden, tokens.valid if said and tokens is not None else None
         if last_only:
             hidden, asked = last_valid(hidden, None if _is_dense(tokens) else asked), None
-        hidden = self.norm(hidden)
+        hidden = normed(self.norm, hidden, asked)
         logits = self.head(hidden, asked)
         if new is not None:
             new = new.after(out.state)
         return ModelOutput(logits, hidden, new, dict(out.losses))
 
     def _embed(self, ids: Tensor, tokens: Tokens | None, types: Tensor | None) -> Tensor:
-        if tokens is not None and not _is_dense(tokens):
-            ids = ids.masked_fill(~tokens.valid, 0)
-            types = None if types is None else types.masked_fill(~tokens.valid, 0)
+        valid = None if tokens is None or _is_dense(tokens) else tokens.valid
+        if valid is not None:
+            ids = ids.masked_fill(~valid, 0)
+            types = None if types is None else types.masked_fill(~valid, 0)
         places = None
         if self.positions is not None:
             dtype, last = place_of(self.embedding)[1], self._last_position(tokens)
             places = self.positions(self._positions_of(ids, tokens), dtype, last=last)
-        return self.embedding(ids, places, types)
+        return self.embedding(ids, places, types, valid)
 
     def _last_position(self, tokens: Tokens | None) -> int | None:
         """The largest position of a valid token, where the host knows it."""
@@ -349,6 +350,7 @@ class Transformer(nn.Module):
                     raise ValueError(f"types must lie in [0, {self.types}), got {int(real.min())} to {int(real.max())}")
         if last_only and self.head_name in ("classify", "pretraining"):
             raise ValueError(f"last_only needs a head that answers for each token alone, got head={self.head_name}")
+        check_last_only(self, last_only)
         if source is not None and not self.cross:
             raise ValueError("source needs a model built with cross=True")
         if self.cross and source is None and (state is None or (len(ids) and not bool((state.next > 0).any()))):

@@ -14,7 +14,7 @@ from attention_zoo.report import rows as results
 from attention_zoo.report.charts import Chart, Table
 from attention_zoo.report.costs import MEMORY, TIME, Series, Setting
 from attention_zoo.report.palette import Style, pick, styles
-from attention_zoo.report.quality import Task, metric_words, spoken, value_words
+from attention_zoo.report.quality import SETS, SHARES, Task, metric_words, spoken, value_words
 from attention_zoo.report.rows import BASELINES, LeftOut, Rows
 from attention_zoo.report.summary import Findings, headline, labels, summary
 from attention_zoo.results.row import Row
@@ -209,20 +209,24 @@ def _learning(tasks: list[Task], look: dict[str, Style], show: Any) -> str:
         parts.append(f"<h3>{page.escape(task.title)}</h3>")
         parts.append(page.warning("", [f"{o[0].upper()}{o[1:]}." for o in task.obstacles()]))
         parts.append(page.table(_runs(task)))
-        accuracy = task.metric == "accuracy"
+        share = task.metric in SHARES
+        told = dict.fromkeys(name for each in task.learnt for row in each.rows for name in row.get("by_group") or {})
         main = task.main or "the main evaluation set"
+        during = SETS["validation"] if "validation" in task.sets else main
         parts.append(
             show(
                 learning.accuracy(task, look),
+                *(learning.by_group(task, look, name) for name in told),
                 learning.trajectory(
                     task, look, "loss_by_position", x="tokens read before", title="Loss by position",
                     note=f"{task.title}: loss on {main} by how much of the text came before. A mechanism that carries "
                     "state reads on over segments; the others start each segment afresh.",
                 ),
                 learning.trajectory(
-                    task, look, "quality_curve", x="step", title="Accuracy while training", metric=True,
-                    note=f"{task.title}: on {main}.",
-                ) if accuracy else None,
+                    task, look, "quality_curve", x="step", metric=True,
+                    title=f"{metric_words(task.metric).capitalize()} while training",
+                    note=f"{task.title}: on {during}.",
+                ) if share else None,
                 learning.trajectory(
                     task, look, "curve", x="step", title="Learning curve",
                     note=f"{task.title}: training loss, each point the mean since the point before.",

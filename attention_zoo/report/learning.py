@@ -9,7 +9,8 @@ from attention_zoo.report import units
 from attention_zoo.report.charts import Chart, Table, blank_figure, hover, line_of, log_axis, marker_of, style_of
 from attention_zoo.report.costs import MEMORY, TIME, Series
 from attention_zoo.report.palette import MUTED, Style, pick
-from attention_zoo.report.quality import LEARNT, Learnt, Task, metric_words, spoken
+from attention_zoo.report.quality import LEARNT, SHARES, Learnt, Task, metric_words, spoken
+from attention_zoo.results.row import Row
 
 SHARE_AXIS = {
     "range": [-0.03, 1.05], "tickvals": [0, 0.25, 0.5, 0.75, 1], "ticktext": ["0 %", "25 %", "50 %", "75 %", "100 %"]
@@ -59,7 +60,7 @@ def pareto(task: Task, many: list[Series], length: int, styles: dict[str, Style]
             hoverinfo="skip", legendgroup="front", name="front",
         )  # fmt: skip
         legend.append(("front", Style(MUTED, "none")))
-    if task.metric == "accuracy":
+    if task.metric in SHARES:
         figure.update_yaxes(tickformat=".0%")
     note = f"{task.title}: {task.judged}, beside {noun} of one call at {length:,} tokens."
     bare = dict.fromkeys(each.label for each in task.learnt if each.rows and each not in [point[0] for point in points])
@@ -108,7 +109,7 @@ def trajectory(
         field: of the rows; its values are losses in nats, or with `metric` those of the task's main metric.
     """
     bits = task.metric == "bits_per_byte"
-    share = metric and task.metric == "accuracy"
+    share = metric and task.metric in SHARES
     factor = 1 / math.log(2) if bits and not metric else 1.0
     unit = task.brief if metric else "loss in bits per byte" if bits else "loss in nats"
     figure = blank_figure(x, unit)
@@ -140,9 +141,9 @@ def trajectory(
 
 def accuracy(task: Task, styles: dict[str, Style]) -> Chart | None:
     """Accuracy on every evaluation set, with the bar that full attention must clear."""
-    if task.metric != "accuracy" or not task.sets:
+    if task.metric not in SHARES or not task.sets:
         return None
-    figure = blank_figure("evaluation set", "accuracy of recalled values")
+    figure = blank_figure("evaluation set", metric_words(task.metric))
     figure.update_yaxes(**SHARE_AXIS)
     sets = {name: escape(spoken(name), quote=False) for name in task.sets}
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=list(sets.values()))
@@ -159,5 +160,58 @@ def accuracy(task: Task, styles: dict[str, Style]) -> Chart | None:
         cells.append([learnt.label, *(units.percent(found.get(sets[name])) for name in task.sets), str(learnt.seeds)])
     figure.add_hline(y=LEARNT, line={"color": MUTED, "width": 1, "dash": "dot"})
     note = f"{task.title}. Dotted: the {LEARNT:.0%} that full attention must reach before others are judged by it."
+    if task.bar is not None:
+        figure.add_hline(y=task.bar[1], line={"color": MUTED, "width": 1, "dash": "dash"})
+        note += f" Dashed: {task.bar[0]}, {units.percent(task.bar[1])}."
     table = Table(["", *map(spoken, task.sets), "seeds"], cells)
-    return Chart(f"accuracy-{_slug(task)}", "Recall accuracy", note, figure, table, legend)
+    return Chart(
+        f"accuracy-{_slug(task)}",
+        f"{metric_words(task.metric).capitalize()} by evaluation set",
+        note,
+        figure,
+        table,
+        legend,
+    )
+
+
+def by_group(task: Task, styles: dict[str, Style], name: str) -> Chart | None:
+    """What was answered well by where the evidence stands: one line a group of runs, the mean over its seeds.
+
+    Args:
+        name: of the rows' groups, such as "distance".
+    """
+    lower = task.lower_is_better
+    factor = 1 / math.log(2) if task.metric.startswith("bits_") else 1.0
+    unit = ("loss in bits" if factor != 1.0 else "loss in nats") if lower else "accuracy"
+    figure = blank_figure(spoken(name), unit)
+    if not lower:
+        figure.update_yaxes(**SHARE_AXIS)
+    legend, cells = [], []
+    groups = sorted({point[0] for each in task.learnt for row in each.rows for point in _of_group(row, name)})
+    figure.update_xaxes(type="category", categoryorder="array", categoryarray=[f"{int(group):,}" for group in groups])
+    for learnt in task.learnt:
+        found: dict[float, list[float]] = {}
+        for row in learnt.rows:
+            for group, hit, loss, _ in _of_group(row, name):
+                found.setdefault(group, []).append(loss * factor if lower else hit)
+        if not found:
+            continue
+        style = pick(styles, learnt.label, learnt.backend)
+        means = {group: sum(found[group]) / len(found[group]) for group in sorted(found)}
+        said = [units.fixed(value, 3) if lower else units.percent(value) for value in means.values()]
+        words = [f"{int(group):,}" for group in means]
+        figure.add_scatter(
+            x=words, y=list(means.values()), mode="lines+markers", name=learnt.label, legendgroup=learnt.label,
+            line=line_of(style, 1.5), marker=marker_of(style, 8), hoverinfo="text", cliponaxis=False,
+            hovertext=[hover(learnt.label, f"{spoken(name)} {a}: {b}") for a, b in zip(words, said)],
+        )  # fmt: skip
+        legend.append((learnt.label, style))
+        cells.append([learnt.label, "; ".join(f"{a}: {b}" for a, b in zip(words, said))])
+    if not cells:
+        return None
+    note = f"{task.title}, on {task.main}: a name is the largest of its group."
+    return Chart(f"group-{name}-{_slug(task)}", f"By {spoken(name)}", note, figure, Table(["", unit], cells), legend)
+
+
+def _of_group(row: Row, name: str) -> list[list[float]]:
+    return (row.get("by_group") or {}).get(name) or []

@@ -17,9 +17,18 @@ LEARNT = 0.95
 PARITY = 1.10
 """Models whose parameter counts differ by more than this factor are called out."""
 
-PRIMARY = {"bits_per_byte": True, "accuracy": False, "loss": True}
-"""Metrics that a task may be judged by, in order of preference, and whether lower is better."""
-METRIC_WORDS = {"bits_per_byte": "bits per byte", "accuracy": "accuracy", "loss": "loss (nats)"}
+PRIMARY = {
+    "bits_per_byte": True, "bits_per_masked_byte": True, "exact_match": False, "accuracy": False, "loss": True
+}  # fmt: skip
+"""Metrics that a task may be judged by where its rows do not say, the preferred first, and whether lower is better."""
+METRIC_WORDS = {
+    "bits_per_byte": "bits per byte", "bits_per_masked_byte": "bits per masked byte", "exact_match": "exact match",
+    "accuracy": "accuracy", "loss": "loss (nats)",
+}  # fmt: skip
+SHARES = ("accuracy", "exact_match")
+"""Metrics that are shares of right answers."""
+RESULT = "test"
+"""The evaluation set that a run's result is of, where it has one; else the first."""
 
 
 SETS = {"validation": "the validation set", "held_out": "the held-out set", "test": "the test set"}
@@ -102,7 +111,7 @@ def missing(row: Row) -> str:
 
 
 def value_words(value: float | None, metric: str) -> str:
-    return units.percent(value) if metric == "accuracy" else units.fixed(value, 3)
+    return units.percent(value) if metric in SHARES else units.fixed(value, 3)
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,7 @@ class Task:
         metric: by which runs are judged.
         learnt: the groups of runs.
         variation: in what it differs from other tasks of its name and length; mostly nothing.
+        better: whether a "higher" or a "lower" metric is better, as the rows say; None: they do not.
     """
 
     name: str
@@ -122,10 +132,28 @@ class Task:
     metric: str
     learnt: list[Learnt]
     variation: str = ""
+    better: str | None = None
 
     @property
     def lower_is_better(self) -> bool:
-        return PRIMARY.get(self.metric, True)
+        return PRIMARY.get(self.metric, True) if self.better is None else self.better == "lower"
+
+    @property
+    def bars(self) -> dict[str, float]:
+        """What trivial rules reach on the set of the result, and a blind guess, by name."""
+        rows = [row for each in self.learnt for row in each.rows]
+        found = next((dict(row["baselines"]) for row in rows if row.get("baselines")), {})
+        chance = next((row["chance"] for row in rows if row.get("chance") is not None), None)
+        return found if chance is None else {**found, "chance": chance}
+
+    @property
+    def bar(self) -> tuple[str, float] | None:
+        """The best of the trivial rules: a model that is worse has learnt less than they know."""
+        best = min if self.lower_is_better else max
+        return best(self.bars.items(), key=lambda item: item[1]) if self.bars else None
+
+    def beats(self, value: float | None, bar: float) -> bool:
+        return value is not None and (value < bar if self.lower_is_better else value > bar)
 
     @property
     def named(self) -> str:
@@ -137,9 +165,10 @@ class Task:
 
     @property
     def sets(self) -> list[str]:
-        """Names of the evaluation sets, the main one first."""
+        """Names of the evaluation sets, that of the result first."""
         rows = [row for each in self.learnt for row in each.rows]
-        return list(dict.fromkeys(name for row in rows for name in row.get("evaluations") or {}))
+        names = list(dict.fromkeys(name for row in rows for name in row.get("evaluations") or {}))
+        return sorted(names, key=lambda name: name != RESULT)
 
     @property
     def main(self) -> str | None:
@@ -170,7 +199,13 @@ class Task:
         found = []
         if self.full is None:
             found.append("no full attention to compare with: do not rank")
-        elif self.metric == "accuracy" and (self.full.mean or 0.0) < LEARNT:
+        elif self.bar is not None and not self.beats(self.full.mean, self.bar[1]):
+            name, value = self.bar
+            found.append(
+                f"undertrained: do not rank (full attention itself reached {value_words(self.full.mean, self.metric)}, "
+                f"{name} {value_words(value, self.metric)})"
+            )
+        elif self.metric in SHARES and (self.full.mean or 0.0) < LEARNT:
             found.append(
                 f"undertrained: do not rank (full attention itself reached {units.percent(self.full.mean)}, "
                 f"below {LEARNT:.0%})"
@@ -178,7 +213,7 @@ class Task:
         apart = groups.differing([each.group.shared for each in self.learnt if each.rows])
         if apart:
             found.append(f"the runs differ in more than the mechanism: do not rank ({', '.join(apart)})")
-        if self.metric not in PRIMARY:
+        if self.metric not in PRIMARY and self.better is None:
             found.append(f"nobody says whether more {metric_words(self.metric)} is better: do not rank")
         cut = [f"{each.label} {each.span('steps', units.count)}" for each in self.learnt if each.cut_short]
         if cut:
@@ -272,7 +307,9 @@ def _parts(members: list[Row]) -> dict[tuple[tuple[str, str], ...], list[Row]]:
 
 def _task(name: str, seq_len: int, members: list[Row], variation: str) -> Task:
     finished = [row for row in members if results.ok(row)]
-    known = dict.fromkeys([*PRIMARY, *(key for row in finished for key in row["metrics"])])
+    own = [row["metric"] for row in finished if row.get("metric")]
+    known = dict.fromkeys([*own, *PRIMARY, *(key for row in finished for key in row["metrics"])])
+    better = next((row["better"] for row in finished if row.get("better")), None)
     metric = next((key for key in known if any(key in row["metrics"] for row in finished)), "loss")
     found = groups.gather(members)
     learnt = []
@@ -280,4 +317,6 @@ def _task(name: str, seq_len: int, members: list[Row], variation: str) -> Task:
         good = [row for row in mine if results.ok(row) and metric in row["metrics"]]
         lost = [row for row in mine if not results.ok(row) or metric not in row["metrics"]]
         learnt.append(Learnt(group.backend, label, good, lost, metric, group))
-    return Task(name, seq_len, metric, sorted(learnt, key=lambda each: (each.backend != "full", each.label)), variation)
+    return Task(
+        name, seq_len, metric, sorted(learnt, key=lambda each: (each.backend != "full", each.label)), variation, better
+    )

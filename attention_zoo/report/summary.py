@@ -23,7 +23,7 @@ from attention_zoo.overview import markdown
 from attention_zoo.report import costs, groups, quality, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.costs import MEMORY, TIME, Series, Setting
-from attention_zoo.report.quality import Learnt, Task
+from attention_zoo.report.quality import Learnt, Task, value_words
 from attention_zoo.report.rows import Rows
 from attention_zoo.report.units import NONE
 from attention_zoo.results.row import Row
@@ -136,7 +136,11 @@ def summary(found: Findings) -> Summary:
             heads.append((group, []))
         heads[-1][1].append(name)
     cells = [list(cells) for cells in zip(*(c for *_, c in columns))]
-    return Summary(heads, [line.label for line in lines], cells, costs.marks(found.series))
+    names, trivial = [line.label for line in lines], dict[str, list[str]]()
+    for number, task in enumerate(found.tasks):  # what needs no model stands below, in the same columns
+        for name, value in task.bars.items():
+            trivial.setdefault(f"({name})", [NONE] * len(columns))[number] = value_words(value, task.metric)
+    return Summary(heads, [*names, *trivial], [*cells, *trivial.values()], costs.marks(found.series))
 
 
 def _lines(found: Findings) -> list[_Line]:

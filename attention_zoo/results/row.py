@@ -271,6 +271,8 @@ class Trained(TypedDict):
     metrics: NotRequired[Scores | None]
     evaluations: NotRequired[dict[str, Scores] | None]
     loss_by_position: NotRequired[Curve | None]
+    metric: NotRequired[Name | None]
+    better: NotRequired[Literal["higher", "lower"] | None]
     by_group: NotRequired[dict[str, Groups] | None]
     chance: NotRequired[Number | None]
     baselines: NotRequired[dict[str, Number] | None]

@@ -1,61 +1,49 @@
-"""Byte-level language modelling on real text that every machine has: the source of Python's standard library.
-
-A token is a byte, the vocabulary is 256, and nothing is downloaded: training and validation read the standard library
-in place, the held-out domain is the source of another installed package (torch, a dependency). Any other file or folder
-works too (`path`). Files are sorted by relative path and hashed; whether one is for validation is a function of that
-path, so the split never moves. Any bytes are text here; which folders are left out is said by `skip` and `hidden`.
+"""Byte-level language modelling on real text: a token is a byte, the vocabulary is 256. `documents` says which text.
 
 Rows are streams: row b of a batch goes on in row b of the next, segment by segment, up to `span` segments of one
 document; then the row takes the next document and is flagged `fresh`. That is what truncated backpropagation needs.
+Evaluation takes every document, unless `evaluation_rows` picks some spans.
 
-Deviations from file = document: neighbouring short files (sorted order, same split) are joined until they fill a span,
+Evaluation batches tell recall hits apart (`groups["recall"]`): bytes that end a string of nine or more which stood d
+bytes before in the same row, over all of its segments; the group is d. See `repeats`.
+
+Chance is 8 bits. The bar is an order-3 n-gram of the same training bytes (`ngrams`), 2.1 bits on the standard library;
+the unigram reaches 4.5. Its contexts are the bytes before in the text, at a row's start, too.
+
+Deviations from file = document: neighbouring short files (sorted order, same part) are joined until they fill a span,
 since most sources are shorter than a long row and would be lost. The end of a document that fills no whole segment is
-cut off; where segments start moves at each epoch, so that no byte is always lost.
+cut off; in training, where segments start moves at each epoch, so that no byte is always lost.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import math
-import os
-import stat
-import sysconfig
-from collections.abc import Collection, Iterator, Sequence
-from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from attention_zoo.options import Positive, checked
-from attention_zoo.options import Text as Words
-from attention_zoo.rules import shown
-from attention_zoo.tasks.task import Batch, Task, digest, generator
+from attention_zoo.tasks.corpus import (
+    OWN_SKIPPED,
+    SKIPPED,
+    Corpus,
+    existing,
+    join_files,
+    list_files,
+    read_files,
+    split_files,
+)
+from attention_zoo.tasks.documents import NAMES, Bytes, DocumentTask
+from attention_zoo.tasks.ngrams import bits_per_byte
+from attention_zoo.tasks.repeats import recall_distance
+from attention_zoo.tasks.task import Batch, generator
 
-SKIPPED = frozenset({"__pycache__", "site-packages", "dist-packages", "node_modules", "test", "tests", "idle_test"})
-"""Folders of installed source that are left out: other people's packages, and tests, whose long literal tables are no
-prose of code."""
-OWN_SKIPPED = ("__pycache__",)
-"""Folders of one's own text that are left out: what Python made there."""
-Bytes = Annotated[int, Field(ge=1, le=2**62)]
-Between = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False, description="a share between 0 and 1")]
-
-
-class Corpus(NamedTuple):
-    """Bytes of some files.
-
-    Fields:
-        data: uint8, all files one after another.
-        ends: where each file ends in `data`.
-        digest: names paths and contents.
-    """
-
-    data: np.ndarray
-    ends: np.ndarray
-    digest: str
+__all__ = [
+    "OWN_SKIPPED", "SKIPPED", "Bytes", "Corpus", "Spans", "Text", "TextBatches", "TextSet", "cut_spans", "existing",
+    "join_files", "list_files", "read_files", "split_files",
+]  # fmt: skip
 
 
 class Spans(NamedTuple):
@@ -64,107 +52,6 @@ class Spans(NamedTuple):
     start: np.ndarray
     segments: np.ndarray
     slack: np.ndarray
-
-
-def list_files(
-    root: Path, suffix: str | None = None, skip: Collection[str] = OWN_SKIPPED, hidden: bool = False
-) -> list[tuple[str, Path, int]]:
-    """Relative path, path and size of every non-empty file below `root`, sorted.
-
-    Args:
-        root: a folder.
-        suffix: ending of the files to list; None lists all.
-        skip: names of folders that are left out.
-        hidden: whether files and folders whose name begins with a dot count.
-
-    Raises:
-        ValueError: for a folder or file that cannot be read, in one line.
-    """
-    found = []
-    for folder, below, names in os.walk(root, onerror=_refuse):
-        below[:] = [name for name in below if name not in skip and (hidden or not name.startswith("."))]
-        for name in names:
-            path = Path(folder, name)
-            if (name.startswith(".") and not hidden) or (suffix and not name.endswith(suffix)):
-                continue
-            try:
-                about = path.stat()
-            except OSError as error:
-                _refuse(error)
-            if stat.S_ISREG(about.st_mode) and about.st_size:
-                found.append((path.relative_to(root).as_posix(), path, about.st_size))
-    return sorted(found)
-
-
-def _refuse(error: OSError) -> NoReturn:
-    raise ValueError(f"task.path: {error.filename} cannot be read: {error.strerror or error}") from None
-
-
-def _read(path: Path, most: int | None) -> bytes:
-    """The first `most` bytes of a file; all if None."""
-    try:
-        with path.open("rb") as file:
-            return file.read() if most is None else file.read(most)
-    except OSError as error:
-        _refuse(error)
-
-
-@lru_cache(maxsize=4)
-def read_files(
-    root: Path,
-    suffix: str | None,
-    max_bytes: int | None,
-    skip: tuple[str, ...] = OWN_SKIPPED,
-    hidden: bool = False,
-) -> tuple[tuple[str, bytes], ...]:
-    """Relative path and content of a file, or of the files of a folder, sorted by path.
-
-    Args:
-        root: a file or a folder.
-        suffix: ending of the files to take from a folder; None takes all.
-        max_bytes: about how much to read at most. Files are then picked by the hash of their relative path, so that
-            the pick is a fair sample and not the start of the alphabet. No more than that is read.
-        skip, hidden: see `list_files`.
-
-    Raises:
-        ValueError: for a file that cannot be read, in one line.
-    """
-    if root.is_file():
-        return ((root.name, _read(root, max_bytes)),)
-    files = list_files(root, suffix, skip, hidden)
-    if max_bytes is not None:
-        picked: list[tuple[str, Path, int]] = []
-        total = 0
-        for entry in sorted(files, key=lambda entry: _hash(entry[0], "pick")):
-            if not picked or total + entry[2] <= max_bytes:
-                picked.append(entry)
-                total += entry[2]
-        files = sorted(picked)
-    return tuple((name, _read(path, max_bytes)) for name, path, _ in files)
-
-
-def split_files(files: Sequence[tuple[str, bytes]], validation: float) -> tuple[list, list]:
-    """Files for training and for validation, by the hash of the path; a single file gives its last part."""
-    if len(files) == 1:
-        name, raw = files[0]
-        cut = len(raw) - math.ceil(len(raw) * validation)
-        return [(name, raw[:cut])], [(name, raw[cut:])]
-    held = {name for name, _ in files if _hash(name, "split") < validation}
-    if not 0 < len(held) < len(files):
-        held = {min((name for name, _ in files), key=lambda name: _hash(name, "split"), default="")}
-    return [entry for entry in files if entry[0] not in held], [entry for entry in files if entry[0] in held]
-
-
-def _hash(name: str, use: str) -> float:
-    """A number in [0, 1) that depends on both arguments alone."""
-    return int.from_bytes(hashlib.sha256(f"{use}:{name}".encode(errors="surrogateescape")).digest()[:6], "big") / 2**48
-
-
-def join_files(contents: Sequence[tuple[str, bytes]]) -> Corpus:
-    """The bytes of some files, one after another."""
-    data = np.frombuffer(b"".join(raw for _, raw in contents), dtype=np.uint8)
-    ends = np.cumsum([len(raw) for _, raw in contents], dtype=np.int64)
-    return Corpus(data, ends, digest([part for entry in contents for part in entry]))
 
 
 def cut_spans(ends: np.ndarray, seq_len: int, span: int) -> Spans:
@@ -182,22 +69,13 @@ def cut_spans(ends: np.ndarray, seq_len: int, span: int) -> Spans:
     return Spans(*np.array(rows, dtype=np.int64).reshape(-1, 3).T)
 
 
-class Text(Task):
+class Text(DocumentTask):
     """Byte-level language modelling.
 
     Args:
-        path: a file or folder of your own text; None reads the source of Python's standard library.
-        suffix: ending of the files to take from a folder; None takes all (the standard library: always ".py").
-        skip: names of folders within `path` that are left out. None: of your own text what Python made there
-            (`__pycache__`) and nothing else; of the standard library installed packages and tests, too (`SKIPPED`,
-            which always holds for the held-out package).
-        hidden: whether files and folders whose name begins with a dot are read.
-        held_out: name of an installed package whose source is the held-out domain; None for none.
-        max_bytes: about how much to read for training and validation together; None reads all.
-        held_out_bytes: the same for the held-out domain.
-        validation: share of the files (of the bytes, where there is one file) kept for validation.
         span: segments that a row follows one document, at most: what a carried state can reach back over.
-        evaluation_rows: documents of each evaluation set, each followed for `span` segments.
+        evaluation_rows: spans of each evaluation set, evenly over its text; None takes all.
+        options: of `DocumentTask`: which text, and how it is split.
 
     Raises:
         ValueError: for a missing path or package, naming it.
@@ -209,117 +87,51 @@ class Text(Task):
     metric, better = "bits_per_byte", "lower"
 
     @checked
-    def __init__(
-        self,
-        *,
-        path: Words | None = None,
-        suffix: Words | None = None,
-        skip: Sequence[Words] | None = None,
-        hidden: bool = False,
-        held_out: Words | None = "torch",
-        max_bytes: Bytes | None = 8_000_000,
-        held_out_bytes: Bytes | None = 1_000_000,
-        validation: Between = 0.1,
-        span: Positive = 4,
-        evaluation_rows: Positive = 16,
-    ):
-        self.suffix, self.hidden = suffix, hidden
-        if path is None:
-            self.root, self.suffix = Path(sysconfig.get_path("stdlib")), ".py"
-        else:
-            self.root = existing(path)
-        default = SKIPPED if path is None else OWN_SKIPPED
-        self.skip = tuple(sorted(default if skip is None else skip))
-        self.held_root = None if held_out is None else _package(held_out)
-        self.source = path or "standard library"
-        self.held_out, self.max_bytes, self.held_out_bytes = held_out, max_bytes, held_out_bytes
-        self.validation, self.span, self.evaluation_rows = validation, span, evaluation_rows
-
-    @cached_property
-    def corpora(self) -> tuple[Corpus, Corpus]:
-        """Training and validation bytes, read at the first use."""
-        files = read_files(self.root, self.suffix, self.max_bytes, self.skip, self.hidden)
-        if not any(raw for _, raw in files):
-            ending = f" ending in {self.suffix}" if self.suffix else ""
-            raise ValueError(f"task.path={self.root} holds no non-empty file{ending}")
-        train, validation = split_files(files, self.validation)
-        return join_files(train), join_files(validation)
-
-    @cached_property
-    def held(self) -> Corpus | None:
-        """Bytes of the held-out domain."""
-        if self.held_root is None:
-            return None
-        return join_files(read_files(self.held_root, ".py", self.held_out_bytes, tuple(sorted(SKIPPED))))
+    def __init__(self, *, span: Positive = 4, evaluation_rows: Positive | None = None, **options: Any):
+        super().__init__(**options)
+        self.span, self.evaluation_rows = span, evaluation_rows
 
     def check(self, seq_len: int) -> None:
-        for name, corpus in zip(("training", "validation"), self.corpora):
-            self._spans(corpus, seq_len, name)
+        for name in self.corpora.keys() - {"held_out"}:
+            self._spans(name, seq_len)
 
-    def _spans(self, corpus: Corpus, seq_len: int, name: str) -> Spans:
+    def _spans(self, name: str, seq_len: int) -> Spans:
+        corpus = self.corpora[name]
         spans = cut_spans(corpus.ends, seq_len, self.span)
         if not len(spans.start):
             raise ValueError(
                 f"seq_len must be smaller than a document, got {seq_len}: {self.source} has {len(corpus.data)} bytes "
-                f"for {name}; give a smaller seq_len or more text"
+                f"for {NAMES[name]}; give a smaller seq_len or more text"
             )
         return spans
 
-    def describe(self, seq_len: int) -> dict[str, Any]:
-        train, validation = self.corpora
-        held = self.held
-        found: dict[str, Any] = {
-            "source": self.source,
-            "train_bytes": len(train.data),
-            "train_files": len(train.ends),
-            "validation_bytes": len(validation.data),
-            "validation_files": len(validation.ends),
-        }
-        if held is not None:
-            found |= {"held_out": self.held_out, "held_out_bytes": len(held.data), "held_out_files": len(held.ends)}
-        return found | {"digest": digest([c.digest for c in (train, validation, held) if c is not None])}
-
     def train_batches(self, batch_size: int, seq_len: int, seed: int) -> TextBatches:
-        train = self.corpora[0]
-        return TextBatches(train.data, self._spans(train, seq_len, "training"), batch_size, seq_len, seed)
+        return TextBatches(self.corpora["train"].data, self._spans("train", seq_len), batch_size, seq_len, seed)
 
     def evaluation_sets(self, batch_size: int, seq_len: int) -> dict[str, TextSet]:
-        corpora = {"validation": self.corpora[1], "held_out": self.held}
         return {
-            name: TextSet(corpus.data, self._spans(corpus, seq_len, name), batch_size, seq_len, self.evaluation_rows)
-            for name, corpus in corpora.items()
-            if corpus is not None
+            name: TextSet(corpus.data, self._spans(name, seq_len), batch_size, seq_len, self.evaluation_rows)
+            for name, corpus in self.corpora.items()
+            if name != "train"
         }
+
+    def chance(self, seq_len: int) -> float:
+        return 8.0
+
+    def baselines(self, seq_len: int) -> dict[str, float]:
+        judged = self.evaluation_sets(1, seq_len)[self.judged]
+        return bits_per_byte(self.corpora["train"], judged.data, judged.places())
 
     def score(self, loss: float, accuracy: float) -> dict[str, float]:
         return {"bits_per_byte": loss / math.log(2), "loss": loss, "accuracy": accuracy}
 
 
-def existing(path: str) -> Path:
-    """The file or folder that `task.path` names; a ValueError for none, or what is neither (a pipe, a device)."""
-    root = Path(os.path.expanduser(path))
-    try:
-        there = bool(path) and (root.is_file() or root.is_dir())
-    except OSError:  # a name longer than the system's, a folder on the way that may not be looked into
-        there = False
-    if not there:
-        raise ValueError(f"task.path must be an existing file or folder, got {shown(path)}")
-    return root
-
-
-def _package(name: str) -> Path:
-    try:
-        spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    except (ValueError, ImportError):  # a module that runs without a file
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"task.held_out must name an installed package that is a folder of source, got {name!r}")
-    return Path(spec.submodule_search_locations[0])
-
-
-def _segment(data: np.ndarray, start: np.ndarray, seq_len: int, fresh: np.ndarray) -> Batch:
-    window = torch.from_numpy(data[start[:, None] + np.arange(seq_len + 1)]).long()
-    return Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous(), None, torch.from_numpy(fresh))
+def _segment(window: np.ndarray, fresh: np.ndarray, recall: np.ndarray | None = None) -> Batch:
+    """A batch from bytes [B, L + 1], and of evaluation from how far back each target stood, [B, L]."""
+    bytes_ = torch.from_numpy(window).long()
+    groups = {} if recall is None else {"recall": torch.from_numpy(np.ascontiguousarray(recall))}
+    ids, targets = bytes_[:, :-1].contiguous(), bytes_[:, 1:].contiguous()
+    return Batch(ids, targets, None, torch.from_numpy(fresh), groups=groups)
 
 
 class TextBatches:
@@ -353,7 +165,7 @@ class TextBatches:
         fresh = self.left == 0
         for row in np.flatnonzero(fresh).tolist():
             self._take(row)
-        batch = _segment(self.data, self.at, self.seq_len, fresh)
+        batch = _segment(self.data[self.at[:, None] + np.arange(self.seq_len + 1)], fresh)
         self.at += self.seq_len
         self.left -= 1
         return batch
@@ -375,17 +187,35 @@ class TextBatches:
 
 
 class TextSet:
-    """Evaluation streams: `rows` spans spread evenly over the text, each started afresh and followed to its end."""
+    """Evaluation streams: spans of the text, each started afresh and followed to its end.
 
-    def __init__(self, data: np.ndarray, spans: Spans, batch_size: int, seq_len: int, rows: int):
-        longest = np.flatnonzero(spans.segments == spans.segments.max())  # rows of a batch end together
-        picked = longest[np.unique(np.linspace(0, len(longest) - 1, min(rows, len(longest))).round().astype(int))]
+    Args:
+        rows: how many spans are picked, evenly over the text; None takes all.
+    """
+
+    def __init__(self, data: np.ndarray, spans: Spans, batch_size: int, seq_len: int, rows: int | None):
+        total = len(spans.start)
+        picked = np.unique(np.linspace(0, total - 1, min(rows or total, total)).round().astype(int))
+        # rows of a batch end together, so spans of as many segments stand together; the longest first
+        picked = picked[np.argsort(-spans.segments[picked], kind="stable")]
         self.data, self.seq_len, self.batch_size = data, seq_len, batch_size
-        self.start, self.segments = spans.start[picked], int(spans.segments.max())
+        self.start, self.segments = spans.start[picked], spans.segments[picked]
 
     def __iter__(self) -> Iterator[Batch]:
-        for first in range(0, len(self.start), self.batch_size):
-            start = self.start[first : first + self.batch_size]
-            for segment in range(self.segments):
-                fresh = np.full(len(start), segment == 0)
-                yield _segment(self.data, start + segment * self.seq_len, self.seq_len, fresh)
+        for segments in np.unique(self.segments)[::-1].tolist():
+            starts = self.start[self.segments == segments]
+            for first in range(0, len(starts), self.batch_size):
+                yield from self._rows(starts[first : first + self.batch_size], segments)
+
+    def _rows(self, start: np.ndarray, segments: int) -> Iterator[Batch]:
+        L = self.seq_len
+        whole = self.data[start[:, None] + np.arange(segments * L + 1)]
+        recall = recall_distance(whole)
+        for at in range(0, segments * L, L):
+            fresh = np.full(len(start), at == 0)
+            yield _segment(whole[:, at : at + L + 1], fresh, recall[:, at + 1 : at + L + 1])
+
+    def places(self) -> np.ndarray:
+        """Where the scored bytes stand in the text."""
+        lengths = self.segments * self.seq_len
+        return np.concatenate([start + 1 + np.arange(length) for start, length in zip(self.start, lengths)])

@@ -35,6 +35,8 @@ from attention_zoo.options import (
 from attention_zoo.registry import recipe, third_party
 from attention_zoo.room import fits
 from attention_zoo.rules import OneOf, near, shown
+from attention_zoo.searchpath import of_this_job
+from attention_zoo.searchpath import register as register_searchpath
 from attention_zoo.settings import finite, one_line, plain_values
 from attention_zoo.training.precision import PRECISIONS, check_precision
 from attention_zoo.training.progress import KINDS
@@ -176,6 +178,7 @@ OWN = {
 
 def register() -> None:
     """Make the schema known to Hydra, which conf/train.yaml names first, and the backends of other packages."""
+    register_searchpath()
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     for name, node in third_party().items():
@@ -191,7 +194,7 @@ def compose_training(overrides: Sequence[str] = ()) -> dict[str, Any]:
         ValueError: for an unknown name or value, in one line.
     """
     register()
-    overrides = list(overrides)
+    overrides = [*of_this_job(), *overrides]
     before = GlobalHydra.instance().hydra  # within a Hydra job there is one already: put it back after
     GlobalHydra.instance().clear()
     try:

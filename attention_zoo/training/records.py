@@ -14,6 +14,7 @@ from attention_zoo.measure.ends import Ended
 from attention_zoo.measure.environment import environment
 from attention_zoo.results.check import wrong_to_keep
 from attention_zoo.results.row import Row, Trained, TrainingRow
+from attention_zoo.tasks.task import Task
 from attention_zoo.training.evaluate import Evaluation
 from attention_zoo.training.fit import History
 
@@ -53,6 +54,8 @@ def blank_row(config: Mapping[str, Any]) -> TrainingRow:
         "metrics": {},
         "evaluations": {},
         "loss_by_position": [],
+        "metric": None,
+        "better": None,
         "by_group": {},
         "chance": None,
         "baselines": {},
@@ -69,17 +72,17 @@ def trained(
     evaluations: Mapping[str, Evaluation],
     *,
     steps: int,
+    seq_len: int,
     parameters: int,
     carries_state: bool,
     model_sha256: str | None,
-    chance: float | None,
-    baselines: Mapping[str, float],
+    task: Task,
 ) -> Trained:
     """What a run that is through adds to its row.
 
     Args:
         evaluations: of each set after the last step. The result is that on "test", or on the first without one.
-        chance, baselines: see `Task`.
+        task: whose metric and baselines stand beside the result.
     """
     main = evaluations.get("test") or next(iter(evaluations.values()))
     return {
@@ -94,9 +97,11 @@ def trained(
         "metrics": main.metrics,
         "evaluations": {name: each.metrics for name, each in evaluations.items()},
         "loss_by_position": main.loss_by_position,
+        "metric": task.metric,
+        "better": task.better,
         "by_group": main.by_group,
-        "chance": chance,
-        "baselines": dict(baselines),
+        "chance": task.chance(seq_len),
+        "baselines": task.baselines(seq_len),
         "carries_state": carries_state,
         "stopped": history.stopped,
         "model_sha256": model_sha256,

@@ -236,7 +236,7 @@ class _Run:
         return trained(
             history, evaluations, steps=parts.trainer.done, parameters=parameter_count(parts.model),
             carries_state=parts.carry, model_sha256=digest_of(self.folder / MODEL),
-            chance=task.chance(options.seq_len), baselines=task.baselines(options.seq_len),
+            task=task, seq_len=options.seq_len,
         )  # fmt: skip
 
     def _info(self) -> RunInfo:

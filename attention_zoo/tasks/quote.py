@@ -1,0 +1,174 @@
+"""Quote matching: does the quote after the separator stand word by word in the document before it?
+
+    .. the cat sat down .. | the cat sat down      1: the four quarters in the document's order
+    .. the cat sat down .. | the down sat cat      0: two quarters exchanged
+
+Rules: a passage of `quote` bytes is taken, and its twin made by exchanging two of its four quarters, the inner order of
+each kept. One of the two, at random, stands in a document at a random place; one of the two, at random again, is the
+quote; the label says whether they are the same. So the label is independent of the document alone and of the quote
+alone: neither a seam in the text nor a length, place or byte tells it, and bags of bytes of both are the same in either
+case. Only the relation counts, at any distance. Token types tell the document (0) from separator and quote (1).
+
+What short pieces tell: n bytes of the quote that run across a border of two quarters are missing in the document where
+the order is not the same. With `seams` (the default) the document also holds, at random places, what stands around each
+border of the passage that is not in it, `seam` bytes on either side: every piece of up to `seam` + 1 bytes of the quote
+is then in the document whatever the label is. Longer pieces do tell: that is the task.
+
+Source: our own, after what two-document matching asks for (Tay et al. 2021, Long Range Arena, §2.3, AAN retrieval),
+without labels that a bag of bytes predicts. Chance 50 %. Trivial baselines, all 50 %: "bag_of_bytes" (the quote's bytes
+among the document's), "bigrams", "fourgrams" (share of the quote's that stand in the document), "place" (where the
+quote's first byte is found).
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from attention_zoo.options import Natural, Positive, checked
+from attention_zoo.rules import OneOf
+from attention_zoo.tasks.generated import Generated, of
+from attention_zoo.tasks.task import Batch, digest
+from attention_zoo.tasks.text import SKIPPED, read_files
+
+BACKGROUNDS = ("random", "text")
+SEPARATOR = 256
+QUARTERS = 4
+EXCHANGES = np.array([(i, j) for j in range(QUARTERS) for i in range(j)])
+MOST_BYTES = 8_000_000
+"""Of the standard library that are read."""
+
+
+class Quote(Generated):
+    """Whether a quote has the order of the passage in the document.
+
+    Args:
+        quote: bytes of the quote, a multiple of 4.
+        seam: bytes on either side of each border whose order the passage lacks, at most an eighth of the quote; 0: no
+            such pieces stand in the document.
+        background: what document and passage are: "text", the source of Python's standard library; "random" bytes.
+        bytes: number of different bytes of a random background.
+        global_quote: whether separator and quote see and are seen by all, for mechanisms that have global tokens.
+        test: lengths of further evaluation sets.
+        test_examples: rows of each evaluation set.
+    """
+
+    name = "quote"
+    objective = "classify"
+    classes = 2
+    vocab = SEPARATOR + 1
+    metric, better = "accuracy", "higher"
+
+    @checked
+    def __init__(
+        self,
+        *,
+        quote: Annotated[int, Field(ge=8, le=2**16)] = 64,
+        seam: Natural = 8,
+        background: Annotated[str, OneOf(*BACKGROUNDS)] = "text",
+        bytes: Annotated[int, Field(ge=2, le=256)] = 256,
+        global_quote: bool = False,
+        test: Sequence[Positive] = (),
+        test_examples: Positive = 1000,
+    ):
+        if quote % QUARTERS:
+            raise ValueError(f"quote must be a multiple of {QUARTERS}, got {quote}")
+        if seam > quote // (2 * QUARTERS):
+            raise ValueError(f"seam must be at most an eighth of the quote, {quote // (2 * QUARTERS)}, got {seam}")
+        self.quote, self.seam, self.background, self.bytes = quote, seam, background, bytes
+        self.global_quote, self.test, self.test_examples = global_quote, test, test_examples
+        self.pieces = [quote, *[2 * seam] * (QUARTERS - 1 if seam else 0)]
+
+    def check(self, seq_len: int) -> None:
+        least = self.quote + 1 + sum(self.pieces)
+        for length in (seq_len, *self.test):
+            if length < least:
+                raise ValueError(
+                    f"quote: rows must have at least {least} tokens for a quote of {self.quote} bytes and what the "
+                    f"document holds of it, got {length}"
+                )
+            if self.background == "text" and length >= len(self.text):
+                raise ValueError(f"quote: rows must be shorter than the text, {len(self.text)} bytes, got {length}")
+
+    @cached_property
+    def text(self) -> np.ndarray:
+        """The bytes that documents and passages are cut from, read at the first use."""
+        files = read_files(Path(sysconfig.get_path("stdlib")), ".py", MOST_BYTES, tuple(sorted(SKIPPED)))
+        return np.frombuffer(b"".join(raw for _, raw in files), np.uint8)
+
+    def describe(self, seq_len: int) -> dict[str, Any]:
+        found = super().describe(seq_len)
+        if self.background == "random":
+            return found
+        return found | {"text_bytes": len(self.text), "text_digest": digest([self.text.tobytes()])}
+
+    def draw(self, random: np.random.Generator, rows: int, length: int, **changes: Any) -> Batch:
+        size, quarter = length - self.quote - 1, self.quote // QUARTERS
+        document, passage = self._cut(random, rows, size), self._cut(random, rows, self.quote)
+        quarters = passage.reshape(rows, QUARTERS, quarter)
+        order = np.tile(np.arange(QUARTERS), (rows, 1))
+        one, other = EXCHANGES[random.integers(0, len(EXCHANGES), rows)].T
+        every = np.arange(rows)
+        order[every, one], order[every, other] = other, one
+        twin = np.take_along_axis(quarters, order[..., None], 1).reshape(passage.shape)
+        both = np.stack([passage, twin], 1)
+        stands, asked = random.integers(0, 2, (2, rows))
+        placed, missing = both[every, stands], both[every, 1 - stands]
+        pieces = [placed]
+        if self.seam:
+            pieces += [missing[:, at - self.seam : at + self.seam] for at in range(quarter, self.quote, quarter)]
+        starts = _places(random, rows, size, self.pieces)
+        for start, piece in zip(starts.T, pieces, strict=True):
+            np.put_along_axis(document, start[:, None] + np.arange(piece.shape[1]), piece, 1)
+        ids = np.concatenate([document, np.full((rows, 1), SEPARATOR), both[every, asked]], 1)
+        types = np.tile(np.arange(length) >= size, (rows, 1))
+        same = (placed == both[every, asked]).all(1)  # also where the quarters exchanged are equal
+        return of(
+            ids, same, types=types, is_global=types if self.global_quote else None,
+            groups={"distance": size + 1 - starts[:, 0]},
+        )  # fmt: skip
+
+    def _cut(self, random: np.random.Generator, rows: int, size: int) -> np.ndarray:
+        """[rows, size] bytes of the background."""
+        if self.background == "random":
+            return random.integers(0, self.bytes, (rows, size))
+        start = random.integers(0, len(self.text) - size + 1, (rows, 1))
+        return self.text[start + np.arange(size)].astype(np.int64)
+
+    def guesses(self, batch: Batch) -> dict[str, Tensor]:
+        size = batch.ids.shape[1] - self.quote - 1
+        document, quote = batch.ids[:, :size], batch.ids[:, size + 1 :]
+        place = (document == quote[:, :1]).long().argmax(1)
+        found = {"place": (place < size // 2).long()}
+        for name, n in (("bag_of_bytes", 1), ("bigrams", 2), ("fourgrams", 4)):
+            found[name] = _all_found(document, quote, n).long()
+        return found
+
+    def chance(self, seq_len: int) -> float:
+        return 0.5
+
+
+def _places(random: np.random.Generator, rows: int, size: int, pieces: Sequence[int]) -> np.ndarray:
+    """[rows, pieces]: where each begins among `size` bytes; in random order, every arrangement as likely."""
+    lengths = np.array(pieces)
+    slots = size - int(lengths.sum()) + len(pieces)
+    slot = np.sort(random.random((rows, slots)).argsort(1)[:, : len(pieces)], 1)
+    order = random.permuted(np.tile(np.arange(len(pieces)), (rows, 1)), axis=1)
+    before = np.cumsum(lengths[order] - 1, 1) - (lengths[order] - 1)
+    starts = np.empty_like(slot)
+    np.put_along_axis(starts, order, slot + before, 1)
+    return starts
+
+
+def _all_found(document: Tensor, quote: Tensor, n: int) -> Tensor:
+    """[B], whether every piece of n bytes of the quote stands in the document."""
+    there, asked = document.unfold(1, n, 1), quote.unfold(1, n, 1)
+    return torch.stack([(there == piece[:, None]).all(2).any(1) for piece in asked.unbind(1)], 1).all(1)
