@@ -35,6 +35,7 @@ from pydantic import Field
 from torch import Tensor
 
 from attention_zoo.options import Positive, Text, checked
+from attention_zoo.tasks.corpus import SKIPPED, existing, read_files
 from attention_zoo.tasks.generated import Generated, of
 from attention_zoo.tasks.placement import scattered, shuffled
 from attention_zoo.tasks.task import IGNORED, Batch, digest
@@ -109,16 +110,11 @@ class Needle(Generated):
     @cached_property
     def text(self) -> np.ndarray:
         """All of the text; without bytes that stand for records."""
-        from attention_zoo.tasks.text import SKIPPED, read_files
-
         if self.path is None:
             root = Path(sysconfig.get_path("stdlib"))
             files = read_files(root, ".py", self.max_bytes, tuple(sorted(SKIPPED)))
         else:
-            root = Path(self.path).expanduser()
-            if not root.exists():
-                raise ValueError(f"task.path must be an existing file or folder, got {self.path!r}")
-            files = read_files(root, self.suffix, self.max_bytes)
+            files = read_files(existing(self.path), self.suffix, self.max_bytes)
         raw = b"".join(content for _, content in files)
         data = np.frombuffer(raw, np.uint8)
         return data[data < RECORD]
