@@ -16,7 +16,7 @@ def rows_of(task: VariableTracking, length: int, count: int = 200) -> Batch:
 
 def solve(row: list[int], variables: int) -> tuple[dict[int, int], list[int]]:
     """What to answer at each column that asks, and how many look-ups that took."""
-    meaning = {row[at - 1]: row[at + 1] for at, token in enumerate(row) if token == 1}
+    meaning = {row[at + 1]: row[at + 2] for at, token in enumerate(row) if token == 1}
     answers, looked_up = {}, []
     for at, token in enumerate(row):
         if token == 2:
@@ -52,18 +52,18 @@ def test_following_the_statements_answers_all(options: dict, length: int) -> Non
 def test_distance_is_that_of_the_farthest_statement() -> None:
     batch = rows_of(VariableTracking(hops=2, chains=2), 41)
     for row, targets, distance in zip(batch.ids.tolist(), batch.targets.tolist(), batch.groups["distance"].tolist()):
-        statement = {row[at - 1]: at for at, token in enumerate(row) if token == 1}
+        statement = {row[at + 1]: at + 2 for at, token in enumerate(row) if token == 1}
         found, ends = row[-1], []
         while found < 67:
-            ends.append(statement[found] + 1)
-            found = row[statement[found] + 1]
+            ends.append(statement[found])
+            found = row[statement[found]]
         assert distance == [-1] * 40 + [40 - min(ends)]
         assert targets[-1] == found
 
 
 def test_statements_stand_anywhere_in_any_order() -> None:
     batch = rows_of(VariableTracking(hops=2, chains=2), 40, 6000)
-    places = (batch.ids == 1).sum(0).numpy()[1:37]  # of the 36 columns that a statement's middle may take
+    places = (batch.ids == 1).sum(0).numpy()[:36]  # of the 36 columns that a statement may begin at
     inner = places[3:-3]  # at the ends fewer arrangements are possible beside a block
     assert inner.min() > 0.75 * inner.max()
     assert places.min() > 0

@@ -35,13 +35,14 @@ from pydantic import Field
 from torch import Tensor
 
 from attention_zoo.options import Positive, Text, checked
+from attention_zoo.tasks.corpus import SKIPPED, existing, read_files
 from attention_zoo.tasks.generated import Generated, of
 from attention_zoo.tasks.placement import scattered, shuffled
 from attention_zoo.tasks.task import IGNORED, Batch, digest
 
 RECORD, QUESTION = 0xF5, 0xF6
-LETTERS = 0x40
-"""Bytes of keys and values begin here, where there is room for all of the alphabet: letters, as the text has them."""
+LOWEST = 0x80
+"""Keys and values begin here, where there is room for all of the alphabet: bytes that ASCII text does not hold."""
 
 
 class Needle(Generated):
@@ -52,7 +53,8 @@ class Needle(Generated):
         values: records of each key.
         queries: keys that are asked for.
         key_bytes, value_bytes: of a record.
-        alphabet: number of bytes that keys and values are drawn from.
+        alphabet: number of bytes that keys and values are drawn from: up to 117 of them are none that ASCII text has,
+            so that each says that it is of a record; with letters of the text models learn several times as slowly.
         path: a file or folder of your own text; None reads the source of Python's standard library.
         suffix: ending of the files to take from a folder; None takes all.
         max_bytes: about how much text to read.
@@ -108,16 +110,11 @@ class Needle(Generated):
     @cached_property
     def text(self) -> np.ndarray:
         """All of the text; without bytes that stand for records."""
-        from attention_zoo.tasks.text import SKIPPED, read_files
-
         if self.path is None:
             root = Path(sysconfig.get_path("stdlib"))
             files = read_files(root, ".py", self.max_bytes, tuple(sorted(SKIPPED)))
         else:
-            root = Path(self.path).expanduser()
-            if not root.exists():
-                raise ValueError(f"task.path must be an existing file or folder, got {self.path!r}")
-            files = read_files(root, self.suffix, self.max_bytes)
+            files = read_files(existing(self.path), self.suffix, self.max_bytes)
         raw = b"".join(content for _, content in files)
         data = np.frombuffer(raw, np.uint8)
         return data[data < RECORD]
@@ -173,7 +170,7 @@ class Needle(Generated):
 
     @property
     def _lowest(self) -> int:
-        return max(0, min(LETTERS, RECORD - self.alphabet))
+        return max(0, min(LOWEST, RECORD - self.alphabet))
 
     def _keys(self, random: np.random.Generator, rows: int) -> np.ndarray:
         """[rows, keys, key_bytes]: one key, and others that differ from it in one byte each."""

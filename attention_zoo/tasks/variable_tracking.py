@@ -1,6 +1,6 @@
 """Variable tracking: chains of assignments stand in any order, and the value at the end of one is asked for.
 
-    ids      _ c = a _ _ b = Q f = b _ a = P _ ? c      hops 1, chains 2: c = a, a = P; f = b, b = Q
+    ids      _ : c a _ _ : b Q : f b _ : a P _ ? c      hops 1, chains 2: c is a, a is P; f is b, b is Q
     targets  . . . . . . . . . . . . . . . . . . P      _: filler
 
 Rules: each of `chains` chains gives a value to a variable, and that variable to the next, `hops` times. All variables
@@ -33,7 +33,7 @@ from attention_zoo.tasks.placement import scattered, shuffled
 from attention_zoo.tasks.task import IGNORED, Batch
 
 FILLER, SET, ASK, FIRST = 0, 1, 2, 3
-"""Ids; from FIRST on stand the variables, then the values."""
+"""Ids; SET begins a statement. From FIRST on stand the variables, then the values."""
 STATEMENT = 3
 
 
@@ -43,6 +43,7 @@ class VariableTracking(Generated):
     Args:
         hops: assignments from one variable to another in each chain.
         chains: chains of a row.
+        train_hops: other numbers of hops that are trained on, too, in as many batches each: a curriculum.
         queries: chains that are asked for.
         variables: number of ids that are variables.
         values: number of ids that are values.
@@ -61,6 +62,7 @@ class VariableTracking(Generated):
         self,
         *,
         hops: Natural = 1,
+        train_hops: Sequence[Natural] = (),
         chains: Positive = 4,
         queries: Positive = 1,
         variables: Annotated[int, Field(ge=1, le=2**20)] = 64,
@@ -70,21 +72,20 @@ class VariableTracking(Generated):
         test_hops: Sequence[Natural] = (),
         test_examples: Positive = 1000,
     ):
-        most = max(hops, *test_hops) if test_hops else hops
+        most = max([hops, *train_hops, *test_hops])
         if queries > chains:
             raise ValueError(f"queries must be at most chains, got {queries} of {chains}")
         if variables < chains * (most + 1):
             raise ValueError(f"variables must be at least chains * (hops + 1), {chains * (most + 1)}, got {variables}")
         if values < chains:
             raise ValueError(f"values must be at least chains, {chains}, got {values}")
-        self.hops, self.chains, self.queries, self.variables, self.values = hops, chains, queries, variables, values
+        self.hops, self.train_hops, self.test_hops = hops, tuple(train_hops), tuple(test_hops)
+        self.chains, self.queries, self.variables, self.values = chains, queries, variables, values
         self.vocab = FIRST + variables + values
-        self.examples, self.test, self.test_hops, self.test_examples = (
-            examples, tuple(test), tuple(test_hops), test_examples,
-        )  # fmt: skip
+        self.examples, self.test, self.test_examples = examples, tuple(test), test_examples
 
     def check(self, seq_len: int) -> None:
-        for setting in (self.trained(seq_len)[0][0], *self.tested(seq_len).values()):
+        for setting in (*dict(self.trained(seq_len)), *self.tested(seq_len).values()):
             hops = dict(setting.changes).get("hops", self.hops)
             least = STATEMENT * self.chains * (hops + 1) + 2 * self.queries
             if setting.length < least:
@@ -92,6 +93,9 @@ class VariableTracking(Generated):
                     f"variable_tracking: a row must hold all statements and questions, at least {least} tokens for "
                     f"{hops} hops, got length {setting.length}"
                 )
+
+    def trained(self, seq_len: int) -> list[tuple[Setting, float]]:
+        return [(Setting(seq_len, (("hops", n),)), 1.0) for n in self.train_hops] + super().trained(seq_len)
 
     def tested(self, seq_len: int) -> dict[str, Setting]:
         return super().tested(seq_len) | {f"hops_{n}": Setting(seq_len, (("hops", n),)) for n in self.test_hops}
@@ -103,7 +107,7 @@ class VariableTracking(Generated):
         variable = FIRST + shuffled(random, rows, self.variables)[:, :statements].reshape(rows, self.chains, links)
         value = FIRST + self.variables + shuffled(random, rows, self.values)[:, : self.chains, None]
         right = np.concatenate([value, variable[:, :, :-1]], axis=2)
-        text = np.stack([variable, np.full_like(variable, SET), right], axis=3).reshape(rows, statements, STATEMENT)
+        text = np.stack([np.full_like(variable, SET), variable, right], axis=3).reshape(rows, statements, STATEMENT)
 
         context = length - 2 * self.queries
         start = scattered(random, rows, statements, STATEMENT, context)
