@@ -12,8 +12,8 @@ know it: the nearest bracket of a colour belongs to another pair.
 Source: our own; nesting of bounded depth over k kinds of brackets is Dyck-(k, m) (Hewitt et al. 2020, §3; Yao et al.
 2021, §2: a soft-attention network of two layers can do it). There the kind of the next closing bracket is asked; here
 one of the two ends, so that both directions count. Chance 1 / colours. Trivial baselines, at 4 colours and depth 4:
-"nearest" (the colour nearest to the plain end) 25 %, "commonest" (the row's most frequent colour) 32 %, "inward" (the
-nearest colour on the partner's side) at most 45 %.
+"nearest" (the colour nearest to the plain end) and "inward" (the nearest on the partner's side) 25 %, "commonest" (the
+row's most frequent colour, which may be the asked one) 38 % at 64 tokens, 34 % at 128.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def _nested(random: np.random.Generator, number: np.ndarray, length: int, depth:
         total = up + down
         opens[left] = np.divide(up, total, out=np.zeros_like(total), where=total > 0)
         ways = np.append(total / total.max(), 0.0)
-    step, height = np.zeros((len(number), length), np.int64), np.zeros(len(number), np.int64)
+    step: np.ndarray = np.zeros((len(number), length), np.int64)
+    height: np.ndarray = np.zeros(len(number), np.int64)
     draws = random.random((len(number), length))
     for place in range(length):
         left = number[:, 0] - place
