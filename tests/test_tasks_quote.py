@@ -35,11 +35,9 @@ def test_a_reader_of_the_rules_answers_every_row(length: int, seam: int) -> None
 
 
 def test_one_side_alone_has_the_same_law_whatever_the_label() -> None:
-    """With three bytes that stand in for text, each seam's two neighbours tell how often quarters meet as they do."""
-
     class Rising(Quote):
         def _cut(self, random, rows, size):
-            return (random.integers(0, 200, (rows, 1)) + np.arange(size)) % 200  # a text whose seams can be seen
+            return (random.integers(0, 200, (rows, 1)) + np.arange(size)) % 200  # every seam can be seen
 
     task = Rising(quote=16, seam=0, background="random")
     batch = rows(task, 8000, 61)

@@ -1,7 +1,7 @@
 """Brackets: each plain bracket is labelled with the colour of its partner, however far away.
 
-    row      . (a . ( (b . ) . )c )
-    label    -  - - c  - - b - - a         "(a" has the colour a; "(" and ")" are plain; "." is a filler
+    row      . (a . ( (b . ) . )c )        "(a" has the colour a, "(" and ")" are plain, "." is a filler
+    label    -  - - c  - - - -  - a        the plain bracket beside its partner "(b" is not scored
 
 Rules: brackets are balanced and nested at most `depth` deep, every such sequence as likely; of each pair one end, at
 random, has a random colour and the other is plain. Plain ends are scored, unless the partner is the bracket next to
