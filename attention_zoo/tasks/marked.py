@@ -51,8 +51,8 @@ class Marked(Generated):
     def __init__(
         self,
         *,
-        symbols: Annotated[int, Field(ge=2, le=2**20)] = 8,
-        shortest: Annotated[int, Field(ge=5, le=2**24)] = 32,
+        symbols: Annotated[int, Field(ge=2, le=2**20)] = 4,
+        shortest: Annotated[int, Field(ge=5, le=2**24)] = 16,
         test: Sequence[Positive] = (),
         test_examples: Positive = 1000,
     ):
