@@ -1,5 +1,6 @@
 """The skeleton: blocks, stacks, heads, generation, saved models."""
 
+from attention_zoo.model.beam import Beams, beam_search
 from attention_zoo.model.encoder_decoder import EncoderDecoder
 from attention_zoo.model.generate import generate, stream
 from attention_zoo.model.parameters import parameter_count, unequal
@@ -9,6 +10,6 @@ from attention_zoo.model.transformer import ModelOutput, Transformer
 from attention_zoo.model.wrapper import Nested, Wrapper
 
 __all__ = [
-    "EncoderDecoder", "ModelOutput", "Nested", "Running", "Transformer", "Wrapper", "detach", "generate", "load",
-    "parameter_count", "reorder", "reserve", "save", "state_bytes", "stream", "unequal",
+    "Beams", "EncoderDecoder", "ModelOutput", "Nested", "Running", "Transformer", "Wrapper", "beam_search", "detach",
+    "generate", "load", "parameter_count", "reorder", "reserve", "save", "state_bytes", "stream", "unequal",
 ]  # fmt: skip

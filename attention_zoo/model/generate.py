@@ -1,38 +1,60 @@
-"""Write on from a prompt: greedily, or by sampling with temperature, top-k (Fan et al. 2018) and top-p (Holtzman 2020).
-
-The prompt is read in chunks (prefill), then one token at a time (decoding). The cache is the model's own state, hence
-as small as its mechanisms allow; caches that grow are made for the whole text at once.
+"""Write on from a prompt: greedily, by sampling with temperature, top-k (Fan et al. 2018) and top-p (Holtzman 2020), or
+by beam search (`model.beam`). How the model is read meanwhile: `model.reader`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attention_zoo.contract import Tokens, at_least, is_integers, of_tensor, shown
+from attention_zoo.contract import at_least, shown
+from attention_zoo.model.beam import LENGTH_PENALTY, beam_search, check_beams
 from attention_zoo.model.encoder_decoder import EncoderDecoder
-from attention_zoo.model.state import reserve
+from attention_zoo.model.reader import check_logits, check_prompts, evaluating, reader, writer
 from attention_zoo.model.transformer import Transformer
-from attention_zoo.model.wrapped import callable_part, inner
-from attention_zoo.model.wrapper import abilities_of
+from attention_zoo.model.wrapped import callable_part
 
 COLDEST = 1e-30
 """Of temperatures: logits that are divided by less leave the range of their type."""
-CHUNK = 4096
-"""Tokens of a prompt that are read at once."""
+DRAWN = {"greedy", "temperature", "top_k", "top_p", "seed"}
+"""Options that beam search has none of."""
 
 
-def generate(model: Transformer | EncoderDecoder, ids: Int[Tensor, "B L"], **options: Any) -> Int[Tensor, "B n"]:
-    """New tokens, without the prompt. See `stream` for the arguments.
+def generate(
+    model: Transformer | EncoderDecoder,
+    ids: Int[Tensor, "B L"],
+    *,
+    beams: int = 1,
+    length_penalty: float = LENGTH_PENALTY,
+    **options: Any,
+) -> Int[Tensor, "B n"]:
+    """New tokens, without the prompt.
+
+    Args:
+        beams: above 1 the best text of a search over so many, which takes no options of draws; see `beam_search`.
+        length_penalty: of that search.
+        model, ids, options: see `stream`.
 
     Returns:
         [B, n]; n is steps, or less once all rows have ended.
+
+    Raises:
+        ValueError: for an option outside its rule, or without use.
     """
-    return torch.stack(list(stream(model, ids, **options)), 1)
+    check_beams(beams, length_penalty)
+    if beams == 1:
+        if length_penalty != LENGTH_PENALTY:
+            raise ValueError(f"length_penalty needs beams above 1, got {shown(length_penalty)} with beams=1")
+        return torch.stack(list(stream(model, ids, **options)), 1)
+    if useless := sorted(DRAWN & options.keys()):
+        raise ValueError(f"beams above 1 takes no {', '.join(useless)}: it draws nothing")
+    found = beam_search(model, ids, beams=beams, length_penalty=length_penalty, **options)
+    longest = max(found.lengths[:, 0].tolist(), default=found.tokens.shape[-1])
+    return found.tokens[:, 0, :longest]
 
 
 @torch.no_grad()
@@ -77,33 +99,18 @@ def stream(
         ValueError: for an option outside its rule, or a row without a valid token.
         Unsupported: if the model keeps no state and cached is True.
     """
-    at_least(1, steps=steps)
     at_least(-(2**63), seed=seed)
-    _check(model, greedy, temperature, top_k, top_p)
-    if prefill_chunk is not None:
-        at_least(1, prefill_chunk=prefill_chunk)
-    if not is_integers(ids) or ids.ndim != 2 or ids.shape[1] == 0:
-        raise ValueError(f"ids must be integers [batch, length >= 1], got {of_tensor(ids)}")
-    if valid is None:
-        valid = torch.ones_like(ids, dtype=torch.bool)
-    if not isinstance(valid, Tensor) or valid.dtype != torch.bool or valid.shape != ids.shape:
-        raise ValueError(f"valid must be bool of shape {tuple(ids.shape)}, got {of_tensor(valid)}")
-    if eos is not None:
-        at_least(0, eos=eos)
-    for name, value, most in (("steps", steps, 2**31), ("seed", seed, 2**64 - 1), ("eos", eos or 0, 2**31)):
-        if value > most:
-            raise ValueError(f"{name} must be at most {most}, got {value}")
-    if not bool(valid.any(1).all()):
-        raise ValueError("valid must keep at least one token of every prompt")
+    if seed >= 2**64:
+        raise ValueError(f"seed must be at most {2**64 - 1}, got {seed}")
+    valid = check_prompts(ids, valid, steps=steps, eos=eos, prefill_chunk=prefill_chunk)
+    writer(model)
+    _check(greedy, temperature, top_k, top_p)
     generator = torch.Generator(ids.device).manual_seed(seed)
     model = callable_part(model, "generate")
-    training = model.training
-    model.eval()
-    try:
-        sizes = (steps, prefill_chunk)
-        reader = _cached(model, ids, valid, source, *sizes) if cached else _again(model, ids, valid, source)
-        logits = next(reader)
-        _check_logits(logits)
+    with evaluating(model):
+        read = reader(model, ids, valid, source, steps=steps, cached=cached, chunk=prefill_chunk)
+        logits = next(read)
+        check_logits(logits)
         ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for step in range(steps):
             token = logits.argmax(-1) if greedy else draw(logits, temperature, top_k, top_p, generator)
@@ -113,44 +120,9 @@ def stream(
             yield token
             if step == steps - 1 or (eos is not None and bool(ended.all())):
                 break
-            logits = reader.send(token)
+            logits = read.send((token, None))
             if logits.is_cpu:  # elsewhere reading a number back would make every step wait
-                _check_logits(logits)
-    finally:
-        model.train(training)
-
-
-def _cached(
-    model: Any, ids: Tensor, valid: Tensor, source: Any, steps: int, chunk: int | None
-) -> Generator[Tensor, Tensor, None]:
-    """Logits [B, V] of the next token; is sent the one that was chosen."""
-    lm = _writer(model)
-    if chunk is None:
-        strict = abilities_of(lm.stack).causality == "strict"
-        chunk = CHUNK if strict else ids.shape[1]
-    start = int(valid.any(0).long().argmax())  # a column that is padding in all rows says nothing
-    state = reserve(lm.initial_state(len(ids)), ids.shape[1] - start + steps)
-    logits = None
-    for at in range(start, ids.shape[1], chunk):
-        here = valid[:, at : at + chunk]
-        out = model(ids[:, at : at + chunk], Tokens.of(here), state=state, source=source, last_only=True)
-        state, source = out.state, None
-        found = out.logits[:, 0]
-        logits = found if logits is None else torch.where(here.any(1, keepdim=True), found, logits)
-        del out
-    while True:
-        assert logits is not None
-        token = yield logits
-        out = model(token[:, None], state=state, last_only=True)
-        logits, state = out.logits[:, 0], out.state
-
-
-def _again(model: Any, ids: Tensor, valid: Tensor, source: Any) -> Generator[Tensor, Tensor, None]:
-    """The same by reading all tokens anew each time."""
-    while True:
-        token = yield model(ids, Tokens.of(valid), source=source, last_only=True).logits[:, 0]
-        ids = torch.cat([ids, token[:, None]], 1)
-        valid = torch.cat([valid, torch.ones_like(valid[:, :1])], 1)
+                check_logits(logits)
 
 
 def draw(
@@ -175,20 +147,7 @@ def narrow(logits: Float[Tensor, "B V"], temperature: float, top_k: int, top_p: 
     return torch.empty_like(logits).scatter_(-1, order, ranked)
 
 
-def _writer(model: Any) -> Transformer:
-    found = inner(model, "generate")
-    return found.decoder if isinstance(found, EncoderDecoder) else found
-
-
-def _check_logits(logits: Tensor) -> None:
-    if bool(logits.isnan().any()):
-        raise ValueError("logits must be numbers, got NaN: the model's weights hold some, or its training diverged")
-
-
-def _check(model: Any, greedy: bool, temperature: Any, top_k: Any, top_p: Any) -> None:
-    lm = _writer(model)
-    if lm.head_name != "lm" or not lm.causal:
-        raise ValueError("generate needs a causal model with head=lm")
+def _check(greedy: bool, temperature: Any, top_k: Any, top_p: Any) -> None:
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not temperature > 0:  # nor NaN
         raise ValueError(
             f"temperature must be above 0, got {shown(temperature)}; greedy=True takes the likeliest token"
