@@ -11,10 +11,10 @@ arguments up to 10, ten classes; parentheses are not counted and here not writte
 from (seed, step) and not from one set of 96,000, whose order in the published generator follows that of a hash table;
 both limits of the length are included; the root is always an operator, which the limits imply.
 
-Trivial rules, each fitted on training rows: the most frequent answer reaches 17 % at 500 to 2,000 tokens (16 % at 100 to
+Trivial rules, fitted on training rows: the most frequent answer reaches 17 % at 500 to 2,000 tokens (16 % at 100 to
 256), the best answer for the first operator **34 to 37 %** (33 %), for the first two tokens 35 % (34 %). Tay et al.
-report 16 to 37 % for all models. So what counts is `over_first_token`, the accuracy minus that of the first operator on
-the test set of the training length. Chance is the most frequent answer's share.
+report 16 to 37 % for all models. So what counts is `over_first_token`, the accuracy minus that of the first operator
+on the test set of the training length. Chance is the most frequent answer's share.
 """
 
 from __future__ import annotations

@@ -10,14 +10,19 @@ alone: neither a seam in the text nor a length, place or byte tells it, and bags
 case. Only the relation counts, at any distance. Token types tell the document (0) from separator and quote (1).
 
 What short pieces tell: n bytes of the quote that run across a border of two quarters are missing in the document where
-the order is not the same. With `seams` (the default) the document also holds, at random places, what stands around each
+the order is not the same. With `seam` (the default) the document also holds, at random places, what stands around each
 border of the passage that is not in it, `seam` bytes on either side: every piece of up to `seam` + 1 bytes of the quote
 is then in the document whatever the label is. Longer pieces do tell: that is the task.
 
+What it costs: no part of the answer pays before all of it. With 64 dimensions and 2 layers full attention is still at
+50 % after 400 steps of 16 rows at the default sizes, and after 1,000 of 64 at 16 bytes: a task for larger runs.
+
 Source: our own, after what two-document matching asks for (Tay et al. 2021, Long Range Arena, §2.3, AAN retrieval),
-without labels that a bag of bytes predicts. Chance 50 %. Trivial baselines, all 50 %: "bag_of_bytes" (the quote's bytes
-among the document's), "bigrams", "fourgrams" (share of the quote's that stand in the document), "place" (where the
-quote's first byte is found).
+without labels that a bag of bytes predicts. Documents and passages of all splits are cut from the same text; no row is
+in two of them. Chance 50 %. Trivial baselines: "bag_of_bytes", "bigrams", "fourgrams" (do all those of the quote stand
+in the document?) 50 %, without seams bigrams 88 % of text and 100 % of random bytes; "place" (is the quote's first byte
+first found in the document's first half?) 52 % of text, 57 % of random bytes: an exchanged first quarter lies later on
+the average.
 """
 
 from __future__ import annotations
