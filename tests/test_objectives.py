@@ -319,3 +319,20 @@ def test_lora_trains_adapters_and_fresh_parts_alone_and_the_file_needs_no_peft(t
 def test_lora_needs_a_model_to_start_from(tmp_path: Path) -> None:
     row = run_training(config(First, tmp_path, lora={"r": 2}), tmp_path)
     assert row["error"] == "lora belongs to init=, whose weights it leaves as they are, got lora without init"
+
+
+@pytest.mark.parametrize(
+    ("decode", "said"),
+    [
+        ({"greedy": False, "temperature": 0.5, "top_k": 3}, None),
+        ({"beams": 3}, None),
+        ({"beams": 2, "top_k": 3}, "decode.beams above 1 takes no decode.top_k: it draws nothing"),
+        ({"temperature": 0.5}, "greedy=True takes no temperature, top_k or top_p"),
+        ({"beams": 0}, "decode.beams must be an integer of at least 1, got 0"),
+    ],
+)
+def test_evaluation_writes_as_it_is_told(decode: dict[str, Any], said: str | None, tmp_path: Path) -> None:
+    given = {**config(Reversal, tmp_path)["decode"], **decode}
+    row = run_training(config(Reversal, tmp_path, decode=given), tmp_path)
+    assert row["error"] == said
+    assert ("exact_match" in row["metrics"]) == (said is None)

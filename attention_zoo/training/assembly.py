@@ -57,11 +57,20 @@ class Assembly:
 
 
 def writing(decode: DecodeConfig) -> dict[str, Any]:
-    """The arguments of `generate` that a config says."""
+    """The arguments of `generate` that a config says.
+
+    Raises:
+        ValueError: for options of draws beside a search.
+    """
     said = asdict(decode)
     if decode.beams == 1:
-        said.pop("beams")
-    return said
+        return said
+    useless = [
+        f"decode.{name}" for name, value in said.items() if name != "beams" and value != getattr(DecodeConfig, name)
+    ]
+    if useless:
+        raise ValueError(f"decode.beams above 1 takes no {', '.join(useless)}: it draws nothing")
+    return {"beams": decode.beams}
 
 
 def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
