@@ -154,7 +154,7 @@ class TrainConfig:
     decoder: SideConfig = field(default_factory=SideConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     init: Text | None = None
-    lora: dict[str, Any] | None = None
+    lora: Any = None
     steps: Positive = MISSING
     seq_len: Positive = MISSING
     batch: Positive = MISSING

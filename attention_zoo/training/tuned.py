@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attention_zoo.contract import named
 from attention_zoo.model.encoder_decoder import EncoderDecoder
 from attention_zoo.model.saved import load
 from attention_zoo.model.transformer import Transformer
@@ -23,6 +24,8 @@ from attention_zoo.training.objective import Objective
 
 ADAPTED = r".*\.(to_q|to_k|to_v|to_qk|to_out)"
 """The projections that get adapters unless `lora` has `target_modules`."""
+WRITERS = {"lm": "head.", "pretraining": "head.tokens."}
+"""Heads that answer with tokens, and what the names of their weights begin with."""
 DIRECTIONS = {True: "sees the past only", False: "sees both sides"}
 
 
@@ -77,10 +80,14 @@ def _grown(
     config = {**found.config, **changes, "classes": classes, "vocab": max(vocab, found.vocab)}
     if types > found.types:
         config["embedding"] = {**(config["embedding"] or {}), "types": types}
-    if (found.head_name in ("lm", "pretraining")) != (head in ("lm", "pretraining")) or head != found.head_name:
-        config["head"] = head
+    config["head"] = head
+    have = dict(found.named_parameters()) | dict(found.named_buffers())
+    if {head, found.head_name} <= set(WRITERS):  # its options and weights stay, whatever stands beside it
+        options = named("head", found.config["head"])[1]
+        config["head"] = {"name": head, **options} if options else head
+        have = {_moved(name, WRITERS[found.head_name], WRITERS[head]): value for name, value in have.items()}
     model = Transformer(**config)
-    have, fresh = dict(found.named_parameters()) | dict(found.named_buffers()), []
+    fresh = []
     with torch.no_grad():
         for name, own in [*model.named_parameters(), *model.named_buffers()]:
             given = have.get(name)
@@ -92,6 +99,10 @@ def _grown(
                     fresh.append(name)
     model.fresh = fresh  # type: ignore[assignment]
     return model.to(next(found.parameters()).dtype)
+
+
+def _moved(name: str, old: str, new: str) -> str:
+    return new + name.removeprefix(old) if name.startswith(old) else name
 
 
 def _fill(own: Tensor, given: Tensor) -> None:
