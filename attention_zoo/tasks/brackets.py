@@ -134,9 +134,9 @@ def _nested(random: np.random.Generator, number: np.ndarray, length: int, depth:
     height: np.ndarray = np.zeros(len(number), np.int64)
     draws = random.random((len(number), length))
     for place in range(length):
-        left = number[:, 0] - place
-        chance = opens[np.maximum(left, 0), height]
-        step[:, place] = np.where(left > 0, np.where(draws[:, place] < chance, 1, -1), 0)
+        still = number[:, 0] - place
+        chance = opens[np.maximum(still, 0), height]
+        step[:, place] = np.where(still > 0, np.where(draws[:, place] < chance, 1, -1), 0)
         height += step[:, place]
     return step
 
