@@ -19,7 +19,9 @@ from attention_zoo.training.objective import objective_of
 from attention_zoo.training.run import run_training
 
 BERT = {"vocab_size": 300, "max_position_embeddings": 300, "hidden_size": 16, "num_attention_heads": 2}
+BERT |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # else a warning
 GPT2 = {"vocab_size": 100, "n_positions": 300, "n_embd": 16, "n_head": 2}
+GPT2 |= {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 QUICK = ["tracker=none", "trainer.progress=none", "threads=1", "steps=2", "batch=4"]
 
 
@@ -56,7 +58,7 @@ def tuned(task: str, init: Path, folder: Path, *words: str) -> dict[str, Any]:
 def test_a_checkpoint_is_tuned_on_tasks_of_every_objective_that_it_can(
     name: str, task: str, lora: tuple[str, ...], folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    words = ["seq_len=128"] if task in ("mlm", "quote") else []
+    words = ["seq_len=192"] if task in ("mlm", "quote") else []
     row = tuned(task, folders[name], tmp_path, *words, *([w.replace("+lora.r=2", "lora={r: 2}") for w in lora]))
     assert row["status"] == "ok", row["error"]
     assert isinstance(zoo.load(tmp_path), zoo.EncoderDecoder if task == "reference" else zoo.Transformer)

@@ -121,21 +121,22 @@ class Brackets(Generated):
 
 def _nested(random: np.random.Generator, number: np.ndarray, length: int, depth: int) -> np.ndarray:
     """[B, length] of 1 and -1: balanced steps of height at most `depth`, all as likely; 0 from `number` [B, 1] on."""
-    # ways[r, h]: ratio, among the ways to be at height 0 after r more steps from h, of those whose next step opens
-    ways, opens = np.zeros(depth + 2), np.zeros((length + 1, depth + 1))
+    # opens[r, h]: among the ways from height h down to 0 in r steps, the share whose next step opens
+    ways: np.ndarray = np.zeros(depth + 2)
+    opens = np.zeros((length + 1, depth + 1))
     ways[0] = 1.0  # the last place is height -1 and depth + 1 alike: none
     for left in range(1, length + 1):
         up, down = ways[1:], np.concatenate([[0.0], ways[:depth]])
         total = up + down
         opens[left] = np.divide(up, total, out=np.zeros_like(total), where=total > 0)
-        ways = np.append(total / total.max(), 0.0)
+        ways[:-1] = total / total.max()
     step: np.ndarray = np.zeros((len(number), length), np.int64)
     height: np.ndarray = np.zeros(len(number), np.int64)
     draws = random.random((len(number), length))
     for place in range(length):
-        rest = number[:, 0] - place
-        chance = opens[np.maximum(rest, 0), height]
-        step[:, place] = np.where(rest > 0, np.where(draws[:, place] < chance, 1, -1), 0)
+        still = number[:, 0] - place
+        chance = opens[np.maximum(still, 0), height]
+        step[:, place] = np.where(still > 0, np.where(draws[:, place] < chance, 1, -1), 0)
         height += step[:, place]
     return step
 

@@ -18,7 +18,7 @@ done by cross-attention whatever the encoder is, and say nothing of it.
 
 Source: our own; associations through names are those of variable tracking (Hsieh et al. 2024, RULER, §3.2) and of
 multi-query recall (Arora et al. 2023, §4), here with encoder and decoder. Metric: share of rows written right as a
-whole. Chance (1 / values) ^ references. Trivial baselines, at most 2 % with 4 references, 2 spare and 8 values:
+whole. Chance (1 / values) ^ references. Trivial baselines, 8 values: at most 8 % with 3 references, 2 % with 4:
 "nearest" (the value nearest to each reference), "in_order" (the source's first value, its second, ...), "commonest"
 (the row's most frequent value, every time).
 """

@@ -34,8 +34,8 @@ def model_of(options: TrainConfig, mechanism: Any, task: Task, objective: Object
     given: dict[str, Any] = {"vocab": task.vocab, "seed": options.seed}
     if options.init is not None:
 
-        def half(side: str) -> Transformer:
-            return _half(options, mechanism, side, given)
+        def half(side: str, other: Transformer) -> Transformer:
+            return _half(options, mechanism, side, {**given, "dim": other.dim, "heads": other.config["heads"]})
 
         model = started(options.init, task, objective, options.model, half)
         return model if options.lora is None else adapted(model, options.lora)
@@ -86,7 +86,7 @@ def _half(options: TrainConfig, mechanism: Any, side: str, given: Mapping[str, A
     causal = side == "decoder"
     role = {"causal": causal, "cross": causal, "head": "lm" if causal else "hidden"}
     try:
-        return build({**options.model, **changed}, f"model of the {side}", attention=chosen, **given, **role)
+        return build({**options.model, **given, **changed}, f"model of the {side}", attention=chosen, **role)
     except Unsupported as error:
         raise Unsupported(f"{side}.attention={name_of(chosen)}", "this half", str(error), roles()) from error
 

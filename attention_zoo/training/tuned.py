@@ -30,7 +30,11 @@ DIRECTIONS = {True: "sees the past only", False: "sees both sides"}
 
 
 def started(
-    path: str, task: Task, objective: Objective, options: Mapping[str, Any], half: Callable[[str], Transformer]
+    path: str,
+    task: Task,
+    objective: Objective,
+    options: Mapping[str, Any],
+    half: Callable[[str, Transformer], Transformer],
 ) -> nn.Module:
     """The model of a file, with the head, the ids and the token types that a task needs.
 
@@ -40,7 +44,7 @@ def started(
 
     Args:
         options: of the run's model, for the number of token types.
-        half: builds a new half, "encoder" or "decoder".
+        half: builds a new half, "encoder" or "decoder", that goes with one that there is.
 
     Raises:
         ValueError: for a file that does not fit the task, naming both.
@@ -63,9 +67,9 @@ def started(
         return _noted(EncoderDecoder(encoder=encoder, decoder=decoder), encoder=encoder, decoder=decoder)
     if found.causal:
         decoder = _grown(found, head="lm", vocab=task.vocab, cross=True)
-        return _noted(EncoderDecoder(encoder=half("encoder"), decoder=decoder), decoder=decoder)
+        return _noted(EncoderDecoder(encoder=half("encoder", found), decoder=decoder), decoder=decoder)
     encoder = _grown(found, head="hidden", vocab=task.vocab)
-    return _noted(EncoderDecoder(encoder=encoder, decoder=half("decoder")), encoder=encoder)
+    return _noted(EncoderDecoder(encoder=encoder, decoder=half("decoder", found)), encoder=encoder)
 
 
 def fresh_of(model: nn.Module) -> list[str]:
