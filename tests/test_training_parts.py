@@ -187,7 +187,7 @@ def test_position_counts_from_where_the_row_became_fresh() -> None:
 
 
 def test_mqar_accuracy_is_over_queries_alone() -> None:
-    task = Mqar(vocab=16, pairs=2, test_examples=10)
+    task = Mqar(vocab=16, pairs=2, prefix=0, test_examples=10)
 
     class Perfect(nn.Module):
         def forward(self, ids: Any, tokens: Tokens | None) -> Any:
