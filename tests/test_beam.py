@@ -123,7 +123,7 @@ def test_the_search_ends_when_all_beams_have():
     assert found.tokens[:, 0].tolist() == [[0] * found.tokens.shape[-1]] * 3
     assert found.lengths[:, 0].tolist() == [1, 1, 1]
     assert generate(model, some_ids(), steps=50, beams=2, eos=0).tolist() == [[0]] * 3
-    # one text there is, and beams that are none do not hold it up
+    # there is one text alone, and further beams are none
     alone = small("full", vocab=1)
     found = beam_search(alone, torch.zeros(2, 3, dtype=torch.long), steps=9, beams=3, eos=0)
     assert found.tokens.shape == (2, 3, 1)

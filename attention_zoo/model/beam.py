@@ -95,8 +95,7 @@ def beam_search(
             if logits.is_cpu or step == 0:  # elsewhere reading a number back would make every step wait
                 check_logits(logits)
             found, total, ended, parent = _lengthened(found, total, ended, logits, eos, length_penalty)
-            # of a beam that is no text (-inf) none will be
-            if step == steps - 1 or (eos is not None and bool((ended | (found.scores == -torch.inf)).all())):
+            if step == steps - 1 or (eos is not None and bool(ended.all())):
                 break
             rows = states.gather(1, parent).flatten()
             logits = read.send((found.tokens[:, :, -1].flatten(), rows))
