@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attention_zoo"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("files", "locks", "stopping", "room", "rules", "options", "schemas", "tokens", "constants", "place"),
+    ("files", "locks", "stopping", "room", "rules", "options", "schemas", "searchpath", "tokens", "constants", "place"),
     ("layout",),
     ("contract",),
     ("ops",),

@@ -63,7 +63,7 @@ def test_the_last_logits_are_those_of_the_last_valid_token():
     whole = model(ids, tokens).logits
     assert far(model(ids, tokens, last_only=True).logits[:, 0], whole[[0, 1, 2], [8, 4, 0]]) < 1e-12
     assert far(model(ids, last_only=True).logits, model(ids).logits[:, -1:]) < 1e-12
-    with pytest.raises(ValueError, match="last_only needs a head that answers for each token, got head=classify"):
+    with pytest.raises(ValueError, match="last_only needs a head that answers for each token alone, got head=classify"):
         small("full", head="classify", classes=2)(ids, last_only=True)
 
 

@@ -352,7 +352,7 @@ def test_token_labels_and_hidden():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"head": "lmm"}, "head must be one of lm, tokens, classify, hidden, got 'lmm'"),
+    ({"head": "lmm"}, "head must be one of lm, tokens, classify, pretraining, hidden, got 'lmm'"),
     ({"head": "classify"}, "got classes=None with head=classify"),
     ({"classes": 3}, "got classes=3 with head=lm"),
     ({"head": "classify", "classes": 3, "pooling": "max"}, "pooling must be one of mean, first, got 'max'"),
