@@ -13,8 +13,8 @@ Source: Liu et al. 2023, "Exposing Attention Glitches with Flip-Flop Language Mo
 .98 for rare long gaps and .1 in the two further test sets. The evaluation set "long_gap" has nothing but its longest
 gaps: one write, within the first `long_gap` of the row, and one read, the last instruction.
 
-Chance: one half. Trivial rules at 128 tokens and p_ignore .98: the last bit seen .53 (right where the read follows its
-write, or by luck), the row's commonest bit so far .57, the bit of the row's first write .87: most rows write once, so
+Chance: one half. Trivial rules at 128 tokens and p_ignore .98: the last bit seen .55 (right where the read follows its
+write, or by luck), the row's commonest bit so far .57, the bit of the row's first write .88: most rows write once, so
 look at "long_gap" and at the groups by distance, too. Groups: "distance" from the written bit to the question.
 
 Deviations: as published every first instruction writes (`prefix: false`) and every read is scored.
