@@ -309,8 +309,10 @@ def _method(rows: list[Row]) -> str:
     if results.of(rows, "quality"):
         said.append(
             "Quality: same skeleton, same data, same optimizer and same budget for all, but where a name says in what "
-            "runs differ; every run in a fresh process. Bits per byte: chance is 8. The validation set is text of the "
-            "same source that was not trained on; the held-out set, where there is one, is text of another source."
+            "runs differ; every run in a fresh process. Figures are those of the test set, where there is one; the "
+            "validation set was looked at while training. Neither was trained on: drawn rows are in one set alone, and "
+            "text that repeats the training's was left out. The held-out set is text of another source. Lines in "
+            "parentheses need no model: chance, and trivial rules."
         )
     return page.bullets(said) + "<h3>Environment</h3>" + _environment(rows)
 
