@@ -358,7 +358,7 @@ def test_token_labels_and_hidden():
     ({"head": "classify", "classes": 3, "pooling": "max"}, "pooling must be one of mean, first, got 'max'"),
     ({"head": "classify", "classes": 3, "pooling": "first"}, "pooling=first needs causal=False"),
     ({"norm": "group"}, "norm must be one of layer, rms, batch, got 'group'"),
-    ({"feed_forward": "tanh"}, "feed_forward must be one of gelu, gelu_tanh, relu, silu, swiglu, got 'tanh'"),
+    ({"feed_forward": "tanh"}, "feed_forward must be one of gelu, gelu_tanh, relu, silu, swiglu, none, got 'tanh'"),
     ({"ff_chunks": 0}, "ff_chunks must be an integer of at least 1, got 0"),
     ({"short_conv": -1}, "short_conv must be a number of taps, 0 for none, got -1"),
     ({"output_dropout": 1.5}, "output_dropout must be a probability below 1, got 1.5"),

@@ -11,7 +11,7 @@ from small_models import CARRYING, PREFIX, VOCAB, entry, far, in_pieces, packed,
 
 from attention_zoo import Tokens, Transformer, Unsupported
 from attention_zoo.model import Running, detach, reorder, state_bytes
-from attention_zoo.model.short_conv import ShortConvolution
+from attention_zoo.model.short_conv import GatedConvolution, ShortConvolution
 
 CUTS = [[5, 13, 14, 20], [1], [22], list(range(1, 23))]
 
@@ -199,6 +199,31 @@ def test_short_convolution_is_its_definition(width):
     assert far(out[valid], convolved(layer, x, tokens)[valid]) < 1e-12
     plain = layer(x).hidden
     assert far(plain, convolved(layer, x, Tokens.all_valid(4, 13))) < 1e-12
+
+
+def test_gated_convolution_is_a_convolution_times_a_projection():
+    layer = GatedConvolution(dim=4, width=3).double()
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(2, 9, 4, dtype=torch.float64)
+    tokens = Tokens.all_valid(2, 9)
+    mixed = convolved(layer.conv, x, tokens) - x
+    assert far(layer(x, tokens).hidden, x + (mixed + layer.bias) * layer.gate(x)) < 1e-12
+    assert far(layer(x).hidden, layer(x, tokens).hidden) < 1e-12
+
+
+@pytest.mark.parametrize("name", PREFIX)
+def test_pieces_equal_the_whole_behind_a_gated_convolution_and_without_feed_forward(name):
+    model = small(name, short_conv={"name": "gated", "width": 3}, feed_forward="none", ff_mult=None, depth=1)
+    assert [type(branch.body.layers[-1]) for branch in model.stack.branches] == [GatedConvolution, type(attend(model))]
+    ids = some_ids()
+    tokens = packed(ragged(23, [18, 23, 20], "left"), 6, 14)
+    whole = model(ids, tokens).logits
+    assert far(in_pieces(model, ids, tokens, [1, 5, 13])[tokens.valid], whole[tokens.valid]) < 1e-10
+
+
+def attend(model):
+    """The mechanism of the first block."""
+    return model.stack.attentions[0]
 
 
 def test_short_convolution_state_holds_no_more_than_it_needs():

@@ -11,20 +11,22 @@ Dropout is on the outputs of branches only: inside attention, fused and recomput
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from attention_zoo.contract import Layer, Output, Source, Tokens, add_losses, known_options, named
-from attention_zoo.model.feed_forward import FeedForward
+from attention_zoo.contract import Layer, Output, Source, Tokens, add_losses, known_options, named, one_of
+from attention_zoo.model.feed_forward import KINDS, NONE, FeedForward
 from attention_zoo.model.norm import build_norm, normed, refuse_over_batch
-from attention_zoo.model.short_conv import ShortConvolution
+from attention_zoo.model.short_conv import GatedConvolution, ShortConvolution
 from attention_zoo.options import LARGEST, Named, Positive, Probability, checked
 
-Taps = Annotated[int, Field(ge=0, le=LARGEST, description="a number of taps, 0 for none")]
+Taps = Annotated[
+    Annotated[int, Field(ge=0, le=LARGEST)] | Mapping[str, Any], Field(description="a number of taps, 0 for none")
+]
 
 
 class Chain(Layer):
@@ -130,9 +132,10 @@ class Block(Chain):
         attention: any mechanism.
         dim: model width E.
         cross: a cross-attention; default none.
-        short_conv: taps of a short convolution before the attention; 0: none.
+        short_conv: taps of a short convolution before the attention; 0: none. `{"name": "gated", "width": 3}`: a gated
+            one, in a branch of its own.
         norm, pre_norm, output_dropout: see `Branch`.
-        feed_forward: one of `KINDS`, or a mapping with further options of `FeedForward`.
+        feed_forward: one of `KINDS`, or a mapping with further options of `FeedForward`; "none": the block has none.
     """
 
     @checked
@@ -153,20 +156,32 @@ class Block(Chain):
         if cross is not None:
             refuse_over_batch(norm, "cross=True")
         shared: dict[str, Any] = {"dim": dim, "norm": norm, "pre_norm": pre_norm, "output_dropout": output_dropout}
-        before = [ShortConvolution(dim=dim, width=short_conv)] if short_conv else []
-        branches = [Branch(*before, attention, **shared)]
+        before: list[Layer] = []
+        branches: list[Layer] = []
+        if isinstance(short_conv, Mapping):
+            name, options = named("short_conv", short_conv)
+            one_of(("gated",), short_conv=name)
+            known_options(f"short_conv={name}", options, ("width",))
+            branches.append(Branch(GatedConvolution(dim=dim, **options), **shared))
+        elif short_conv:
+            before.append(ShortConvolution(dim=dim, width=short_conv))
+        branches.append(Branch(*before, attention, **shared))
+        place = len(branches) - 1
         if cross is not None:
             branches.append(Branch(cross, **shared, cross=True))
         kind, options = named("feed_forward", feed_forward)
-        known_options(f"feed_forward={kind}", options, FeedForward.options)
-        branches.append(Branch(FeedForward(dim=dim, kind=kind, **options), **shared))
+        one_of((*KINDS, NONE), feed_forward=kind)
+        known_options(f"feed_forward={kind}", options, () if kind == NONE else FeedForward.options)
+        if kind != NONE:
+            branches.append(Branch(FeedForward(dim=dim, kind=kind, **options), **shared))
         super().__init__(branches)
+        self.place = place
 
     @property
     def attention(self) -> Layer:
         """The mechanism of this block."""
-        first: Any = self.layers[0]
-        return first.body.layers[-1]
+        branch: Any = self.layers[self.place]
+        return branch.body.layers[-1]
 
 
 def attentions(module: nn.Module) -> list[Layer]:

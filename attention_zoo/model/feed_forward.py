@@ -28,6 +28,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """`gelu_tanh` is the approximation that GPT-2 and BigBird were trained with (Hendrycks & Gimpel 2016)."""
 KINDS = (*ACTIVATIONS, "swiglu")
+NONE = "none"
+"""The word for blocks without a feed-forward."""
 
 
 def with_flat(feed_forward: Named, *, ff_mult: int | None, ff_chunks: int | None) -> Named:

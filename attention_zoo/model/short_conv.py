@@ -4,7 +4,9 @@
 
 It gives every mechanism the previous token alike, which recall tasks need (Arora et al. 2023). Causal also in two-sided
 models. "Before" counts valid tokens of the same document, so that padding, holes and packing change nothing.
-O(L · width · E).
+O(L · width · E). Gated, a layer of its own, it is BaseConv of Arora et al. 2023, "Zoology", and its published code:
+
+    y_p = x_p + (b + Σ_j w_j · x_{p-j}) · (A x_p + c)
 """
 
 from __future__ import annotations
@@ -38,12 +40,13 @@ class ShortConvolution(Layer):
     Args:
         dim: model width E.
         width: number of taps: the token itself and the width - 1 before it.
+        added: whether the input is added.
     """
 
     @checked
-    def __init__(self, *, dim: Positive, width: Annotated[Positive, Field(title="short_conv")]):
+    def __init__(self, *, dim: Positive, width: Annotated[Positive, Field(title="short_conv")], added: bool = True):
         super().__init__()
-        self.dim, self.width = dim, width
+        self.dim, self.width, self.added = dim, width, added
         self.weight = nn.Parameter(torch.empty(width, dim))
         nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
 
@@ -62,7 +65,7 @@ class ShortConvolution(Layer):
         choices: Any = None,
     ) -> Output:
         if tokens is None or (isinstance(tokens, Layout) and tokens.implied and state is None):
-            return Output(x + self._mix(x, None))
+            return Output(self._added(x, self._mix(x, None)))
         tokens = Layout.of(tokens)
         x = tokens.blanked(x)
         before = x.new_zeros(x.shape[0], 0, self.dim) if state is None else state.hidden
@@ -76,7 +79,10 @@ class ShortConvolution(Layer):
         if state is not None:
             columns, kept = keys.plan(("last", self.width), lambda: self._last(keys))
             new = Recent(hidden if columns is None else gathered(hidden, columns), kept)
-        return Output(x + mixed, new)
+        return Output(self._added(x, mixed), new)
+
+    def _added(self, x: Tensor, mixed: Tensor) -> Tensor:
+        return x + mixed if self.added else mixed
 
     def _last(self, keys: Layout) -> tuple[Tensor | None, Layout]:
         """The columns that later tokens mix with, and what they are."""
@@ -109,3 +115,36 @@ class ShortConvolution(Layer):
                 earlier = earlier.masked_fill(foreign[..., None], 0)
             mixed = mixed + earlier * self.weight[tap]
         return mixed
+
+
+class GatedConvolution(Layer):
+    """A short convolution times a projection, added to the input.
+
+    Args:
+        dim: model width E.
+        width: see `ShortConvolution`.
+    """
+
+    @checked(prefix="short_conv.")
+    def __init__(self, *, dim: Positive, width: Positive = 3):
+        super().__init__()
+        self.conv = ShortConvolution(dim=dim, width=width, added=False)
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.gate = nn.Linear(dim, dim)
+
+    def initial_state(self, batch_size: int) -> Recent:
+        return self.conv.initial_state(batch_size)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L E"],
+        tokens: Tokens | None = None,
+        *,
+        state: Recent | None = None,
+        source: Source | None = None,
+        choices: Any = None,
+    ) -> Output:
+        out = self.conv(x, tokens, state=state)
+        if tokens is not None:
+            x = Layout.of(tokens).blanked(x)
+        return out._replace(hidden=x + (out.hidden + self.bias) * self.gate(x))

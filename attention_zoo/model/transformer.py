@@ -91,9 +91,9 @@ class Transformer(nn.Module):
             (Transformer-XL's own), none. Options: see `positions/`.
         pre_norm: norm before each branch, or after its addition.
         norm: layer | rms | batch (two-sided models alone). Options: eps; momentum of batch.
-        feed_forward: gelu | gelu_tanh | relu | silu | swiglu. Options: mult, chunks, width, bias; see `FeedForward`.
+        feed_forward: gelu | gelu_tanh | relu | silu | swiglu | none. Options: mult, chunks, width, bias: `FeedForward`.
         ff_mult, ff_chunks: the same as mult and chunks in feed_forward, which they are older than.
-        short_conv: taps of a short causal convolution before each attention; 0: none.
+        short_conv: taps of a short causal convolution before each attention; 0: none; or a gated one, see `Block`.
         output_dropout: probability to drop a channel of what a branch adds.
         embedding: options of `TokenEmbedding`: scale, types, normed, dropout; or, with cutoffs, of `AdaptiveEmbedding`:
             divide, width, scale, dropout.
