@@ -90,7 +90,7 @@ class SideConfig:
     heads: Positive | None = None
     positions: Any = None
     feed_forward: Any = None
-    short_conv: Natural | None = None
+    short_conv: Any = None
     output_dropout: Probability | None = None
     reversible: Any = None
     around: Any = None
