@@ -142,7 +142,8 @@ class Task:
     def bars(self) -> dict[str, float]:
         """What trivial rules reach on the set of the result, and a blind guess, by name."""
         rows = [row for each in self.learnt for row in each.rows]
-        found = next((dict(row["baselines"]) for row in rows if row.get("baselines")), {})
+        given = next((row["baselines"] for row in rows if row.get("baselines")), {})
+        found = {spoken(name): float(value) for name, value in given.items()}
         chance = next((row["chance"] for row in rows if row.get("chance") is not None), None)
         return found if chance is None else {**found, "chance": chance}
 
