@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,7 +142,7 @@ class Task:
     def bars(self) -> dict[str, float]:
         """What trivial rules reach on the set of the result, and a blind guess, by name."""
         rows = [row for each in self.learnt for row in each.rows]
-        given = next((row["baselines"] for row in rows if row.get("baselines")), {})
+        given: Mapping[str, Any] = next((row["baselines"] for row in rows if row.get("baselines")), {})
         found = {spoken(name): float(value) for name, value in given.items()}
         chance = next((row["chance"] for row in rows if row.get("chance") is not None), None)
         return found if chance is None else {**found, "chance": chance}
