@@ -132,7 +132,7 @@ def test_no_question_needs_no_label(folder: Path) -> None:
     plain = task(folder, pair="none")
     batch = plain.training((0,), 3, L)
     assert (plain.classes, batch.labels, batch.types) == (None, {}, None)
-    assert plain.pair_baselines(L) == {}
+    assert plain.further_baselines(L) == {}
     assert (task(folder).classes, task(folder).objective, task(folder).vocab) == (2, "masked_lm", 259)
 
 
@@ -173,8 +173,10 @@ def test_baselines_are_at_what_they_can_know(folder: Path, tmp_path: Path) -> No
 
 def test_a_bag_of_bytes_knows_files_and_not_the_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masked, "BAG_ROWS", 1500)
-    assert task(folder, validation=0.1, test=0.5).pair_baselines(L)["bag of bytes"] == pytest.approx(0.5, abs=0.1)
-    assert task(folder, validation=0.1, test=0.5, pair="next").pair_baselines(L)["bag of bytes"] > 0.8
+    order = task(folder, validation=0.1, test=0.5).further_baselines(L)["order_accuracy"]
+    assert order["bag of bytes"] == pytest.approx(order["chance"], abs=0.1)
+    after = task(folder, validation=0.1, test=0.5, pair="next").further_baselines(L)["next_accuracy"]
+    assert after["bag of bytes"] > 0.8
 
 
 def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:

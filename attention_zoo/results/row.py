@@ -276,6 +276,7 @@ class Trained(TypedDict):
     by_group: NotRequired[dict[str, Groups] | None]
     chance: NotRequired[Number | None]
     baselines: NotRequired[dict[str, Number] | None]
+    further_baselines: NotRequired[dict[str, dict[str, Number]] | None]
     carries_state: NotRequired[bool | None]
     stopped: NotRequired[Words | None]
     model_sha256: NotRequired[Words | None]

@@ -155,6 +155,10 @@ class Task:
         """The main metric that trivial rules reach on the set of a run's result: what a model has to beat."""
         return {}
 
+    def further_baselines(self, seq_len: int) -> dict[str, dict[str, float]]:
+        """The same for metrics beside the main one, by the metric's name."""
+        return {}
+
     def score(self, loss: float, accuracy: float) -> dict[str, float]:
         """Metrics from the mean cross-entropy in nats and the share of right answers, both over the scored tokens."""
         return {"loss": loss, "accuracy": accuracy}
