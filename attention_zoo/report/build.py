@@ -13,6 +13,7 @@ from attention_zoo.report import charts, learning, page, rivals, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.charts import Chart, Table
 from attention_zoo.report.costs import MEMORY, TIME, Series, Setting
+from attention_zoo.report.groups import shortening
 from attention_zoo.report.palette import Style, pick, styles
 from attention_zoo.report.quality import SETS, SHARES, Task, metric_words, spoken, value_words
 from attention_zoo.report.rows import BASELINES, LeftOut, Rows
@@ -208,6 +209,8 @@ def _learning(tasks: list[Task], look: dict[str, Style], show: Any) -> str:
             continue
         parts.append(f"<h3>{page.escape(task.title)}</h3>")
         parts.append(page.warning("", [f"{o[0].upper()}{o[1:]}." for o in task.obstacles()]))
+        shortened = task.shortened()
+        parts += [page.paragraph(shortened, "note")] if shortened else []
         parts.append(page.table(_runs(task)))
         share = task.metric in SHARES
         told = dict.fromkeys(name for each in task.learnt for row in each.rows for name in row.get("by_group") or {})
@@ -257,6 +260,8 @@ def _runs(task: Task) -> Table:
 
 
 def _seen(row: Row) -> int | None:
+    if shortening(row) and row.get("tokens_per_second") and row.get("train_seconds"):
+        return round(row["tokens_per_second"] * row["train_seconds"])  # rows may be narrower than seq_len
     return row["steps"] * row["batch"] * row["seq_len"] if row.get("batch") else None
 
 

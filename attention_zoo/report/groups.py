@@ -2,7 +2,8 @@
 is in their names.
 
 A group's facts are its mechanism's options, and everything else of its config, its code, its machine and its file. The
-options set apart those of one mechanism; anything else that differs is named for all that stand together.
+options set apart those of one mechanism; anything else that differs is named for all that stand together. How a task's
+documents were shortened is an option of whatever read them: to read less is a rival of reading cheaply.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ Facts = Mapping[str, str]
 SILENT = COSMETIC | {"retry", "seed", "trainer.log_every", "trainer.checkpoint_every"}
 """Keys of a config that change nothing about what is computed, and the seed, over which a group is taken."""
 MECHANISM = ("attention", "options", "hybrid", "backend", "name")
+COMPRESS = "compress"
+"""The option of tasks, and of groups, that says how documents were shortened."""
 WIDEST = 48
 
 
@@ -31,7 +34,7 @@ class Group(NamedTuple):
 
     Fields:
         backend, kernel: of all; the kernel is "" for trainings.
-        options: of the mechanism.
+        options: of the mechanism, and how documents were shortened for it.
         made: everything else that must be alike before figures may be compared, but for the place.
         place: code, software, machine and file; empty where a row did not live to tell.
     """
@@ -57,7 +60,20 @@ def group_of(row: Row) -> Group:
         if row.get("batch") is not None:
             made.setdefault("batch", str(row["batch"]))
     kernel = "" if row["kind"] == "quality" else str(row.get("kernel") or "")
-    return Group(row["backend"], kernel, _pairs(flat(results.options(row))), _pairs(made.items()), place_of(row))
+    options = dict(flat(results.options(row)))
+    if how := shortening(row):
+        options[COMPRESS] = how
+    return Group(row["backend"], kernel, _pairs(options.items()), _pairs(made.items()), place_of(row))
+
+
+def shortening(row: Row) -> str:
+    """How the documents of a training were shortened, in words; "" where they were whole."""
+    task = (row.get("config") or {}).get("task")
+    how = task.get(COMPRESS) if row["kind"] == "quality" and isinstance(task, dict) else None
+    if not isinstance(how, dict):
+        return ""
+    rest = [f"{key}={value}" for key, value in flat(how) if key not in ("method", "budget")]
+    return " ".join([str(how.get("method")), str(how.get("budget")), *rest])
 
 
 def place_of(row: Row) -> tuple[tuple[str, str], ...]:
@@ -110,6 +126,7 @@ def labels(groups: Sequence[Group], names: Mapping[tuple[str, str], str]) -> lis
         names: of (backend, kernel) where the two together have one, such as the baselines.
     """
     common = [key for key in differing([group.shared for group in groups]) if not _told_by_file(groups, key)]
+    shortened = len({dict(group.options).get(COMPRESS) for group in groups}) > 1
     common.sort(key=lambda key: (key != "file", key))
     found = []
     for group in groups:
@@ -117,7 +134,9 @@ def labels(groups: Sequence[Group], names: Mapping[tuple[str, str], str]) -> lis
         kernels = {other.kernel for other in groups if other.backend == group.backend}
         base = names.get((group.backend, group.kernel))
         extra = [group.kernel] if base is None and group.kernel and len(kernels) > 1 else []
-        extra += words(dict(group.options), differing([dict(other.options) for other in alike]))
+        keys = differing([dict(other.options) for other in alike])
+        keys += [COMPRESS] if shortened and COMPRESS not in keys else []
+        extra += words(dict(group.options), keys)
         said = ", ".join(extra + words(group.shared, common))
         base = base or group.backend
         if said:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from attention_zoo.report import groups, units
 from attention_zoo.report import rows as results
-from attention_zoo.report.groups import Group
+from attention_zoo.report.groups import COMPRESS, Group, shortening
 from attention_zoo.results.row import Row
 
 LEARNT = 0.95
@@ -63,6 +63,11 @@ class Learnt:
     failed: list[Row]
     metric: str
     group: Group
+
+    @property
+    def reads_less(self) -> bool:
+        """Whether documents were shortened for it and not for all on the task: costs at whole lengths are not its."""
+        return f"{COMPRESS}=" in self.label
 
     @property
     def values(self) -> list[float]:
@@ -142,8 +147,11 @@ class Task:
     def bars(self) -> dict[str, float]:
         """What trivial rules reach on the set of the result, and a blind guess, by name."""
         rows = [row for each in self.learnt for row in each.rows]
-        given: Mapping[str, Any] = next((row["baselines"] for row in rows if row.get("baselines")), {})
-        found = {spoken(name): float(value) for name, value in given.items()}
+        best = min if self.lower_is_better else max
+        found: dict[str, float] = {}  # where documents were shortened for some, rules may reach more on what is left
+        for row in rows:
+            for name, value in (row.get("baselines") or {}).items():
+                found[spoken(name)] = best(found.get(spoken(name), value), value)
         chance = next((row["chance"] for row in rows if row.get("chance") is not None), None)
         return found if chance is None else {**found, "chance": chance}
 
@@ -225,6 +233,13 @@ class Task:
             found.append("no ranking: one seed")
         return found
 
+    def shortened(self) -> str | None:
+        """A sentence on documents that were shortened before a model read them, None where none were."""
+        found = dict.fromkeys(_kept(row) for each in self.learnt for row in each.rows if shortening(row))
+        some = any(each.reads_less for each in self.learnt)
+        where = " where a name says so" if some else ""
+        return f"Text was shortened{where}: {'; '.join(found)}." if found else None
+
     def ranking(self) -> str:
         """Best first; neighbours whose ranges over seeds overlap share a place."""
         order = sorted(
@@ -266,7 +281,9 @@ class Task:
 
 
 def tasks(rows: Iterable[Row]) -> list[Task]:
-    """The tasks among quality rows, text first. Other options of a task, or other data, make it another task."""
+    """The tasks among quality rows, text first. Other options of a task, or other data, make it another task; but how
+    its documents were shortened does not, as long as the same is scored: as long as the digest of the data is the same.
+    """
     by_name: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         if row["kind"] == "quality":
@@ -274,7 +291,7 @@ def tasks(rows: Iterable[Row]) -> list[Task]:
     found = []
     for (name, seq_len), members in by_name.items():
         parts = _parts(members)
-        facts = [dict(part) for part in parts]
+        facts = [dict(part) | _alike(held) for part, held in parts.items()]
         keys = groups.differing(facts)
         said = groups.apart([", ".join(groups.words(fact, keys)) for fact in facts])
         found += [_task(name, seq_len, part, words) for part, words in zip(parts.values(), said)]
@@ -296,14 +313,37 @@ def _parts(members: list[Row]) -> dict[tuple[tuple[str, str], ...], list[Row]]:
     parts: dict[tuple[tuple[str, str], ...], list[Row]] = {}
     for row in sorted(members, key=lambda row: not row.get("data")):
         config = (row.get("config") or {}).get("task")
-        facts = tuple(sorted(groups.flat(config))) if isinstance(config, dict) else ()
+        options = {key: value for key, value in config.items() if key != COMPRESS} if isinstance(config, dict) else {}
+        facts = tuple(sorted(groups.flat(options)))
         data = row.get("data")
         if data:
             facts += (("data", str(data.get("digest") or json.dumps(data, sort_keys=True))),)
         elif not results.ok(row):
-            facts = next((part for part in parts if part[: len(facts)] == facts), facts)
+            near = [part for part in parts if part[: len(facts)] == facts]
+            near.sort(key=lambda part: all(shortening(other) != shortening(row) for other in parts[part]))
+            facts = near[0] if near else facts
         parts.setdefault(facts, []).append(row)
     return parts
+
+
+def _kept(row: Row) -> str:
+    """How the documents of a training were shortened, and how much that left."""
+    said, data = shortening(row), row.get("data") or {}
+    about = data.get(COMPRESS)
+    about = about if isinstance(about, dict) else data
+    share, short, every = (about.get(key) for key in ("kept_share", "shortened", "documents"))
+    if isinstance(share, int | float):
+        most = "at most " if said.startswith("extractive") else ""
+        said += f", {most}{units.percent(share)} of bytes kept"
+    if isinstance(short, int) and isinstance(every, int):
+        said += f", {units.count(short)} of {units.count(every)} documents shortened"
+    return said
+
+
+def _alike(members: list[Row]) -> dict[str, str]:
+    """How the documents of all these rows were shortened, where it is the same for all and not nothing."""
+    how, *others = {shortening(row) for row in members}
+    return {COMPRESS: how} if how and not others else {}
 
 
 def _task(name: str, seq_len: int, members: list[Row], variation: str) -> Task:

@@ -148,7 +148,7 @@ def _lines(found: Findings) -> list[_Line]:
     each group stands beside the cost of its own name, or alone. With costs of several files, their own alone count."""
     files = {series.place.get("file") for series in found.series}
     every = [(number, each) for number, task in enumerate(found.tasks) for each in task.learnt]
-    sizes = Counter((number, each.backend) for number, each in every)
+    sizes = Counter((number, each.backend) for number, each in every if not each.reads_less)
 
     def beside(number: int, each: Learnt, series: Series) -> bool:
         alone = sizes[number, each.backend] == 1 and each.label == each.backend

@@ -17,6 +17,13 @@ is then in the document whatever the label is. Longer pieces do tell: that is th
 What it costs: no part of the answer pays before all of it. With 64 dimensions and 2 layers full attention is still at
 50 % after 400 steps of 16 rows at the default sizes, and after 1,000 of 64 at 16 bytes: a task for larger runs.
 
+`compress` shortens the document of each row, and neither separator nor quote: a row has at most budget + 1 + quote
+tokens, padded on the right where "extractive" leaves less. Rows are drawn, and told to their splits, before that, and
+are those of the whole documents. One whose passage is dropped is scored like any other, and "distance" is that in the
+whole document: it shows what shortening costs. A document that keeps the passage and loses pieces of the other order
+lets short ones tell: at a budget of 128 by default fourgrams reach 73 % by "head", 54 % by "head_tail" and "chunks".
+Trivial baselines are of rows as a model reads them.
+
 Source: our own, after what two-document matching asks for (Tay et al. 2021, Long Range Arena, §2.3, AAN retrieval),
 without labels that a bag of bytes predicts. Documents and passages of all splits are cut from the same text; no row is
 in two of them. Chance 50 %. Trivial baselines: "bag_of_bytes", "bigrams", "fourgrams" (do all those of the quote stand
@@ -28,7 +35,7 @@ the average.
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,7 +47,9 @@ from torch import Tensor
 
 from attention_zoo.options import Natural, Positive, checked
 from attention_zoo.rules import OneOf
-from attention_zoo.tasks.generated import Generated, of
+from attention_zoo.tasks.compress import Compression, ranges
+from attention_zoo.tasks.generated import Generated, Setting, of
+from attention_zoo.tasks.shortening import chosen, told
 from attention_zoo.tasks.task import Batch, digest
 from attention_zoo.tasks.text import SKIPPED, read_files
 
@@ -62,6 +71,7 @@ class Quote(Generated):
         background: what document and passage are: "text", the source of Python's standard library; "random" bytes.
         bytes: number of different bytes of a random background.
         global_quote: whether separator and quote see and are seen by all, for mechanisms that have global tokens.
+        compress: how the document is shortened, {method, budget}; see `tasks/compress.py`. null leaves it whole.
         test: lengths of further evaluation sets.
         test_examples: rows of each evaluation set.
     """
@@ -81,9 +91,11 @@ class Quote(Generated):
         background: Annotated[str, OneOf(*BACKGROUNDS)] = "text",
         bytes: Annotated[int, Field(ge=2, le=256)] = 256,
         global_quote: bool = False,
+        compress: Mapping[str, Any] | None = None,
         test: Sequence[Positive] = (),
         test_examples: Positive = 1000,
     ):
+        self.compression = chosen(compress)
         if quote % QUARTERS:
             raise ValueError(f"quote must be a multiple of {QUARTERS}, got {quote}")
         if seam > quote // (2 * QUARTERS):
@@ -110,10 +122,33 @@ class Quote(Generated):
         return np.frombuffer(b"".join(raw for _, raw in files), np.uint8)
 
     def describe(self, seq_len: int) -> dict[str, Any]:
-        found = super().describe(seq_len)
-        if self.background == "random":
-            return found
-        return found | {"text_bytes": len(self.text), "text_digest": digest([self.text.tobytes()])}
+        sample = super().batch("test", ("digest",), 1, self.trained(seq_len)[-1][0])  # as it was drawn: whole
+        found: dict[str, Any] = {"digest": digest([tensor.numpy().tobytes() for tensor in sample.tensors()])}
+        if self.background == "text":
+            found |= {"text_bytes": len(self.text), "text_digest": digest([self.text.tobytes()])}
+        if self.compression is not None:
+            found["compress"] = told(self.compression, [seq_len - self.quote - 1] * self.test_examples)
+        return found
+
+    def batch(self, split: str, key: Sequence[int | str], rows: int, setting: Setting) -> Batch:
+        whole = super().batch(split, key, rows, setting)
+        return whole if self.compression is None else self._shortened(whole, self.compression)
+
+    def _shortened(self, whole: Batch, how: Compression) -> Batch:
+        """The same rows, with less of each document."""
+        size = whole.ids.shape[1] - self.quote - 1
+        width = min(size, how.budget) + self.quote + 1
+        ids = np.zeros((len(whole.ids), width), np.int64)
+        valid, types = np.zeros(ids.shape, bool), np.zeros(ids.shape, bool)
+        for row, drawn in enumerate(whole.ids.numpy()):
+            kept = ranges(drawn[:size].astype(np.uint8).tobytes(), how)
+            left = np.concatenate([*(drawn[start:stop] for start, stop in kept), drawn[size:]])
+            ids[row, : len(left)], valid[row, : len(left)] = left, True
+            types[row, len(left) - self.quote - 1 : len(left)] = True
+        return of(
+            ids, whole.targets.numpy(), types=types, is_global=types if self.global_quote else None,
+            valid=None if valid.all() else valid, groups={k: v.numpy() for k, v in whole.groups.items()},
+        )  # fmt: skip
 
     def draw(self, random: np.random.Generator, rows: int, length: int, **changes: Any) -> Batch:
         size, quarter = length - self.quote - 1, self.quote // QUARTERS
@@ -149,8 +184,12 @@ class Quote(Generated):
         return self.text[start + np.arange(size)].astype(np.int64)
 
     def guesses(self, batch: Batch) -> dict[str, Tensor]:
-        size = batch.ids.shape[1] - self.quote - 1
-        document, quote = batch.ids[:, :size], batch.ids[:, size + 1 :]
+        ids = batch.ids
+        size = ids.shape[1] - self.quote - 1
+        if batch.tokens is not None:  # rows end together: what padding there is comes before them, and is no byte
+            at = torch.arange(ids.shape[1]) - (~batch.tokens.valid).sum(1, keepdim=True)
+            ids = torch.where(at < 0, -1, ids.gather(1, at.clamp(min=0)))
+        document, quote = ids[:, :size], ids[:, size + 1 :]
         place = (document == quote[:, :1]).long().argmax(1)
         found = {"place": (place < size // 2).long()}
         for name, n in (("bag_of_bytes", 1), ("bigrams", 2), ("fourgrams", 4)):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,6 +42,7 @@ class Enwik8(Streams):
         split: bytes for training, validation and test, in this order; null: the published 90, 5 and 5 million.
         span: segments that a row follows the text.
         evaluation_rows: spans of each evaluation set, spread evenly; null takes all.
+        compress: null; what other tasks over documents have here is refused, since one text has none.
 
     Raises:
         ValueError: for a missing file, or one whose size is not that of the split.
@@ -62,7 +63,13 @@ class Enwik8(Streams):
         split: Sequence[Positive] | None = None,
         span: Positive = 4,
         evaluation_rows: Positive | None = 16,
+        compress: Mapping[str, Any] | None = None,
     ):
+        if compress is not None:
+            raise ValueError(
+                f"task.compress shortens documents and must be null for {self.name}, one text whose documents are not "
+                f"told apart, got {dict(compress)}; take task=wikitext103 or task=pg19"
+            )
         if split is not None and len(split) != len(SPLITS):
             raise ValueError(f"split must list bytes for training, validation and test, got {list(split)}")
         self.split = PUBLISHED if split is None else tuple(split)

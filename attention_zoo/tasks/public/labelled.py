@@ -75,9 +75,13 @@ class Labelled(Task):
         """[B, L] token types of rows; None where there are none."""
         return None
 
+    def width(self, length: int) -> int:
+        """Tokens of a row that is asked for with `length`: fewer, where documents are shortened to less."""
+        return length
+
     def batch(self, rows: Rows, chosen: Sequence[int], length: int) -> Batch:
         """Some rows, padded on the right."""
-        ids = np.zeros((len(chosen), length), np.int64)
+        ids = np.zeros((len(chosen), self.width(length)), np.int64)
         valid = np.zeros(ids.shape, bool)
         for place, row in enumerate(chosen):
             found = rows.ids(row, length)

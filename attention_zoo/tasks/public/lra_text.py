@@ -12,12 +12,15 @@ The benchmark has no validation set of its own: it looks at the test set during 
 `validation=0.1` holds back a tenth of the training reviews instead (by a hash of the name, so the share never moves),
 which is what an honest choice of a learning rate needs; the test set stays the same.
 
+`compress` shortens each review, all of it, before it is cut at seq_len. It is done anew when a row is asked for, which
+takes reading the file (and for "extractive" some milliseconds).
+
 Deviations: padding is masked, not a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,9 +30,11 @@ from pydantic import Field
 
 from attention_zoo.options import Positive, checked
 from attention_zoo.options import Text as Words
+from attention_zoo.tasks.compress import Compression, shortened
 from attention_zoo.tasks.public.labelled import Labelled, Part, Rows
 from attention_zoo.tasks.public.source import Source
 from attention_zoo.tasks.public.sums import described_folder
+from attention_zoo.tasks.shortening import chosen, told
 from attention_zoo.tasks.task import digest
 from attention_zoo.tasks.text import list_files
 
@@ -42,15 +47,19 @@ class Reviews:
 
     Args:
         files: name, path and size of each, and its label.
+        how: each is shortened; None reads no more than is asked for.
     """
 
-    def __init__(self, files: Sequence[tuple[str, Path, int]], labels: np.ndarray, source: Source):
-        self.files, self.labels, self.source = files, labels, source
+    def __init__(
+        self, files: Sequence[tuple[str, Path, int]], labels: np.ndarray, source: Source, how: Compression | None
+    ):
+        self.files, self.labels, self.source, self.how = files, labels, source, how
 
     def ids(self, row: int, length: int) -> np.ndarray:
         try:
             with self.files[row][1].open("rb") as file:
-                return np.frombuffer(file.read(length), np.uint8)
+                raw = file.read(length) if self.how is None else shortened(file.read(), self.how)[:length]
+                return np.frombuffer(raw, np.uint8)
         except OSError as error:
             raise self.source.unreadable(error) from None
 
@@ -62,6 +71,7 @@ class LraText(Labelled):
         path: the folder aclImdb; hf:NAME for a copy on the hub.
         validation: share of the training reviews held back for validation; 0 validates on the test set, as published.
         validation_rows: reviews looked at during training; null takes all.
+        compress: how each review is shortened, {method, budget}; see `tasks/compress.py`. null leaves it whole.
 
     Raises:
         ValueError: for a missing folder, or one without reviews.
@@ -76,7 +86,15 @@ class LraText(Labelled):
     )
 
     @checked
-    def __init__(self, *, path: Words | None = None, validation: Held = 0.0, validation_rows: Positive | None = 1000):
+    def __init__(
+        self,
+        *,
+        path: Words | None = None,
+        validation: Held = 0.0,
+        validation_rows: Positive | None = 1000,
+        compress: Mapping[str, Any] | None = None,
+    ):
+        self.compression = chosen(compress)
         self.root = self.source.place(path)
         self.validation, self.validation_rows = validation, validation_rows
 
@@ -94,7 +112,7 @@ class LraText(Labelled):
                     raise self.source.missing(place / "*.txt")
                 files += [(f"{folder}/{name}", path, size) for name, path, size in held]
                 labels += [label] * len(held)
-            found[split] = Reviews(files, np.array(labels), self.source)
+            found[split] = Reviews(files, np.array(labels), self.source, self.compression)
         return found
 
     @cached_property
@@ -106,10 +124,17 @@ class LraText(Labelled):
         kept, back = np.flatnonzero(~held), np.flatnonzero(held)
         return {"train": Part(train, kept), "validation": Part(train, back), "test": test}
 
+    def width(self, length: int) -> int:
+        return length if self.compression is None else min(length, self.compression.budget)
+
     def describe(self, seq_len: int) -> dict[str, Any]:
         found = {split: described_folder(rows.files, self.source) for split, rows in self.reviews.items()}
         sums = [entry["sha256"] for entry in found.values()]
-        return {**found, "rows": self.counts(), "digest": digest([*sums, str(self.validation)])}
+        about = {**found, "rows": self.counts(), "digest": digest([*sums, str(self.validation)])}
+        if self.compression is not None:
+            sizes = [size for rows in self.reviews.values() for _, _, size in rows.files]
+            about["compress"] = told(self.compression, sizes)
+        return about
 
 
 def _place(name: str) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 from attention_zoo.tasks.public.source import Source
 from attention_zoo.tasks.public.streams import mapped
 
-TAB, LINE = 9, 10
+TAB, LINE, RETURN = 9, 10, 13
 BLOCK = 2**26
 
 
@@ -71,6 +71,13 @@ class Table:
         start = self.starts[row, at]
         end = min(self.ends[row, at], start + most + 1)  # one more: it may be a carriage return
         return self.data[start:end].tobytes().removesuffix(b"\r")[:most]
+
+    def sizes(self, column: str) -> np.ndarray:
+        """[N]: bytes of each line's field."""
+        at = self.columns.index(column)
+        start, end = self.starts[:, at], self.ends[:, at]
+        returned = (end > start) & (np.asarray(self.data[np.maximum(end - 1, 0)]) == RETURN)
+        return end - start - returned
 
     def labels(self, column: str, words: Sequence[bytes]) -> np.ndarray:
         """[N]: the place of each line's field among the words that it may be."""

@@ -11,15 +11,20 @@ them as published.
 The main metric is bits per byte (chance 8) by bytes, perplexity (chance: the vocabulary) by words. Bytes are memory
 maps; words are held as one number each (413 MB), made line by line at the first use.
 
-Deviations: articles are not told apart, a split is one text (as is usual). In .raw files a word that training does not
-hold is <unk>, too, which the published figures have no equal of: compare words on .tokens.
+`compress` shortens each article, by bytes alone: its budget is bytes, and pieces of words would be unknown ones. An
+article begins with a line that is its title between single signs of equality. What is left of all
+is one array. Other bytes are then predicted than the published ones.
+
+Deviations: without `compress` articles are not told apart, a split is one text (as is usual). In .raw files a word that
+training does not hold is <unk>, too, which the published figures have no equal of: compare words on .tokens.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,9 +37,11 @@ from attention_zoo.rules import OneOf
 from attention_zoo.tasks.public.source import Source
 from attention_zoo.tasks.public.streams import SPLITS, Part, Streams, mapped
 from attention_zoo.tasks.public.sums import described
+from attention_zoo.tasks.shortening import chosen, packed, told
 from attention_zoo.tasks.task import digest
 
 FILES = dict(zip(SPLITS, ("train", "valid", "test")))
+TITLE = re.compile(rb"^ = (?!= )[^\n]*(?<! =) =[ \r]*$", re.MULTILINE)
 LINE_END, UNKNOWN = "<eos>", "<unk>"
 SOURCE = Source(
     "wikitext103",
@@ -52,6 +59,8 @@ class WikiText103(Streams):
         level: bytes | words.
         span: segments that a row follows the text.
         evaluation_rows: spans of each evaluation set, spread evenly; null takes all.
+        compress: how each article is shortened, {method, budget}, by bytes; see `tasks/compress.py`. null leaves it
+            whole.
 
     Raises:
         ValueError: for a missing file, or by words one that is no UTF-8.
@@ -67,7 +76,11 @@ class WikiText103(Streams):
         level: Annotated[str, OneOf("bytes", "words")] = "bytes",
         span: Positive = 4,
         evaluation_rows: Positive | None = 16,
+        compress: Mapping[str, Any] | None = None,
     ):
+        self.compression = chosen(compress)
+        if compress is not None and level != "bytes":
+            raise ValueError(f"task.compress shortens bytes and must be null by words, got {dict(compress)}")
         root = SOURCE.place(path)
         self.level, self.span, self.evaluation_rows = level, span, evaluation_rows
         endings = (".raw", ".tokens") if level == "bytes" else (".tokens", ".raw")
@@ -89,8 +102,21 @@ class WikiText103(Streams):
     def parts(self) -> dict[str, Part]:
         found = {}
         for split, file in self.files.items():
+            if self.compression is not None:
+                articles = np.split(mapped(file, SOURCE), self.articles[split][1:])
+                found[split] = Part(*packed(articles, self.compression))
+                continue
             data = mapped(file, SOURCE) if self.level == "bytes" else self._encoded(file)
             found[split] = Part(data, np.array([len(data)]))
+        return found
+
+    @cached_property
+    def articles(self) -> dict[str, np.ndarray]:
+        """Where each article of a split begins; what stands before the first title is of its article."""
+        found = {}
+        for split, file in self.files.items():
+            starts = [match.start() for match in TITLE.finditer(mapped(file, SOURCE))]  # type: ignore[call-overload]
+            found[split] = np.array([0, *starts[1:]], np.int64)
         return found
 
     def _encoded(self, file: Path) -> np.ndarray:
@@ -101,7 +127,12 @@ class WikiText103(Streams):
     def describe(self, seq_len: int) -> dict[str, Any]:
         found = described({file.name: file for file in self.files.values()}, SOURCE)
         sums = [entry["sha256"] for entry in found.values()]
-        return {"files": found, "level": self.level, "vocab": self.vocab, "digest": digest([self.level, *sums])}
+        about = {"files": found, "level": self.level, "vocab": self.vocab}
+        if self.compression is None:
+            return {**about, "digest": digest([self.level, *sums])}
+        sizes = [np.diff([*starts, self.files[split].stat().st_size]) for split, starts in self.articles.items()]
+        done = told(self.compression, np.concatenate(sizes))
+        return {**about, "compress": done, "digest": digest([self.level, *sums, *map(str, self.compression)])}
 
     def score(self, loss: float, accuracy: float) -> dict[str, float]:
         if self.level == "bytes":
