@@ -81,3 +81,18 @@ def test_the_page_draws_groups(tmp_path: Any) -> None:
     page = build_report(rows, tmp_path / "report.html", title="t").read_text()
     assert "By distance" in page
     assert "(chance)" in page
+
+
+def test_further_metrics_have_columns_and_baselines_of_their_own(tmp_path: Any) -> None:
+    metrics = {"bits_per_masked_byte": 2.0, "loss": 1.4, "accuracy": 0.6, "order_accuracy": 0.75, "order_loss": 0.5}
+    rows = [
+        quality("full", "mlm", metrics=metrics, evaluations={"test": metrics}, metric="bits_per_masked_byte",
+                better="lower", further_baselines={"order_accuracy": {"bag of bytes": 0.53}})
+    ]  # fmt: skip
+    (task,) = tasks(rows)
+    assert task.further == {"order_accuracy": {"bag of bytes": 0.53}}
+    page = build_report(rows, tmp_path / "report.html", title="t").read_text().replace("\xa0", " ")
+    assert "order accuracy" in page
+    assert "75.0 %" in page
+    assert "(bag of bytes)" in page
+    assert "53.0 %" in page

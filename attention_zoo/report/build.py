@@ -242,7 +242,19 @@ def _learning(tasks: list[Task], look: dict[str, Style], show: Any) -> str:
 def _runs(task: Task) -> Table:
     """What each group of runs took and reached: where they differ, from the least to the most."""
     sets = [f"{metric_words(task.metric)}: {spoken(name)}" for name in task.sets]
-    headers = ["", "seeds", "steps", "tokens seen", "training", "one step", "parameters", "carries state", *sets]
+    further = [metric_words(name) for name in task.further]
+    headers = [
+        "",
+        "seeds",
+        "steps",
+        "tokens seen",
+        "training",
+        "one step",
+        "parameters",
+        "carries state",
+        *sets,
+        *further,
+    ]
     cells = []
     for each in task.learnt:
         if not each.rows:
@@ -250,13 +262,19 @@ def _runs(task: Task) -> Table:
             continue
         seeds = str(each.seeds) + (f", {len(each.failed)} without figure" if each.failed else "")
         scores = [value_words(each.on(name), task.metric) for name in task.sets]
+        scores += [value_words(each.also(name), name) for name in task.further]
         cells.append(
             [each.label, seeds, each.span("steps", units.count), each.span(_seen, units.count),
              each.span("train_seconds", units.seconds), each.span("step_seconds", units.seconds),
              each.span("parameters", units.millions), each.span("carries_state", lambda yes: "yes" if yes else "no"),
              *scores]
         )  # fmt: skip
-    return Table(headers, cells)
+    trivial: dict[str, list[str]] = {}
+    for name, found in task.further.items():
+        for rule, value in found.items():
+            line = trivial.setdefault(f"({spoken(rule)})", [units.NONE] * (len(headers) - 1))
+            line[headers.index(metric_words(name)) - 1] = value_words(value, name)
+    return Table(headers, cells + [[rule, *line] for rule, line in trivial.items()])
 
 
 def _seen(row: Row) -> int | None:

@@ -77,6 +77,11 @@ class Learnt:
     def mean(self) -> float | None:
         return sum(self.values) / len(self.values) if self.rows else None
 
+    def also(self, metric: str) -> float | None:
+        """The mean of another metric."""
+        values = [float(row["metrics"][metric]) for row in self.rows if metric in row["metrics"]]
+        return sum(values) / len(values) if values else None
+
     def on(self, name: str) -> float | None:
         """The mean of the metric on one evaluation set; None where no run was scored on it."""
         found = [(row.get("evaluations") or {}).get(name, {}).get(self.metric) for row in self.rows]
@@ -116,7 +121,7 @@ def missing(row: Row) -> str:
 
 
 def value_words(value: float | None, metric: str) -> str:
-    return units.percent(value) if metric in SHARES else units.fixed(value, 3)
+    return units.percent(value) if metric.endswith(SHARES) else units.fixed(value, 3)
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,15 @@ class Task:
                 found[spoken(name)] = best(found.get(spoken(name), value), value)
         chance = next((row["chance"] for row in rows if row.get("chance") is not None), None)
         return found if chance is None else {**found, "chance": chance}
+
+    @property
+    def further(self) -> dict[str, dict[str, float]]:
+        """Metrics beside the main one and the loss, and what trivial rules reach by them."""
+        rows = [row for each in self.learnt for row in each.rows]
+        names = dict.fromkeys(name for row in rows for name in row["metrics"])
+        bars: Any = next((row["further_baselines"] for row in rows if row.get("further_baselines")), {})
+        plain = {self.metric, "loss"} | ({"accuracy"} if self.metric in PRIMARY and self.lower_is_better else set())
+        return {name: dict(bars.get(name, {})) for name in names if name not in plain and not name.endswith("_loss")}
 
     @property
     def bar(self) -> tuple[str, float] | None:
