@@ -156,7 +156,8 @@ class Task:
         found: dict[str, float] = {}  # where documents were shortened for some, rules may reach more on what is left
         for row in rows:
             for name, value in (row.get("baselines") or {}).items():
-                found[spoken(name)] = best(found.get(spoken(name), value), value)
+                said = spoken(name)
+                found[said] = best(found.get(said, float(value)), float(value))
         chance = next((row["chance"] for row in rows if row.get("chance") is not None), None)
         return found if chance is None else {**found, "chance": chance}
 
