@@ -8,10 +8,10 @@
 
 Rules: each slot is a pair, whose key is uniform over all keys and whose value is fixed for the row at the key's first
 occurrence, or with probability `noise` two noise tokens. The last slot's key is one of the pairs before it, each as
-likely, so that every row asks something. Keys and values are of ids of their own; where `fuzzy` is k, each is an ordered
-tuple of 1 to k different ids, every size as likely: a key is what stands between a value and the next. What slots leave
-of a row is blank and stands before them, `prefix` more at most, so that nothing has a fixed place. Blanks are ids like
-others: no mechanism needs to know of padding.
+likely, so that every row asks something. Keys and values are of ids of their own; where `fuzzy` is k, each is an
+ordered tuple of 1 to k different ids, every size as likely: a key is what stands between a value and the next. What
+slots leave of a row is blank and stands before them, `prefix` more at most, so that nothing has a fixed place. Blanks
+are ids like others: no mechanism needs to know of padding.
 
 Without `repeat` the keys of all slots but the last differ, and the last alone is asked.
 
@@ -160,25 +160,24 @@ class InContextRecall(Generated):
         return of(ids[:, :length], targets[:, :length], groups={"distance": distance[:, :length]})
 
     def guesses(self, batch: Batch) -> dict[str, Tensor]:
-        ids = batch.ids.numpy()
-        rows, length = ids.shape
-        is_value = (ids >= self.keys) & (ids < self.first_noise)
-        counts = np.zeros((rows, self.vocab), np.int64)
-        np.add.at(counts, (np.nonzero(is_value)[0], ids[is_value]), 1)
-        last = np.maximum.accumulate(np.where(is_value, np.arange(length), 0), axis=1)
-        rules = {
-            "commonest value": np.broadcast_to(counts.argmax(1)[:, None], ids.shape),
-            "last value": np.take_along_axis(ids, last, axis=1),
-        }
+        ids, rows = batch.ids.numpy(), np.arange(len(batch.ids))
+        # of what stands up to each column: how often each value does, the last one, and what followed each token last
+        counts, followed = np.zeros((2, len(ids), self.vocab), np.int64)
+        last = np.zeros(len(ids), np.int64)
+        commonest, latest, after = np.zeros((3, *ids.shape), np.int64)
+        for column, token in enumerate(ids.T):
+            is_value = (token >= self.keys) & (token < self.first_noise)
+            counts[rows, token] += is_value
+            last = np.where(is_value, token, last)
+            if column:
+                before = ids[:, column - 1]
+                followed[rows, before] = np.where(is_value, token, followed[rows, before])
+            commonest[:, column], latest[:, column] = counts.argmax(1), last
+            after[:, column] = followed[rows, token]
+        rules = {"commonest value": commonest, "last value": latest}
         if self.fuzzy > 1:
-            followed, said = np.zeros((rows, self.vocab), np.int64), np.zeros_like(ids)
-            for column in range(length):
-                said[:, column] = followed[np.arange(rows), ids[:, column]]
-                if column + 1 < length:
-                    here = np.flatnonzero(is_value[:, column + 1])
-                    followed[here, ids[here, column]] = ids[here, column + 1]
-            rules["last token"] = said
-        return {name: torch.from_numpy(np.ascontiguousarray(said)) for name, said in rules.items()}
+            rules["last token"] = after
+        return {name: torch.from_numpy(said) for name, said in rules.items()}
 
     def chance(self, seq_len: int) -> float:
         # an i-th token of a value is there in k - i of k sizes, and is none of the i before
@@ -198,7 +197,7 @@ def _different(random: np.random.Generator, shape: tuple[int, int], count: int, 
 
 
 def _earlier(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[rows, n] of each number in its row where the same stands first, and where it stands last before (-1: nowhere)."""
+    """[rows, n] of each number in its row where the same stands first, and last before (-1: nowhere)."""
     order = np.argsort(codes, axis=1, kind="stable")
     inside = np.take_along_axis(codes, order, axis=1)
     new = np.ones(codes.shape, bool)

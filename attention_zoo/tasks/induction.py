@@ -9,8 +9,8 @@ before the end, uniformly, so that the way back is of any length up to the row's
 Source: Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", §4.1.2, after Olsson et al.
 2022, "In-context Learning and Induction Heads". One answer a row; trained at one length, tested at others (`test`).
 
-Chance: one over the number of other ids, 6.7 % of 15. Trivial rules: "one id", at chance; "token before", the one before the question,
-at chance but for the rows in which it is the answer; "commonest id" of the row, up to .14 at 64 tokens.
+Chance: one over the number of other ids, .067 for 15. Trivial rules: "one id", at chance; "token before", that before
+the question, which is the answer itself in one row of L - 2; "commonest id" of the row, .14 at 64 tokens.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     targets   . f . a . b . f        .: not scored
 
 Rules: each key is uniform, an insert follows it, and at the insert its value is asked. Nothing in a row says it: what
-is judged is what a mechanism and the layers about it store, not what it finds. The table is a random one that depends on
+is judged is what a model stores, not what it finds. The table is a random one that depends on
 the numbers of keys and values alone, not on the seed; all values are of as many keys as any other, or one key more. So
 the splits share the table, and rows may meet, unlike those of other tasks. Where a row starts with a half pair (an odd
 number of tokens), that is an insert which is not scored.
