@@ -10,7 +10,7 @@ token must be in the vector. The decoder needs to know the place alone, and has 
 
 Source: Poli et al. 2024, "Mechanistic Design and Scaling of Hybrid Architectures" (MAD), compression. Chance: one over
 the number of symbols. Trivial rules at 8 tokens of 8 symbols: "one symbol", at chance; "last token", which stands in
-the vector for nothing, .24; "commonest symbol" of the row, .34.
+the vector for nothing, .24; "commonest symbol" of the row, .32.
 
 Deviations: MAD decodes with an MLP at sines and cosines of the place; here it is a decoder of any kind, whose
 cross-attention over a single column hands the same vector to all places. MAD's layers look backwards, here the encoder

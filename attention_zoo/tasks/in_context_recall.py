@@ -18,15 +18,15 @@ Without `repeat` the keys of all slots but the last differ, and the last alone i
 Source: Poli et al. 2024, "Mechanistic Design and Scaling of Hybrid Architectures" (MAD), in-context, noisy and fuzzy
 recall; without `repeat` Bulatov et al. 2022, "Recurrent Memory Transformer", §4.1, associative retrieval.
 
-Chance: one over the number of values; a bit more if fuzzy, as no id stands twice in a value. Trivial rules: "commonest
-value" of the row and "last value", that of the pair before. At 8 keys, 8 values, 64 tokens .36 and .17: values meet by
-chance, and the key before is the same in one of eight. If fuzzy also "last token": what followed the last occurrence of
-the token that is read, which is the rule itself for keys and values of one token, and .56 for up to two of 4 ids each.
+Chance: one over the number of values; a bit more if fuzzy, as no id stands twice in a value. Trivial rules, each over
+what stands up to the question: "commonest value" and "last value", that of the pair before. At 8 keys, 8 values, 64
+tokens .33 and .26: keys share values by chance. If fuzzy also "last token": what followed the last occurrence of the token that is read. That is the
+rule itself for keys and values of one token, and .71 for up to two of 4 ids each, .56 for three of MAD's.
 
-Deviations: MAD trains on every next token and tests on values of repeated keys; here these alone are scored, throughout.
-There fuzzy keys have the most tokens in the test: here they have any number, and the set "longest_keys" has such alone.
-There a fuzzy question may lack its evidence; here never. There noise beside fuzzy pairs is as long as they are. In RMT's
-retrieval a separate token follows the last key, and there the value is said.
+Deviations: MAD trains on every next token and tests on values of repeated keys; here these alone are scored always.
+There fuzzy keys have the most tokens in the test; here they have any number, and the set "longest_keys" has such alone.
+There a fuzzy question may lack its evidence; here never. There noise beside fuzzy pairs is as long as they are; here it
+is two tokens. In RMT's retrieval a separate token follows the last key, and there the value is said; here at the key.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ class InContextRecall(Generated):
         value = np.take_along_axis(value, first[..., None], axis=1)
         sizes[1] = np.take_along_axis(sizes[1], first, axis=1)
         sizes[:, is_noise] = 1
-        key[is_noise], value[is_noise] = random.integers(self.first_noise, self.first_noise + self.noise_vocab, (2, is_noise.sum(), k))
+        key[is_noise], value[is_noise] = random.integers(
+            self.first_noise, self.first_noise + self.noise_vocab, (2, is_noise.sum(), k)
+        )
         # as many slots as there is room for, and one that asks for one of them
         count = (sizes.sum(0).cumsum(1) <= (length - extra - 2 * k)[:, None]).sum(1)
         asked = (random.random(is_noise.shape) * (~is_noise & (place < count[:, None]))).argmax(1)
