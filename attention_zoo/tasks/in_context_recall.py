@@ -20,8 +20,9 @@ recall; without `repeat` Bulatov et al. 2022, "Recurrent Memory Transformer", §
 
 Chance: one over the number of values; a bit more if fuzzy, as no id stands twice in a value. Trivial rules, each over
 what stands up to the question: "commonest value" and "last value", that of the pair before. At 8 keys, 8 values, 64
-tokens .33 and .26: keys share values by chance. If fuzzy also "last token": what followed the last occurrence of the token that is read. That is the
-rule itself for keys and values of one token, and .71 for up to two of 4 ids each, .56 for three of MAD's.
+tokens .33 and .26: keys share values by chance. If fuzzy also "last token": what followed the last occurrence of the
+token that is read. That is the rule itself for keys and values of one token, and .71 for up to two of 4 ids each, .56
+for up to three of 7 and 8.
 
 Deviations: MAD trains on every next token and tests on values of repeated keys; here these alone are scored always.
 There fuzzy keys have the most tokens in the test; here they have any number, and the set "longest_keys" has such alone.
