@@ -9,6 +9,8 @@ out = model(ids, source=source_ids)
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
@@ -59,13 +61,21 @@ class EncoderDecoder(nn.Module):
         """An empty state of the decoder. It will hold the source's keys and values too."""
         return self.decoder.initial_state(batch_size)
 
-    def encode(self, ids: Int[Tensor, "B S"], tokens: Tokens | None = None) -> tuple[Source, dict[str, Tensor]]:
-        """What the decoder attends to, and the encoder's auxiliary losses."""
+    def encode(
+        self, ids: Int[Tensor, "B S"], tokens: Tokens | None = None, seen: Bool[Tensor, "B S"] | None = None
+    ) -> tuple[Source, dict[str, Tensor]]:
+        """What the decoder attends to, and the encoder's auxiliary losses.
+
+        Args:
+            seen: which tokens' hidden states the decoder attends to; the encoder reads all. None: all valid ones.
+        """
         if tokens is None:
             out, tokens = self.encoder(ids), Layout.plain(ids.shape[0], ids.shape[1], ids.device)
         else:
             tokens = Layout.of(tokens)
             out = self.encoder(ids, tokens)
+        if seen is not None:
+            tokens = Layout.of(tokens._replace(valid=tokens.valid & seen, is_global=tokens.is_global & seen))
         return Source(out.hidden, tokens), out.losses
 
     def forward(
@@ -74,7 +84,7 @@ class EncoderDecoder(nn.Module):
         tokens: Tokens | None = None,
         *,
         state: Running | None = None,
-        source: Int[Tensor, "B S"] | tuple[Tensor, Tokens] | Source | None = None,
+        source: Int[Tensor, "B S"] | tuple[Any, ...] | Source | None = None,
         fresh: Bool[Tensor, " B"] | None = None,
         last_only: bool = False,
     ) -> ModelOutput:
@@ -82,7 +92,7 @@ class EncoderDecoder(nn.Module):
 
         Args:
             ids, tokens, state, fresh, last_only: see `Transformer.forward`.
-            source: ids, (ids, tokens), or what `encode` gave; with a state only in the first call.
+            source: ids, a tuple of what `encode` takes, or what it gave; with a state only in the first call.
         """
         losses: dict[str, Tensor] = {}
         if source is not None and not isinstance(source, Source):

@@ -36,6 +36,8 @@ class Batch(NamedTuple):
         labels: further targets by name, [B] long each: one more answer for the row, beside that for its tokens.
         groups: integers by name, of the targets' shape: what the scored tokens are told apart by, such as the
             "distance" to the evidence. Negative where a token belongs to no group.
+        source_seen: [B, S], of which tokens of the source the decoder sees what the encoder made of them; the encoder
+            reads all. None: of all.
     """
 
     ids: Int[Tensor, "B L"]
@@ -47,6 +49,7 @@ class Batch(NamedTuple):
     source_tokens: Tokens | None = None
     labels: Mapping[str, Int[Tensor, " B"]] = MappingProxyType({})
     groups: Mapping[str, Tensor] = MappingProxyType({})
+    source_seen: Bool[Tensor, "B S"] | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor changed."""

@@ -29,14 +29,15 @@ class Stream:
 
     def encoded(self, batch: Batch) -> Batch:
         """The same batch with its source as the encoder read it, for several calls of the decoder."""
-        given = () if batch.source_tokens is None else (batch.source_tokens,)
-        return batch._replace(source=self.model.encode(batch.source, *given)[0], source_tokens=None)
+        source = self.model.encode(batch.source, batch.source_tokens, batch.source_seen)[0]
+        return batch._replace(source=source, source_tokens=None, source_seen=None)
 
     def __call__(self, batch: Batch) -> Any:
         """The model's output on the batch; afterwards `state` is what the next batch continues from."""
         given: dict[str, Any] = {} if batch.types is None else {"types": batch.types}
         if batch.source is not None:
-            given["source"] = batch.source if batch.source_tokens is None else (batch.source, batch.source_tokens)
+            whole = batch.source_tokens is None and batch.source_seen is None
+            given["source"] = batch.source if whole else (batch.source, batch.source_tokens, batch.source_seen)
         if not self.carry:
             return self.model(batch.ids, batch.tokens, **given)
         fresh = None
