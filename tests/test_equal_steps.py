@@ -33,7 +33,7 @@ def test_all_runs_of_a_plan_are_given_the_number(tmp_path: Path) -> None:
     config = CompareConfig(backends=["full", "longformer"], trainings={"a": PLAN, "a-b": PLAN}, seeds=[0, 1])
     assert {run.config["steps"] for run in config.planned({"a": 30})["a"]} == {30}
     assert len(config.runs({"a": 30})) == 8
-    assert {run.config["steps"] for run in config.planned({"a": 30})["a-b"]} == {300}
+    assert {run.config["steps"] for run in config.planned({"a": 30})["a-b"]} == {600}
 
 
 def test_steps_are_timed_once_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -336,3 +336,20 @@ def test_evaluation_writes_as_it_is_told(decode: dict[str, Any], said: str | Non
     row = run_training(config(Reversal, tmp_path, decode=given), tmp_path)
     assert row["error"] == said
     assert ("exact_match" in row["metrics"]) == (said is None)
+
+
+def test_what_a_file_says_cannot_be_said_again(tmp_path: Path) -> None:
+    for word in ("attention=bigbird", "model.depth=3", "hybrid=[full]"):
+        with pytest.raises(ValueError, match=f"{word.partition('=')[0]} is of new models, and init=x brings one"):
+            compose_training(["task=marked", "init=x", word])
+    assert compose_training(["task=reference", "init=x", "attention=bigbird"])["init"] == "x", "the other half is new"
+
+
+def test_options_without_use_are_refused(tmp_path: Path) -> None:
+    row = run_training(config(Next, tmp_path, decode={"beams": 4}), tmp_path)
+    assert "decode.beams belongs to tasks whose rows have a source" in row["error"]
+    batch = config(First, tmp_path)
+    batch["model"]["norm"], batch["trainer"]["accumulate"] = "batch", 4
+    assert "trainer.accumulate must be 1 with norm=batch" in run_training(batch, tmp_path)["error"]
+    missing = config(First, tmp_path, init=str(tmp_path / "nosuch"))
+    assert "init must be a model file, or a folder that holds one" in run_training(missing, tmp_path)["error"]

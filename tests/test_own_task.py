@@ -71,3 +71,36 @@ def test_a_package_adds_its_tasks_by_an_entry_point(folder: Path, tmp_path: Path
 
 def test_the_yaml_names_the_class_of_the_example() -> None:
     assert re.search(r"_target_: parity.Parity", between("task"))
+
+
+def test_a_task_without_a_constructor_has_the_options_of_its_base(folder: Path) -> None:
+    run(commands()[0], folder, *QUICK, "+task.test_examples=20")
+    (row,) = [json.loads(path.read_text()) for path in folder.rglob("result.json")]
+    assert (row["status"], row["config"]["task"]["test_examples"]) == ("ok", 20)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("ids.sum(1) % 2)", "ids.sum(1))", "Parity: targets must be from 0 to 1"),
+        ("ids.sum(1) % 2)", "ids)", "Parity: targets must be int64 of shape (4,), got torch.int64 of shape (4, 16)"),
+        ("ids.sum(1) % 2)", "ids.sum(1) % 2, groups={'a': ids})", "Parity: groups[a] must have the shape of targets"),
+        ('"higher"', '"upper"', "Parity.better must be higher or lower, got 'upper'"),
+        ("    vocab, classes = 2, 2\n", "    vocab = 2\n", "Parity.classes must be given for objective"),
+        ("Parity(Generated)", "Parity", "task must be a Task (attention_zoo.tasks), got Parity"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_task_is_said_in_a_line(
+    old: str, new: str, said: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attention_zoo.training.config import compose_training
+    from attention_zoo.training.run import run_training
+
+    path = folder / "my_tasks" / "parity.py"
+    assert old in path.read_text()
+    path.with_name(f"parity_{abs(hash(new))}.py").write_text(path.read_text().replace(old, new))
+    monkeypatch.syspath_prepend(str(path.parent))
+    config = {**compose_training(QUICK), "seq_len": 16}
+    config["task"] = {"_target_": f"parity_{abs(hash(new))}.Parity", "_partial_": True}
+    row = run_training(config, folder / "run")
+    assert said in row["error"]

@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
-from attention_zoo import overview
+from attention_zoo import overview, registry
 from attention_zoo.commands.flags import Flags
 from attention_zoo.commands.plain import PLAIN
+from attention_zoo.rules import near
 from attention_zoo.tasks import catalogue
 
 
@@ -29,7 +30,14 @@ def run(what: str, words: Sequence[str], program: str) -> None:
         parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     given = parser.parse_args(words)
     if what == "about":
-        page = catalogue.about(given.name) if given.name in catalogue.names() else overview.about(given.name)
+        tasks, mechanisms = catalogue.names(), [*registry.available(), *registry.wrappers()]
+        if given.name not in (*tasks, *mechanisms):
+            known = [*mechanisms, *tasks]
+            raise ValueError(
+                f"name must be a mechanism ({', '.join(mechanisms)}) or a task ({', '.join(tasks)}), "
+                f"got {given.name!r}{near(given.name, known)}"
+            )
+        page = catalogue.about(given.name) if given.name in tasks else overview.about(given.name)
         print(page) if given.markdown else Console().print(Markdown(page))
     elif what == "tasks":
         listed = catalogue.rows()

@@ -130,6 +130,10 @@ class CompareConfig:
         for task, plan in self.trainings.items():
             _check_options(f"trainings.{task}.options", plan.options)
             shared = _shared(task, plan)
+            if plan.seconds is not None and "steps" in plan.set:
+                raise ValueError(
+                    f"trainings.{task}.seconds chooses the number of steps, got set.steps={plan.set['steps']} as well"
+                )
             if steps and task in steps:
                 shared["steps"] = steps[task]
             found[task] = []

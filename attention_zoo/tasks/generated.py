@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo.contract import Tokens
+from attention_zoo.options import Positive, checked
 from attention_zoo.tasks.task import IGNORED, Batch, Task, digest, generator, joined
 
 PARTS = {"test": (0,), "validation": (1,), "train": (2, 3, 4, 5, 6, 7)}
@@ -47,7 +48,7 @@ class Setting(NamedTuple):
 class Generated(Task):
     """Base of tasks that draw their rows. A subclass gives `draw`, and `guesses` for its baselines.
 
-    Attributes:
+    Attributes, of which a subclass without a constructor of its own has three as options:
         examples: number of distinct training rows, rounded up to whole batches; None draws new ones for ever.
         test: lengths of further evaluation sets.
         test_examples: rows of each evaluation set.
@@ -58,6 +59,18 @@ class Generated(Task):
     examples: int | None = None
     test: Sequence[Any] = ()
     test_examples: int = 1000
+
+    @checked
+    def __init__(
+        self,
+        *,
+        examples: Positive | None = None,
+        test: Sequence[Positive] | None = None,
+        test_examples: Positive | None = None,
+    ):
+        for name, given in (("examples", examples), ("test", test), ("test_examples", test_examples)):
+            if given is not None:
+                setattr(self, name, given)
 
     def draw(self, random: np.random.Generator, rows: int, length: int, **changes: Any) -> Batch:
         """`rows` rows of `length` tokens, a function of the task's options and of what `random` gives."""

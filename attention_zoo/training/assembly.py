@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
+from attention_zoo.model.norm import BatchNorm
 from attention_zoo.tasks.task import Batch, Task
 from attention_zoo.training.building import build
+from attention_zoo.training.checking import check_batch
 from attention_zoo.training.config import DecodeConfig, TrainConfig, device_of
 from attention_zoo.training.evaluate import Evaluation, evaluate
 from attention_zoo.training.models import model_of
@@ -82,6 +85,11 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
     """
     device = device_of(options.device)
     model = model_of(options, mechanism, task, objective_of(task)).to(device)
+    if options.trainer.accumulate > 1 and any(isinstance(part, BatchNorm) for part in model.modules()):
+        raise ValueError(
+            f"trainer.accumulate must be 1 with norm=batch, whose statistics are those of a whole batch, "
+            f"got {options.trainer.accumulate}"
+        )
     carry = bool(options.trainer.carry_state and task.streams and getattr(model, "carries", False))
     precision = Precision(options.trainer.precision, device)
     trainer = Trainer(
@@ -94,6 +102,7 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
         precision=precision,
         carry=carry,
         device=device,
+        check=partial(check_batch, task),
     )
     sets = task.evaluation_sets(options.batch, options.seq_len)
     return Assembly(task, model, trainer, sets, precision, carry, device, writing(options.decode))

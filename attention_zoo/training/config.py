@@ -82,13 +82,14 @@ class SideConfig:
 
     Fields:
         attention: a backend's name, or a mapping with its name and options.
-        depth, heads, positions, feed_forward, short_conv, output_dropout, reversible, around: see `Transformer`.
+        depth, heads, positions, norm, feed_forward, short_conv, output_dropout, reversible, around: see `Transformer`.
     """
 
     attention: Any = None
     depth: Positive | None = None
     heads: Positive | None = None
     positions: Any = None
+    norm: Any = None
     feed_forward: Any = None
     short_conv: Any = None
     output_dropout: Probability | None = None
@@ -220,9 +221,27 @@ def plain(composed: Any, attention: str | None) -> dict[str, Any]:
     config = plain_values(OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"]))
     if attention is None:
         config["attention"] = None  # Hydra merged several into one, which is none of them: `check` refuses it
+    if config["init"]:
+        _refuse_beside_init(config, composed.hydra.overrides.task)
     if config["backend"] is None:
         config["backend"] = _called(config, attention or "several")
     return config
+
+
+def _refuse_beside_init(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Options of a new model, where there is none: a file says what it is, and only a missing half is new."""
+    target = config["task"].get("_target_") if isinstance(config["task"], Mapping) else None
+    try:
+        pair = getattr(resolve_name(str(target)), "objective", None) == "seq2seq"
+    except Exception:  # `check` says so
+        return
+    for word in () if pair else overrides:
+        key = word.lstrip("+~").partition("=")[0]
+        if key.partition(".")[0] in ("attention", "model", "hybrid"):
+            raise ValueError(
+                f"{key} is of new models, and init={config['init']} brings one: leave it out; "
+                "experiments.convert with lengthen.attention swaps the mechanism of a checkpoint"
+            )
 
 
 def _called(config: Mapping[str, Any], attention: str) -> str:

@@ -106,6 +106,8 @@ def evaluate(
 
 def _evaluation(task: Task, seen: _Seen) -> Evaluation:
     main = seen.whole(MAIN)
+    if not len(main.losses):
+        raise ValueError(f"{task.name}: an evaluation set must ask for something, got targets that are all {IGNORED}")
     metrics = task.score(float(main.losses.mean()), float(main.hits.double().mean()))
     for name in seen.answers.keys() - {MAIN}:
         said = seen.whole(name)

@@ -14,9 +14,9 @@ from attention_zoo.model.encoder_decoder import EncoderDecoder
 from attention_zoo.model.transformer import Transformer
 from attention_zoo.tasks.task import Task
 from attention_zoo.training.building import build
-from attention_zoo.training.config import SideConfig, TrainConfig
+from attention_zoo.training.config import DecodeConfig, SideConfig, TrainConfig
 from attention_zoo.training.objective import Objective
-from attention_zoo.training.tuned import adapted, started
+from attention_zoo.training.tuned import adapted, held_by, started
 
 
 def model_of(options: TrainConfig, mechanism: Any, task: Task, objective: Objective) -> nn.Module:
@@ -37,6 +37,7 @@ def model_of(options: TrainConfig, mechanism: Any, task: Task, objective: Object
         def half(side: str, other: Transformer) -> Transformer:
             return _half(options, mechanism, side, {**given, "dim": other.dim, "heads": other.config["heads"]})
 
+        _check_known_halves(options, objective)
         model = started(options.init, task, objective, options.model, half)
         return model if options.lora is None else adapted(model, options.lora)
     if options.lora is not None:
@@ -77,6 +78,20 @@ def _check_halves(options: TrainConfig, task: Task, objective: Objective) -> Non
                 f"{side}.{said[0]} (model=encoder_decoder has some) belongs to tasks whose rows have a source, "
                 f"got task {task.name} of objective {objective.name}"
             )
+    changed = [name for name, value in asdict(options.decode).items() if value != getattr(DecodeConfig, name)]
+    if changed and not objective.pair:
+        raise ValueError(
+            f"decode.{changed[0]} belongs to tasks whose rows have a source, "
+            f"got task {task.name} of objective {objective.name}"
+        )
+
+
+def _check_known_halves(options: TrainConfig, objective: Objective) -> None:
+    """What a file says of a half stands: nothing else may be said of it."""
+    if objective.pair and options.init is not None:
+        for side in held_by(options.init):
+            if getattr(options, side).attention is not None:
+                raise ValueError(f"{side}.attention is that of the file of init={options.init}: leave it out")
 
 
 def _half(options: TrainConfig, mechanism: Any, side: str, given: Mapping[str, Any]) -> Transformer:
@@ -86,8 +101,10 @@ def _half(options: TrainConfig, mechanism: Any, side: str, given: Mapping[str, A
     causal = side == "decoder"
     role = {"causal": causal, "cross": causal, "head": "lm" if causal else "hidden"}
     try:
-        return build({**options.model, **given, **changed}, f"model of the {side}", attention=chosen, **role)
+        return build({**options.model, **given, **changed}, side, attention=chosen, **role)
     except Unsupported as error:
+        if not str(error).startswith(name_of(chosen)):
+            raise
         raise Unsupported(f"{side}.attention={name_of(chosen)}", "this half", str(error), roles()) from error
 
 

@@ -33,6 +33,7 @@ from attention_zoo.tasks.task import Task
 from attention_zoo.tracking import Guarded, JsonlTracker, NoTracker, RunInfo, Tracker, Trackers
 from attention_zoo.training.assembly import assemble
 from attention_zoo.training.building import build
+from attention_zoo.training.checking import check_task
 from attention_zoo.training.checkpoint import CheckpointError
 from attention_zoo.training.config import TrainConfig, check, device_of, options_of
 from attention_zoo.training.fit import History, fit
@@ -175,6 +176,7 @@ class _Run:
         row |= {"id": name, "config": full, "environment": environment()}
         row |= {"seed": options.seed, "seq_len": options.seq_len, "batch": options.batch}
         task = build(options.task, "task")
+        check_task(task)
         row["task"] = task.name
         progress.label = f"{options.backend} {task.name}"
         task.check(options.seq_len)

@@ -7,13 +7,14 @@ divided by the number of scored tokens of the whole. A carried state is kept per
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from attention_zoo.tasks.task import Batches
+from attention_zoo.tasks.task import Batch, Batches
 from attention_zoo.training.checkpoint import check_like, check_optimizer, foreign, load_weights, pack, unpack
 from attention_zoo.training.objective import MAIN, counts, losses
 from attention_zoo.training.precision import Precision
@@ -48,6 +49,7 @@ class Trainer:
         clip: largest norm of the gradient; None leaves it.
         precision: how to compute.
         carry: whether to carry the model's state over consecutive segments.
+        check: is shown the first batch, and raises where it is none.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Trainer:
         precision: Precision,
         carry: bool,
         device: str,
+        check: Callable[[Batch], None] = lambda batch: None,
     ):
         self.model, self.optimizer, self.schedule, self.batches = model, optimizer, schedule, batches
         self.accumulate, self.clip, self.precision, self.device = accumulate, clip, precision, device
@@ -69,6 +72,7 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         self.done = 0
+        self.check: Callable[[Batch], None] | None = check
 
     def step(self) -> Step:
         """Read one batch and move the weights once.
@@ -80,6 +84,9 @@ class Trainer:
         for group, lr in zip(self.optimizer.param_groups, self.base_lr):
             group["lr"] = lr * factor
         batch = next(self.batches)
+        if self.check is not None:
+            self.check(batch)
+            self.check = None
         scored = counts(batch)
         rows = len(batch.ids) // self.accumulate
         batch = batch.to(self.device)

@@ -19,6 +19,7 @@ from attention_zoo.contract import named
 from attention_zoo.model.encoder_decoder import EncoderDecoder
 from attention_zoo.model.saved import load
 from attention_zoo.model.transformer import Transformer
+from attention_zoo.rules import shown
 from attention_zoo.tasks.task import Task
 from attention_zoo.training.objective import Objective
 
@@ -49,7 +50,10 @@ def started(
     Raises:
         ValueError: for a file that does not fit the task, naming both.
     """
-    found = load(Path(path).expanduser())
+    try:
+        found = load(Path(path).expanduser())
+    except FileNotFoundError:
+        raise ValueError(f"init must be a model file, or a folder that holds one, got {path!r}") from None
     types = int((options.get("embedding") or {}).get("types", 0))
     if not objective.pair:
         if isinstance(found, EncoderDecoder):
@@ -70,6 +74,17 @@ def started(
         return _noted(EncoderDecoder(encoder=half("encoder", found), decoder=decoder), decoder=decoder)
     encoder = _grown(found, head="hidden", vocab=task.vocab)
     return _noted(EncoderDecoder(encoder=encoder, decoder=half("decoder", found)), encoder=encoder)
+
+
+def held_by(path: str) -> tuple[str, ...]:
+    """The halves of an encoder-decoder that a file has."""
+    try:
+        found = load(Path(path).expanduser(), device="cpu")
+    except (FileNotFoundError, ValueError):  # whoever starts from it says so
+        return ()
+    if isinstance(found, EncoderDecoder):
+        return "encoder", "decoder"
+    return ("decoder",) if found.causal else ("encoder",)
 
 
 def fresh_of(model: nn.Module) -> list[str]:
@@ -133,6 +148,8 @@ def adapted(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
     Raises:
         ValueError: for options that peft does not take, or without peft.
     """
+    if not isinstance(options, Mapping) or "modules_to_save" in options:
+        raise ValueError(f"lora must be a mapping such as {{r: 8}}, without modules_to_save, got {shown(options)}")
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -141,7 +158,7 @@ def adapted(model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
     try:
         inject_adapter_in_model(LoraConfig(**{"target_modules": ADAPTED, **options}), model)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"lora: {' '.join(str(error).split())}") from None
+        raise ValueError(f"lora must hold options of peft.LoraConfig, got {shown(options)}: {error}") from None
     for name, parameter in model.named_parameters():
         if name in fresh:
             parameter.requires_grad_()
