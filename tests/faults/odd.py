@@ -99,12 +99,13 @@ def _corrupt_data(rng: random.Random, folder: Path) -> Problems:
         (place / "a.txt").mkdir()
     row = run_training(compose_training([*TEXT, f"task.path={place}"]), folder / "run")
     if row["status"] == "ok":
-        if kind not in ("bytes", "nul") or not all(math.isfinite(value) for value in row["metrics"].values()):
+        if kind != "bytes" or not all(math.isfinite(value) for value in row["metrics"].values()):
             yield "wrong", f"{kind}: trained to {row['metrics']}"
         return
-    if kind in ("bytes", "nul"):
+    if kind == "bytes":
         yield "lost", f"{kind}: {row['error']}"
-    yield from _clear(row["error"], str(place))
+    # files that are all the same leave nothing to evaluate on that was not trained on
+    yield from _clear(row["error"], "task.duplicates" if kind == "nul" else str(place))
 
 
 def _no_network(rng: random.Random, folder: Path) -> Problems:
