@@ -168,8 +168,10 @@ def test_the_word_alone_trains(name: str, tmp_path: Any) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if "published" not in name and "zoology" not in name])
 def test_every_mechanism_that_can_is_trained_on_it(name: str, attention: str, tmp_path: Any) -> None:
     row = run_training(composed(name, attention), tmp_path)
-    backward = task_of(name).objective in ("causal_lm",)
-    allowed = backward or zoo.registry.recipe(attention)[0].declared.two_sided
+    can = zoo.registry.recipe(attention)[0].declared
+    allowed = task_of(name).objective == "causal_lm" or can.two_sided
+    if composed(name, attention)["model"]["positions"] in ("rotary", "alibi"):  # as some protocols ask for
+        allowed = allowed and composed(name, attention)["model"]["positions"] in can.positions
     assert row["status"] == ("ok" if allowed else "unsupported"), row["error"]
 
 
