@@ -26,6 +26,7 @@ def test_as_many_steps_as_fit_and_never_fewer_than_the_smallest() -> None:
     assert affordable([0.1, 0.3], 40.0, parallel=1) == 100
     assert affordable([0.1, 0.3], 39.9, parallel=1) == 75
     assert affordable([0.1, 0.3], 40.0, parallel=2) == 100, "the longest run bounds it, too"
+    assert affordable([0.2, 0.2], 40.0, parallel=2) == 200, "two at a time"
     assert affordable([100.0], 1.0, parallel=1) == GRID[0]
 
 

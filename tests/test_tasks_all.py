@@ -12,7 +12,7 @@ import attention_zoo as zoo
 from attention_zoo.contract import Tokens
 from attention_zoo.overview import markdown
 from attention_zoo.tasks import catalogue
-from attention_zoo.tasks.generated import Generated
+from attention_zoo.tasks.generated import PARTS, Generated, part_of
 from attention_zoo.tasks.task import IGNORED, Batch
 from attention_zoo.training.building import build
 from attention_zoo.training.config import check, compose_training, options_of
@@ -125,6 +125,10 @@ def test_no_row_of_a_split_stands_in_another(name: str) -> None:
     train = rows_of(islice(task.train_batches(BATCH, length, 0), 40)) | rows_of(
         islice(task.train_batches(BATCH, length, 1), 40)
     )
+    for split, batches in (("train", islice(task.train_batches(BATCH, length, 0), 5)), ("test", sets["test"])):
+        for batch in batches:
+            assert set(part_of(batch).tolist()) <= set(PARTS[split])
+    assert sorted(part for parts in PARTS.values() for part in parts) == list(range(8)), "each eighth is of one split"
     assert not test & validation
     assert not train & (test | validation)
 
