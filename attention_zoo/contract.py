@@ -339,8 +339,6 @@ class Attention(Layer):
         self, x: Tensor, tokens: Tokens | None, state: Any, source: Source | None, choices: Any = None
     ) -> tuple[Tensor, Layout]:
         """Check one call; its tokens described, and x with zeros at padding, so that not even NaN spreads from it."""
-        if isinstance(tokens, Layout) and tokens.goes_with(x) and state is source is choices is None and not self.cross:
-            return x, tokens
         if not isinstance(x, Tensor) or x.layout != torch.strided or not x.is_floating_point():
             raise ValueError(f"x must be a dense tensor of floats, [batch, length, {self.dim}], got {of_tensor(x)}")
         if x.ndim != 3 or x.shape[-1] != self.dim:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import FrameType
+
 import pytest
-from count_reads import calls, step
+import torch
+from count_reads import Count, calls, step
 from recorded import RECORDED
+
+import attention_zoo as zoo
 
 OPERATORS = {"full": 90, "longformer": 90, "bigbird": 110, "transformer_xl": 130, "reformer": 180}
 """Of a decoding step, a layer, at most: all that runs over four layers."""
@@ -38,8 +45,6 @@ def test_a_step_asks_little_and_runs_few_operators(name: str, batch: int) -> Non
 
 def test_what_is_read_is_counted() -> None:
     """The counter sees what it is there for."""
-    import torch
-    from count_reads import Count
 
     x = torch.arange(4)
     with Count() as count:
@@ -49,3 +54,24 @@ def test_what_is_read_is_counted() -> None:
         torch.nonzero(x)
         x.tolist()
     assert count.total == 5
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_few_files_lie_between_a_models_call_and_its_first_projection(name: str) -> None:
+    """Embedding and default positions included: model, layout, positions, embedding, block, mechanism."""
+    model = zoo.Transformer(vocab=50, dim=16, heads=2, depth=1, attention=name)
+    ids = torch.randint(0, 50, (2, 40))
+    model(ids)
+    first = next(module for path, module in model.named_modules() if path.endswith(("to_q", "to_qk")))
+    package, files = str(Path(zoo.__file__).parent), set()
+
+    def visited(frame: FrameType, event: str, _: object) -> None:
+        if frame.f_code.co_filename.startswith(package):
+            files.add(frame.f_code.co_filename.removeprefix(package))
+
+    before = sys.getprofile()
+    hook = first.register_forward_pre_hook(lambda *_: sys.setprofile(before))
+    sys.setprofile(visited)
+    model(ids)
+    hook.remove()
+    assert len(files) <= 6, sorted(files)

@@ -233,7 +233,6 @@ class PatternAttention(Attention):
         empty = torch.zeros(batch_size, self.kv_heads, 0, self.head_width, device=device, dtype=dtype)
         return Columns.of(none(batch_size, device), empty, empty)
 
-    @one_operator
     def forward(
         self,
         x: Float[Tensor, "B L E"],
@@ -244,12 +243,22 @@ class PatternAttention(Attention):
         choices: Any = None,
     ) -> Output:
         """See `Layer`. With a state, every call's output equals the last rows of the whole prefix."""
-        if isinstance(tokens, Layout) and tokens.goes_with(x) and state is source is choices is None and not self.cross:
-            layout = tokens
-        else:
-            x, layout = self.enter(x, tokens, state, source, choices)
-        layout = self._marked(layout)
+        if isinstance(tokens, Layout) and tokens.goes_with(x, state, source, choices) and not self.cross:
+            return self._attended(x, tokens)
+        return self._checked(x, tokens, state=state, source=source, choices=choices)
+
+    @one_operator
+    def _checked(
+        self, x: Tensor, tokens: Tokens | None = None, *, state: Any = None, source: Any = None, choices: Any = None
+    ) -> Output:
+        x, layout = self.enter(x, tokens, state, source, choices)
+        return self._attended(x, layout, state, source)
+
+    def _attended(
+        self, x: Tensor, layout: Layout, state: Columns | None = None, source: Source | None = None
+    ) -> Output:
         q = self._heads(self.to_q(x))
+        layout = self._marked(layout)
         if self.cross:
             new = held = self._source_keys(state, source)
         else:

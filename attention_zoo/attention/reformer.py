@@ -172,7 +172,6 @@ class Reformer(HashedAttention):
         buckets = torch.zeros(batch_size, self.heads, 0, 0, 1, dtype=torch.int32, device=device)
         return Hashed(Columns.of(none(batch_size, device), empty, empty, buckets))
 
-    @one_operator
     def forward(
         self,
         x: Float[Tensor, "B L E"],
@@ -183,11 +182,24 @@ class Reformer(HashedAttention):
         choices: Int[Tensor, "B H R L 1"] | None = None,
     ) -> Output:
         """See `Layer`."""
-        at_least(1, rounds=self.rounds)
+        if isinstance(tokens, Layout) and tokens.goes_with(x, state, source, choices):
+            return self._attended(x, tokens)
+        return self._checked(x, tokens, state=state, source=source, choices=choices)
+
+    @one_operator
+    def _checked(
+        self, x: Tensor, tokens: Tokens | None = None, *, state: Any = None, source: Any = None, choices: Any = None
+    ) -> Output:
         x, layout = self.enter(x, tokens, state, source, choices)
-        B, L, _ = x.shape
-        self._check_choices(choices, B, L)
+        self._check_choices(choices, *x.shape[:2])
+        return self._attended(x, layout, state, choices)
+
+    def _attended(
+        self, x: Tensor, layout: Layout, state: Hashed | None = None, choices: Tensor | None = None
+    ) -> Output:
+        L = x.shape[1]
         qk, v = self.to_qk(x), self.to_v(x)
+        at_least(1, rounds=self.rounds)
         if state is not None and choices is None and self._is_step(layout, state):
             return self._step(qk, v, layout, state)
         keys, ledger = layout, None

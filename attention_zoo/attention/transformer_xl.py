@@ -181,7 +181,6 @@ class TransformerXL(Attention):
         empty = torch.zeros(batch_size, 0, self.dim, device=device, dtype=dtype)
         return Columns.of(none(batch_size, device), empty)
 
-    @one_operator
     def forward(
         self,
         x: Float[Tensor, "B L E"],
@@ -192,8 +191,20 @@ class TransformerXL(Attention):
         choices: Any = None,
     ) -> Output:
         """See `Layer`."""
-        self._check_lengths()
+        if isinstance(tokens, Layout) and tokens.goes_with(x, state, source, choices):
+            return self._attended(x, tokens)
+        return self._checked(x, tokens, state=state, source=source, choices=choices)
+
+    @one_operator
+    def _checked(
+        self, x: Tensor, tokens: Tokens | None = None, *, state: Any = None, source: Any = None, choices: Any = None
+    ) -> Output:
         x, layout = self.enter(x, tokens, state, source, choices)
+        return self._attended(x, layout, state)
+
+    def _attended(self, x: Tensor, layout: Layout, state: Columns | None = None) -> Output:
+        q = self._heads(self.to_q(x))
+        self._check_lengths()
         columns = self._append(x, layout, state)
         hidden, keys = columns.held[0].to(x.dtype), columns.tokens
         call = RelativeCall(
@@ -201,7 +212,7 @@ class TransformerXL(Attention):
             all(map(is_plain, (self.to_k, self.to_v, self.to_r))), self.kernel,
         )  # fmt: skip
         kernel = choose(self.name, KERNELS, self.kernel, call).name
-        out = self._absorbed(x, hidden, keys) if kernel == "absorbed" else self._chunked(x, hidden, keys, kernel)
+        out = self._absorbed(q, x, hidden, keys) if kernel == "absorbed" else self._chunked(q, hidden, keys, kernel)
         out = out if state is None else watch(out, keys)
         out = self.to_out(rearrange(out, "b h l d -> b l (h d)"))
         return Output(out, None if state is None else self._keep(columns, layout))
@@ -297,24 +308,22 @@ class TransformerXL(Attention):
         own = (k.detach(), v.detach())
         return relative_attention(q, k, v, *own, r, self.u, self.v, plan, scale=self.scale)
 
-    def _chunked(self, x: Tensor, hidden: Tensor, keys: Layout, kernel: str) -> Float[Tensor, "B H L D"]:
+    def _chunked(self, q: Tensor, hidden: Tensor, keys: Layout, kernel: str) -> Float[Tensor, "B H L D"]:
         """Project all keys, then attend in chunks of queries."""
-        q = self._heads(self.to_q(x))
-        plan = self._plan(keys, x.shape[1], kernel)
+        plan = self._plan(keys, q.shape[2], kernel)
         k, k_own = (self._heads(stream) for stream in streams(self.to_k, hidden))
         v, v_own = (self._heads(stream) for stream in streams(self.to_v, hidden))
         r = rearrange(self.to_r(self._waves(plan.distances)), "n (h d) -> n h d", h=self.heads)
         return relative_attention(q, k, v, k_own, v_own, r, self.u, self.v, plan, scale=self.scale)
 
-    def _absorbed(self, x: Tensor, hidden: Tensor, keys: Layout) -> Float[Tensor, "B H L D"]:
+    def _absorbed(self, q: Tensor, x: Tensor, hidden: Tensor, keys: Layout) -> Float[Tensor, "B H L D"]:
         """See ops/relative/few.py."""
         key = ("few", x.shape[1], *self._lengths)
         few = keys.plan(key, lambda: few_of(keys, self._segments(keys, x.shape[1]).first))
         with torch.autocast(x.device.type, enabled=False):
             exact = torch.promote_types(x.dtype, torch.float32)
-            q = self._heads(self.to_q(x.to(place_of(self)[1]))).to(exact)
             projections: Any = (self.to_k, self.to_r, self.to_v)
-            table = self._waves(few.distances)
+            q, table = q.to(exact), self._waves(few.distances)
             return absorbed(q, hidden, projections, (self.u, self.v), table, few, scale=self.scale).to(x.dtype)
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -91,9 +91,10 @@ class Layout(Tokens):
         self.__dict__["host"] = host
         return self
 
-    def goes_with(self, x: Tensor) -> bool:
-        """Whether a model's call implied these tokens, of x's shape: nothing is to be checked, or blanked."""
-        return self.implied and self.valid.shape == x.shape[:-1]
+    def goes_with(self, x: Tensor, *further: Any) -> bool:
+        """Whether a model's call implied these tokens, of x's shape, and nothing else: there is nothing to check."""
+        plain = self.implied and len(x) > 0 and self.valid.shape == x.shape[:-1]
+        return plain and all(each is None for each in further) and not torch.compiler.is_compiling()
 
     # --- what the host knows -----------------------------------------------------------------------------------------
 

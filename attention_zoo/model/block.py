@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from attention_zoo.contract import Layer, Output, Source, Tokens, add_losses, known_options, named, one_of
 from attention_zoo.model.feed_forward import KINDS, NONE, FeedForward
-from attention_zoo.model.norm import build_norm, normed, refuse_over_batch
+from attention_zoo.model.norm import BatchNorm, build_norm, refuse_over_batch
 from attention_zoo.model.short_conv import GatedConvolution, ShortConvolution
 from attention_zoo.options import LARGEST, Named, Positive, Probability, checked
 
@@ -90,6 +90,7 @@ class Branch(Layer):
         self.norm = build_norm(norm, dim)
         self.body = Chain(layers)
         self.dropout = nn.Dropout(output_dropout)
+        self.norm_over_batch = isinstance(self.norm, BatchNorm)
         self.pre_norm, self.cross = pre_norm, cross
 
     def initial_state(self, batch_size: int) -> tuple[Any, ...]:
@@ -105,7 +106,7 @@ class Branch(Layer):
         choices: tuple[Any, ...] | None = None,
     ) -> Output:
         """What the branch would add to x, before dropout."""
-        hidden = normed(self.norm, x, None if tokens is None else tokens.valid) if self.pre_norm else x
+        hidden = self._normed(x, tokens) if self.pre_norm else x
         source = source if self.cross else None
         return self.body(hidden, tokens, state=state, source=source, choices=choices)
 
@@ -121,8 +122,11 @@ class Branch(Layer):
         out = self.undropped(x, tokens, state=state, source=source, choices=choices)
         total = x + self.dropout(out.hidden)
         if not self.pre_norm:
-            total = normed(self.norm, total, None if tokens is None else tokens.valid)
+            total = self._normed(total, tokens)
         return out._replace(hidden=total)
+
+    def _normed(self, x: Tensor, tokens: Tokens | None) -> Tensor:
+        return self.norm(x, None if tokens is None else tokens.valid) if self.norm_over_batch else self.norm(x)
 
 
 class Block(Chain):

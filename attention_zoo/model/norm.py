@@ -89,9 +89,9 @@ def normed(norm: nn.Module, x: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"
     return norm(x, valid) if isinstance(norm, BatchNorm) else norm(x)
 
 
-def check_last_only(model: nn.Module, last_only: bool) -> None:
+def check_last_only(model: nn.Module) -> None:
     """Raise a ValueError where statistics would be of last tokens alone."""
-    if last_only and model.training and any(isinstance(each, BatchNorm) for each in model.modules()):
+    if model.training and any(isinstance(each, BatchNorm) for each in model.modules()):
         raise ValueError("last_only needs model.eval() with norm=batch: in training statistics are of all tokens")
 
 

@@ -43,7 +43,7 @@ from attention_zoo.model.feed_forward import with_flat
 from attention_zoo.model.global_tokens import GlobalTokens, asked_for
 from attention_zoo.model.heads import POOLINGS, build_head, last_valid
 from attention_zoo.model.mechanisms import entries, layers, mechanisms, outer, wrapped
-from attention_zoo.model.norm import build_norm, check_last_only, normed
+from attention_zoo.model.norm import BatchNorm, build_norm, check_last_only
 from attention_zoo.model.parameters import current_names, parameter_count
 from attention_zoo.model.reversible import ReversibleStack
 from attention_zoo.model.state import Running
@@ -180,6 +180,7 @@ class Transformer(nn.Module):
         self.stack: Any = wrapped(stack, asked.wrappers, seed=seed, **shared)
         self.width = 2 * dim if reversible == "both" else dim
         self.norm = build_norm(norm, self.width) if pre_norm and last_norm else nn.Identity()
+        self.norm_over_batch = isinstance(self.norm, BatchNorm)
         self.head = build_head(
             head, self.embedding, dim=self.width, classes=classes, pooling=pooling, causal=causal, tied=tied, norm=norm
         )
@@ -273,7 +274,7 @@ class Transformer(nn.Module):
         hidden, asked = out.hidden, tokens.valid if said and tokens is not None else None
         if last_only:
             hidden, asked = last_valid(hidden, None if _is_dense(tokens) else asked), None
-        hidden = normed(self.norm, hidden, asked)
+        hidden = self.norm(hidden, asked) if self.norm_over_batch else self.norm(hidden)
         logits = self.head(hidden, asked)
         if new is not None:
             new = new.after(out.state)
@@ -286,8 +287,7 @@ class Transformer(nn.Module):
             types = None if types is None else types.masked_fill(~valid, 0)
         places = None
         if self.positions is not None:
-            dtype, last = place_of(self.embedding)[1], self._last_position(tokens)
-            places = self.positions(self._positions_of(ids, tokens), dtype, last=last)
+            places = self.positions(self._positions_of(ids, tokens), last=self._last_position(tokens))
         return self.embedding(ids, places, types, valid)
 
     def _last_position(self, tokens: Tokens | None) -> int | None:
@@ -350,7 +350,8 @@ class Transformer(nn.Module):
                     raise ValueError(f"types must lie in [0, {self.types}), got {int(real.min())} to {int(real.max())}")
         if last_only and self.head_name in ("classify", "pretraining"):
             raise ValueError(f"last_only needs a head that answers for each token alone, got head={self.head_name}")
-        check_last_only(self, last_only)
+        if last_only:
+            check_last_only(self)
         if source is not None and not self.cross:
             raise ValueError("source needs a model built with cross=True")
         if self.cross and source is None and (state is None or (len(ids) and not bool((state.next > 0).any()))):

@@ -7,7 +7,7 @@ come from the row's vector and half from the column's. O(√max_length · E) par
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -51,10 +51,8 @@ class Axial(nn.Module):
         for table in (self.row, self.column):
             nn.init.normal_(table.weight, std=dim**-0.5)
 
-    def forward(
-        self, position: Int[Tensor, "B L"], dtype: Any = None, *, last: int | None = None
-    ) -> Float[Tensor, "B L E"]:
-        """In the table's own dtype, whatever is asked for. `last`: the largest position, where it is known already."""
+    def forward(self, position: Int[Tensor, "B L"], *, last: int | None = None) -> Float[Tensor, "B L E"]:
+        """In the table's own dtype. `last`: the largest position, where it is known already."""
         check_end("axial", position, self.max_length, last)
         row, column = self.row(position // self.columns), self.column(position % self.columns)
         return torch.cat([row, column], -1) * self.scale

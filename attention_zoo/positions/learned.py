@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -35,10 +33,8 @@ class Learned(nn.Module):
         nn.init.normal_(self.table.weight, std=dim**-0.5)
         self.nowhere = None if uncounted is None else nn.Parameter(torch.zeros(dim))
 
-    def forward(
-        self, position: Int[Tensor, "B L"], dtype: Any = None, *, last: int | None = None
-    ) -> Float[Tensor, "B L E"]:
-        """In the table's own dtype, whatever is asked for. `last`: the largest position, where it is known already."""
+    def forward(self, position: Int[Tensor, "B L"], *, last: int | None = None) -> Float[Tensor, "B L E"]:
+        """In the table's own dtype. `last`: the largest position, where it is known already."""
         check_end("learned", position, self.max_length, last)
         if self.nowhere is None:
             return self.table(position) * self.scale

@@ -40,12 +40,10 @@ class Sinusoidal(nn.Module):
             raise ValueError(f"positions=sinusoidal needs an even dim, got {dim}")
         self.dim, self.base = dim, base
 
-    def forward(
-        self, position: Int[Tensor, "B L"], dtype: torch.dtype = torch.float32, *, last: int | None = None
-    ) -> Float[Tensor, "B L E"]:
-        """In the model's dtype, or in float32 where that is narrower. `last` is of no interest to it."""
+    def forward(self, position: Int[Tensor, "B L"], *, last: int | None = None) -> Float[Tensor, "B L E"]:
+        """In float64. `last` is of no interest to it."""
         half = self.dim // 2
         # float64 for the angle alone: float32 is off by 0.06 radians at position 10⁶
         step = self.base ** (-torch.arange(half, device=position.device, dtype=torch.float64) / half)
         angle = position[..., None] * step
-        return torch.cat([angle.sin(), angle.cos()], -1).to(dtype if dtype == torch.float64 else torch.float32)
+        return torch.cat([angle.sin(), angle.cos()], -1)
