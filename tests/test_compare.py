@@ -231,7 +231,10 @@ def test_the_default_preset_measures_and_trains_what_it_says():
         (["+variants.full.backend=longformer"], "variants must have names of their own, got full"),
         (["+variants.wide={backend: longformer, window: 3}"], "variants.wide: .*window"),
         (["+variants.wide=3"], "variants.wide must be a mapping"),
-        (["+variants.w={backend: full, set: {model: {dpth: 3}}}", "backends=[w]"], "variants.w.set: model.dpth is no known option"),
+        (
+            ["+variants.w={backend: full, set: {model: {dpth: 3}}}", "backends=[w]"],
+            "variants.w.set: model.dpth is no known option",
+        ),
         (["+variants.w={backend: full, options: {window: 3}}", "backends=[w]"], "options of full must be among"),
     ],
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from attention_zoo.layout.host import tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.reach import Anywhere, Band, Reach
-from attention_zoo.layout.visible import Seen, columns_of, visible
+from attention_zoo.layout.visible import Seen, Visible, columns_of, visible
 from attention_zoo.ops.pattern.globals import cuts
 from attention_zoo.ops.softmax.parts import Part
 from attention_zoo.ops.softmax.tiles import Tile, run_tiles, scores_at_once
@@ -34,6 +34,7 @@ class Keys(NamedTuple):
             where its last one does (`layout.pooled.Pooled.ends`).
         reach: which of them a query sees: a contiguous `Band`, or `Anywhere`.
         weight: [B, S], added to the scores: log n of a key that counts for n; default 0.
+        seen: ranges of the columns that each query sees, which do not overlap; default what `reach` says.
     """
 
     k: Float[Tensor, "B K S D"]
@@ -41,6 +42,7 @@ class Keys(NamedTuple):
     layout: Layout
     reach: Reach = Anywhere(weights="uniform")
     weight: Float[Tensor, "B S"] | None = None
+    seen: Visible | None = None
 
 
 def attend_to_several(
@@ -56,7 +58,7 @@ def attend_to_several(
     for each in sets:
         _check(each)
     k, v = torch.cat([each.k for each in sets], 2), torch.cat([each.v for each in sets], 2)
-    seen = [visible(queries, each.layout, reach=each.reach, causal=causal)[0] for each in sets]
+    seen = [each.seen or visible(queries, each.layout, reach=each.reach, causal=causal) for each in sets]
     starts = [0]
     for each in sets:
         starts.append(starts[-1] + each.k.shape[2])
@@ -64,11 +66,12 @@ def attend_to_several(
     for a in range(0, L, ROWS):
         rows, parts = slice(a, min(a + ROWS, L)), []
         most = max(64, scores_at_once(q) // (q.shape[1] * ROWS))
-        for each, ranges, start in zip(sets, seen, starts):
-            low, high = columns_of(ranges, rows).tolist()
-            for first, stop in cuts(low, high, most) if high > low else ():
-                bias = _Bias(each, ranges, rows, slice(first, stop), q.dtype)
-                parts.append(Part(slice(start + first, start + stop), bias))
+        for each, many, start in zip(sets, seen, starts):
+            for ranges in many:
+                low, high = columns_of(ranges, rows).tolist()
+                for first, stop in cuts(low, high, most) if high > low else ():
+                    bias = _Bias(each, ranges, rows, slice(first, stop), q.dtype)
+                    parts.append(Part(slice(start + first, start + stop), bias))
         tiles.append(Tile(rows, parts))
     learned = [each.weight for each in sets if each.weight is not None and each.weight.requires_grad]
     return run_tiles(q, k, v, tiles, scale=scale, learned=learned, asked=queries.asked)
