@@ -92,14 +92,8 @@ class Copying(Generated):
         self.examples, self.test, self.test_examples = examples, tuple(test), test_examples
 
     def check(self, seq_len: int) -> None:
-        for length in (seq_len, *self.test):
-            tokens = self.word_length(length)
-            least = self.start + self.prefix + self.gap + (1 + self.times) * max(1, tokens) + (self.feed == "blank")
-            if length < least:
-                raise ValueError(
-                    f"copy: a row must hold the word, what stands before and after it, and its copies: "
-                    f"at least {least} tokens, got length {length}"
-                )
+        least = self.start + self.prefix + self.gap + (1 + self.times) * (self.tokens or 1) + (self.feed == "blank")
+        self.need(seq_len, least, "the word, what stands before and after it, and its copies")
 
     def word_length(self, length: int) -> int:
         """Tokens of the word in rows of `length`."""

@@ -15,7 +15,9 @@ whatever the seed and however few rows there are. A task draws rows and says not
 
 from __future__ import annotations
 
+import inspect
 import math
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from attention_zoo.contract import Tokens
 from attention_zoo.options import Positive, checked
+from attention_zoo.rules import shown
 from attention_zoo.tasks.task import IGNORED, Batch, Task, digest, generator, joined
 
 PARTS = {"test": (0,), "validation": (1,), "train": (2, 3, 4, 5, 6, 7)}
@@ -88,6 +91,20 @@ class Generated(Task):
         """Further evaluation sets by name."""
         return {f"length_{length}": Setting(length) for length in self.test}
 
+    def need(
+        self, seq_len: int, least: int, why: str, lengths: Sequence[int] | None = None, others: str = "task.test"
+    ) -> None:
+        """Raise a ValueError for a length below `least`, naming the option that it is of.
+
+        Args:
+            lengths: those that must be as long; None: of all sets, where `test` lists plain lengths.
+            others: the option that those other than `seq_len` are of.
+        """
+        for length in (seq_len, *self.test) if lengths is None else lengths:
+            if length < least:
+                option = "seq_len" if length == seq_len else others
+                raise ValueError(f"{self.name}: {option} must be at least {least}, {why}, got {length}")
+
     def describe(self, seq_len: int) -> dict[str, Any]:
         sample = self.batch("test", ("digest",), 1, self.trained(seq_len)[-1][0])
         return {"digest": digest([tensor.numpy().tobytes() for tensor in sample.tensors()])}
@@ -101,21 +118,37 @@ class Generated(Task):
         length, changes = setting
         random = generator(self.name, split, *key, length, *(f"{name}={value}" for name, value in changes))
         if not self.disjoint:
-            return self.draw(random, rows, length, **dict(changes))
+            return self._drawn(random, rows, setting)
         found: list[Batch] = []
         missing, vain = rows, 0
         while missing > 0:
-            drawn = self.draw(random, math.ceil(missing * 8 / len(PARTS[split]) * 1.1) + 8, length, **dict(changes))
+            drawn = self._drawn(random, math.ceil(missing * 8 / len(PARTS[split]) * 1.1) + 8, setting)
             kept = np.flatnonzero(np.isin(part_of(drawn), PARTS[split]))[:missing]
             if len(kept):
                 found.append(drawn.rows(torch.from_numpy(kept)))
             missing, vain = missing - len(kept), 0 if len(kept) else vain + 1
             if vain == TRIES:
                 raise ValueError(
-                    f"{self.name}: rows of {length} tokens are so few that none is left for {split}, got none in "
-                    f"{TRIES} draws; use a larger seq_len or task.vocab"
+                    f"{self.name}: rows of {length} tokens must be enough for every split, got none for {split} in "
+                    f"{TRIES} draws; give options by which rows differ more"
                 )
         return joined(found)
+
+    def _drawn(self, random: np.random.Generator, rows: int, setting: Setting) -> Batch:
+        """`draw`, of which an error that is no sentence says where it comes from."""
+        kind = type(self)
+        try:
+            found = self.draw(random, rows, setting.length, **dict(setting.changes))
+        except Exception as error:
+            if kind.__module__.startswith(__package__):
+                raise
+            where = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                     if frame.filename == inspect.getsourcefile(kind)]  # fmt: skip
+            place = f", line {where[-1]} of {kind.__module__}" if where else ""
+            raise ValueError(f"{kind.__name__}.draw{place}: {type(error).__name__}: {error}") from error
+        if not isinstance(found, Batch):
+            raise ValueError(f"{kind.__name__}.draw must return a Batch, such as `of` makes, got {shown(found)}")
+        return found
 
     def train_batches(self, batch_size: int, seq_len: int, seed: int) -> GeneratedBatches:
         self.check(seq_len)
@@ -125,9 +158,10 @@ class Generated(Task):
         self.check(seq_len)
         main = self.trained(seq_len)[-1][0]
         sets = {split: GeneratedSet(self, batch_size, split, main) for split in ("validation", "test")}
-        return sets | {
-            name: GeneratedSet(self, batch_size, "test", setting) for name, setting in self.tested(seq_len).items()
-        }
+        for name, setting in self.tested(seq_len).items():
+            self.batch("test", (), 1, setting)  # what has no rows is refused before training, not after
+            sets[name] = GeneratedSet(self, batch_size, "test", setting)
+        return sets
 
     def baselines(self, seq_len: int) -> dict[str, float]:
         whole = self.batch("test", (), self.test_examples, self.trained(seq_len)[-1][0])
@@ -210,6 +244,8 @@ def of(
 
 
 def _long(array: np.ndarray) -> Tensor:
+    if (kind := np.asarray(array).dtype).kind not in "biu":  # what is cut to whole numbers would be other data
+        raise ValueError(f"a batch is of whole numbers, got {kind} of shape {np.shape(array)}")
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
 
 

@@ -56,9 +56,7 @@ class Induction(Generated):
         self.vocab, self.examples, self.test, self.test_examples = vocab, examples, tuple(test), test_examples
 
     def check(self, seq_len: int) -> None:
-        for length in (seq_len, *self.test):
-            if length < 3:
-                raise ValueError(f"induction: a row must hold both questions and an answer, 3 tokens, got {length}")
+        self.need(seq_len, 3, "the special token twice and what follows it")
 
     def draw(self, random: np.random.Generator, rows: int, length: int, **changes: Any) -> Batch:
         ids = random.integers(FIRST, self.vocab, (rows, length))

@@ -77,9 +77,7 @@ class ListOps(Generated):
         self.reached: dict[str, float] = {}
 
     def check(self, seq_len: int) -> None:
-        for length in (seq_len, *self.test):
-            if length < self.shortest:
-                raise ValueError(f"listops: rows must have at least task.shortest={self.shortest} tokens, got {length}")
+        self.need(seq_len, self.shortest, "task.shortest")
 
     def draw(self, random: np.random.Generator, rows: int, length: int, **changes: Any) -> Batch:
         found: list[tuple[np.ndarray, np.ndarray]] = []

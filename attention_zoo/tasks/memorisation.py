@@ -64,9 +64,7 @@ class Memorisation(Generated):
         self.examples, self.test, self.test_examples = examples, tuple(test), test_examples
 
     def check(self, seq_len: int) -> None:
-        for length in (seq_len, *self.test):
-            if length < 2:
-                raise ValueError(f"memorisation: a row must hold a key and an insert, 2 tokens, got length {length}")
+        self.need(seq_len, 2, "a key and an insert")
 
     def draw(self, random: np.random.Generator, rows: int, length: int, **changes: Any) -> Batch:
         key = random.integers(0, self.keys, (rows, length // 2))

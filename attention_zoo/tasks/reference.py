@@ -90,9 +90,11 @@ class Reference(Generated):
 
     def check(self, seq_len: int) -> None:
         least = RECORD * self.records
-        for name, length in (("seq_len", seq_len), ("task.shortest", self.shortest), *(("test", n) for n in self.test)):
-            if length is not None and length < least:
-                raise ValueError(f"reference: {name} must be at least {least} for {self.records} records, got {length}")
+        self.need(seq_len, least, f"{self.records} records")
+        if self.shortest is not None and self.shortest < least:
+            raise ValueError(
+                f"reference: task.shortest must be at least {least}, {self.records} records, got {self.shortest}"
+            )
         if self.shortest is not None and self.shortest > min([seq_len, *self.test]):
             raise ValueError(
                 f"reference: task.shortest must be at most the source's length, {min([seq_len, *self.test])}, "
