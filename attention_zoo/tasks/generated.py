@@ -15,10 +15,10 @@ whatever the seed and however few rows there are. A task draws rows and says not
 
 from __future__ import annotations
 
-import inspect
 import math
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from traceback import extract_tb
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -135,20 +135,26 @@ class Generated(Task):
         return joined(found)
 
     def _drawn(self, random: np.random.Generator, rows: int, setting: Setting) -> Batch:
-        """`draw`, of which an error that is no sentence says where it comes from."""
+        with self._placed("draw"):
+            found = self.draw(random, rows, setting.length, **dict(setting.changes))
+        if not isinstance(found, Batch):
+            raise ValueError(f"{type(self).__name__}.draw must return a Batch, such as `of` makes, got {shown(found)}")
+        return found
+
+    @contextmanager
+    def _placed(self, method: str) -> Iterator[None]:
+        """Errors of other people's code say where they come from; ours are sentences."""
         kind = type(self)
         try:
-            found = self.draw(random, rows, setting.length, **dict(setting.changes))
+            yield
         except Exception as error:
             if kind.__module__.startswith(__package__):
                 raise
-            where = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-                     if frame.filename == inspect.getsourcefile(kind)]  # fmt: skip
-            place = f", line {where[-1]} of {kind.__module__}" if where else ""
-            raise ValueError(f"{kind.__name__}.draw{place}: {type(error).__name__}: {error}") from error
-        if not isinstance(found, Batch):
-            raise ValueError(f"{kind.__name__}.draw must return a Batch, such as `of` makes, got {shown(found)}")
-        return found
+            code = getattr(getattr(kind, method), "__code__", None)
+            source = None if code is None else code.co_filename
+            lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == source]
+            place = f", line {lines[-1]} of {kind.__module__}" if lines else ""
+            raise ValueError(f"{kind.__name__}.{method}{place}: {type(error).__name__}: {error}") from error
 
     def train_batches(self, batch_size: int, seq_len: int, seed: int) -> GeneratedBatches:
         self.check(seq_len)
@@ -157,9 +163,12 @@ class Generated(Task):
     def evaluation_sets(self, batch_size: int, seq_len: int) -> Mapping[str, GeneratedSet]:
         self.check(seq_len)
         main = self.trained(seq_len)[-1][0]
+        sample = self.batch("test", ("digest",), 1, main)
+        if sample.targets.ndim == (1 if self.objective == "classify" else 2):  # else the batch itself is refused
+            self._guessed(sample)  # what is wrong is said before training, not after
         sets = {split: GeneratedSet(self, batch_size, split, main) for split in ("validation", "test")}
         for name, setting in self.tested(seq_len).items():
-            self.batch("test", (), 1, setting)  # what has no rows is refused before training, not after
+            self.batch("test", (), 1, setting)  # so is what has no rows
             sets[name] = GeneratedSet(self, batch_size, "test", setting)
         return sets
 
@@ -167,8 +176,21 @@ class Generated(Task):
         whole = self.batch("test", (), self.test_examples, self.trained(seq_len)[-1][0])
         asked = whole.targets != IGNORED
         return {
-            name: float((guess == whole.targets)[asked].double().mean()) for name, guess in self.guesses(whole).items()
+            name: float((guess == whole.targets)[asked].double().mean()) for name, guess in self._guessed(whole).items()
         }
+
+    def _guessed(self, batch: Batch) -> dict[str, Tensor]:
+        """`guesses`, with an error that says what they must be."""
+        kind, shape = type(self).__name__, tuple(batch.targets.shape)
+        with self._placed("guesses"):
+            found = self.guesses(batch)
+        if not isinstance(found, dict):
+            raise ValueError(f"{kind}.guesses must return a dict, got {shown(found)}")
+        for name, guess in found.items():
+            if not isinstance(guess, Tensor) or tuple(guess.shape) != shape:
+                got = tuple(guess.shape) if isinstance(guess, Tensor) else shown(guess)
+                raise ValueError(f"{kind}.guesses: {name} must be a tensor of the targets' shape, {shape}, got {got}")
+        return found
 
 
 class GeneratedBatches:

@@ -153,7 +153,7 @@ class Reference(Generated):
     def baselines(self, seq_len: int) -> dict[str, float]:
         whole = self.batch("test", (), self.test_examples, self.trained(seq_len)[-1][0])
         return {
-            name: float((guess == whole.targets).all(1).double().mean()) for name, guess in self.guesses(whole).items()
+            name: float((guess == whole.targets).all(1).double().mean()) for name, guess in self._guessed(whole).items()
         }
 
     def guesses(self, batch: Batch) -> dict[str, Tensor]:
