@@ -25,6 +25,7 @@ from torch import Tensor
 
 from attention_zoo.options import Positive, checked
 from attention_zoo.tasks.generated import Generated, of
+from attention_zoo.tasks.guessing import commonest
 from attention_zoo.tasks.task import IGNORED, Batch
 
 SPECIAL, FIRST = 0, 1
@@ -69,10 +70,9 @@ class Induction(Generated):
         return of(ids, targets, groups={"distance": distance})
 
     def guesses(self, batch: Batch) -> dict[str, Tensor]:
-        counts = torch.stack([(batch.ids == token).sum(1) for token in range(FIRST, self.vocab)], 1)
-        rules = {"token before": batch.ids[:, -2], "commonest id": FIRST + counts.argmax(1)}
+        rules = {"token before": batch.ids[:, -2:-1], "commonest id": commonest(batch.ids, FIRST, self.vocab)}
         return {"one id": torch.full_like(batch.targets, FIRST)} | {
-            name: said[:, None].expand_as(batch.targets) for name, said in rules.items()
+            name: said.expand_as(batch.targets) for name, said in rules.items()
         }
 
     def chance(self, seq_len: int) -> float:

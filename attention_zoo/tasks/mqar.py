@@ -46,6 +46,7 @@ from torch import Tensor
 from attention_zoo.options import LARGEST, Natural, Positive, Probability, checked
 from attention_zoo.rules import OneOf
 from attention_zoo.tasks.generated import Generated, Setting, of
+from attention_zoo.tasks.guessing import commonest
 from attention_zoo.tasks.placement import scattered, shuffled
 from attention_zoo.tasks.task import IGNORED, Batch
 
@@ -249,10 +250,8 @@ class Mqar(Generated):
         rows, length = ids.shape
         question = np.nonzero(distance >= 0)[1].reshape(rows, -1)
         evidence = question - np.take_along_axis(distance, question, axis=1)
-        counts = np.zeros((rows, self.vocab), np.int64)
-        np.add.at(counts, (np.arange(rows)[:, None], ids), 1)
-        commonest = self.lowest_value + counts[:, self.lowest_value :].argmax(axis=1)
-        found = {"commonest value": np.broadcast_to(commonest[:, None], question.shape)}
+        most = commonest(batch.ids, self.lowest_value, self.vocab).numpy()
+        found = {"commonest value": np.broadcast_to(most, question.shape)}
         if self.noise:
             column = np.sort(evidence, axis=1)  # of all values that are asked for, not whose each is
         else:

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from attention_zoo.options import Natural, Positive, Probability, checked
 from attention_zoo.tasks.generated import Generated, Setting, of
+from attention_zoo.tasks.guessing import commonest
 from attention_zoo.tasks.task import Batch
 
 BEGIN, END, PAD, FIRST = range(4)
@@ -164,12 +165,11 @@ class Reference(Generated):
         where = (source[:, None] == numbers[:, None]).long().argmax(2)  # [B, references]
         far = (where[..., None] - places).abs().masked_fill(~is_value[:, None], source.shape[1])
         found = is_value.long().argsort(dim=1, descending=True, stable=True)[:, : self.references]
-        counts = torch.stack([(source == v).sum(1) for v in range(self.first_value, self.first_filler)], 1)
-        commonest = (counts.argmax(1) + self.first_value)[:, None].expand_as(where)
+        most = commonest(source, self.first_value, self.first_filler).expand_as(where)
         rules = {"nearest": source.gather(1, far.argmin(2)), "in_order": source.gather(1, found)}
         return {
             name: torch.cat([guess, torch.full_like(guess[:, :1], END)], 1)
-            for name, guess in {**rules, "commonest": commonest}.items()
+            for name, guess in {**rules, "commonest": most}.items()
         }
 
     def chance(self, seq_len: int) -> float:
