@@ -12,7 +12,7 @@ from torch import nn
 from attention_zoo.model.norm import BatchNorm
 from attention_zoo.tasks.task import Batch, Task
 from attention_zoo.training.building import build
-from attention_zoo.training.checking import check_batch
+from attention_zoo.training.checking import check_batch, figure
 from attention_zoo.training.config import DecodeConfig, TrainConfig, device_of
 from attention_zoo.training.evaluate import Evaluation, evaluate
 from attention_zoo.training.models import model_of
@@ -105,4 +105,5 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
         check=partial(check_batch, task),
     )
     sets = task.evaluation_sets(options.batch, options.seq_len)
+    figure(task, "chance", task.chance(options.seq_len))  # what is none is said before training, not after
     return Assembly(task, model, trainer, sets, precision, carry, device, writing(options.decode))

@@ -330,8 +330,10 @@ def _check_group(group: str, node: Any, given: Sequence[str]) -> None:
     try:
         target = resolve_name(name)
     except Exception as error:  # an import runs other people's code
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{group}._target_ must name a class or function, got {name!r}: {reason[:200]}") from None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, ModuleNotFoundError):
+            reason += f" in {Path.cwd()}, on PYTHONPATH or among what is installed"
+        raise ValueError(f"{group}._target_ must name a class or function, got {name!r}: {reason}") from None
     if not callable(target):
         raise ValueError(f"{group}._target_ must name a class or function, got {name!r}")
     options = {key: value for key, value in node.items() if not str(key).startswith("_")}

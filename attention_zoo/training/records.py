@@ -15,6 +15,7 @@ from attention_zoo.measure.environment import environment
 from attention_zoo.results.check import wrong_to_keep
 from attention_zoo.results.row import Row, Trained, TrainingRow
 from attention_zoo.tasks.task import Task
+from attention_zoo.training.checking import figure
 from attention_zoo.training.evaluate import Evaluation
 from attention_zoo.training.fit import History
 
@@ -101,7 +102,7 @@ def trained(
         "metric": task.metric,
         "better": task.better,
         "by_group": main.by_group,
-        "chance": task.chance(seq_len),
+        "chance": figure(task, "chance", task.chance(seq_len)),
         "baselines": task.baselines(seq_len),
         "further_baselines": task.further_baselines(seq_len),
         "carries_state": carries_state,
