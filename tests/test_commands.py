@@ -221,6 +221,9 @@ def test_benchmark_and_compare_end_with_1_when_a_result_failed(
     for name in ("benchmark", "compare"):
         assert main([name, "output=out"]) == 1
         assert capsys.readouterr().err == "error: 1 of 2 cells and 1 of 1 trainings failed\n"
+    rows[:] = [row("speed", "ok"), row("quality", "failed") | {"refused": True}]
+    assert main(["compare", "output=refused"]) == 2
+    assert capsys.readouterr().err == "error: 1 of 1 trainings failed\n"
     rows[:] = [row("speed", "ok"), row("quality", "unsupported")]
     assert (main(["benchmark", "output=out"]), main(["compare", "output=again"])) == (0, 0)
     assert capsys.readouterr().err == ""
@@ -369,6 +372,8 @@ def test_generate_writes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert call(str(tmp_path), "abc(", "--steps", "9", "--seed", "3") == written
     assert call(str(tmp_path / "model.safetensors"), "abc(", "--steps", "9", "--seed", "4") != written
     assert call(str(tmp_path), "\udcff", "--steps", "1").startswith("�"), "a prompt is bytes, UTF-8 or not"
+    assert main(["generate", str(tmp_path), "x", "--eos", "256", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "error: --eos must be a byte, 0 to 255, got 256\n"
     assert main(["generate", str(tmp_path), "x", "--steps", "0", "--device", "cpu"]) == 2
     assert capsys.readouterr().err == "error: steps must be an integer of at least 1, got 0\n"
 

@@ -394,6 +394,16 @@ def test_a_half_that_is_a_stack_is_called_by_its_names() -> None:
         assert compose_training(["task=reference", word])["backend"] == name
 
 
+def test_what_is_no_matter_of_a_halfs_role_is_said_without_it(tmp_path: Path) -> None:
+    for words, said in (
+        (["encoder.attention=reformer", "encoder.positions=rotary"], "reformer: positions=rotary is not supported"),
+        (["encoder.attention=transformer_xl"], "encoder.attention=transformer_xl: this half is not supported"),
+    ):
+        row = run_training(compose_training(["task=reference", "tracker=none", *words]), tmp_path)
+        assert row["error"].startswith(said)
+        assert (row["status"], row["refused"]) == ("unsupported", True)
+
+
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
 @pytest.mark.parametrize(
     ("attention", "said"),

@@ -92,8 +92,11 @@ def _evaluate(composed: DictConfig) -> Outcome:
 
 
 def _outcome(rows: Iterable[Mapping[str, Any]]) -> Outcome:
+    rows = list(rows)
     words = failures(rows)
-    return Outcome(FAILED, words) if words else Outcome()
+    # of trainings that cannot be meant: nothing else went wrong
+    refused = not failures([row for row in rows if not row.get("refused")])
+    return Outcome(REFUSED if refused else FAILED, words) if words else Outcome()
 
 
 WORDS = {"speed": "cells", "peer": "matches", "budget": "budgets", "quality": "trainings", "portrait": "pictures"}

@@ -111,8 +111,8 @@ def _half(options: TrainConfig, mechanism: Any, side: str, given: Mapping[str, A
     try:
         return build({**options.model, **given, **changed}, side, attention=chosen, **role)
     except Unsupported as error:
-        if not str(error).startswith(name_of(chosen)):
-            raise
+        if error.backend != name_of(chosen) or not error.option.startswith(("causal", "cross")):
+            raise  # it is no matter of the half's role
         raise Unsupported(f"{side}.attention={name_of(chosen)}", "this half", str(error), roles()) from error
 
 
