@@ -187,7 +187,7 @@ def refuse_unknown(given: Mapping[str, Any], target: Any, prefix: str, calls: Se
     known = [name for call in calls for name in call.rules]
     for name in given:
         if name not in known:
-            listed = ", ".join(sorted(known)) or "none"
+            listed = ", ".join(sorted(set(known))) or "none"
             raise WrongOption(
                 f"{prefix}{name} is no option of {_name(target)}{near(str(name), known)}; it has {listed}"
             )

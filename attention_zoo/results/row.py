@@ -290,11 +290,13 @@ class TrainingRow(Common, Trained):
         model_sha256: of model.safetensors, by which a later call knows that it is still whole.
         final: False where something in the run's surroundings failed (its folder, the disk), so that the next call
             tries again.
+        refused: True where the config cannot be meant: nothing was begun, and another try ends alike.
         notices: what went otherwise than asked and did not end the run.
         data: what the task says of its data.
     """
 
     final: NotRequired[bool | None]
+    refused: NotRequired[bool | None]
     notices: NotRequired[list[Words] | None]
     task: NotRequired[Name | None]
     seed: NotRequired[int | None]

@@ -178,9 +178,9 @@ def _judge(
     """Take note of an evaluation; why it ends the run, or None."""
     value = found.metrics[task.metric]
     if not math.isfinite(value):
-        raise NotFinite(
-            f"{task.metric} on the evaluation set became {value} at step {step}: try a smaller optimizer.lr"
-        )
+        others = ", ".join(f"{name} {other:.4g}" for name, other in found.metrics.items() if name != task.metric)
+        beside = f", beside {others}" if others else ""
+        raise NotFinite(f"{task.metric} on the evaluation set became {value} at step {step}{beside}: stopped")
     history.quality.append([step, value])
     tracker.log({f"evaluate/{name}": metric for name, metric in found.metrics.items()}, step)
     progress.notice(f"step {step}: {task.metric} {value:.4f}, {history.seconds:.0f} s")

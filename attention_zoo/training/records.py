@@ -66,6 +66,7 @@ def blank_row(config: Mapping[str, Any]) -> TrainingRow:
         "resumed_at": None,
         "data": None,
         "model_sha256": None,
+        "refused": False,
     }
 
 
@@ -166,8 +167,8 @@ def kept_row(
     status = row.get("status")
     if row.get("id") != identity or row.get("data") != data or status not in KEPT or row.get("final") is False:
         return None
-    if status in RETRIED and retry == "failed":
-        return None
+    if status in RETRIED and (retry == "failed" or row.get("refused")):
+        return None  # to refuse once more costs nothing, and what was missing may be there now
     if status == "ok":
         model = Path(folder) / MODEL
         digest = digest_of(model)

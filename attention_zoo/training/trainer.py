@@ -119,12 +119,14 @@ class Trainer:
         return Step(loss, auxiliary, norm, self.base_lr[0] * factor, read)
 
     def _advice(self, what: str) -> str:
-        lr = self.optimizer.param_groups[0]["lr"]
-        less = "" if self.precision.dtype == torch.float32 else ", trainer.precision=float32"
-        return (
-            f"{what} at step {self.done + 1} with learning rate {lr:.3g}: stopped; "
-            f"try a smaller optimizer.lr, a longer schedule.warmup, a smaller trainer.clip{less}"
-        )
+        tries = [] if self.precision.dtype == torch.float32 else ["trainer.precision=float32"]
+        if not self.done:  # no learning rate has had a part in it
+            where = "at step 1, with the weights that the run began with: stopped"
+        else:
+            lr = self.optimizer.param_groups[0]["lr"]
+            where = f"at step {self.done + 1} with learning rate {lr:.3g}: stopped"
+            tries = ["a smaller optimizer.lr", "a longer schedule.warmup", "a smaller trainer.clip", *tries]
+        return f"{what} {where}" + (f"; try {', '.join(tries)}" if tries else "")
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on exactly, but for the generators of random numbers."""
