@@ -56,7 +56,7 @@ class AdaptiveSpan(PatternAttention):
     """
 
     name = "adaptive_span"
-    tiny = {"limit": 9, "ramp": 3, "start": 4.0}
+    tiny = {"limit": 11, "ramp": 2, "start": 4.0}
     declared = Abilities(
         causality="strict",
         carry="prefix",
