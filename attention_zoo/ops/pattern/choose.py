@@ -39,7 +39,8 @@ TILES: Kernel[PatternCall] = Kernel(
 
 
 def _run_banded(call: PatternCall) -> Tensor:
-    return run_local(call, band_tiles(call), call.asked)
+    tiles, learned = band_tiles(call)
+    return run_local(call, tiles, call.asked, learned=learned)
 
 
 BANDED: Kernel[PatternCall] = Kernel(
