@@ -100,8 +100,9 @@ class _BandBias:
         self.heads, self.place, self.held = heads, len(learned), whole.detach()
         learned.append(whole)
 
-    def learned(self, rows: slice, columns: slice, sums: Sequence[Tensor], dscores: Tensor) -> None:
+    def learned(self, rows: slice, columns: slice, sums: Sequence[Tensor], dscores: Tensor, batch: slice) -> None:
         """As `Part.learn`. What is hidden has no weight, hence no gradient."""
+        del batch  # all rows share the bias
         into = sums[self.place]
         into = self._cut(into[:, self.heads] if into.shape[1] > 1 else into, rows, columns)
         into += dscores.sum_to_size(into.shape)

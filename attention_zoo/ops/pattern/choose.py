@@ -30,7 +30,8 @@ DENSE: Kernel[PatternCall] = Kernel("dense", _run_dense, (), "the definition, L 
 
 
 def _run_tiles(call: PatternCall) -> Tensor:
-    return run_local(call, near_tiles(call), call.asked)
+    tiles, learned = near_tiles(call)
+    return run_local(call, tiles, call.asked, learned=learned)
 
 
 TILES: Kernel[PatternCall] = Kernel(
