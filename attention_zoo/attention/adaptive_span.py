@@ -30,7 +30,9 @@ from, so that evidence far beyond span and ramp is never found.
 
 from __future__ import annotations
 
+import math
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
@@ -40,6 +42,23 @@ from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Abilities, Tokens
 from attention_zoo.layout.reach import Band
 from attention_zoo.options import NonNegative, Positive
+
+_alive: WeakSet[AdaptiveSpan] = WeakSet()
+
+
+def _read_all(device: torch.device) -> None:
+    """Read the spans of all layers there that have changed: a stack waits for its device once a step, not once a layer.
+
+    Of a parameter without values nothing is read: it reaches as far as it may.
+    """
+    stale = [layer for layer in list(_alive) if layer.span.device == device and layer._is_stale]
+    now = [layer._now for layer in stale]
+    with torch.no_grad():
+        ends = [layer._ends().double() for layer in stale]
+    numbers = [layer.limit + layer.ramp for layer in stale for _ in range(layer.heads)]
+    found = iter(numbers if device.type == "meta" else torch.cat(ends).tolist())
+    for layer, key in zip(stale, now):
+        layer._learn_reach(key, [next(found) for _ in range(layer.heads)])
 
 
 class AdaptiveSpan(PatternAttention):
@@ -88,6 +107,13 @@ class AdaptiveSpan(PatternAttention):
         self.span = nn.Parameter(torch.full((self.heads,), start / limit))
         self._read: tuple[Any, Band] | None = None
 
+        _alive.add(self)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._read = None
+        _alive.add(self)
+
     # --- spans -----------------------------------------------------------------------------------------------------
 
     def _spans(self) -> Float[Tensor, " H"]:
@@ -107,22 +133,27 @@ class AdaptiveSpan(PatternAttention):
 
     @property
     def reach(self) -> Band:  # type: ignore[override]
-        """As far as each head sees now. Spans are read from their device once after each change of them."""
-        span = self.span
-        version = None if span.is_inference() else span._version
-        now = (span.data_ptr(), version, span.dtype, span.device, self.limit, self.ramp, self.own_token)
-        if self._read is None or self._read[0] != now or version is None:
-            self._read = now, self._band()
+        """As far as each head sees now."""
+        if self._is_stale:
+            _read_all(self.span.device)
+        assert self._read is not None
         return self._read[1]
 
-    def _band(self) -> Band:
-        if self.span.is_meta:
-            return Band(self.limit + self.ramp, weights="distance")
-        with torch.no_grad():
-            ends = torch.ceil(self._ends()).tolist()
-        # a whole distance below the end: the very arithmetic of `bias`; a span that is NaN shows in the loss
-        back = tuple(int(end) - 1 if end == end else 0 for end in ends)
-        return Band(back[0] if len(set(back)) == 1 else back, weights="distance")
+    @property
+    def _now(self) -> tuple[Any, ...]:
+        """What the reach that was read last was read from; spans that are changed in place have another version."""
+        span = self.span
+        version = None if span.is_inference() else span._version
+        return span.data_ptr(), version, span.dtype, span.device, self.limit, self.ramp, self.own_token
+
+    @property
+    def _is_stale(self) -> bool:
+        return self._read is None or self.span.is_inference() or self._read[0] != self._now
+
+    def _learn_reach(self, now: tuple[Any, ...], ends: list[float]) -> None:
+        # a whole distance below the end, by the very arithmetic of `bias`; a span that is NaN shows in the loss
+        back = tuple(math.ceil(end) - 1 if end == end else 0 for end in ends)
+        self._read = now, Band(back[0] if len(set(back)) == 1 else back, weights="distance")
 
     def after_step(self) -> None:
         """Clamp the spans to their range, as has to be done whenever an optimizer has moved them."""
