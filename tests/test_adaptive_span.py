@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from count_reads import Count
 from torch import Tensor
 
 import attention_zoo as zoo
@@ -17,7 +18,6 @@ from attention_zoo.ops.softmax import partial
 from attention_zoo.testing.case import Case, close, feed, gradients
 from attention_zoo.testing.numerics import with_kernel
 from attention_zoo.testing.states import any_cut_equals_one_call, layouts
-from count_reads import Count
 
 
 def layer_of(spans: list[float], *, limit: int = 40, ramp: int = 3, tile: int = 4, **options: Any) -> AdaptiveSpan:
@@ -45,7 +45,7 @@ def by_the_paper(layer: AdaptiveSpan, x: Tensor, tokens: Tokens) -> Tensor:
                 q = layer.to_q.weight[rows] @ x[b, i] + layer.to_q.bias[rows]
                 for j in mine.nonzero()[:, 0].tolist():
                     away = int(tokens.position[b, i] - tokens.position[b, j])
-                    if layer.causal and away < 0 or not layer.own_token and away == 0:
+                    if (layer.causal and away < 0) or (not layer.own_token and away == 0):
                         continue
                     distance = abs(away) if layer.own_token else abs(away) - 1
                     m = ((layer.ramp + z - distance) / layer.ramp).clamp(0, 1)
@@ -96,7 +96,7 @@ def test_a_token_that_sees_nothing_gets_zeros() -> None:
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_groups_of_heads_carry_on_as_one(kv_heads: int) -> None:
-    """Any cut, with gradients and without, over every layout: equal to one call, whose groups are those of the dense."""
+    """Any cut, with gradients and without, over every layout: equal to one call by the definition."""
     layer = layer_of([1.0, 0.5, 30.0, 14.0], kv_heads=kv_heads, positions="rotary")
     for where, tokens in layouts(Case.of("adaptive_span"), 5):
         x = torch.randn(3, 29, 16, dtype=torch.float64).requires_grad_()
@@ -104,7 +104,8 @@ def test_groups_of_heads_carry_on_as_one(kv_heads: int) -> None:
         for cuts in ([5, 13, 14, 20], list(range(1, 29))):
             with torch.no_grad():
                 hidden, state = feed(layer, x, tokens, cuts)
-            assert isinstance(state, ByHeads) and len(state.parts) == 2
+            assert isinstance(state, ByHeads)
+            assert len(state.parts) == 2
             close(hidden[tokens.valid], want[tokens.valid], f"{where} cut at {cuts}")
         wanted = gradients(layer, x, want, tokens.valid)
         for name, grad in gradients(layer, x, feed(layer, x, tokens, [5, 13, 20])[0], tokens.valid).items():
@@ -164,7 +165,8 @@ def test_the_reach_follows_the_spans_and_is_read_once_a_step() -> None:
     before = layer.reach
     with torch.no_grad():
         layer.span.add_(10 / layer.limit)
-    assert layer.reach != before and max(layer.reach.back) == 32  # type: ignore[arg-type]
+    assert layer.reach != before
+    assert max(layer.reach.back) == 32
     layer.load_state_dict(layer_of([0.0, 0.0, 0.0, 0.0]).state_dict())
     assert layer.reach.back == 2, "a distance of 3 has no weight at a ramp of 3"
     assert layer.spans == [0.0] * 4
@@ -181,7 +183,8 @@ def test_spans_may_change_while_a_stream_goes_on() -> None:
         hidden = layer(x[:, 70:], tokens.cut(slice(70, 80)), state=state).hidden
         assert state.heads == ((1,), (0, 2, 3))
         far, whole = state.parts[0].holds, layer(x).hidden[:, 70:]
-    assert bool(hidden.isfinite().all()) and far == (1, 1, 4)
+    assert bool(hidden.isfinite().all())
+    assert far == (1, 1, 4)
     near = layer_of([30.0, 2.0, 2.0, 30.0])
     with torch.no_grad():  # 30 tokens came since: all that spans of 30 less the ramp see is there again
         near.load_state_dict(layer.state_dict())
@@ -214,7 +217,8 @@ def test_a_compiled_span_learns_alike() -> None:
     want = layer.span.grad
     layer.span.grad = None
     torch.compile(layer, backend="aot_eager", fullgraph=True)(x, tokens).hidden[valid].square().sum().backward()
-    assert want is not None and layer.span.grad is not None
+    assert want is not None
+    assert layer.span.grad is not None
     close(layer.span.grad, want, "gradient of the spans")
 
 

@@ -12,9 +12,8 @@ O(L · (z + R)) time, head by head, and a state of z + R columns.
 
 Paper: the distance of the token before is 0, and a token does not attend to itself; z is at most S, R = 32, λ = 2e-6.
 
-Released code (facebookresearch/adaptive-span, CC-BY-NC: read for its conventions, nothing is taken from it): learns z / S
-and clamps it to 0..1 after each optimiser step, adds 1e-8 to the denominator, and trims keys in units of 64 by the
-largest span of the layer.
+Released code (facebookresearch/adaptive-span, CC-BY-NC: nothing is taken from it): learns z / S and clamps it to 0..1
+after each optimiser step, adds 1e-8 to the denominator, and trims keys in units of 64 by the layer's largest span.
 
 Here: as in the released code the parameter is z / S, so that a learning rate fit for weights moves spans by tokens a
 step; `after_step` clamps it, which the trainer calls (a loop of your own must). A token sees itself, at distance 0;
@@ -25,7 +24,13 @@ span no longer finds is not seen.
 
 When: where some heads need a long past and most do not, and nobody knows which; a fixed window is as fast and simpler
 where all need the same. Heads that should reach far must first learn to from near: the ramp is where gradients come
-from, so that evidence far beyond span and ramp is never found.
+from, so that evidence far beyond span and ramp is found late or never; begin with `start` at the limit there. On Python
+source (task=text model=tiny model.heads=4 attention.limit=512 steps=600, one seed) 2.84 bits per byte beside 2.91 of
+full, with spans of 0, 0, 0, 79 and 0, 56, 0, 103 tokens.
+
+Checked: against the paper's formula, weights times exponentials over their sum, by a loop over single pairs in
+float64: outputs to 1e-12 and gradients to 1e-11, spans' included, in both conventions, with padding, holes, documents
+and grouped heads (tests/test_adaptive_span.py). There is no foreign package; the released code may not be copied.
 """
 
 from __future__ import annotations

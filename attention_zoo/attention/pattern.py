@@ -316,9 +316,7 @@ class PatternAttention(Attention):
                 self._refuse_late(part, layout, horizon)
         return state.append(layout, split(k, state.heads), split(v, state.heads), horizons=horizons)
 
-    def remember(
-        self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Columns | ByHeads
-    ) -> Columns | ByHeads:
+    def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Columns | ByHeads) -> Columns | ByHeads:
         """See `Attention`: keys and values alone."""
         x, layout = self.enter(x, tokens, state, None)
         layout = self._marked(layout)

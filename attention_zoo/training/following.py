@@ -1,8 +1,8 @@
 """What a module may ask of whoever trains it, without being known to them: two methods, by name, of any module.
 
-    after_step()                     called after each optimizer step: a parameter that has a range is put back into it
-    readings() -> {name: numbers}    what is worth following while it learns, one number or one for each head; logged at
-                                     each evaluation, kept in the row and drawn in the report
+after_step()                     called after each optimizer step: a parameter that has a range is put back into it
+readings() -> {name: numbers}    what is worth following while it learns, one number or one for each head; logged at
+                                 each evaluation, kept in the row and drawn in the report
 """
 
 from __future__ import annotations
