@@ -378,11 +378,11 @@ class Attention(Layer):
             raise ValueError(
                 f"state must be of {self.name}, from initial_state or the call before, got {type(state).__name__}"
             )
-        held = getattr(state, "columns", state).buffers[0].shape
-        if [held[0], *held[1:-2], held[-1]] != [batch, *shape]:
+        held = getattr(state, "columns", state).holds
+        if held != (batch, *shape):
+            wanted, got = ((*x[:-1], "length", x[-1]) for x in ((batch, *shape), held))
             raise ValueError(
-                f"state must hold keys of shape {(batch, *shape[:-1], 'length', *shape[-1:])} like this layer and "
-                f"this call, got {tuple(held)}".replace("'", "")
+                f"state must hold keys of shape {wanted} like this layer and this call, got {got}".replace("'", "")
             )
 
 

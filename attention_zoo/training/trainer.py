@@ -16,6 +16,7 @@ from torch import nn
 
 from attention_zoo.tasks.task import Batch, Batches
 from attention_zoo.training.checkpoint import check_like, check_optimizer, foreign, load_weights, pack, unpack
+from attention_zoo.training.following import steps_of
 from attention_zoo.training.objective import MAIN, counts, losses
 from attention_zoo.training.precision import Precision
 from attention_zoo.training.schedule import Schedule
@@ -69,6 +70,7 @@ class Trainer:
         self.model, self.optimizer, self.schedule, self.batches = model, optimizer, schedule, batches
         self.accumulate, self.clip, self.precision, self.device = accumulate, clip, precision, device
         self.streams = [Stream(model, carry=carry) for _ in range(accumulate)]
+        self.after_step = steps_of(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         self.done = 0
@@ -114,6 +116,8 @@ class Trainer:
             raise NotFinite(self._advice(f"the gradient's norm became {norm}"))
         scaler.step(self.optimizer)
         scaler.update()
+        for after in self.after_step:
+            after()
         self.done += 1
         read = batch.ids.numel() + (0 if batch.source is None else batch.source.numel())
         return Step(loss, auxiliary, norm, self.base_lr[0] * factor, read)
