@@ -128,9 +128,9 @@ class Compressive(Attention):
     def __init__(
         self,
         *,
-        segment_length: Positive = 512,
-        memory_length: Natural = 512,
-        compressed_length: Natural = 512,
+        segment_length: Positive = 256,
+        memory_length: Natural = 256,
+        compressed_length: Natural = 128,
         ratio: Positive = 4,
         compression: Annotated[str, OneOf("mean", "max", "conv", "dilated", "most_used")] = "conv",
         reconstruction: NonNegative = 1.0,
@@ -318,12 +318,14 @@ class Compressive(Attention):
         q, k = (self._heads(layer(hidden)) for layer in (self.to_q, self.to_k))
         made = hidden.new_zeros(len(hidden), slots.new, hidden.shape[-1])
         for each in slots.evicted:
-            asked, rows, at = _queries(each, q)
+            asked, *_ = _queries(each, q)
             keys, count = _picked(k, each.row, each.tokens), each.slots.shape[1]
             there = tensor_of(each.queries >= 0, q.device)
             for item, (mine, theirs) in enumerate(zip(asked, keys)):
                 scores = torch.einsum("shd,thd->hst", mine, theirs) * self.scale
-                used = (scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)) * there[item, :, None]).sum((0, 1))
+                used = (
+                    scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)) * there[item, :, None]
+                ).sum((0, 1))
                 best = used.topk(count).indices.sort().values
                 row = int(each.row[item])
                 columns = tensor_of(each.tokens[item], q.device)[best]

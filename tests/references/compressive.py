@@ -61,7 +61,7 @@ def document(layer: Compressive, hidden: list[Tensor], positions: list[int]) -> 
             lasting = {p: h.detach() for p, h in zip(positions, hidden)}
             new = _compressed(layer, old, [h.detach() for _, h in own], lasting)
             evictions.append(([h.detach() for _, h in own], [h for _, h in old], [z for _, z in new]))
-            compressed = (compressed + [(group, z.detach()) for group, z in new])
+            compressed = compressed + [(group, z.detach()) for group, z in new]
         compressed = [(group, z) for group, z in compressed if group >= start // c - C]
     return out, compressed, evictions
 
@@ -102,8 +102,8 @@ def reconstruction(layer: Compressive, evictions: list) -> Tensor:
     for queries, old, new in evictions:
         for query in queries:
             for_old, for_new = (
-                _weights(layer, query, keys)[:, None] @ layer.to_v(torch.stack(keys)).view(
-                    -1, layer.heads, layer.head_width).transpose(0, 1)
+                _weights(layer, query, keys)[:, None]
+                @ layer.to_v(torch.stack(keys)).view(-1, layer.heads, layer.head_width).transpose(0, 1)
                 for keys in (old, new)
             )
             gaps.append((for_old - for_new).square().mean())

@@ -181,7 +181,11 @@ class _Relative(torch.autograd.Function):
         for chunk, heads in _tiles(plan, q):
             rows, keys = slice(chunk.start, chunk.stop), slice(chunk.low, chunk.high)
             query = q[:, heads, rows].to(exact)
-            shape = Shift(chunk.stop - chunk.start, chunk.high - chunk.low) if plan.position is None else _Gather(plan, chunk)
+            shape = (
+                Shift(chunk.stop - chunk.start, chunk.high - chunk.low)
+                if plan.position is None
+                else _Gather(plan, chunk)
+            )
             bias = shape.scores(((query + w[heads, None]) * scale).transpose(0, 1), shape.cut(table[heads]), scratch)
             _hide(bias, plan, chunk)
             out[:, heads, rows], found = partial(
@@ -228,7 +232,9 @@ def _backward(
     du, dw = u.new_zeros(u.shape, dtype=exact), w.new_zeros(w.shape, dtype=exact)
     for chunk, heads in _tiles(plan, q):
         rows, keys = slice(chunk.start, chunk.stop), slice(chunk.low, chunk.high)
-        shape = Shift(chunk.stop - chunk.start, chunk.high - chunk.low) if plan.position is None else _Gather(plan, chunk)
+        shape = (
+            Shift(chunk.stop - chunk.start, chunk.high - chunk.low) if plan.position is None else _Gather(plan, chunk)
+        )
         query, dout, result = (x[:, heads, rows].transpose(0, 1).to(exact) for x in (q, grad, out))
         key, value = (x[:, heads, keys].transpose(0, 1).to(exact) for x in (k, v))
         to_keys = (query + u[heads, None, None]) * scale
