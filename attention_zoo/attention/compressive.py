@@ -266,7 +266,7 @@ class Compressive(Attention):
         B = len(hidden)
         before = keys.plan("no slots", lambda: none(B, hidden.device).layout) if state is None else state.slots.tokens
         slots = slots_of(keys, before, self._sizes, LEARNED.get(self.compression, 1))
-        held = hidden[:, :0] if state is None else state.slots.held[0].to(hidden.dtype)
+        held = hidden[:, :0].detach() if state is None else state.slots.held[0].to(hidden.dtype)
         if not slots.new:
             return slots, held
         made = self._most_used(hidden, slots) if self.compression == "most_used" else self._made(hidden, slots)
