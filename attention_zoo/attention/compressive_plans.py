@@ -232,7 +232,9 @@ def _group(
     here, there = asked >= 0, columns >= 0
     apart = -2 - 2 * np.arange(columns.shape[1])  # what is not there goes on with nothing
     runs = tuple(map(_runs, np.where(there, columns + row * table, apart)))
+    follow = bool((here & (asked - asked[:, :1] == np.arange(asked.shape[1]))).all())
     return Pieces(
+        tuple((asked + row * queries)[:, 0].tolist()) if follow else None,
         tensor_of((asked + row * queries).clip(min=0), device),
         None if bool(here.all()) else tensor_of(here, device),
         tensor_of(np.where(there, columns + row * table, 0), device),

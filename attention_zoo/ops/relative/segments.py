@@ -33,6 +33,7 @@ class Pieces(NamedTuple):
     """Pieces that are alike, n of them.
 
     Fields:
+        starts: of each piece, the row of its first query; None: not everywhere do the others follow on it.
         rows: [n, R], the queries, as rows of [B · L]; any where there is none.
         asked: [n, R], where there is one; None: everywhere.
         keys: [n, W], the keys, as rows of [B · T]; any where there is none.
@@ -41,6 +42,7 @@ class Pieces(NamedTuple):
         own: how many of the last columns are in the queries' own segment.
     """
 
+    starts: tuple[int, ...] | None
     rows: Int[Tensor, "n R"]
     asked: Bool[Tensor, "n R"] | None
     keys: Int[Tensor, "n W"]
@@ -98,9 +100,9 @@ class _Segments(torch.autograd.Function):
         lse = q.new_full((len(out), q.shape[2]), torch.inf, dtype=exact)
         scratch = Scratch()
         for tile in _tiles(plan, q):
-            key, value = tile.take(k), tile.take(v)
+            key, value, queries = tile.take(k), tile.take(v), tile.rows_of(q)
             for heads in tile.heads:
-                query = tile.rows_of(q)[:, :, heads].transpose(1, 2).to(exact)  # [n, h, R, D]
+                query = queries[:, :, heads].transpose(1, 2).to(exact)  # [n, h, R, D]
                 shape = Shift(tile.R, tile.W)
                 to_distances = ((query + w[heads, None]) * scale).transpose(0, 1)
                 bias = tile.hide(shape.scores(to_distances, shape.cut(table[heads]), scratch))
@@ -128,9 +130,10 @@ class _Segments(torch.autograd.Function):
         scratch = Scratch()
         for tile in _tiles(plan, q):
             key, value = tile.take(k), tile.take(v)
+            rows = tuple(tile.rows_of(x) for x in (q, grad, out.view(q.shape)))
             dkey, dvalue = (scratch(name, key.shape, dtable) for name in ("dkey", "dvalue"))
             for heads in tile.heads:
-                query, dout, result = (tile.of_heads(x, heads).to(exact) for x in (q, grad, out.view(q.shape)))
+                query, dout, result = (x[:, :, heads].permute(2, 0, 1, 3).to(exact) for x in rows)
                 keys, values = (x[:, :, heads].permute(2, 0, 1, 3).to(exact) for x in (key, value))
                 to_keys = (query + u[heads, None, None]) * scale
                 to_distances = (query + w[heads, None, None]) * scale
@@ -172,12 +175,13 @@ class _Tile:
         self.asked, self.there = (None if x is None else x[pieces] for x in (group.asked, group.there))
         self.runs = None if group.runs is None else group.runs[pieces]
         self.R, self.W = self.rows.shape[1], self.keys.shape[1]
+        first = () if group.starts is None else group.starts[pieces]
+        self.alone = slice(first[0], first[0] + self.R) if len(first) == 1 else None
 
     def rows_of(self, x: Float[Tensor, "B L H D"]) -> Float[Tensor, "n R H D"]:
+        if self.alone is not None:
+            return _flat(x)[None, self.alone]
         return _flat(x)[self.rows.flatten()].unflatten(0, self.rows.shape)
-
-    def of_heads(self, x: Float[Tensor, "B L H D"], heads: slice) -> Float[Tensor, "h n R D"]:
-        return self.rows_of(x)[:, :, heads].permute(2, 0, 1, 3)
 
     def take(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "n W H D"]:
         flat = _flat(x)
@@ -201,6 +205,9 @@ class _Tile:
 
     def put(self, into: Tensor, found: Float[Tensor, "n R ..."]) -> None:
         """Into the rows of the queries."""
+        if self.alone is not None:
+            into[self.alone] = found[0]
+            return
         rows, found = self.rows.flatten(), found.flatten(0, 1)
         if self.asked is not None:
             at = self.asked.flatten()
