@@ -122,6 +122,17 @@ def test_losses_over_calls_are_those_of_one_call():
     close(total / evicting, whole, "over calls")
 
 
+def test_the_loss_and_its_gradients_are_there_when_compiled():
+    layer, x = case().build(), case().data(2, 29)
+    expected = layer(x)
+    wanted = torch.autograd.grad(expected.losses["reconstruction"], list(layer.compress.parameters()))
+    found = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    close(found.losses["reconstruction"].double(), expected.losses["reconstruction"], "compiled", 1e-6)
+    (found.hidden.sum() + found.losses["reconstruction"]).backward()
+    for parameter, gradient in zip(layer.compress.parameters(), wanted):
+        close(parameter.grad, gradient, "compiled", 1e-6)
+
+
 def test_no_loss_where_nothing_learns():
     x = case().data(1, 29)
     for options in ({"compression": "mean"}, {"compression": "most_used"}, {"reconstruction": 0.0}):

@@ -122,6 +122,7 @@ class Compressive(Attention):
         truncated=True,
     )
     tiny = {"segment_length": 4, "memory_length": 3, "compressed_length": 3, "ratio": 2}
+    token_losses = ("reconstruction",)
     shared_over_depth: tuple[str, ...] = ("u", "v")
     """Parameters that a stack ties over its layers of this kind."""
 

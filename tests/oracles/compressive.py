@@ -1,4 +1,4 @@
-"""Compressive memory against SelfAttention of compressive-transformer-pytorch, in the loop over segments it is made for.
+"""Compressive memory against SelfAttention of compressive-transformer-pytorch, in a loop over segments.
 
 It has no u and v (ours are zeros there) and no bias but that of its output; its keys of distances are our W_r R. Whole
 segments of one document with memories as long: there its loss is about exactly what is evicted. It detaches the weight
