@@ -45,8 +45,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attention_zoo.attention.compressive_functions import LEARNED, Compression
-from attention_zoo.attention.compressive_plans import Evicted, Sizes, Slots, few_of, pieces_of, slots_of
+from attention_zoo.attention.compressive_functions import LEARNED, Compression, picked, queries_of, with_frozen
+from attention_zoo.attention.compressive_plans import Sizes, Slots, few_of, pieces_of, slots_of
 from attention_zoo.attention.operator import one_operator, refuse_export
 from attention_zoo.contract import Abilities, Attention, Operands, Output, Source, at_least
 from attention_zoo.layout.host import tensor_of
@@ -297,13 +297,13 @@ class Compressive(Attention):
             with torch.no_grad():
                 q = self._heads(self.to_q(hidden))
         fresh = states[:, G - new :]
-        k_new, v_new = (self._heads(_with_frozen(layer, fresh)) for layer in (self.to_k, self.to_v))
+        k_new, v_new = (self._heads(with_frozen(layer, fresh)) for layer in (self.to_k, self.to_v))
         total, count = fresh.new_zeros((), dtype=torch.promote_types(fresh.dtype, torch.float32)), 0
         for each in slots.evicted:
-            asked, rows, at = _queries(each, q)
+            asked, rows, at = queries_of(each, q)
             with torch.no_grad():
-                wanted = self._content(asked, *(_picked(x, each.row, each.tokens) for x in (k, v)))
-            found = self._content(asked, *(_picked(x, each.row, each.slots) for x in (k_new, v_new)))
+                wanted = self._content(asked, *(picked(x, each.row, each.tokens) for x in (k, v)))
+            found = self._content(asked, *(picked(x, each.row, each.slots) for x in (k_new, v_new)))
             gap = (found - wanted).to(total.dtype).square().mean((1, 3))
             total = total + (gap[rows, at] if at is not None else gap).sum()
             count += gap.numel() if at is None else len(at)
@@ -319,8 +319,8 @@ class Compressive(Attention):
         q, k = (self._heads(layer(hidden)) for layer in (self.to_q, self.to_k))
         made = hidden.new_zeros(len(hidden), slots.new, hidden.shape[-1])
         for each in slots.evicted:
-            asked, *_ = _queries(each, q)
-            keys, count = _picked(k, each.row, each.tokens), each.slots.shape[1]
+            asked, *_ = queries_of(each, q)
+            keys, count = picked(k, each.row, each.tokens), each.slots.shape[1]
             there = tensor_of(each.queries >= 0, q.device)
             for item, (mine, theirs) in enumerate(zip(asked, keys)):
                 scores = torch.einsum("shd,thd->hst", mine, theirs) * self.scale
@@ -395,24 +395,3 @@ class Compressive(Attention):
         """See `Attention`."""
         with torch.enable_grad():
             return explain(KERNELS, RelativeCall(length, self.head_width, device, dtype))
-
-
-def _with_frozen(layer: nn.Module, x: Tensor) -> Tensor:
-    """What the layer makes of x, from which it learns nothing; whatever stands in its place included."""
-    frozen = {name: parameter.detach() for name, parameter in layer.named_parameters()}
-    made: Tensor = torch.func.functional_call(layer, frozen, (x,))
-    return made
-
-
-def _picked(x: Float[Tensor, "B N H D"], row: Any, columns: Any) -> Float[Tensor, "n m H D"]:
-    return x[tensor_of(row, x.device)[:, None], tensor_of(columns, x.device)]
-
-
-def _queries(each: Evicted, q: Tensor) -> tuple[Float[Tensor, "n S H D"], Tensor | None, Tensor | None]:
-    """Of the segments that evict; and which of them are there, as indices, where some are not."""
-    there = each.queries >= 0
-    asked = _picked(q, each.row, each.queries.clip(min=0))
-    if bool(there.all()):
-        return asked, None, None
-    rows, at = there.nonzero()
-    return asked, tensor_of(rows, q.device), tensor_of(at, q.device)

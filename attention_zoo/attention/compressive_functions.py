@@ -1,10 +1,15 @@
-"""What makes one compressed state of a group of states. Rae et al. 2019, §3.1."""
+"""What makes one compressed state of a group of states, and what its loss is computed from. Rae et al. 2019, §3.1."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from attention_zoo.attention.compressive_plans import Evicted
+from attention_zoo.layout.host import tensor_of
 
 LEARNED = {"conv": 1, "dilated": 2}
 """Functions with weights, and how many tokens apart their taps stand."""
@@ -39,3 +44,24 @@ class Compression(nn.Module):
     def frozen(self) -> bool:
         """Whether nothing is to be learned."""
         return not any(parameter.requires_grad for parameter in self.parameters()) or not torch.is_grad_enabled()
+
+
+def with_frozen(layer: nn.Module, x: Tensor) -> Tensor:
+    """What the layer makes of x, from which it learns nothing; whatever stands in its place included."""
+    frozen = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    made: Tensor = torch.func.functional_call(layer, frozen, (x,))
+    return made
+
+
+def picked(x: Float[Tensor, "B N H D"], row: Any, columns: Any) -> Float[Tensor, "n m H D"]:
+    return x[tensor_of(row, x.device)[:, None], tensor_of(columns, x.device)]
+
+
+def queries_of(each: Evicted, q: Tensor) -> tuple[Float[Tensor, "n S H D"], Tensor | None, Tensor | None]:
+    """Of the segments that evict; and which of them are there, as indices, where some are not."""
+    there = each.queries >= 0
+    asked = picked(q, each.row, each.queries.clip(min=0))
+    if bool(there.all()):
+        return asked, None, None
+    rows, at = there.nonzero()
+    return asked, tensor_of(rows, q.device), tensor_of(at, q.device)
