@@ -8,6 +8,7 @@ from references.compressive import document, documents, reconstruction, referenc
 
 import attention_zoo as zoo
 from attention_zoo import Tokens
+from attention_zoo.measure.core import Shape, core_of
 from attention_zoo.testing.case import Case, close, feed, piece, run
 
 FUNCTIONS = ("mean", "max", "conv", "dilated", "most_used")
@@ -151,6 +152,21 @@ def test_compressed_memory_reaches_beyond_the_memory():
     moved = (run(layer, x).hidden != run(layer, other).hidden).any(-1)[0].nonzero()[:, 0].tolist()
     # segment 2 begins its memory at 4 (5 rounded down), segment 3 at 8: groups 1, 2 and 3 are held there
     assert moved == list(range(12))
+
+
+def test_its_core_is_what_the_layer_computes_between_its_projections():
+    layer, x = case().build(), case().data(2, 29)
+    operands = core_of(layer, Shape(batch=2, length=29, dtype=torch.float64)).operands
+    count = layer.core(2, 29).shapes[3][2]
+    groups = layer.compress(x[:, : 2 * count].unflatten(1, (-1, 2)), None)
+    heads = [
+        projected.unflatten(-1, (2, -1)).transpose(1, 2)
+        for projected in (layer.to_q(x), layer.to_k(x), layer.to_v(x), layer.to_k(groups), layer.to_v(groups))
+    ]
+    assert [each.shape for each in heads] == [each.shape for each in operands[:5]]
+    r = layer.to_r(layer._waves(len(operands[5]))).unflatten(-1, (2, -1))
+    out = layer.to_out(layer.attend(*heads, r).transpose(1, 2).flatten(2))
+    close(out, layer(x).hidden, "core")
 
 
 def test_without_slots_and_whole_groups_it_is_transformer_xl():

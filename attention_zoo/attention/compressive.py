@@ -29,11 +29,14 @@ ones that receive most of the attention attn(h_s, evicted) of the segment that e
 averages the attention of all that saw them. The loss is a mean over queries and widths, and there only where f learns
 and gradients are enabled.
 
-When: evidence lies farther back than a memory may, and its gist will do: topics, names, a state that lasts. Not where
-one token among many must be found exactly far back, which compression blurs, nor where M can be made long enough.
+When: evidence lies farther back than a memory may, and its gist will do. Two layers of width 64, S = M = 8, C = 24,
+c = 2, one seed: needle (800 steps, batch 32) 23.1 % after compression and 11.3 % with Transformer-XL (chance 6.3 %).
+Not where one token among many must be found exactly far back, which compression blurs, nor where M can be long enough:
+then it only costs more.
 
-Checked: against compressive-transformer-pytorch's attention (outputs, memories; tests/oracles/compressive.py) and token
-by token in float64 (tests/references/compressive.py).
+Checked: against compressive-transformer-pytorch's attention over segments, outputs, loss and gradients (largest error
+9e-15 in float64, 2e-6 in float32; tests/oracles/compressive.py), and token by token in float64, memories and loss
+included (tests/references/compressive.py, tests/test_compressive.py).
 """
 
 from __future__ import annotations
