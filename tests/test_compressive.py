@@ -156,7 +156,7 @@ def test_compressed_memory_reaches_beyond_the_memory():
 
 def test_its_core_is_what_the_layer_computes_between_its_projections():
     layer, x = case().build(), case().data(2, 29)
-    operands = core_of(layer, Shape(batch=2, length=29, dtype=torch.float64)).operands
+    operands = core_of(layer, Shape(2, 29, torch.device("cpu"), torch.float64)).operands
     count = layer.core(2, 29).shapes[3][2]
     groups = layer.compress(x[:, : 2 * count].unflatten(1, (-1, 2)), None)
     heads = [
