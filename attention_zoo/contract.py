@@ -215,6 +215,8 @@ class Attention(Layer):
             with it; a pattern needs none, its definition is `bias`.
         companions: layers that models of this backend mix in and that are no backends: part -> class, as dotted names.
             They are built as "backend.part".
+        token_losses: names of the losses that a call makes of its tokens, maybe; those of parameters alone come from a
+            method `losses`.
         wraps: whether it stands around another layer, its option `inner`; see `model.wrapper`.
 
     Raises:
@@ -227,6 +229,7 @@ class Attention(Layer):
     tiny: ClassVar[Mapping[str, Any]] = {}
     reference: ClassVar[Any] = None
     companions: ClassVar[Mapping[str, str]] = {}
+    token_losses: ClassVar[tuple[str, ...]] = ()
     wraps: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any):

@@ -9,6 +9,7 @@ import torch
 
 from . import (
     bigbird,
+    compressive,
     longformer,
     reformer,
     reversible,
@@ -28,6 +29,7 @@ MODULES = (
     transformer_xl,
     transformer_xl_formulas,
     transformer_xl_recorded,
+    compressive,
 )
 DTYPES = (torch.float32, torch.float64)
 HEAD = """\
