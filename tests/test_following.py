@@ -19,7 +19,8 @@ def test_spans_are_clamped_logged_kept_and_drawn(tmp_path: Path) -> None:
     row = run_training(compose_training([*options, *few, "optimizer.lr=0.5", "schedule=constant"]), tmp_path)
     assert row["status"] == "ok", row["error"]
     names = sorted(row["readings"])
-    assert len(names) == 2 and all(name.endswith(".span") for name in names), names
+    assert len(names) == 2
+    assert all(name.endswith(".span") for name in names), names
     for points in row["readings"].values():
         assert [point[0] for point in points] == [2, 4]
         assert all(len(point) == 3 and all(0 <= span <= 64 for span in point[1:]) for point in points)
