@@ -48,7 +48,8 @@ from torch import Tensor
 from attention_zoo.options import Natural, Positive, checked
 from attention_zoo.rules import OneOf
 from attention_zoo.tasks.compress import Compression, ranges
-from attention_zoo.tasks.generated import Generated, Setting, of
+from attention_zoo.tasks.generated import Generated, GeneratedBatches, Setting, of
+from attention_zoo.tasks.quote_lessons import Lessons
 from attention_zoo.tasks.shortening import chosen, told
 from attention_zoo.tasks.task import Batch, digest
 from attention_zoo.tasks.text import SKIPPED, read_files
@@ -70,6 +71,7 @@ class Quote(Generated):
             such pieces stand in the document.
         background: what document and passage are: "text", the source of Python's standard library; "random" bytes.
         bytes: number of different bytes of a random background.
+        lessons: first steps of training whose rows are easier, see `tasks/quote_lessons.py`; 0: every row is the task's.
         global_quote: whether separator and quote see and are seen by all, for mechanisms that have global tokens.
         compress: how the document is shortened, {method, budget}; see `tasks/compress.py`. null leaves it whole.
         test: lengths of further evaluation sets.
@@ -90,6 +92,7 @@ class Quote(Generated):
         seam: Natural = 8,
         background: Annotated[str, OneOf(*BACKGROUNDS)] = "text",
         bytes: Annotated[int, Field(ge=2, le=256)] = 256,
+        lessons: Natural = 0,
         global_quote: bool = False,
         compress: Mapping[str, Any] | None = None,
         test: Sequence[Positive] = (),
@@ -101,11 +104,10 @@ class Quote(Generated):
         if seam > quote // (2 * QUARTERS):
             raise ValueError(f"seam must be at most an eighth of the quote, {quote // (2 * QUARTERS)}, got {seam}")
         self.quote, self.seam, self.background, self.bytes = quote, seam, background, bytes
-        self.global_quote, self.test, self.test_examples = global_quote, test, test_examples
-        self.pieces = [quote, *[2 * seam] * (QUARTERS - 1 if seam else 0)]
+        self.lessons, self.global_quote, self.test, self.test_examples = lessons, global_quote, test, test_examples
 
     def check(self, seq_len: int) -> None:
-        least = self.quote + 1 + sum(self.pieces)
+        least = self.quote + 1 + sum(_pieces(self.quote, self.seam))
         for length in (seq_len, *self.test):
             if length < least:
                 raise ValueError(
@@ -130,42 +132,50 @@ class Quote(Generated):
             found["compress"] = told(self.compression, [seq_len - self.quote - 1] * self.test_examples)
         return found
 
+    def train_batches(self, batch_size: int, seq_len: int, seed: int) -> GeneratedBatches:
+        self.check(seq_len)
+        return Lessons(self, batch_size, seq_len, seed, lessons=self.lessons, quote=self.quote)
+
     def batch(self, split: str, key: Sequence[int | str], rows: int, setting: Setting) -> Batch:
         whole = super().batch(split, key, rows, setting)
-        return whole if self.compression is None else self._shortened(whole, self.compression)
+        if self.compression is None:
+            return whole
+        return self._shortened(whole, self.compression, dict(setting.changes).get("quote", self.quote))
 
-    def _shortened(self, whole: Batch, how: Compression) -> Batch:
+    def _shortened(self, whole: Batch, how: Compression, quote: int) -> Batch:
         """The same rows, with less of each document."""
-        size = whole.ids.shape[1] - self.quote - 1
-        width = min(size, how.budget) + self.quote + 1
+        size = whole.ids.shape[1] - quote - 1
+        width = min(size, how.budget) + quote + 1
         ids = np.zeros((len(whole.ids), width), np.int64)
         valid, types = np.zeros(ids.shape, bool), np.zeros(ids.shape, bool)
         for row, drawn in enumerate(whole.ids.numpy()):
             kept = ranges(drawn[:size].astype(np.uint8).tobytes(), how)
             left = np.concatenate([*(drawn[start:stop] for start, stop in kept), drawn[size:]])
             ids[row, : len(left)], valid[row, : len(left)] = left, True
-            types[row, len(left) - self.quote - 1 : len(left)] = True
+            types[row, len(left) - quote - 1 : len(left)] = True
         return of(
             ids, whole.targets.numpy(), types=types, is_global=types if self.global_quote else None,
             valid=None if valid.all() else valid, groups={k: v.numpy() for k, v in whole.groups.items()},
         )  # fmt: skip
 
     def draw(self, random: np.random.Generator, rows: int, length: int, **changes: Any) -> Batch:
-        size, quarter = length - self.quote - 1, self.quote // QUARTERS
-        document, passage = self._cut(random, rows, size), self._cut(random, rows, self.quote)
-        quarters = passage.reshape(rows, QUARTERS, quarter)
-        order = np.tile(np.arange(QUARTERS), (rows, 1))
-        one, other = EXCHANGES[random.integers(0, len(EXCHANGES), rows)].T
-        every = np.arange(rows)
-        order[every, one], order[every, other] = other, one
-        twin = np.take_along_axis(quarters, order[..., None], 1).reshape(passage.shape)
-        both = np.stack([passage, twin], 1)
+        of_rows = {"quote": self.quote, "seam": self.seam, "twin": "exchanged"} | changes
+        quote, seam = of_rows["quote"], of_rows["seam"]
+        size, quarter = length - quote - 1, quote // QUARTERS
+        document, passage = self._cut(random, rows, size), self._cut(random, rows, quote)
+        if of_rows["twin"] == "unrelated":
+            twin = self._cut(random, rows, quote)
+        elif of_rows["twin"] == "scattered":
+            twin = random.permuted(passage, axis=1)
+        else:
+            twin = _exchanged(random, passage)
+        both, every = np.stack([passage, twin], 1), np.arange(rows)
         stands, asked = random.integers(0, 2, (2, rows))
         placed, missing = both[every, stands], both[every, 1 - stands]
         pieces = [placed]
-        if self.seam:
-            pieces += [missing[:, at - self.seam : at + self.seam] for at in range(quarter, self.quote, quarter)]
-        starts = _places(random, rows, size, self.pieces)
+        if seam:
+            pieces += [missing[:, at - seam : at + seam] for at in range(quarter, quote, quarter)]
+        starts = _places(random, rows, size, [piece.shape[1] for piece in pieces])
         for start, piece in zip(starts.T, pieces, strict=True):
             np.put_along_axis(document, start[:, None] + np.arange(piece.shape[1]), piece, 1)
         ids = np.concatenate([document, np.full((rows, 1), SEPARATOR), both[every, asked]], 1)
@@ -198,6 +208,20 @@ class Quote(Generated):
 
     def chance(self, seq_len: int) -> float:
         return 0.5
+
+
+def _pieces(quote: int, seam: int) -> list[int]:
+    """Bytes of each piece that the document holds: the passage, and what hides its borders."""
+    return [quote, *[2 * seam] * (QUARTERS - 1 if seam else 0)]
+
+
+def _exchanged(random: np.random.Generator, passage: np.ndarray) -> np.ndarray:
+    """The passages with two of their quarters exchanged."""
+    every, quarters = np.arange(len(passage)), passage.reshape(len(passage), QUARTERS, -1)
+    order = np.tile(np.arange(QUARTERS), (len(passage), 1))
+    one, other = EXCHANGES[random.integers(0, len(EXCHANGES), len(passage))].T
+    order[every, one], order[every, other] = other, one
+    return np.take_along_axis(quarters, order[..., None], 1).reshape(passage.shape)
 
 
 def _places(random: np.random.Generator, rows: int, size: int, pieces: Sequence[int]) -> np.ndarray:
