@@ -163,12 +163,8 @@ class Quote(Generated):
         quote, seam = of_rows["quote"], of_rows["seam"]
         size, quarter = length - quote - 1, quote // QUARTERS
         document, passage = self._cut(random, rows, size), self._cut(random, rows, quote)
-        if of_rows["twin"] == "unrelated":
-            twin = self._cut(random, rows, quote)
-        elif of_rows["twin"] == "scattered":
-            twin = random.permuted(passage, axis=1)
-        else:
-            twin = _exchanged(random, passage)
+        unrelated = of_rows["twin"] == "unrelated"
+        twin = self._cut(random, rows, quote) if unrelated else _exchanged(random, passage)
         both, every = np.stack([passage, twin], 1), np.arange(rows)
         stands, asked = random.integers(0, 2, (2, rows))
         placed, missing = both[every, stands], both[every, 1 - stands]

@@ -1,11 +1,13 @@
-"""Lessons before quote matching: rows of which a part of the answer pays already, in turn, easier first.
+"""Lessons before quote matching: rows that a part of the whole answer gets right, in turn, easier first.
 
     unrelated    5 1 7 2 | 5 1 7 2      1        5 1 7 2 | 0 9 9 4      0: other bytes
-    scattered    5 1 7 2 | 5 1 7 2      1        5 1 7 2 | 7 5 1 2      0: the same bytes in random order
-    exchanged    as in the task, without what hides the borders of the quarters
+    exchanged    5 1 7 2 | 5 1 7 2      1        5 1 7 2 | 5 7 1 2      0: as in the task
 
-In the first five the document is the passage and nothing else. Which lesson a training batch is of follows from its
-step alone. After the last one all rows are the task's own, as those of every evaluation set are from the start.
+First come short rows, whose document is at first the passage alone and grows, a byte at a time, to twice the quote:
+what the document holds beside the passage is what takes long to be passed over, and short rows cost little. Then quotes
+of doubled length until the task's, then exchanged quarters, without what hides their borders in the task. A training
+batch's lesson follows from its step alone. After the last one all rows are the task's own, as those of every evaluation
+set are from the start.
 
 Source: our own, after curricula from easy to hard (Bengio et al. 2009, "Curriculum learning", §4), with steps in place
 of a look at the loss, so that a run depends on nothing but its options and goes on where it was cut off.
@@ -18,32 +20,33 @@ from typing import NamedTuple
 from attention_zoo.tasks.generated import Generated, GeneratedBatches, Setting
 from attention_zoo.tasks.task import Batch
 
+SHORTEST = 4
+"""Bytes of the first lesson's quotes."""
+
 
 class Lesson(NamedTuple):
     """Rows of one kind.
 
     Fields:
-        twin: how the passage's twin differs from it, a word of `TWINS`.
-        part: one over which share of the quote's length its quotes have.
-        whole: whether rows have the task's length; else the document is as long as the quote.
-        share: of the steps of all lessons, in hundredths.
+        twin: what stands in the quote or in the document for the passage where both differ.
+        quote: bytes of the quote.
+        grows: whether the document has `quote` bytes at first and twice as many at last; else twice as many always.
+        share: of the steps of all lessons.
     """
 
     twin: str
-    part: int
-    whole: bool
-    share: int
+    quote: int
+    grows: bool
+    share: float
 
 
-TWINS = ("unrelated", "scattered", "exchanged")
-LESSONS = (
-    Lesson("unrelated", 4, False, 25),
-    Lesson("unrelated", 2, False, 15),
-    Lesson("unrelated", 1, False, 15),
-    Lesson("scattered", 1, False, 15),
-    Lesson("exchanged", 1, False, 15),
-    Lesson("exchanged", 1, True, 15),
-)
+def lessons_for(quote: int) -> list[Lesson]:
+    """What comes before a quote of so many bytes, in order."""
+    sizes = [quote]
+    while sizes[0] > 2 * SHORTEST:
+        sizes.insert(0, -(-sizes[0] // 2))
+    longer = [Lesson("unrelated", size, False, 0.07 / len(sizes)) for size in sizes]
+    return [Lesson("unrelated", SHORTEST, True, 0.70), *longer, Lesson("exchanged", quote, False, 0.23)]
 
 
 def lesson_at(step: int, lessons: int, quote: int, seq_len: int) -> Setting | None:
@@ -52,20 +55,22 @@ def lesson_at(step: int, lessons: int, quote: int, seq_len: int) -> Setting | No
     Args:
         lessons: steps of all lessons.
         quote: bytes of the task's quote.
-        seq_len: tokens of the task's rows.
+        seq_len: tokens of the task's rows, which no lesson's exceed.
     """
-    ends = 0
-    for lesson in LESSONS:
-        ends += lesson.share
-        if 100 * step < ends * lessons:
-            size = quote // lesson.part
-            changes = (("quote", size), ("seam", 0), ("twin", lesson.twin))
-            return Setting(seq_len if lesson.whole else 2 * size + 1, changes)
-    return None
+    if step >= lessons:
+        return None
+    begins, place = 0.0, step / lessons
+    for lesson in lessons_for(quote):
+        if place < begins + lesson.share:
+            break
+        begins += lesson.share
+    grown = int((place - begins) / lesson.share * (lesson.quote + 1)) if lesson.grows else lesson.quote
+    length = min(2 * lesson.quote + 1 + grown, seq_len)
+    return Setting(length, (("quote", lesson.quote), ("seam", 0), ("twin", lesson.twin)))
 
 
 class Lessons(GeneratedBatches):
-    """Training batches of which the first `lessons` are lessons.
+    """Training batches of which the first `lessons` are easier.
 
     Args:
         quote: bytes of the task's quote.
