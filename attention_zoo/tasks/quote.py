@@ -15,7 +15,8 @@ border of the passage that is not in it, `seam` bytes on either side: every piec
 is then in the document whatever the label is. Longer pieces do tell: that is the task.
 
 What it costs: no part of the answer pays before all of it. With 64 dimensions and 2 layers full attention is still at
-50 % after 400 steps of 16 rows at the default sizes, and after 1,000 of 64 at 16 bytes: a task for larger runs.
+50 % after 1,000 steps of 64 rows with quotes of 16 bytes. `lessons` are first steps of easier rows, for training alone
+(`tasks/quote_lessons.py`): RESULTS
 
 `compress` shortens the document of each row, and neither separator nor quote: a row has at most budget + 1 + quote
 tokens, padded on the right where "extractive" leaves less. Rows are drawn, and told to their splits, before that, and
@@ -26,8 +27,9 @@ Trivial baselines are of rows as a model reads them.
 
 Source: our own, after what two-document matching asks for (Tay et al. 2021, Long Range Arena, §2.3, AAN retrieval),
 without labels that a bag of bytes predicts. Documents and passages of all splits are cut from the same text; no row is
-in two of them. Chance 50 %. Trivial baselines: "bag_of_bytes", "bigrams", "fourgrams" (do all those of the quote stand
-in the document?) 50 %, without seams bigrams 88 % of text and 100 % of random bytes; "place" (is the quote's first byte
+in two of them. Chance 50 %. Trivial baselines: "bag_of_bytes", "bigrams", "trigrams", "fourgrams" (do all those of the
+quote stand in the document? those of up to `seam` + 1 bytes) 50 %, without seams bigrams 88 % of text and 100 % of
+random bytes; "place" (is the quote's first byte
 first found in the document's first half?) 52 % of text, 57 % of random bytes: an exchanged first quarter lies later on
 the average.
 """
@@ -58,6 +60,8 @@ BACKGROUNDS = ("random", "text")
 SEPARATOR = 256
 QUARTERS = 4
 EXCHANGES = np.array([(i, j) for j in range(QUARTERS) for i in range(j)])
+PIECES = {"bag_of_bytes": 1, "bigrams": 2, "trigrams": 3, "fourgrams": 4}
+"""Bytes of what trivial rules look for."""
 MOST_BYTES = 8_000_000
 """Of the standard library that are read."""
 
@@ -198,8 +202,9 @@ class Quote(Generated):
         document, quote = ids[:, :size], ids[:, size + 1 :]
         place = (document == quote[:, :1]).long().argmax(1)
         found = {"place": (place < size // 2).long()}
-        for name, n in (("bag_of_bytes", 1), ("bigrams", 2), ("fourgrams", 4)):
-            found[name] = _all_found(document, quote, n).long()
+        for name, n in PIECES.items():
+            if n <= max(2, self.seam + 1):  # longer pieces are the task itself
+                found[name] = _all_found(document, quote, n).long()
         return found
 
     def chance(self, seq_len: int) -> float:
