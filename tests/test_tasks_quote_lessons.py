@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import pytest
@@ -49,7 +49,7 @@ def test_lessons_grow_and_end_with_the_tasks_quote(quote: int) -> None:
     sizes = [dict(setting.changes)["quote"] for setting in settings]
     assert (sizes[0], sizes[-1]) == (4, quote)
     assert sizes == sorted(sizes)
-    assert all(later <= 2 * earlier for earlier, later in zip(sizes, sizes[1:]))
+    assert all(later <= 2 * earlier for earlier, later in pairwise(sizes))
     lengths = [setting.length for setting in settings]
     assert lengths == sorted(lengths)
     assert (lengths[0], lengths[-1]) == (9, 3 * quote + 1)
@@ -104,6 +104,6 @@ def test_lessons_go_with_text_global_tokens_and_shorter_documents() -> None:
 
 @pytest.mark.parametrize("value", [-1, 1.5, "many", True])
 def test_what_is_no_number_of_steps_is_refused(value: Any) -> None:
-    with pytest.raises(ValueError, match="^lessons must be .*, got ") as refused:
+    with pytest.raises(ValueError, match=r"^lessons must be .*, got ") as refused:
         Quote(lessons=value)
     assert "\n" not in str(refused.value)

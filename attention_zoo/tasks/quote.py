@@ -75,7 +75,7 @@ class Quote(Generated):
             such pieces stand in the document.
         background: what document and passage are: "text", the source of Python's standard library; "random" bytes.
         bytes: number of different bytes of a random background.
-        lessons: first steps of training whose rows are easier, see `tasks/quote_lessons.py`; 0: every row is the task's.
+        lessons: first steps of training, of easier rows, see `tasks/quote_lessons.py`; 0: every row is the task's.
         global_quote: whether separator and quote see and are seen by all, for mechanisms that have global tokens.
         compress: how the document is shortened, {method, budget}; see `tasks/compress.py`. null leaves it whole.
         test: lengths of further evaluation sets.
@@ -163,11 +163,10 @@ class Quote(Generated):
         )  # fmt: skip
 
     def draw(self, random: np.random.Generator, rows: int, length: int, **changes: Any) -> Batch:
-        of_rows = {"quote": self.quote, "seam": self.seam, "twin": "exchanged"} | changes
-        quote, seam = of_rows["quote"], of_rows["seam"]
+        quote, seam = changes.get("quote", self.quote), changes.get("seam", self.seam)
         size, quarter = length - quote - 1, quote // QUARTERS
         document, passage = self._cut(random, rows, size), self._cut(random, rows, quote)
-        unrelated = of_rows["twin"] == "unrelated"
+        unrelated = changes.get("twin") == "unrelated"
         twin = self._cut(random, rows, quote) if unrelated else _exchanged(random, passage)
         both, every = np.stack([passage, twin], 1), np.arange(rows)
         stands, asked = random.integers(0, 2, (2, rows))
