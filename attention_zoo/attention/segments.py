@@ -1,0 +1,163 @@
+"""Layers of `hierarchical`: attention within segments, and among their summaries. Chalkidis et al. 2022, §3.
+
+The columns hold a summary for each segment of `segment_length` tokens: before its tokens where the layer is two-sided,
+after them where it is causal, since only then is it known (model/hierarchical.py puts them in). Positions say it all:
+
+    P = segment_length + 1,    the segment of column p is p // P,
+    p is a summary  if  p mod P = 0    (two-sided)    or    p mod P = segment_length    (causal)
+
+    S    s_i = softmax_j(scale · q_i·k_j) v_j over the columns j of i's segment;    causal: j up to i alone
+    D    s_i + softmax_j(scale · q'_i·k'_j) v'_j over the summaries j of i's document, with projections of their own of
+         norm(x + s);    two-sided: i is a summary; causal: i is any column, and j those up to i
+
+O(L · segment_length) for S and O((L / segment_length)²) for D, causal O(L² / segment_length). A companion of
+`hierarchical`, whose docstring says what is the paper's and what is ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from attention_zoo.attention.full import Full
+from attention_zoo.attention.pattern import PatternAttention, hide
+from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens
+from attention_zoo.layout.host import tensor_of
+from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.ledger import Columns, Horizon
+from attention_zoo.layout.reach import Blocks
+from attention_zoo.options import Positive
+
+
+class Remembered(NamedTuple):
+    """State of a causal layer with attention among summaries.
+
+    Fields:
+        columns: keys and values of the segment that is not complete yet.
+        summaries: those of all summaries of the document.
+    """
+
+    columns: Columns
+    summaries: Columns
+
+
+class Segments(PatternAttention):
+    """Attention within segments, and then, with `document`, among their summaries.
+
+    Args:
+        segment_length: tokens of a segment, its summary not counted.
+        document: whether attention among the summaries of the document follows.
+        kernel: auto | blocks | tiles | dense, of the attention within segments.
+        shared: the options of `Attention`.
+    """
+
+    name = "hierarchical.segments"
+    tiny = {"segment_length": 3}
+    declared = Abilities(
+        causality="strict",
+        carry="prefix",
+        two_sided=True,
+        global_tokens="none",
+        cross=False,
+        compute="quadratic",
+        activations="linear",
+        state="linear",
+        grouped_heads=True,
+    )
+
+    def __init__(
+        self, *, segment_length: Positive = 128, document: bool = True, kernel: str = "auto", **shared: Any
+    ):
+        super().__init__(kernel=kernel, **shared)
+        self.segment_length, self.document = segment_length, document
+        self.size = segment_length + 1
+        self.reach = Blocks(self.size, _own, most=1, weights="uniform")
+        if document:
+            widths = {"dim": self.dim, "heads": self.heads, "kv_heads": self.kv_heads, "head_width": self.head_width}
+            bias = {(True, True): True, (True, False): "into", (False, True): "out", (False, False): False}
+            self.norm = nn.LayerNorm(self.dim)
+            self.among = Full(
+                **widths, bias=bias[self.bias_into, self.bias_out], scale=self.scale, causal=self.causal
+            )  # fmt: skip
+
+    def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B 1 L S"]:
+        rows, columns = (x.position.div(self.size, rounding_mode="floor") for x in (queries, keys))
+        return hide((rows[:, :, None] == columns[:, None, :])[:, None])
+
+    @property
+    def _horizon(self) -> Horizon:
+        return Horizon(0, segment=self.size, most=self.size)
+
+    @property
+    def keeps(self) -> tuple[Any, ...]:
+        return (Remembered if self.document else Columns), self.kv_heads, self.head_width
+
+    def initial_state(self, batch_size: int) -> Any:
+        """See `Layer`: `Remembered`, or without `document` the columns alone."""
+        columns = super().initial_state(batch_size)
+        return Remembered(columns, self.among.initial_state(batch_size)) if self.document else columns
+
+    def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Any) -> Any:
+        """See `Attention`; what summaries are told must be computed."""
+        return Attention.remember(self, x, tokens, state=state) if self.document else super().remember(
+            x, tokens, state=state
+        )
+
+    def _attended(self, x: Tensor, layout: Layout, state: Any = None, source: Source | None = None) -> Output:
+        if not self.document:
+            return super()._attended(x, layout, state, source)
+        within = super()._attended(x, layout, None if state is None else state.columns)
+        said = self.norm(x + within.hidden)
+        found = layout.plan(("summaries", self.size, self.causal), lambda: self._summaries(layout))
+        told = said.gather(1, found.columns[..., None].expand(-1, -1, self.dim))
+        k, v = self._heads(self.among.to_k(told)), self._heads(self.among.to_v(told))
+        held = Columns.of(found.layout, k, v)
+        if state is not None:
+            held = state.summaries.append(found.layout, k, v, horizon=Horizon())
+        asking, queries = (said, layout) if self.causal else (told, found.layout)
+        q = self._heads(self.among.to_q(asking))
+        kernel = "dense" if self.kernel == "dense" else "auto"
+        out = self.among.attend(q, *held.held, queries, held.tokens, kernel=kernel)
+        more = self.among.to_out(rearrange(out, "b h l d -> b l (h d)"))
+        if self.causal:
+            hidden = within.hidden + more
+        else:
+            there = found.layout.valid[..., None]
+            index = found.columns[..., None].expand_as(more)
+            hidden = within.hidden.scatter_add(1, index, more.masked_fill(~there, 0).to(within.hidden.dtype))
+        if state is not None:
+            state = Remembered(within.state, held.settle(found.layout, horizon=Horizon())[0])
+        return Output(hidden, state)
+
+    def _summaries(self, layout: Layout) -> Summaries:
+        host = layout.host
+        place = self.segment_length if self.causal else 0
+        there = host.valid & (host.position % self.size == place)
+        count = int(there.sum(1).max(initial=0))
+        # in order, pushed to the left
+        columns = np.argsort(~there, axis=1, kind="stable")[:, :count]
+        found = host.take(columns).only(np.take_along_axis(there, columns, 1))
+        return Summaries(Layout.known(found, layout.valid.device), tensor_of(columns, layout.valid.device))
+
+
+class Summaries(NamedTuple):
+    """Which columns of a call are summaries, n of them; rows with fewer are filled up with padding at the end.
+
+    Fields:
+        layout: of the summaries, at the positions where they stand.
+        columns: [B, n], where they are.
+    """
+
+    layout: Layout
+    columns: Int[Tensor, "B n"]
+
+
+def _own(row: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """A segment sees itself alone; see `Blocks`."""
+    links = row[:, None, :, None]
+    return links, torch.zeros(links.shape)
