@@ -31,6 +31,7 @@ from attention_zoo.layout.host import tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon
 from attention_zoo.layout.reach import Blocks
+from attention_zoo.ops.pattern.several import Keys, attend_to_several
 from attention_zoo.options import Positive
 
 
@@ -76,14 +77,19 @@ class Segments(PatternAttention):
         super().__init__(kernel=kernel, **shared)
         self.segment_length, self.document = segment_length, document
         self.size = segment_length + 1
-        self.reach = Blocks(self.size, _own, most=1, weights="uniform")
+        self.reach = Blocks(self.size, self._own, most=1, weights="uniform")
         if document:
             widths = {"dim": self.dim, "heads": self.heads, "kv_heads": self.kv_heads, "head_width": self.head_width}
             bias = {(True, True): True, (True, False): "into", (False, True): "out", (False, False): False}
-            self.norm = nn.LayerNorm(self.dim)
+            self.norm = nn.LayerNorm(self.dim, elementwise_affine=False)  # a gain is the projections' to learn
             self.among = Full(
                 **widths, bias=bias[self.bias_into, self.bias_out], scale=self.scale, causal=self.causal
             )  # fmt: skip
+
+    def _own(self, row: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """A segment sees itself alone; see `Blocks`."""
+        links = row[:, None, :, None].expand(-1, self.heads, -1, -1)
+        return links, torch.zeros(links.shape)
 
     def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B 1 L S"]:
         rows, columns = (x.position.div(self.size, rounding_mode="floor") for x in (queries, keys))
@@ -121,8 +127,7 @@ class Segments(PatternAttention):
             held = state.summaries.append(found.layout, k, v, horizon=Horizon())
         asking, queries = (said, layout) if self.causal else (told, found.layout)
         q = self._heads(self.among.to_q(asking))
-        kernel = "dense" if self.kernel == "dense" else "auto"
-        out = self.among.attend(q, *held.held, queries, held.tokens, kernel=kernel)
+        out = self._answers(q, queries, held)
         more = self.among.to_out(rearrange(out, "b h l d -> b l (h d)"))
         if self.causal:
             hidden = within.hidden + more
@@ -133,6 +138,14 @@ class Segments(PatternAttention):
         if state is not None:
             state = Remembered(within.state, held.settle(found.layout, horizon=Horizon())[0])
         return Output(hidden, state)
+
+    def _answers(self, q: Float[Tensor, "B H n D"], queries: Layout, held: Columns) -> Float[Tensor, "B H n D"]:
+        """What the summaries held say to queries of some columns."""
+        if self.causal and q.shape[2] > 1 and self.kernel != "dense":  # else a mask of all columns by all summaries
+            sets = [Keys(*held.held, held.tokens)]
+            return attend_to_several(q, queries, sets, scale=self.scale, causal=True)
+        kernel = "dense" if self.kernel == "dense" else "auto"
+        return self.among.attend(q, *held.held, queries, held.tokens, kernel=kernel)
 
     def _summaries(self, layout: Layout) -> Summaries:
         host = layout.host
@@ -155,9 +168,3 @@ class Summaries(NamedTuple):
 
     layout: Layout
     columns: Int[Tensor, "B n"]
-
-
-def _own(row: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """A segment sees itself alone; see `Blocks`."""
-    links = row[:, None, :, None]
-    return links, torch.zeros(links.shape)
