@@ -71,9 +71,7 @@ class Segments(PatternAttention):
         grouped_heads=True,
     )
 
-    def __init__(
-        self, *, segment_length: Positive = 128, document: bool = True, kernel: str = "auto", **shared: Any
-    ):
+    def __init__(self, *, segment_length: Positive = 128, document: bool = True, kernel: str = "auto", **shared: Any):
         super().__init__(kernel=kernel, **shared)
         self.segment_length, self.document = segment_length, document
         self.size = segment_length + 1
@@ -110,8 +108,10 @@ class Segments(PatternAttention):
 
     def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Any) -> Any:
         """See `Attention`; what summaries are told must be computed."""
-        return Attention.remember(self, x, tokens, state=state) if self.document else super().remember(
-            x, tokens, state=state
+        return (
+            Attention.remember(self, x, tokens, state=state)
+            if self.document
+            else super().remember(x, tokens, state=state)
         )
 
     def _attended(self, x: Tensor, layout: Layout, state: Any = None, source: Source | None = None) -> Output:

@@ -52,9 +52,7 @@ class Hierarchical(Wrapper):
     companions = {"segments": "attention_zoo.attention.segments.Segments"}
     usual = Segments
 
-    def __init__(
-        self, *, segment_length: Positive = 128, layout: Kinds = "SD", inner: Any = None, **shared: Any
-    ):
+    def __init__(self, *, segment_length: Positive = 128, layout: Kinds = "SD", inner: Any = None, **shared: Any):
         options = {"inner": inner, "segment_length": segment_length, "layout": layout}
         super().__init__(inner=self.inside_of(options), **shared)
         self.segment_length, self.layout = segment_length, layout
