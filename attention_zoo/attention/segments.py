@@ -77,12 +77,17 @@ class Segments(PatternAttention):
         self.size = segment_length + 1
         self.reach = Blocks(self.size, self._own, most=1, weights="uniform")
         if document:
-            widths = {"dim": self.dim, "heads": self.heads, "kv_heads": self.kv_heads, "head_width": self.head_width}
-            bias = {(True, True): True, (True, False): "into", (False, True): "out", (False, False): False}
+            bias: dict[tuple[bool, bool], bool | str] = {(True, False): "into", (False, True): "out"}
             self.norm = nn.LayerNorm(self.dim, elementwise_affine=False)  # a gain is the projections' to learn
             self.among = Full(
-                **widths, bias=bias[self.bias_into, self.bias_out], scale=self.scale, causal=self.causal
-            )  # fmt: skip
+                dim=self.dim,
+                heads=self.heads,
+                kv_heads=self.kv_heads,
+                head_width=self.head_width,
+                bias=bias.get((self.bias_into, self.bias_out), self.bias_into),
+                scale=self.scale,
+                causal=self.causal,
+            )
 
     def _own(self, row: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """A segment sees itself alone; see `Blocks`."""
@@ -108,11 +113,9 @@ class Segments(PatternAttention):
 
     def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Any) -> Any:
         """See `Attention`; what summaries are told must be computed."""
-        return (
-            Attention.remember(self, x, tokens, state=state)
-            if self.document
-            else super().remember(x, tokens, state=state)
-        )
+        if not self.document:
+            return super().remember(x, tokens, state=state)
+        return Attention.remember(self, x, tokens, state=state)
 
     def _attended(self, x: Tensor, layout: Layout, state: Any = None, source: Source | None = None) -> Output:
         if not self.document:
@@ -141,11 +144,12 @@ class Segments(PatternAttention):
 
     def _answers(self, q: Float[Tensor, "B H n D"], queries: Layout, held: Columns) -> Float[Tensor, "B H n D"]:
         """What the summaries held say to queries of some columns."""
-        if self.causal and q.shape[2] > 1 and self.kernel != "dense":  # else a mask of all columns by all summaries
-            sets = [Keys(*held.held, held.tokens)]
-            return attend_to_several(q, queries, sets, scale=self.scale, causal=True)
+        k, v = held.held
+        if self.causal and q.shape[2] > 1 and self.kernel != "dense":
+            # in tiles: fused attention would want a mask of all columns by all summaries
+            return attend_to_several(q, queries, [Keys(k, v, held.tokens)], scale=self.scale, causal=True)
         kernel = "dense" if self.kernel == "dense" else "auto"
-        return self.among.attend(q, *held.held, queries, held.tokens, kernel=kernel)
+        return self.among.attend(q, k, v, queries, held.tokens, kernel=kernel)
 
     def _summaries(self, layout: Layout) -> Summaries:
         host = layout.host

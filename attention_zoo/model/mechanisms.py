@@ -107,7 +107,7 @@ def _checked(entry: Entry, defaults: Mapping[str, Any]) -> Entry:
         return entry
     assert entry.cls is not None
     known = {**registry.options_of_class(entry.cls), **defaults, **entry.options}
-    inner = getattr(entry.cls, "inside_of", lambda options: options["inner"])(known)
+    inner = entry.cls.inside_of(known)  # type: ignore[attr-defined]  # a wrapper's
     if isinstance(inner, Layer):
         return entry._replace(plain=None)
     if inner is None:

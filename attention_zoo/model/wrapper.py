@@ -117,7 +117,7 @@ class Wrapper(Attention):
 
     @classmethod
     def inside_of(cls, options: Mapping[str, Any]) -> Any:
-        """Which mechanisms stand inside, given all of its options: `inner`, unless a wrapper says them in another way."""
+        """Which mechanisms stand inside, given all options: `inner`, unless a wrapper has another word for them."""
         return options["inner"]
 
     @staticmethod
