@@ -32,7 +32,7 @@ from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon
 from attention_zoo.layout.reach import Blocks
 from attention_zoo.ops.pattern.several import Keys, attend_to_several
-from attention_zoo.options import Positive
+from attention_zoo.options import SegmentLength
 
 
 class Remembered(NamedTuple):
@@ -71,7 +71,9 @@ class Segments(PatternAttention):
         grouped_heads=True,
     )
 
-    def __init__(self, *, segment_length: Positive = 128, document: bool = True, kernel: str = "auto", **shared: Any):
+    def __init__(
+        self, *, segment_length: SegmentLength = 128, document: bool = True, kernel: str = "auto", **shared: Any
+    ):
         super().__init__(kernel=kernel, **shared)
         self.segment_length, self.document = segment_length, document
         self.size = segment_length + 1
@@ -121,23 +123,25 @@ class Segments(PatternAttention):
         if not self.document:
             return super()._attended(x, layout, state, source)
         within = super()._attended(x, layout, None if state is None else state.columns)
-        said = self.norm(x + within.hidden)
         found = layout.plan(("summaries", self.size, self.causal), lambda: self._summaries(layout))
-        told = said.gather(1, found.columns[..., None].expand(-1, -1, self.dim))
+        index = found.columns[..., None].expand(-1, -1, self.dim)
+        if self.causal:
+            asking = self.norm(x + within.hidden)
+            told = asking.gather(1, index)
+        else:
+            asking = told = self.norm(x.gather(1, index) + within.hidden.gather(1, index))
         k, v = self._heads(self.among.to_k(told)), self._heads(self.among.to_v(told))
         held = Columns.of(found.layout, k, v)
         if state is not None:
             held = state.summaries.append(found.layout, k, v, horizon=Horizon())
-        asking, queries = (said, layout) if self.causal else (told, found.layout)
         q = self._heads(self.among.to_q(asking))
-        out = self._answers(q, queries, held)
-        more = self.among.to_out(rearrange(out, "b h l d -> b l (h d)"))
+        out = self._answers(q, layout if self.causal else found.layout, held)
+        more = self.among.to_out(rearrange(out, "b h l d -> b l (h d)")).to(within.hidden.dtype)
         if self.causal:
             hidden = within.hidden + more
         else:
-            there = found.layout.valid[..., None]
-            index = found.columns[..., None].expand_as(more)
-            hidden = within.hidden.scatter_add(1, index, more.masked_fill(~there, 0).to(within.hidden.dtype))
+            there = found.layout.valid[..., None]  # other rows point at whatever column
+            hidden = within.hidden.scatter_add(1, index, more.masked_fill(~there, 0))
         if state is not None:
             state = Remembered(within.state, held.settle(found.layout, horizon=Horizon())[0])
         return Output(hidden, state)

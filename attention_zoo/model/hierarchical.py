@@ -30,7 +30,7 @@ from attention_zoo.contract import Output, Source, Tokens
 from attention_zoo.layout.host import Array, Host, before, tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.model.wrapper import Nested, Wrapper
-from attention_zoo.options import Positive
+from attention_zoo.options import SegmentLength
 from attention_zoo.positions.sinusoidal import Sinusoidal
 
 Kinds = Annotated[str, Field(pattern=r"^SD?( SD?)*$", description="words S and SD, one a layer")]
@@ -52,7 +52,9 @@ class Hierarchical(Wrapper):
     companions = {"segments": "attention_zoo.attention.segments.Segments"}
     usual = Segments
 
-    def __init__(self, *, segment_length: Positive = 128, layout: Kinds = "SD", inner: Any = None, **shared: Any):
+    def __init__(self, *, segment_length: SegmentLength = 128, layout: Kinds = "SD", inner: Any = None, **shared: Any):
+        if inner is None and " " in layout:
+            raise ValueError(f"layout must be one word around a single layer, got {layout!r}; a stack takes several")
         options = {"inner": inner, "segment_length": segment_length, "layout": layout}
         super().__init__(inner=self.inside_of(options), **shared)
         self.segment_length, self.layout = segment_length, layout
