@@ -146,6 +146,46 @@ def test_the_loop_under_other_options(causal: bool, options: dict[str, Any]) -> 
     close(made(x).hidden, expected, str(options), 1e-11)
 
 
+def test_whole_segments_two_sided_are_a_reshaped_batch() -> None:
+    """As the released code lays it: segments are rows of a batch, summaries every so many columns of the result."""
+    made, x = layer(False), torch.randn(2, 3 * SIZE, 16, dtype=torch.float64)
+    (inner,) = made.attentions
+
+    def attend(project: Any, hidden: Tensor) -> Tensor:
+        q, k, v = (
+            to(hidden).unflatten(-1, (2, 8)).transpose(1, 2) for to in (project.to_q, project.to_k, project.to_v)
+        )
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        answer: Tensor = project.to_out(out.transpose(1, 2).flatten(2))
+        return answer
+
+    summaries = torch.stack([made.summary + code(number, 16) for number in range(3)])[None, :, None].expand(
+        2, -1, -1, -1
+    )
+    wide = torch.cat([summaries, x.unflatten(1, (3, SIZE))], 2)
+    said = attend(inner, wide.flatten(0, 1)).unflatten(0, (2, 3))
+    told = torch.nn.functional.layer_norm((wide + said)[:, :, 0], (16,))
+    last = said[:, :, 0] + attend(inner.among, told)
+    close(made(x).hidden, (said[:, :, 1:] + last[:, :, None]).flatten(1, 2), "reshaped")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("layout", ["S", "SD"])
+def test_pairs_are_those_of_the_definition(causal: bool, layout: str) -> None:
+    made = layer(causal, layout=layout)
+    for length in (1, 3, 4, 5, 13, 20):
+        marks = [i % SIZE == SIZE - 1 if causal else i % SIZE == 0 for i in range(length)]
+        columns = length + sum(marks)
+        number = [column // (SIZE + 1) for column in range(columns)]
+        summary = [column % (SIZE + 1) == (SIZE if causal else 0) for column in range(columns)]
+        pairs = 0
+        for i in range(columns):
+            for j in range(i + 1 if causal else columns):
+                pairs += number[i] == number[j]
+                pairs += layout == "SD" and summary[j] and (causal or summary[i])
+        assert made.pairs(length) == pairs
+
+
 def test_a_state_holds_one_segment_and_a_key_for_each_summary() -> None:
     made, x = layer(True), torch.randn(1, 400, 16, dtype=torch.float64)
     state = made.initial_state(1)

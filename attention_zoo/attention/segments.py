@@ -100,6 +100,18 @@ class Segments(PatternAttention):
         rows, columns = (x.position.div(self.size, rounding_mode="floor") for x in (queries, keys))
         return hide((rows[:, :, None] == columns[:, None, :])[:, None])
 
+    def pairs(self, length: int) -> float:
+        """See `Attention`; summaries among the `length` columns."""
+        size = self.size
+        whole, rest = divmod(length, size)
+        if not self.causal:
+            summaries = whole + (rest > 0)
+            return whole * size**2 + rest**2 + (summaries**2 if self.document else 0)
+        within = (whole * size * (size + 1) + rest * (rest + 1)) // 2
+        # each summary is read by all columns from its own on
+        among = whole * (length - self.segment_length) - size * whole * (whole - 1) // 2
+        return within + (among if self.document else 0)
+
     @property
     def _horizon(self) -> Horizon:
         return Horizon(0, segment=self.size, most=self.size)

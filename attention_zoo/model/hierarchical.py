@@ -1,17 +1,39 @@
 """Hierarchical attention: segments with a summary each, and attention among summaries. Chalkidis et al. 2022, "HAT".
 
-A learned vector, with a code of the segment's number, stands for every `segment_length` tokens of a document, is put in
-before the first block and taken out after the last: a wrapper. Layers are of two kinds (attention/segments.py):
+A learned vector, with a sinusoidal code of the segment's number, stands for every `segment_length` tokens of a
+document. It is put in before the first block and taken out after the last: a wrapper. Layers are of two kinds:
 
     S     each segment attends to itself, its summary among it
-    SD    S, and then the summaries of the document attend to each other
+    SD    S, and then the summaries of the document attend to each other       (attention/segments.py has the rule)
 
-    layout: "S SD"    is tiled over depth as any list of mechanisms
+    layout: "S SD"    is tiled over depth, as any list of mechanisms: interleaved "SD" or "S SD", early "SD SD S S",
+                      late "S S SD SD"
 
-Two-sided a summary stands before its segment's tokens, which read through it, from the next layer on, what other
-segments said. Causal it is written at its segment's end, since only complete segments can be summed up: in an SD layer
-every token reads the summaries of complete segments before it, besides its own segment's past. O(L · segment_length),
-and for an SD layer (L / segment_length)² pairs more, causal L² / segment_length.
+Two-sided a summary stands before the tokens of its segment, which read from the next layer on what it was told of other
+segments; what it says after the last layer is added to its tokens. Causal it is written at its segment's end, since
+only what is complete can be summed up, and in an SD layer every token, too, reads the summaries of complete segments
+before it, besides its own segment's past. O(L · segment_length), and for an SD layer (L / segment_length)² pairs more,
+causal L² / (2 · segment_length).
+
+Paper: encoders alone. S and D are whole Transformer layers, each with a feed-forward part. Every segment begins with a
+CLS token, the heads read these, and the best layouts interleave; 128 tokens to a segment.
+
+Released code (coastalcph/hierarchical-transformers): lengths are whole segments, cut from the padded row; D adds a
+learned code of the segment's number each time, and puts its result in the place of the summary. D may stand alone.
+
+Here: D is a second attention with projections of its own in the layer of S, residual and behind a norm without gain;
+both share the block's feed-forward part. The code is a sinusoid, added once: there is no most number of segments.
+Heads read tokens, hence the sum after the last layer, without which the last D would be lost. The causal form is ours.
+Segments are counted over the valid tokens of each document; the last may be shorter, and causal it has no summary yet.
+Positions of layers are by embedding; `inner` puts other mechanisms around the summaries.
+
+When: for what depends on a little of each part of a long text: the state of a machine, a topic, a verdict. One summary
+is all that leaves a segment, so that exact recall of many things from far away is not for it.
+
+Checked: against loops over documents, segments and queries in float64, outputs and gradients
+(tests/references/hierarchical.py), up to 1e-12; the two-sided layer on whole segments also against torch's attention
+over a reshaped batch, as the released code lays it, up to 1e-12 (tests/test_hierarchical.py). That code is no package
+and was not run.
 """
 
 from __future__ import annotations
@@ -70,6 +92,13 @@ class Hierarchical(Wrapper):
             {"name": Segments.name, "segment_length": size, "document": kind == "SD"}
             for kind in options["layout"].split()
         ]
+
+    def pairs(self, length: int) -> float | None:
+        """See `Attention`; of one layer."""
+        if not isinstance(self.inner, Segments):
+            return None
+        summaries = length // self.segment_length if self.causal else -(-length // self.segment_length)
+        return self.inner.pairs(length + summaries)
 
     def forward(
         self,
