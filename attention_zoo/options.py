@@ -45,6 +45,8 @@ Chunk = Annotated[int, Field(ge=1, le=2048)]
 Around = Annotated[int, Field(ge=0, le=1024)]
 """Chunks before or after the own one."""
 Fill = Annotated[int, Field(ge=0, le=2**16)]
+SegmentLength = Annotated[int, Field(ge=1, le=2**16)]
+"""Tokens of a segment that is attended to as one block."""
 Depth = Annotated[int, Field(ge=1, le=4096)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Seed = Annotated[int, Field(ge=-(2**62), le=2**62)]
