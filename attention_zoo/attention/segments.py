@@ -122,8 +122,9 @@ class Segments(PatternAttention):
 
     def initial_state(self, batch_size: int) -> Any:
         """See `Layer`: `Remembered`, or without `document` the columns alone."""
-        columns = super().initial_state(batch_size)
-        return Remembered(columns, self.among.initial_state(batch_size)) if self.document else columns
+        columns: Any = super().initial_state(batch_size)
+        among: Any = self.among.initial_state(batch_size) if self.document else None
+        return columns if among is None else Remembered(columns, among)
 
     def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Any) -> Any:
         """See `Attention`; what summaries are told must be computed."""
