@@ -118,17 +118,17 @@ class BlockRecurrent(Attention):
         # the state's side
         self.initial = nn.Parameter(torch.empty(states, self.dim).normal_(std=0.1))
         self.identity = nn.Parameter(torch.empty(states, self.dim).normal_())
-        self.norm = nn.LayerNorm(self.dim)
-        self.state_q = nn.Linear(self.dim, width, bias=self.bias_into)
-        self.state_q_of_tokens = nn.Linear(self.dim, width, bias=self.bias_into)
-        self.state_k = nn.Linear(self.dim, kv_width, bias=self.bias_into)
-        self.state_v = nn.Linear(self.dim, kv_width, bias=self.bias_into)
-        self.state_out = nn.Linear(2 * width, self.dim, bias=self.bias_out)
+        self.norm = nn.LayerNorm(self.dim, elementwise_affine=False)  # projections follow, which have gains
+        self.state_q = Exact(self.dim, width, bias=self.bias_into)
+        self.state_q_of_tokens = Exact(self.dim, width, bias=self.bias_into)
+        self.state_k = Exact(self.dim, kv_width, bias=self.bias_into)
+        self.state_v = Exact(self.dim, kv_width, bias=self.bias_into)
+        self.state_out = Exact(2 * width, self.dim, bias=self.bias_out)
         # open from the start: about half of the state is renewed by each block
         if gate == "fixed":
             self.keep = nn.Parameter(torch.empty(self.dim).normal_(std=0.1))
         else:
-            self.forget_gate, self.input_gate = (nn.Linear(2 * width, self.dim) for _ in range(2))
+            self.forget_gate, self.input_gate = (Exact(2 * width, self.dim) for _ in range(2))
 
     def pairs(self, length: int) -> float:
         """See `Attention`: the window, the state seen by all tokens, and what it sees itself of each complete block."""
@@ -150,10 +150,10 @@ class BlockRecurrent(Attention):
         empty = torch.zeros(batch_size, self.kv_heads, 0, self.head_width, device=device, dtype=dtype)
         columns = Columns.of(none(batch_size, device), *[empty] * (3 if self.local.rotates else 2))
         # of no document yet: the first token of each row begins one
-        keys = torch.zeros(batch_size, self.states, self.kv_heads, self.head_width, device=device, dtype=dtype)
         exact = torch.promote_types(dtype, torch.float32)
-        vectors = torch.zeros(batch_size, self.states, self.dim, device=device, dtype=exact)
-        return BlockState(columns, vectors, keys, keys)
+        shapes = (self.dim,), (self.kv_heads, self.head_width), (self.kv_heads, self.head_width)
+        blank = (torch.zeros(batch_size, self.states, *shape, device=device, dtype=exact) for shape in shapes)
+        return BlockState(columns, *blank)
 
     @one_operator
     def forward(
@@ -173,7 +173,7 @@ class BlockRecurrent(Attention):
         vectors, k, v = self._states(order, columns, state, len(x))
         q = self.local.heads_of(self.to_q_of_state(x))
         if order.held_alone:
-            far = fused(q, k.transpose(1, 2).to(q.dtype), v.transpose(1, 2).to(q.dtype), scale=self.scale)
+            far = fused(q.to(k.dtype), k.transpose(1, 2), v.transpose(1, 2), scale=self.scale).to(q.dtype)
             far = far if layout.asked is None else far.masked_fill(~layout.asked, 0)
         else:
             far = attend_to_one_of(q, k, v, order.which, scale=self.scale, asked=layout.asked)
@@ -247,7 +247,8 @@ class BlockRecurrent(Attention):
         seen = self._seen(vectors)
         own_k, own_v = (each.transpose(1, 2) for each in self._keys(seen))
         itself = fused(self.local.heads_of(self.state_q(seen)), own_k, own_v, scale=self.scale)
-        block = fused(self.local.heads_of(self.state_q_of_tokens(seen)), k, v, scale=self.scale)
+        q = self.local.heads_of(self.state_q_of_tokens(seen))
+        block = fused(q, k.to(q.dtype), v.to(q.dtype), scale=self.scale)
         found = torch.cat([rearrange(each, "b h s d -> b s (h d)") for each in (itself, block)], -1)
         new = self.state_out(found)
         # sums over many blocks are kept in float32 at least
@@ -259,7 +260,7 @@ class BlockRecurrent(Attention):
 
     def _seen(self, vectors: Tensor) -> Float[Tensor, "N S E"]:
         """The state as projections see it."""
-        return self.norm(vectors.to(self.identity.dtype)) + self.identity
+        return self.norm(vectors) + self.identity
 
     def _keys(self, seen: Tensor) -> tuple[Float[Tensor, "N S K D"], Float[Tensor, "N S K D"]]:
         k, v = (to(seen).unflatten(-1, (self.kv_heads, self.head_width)) for to in (self.state_k, self.state_v))
@@ -274,6 +275,14 @@ class BlockRecurrent(Attention):
             return state._replace(columns=kept)
         chosen = tensor_of(order.last, layout.valid.device)
         return BlockState(kept, *(each.index_select(0, chosen) for each in states))
+
+
+class Exact(nn.Linear):
+    """A projection in the precision of what it is given: of a state that is kept in float32 at least."""
+
+    def forward(self, x: Float[Tensor, "*rows E"]) -> Float[Tensor, "*rows F"]:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
 
 
 class Window(PatternAttention):
