@@ -7,21 +7,22 @@ the block's tokens and is renewed through a gate:
     vertical     y = W_o [softmax(q_x K_xᵀ) V_x ; softmax(q_xc K_cᵀ) V_c]     x: tokens in reach; c: the state before
     horizontal   h = [softmax(q_c K_cᵀ) V_c ; softmax(q_cx K_xᵀ) V_x]         x: the tokens of the block
     fixed gate   c <- c ⊙ g + z ⊙ (1 - g),   z = W_z h + b_z,   g = sigmoid(b)
-    LSTM gate    c <- c ⊙ f + z ⊙ i,   z = tanh(W_z h + b_z),   f = sigmoid(W_f h + b_f + 1),   i = sigmoid(W_i h + b_i - 1)
+    LSTM gate    c <- c ⊙ f + z ⊙ i,   z = tanh(W_z h + b_z),   f = sigmoid(W_f h + b_f + 1),
+                                                                i = sigmoid(W_i h + b_i - 1)
 
 Keys and values of tokens and of state vectors are each projected once and serve both directions; queries are four of
 their own. The state is normalised, and an embedding of its own is added to each vector, before it is projected, so that
 vectors that hold the same can come to hold different things. O(L · (W + S)) time and O(L) memory.
 
-All windows are attended at once, by the kernels of a band, and so is the state by all tokens; blocks are waited for by
-the state alone, which is computed again in backward instead of being kept (one vector of each kind a block is).
+All windows are attended at once, by the kernels of a band, and so is the state by all tokens; only the state itself goes
+from block to block, for all rows at once, and what one step of it computes is computed again in backward, not kept.
 
 Paper: §3. W = S = 512, at one layer of twelve (the tenth), T5's relative bias in the window, gradients through the
 eight blocks of a training segment; "skip": the state's direction has no feed-forward layer, which the paper found best.
 
 Released code (meliad, JAX): as the paper; keys and queries are normalised to length 1; the state looks at the block
-before, too (its keys are those of the window); z of the LSTM gate has no tanh. Its initial state and gate bias are drawn
-with deviation 0.1, the embeddings of vectors with 1; as here.
+before, too (its keys are those of the window); z of the LSTM gate has no tanh. The initial state and the gate's bias
+are drawn with deviation 0.1, the embeddings of vectors with 1; as here.
 
 Here: the gate is "skip", fixed or LSTM, by the paper's formulae. Scores are scaled by D^-0.5. The window takes the
 positions of the house (`none`, `rotary`, `alibi`) instead of T5's; keys that the state sees are not rotated. Blocks
@@ -176,7 +177,7 @@ class BlockRecurrent(Attention):
             far = fused(q.to(k.dtype), k.transpose(1, 2), v.transpose(1, 2), scale=self.scale).to(q.dtype)
             far = far if layout.asked is None else far.masked_fill(~layout.asked, 0)
         else:
-            far = attend_to_one_of(q, k, v, order.which, scale=self.scale, asked=layout.asked)
+            far = attend_to_one_of(q, k, v, order.which, block=self.window, scale=self.scale, asked=layout.asked)
         hidden = self.to_out(torch.cat([rearrange(part, "b h l d -> b l (h d)") for part in (near, far)], -1))
         if state is None:
             return Output(hidden)
@@ -214,7 +215,9 @@ class BlockRecurrent(Attention):
         for turn, (keys, values) in enumerate(zip(k.unbind(2), v.unbind(2))):
             vectors = self._before(order, turn, vectors, first, held)
             if torch.is_grad_enabled():
-                vectors = checkpoint(self._renewed, vectors, keys, values, use_reentrant=False, preserve_rng_state=False)
+                vectors = checkpoint(
+                    self._renewed, vectors, keys, values, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 vectors = self._renewed(vectors, keys, values)
             if self.truncate is not None:

@@ -1,7 +1,7 @@
 """Which state of a recurrence over blocks each token sees: the one that the blocks before its own have left.
 
-A block is `size` tokens of one document, counted by position (`layout.pooled`). A row's complete blocks are gone through
-in order; a document begins with the initial state, and one that earlier calls began goes on with what they left.
+A block is `size` tokens of one document, counted by position (`layout.pooled`). A row's complete blocks are gone
+through in order; a document begins with the initial state, and one that earlier calls began goes on with what they left.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _complete(found: Pooled, held: Host, size: int) -> tuple[Array, ...]:
 
 
 def _turn_before(document: Array, index: Array, there: Array, asked: Array, block: Array) -> Array:
-    """For each [B, n] block of a document, the last turn of its row that is of that document and before it; -1: none."""
+    """For each [B, n] block of a document, the last turn of its row that is of that document, before it; -1: none."""
     row = np.arange(len(there))[:, None]
     ids = np.union1d(document[there], asked)
     stride = int(max(index.max(initial=0), block.max(initial=0))) + 2

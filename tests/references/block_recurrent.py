@@ -74,16 +74,16 @@ def _renewed(layer: BlockRecurrent, old: Tensor, found: Tensor) -> Tensor:
     return old * f + new.tanh() * i
 
 
-def _look(
-    layer: BlockRecurrent, q: Tensor, k: Tensor, v: Tensor, gaps: list[int] | None = None, at: int = 0
-) -> Tensor:
+def _look(layer: BlockRecurrent, q: Tensor, k: Tensor, v: Tensor, gaps: list[int] | None = None, at: int = 0) -> Tensor:
     """One query's softmax over these keys, head by head."""
     D, group, heads = layer.head_width, layer.heads // layer.kv_heads, []
     for h in range(layer.heads):
         mine, theirs = slice(h * D, (h + 1) * D), slice(h // group * D, (h // group + 1) * D)
         query, scores = q[mine], []
         for j, key in enumerate(k[:, theirs]):
-            score = layer.scale * (_turned(layer, query, at) @ _turned(layer, key, at - gaps[j]) if gaps else query @ key)
+            score = layer.scale * (
+                _turned(layer, query, at) @ _turned(layer, key, at - gaps[j]) if gaps else query @ key
+            )
             if gaps and layer.positions == "alibi":
                 score = score - 2.0 ** (-8 * (h + 1) / layer.heads) * gaps[j]
             scores.append(score)
