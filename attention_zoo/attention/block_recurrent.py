@@ -14,8 +14,8 @@ Keys and values of tokens and of state vectors are each projected once and serve
 their own. The state is normalised, and an embedding of its own is added to each vector, before it is projected, so that
 vectors that hold the same can come to hold different things. O(L · (W + S)) time and O(L) memory.
 
-All windows are attended at once, by the kernels of a band, and so is the state by all tokens; only the state itself goes
-from block to block, for all rows at once, and what one step of it computes is computed again in backward, not kept.
+All windows are attended at once, by the kernels of a band, and so is the state by all tokens; only the state itself
+goes from block to block, for all rows at once, and what a step of it computes is computed again in backward, not kept.
 
 Paper: §3. W = S = 512, at one layer of twelve (the tenth), T5's relative bias in the window, gradients through the
 eight blocks of a training segment; "skip": the state's direction has no feed-forward layer, which the paper found best.
@@ -28,6 +28,15 @@ Here: the gate is "skip", fixed or LSTM, by the paper's formulae. Scores are sca
 positions of the house (`none`, `rotary`, `alibi`) instead of T5's; keys that the state sees are not rotated. Blocks
 count the tokens of a document, not columns or calls: an open block waits in the state of decoding, for its tokens are
 among the keys of the window. `truncate` says after how many blocks gradients stop.
+
+When: something small must be carried far, at constant cost. Flip-flop (128 tokens, window and states 8, model=tiny,
+one seed, steps=300): accuracy 0.71 beside 0.67 of a window of 8; RMT's copy task with window=4 states=12: 0.18 beside
+0.10. Not where much must be found again word for word, in little training: MQAR anywhere (task.power=1): 0.06. Each
+block waits for the one before it: small windows are slow (7 times a window of 8).
+
+Checked: against a double loop over blocks and tokens in float64, outputs and gradients to 1e-11
+(tests/references/block_recurrent.py); with the port block-recurrent-transformer-pytorch only for speed, since its
+window is the whole block before, and its gate weighs the new where the paper's weighs the old.
 """
 
 from __future__ import annotations
@@ -207,7 +216,7 @@ class BlockRecurrent(Attention):
 
     def _left(self, order: Turns, columns: Columns, first: Tensor, state: BlockState | None) -> list[Tensor]:
         """What each turn leaves, [B · G, S, E]; nothing where there are no turns."""
-        if not order.count:
+        if not order.turns:
             return []
         k, v = (self._blocks(each, order) for each in self.local.plain(columns))
         vectors, found = first.expand(len(order.source), -1, -1), []
@@ -221,7 +230,7 @@ class BlockRecurrent(Attention):
             else:
                 vectors = self._renewed(vectors, keys, values)
             if self.truncate is not None:
-                stops = (order.index[:, turn] + 1) % self.truncate == 0
+                stops = (order.block[:, turn] + 1) % self.truncate == 0
                 vectors = _rows(stops, vectors.detach(), vectors)
             found.append(vectors)
         return [torch.stack(found, 1).flatten(0, 1)]
@@ -243,7 +252,7 @@ class BlockRecurrent(Attention):
         else:
             index = tensor_of(members, x.device)[:, None, :, None]
             found = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
-        return found.unflatten(2, (order.count, self.window))
+        return found.unflatten(2, (order.turns, self.window))
 
     def _renewed(self, vectors: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "B S E"]:
         """The state after a block of tokens with these keys and values, [B, K, W, D]."""

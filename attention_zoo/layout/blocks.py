@@ -1,7 +1,7 @@
 """Which state of a recurrence over blocks each token sees: the one that the blocks before its own have left.
 
 A block is `size` tokens of one document, counted by position (`layout.pooled`). A row's complete blocks are gone
-through in order; a document begins with the initial state, and one that earlier calls began goes on with what they left.
+through in order; a document begins with the initial state, and one that earlier calls began goes on with theirs.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ class Turns(NamedTuple):
     Fields:
         members: [B, G, size], the columns among all keys of each turn's tokens; any where a row has fewer blocks.
         source: [B, G], INITIAL, HELD or BEFORE.
-        index: [B, G], which block of its document each is.
+        block: [B, G], which block of its document each is.
         which: [B, L], the number of the state that each token sees; any at padding.
         last: [B], the number of the state that the next token of each row's current document sees.
     """
 
     members: Int[np.ndarray, "B G w"]
     source: Int[np.ndarray, "B G"]
-    index: Int[np.ndarray, "B G"]
+    block: Int[np.ndarray, "B G"]
     which: Int[np.ndarray, "B L"]
     last: Int[np.ndarray, " B"]
 
     @property
-    def count(self) -> int:
+    def turns(self) -> int:
         """G."""
         return self.members.shape[1]
 
@@ -48,7 +48,7 @@ class Turns(NamedTuple):
         """Whether nothing is asked for but what rows held."""
         B = len(self.which)
         row = np.arange(B)
-        return not self.count and bool((self.which == 1 + row[:, None]).all() and (self.last == 1 + row).all())
+        return not self.turns and bool((self.which == 1 + row[:, None]).all() and (self.last == 1 + row).all())
 
 
 def turns(tokens: Layout, keys: Layout, held: Host, size: int, keeps: bool) -> Turns:
@@ -142,6 +142,6 @@ def _shortened(found: Turns, keeps: bool) -> Turns:
 
     cut = slice(0, needed)
     return Turns(
-        found.members[:, cut], found.source[:, cut], found.index[:, cut], renumbered(found.which),
+        found.members[:, cut], found.source[:, cut], found.block[:, cut], renumbered(found.which),
         renumbered(found.last),
     )  # fmt: skip
