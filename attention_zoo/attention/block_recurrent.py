@@ -313,7 +313,7 @@ class Window(PatternAttention):
         super().__init__(kernel=kernel, **shared)
         self.reach = Band(window, weights="uniform")
         self.window = window
-        self.to_out = nn.Identity()
+        self.to_out = nn.Identity()  # type: ignore[assignment]  # the layer projects what all parts say together
 
     @property
     def rotates(self) -> bool:
