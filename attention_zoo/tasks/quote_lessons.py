@@ -4,8 +4,8 @@
     exchanged    5 1 7 2 | 5 1 7 2      1        5 1 7 2 | 5 7 1 2      0: as in the task
 
 First come short rows, whose document is at first the passage alone and grows, a byte at a time, to twice the quote:
-what the document holds beside the passage is what takes long to be passed over, and short rows cost little. Then quotes
-of doubled length until the task's, then exchanged quarters, without what hides their borders in the task. A training
+what the document holds beside the passage is what takes long to be passed over, and short rows cost little. Then the
+same with quotes of doubled length until the task's, then exchanged quarters, without what hides their borders there. A training
 batch's lesson follows from its step alone. After the last one all rows are the task's own, as those of every evaluation
 set are from the start.
 
@@ -45,8 +45,8 @@ def lessons_for(quote: int) -> list[Lesson]:
     sizes = [quote]
     while sizes[0] > 2 * SHORTEST:
         sizes.insert(0, -(-sizes[0] // 2))
-    longer = [Lesson("unrelated", size, False, 0.07 / len(sizes)) for size in sizes]
-    return [Lesson("unrelated", SHORTEST, True, 0.70), *longer, Lesson("exchanged", quote, False, 0.23)]
+    longer = [Lesson("unrelated", size, True, 0.21 / len(sizes)) for size in sizes]
+    return [Lesson("unrelated", SHORTEST, True, 0.48), *longer, Lesson("exchanged", quote, False, 0.31)]
 
 
 def lesson_at(step: int, lessons: int, quote: int, seq_len: int) -> Setting | None:
