@@ -32,7 +32,7 @@ among the keys of the window. `truncate` says after how many blocks gradients st
 When: something small must be carried far, at constant cost. Flip-flop (128 tokens, window and states 8, model=tiny, one
 seed): accuracy 0.71 after 300 steps beside 0.67 of a window of 8, and 0.997 after 800 beside 0.63; RMT's copy task with
 window=4 states=12: 0.18 beside 0.10. Not where much must be found again word for word, in little training: MQAR
-anywhere (task.power=1) 0.06. Each block waits for the one before it: small windows are slow (seven times a window of 8).
+anywhere (task.power=1) 0.06. Each block waits for the one before it: small windows are slow (seven times longformer).
 
 Checked: against a double loop over blocks and tokens in float64, outputs and gradients to 1e-11
 (tests/references/block_recurrent.py); with the port block-recurrent-transformer-pytorch only for speed, since its
