@@ -60,7 +60,7 @@ def test_funnel_equals_its_definition(layout):
 
 
 def compare(shorten, causal):
-    valid, tokens = everywhere()
+    _, tokens = everywhere()
     for given in (
         tokens,
         Tokens.of(torch.ones(2, 10, dtype=torch.bool)),
@@ -153,11 +153,13 @@ def test_half_precision_and_training(name):
     model = small(name, shorten=hourglass(FLAT, "attention", "attention"), causal=causal).to(torch.bfloat16).train()
     valid, tokens = everywhere()
     out = model(some_ids(), tokens).logits
-    assert out.isfinite().all() and out.dtype == torch.bfloat16
+    assert out.isfinite().all()
+    assert out.dtype == torch.bfloat16
     out[valid].float().square().mean().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     between = [*model.stack.pool.parameters(), *model.stack.up.parameters()]
-    assert between and all(p.grad is not None for p in between)
+    assert between
+    assert all(p.grad is not None for p in between)
     exact = small(name, shorten=hourglass(FLAT, "attention", "attention"), causal=causal)(some_ids(), tokens).logits
     if zoo.registry.recipe(name)[0].declared.causality != "values":
         assert far(out[valid].double(), exact[valid]) < 0.3

@@ -28,7 +28,7 @@ class Windows(NamedTuple):
         groups: [B, G], the groups as tokens: at position g of their document; global if the token that opens one is.
         members: [B, G, k], columns of [0 | lead tokens before | L tokens].
         there: [B, G, k], which members there are; one at least, also at padding.
-        count: [B, G, 1], by how many a sum is divided.
+        divisor: [B, G, 1], by how many a sum is divided.
         own: [B, L], the group of each token, a column of [0 | past groups before | G groups].
         phase: [B, L], place of each token among those that read its group.
         near: [B, L, n], groups around the own one, as `own`; the own one stands first.
@@ -41,7 +41,7 @@ class Windows(NamedTuple):
     groups: Layout
     members: Int[Tensor, "B G k"]
     there: Bool[Tensor, "B G k"]
-    count: Float[Tensor, "B G 1"]
+    divisor: Float[Tensor, "B G 1"]
     own: Int[Tensor, "B L"]
     phase: Int[Tensor, "B L"]
     near: Int[Tensor, "B L n"]
@@ -86,7 +86,7 @@ def _windows(layout: Layout, k: int, causal: bool, reach: int) -> Windows:
         there = (rank < amount[..., None]) & (host.document[rows[..., None], follows] == document[..., None])
     there = there & held[..., None]
     members = np.where(there, column(rank), 0)
-    count = np.full((B, G, 1), k) if causal else there.sum(-1, keepdims=True).clip(min=1)
+    divisor = np.full((B, G, 1), k) if causal else there.sum(-1, keepdims=True).clip(min=1)
 
     steps = -np.arange(reach) if causal else np.array(sorted(range(1 - reach, reach), key=abs))
     number = (host.position // k)[..., None] + steps
@@ -110,9 +110,21 @@ def _windows(layout: Layout, k: int, causal: bool, reach: int) -> Windows:
     )
     plain = layout.dense and layout.starts_at_zero and L > 0
     groups = Layout.plain(B, G, device) if plain and layout.implied else Layout.known(made, device)
-    on = [tensor_of(np.ascontiguousarray(each), device) for each in (
-        members, there | ~held[..., None], count.astype(np.float32), near[..., 0], host.position % k, near,
-        seen | (steps == 0), column(amount - lead + np.arange(lead)) if lead else np.zeros((B, 0), np.int64),
-        1 + group[:, -1:] + 1 + np.arange(past) if L else 1 + np.zeros((B, 1), np.int64) + np.arange(past),
-    )]  # fmt: skip
-    return Windows(groups, *on, plain)  # type: ignore[arg-type]
+
+    def on_device(array: Array) -> Tensor:
+        return tensor_of(np.ascontiguousarray(array), device)
+
+    rest = np.arange(lead)
+    return Windows(
+        groups,
+        members=on_device(members),
+        there=on_device(there | ~held[..., None]),
+        divisor=on_device(divisor.astype(np.float32)),
+        own=on_device(near[..., 0]),
+        phase=on_device(host.position % k),
+        near=on_device(near),
+        seen=on_device(seen | (steps == 0)),
+        last=on_device(column(amount - lead + rest)),
+        latest=on_device(2 + group[:, -1:] + np.arange(past)),
+        plain=plain,
+    )

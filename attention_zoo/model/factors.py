@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ def parts_of(layout: Any, example: str) -> list[Part]:
 
 def check_descent(parts: Sequence[Part]) -> None:
     """Raise a ValueError unless each factor is a multiple of the one before, and larger."""
-    for one, two in zip(parts, parts[1:]):
+    for one, two in itertools.pairwise(parts):
         if two.factor <= one.factor or two.factor % one.factor:
             raise ValueError(
                 f"shorten must go down by factors that are multiples of those before, got {two.factor} after "

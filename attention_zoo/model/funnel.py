@@ -1,11 +1,11 @@
-"""Funnel: an encoder whose blocks hold fewer and fewer tokens, and a decoder where each token is asked. Dai et al. 2020.
+"""Funnel: an encoder whose blocks hold fewer and fewer tokens, and a decoder for each token. Dai et al. 2020.
 
     h1 = block_1(x);  h2 = block_2(mean(h1, 2));  h3 = block_3(mean(h2, 2)) ...
     with a decoder    out = decoder(h1 + repeat(h_n))
     without           out = repeat(h_n)
 
-`"4@1 4@2 4@4 2@1"`: three blocks of 4 layers, each over half of the tokens of the one before, and a decoder of 2 layers,
-the last part at factor 1. Heads that answer for each token need the decoder; `classify` does not.
+`"4@1 4@2 4@4 2@1"`: three blocks of 4 layers, each over half of the tokens of the one before, and a decoder of 2
+layers, the last part at factor 1. Heads that answer for each token need the decoder; `classify` does not.
 
 Paper: arXiv:2006.03236.
 
@@ -13,10 +13,10 @@ Released code: laiguokun/Funnel-Transformer; transformers' `FunnelModel`.
 
 Here: what a block's first attention sees is pooled like its queries (`pool_q_only=False` in transformers; the paper's
 first attention still has the unpooled keys, which no mechanism but full attention would take), and the first token is
-pooled like others (`separate_cls=False`). Groups are counted over the valid tokens of each document, and the last is the
-mean of what is there. Without a decoder the hidden states stay as many as the tokens, each its group's: the mean over
-them is that over groups weighted by their tokens. Position schemes are the zoo's own, the relative one of the released
-code is not here: its numbers are not comparable weight for weight.
+pooled like others (`separate_cls=False`). Groups are counted over the valid tokens of each document, and the last is
+the mean of what is there. Without a decoder the hidden states stay as many as the tokens, each its group's: the mean
+over them is that over groups weighted by their tokens. Position schemes are the zoo's own: the released code's, relative
+with token types in the scores, is not here, so that its checkpoints do not fit.
 
 When: one answer for a long text. Two-sided alone: a group holds tokens after its first.
 

@@ -11,8 +11,8 @@ that reads it. Two-sided stacks are not shifted.
 Released code: google/trax, `models/research/hourglass.py`; attention between the levels by default, and no prediction
 token by token. A shift once before all levels, or by another number, leaks or loses tokens.
 
-Here: groups are counted over the valid tokens of each document; the zeros before its start count in a causal mean, as in
-the paper, and in a two-sided mean the last group is of what is there. Attention between levels is local:
+Here: groups are counted over the valid tokens of each document; the zeros before its start count in a causal mean, as
+in the paper, and in a two-sided mean the last group is of what is there. Attention between levels is local:
 `model.resample`. Between two groups a decoding step runs the outer levels alone. The whole stack has one width.
 
 When: long sequences of small units (bytes, pixels), where neighbours say much of the same. Not where single tokens must
@@ -50,8 +50,8 @@ def check(parts: Sequence[Part], options: Mapping[str, Any], *, causal: bool, he
     factors = [part.factor for part in parts]
     if factors != factors[::-1] or len(parts) % 2 == 0:
         raise ValueError(
-            f"shorten must have the factors of a palindrome, as {EXAMPLE!r}, got {written(parts)!r}; a funnel has none: "
-            f"{{name: funnel, layout: ...}}"
+            f"shorten must have the factors of a palindrome, as {EXAMPLE!r}, got {written(parts)!r}; "
+            f"a funnel has none: {{name: funnel, layout: ...}}"
         )
     check_descent(parts[: len(parts) // 2 + 1])
 

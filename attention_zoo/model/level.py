@@ -90,7 +90,9 @@ class Level(Layer):
         new = None
         if state is not None:
             new = Halfway(
-                *(out.state for out in outs),
+                first.state,
+                middle.state,
+                last.state,
                 taken(first.hidden, held, self.size - 1, at.last),
                 taken(middle.hidden, latest, self.reach, at.latest),
             )

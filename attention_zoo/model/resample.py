@@ -77,7 +77,7 @@ class Pool(nn.Module):
         if self.linear is not None:
             out: Tensor = self.linear(members.flatten(2))
             return out
-        mean = members.sum(2) / at.count.to(x.dtype)
+        mean = members.sum(2) / at.divisor.to(x.dtype)
         if self.over is None:
             return mean
         return mean + self.over(mean, self.over.project(members), at.there)

@@ -1,4 +1,4 @@
-"""The option `shorten`: fewer tokens in the middle of a stack. Hourglass for decoders and encoders, funnel for encoders.
+"""The option `shorten`: fewer tokens in the middle of a stack. An hourglass for any model, a funnel for encoders.
 
     Transformer(attention="longformer", shorten="2@1 8@3 2@1", ...)                        # an hourglass
     Transformer(attention="full", shorten={"name": "funnel", "layout": "4@1 4@2 4@4 2@1"}, causal=False, ...)
@@ -57,7 +57,7 @@ def shape_of(shorten: str | Mapping[str, Any], *, causal: bool, head: str, rever
         ValueError: for a layout or an option outside its rule.
     """
     name, given = named("shorten", {"name": "hourglass", "layout": shorten} if isinstance(shorten, str) else shorten)
-    one_of(FORMS, shorten=name)
+    one_of(tuple(FORMS), shorten=name)
     form = FORMS[name]
     known_options(f"shorten={name}", given, ("layout", *form.DEFAULTS))
     if "layout" not in given:
