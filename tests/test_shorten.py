@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 
 import pytest
@@ -11,7 +10,8 @@ from references.shorten import reference
 from small_models import CAUSAL, PREFIX, TWO_SIDED, VOCAB, far, in_pieces, packed, ragged, small, some_ids
 
 import attention_zoo as zoo
-from attention_zoo import Tokens, Transformer, Unsupported
+from attention_zoo import Tokens, Unsupported
+from attention_zoo.integrations.weights.lengthen import lengthen
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.windows import windows
 from attention_zoo.model import detach, generate, reorder, state_bytes
@@ -216,16 +216,53 @@ def test_mechanisms_are_tiled_over_depth_and_depth_is_their_sum():
 
 
 def test_saved_and_loaded(tmp_path):
-    model, ids = small("longformer", shorten=hourglass(DEEP, "attention", "attention")), some_ids()
-    again = Transformer(**model.config).double().eval()
-    again.load_state_dict(torch.load(io.BytesIO(saved(model)), weights_only=True))
-    assert torch.equal(again(ids).logits, model(ids).logits)
+    ids = some_ids()
+    for shorten, causal in ((hourglass(DEEP, "attention", "attention"), True), (funnel(), False)):
+        model = small("longformer", shorten=shorten, causal=causal)
+        again = zoo.load(zoo.save(model, tmp_path / "model"))
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        assert again.config == model.config
 
 
-def saved(model):
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    return file.getvalue()
+def test_a_short_model_made_long():
+    model, ids = small("full", shorten=DEEP, positions="learned", max_length=40), some_ids()
+    long = lengthen(model, attention="longformer", window=60, max_length=80)
+    assert {each.name for each in long.stack.attentions} == {"longformer"}
+    assert far(long(ids).logits, model(ids).logits) < 1e-12
+
+
+def test_what_a_stack_shares_over_depth_it_shares_over_levels():
+    model = small("transformer_xl", shorten=DEEP)
+    names = {name for each in attentions(model.stack) for name in getattr(each, "shared_over_depth", ())}
+    for name in names:
+        assert len({id(getattr(each, name)) for each in attentions(model.stack)}) == 1
+    assert names
+
+
+@pytest.mark.parametrize("shorten", [FLAT, hourglass(DEEP, "attention", "attention")], ids=["flat", "deep"])
+def test_compiled(shorten):
+    torch._dynamo.reset()
+    model = small("full", shorten=shorten)
+    compiled = torch.compile(model, backend="aot_eager")
+    for length in (23, 10):
+        ids = some_ids(length=length)
+        assert far(compiled(ids).logits, model(ids).logits) < 1e-11
+    _, tokens = everywhere()
+    assert far(compiled(some_ids(), tokens).logits, model(some_ids(), tokens).logits) < 1e-11
+
+
+def test_a_half_of_an_encoder_decoder_is_shortened():
+    encoder = small("full", shorten=funnel(), causal=False, head="hidden")
+    model = zoo.EncoderDecoder(encoder=encoder, decoder=small("full", shorten=FLAT, cross=True))
+    source, ids = some_ids(2, 13), some_ids(2, 9)
+    found, _ = model.encode(source)
+    whole = model.decoder(ids, source=found).logits
+    state, pieces = model.decoder.initial_state(2), []
+    for at in range(9):
+        out = model.decoder(ids[:, at : at + 1], state=state, source=None if at else found)
+        state = out.state
+        pieces.append(out.logits)
+    assert far(torch.cat(pieces, 1), whole) < 1e-10
 
 
 def test_wrappers_stand_around():

@@ -15,8 +15,8 @@ Here: what a block's first attention sees is pooled like its queries (`pool_q_on
 first attention still has the unpooled keys, which no mechanism but full attention would take), and the first token is
 pooled like others (`separate_cls=False`). Groups are counted over the valid tokens of each document, and the last is
 the mean of what is there. Without a decoder the hidden states stay as many as the tokens, each its group's: the mean
-over them is that over groups weighted by their tokens. Position schemes are the zoo's own: the released code's, relative
-with token types in the scores, is not here, so that its checkpoints do not fit.
+over them is that over groups weighted by their tokens. Position schemes are the zoo's own: the released code's,
+relative with token types in the scores, is not here, so that its checkpoints do not fit.
 
 When: one answer for a long text. Two-sided alone: a group holds tokens after its first.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from attention_zoo.contract import Layer, Output, Source, Tokens, add_losses
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.windows import Windows, windows
+from attention_zoo.model.block import attentions
 from attention_zoo.model.resample import Pool, Up, taken
 from attention_zoo.place import place_of
 
@@ -55,6 +56,11 @@ class Level(Layer):
         super().__init__()
         self.before, self.pool, self.inside, self.up, self.after = before, pool, inside, up, after
         self.size, self.reach, self.causal = pool.size, reach, causal
+
+    @property
+    def attentions(self) -> list[Layer]:
+        """The mechanism of each block, in order."""
+        return attentions(self)
 
     def initial_state(self, batch_size: int) -> Halfway:
         parts = [each.initial_state(batch_size) for each in (self.before, self.inside, self.after)]
