@@ -15,10 +15,12 @@ Here: groups are counted over the valid tokens of each document; the zeros befor
 in the paper, and in a two-sided mean the last group is of what is there. Attention between levels is local:
 `model.resample`. Between two groups a decoding step runs the outer levels alone. The whole stack has one width.
 
-When: long sequences of small units (bytes, pixels), where neighbours say much of the same. Not where single tokens must
-be told apart from afar, such as exact recall: what is alike in the middle is a group, not a token.
+When: long sequences of small units (bytes, pixels), where neighbours say much of the same, and a step shall cost less.
+Layers that must tell single tokens apart from afar belong outside of the middle: what is alike there is a group.
 
-Checked: against a loop over documents and groups in float64 (tests/references/shorten.py), outputs and gradients.
+Checked: against a loop over documents and groups in float64 (tests/references/shorten.py, 1e-11), and against
+hourglass-transformer-pytorch 0.0.6 on the same weights without its attention between levels (1e-12), outputs and
+gradients.
 """
 
 from __future__ import annotations
