@@ -46,6 +46,7 @@ from attention_zoo.model.norm import BatchNorm, build_norm, check_last_only
 from attention_zoo.model.output import ModelOutput
 from attention_zoo.model.parameters import current_names, parameter_count
 from attention_zoo.model.reversible import ReversibleStack
+from attention_zoo.model.shorten import shape_of
 from attention_zoo.model.state import Running
 from attention_zoo.model.wrapper import Nested, abilities_of
 from attention_zoo.options import Depth, Heads, Named, Positive, Probability, Seed, checked
@@ -64,7 +65,7 @@ class Transformer(nn.Module):
             wrapper's name: what its option `inner` says, with the wrapper around the stack.
         vocab: number of token ids.
         dim: model width E.
-        depth: number of blocks.
+        depth: number of blocks; with shorten, what its layout sums to.
         heads: attention heads of each.
         causal: whether a token sees only the past (decoder) or all (encoder).
         cross: whether each block also attends to a `source`, through full attention.
@@ -86,6 +87,8 @@ class Transformer(nn.Module):
             mean; "both": side by side, so that last norm and head are twice as wide (Reformer).
         around: wrappers around the whole stack, from the outermost on: names or mappings. They stand around those that
             attention names.
+        shorten: fewer tokens in the middle of the stack: layers @ factor, such as "2@1 8@3 2@1", or a mapping; see
+            `model.shorten`.
         last_norm: whether a pre-norm stack ends with a norm.
         max_length: number of positions that learned and axial tables hold.
         seed: layer i gets seed + i: of all randomness outside of training. Weights come from torch's default generator.
@@ -123,6 +126,7 @@ class Transformer(nn.Module):
         tied: bool = True,
         reversible: Annotated[bool | str, OneOf(False, True, "both"), Field(description=ENDS)] = False,
         around: Any = (),
+        shorten: Named | None = None,
         last_norm: bool = True,
         max_length: Positive = 4096,
         seed: Seed = 0,
@@ -132,8 +136,14 @@ class Transformer(nn.Module):
         super().__init__()
         self._warned = False
         asked = mechanisms(attention, around)
+        head_name, _ = named("head", head)
+        short = None
+        if shorten is not None:
+            short = shape_of(shorten, causal=causal, head=head_name, reversible=reversible)
+            depth = short.depth
         self.config = {
             **given,
+            "depth": depth,
             "attention": [entry.plain for entry in entries(attention)],
             "around": [entry.plain for entry in outer(around)],
         }
@@ -159,6 +169,8 @@ class Transformer(nn.Module):
         self.types = 0 if self.embedding.types is None else self.embedding.types.num_embeddings
         self.positions = added_to_embeddings(positions, dim=dim, max_length=max_length, causal=causal)
         stack: Layer = ReversibleStack(blocks, end=reversible) if reversible else Stack(blocks)
+        if short is not None:
+            stack = short.build(blocks, norm=norm, **shared)
         if count := asked_for(made):
             stack = GlobalTokens(inner=stack, count=count, **shared)
         self.stack: Any = wrapped(stack, asked.wrappers, seed=seed, **shared)
@@ -168,7 +180,7 @@ class Transformer(nn.Module):
         self.head = build_head(
             head, self.embedding, dim=self.width, classes=classes, pooling=pooling, causal=causal, tied=tied, norm=norm
         )
-        self.head_name, _ = named("head", head)
+        self.head_name = head_name
 
     def train(self, mode: bool = True) -> Transformer:
         """See `torch.nn.Module.train`. Warns once of what the weights' origin has as `caution`."""

@@ -83,7 +83,8 @@ class SideConfig:
 
     Fields:
         attention: a backend's name, or a mapping with its name and options.
-        depth, heads, positions, norm, feed_forward, short_conv, output_dropout, reversible, around: see `Transformer`.
+        depth, heads, positions, norm, feed_forward, short_conv, output_dropout, reversible, around, shorten:
+            see `Transformer`.
     """
 
     attention: Any = None
@@ -96,6 +97,7 @@ class SideConfig:
     output_dropout: Probability | None = None
     reversible: Any = None
     around: Any = None
+    shorten: Any = None
 
 
 @dataclass

@@ -1,0 +1,74 @@
+"""Funnel: an encoder whose blocks hold fewer and fewer tokens, and a decoder for each token. Dai et al. 2020.
+
+    h1 = block_1(x);  h2 = block_2(mean(h1, 2));  h3 = block_3(mean(h2, 2)) ...
+    with a decoder    out = decoder(h1 + repeat(h_n))
+    without           out = repeat(h_n)
+
+`"4@1 4@2 4@4 2@1"`: three blocks of 4 layers, each over half of the tokens of the one before, and a decoder of 2
+layers, the last part at factor 1. Heads that answer for each token need the decoder; `classify` does not.
+
+Paper: arXiv:2006.03236.
+
+Released code: laiguokun/Funnel-Transformer; transformers' `FunnelModel`.
+
+Here: what a block's first attention sees is pooled like its queries (`pool_q_only=False` in transformers; the paper's
+first attention still has the unpooled keys, which no mechanism but full attention would take), and the first token is
+pooled like others (`separate_cls=False`). Groups are counted over the valid tokens of each document, and the last is
+the mean of what is there. Without a decoder the hidden states stay as many as the tokens, each its group's: the mean
+over them is that over groups weighted by their tokens. Position schemes are the zoo's own: the released code's,
+relative with token types in the scores, is not here, so that its checkpoints do not fit.
+
+When: one answer for a long text. Two-sided alone: a group holds tokens after its first.
+
+Checked: against a loop over documents and groups in float64 (tests/references/shorten.py), outputs and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from attention_zoo.contract import Layer
+from attention_zoo.model.block import Stack
+from attention_zoo.model.factors import Part, check_descent, written
+from attention_zoo.model.level import Level
+from attention_zoo.model.resample import Pool, Up
+from attention_zoo.rules import Unsupported
+
+EXAMPLE = "4@1 4@2 4@4 2@1"
+DEFAULTS: Mapping[str, Any] = {}
+
+
+def check(parts: Sequence[Part], options: Mapping[str, Any], *, causal: bool, head: str) -> None:
+    """Raise a ValueError for what is no funnel."""
+    if causal:
+        raise Unsupported("shorten=funnel", "causal=True", "a pooled token holds later ones", "shorten=hourglass")
+    decoder = parts[-1].factor == 1
+    check_descent(parts[:-1] if decoder else parts)
+    if len(parts) < 2 + decoder:
+        raise ValueError(f"shorten=funnel needs a part with a factor above 1, as {EXAMPLE!r}, got {written(parts)!r}")
+    if not decoder and head != "classify":
+        raise ValueError(
+            f"shorten=funnel needs a decoder, a last part at factor 1 as in {EXAMPLE!r}, for head={head}, got "
+            f"{written(parts)!r}"
+        )
+
+
+def build(
+    stacks: Sequence[tuple[int, Layer]], options: Mapping[str, Any], *, dim: int, heads: int, causal: bool, norm: Any
+) -> Layer:
+    """The levels, from the innermost on.
+
+    Args:
+        stacks: each part's factor and blocks.
+    """
+    decoder = stacks[-1][1] if stacks[-1][0] == 1 else None
+    blocks = stacks if decoder is None else stacks[:-1]
+    inside = blocks[-1][1]
+    for index in reversed(range(len(blocks) - 1)):
+        size = blocks[index + 1][0] // blocks[index][0]
+        after = decoder if decoder is not None and not index else Stack([])
+        shared: dict[str, Any] = {"dim": dim, "heads": heads, "norm": norm}
+        pool, up = Pool("mean", size, **shared), Up("repeat", size, residual=after is decoder, **shared)
+        inside = Level(blocks[index][1], inside, after, pool=pool, up=up, causal=causal)
+    return inside
