@@ -98,7 +98,7 @@ def pieces(host: Host, size: int) -> Pieces:
 
     def of_first(field: Array) -> Array:
         found = np.zeros((B, R), np.int64)
-        found[row[::-1], piece[::-1]] = field[row, column][::-1]  # the first of each piece is written last
+        found[begins.nonzero()[0], number[begins]] = field[begins]
         return found
 
     exists, document, position = count > 0, of_first(host.document), of_first(host.position)
