@@ -17,7 +17,7 @@ behind the model's last norm in both (norms follow additions, or are the model's
 segments gradients go, changes nothing: a local name is bound anew. With memory in front only (`write="front"`), a
 causal model writes before it has read: the published runs of that kind stay at chance.
 
-Here: the stack's last norm is outside of wrappers, so memory has one of its own. Embedding-level positions are those of
+Here: the stack's last norm is outside of wrappers, so memory has one of its own, without parameters. Embedding-level positions are those of
 the document, attention-level ones those of the segment with its memory. Segments are counted over the valid tokens of
 each document, whatever the calls, so padding, packing and cuts change nothing: a state carries memory and the open
 segment, and gradients. Only documents whose segment is complete write. `truncate=k` counts from the end of what the
@@ -46,7 +46,7 @@ from attention_zoo.contract import Abilities, Output, Source, Tokens, Unsupporte
 from attention_zoo.layout.host import Array, Host, tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.segments import Pieces, pieces
-from attention_zoo.model.state import detach
+from attention_zoo.model.state import detach, reserve
 from attention_zoo.model.wrapper import Nested, Wrapper
 from attention_zoo.options import Natural, Positive
 from attention_zoo.place import place_of
@@ -98,7 +98,6 @@ class MemoryTokens(Wrapper):
         self.count, self.segment_length, self.truncate = count, segment_length, truncate
         self.at_end = self.causal if write == "auto" else write == "end"
         self.memory = nn.Parameter(torch.randn(count, self.dim))
-        self.norm = nn.LayerNorm(self.dim)
 
     def _check_inner(self) -> None:
         inside = list(self.inner.modules())
@@ -145,7 +144,8 @@ class MemoryTokens(Wrapper):
         self._check(layout, state, len(x))
         if state is not None and self.truncate is not None:
             state = detach(state)
-        memory, inner = (None, None) if state is None else state
+        # what is inside keeps one segment, whatever room was asked for a whole context
+        memory, inner = (None, None) if state is None else (state.own, reserve(state.inner, 0))
         vectors = self.memory.expand(len(x), -1, -1) if memory is None else memory.vectors
         last = None if memory is None else memory.last
         found = pieces(layout.host, self.segment_length)
@@ -163,7 +163,7 @@ class MemoryTokens(Wrapper):
             parts = out.hidden.split(sizes, 1)
             hidden.append(parts[int(one.reads)])
             if one.updates.any():
-                new = self.norm(parts[-1 if self.at_end else 0])
+                new = nn.functional.layer_norm(parts[-1 if self.at_end else 0], (self.dim,))
                 vectors = chosen(one.updates, new, vectors)
             if one.last is not None:
                 last, inner = one.last, out.state

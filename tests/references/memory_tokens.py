@@ -33,5 +33,5 @@ def _of_document(layer: MemoryTokens, x: Tensor) -> Tensor:
         hidden.append(made[m : m + len(segment)])
         written = made[-m:] if layer.at_end else made[:m]
         mean, variance = written.mean(-1, keepdim=True), written.var(-1, keepdim=True, unbiased=False)
-        memory = (written - mean) / (variance + layer.norm.eps).sqrt() * layer.norm.weight + layer.norm.bias
+        memory = (written - mean) / (variance + 1e-5).sqrt()
     return torch.cat(hidden)
