@@ -81,7 +81,7 @@ class MemoryTokens(Wrapper):
     """
 
     name = "memory_tokens"
-    tiny = {"count": 2, "segment_length": 8}
+    tiny = {"count": 4, "segment_length": 8}
 
     def __init__(
         self,
