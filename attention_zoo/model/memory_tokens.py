@@ -76,7 +76,7 @@ class MemoryTokens(Wrapper):
         truncate: through how many segments gradients go back, 0 for none; None: all, from call to call too.
         write: where the vectors stand that become the next memory. "end": behind the segment, besides those in front.
             "front": those in front are both, as in an encoder; a causal one writes before it has read. "auto": "end"
-            if causal, else "front".
+            if causal, else "front", the paper's forms.
         shared: the options of `Attention`, for the mechanism inside.
     """
 
@@ -96,7 +96,11 @@ class MemoryTokens(Wrapper):
         super().__init__(inner=inner, **shared)
         self._check_inner()
         self.count, self.segment_length, self.truncate = count, segment_length, truncate
-        self.at_end = self.causal if write == "auto" else write == "end"
+        self.at_end = self.causal and write != "front"
+        if write == "end" and not self.causal:
+            raise Unsupported(
+                self.name, "write=end with causal=False", "memory in front sees all of its segment", "write=auto"
+            )
         self.memory = nn.Parameter(torch.randn(count, self.dim))
 
     def _check_inner(self) -> None:
