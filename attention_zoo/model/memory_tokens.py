@@ -17,13 +17,13 @@ behind the model's last norm in both (norms follow additions, or are the model's
 segments gradients go, changes nothing: a local name is bound anew. With memory in front only (`write="front"`), a
 causal model writes before it has read: the published runs of that kind stay at chance.
 
-Here: the stack's last norm is outside of wrappers, so memory has one of its own, without parameters. Embedding-level positions are those of
-the document, attention-level ones those of the segment with its memory. Segments are counted over the valid tokens of
-each document, whatever the calls, so padding, packing and cuts change nothing: a state carries memory and the open
-segment, and gradients. Only documents whose segment is complete write. `truncate=k` counts from the end of what the
-call has of a document: memory is cut off before every (k+1)-th segment, hence the last one's gradients reach k segments
-back and no other's reach further; they never leave the call then. Losses of the inner mechanism are averaged over the
-segments.
+Here: the stack's last norm is outside of wrappers, so memory has one of its own, without parameters. Embedding-level
+positions are those of the document, attention-level ones those of the segment with its memory. Segments are counted
+over the valid tokens of each document, whatever the calls, so that padding, packing and cuts change nothing: a state
+carries memory, the open segment, and gradients. Only a complete segment writes, when something follows it.
+`truncate=k` counts from the end of what the call has of a document: memory is cut off before every (k+1)-th segment,
+hence gradients of the last one reach k segments back and no other's reach further; and they never leave the call then.
+Losses of what is inside are averaged over the segments. What keeps no state itself has none in segments either.
 
 When: the text is far longer than what attention can afford, what has to be remembered fits in a few vectors, and the
 order of training allows for a loop. Not for exact recall of many things: everything goes through m vectors.
@@ -154,7 +154,8 @@ class MemoryTokens(Wrapper):
         last = None if memory is None else memory.last
         found = pieces(layout.host, self.segment_length)
         known: dict[int, Layout] = {}
-        hidden, losses, made = [], {}, []
+        losses: dict[str, Tensor] = {}
+        hidden, made = [], []
         for number, text in enumerate(found.split(x)):
             one = self._round(found, number, last, x.device, known)
             read = self._read(vectors, found, number).to(x.dtype)
@@ -181,7 +182,8 @@ class MemoryTokens(Wrapper):
         """What a stack's own checks do not know."""
         if layout.any_global:
             raise Unsupported(
-                self.name, "global tokens", "no token sees beyond its segment", able(global_tokens=("any", "first_call"))
+                self.name, "global tokens", "no token sees beyond its segment",
+                able(global_tokens=("any", "first_call")),
             )  # fmt: skip
         if state is not None:
             own = state.own
@@ -236,11 +238,8 @@ class MemoryTokens(Wrapper):
             document += last.host.document + opens[:, None]
         length = np.where(valid, position + 1, 0).max(1, keepdims=True, initial=0)
         host = Host(position, valid, np.zeros_like(valid), document, np.broadcast_to(length, position.shape))
-        return Round(
-            Layout.known(host, device), reads, writes, updates,
-            Layout.known(host.cut(slice(-1, None))._replace(valid=valid.any(1, keepdims=True)), device)
-            if stateful else None,
-        )  # fmt: skip
+        here_last = Layout.known(host.cut(slice(-1, None)), device) if stateful else None
+        return Round(Layout.known(host, device), reads, writes, updates, here_last)
 
 
 class Round(NamedTuple):

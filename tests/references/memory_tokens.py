@@ -26,7 +26,8 @@ def _of_document(layer: MemoryTokens, x: Tensor) -> Tensor:
     segments = x.split(layer.segment_length)
     memory, hidden = layer.memory.to(x.dtype), []
     for index, segment in enumerate(segments):
-        if layer.truncate is not None and index and (len(segments) - 1 - index) % (layer.truncate + 1) == layer.truncate:
+        left, k = len(segments) - 1 - index, layer.truncate
+        if k is not None and index and left % (k + 1) == k:
             memory = memory.detach()
         after = [memory] if layer.at_end and len(segment) == layer.segment_length else []
         made = inside(torch.cat([memory, segment, *after])[None]).hidden[0]
