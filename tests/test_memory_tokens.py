@@ -1,0 +1,270 @@
+"""Memory tokens: what is read and written, how far gradients go, rows at different phases of their segments."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from references.memory_tokens import reference
+from small_models import VOCAB, entry, far, in_pieces, packed, ragged, some_ids
+from torch import Tensor
+
+import attention_zoo as zoo
+from attention_zoo import Tokens, Transformer, Unsupported
+from attention_zoo.attention.full import Full
+from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.segments import pieces
+from attention_zoo.model import detach
+from attention_zoo.testing import contract_checks
+from attention_zoo.testing.case import Case, feed, gradients
+
+S, M = 8, 4
+
+
+def layer(**options: Any) -> Any:
+    return Case.of("memory_tokens").build(**{"causal": True, **options})
+
+
+def model(inner: Any = "full", causal: bool = True, **options: Any) -> Transformer:
+    torch.manual_seed(7)
+    wrapper = {"name": "memory_tokens", "count": 3, "segment_length": 5, **options, "inner": inner}
+    head = "lm" if causal else "hidden"
+    made = Transformer(attention=wrapper, vocab=VOCAB, dim=16, heads=2, causal=causal, head=head)
+    return made.double().eval()
+
+
+def some(batch: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, length, 16, generator=generator, dtype=torch.float64)
+
+
+class Watched(Full):
+    """Full attention that notes what it is given."""
+
+    def forward(self, x: Tensor, tokens: Any = None, **rest: Any) -> Any:
+        self.__dict__.setdefault("given", []).append((x, tokens, rest.get("state")))
+        return super().forward(x, tokens, **rest)
+
+
+def watched(**options: Any) -> Any:
+    torch.manual_seed(1)
+    inner = Watched(dim=16, heads=2, causal=options.get("causal", True))
+    return zoo.build("memory_tokens", dim=16, heads=2, count=2, segment_length=3, **{**options, "inner": inner})
+
+
+# --- what is read and written -----------------------------------------------------------------------------------------
+
+
+def test_a_segment_stands_between_what_it_reads_and_what_it_writes() -> None:
+    wrapper, x = watched(), torch.randn(1, 8, 16)
+    wrapper(x)
+    given = wrapper.inner.given
+    assert [seen.shape[1] for seen, _, _ in given] == [2 + 3 + 2, 2 + 3 + 2, 2 + 2]  # nobody reads what the last wrote
+    memory = wrapper.memory[None]
+    assert torch.equal(given[0][0], torch.cat([memory, x[:, :3], memory], 1))
+    written = Full.forward(wrapper.inner, given[0][0]).hidden[:, -2:]
+    memory = torch.nn.functional.layer_norm(written, (16,))
+    assert far(given[1][0], torch.cat([memory, x[:, 3:6], memory], 1)) < 1e-6
+    assert given[0][1] is given[1][1]  # planned once
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_memory_in_front_alone(causal: bool) -> None:
+    """An encoder's form; a causal one writes before it has read, whatever stands in the segment."""
+    wrapper, x = watched(write="front", causal=causal), torch.randn(1, 8, 16)
+    wrapper(x)
+    first, second = (seen for seen, _, _ in wrapper.inner.given[:2])
+    assert first.shape[1] == 2 + 3
+    other = x.clone()
+    other[:, :3] += 1
+    wrapper.inner.given.clear()
+    wrapper(other)
+    assert torch.equal(wrapper.inner.given[1][0][:, :2], second[:, :2]) == causal
+
+
+def test_auto_is_the_papers_form_of_either_side() -> None:
+    assert layer().at_end
+    assert not layer(causal=False).at_end
+    with pytest.raises(Unsupported, match="memory_tokens: write=end with causal=False is not supported"):
+        layer(causal=False, write="end")
+
+
+def test_one_segment_is_what_stands_inside_with_memory_in_front() -> None:
+    wrapper, x = layer(), some(2, S)
+    inside = wrapper.inner(torch.cat([wrapper.memory.expand(2, -1, -1), x], 1)).hidden[:, M:]
+    assert far(wrapper(x).hidden, inside) < 1e-12
+
+
+def test_what_was_far_away_comes_through_memory_alone() -> None:
+    wrapper, x = layer(), some(1, 3 * S)
+    other = x.clone()
+    other[:, 2] += 1
+    assert far(wrapper(other).hidden[:, -1], wrapper(x).hidden[:, -1]) > 1e-6
+    cut = layer(write="front")
+    assert far(cut(other).hidden[:, -1], cut(x).hidden[:, -1]) == 0.0
+
+
+# --- how far gradients go ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("truncate", [0, 1, 2, 3, None])
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_of_the_last_segment_go_back_so_many_and_no_further(truncate: int | None, causal: bool) -> None:
+    count = 5
+    wrapper, x = layer(truncate=truncate, causal=causal), some(2, count * S).requires_grad_()
+    out = wrapper(x).hidden
+    to_x, to_memory = torch.autograd.grad(out[:, -S:].square().sum(), [x, wrapper.memory], allow_unused=True)
+    reached = [bool(part.any()) for part in to_x.split(S, 1)]
+    back = count - 1 if truncate is None else truncate
+    assert reached == [number >= count - 1 - back for number in range(count)]
+    assert (to_memory is not None and bool(to_memory.any())) == (truncate is None)
+    assert far(out, layer(causal=causal)(x).hidden) == 0.0  # values are the same
+
+
+@pytest.mark.parametrize("truncate", [0, 1, 2])
+def test_no_segments_gradients_go_further(truncate: int) -> None:
+    wrapper, x = layer(truncate=truncate), some(1, 5 * S).requires_grad_()
+    for number, part in enumerate(wrapper(x).hidden.split(S, 1)):
+        (grad,) = torch.autograd.grad(part.square().sum(), x, retain_graph=True)
+        assert not bool(grad[:, : max(0, number - truncate) * S].any())
+
+
+def test_truncation_counts_in_each_document_and_row() -> None:
+    wrapper = layer(truncate=1)
+    valid = ragged(60, [60, 45, 21], "left")
+    document = torch.arange(60)[None] // torch.tensor([[27], [60], [45]])
+    tokens, x = Tokens.of(valid, document=document), some(3, 60).requires_grad_()
+    found = gradients(wrapper, x, wrapper(x, tokens).hidden, valid)
+    expected = gradients(wrapper, x, reference(wrapper, x, tokens), valid)
+    assert all(far(found[name], expected[name]) < 1e-11 for name in expected)
+
+
+@pytest.mark.parametrize("truncate", [0, 2, None])
+def test_gradients_cross_calls_unless_they_are_truncated(truncate: int | None) -> None:
+    wrapper, x = layer(truncate=truncate), some(2, 3 * S).requires_grad_()
+    hidden, _ = feed(wrapper, x, Tokens.all_valid(2, 3 * S), [S + 3])
+    (grad,) = torch.autograd.grad(hidden[:, -2:].square().sum(), x)
+    assert bool(grad[:, : S + 3].any()) == (truncate is None)
+    assert bool(grad[:, S + 3 :].any())
+
+
+def test_untruncated_calls_have_the_gradients_of_one_at_any_cut() -> None:
+    wrapper, x = layer(), some(2, 21).requires_grad_()
+    tokens = Tokens.all_valid(2, 21)
+    expected = gradients(wrapper, x, wrapper(x, tokens).hidden, tokens.valid)
+    for cut in range(1, 21):
+        found = gradients(wrapper, x, feed(wrapper, x, tokens, [cut])[0], tokens.valid)
+        assert all(far(found[name], expected[name]) < 1e-11 for name in expected), cut
+
+
+# --- whatever stands inside, rows at any phase ------------------------------------------------------------------------
+
+INSIDE: list[Any] = [
+    "full", entry("longformer"), entry("transformer_xl"), [entry("full", positions="rotary"), entry("bigbird")],
+    {"name": "global_tokens", "count": 2, "inner": entry("longformer")},
+    {"name": "memory_tokens", "count": 2, "segment_length": 3, "inner": "full"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("inner", INSIDE, ids=lambda inner: str(inner)[:24])
+@pytest.mark.parametrize("write", ["end", "front"])
+def test_every_cut_equals_the_whole(inner: Any, write: str) -> None:
+    made, ids = model(inner, write=write), some_ids()
+    tokens = packed(torch.stack([*ragged(23, [18], "left"), *ragged(23, [19], "right"), torch.ones(23) > 0]), 6, 14)
+    with torch.no_grad():
+        whole = made(ids, tokens).logits
+        for cuts in [*([cut] for cut in range(1, 23, 1 if inner == "full" else 6)), list(range(1, 23, 2))]:
+            assert far(in_pieces(made, ids, tokens, cuts)[tokens.valid], whole[tokens.valid]) < 1e-10, cuts
+
+
+def test_lsh_inside_replays_its_choices() -> None:
+    wrapper = zoo.build("memory_tokens", dim=16, heads=2, count=2, segment_length=6, inner=entry("reformer"))
+    x = torch.randn(2, 20, 16)
+    out = wrapper(x)
+    assert len(out.choices) == 4
+    assert torch.equal(wrapper(x, choices=out.choices).hidden, out.hidden)
+    assert wrapper.abilities.carry == "prefix"
+
+
+def test_the_state_stays_as_large_and_may_be_cut() -> None:
+    made = model()
+    state, sizes = made.initial_state(1), set()
+    with torch.no_grad():
+        for _ in range(12):
+            state = made(some_ids(1, 10), state=state).state
+            sizes.add(zoo.model.state_bytes(state.layers.own.vectors))
+    assert sizes == {3 * 16 * 8}
+    assert len(detach(copy.deepcopy(state)).layers.own.vectors) == 1
+
+
+def test_abilities_are_those_of_bounded_segments() -> None:
+    can = layer().abilities
+    assert (can.compute, can.activations, can.state, can.global_tokens) == ("linear", "linear", "constant", "none")
+    assert (can.causality, can.carry, can.two_sided) == ("strict", "prefix", True)
+
+
+@pytest.mark.parametrize(("options", "match"), [
+    ({"count": 0}, "count must be an integer of at least 1, got 0"),
+    ({"segment_length": 0}, "segment_length must be an integer of at least 1, got 0"),
+    ({"truncate": -1}, "truncate must be"),
+    ({"write": "back"}, "write must be one of auto, end, front"),
+])  # fmt: skip
+def test_wrong_options(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        zoo.build("memory_tokens", dim=16, heads=2, **options)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    shape = {"vocab": 9, "dim": 16, "heads": 2}
+    with pytest.raises(Unsupported, match="memory_tokens: cross-attention inside is not supported"):
+        Transformer(attention="memory_tokens", cross=True, **shape)
+    with pytest.raises(Unsupported, match="memory_tokens: reversible=both is not supported"):
+        Transformer(attention="memory_tokens", reversible="both", **shape)
+    made, ids = model("longformer"), some_ids()
+    flags = torch.zeros_like(ids, dtype=torch.bool)
+    flags[:, 0] = True
+    with pytest.raises(Unsupported, match="memory_tokens: global tokens is not supported"):
+        made(ids, Tokens.of(torch.ones_like(flags), flags))
+    state = model(count=2).initial_state(3)
+    with pytest.raises(ValueError, match=r"state must hold memory of shape \(3, 3, 16\) like this layer"):
+        made(ids, state=state)
+
+
+# --- the pieces -------------------------------------------------------------------------------------------------------
+
+
+def test_pieces_are_counted_in_documents() -> None:
+    valid = torch.tensor([[True, True, True, True, True, True, True], [False, True, False, True, True, False, False]])
+    document = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 2, 2, 2]])
+    found = pieces(Layout.of(Tokens.of(valid, document=document)).host, 2)
+    assert found.width.tolist() == [2, 1, 2, 2]
+    assert found.exists.tolist() == [[True] * 4, [True, True, False, False]]
+    assert found.segment[0].tolist() == [0, 1, 0, 1]
+    assert found.left.tolist() == [[1, 0, 1, 0], [0, 0, 0, 0]]
+    assert found.completes[0].tolist() == [True, False, True, True]
+    x = torch.randn(2, 7, 3)
+    back = found.joined(list(found.split(x)))
+    assert torch.equal(back, x * valid[..., None])
+
+
+def test_columns_stay_where_they_are_if_nothing_is_missing() -> None:
+    found = pieces(Layout.plain(2, 11).host, 4)
+    assert found.in_order
+    assert found.width.tolist() == [4, 4, 3]
+    assert not pieces(Layout.plain(2, 11).host.only(np.arange(11)[None] != 3), 4).in_order
+
+
+OTHERS = [{"write": "front"}, {"inner": "transformer_xl", "segment_length": 6}, {"inner": "longformer", "count": 1}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OTHERS, ids=str)
+def test_the_contract_under_other_options(options: dict[str, Any]) -> None:
+    for check in contract_checks("memory_tokens", reference=reference, **options):
+        # a causal memory in front goes through the same layer again and again, without a text that would renew it
+        rounding = options.get("write") == "front" and check.name == "bfloat16_loses_no_more_than_dense"
+        if not check.slow and not rounding and check.name != "activations_grow_as_declared":
+            check()
