@@ -18,7 +18,7 @@ from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.reach import Anywhere, Band, Reach
 from attention_zoo.layout.visible import Seen, columns_of, visible
 from attention_zoo.ops.pattern.globals import cuts
-from attention_zoo.ops.softmax.parts import Part
+from attention_zoo.ops.softmax.parts import Bias, Part
 from attention_zoo.ops.softmax.tiles import Tile, run_tiles, scores_at_once
 
 ROWS = 128
@@ -31,14 +31,15 @@ class Keys(NamedTuple):
     Fields:
         k, v: [B, K, S, D]; K is the same for all sets.
         layout: of the S columns. Positions count the same tokens as those of the queries: a group of tokens stands
-            where its last one does (`layout.pooled.Pooled.ends`).
+            where its last one does (`layout.pooled.Pooled.ends`). None: they are no tokens (a null key, learned ones),
+            and every query sees them, whatever its document.
         reach: which of them a query sees: a contiguous `Band`, or `Anywhere`.
         weight: [B, S], added to the scores: log n of a key that counts for n; default 0.
     """
 
     k: Float[Tensor, "B K S D"]
     v: Float[Tensor, "B K S D"]
-    layout: Layout
+    layout: Layout | None
     reach: Reach = Anywhere(weights="uniform")
     weight: Float[Tensor, "B S"] | None = None
 
@@ -56,7 +57,10 @@ def attend_to_several(
     for each in sets:
         _check(each)
     k, v = torch.cat([each.k for each in sets], 2), torch.cat([each.v for each in sets], 2)
-    seen = [visible(queries, each.layout, reach=each.reach, causal=causal)[0] for each in sets]
+    seen = [
+        None if each.layout is None else visible(queries, each.layout, reach=each.reach, causal=causal)[0]
+        for each in sets
+    ]
     starts = [0]
     for each in sets:
         starts.append(starts[-1] + each.k.shape[2])
@@ -65,9 +69,10 @@ def attend_to_several(
         rows, parts = slice(a, min(a + ROWS, L)), []
         most = max(64, scores_at_once(q) // (q.shape[1] * ROWS))
         for each, ranges, start in zip(sets, seen, starts):
-            low, high = columns_of(ranges, rows).tolist()
+            low, high = (0, each.k.shape[2]) if ranges is None else columns_of(ranges, rows).tolist()
             for first, stop in cuts(low, high, most) if high > low else ():
-                bias = _Bias(each, ranges, rows, slice(first, stop), q.dtype)
+                columns = slice(first, stop)
+                bias = _weights(each, columns) if ranges is None else _Bias(each, ranges, rows, columns, q.dtype)
                 parts.append(Part(slice(start + first, start + stop), bias))
         tiles.append(Tile(rows, parts))
     learned = [each.weight for each in sets if each.weight is not None and each.weight.requires_grad]
@@ -79,16 +84,26 @@ def _check(keys: Keys) -> None:
     counts = (reach.back, reach.ahead) if isinstance(reach, Band) and reach.contiguous else (None,)
     if not isinstance(reach, Anywhere) and (counts == (None,) or any(isinstance(count, tuple) for count in counts)):
         raise ValueError(f"reach must be Anywhere or a Band without gaps, the same for all heads, got {reach}")
-    shape = keys.layout.valid.shape
+    shape = (keys.k.shape[0], keys.k.shape[2])
     if keys.weight is not None and keys.weight.shape != shape:
         raise ValueError(f"weight must be of shape {tuple(shape)} like the keys, got {tuple(keys.weight.shape)}")
+
+
+def _weights(keys: Keys, columns: slice) -> Bias:
+    """Of some columns that every query sees."""
+
+    def bias(batch: slice) -> Tensor | None:
+        return None if keys.weight is None else keys.weight[batch, None, None, columns]
+
+    return bias
 
 
 class _Bias:
     """Of some rows and columns of one set."""
 
     def __init__(self, keys: Keys, seen: Seen, rows: slice, columns: slice, dtype: torch.dtype):
-        self.keys, self.columns = keys, columns
+        assert keys.layout is not None
+        self.keys, self.columns, self.valid = keys, columns, keys.layout.valid
         self.first, self.stop = seen.first[:, rows], seen.stop[:, rows]
         self.dtype = torch.promote_types(dtype, torch.float32)
 
@@ -96,7 +111,7 @@ class _Bias:
         device, columns = self.keys.k.device, self.columns
         column = torch.arange(columns.start, columns.stop, device=device)
         first, stop = (tensor_of(x[batch], device)[..., None] for x in (self.first, self.stop))
-        shown = (column >= first) & (column < stop) & self.keys.layout.valid[batch, None, columns]
+        shown = (column >= first) & (column < stop) & self.valid[batch, None, columns]
         weight = self.keys.weight
         zero = torch.zeros((), dtype=self.dtype, device=device) if weight is None else weight[batch, None, columns]
         return torch.where(shown, zero.to(self.dtype), -torch.inf)[:, None]
