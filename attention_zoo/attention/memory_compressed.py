@@ -158,7 +158,7 @@ class MemoryCompressed(Attention):
             tokens: default all valid from position 0. At padding the output is zero.
         """
         refuse_export(self.name)
-        (B, _, L, D), keys = q.shape, (len(q), self.kv_heads, q.shape[2], self.head_width)
+        (B, _, L, _), keys = q.shape, (len(q), self.kv_heads, q.shape[2], self.head_width)
         if q.shape != (B, self.heads, L, self.head_width) or k.shape != keys or v.shape != keys:
             raise ValueError(
                 f"q must be [batch, {self.heads}, length, {self.head_width}] and k, v [batch, {self.kv_heads}, length, "
@@ -198,8 +198,10 @@ class MemoryCompressed(Attention):
         self, q: Tensor, k: Float[Tensor, "B K G D"], v: Float[Tensor, "B K G D"], ends: Layout, layout: Layout
     ) -> Float[Tensor, "B H L D"]:
         shape = (len(q), self.kv_heads, 1, self.head_width)
-        null = (x.view(1, *shape[1:]).expand(shape).to(k.dtype) for x in (self.null_key, self.null_value))
-        sets = [Keys(*null, None), Keys(k, v, ends)]
+        null_key, null_value = (
+            x.view(1, *shape[1:]).expand(shape).to(k.dtype) for x in (self.null_key, self.null_value)
+        )
+        sets = [Keys(null_key, null_value, None), Keys(k, v, ends)]
         return attend_to_several(q, layout, sets, scale=self.scale, causal=self.causal)
 
     # --- state -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Local layers beside memory-compressed ones: attention within blocks. Liu et al. 2018, §4.2.4 ("local attention").
 
-A document is cut into blocks of `block` tokens, and a token sees its own block, up to itself where causal. O(L · block).
+A document is cut into blocks of `block` tokens; a token sees its own block, up to itself where causal. O(L · block).
 A companion of `memory_compressed`, with which the paper's stacks alternate.
 """
 

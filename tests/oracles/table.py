@@ -10,6 +10,7 @@ import torch
 from . import (
     bigbird,
     longformer,
+    memory_compressed,
     reformer,
     reversible,
     torch_modules,
@@ -25,6 +26,7 @@ MODULES = (
     longformer,
     bigbird,
     reformer,
+    memory_compressed,
     transformer_xl,
     transformer_xl_formulas,
     transformer_xl_recorded,

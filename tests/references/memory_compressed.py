@@ -52,11 +52,7 @@ def _document(layer: MemoryCompressed, hidden: list[Tensor]) -> list[Tensor]:
 def _convolved(layer: MemoryCompressed, members: list[Tensor]) -> Tensor:
     """[K, D] of one group; members that are not there count as zeros."""
     K, D = layer.kv_heads, layer.head_width
-    found = []
-    for head in range(K):
-        for channel in range(head * D, (head + 1) * D):
-            total = layer.compress.bias[channel]
-            for t, member in enumerate(members):
-                total = total + layer.compress.weight[channel, :, t] @ member[head * D : (head + 1) * D]
-            found.append(total)
-    return torch.stack(found).view(K, D)
+    weight, total = layer.compress.weight.view(K, D, D, -1), layer.compress.bias.view(K, D)
+    for t, member in enumerate(members):
+        total = total + torch.einsum("kde,ke->kd", weight[..., t], member.view(K, D))
+    return total

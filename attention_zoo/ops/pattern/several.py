@@ -23,6 +23,8 @@ from attention_zoo.ops.softmax.tiles import Tile, run_tiles, scores_at_once
 
 ROWS = 128
 """Queries of a tile."""
+ALL_SEE = 64
+"""Columns that are worth a part of their own, without a mask, where all queries of a tile see them."""
 
 
 class Keys(NamedTuple):
@@ -67,13 +69,13 @@ def attend_to_several(
     tiles, L = [], q.shape[2]
     for a in range(0, L, ROWS):
         rows, parts = slice(a, min(a + ROWS, L)), []
-        most = max(64, scores_at_once(q) // (q.shape[1] * ROWS))
+        most = max(64, scores_at_once(q) // (q.shape[1] * (rows.stop - rows.start)))
         for each, ranges, start in zip(sets, seen, starts):
-            low, high = (0, each.k.shape[2]) if ranges is None else columns_of(ranges, rows).tolist()
-            for first, stop in cuts(low, high, most) if high > low else ():
-                columns = slice(first, stop)
-                bias = _weights(each, columns) if ranges is None else _Bias(each, ranges, rows, columns, q.dtype)
-                parts.append(Part(slice(start + first, start + stop), bias))
+            for low, high, all_see in _ranges(each, queries, ranges, rows):
+                for first, stop in cuts(low, high, most) if high > low else ():
+                    columns = slice(first, stop)
+                    bias = _weights(each, columns) if all_see else _Bias(each, ranges, rows, columns, q.dtype)
+                    parts.append(Part(slice(start + first, start + stop), bias))
         tiles.append(Tile(rows, parts))
     learned = [each.weight for each in sets if each.weight is not None and each.weight.requires_grad]
     return run_tiles(q, k, v, tiles, scale=scale, learned=learned, asked=queries.asked)
@@ -89,11 +91,24 @@ def _check(keys: Keys) -> None:
         raise ValueError(f"weight must be of shape {tuple(shape)} like the keys, got {tuple(keys.weight.shape)}")
 
 
+def _ranges(keys: Keys, queries: Layout, seen: Seen | None, rows: slice) -> list[tuple[int, int, bool]]:
+    """Columns that some of these queries see, in up to three ranges, and whether all of them see all of a range."""
+    if seen is None:
+        return [(0, keys.k.shape[2], True)]
+    low, high = columns_of(seen, rows).tolist()
+    first, stop = int(seen.first[:, rows].max(initial=0)), int(seen.stop[:, rows].min(initial=high))
+    if stop - first < ALL_SEE or not seen.keys.dense or not queries.dense:
+        return [(low, high, False)]
+    return [(low, first, False), (first, stop, True), (stop, high, False)]
+
+
 def _weights(keys: Keys, columns: slice) -> Bias:
-    """Of some columns that every query sees."""
+    """Of some columns that all queries of a tile see."""
 
     def bias(batch: slice) -> Tensor | None:
-        return None if keys.weight is None else keys.weight[batch, None, None, columns]
+        if keys.weight is None:
+            return None
+        return keys.weight[batch, None, None, columns].to(torch.promote_types(keys.k.dtype, torch.float32))
 
     return bias
 
@@ -101,8 +116,8 @@ def _weights(keys: Keys, columns: slice) -> Bias:
 class _Bias:
     """Of some rows and columns of one set."""
 
-    def __init__(self, keys: Keys, seen: Seen, rows: slice, columns: slice, dtype: torch.dtype):
-        assert keys.layout is not None
+    def __init__(self, keys: Keys, seen: Seen | None, rows: slice, columns: slice, dtype: torch.dtype):
+        assert keys.layout is not None and seen is not None  # noqa: PT018
         self.keys, self.columns, self.valid = keys, columns, keys.layout.valid
         self.first, self.stop = seen.first[:, rows], seen.stop[:, rows]
         self.dtype = torch.promote_types(dtype, torch.float32)
