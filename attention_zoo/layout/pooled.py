@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from attention_zoo.layout.host import Array, Host, tensor_of
+from attention_zoo.layout.host import Host, tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.rules import at_least
 from attention_zoo.tokens import Tokens
@@ -79,10 +79,10 @@ def _pooled(layout: Layout, size: int, partial: bool) -> Pooled:
     here = kept[group]
     where = row[here], slot[group[here]], place[here]
     members[where], held[where] = column[here], True
-    there: Array = held.any(-1)
+    there = np.asarray(held.any(-1))
     last = np.where(held, members, 0).max(-1, initial=0)
     rows = np.arange(B)[:, None]
-    flags: Array = (host.is_global[rows[..., None], members] & held).any(-1)
+    flags = np.asarray((host.is_global[rows[..., None], members] & held).any(-1))
     of_last = (field[rows, last] for field in (host.position, host.document, host.length))
     position, document, length = of_last
     ends = Host(position, there, flags, document, length)

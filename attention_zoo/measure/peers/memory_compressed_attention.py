@@ -53,7 +53,7 @@ class MemoryCompressedAttention(Adapter):
             null.view(1, 1, self.dim) for null in (layer.null_key, layer.null_value)
         )
         self.given.tensor = torch.cat([q * (layer.scale * self.dim**0.5), k, v], -1)
-        out: Tensor = self.released(nothing(*q.shape[:2], self.dim, q))
+        out: Tensor = self.released(nothing(q.shape[0], q.shape[1], self.dim, q))
         return out
 
     def leave(self, out: Tensor) -> Tensor:
