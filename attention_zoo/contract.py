@@ -215,6 +215,8 @@ class Attention(Layer):
             with it; a pattern needs none, its definition is `bias`.
         companions: layers that models of this backend mix in and that are no backends: part -> class, as dotted names.
             They are built as "backend.part".
+        token_losses: names of the losses that a call makes of its tokens, maybe; those of parameters alone come from a
+            method `losses`.
         wraps: whether it stands around another layer, its option `inner`; see `model.wrapper`.
 
     Raises:
@@ -227,6 +229,7 @@ class Attention(Layer):
     tiny: ClassVar[Mapping[str, Any]] = {}
     reference: ClassVar[Any] = None
     companions: ClassVar[Mapping[str, str]] = {}
+    token_losses: ClassVar[tuple[str, ...]] = ()
     wraps: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any):
@@ -378,11 +381,11 @@ class Attention(Layer):
             raise ValueError(
                 f"state must be of {self.name}, from initial_state or the call before, got {type(state).__name__}"
             )
-        held = getattr(state, "columns", state).buffers[0].shape
-        if [held[0], *held[1:-2], held[-1]] != [batch, *shape]:
+        held = getattr(state, "columns", state).holds
+        if held != (batch, *shape):
+            wanted, got = ((*x[:-1], "length", x[-1]) for x in ((batch, *shape), held))
             raise ValueError(
-                f"state must hold keys of shape {(batch, *shape[:-1], 'length', *shape[-1:])} like this layer and "
-                f"this call, got {tuple(held)}".replace("'", "")
+                f"state must hold keys of shape {wanted} like this layer and this call, got {got}".replace("'", "")
             )
 
 

@@ -45,6 +45,8 @@ Chunk = Annotated[int, Field(ge=1, le=2048)]
 Around = Annotated[int, Field(ge=0, le=1024)]
 """Chunks before or after the own one."""
 Fill = Annotated[int, Field(ge=0, le=2**16)]
+SegmentLength = Annotated[int, Field(ge=1, le=2**16)]
+"""Tokens of a segment that is attended to as one block."""
 Depth = Annotated[int, Field(ge=1, le=4096)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 Seed = Annotated[int, Field(ge=-(2**62), le=2**62)]
@@ -187,7 +189,7 @@ def refuse_unknown(given: Mapping[str, Any], target: Any, prefix: str, calls: Se
     known = [name for call in calls for name in call.rules]
     for name in given:
         if name not in known:
-            listed = ", ".join(sorted(known)) or "none"
+            listed = ", ".join(sorted(set(known))) or "none"
             raise WrongOption(
                 f"{prefix}{name} is no option of {_name(target)}{near(str(name), known)}; it has {listed}"
             )

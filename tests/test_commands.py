@@ -55,7 +55,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     (line,) = told.err.splitlines()
     assert line.startswith("error: ")
     left = [str(path) for path in Path().rglob("*") if path.is_file()]
-    assert left == (["runs/sweep/multirun.yaml"] if "-m" in words else []), "nothing was begun"
+    assert not left or (left == ["runs/sweep/multirun.yaml"] and "-m" in words), "nothing was begun"
     return line.removeprefix("error: ")
 
 
@@ -79,6 +79,10 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("train =3", "'=3' is no override: write key=value"),
         ("train --cfg", "--cfg must be followed by job or hydra or all, got nothing"),
         ("train -m attention=nope,full", "attention must be one of bigbird, full"),
+        ("train -m task=mqar,copy task.test_examples=8", "while task is swept: write ++task.test_examples=8"),
+        ("train -m task=mqar,copy +task.test_examples=8", "while task is swept: write ++task.test_examples=8"),
+        ("train -m attention=full,bigbird attention.block=8,16", "write ++attention.block=8,16"),
+        ("train task=mqar task.test_example=8", "task.test_example is no known option; did you mean test_examples?"),
         ("benchmark lengths=4096", "lengths must be a list, got 4096: 'lengths=[4096]'"),
         ("benchmark options=3", "options must be a mapping, got 3: 'options={name: value}'"),
         ("benchmark backends=[longfromer]", "did you mean longformer?"),
@@ -217,6 +221,9 @@ def test_benchmark_and_compare_end_with_1_when_a_result_failed(
     for name in ("benchmark", "compare"):
         assert main([name, "output=out"]) == 1
         assert capsys.readouterr().err == "error: 1 of 2 cells and 1 of 1 trainings failed\n"
+    rows[:] = [row("speed", "ok"), row("quality", "failed") | {"refused": True}]
+    assert main(["compare", "output=refused"]) == 2
+    assert capsys.readouterr().err == "error: 1 of 1 trainings failed\n"
     rows[:] = [row("speed", "ok"), row("quality", "unsupported")]
     assert (main(["benchmark", "output=out"]), main(["compare", "output=again"])) == (0, 0)
     assert capsys.readouterr().err == ""
@@ -279,7 +286,7 @@ def test_a_sweep_in_other_processes_tells_what_failed(launcher: str) -> None:
         [sys.executable, "-m", "attention_zoo", "train", *words],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 2, done.stderr
     assert "error: full: failed: model.heads must divide model.dim, got heads=3" in done.stderr
     assert done.stderr.endswith("1 of 2 runs failed\n")
     assert "Traceback" not in done.stderr
@@ -299,6 +306,59 @@ def test_a_training_leaves_its_output_and_nothing_else(capsys: pytest.CaptureFix
     assert json.loads((run / "result.json").read_text())["status"] == "ok"
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("model.norm=foo", "model.norm must be one of layer, rms, batch, got 'foo'"),
+        ("model.heads=3", "model.heads must divide model.dim, got heads=3"),
+        ("seq_len=7", "a row must hold all pairs and questions"),
+        ("+attention.foo=1", "attention.foo is no option of full"),
+        ("attention=reformer model.positions=rotary", "positions=rotary is not supported"),
+        ("optimizer.lr=-1", "optimizer.lr must be a number of at least 0, got -1"),
+        ("optimizer._target_=torch.optim.Adam", "optimizer._target_=torch.optim.Adam does not fit"),
+        ("optimizer._target_=torch.optim.Nope", "optimizer._target_ must name a class or function"),
+        ("init=nosuch model.dim=16", "model.dim is of new models, and init=nosuch brings one"),
+        ("task=reference init=nosuch", "init must be a model file, or a folder that holds one, got 'nosuch'"),
+        ("lora={r:8}", "lora belongs to init="),
+        ("decode.beams=3", "decode.beams belongs to tasks whose rows have a source"),
+        ("task=reference encoder.norm=foo", "encoder.norm must be one of layer, rms, batch"),
+        ("task=reference seq_len=32 decode.top_p=7", "decode.top_p must be at most 1, got 7.0"),
+        ("task=reference seq_len=32 decode.top_k=5", "decode.top_k needs decode.greedy=false"),
+        ("task=reference seq_len=32 encoder.attention=transformer_xl", "encoder.attention=transformer_xl"),
+        ("output=file", "Not a directory"),
+    ],
+)  # fmt: skip
+def test_a_training_that_cannot_be_meant_ends_with_2_each_time(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").write_text("mine")
+    for _ in range(2):
+        assert main(["train", *SWEEP, *words.split()]) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert message in told.err.splitlines()[-1]
+        assert "Traceback" not in told.err
+
+
+def test_a_training_that_crashes_or_diverges_ends_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *SWEEP, "steps=3", "optimizer.lr=1e30", "schedule=constant"]) == 1
+    assert "the loss became" in capsys.readouterr().err
+    monkeypatch.setattr("attention_zoo.training.trainer.Trainer.step", lambda self: {}["bug"])
+    assert main(["train", *SWEEP]) == 1
+    assert "KeyError: 'bug'" in capsys.readouterr().err
+
+
+def test_a_training_starts_from_a_file_by_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *SWEEP]) == 0
+    (first,) = Path("swept").iterdir()
+    words = ["train", *(word for word in SWEEP if not word.startswith("model.")), f"init={first}", "output=second"]
+    assert main(words) == 0
+    assert main([*words, "attention=longformer"]) == 2
+    assert "attention is of new models, and init=" in capsys.readouterr().err
+
+
 def test_generate_writes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     zoo.save(zoo.Transformer(attention="full", vocab=256, dim=16, heads=2, depth=1), tmp_path / "model.safetensors")
 
@@ -312,6 +372,8 @@ def test_generate_writes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert call(str(tmp_path), "abc(", "--steps", "9", "--seed", "3") == written
     assert call(str(tmp_path / "model.safetensors"), "abc(", "--steps", "9", "--seed", "4") != written
     assert call(str(tmp_path), "\udcff", "--steps", "1").startswith("�"), "a prompt is bytes, UTF-8 or not"
+    assert main(["generate", str(tmp_path), "x", "--eos", "256", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "error: --eos must be a byte, 0 to 255, got 256\n"
     assert main(["generate", str(tmp_path), "x", "--steps", "0", "--device", "cpu"]) == 2
     assert capsys.readouterr().err == "error: steps must be an integer of at least 1, got 0\n"
 

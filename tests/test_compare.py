@@ -227,12 +227,36 @@ def test_the_default_preset_measures_and_trains_what_it_says():
         (["+small.longformr.window=3"], "a key of small must be one of bigbird"),
         (["+trainings.text.options.full=3"], "trainings.text.options.full must be a mapping, got 3"),
         (["parallel=0"], "parallel must be an integer of at least 1, got 0"),
+        (["+variants.wide.backend=longfromer"], "variants.wide.backend must be one of .* did you mean longformer"),
+        (["+variants.full.backend=longformer"], "variants must have names of their own, got full"),
+        (["+variants.wide={backend: longformer, window: 3}"], "variants.wide: .*window"),
+        (["+variants.wide=3"], "variants.wide must be a mapping"),
+        (
+            ["+variants.w={backend: full, set: {model: {dpth: 3}}}", "backends=[w]"],
+            "variants.w.set: model.dpth is no known option",
+        ),
+        (["+variants.w={backend: full, options: {window: 3}}", "backends=[w]"], "options of full must be among"),
     ],
 )
 def test_wrong_input_is_one_clear_line_before_anything_runs(overrides, said):
     with pytest.raises(ValueError, match=said) as caught:
         composed("preset=smoke", *overrides).runs()
     assert "\n" not in str(caught.value)
+
+
+def test_a_variant_is_trained_under_its_name_with_options_and_a_model_of_its_own():
+    wide = "{backend: longformer, options: {window: 5}, set: {model: {depth: 3}}}"
+    config = composed(
+        "preset=smoke", f"+variants.wide={wide}", "backends=[longformer,wide]",
+        "+trainings.mqar.options.wide.dilation=2", "trainings.mqar.options.longformer={window: 3}",
+    )  # fmt: skip
+    assert config.measured() == ["longformer"]
+    plain, made = (run.config for run in config.runs() if "mqar" in run.name)
+    assert (plain["backend"], made["backend"]) == ("longformer", "wide")
+    assert (plain["attention"]["window"], made["attention"]["window"]) == (3, 5)
+    assert made["attention"]["name"] == "longformer"
+    assert made["attention"]["dilation"] == 2
+    assert (plain["model"]["depth"], made["model"]["depth"]) == (2, 3)
 
 
 def test_a_misspelt_key_is_refused():

@@ -235,3 +235,14 @@ def test_wrong_options_are_refused_in_one_line(options, message) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="bias must be true, false, into or out, got 'qkv'"):
         zoo.build("full", dim=16, heads=2, bias="qkv")
+
+
+def test_a_gated_convolution_loads_by_the_name_that_its_taps_once_had():
+    model = zoo.Transformer(attention="full", vocab=9, dim=8, heads=2, short_conv={"name": "gated", "width": 3})
+    old = {name: value.clone() for name, value in model.state_dict().items()}
+    taps = [name for name in old if name.endswith("body.layers.0.weight") and old[name].ndim == 2]
+    assert len(taps) == 2
+    for name in taps:
+        old[f"{name.removesuffix('weight')}conv.weight"] = old.pop(name) + 1
+    model.load_state_dict(old)
+    assert all(torch.equal(model.state_dict()[n], old[f"{n.removesuffix('weight')}conv.weight"]) for n in taps)

@@ -206,7 +206,7 @@ def test_gated_convolution_is_a_convolution_times_a_projection():
     torch.nn.init.normal_(layer.bias)
     x = torch.randn(2, 9, 4, dtype=torch.float64)
     tokens = Tokens.all_valid(2, 9)
-    mixed = convolved(layer.conv, x, tokens) - x
+    mixed = convolved(layer, x, tokens) - x
     assert far(layer(x, tokens).hidden, x + (mixed + layer.bias) * layer.gate(x)) < 1e-12
     assert far(layer(x).hidden, layer(x, tokens).hidden) < 1e-12
 

@@ -12,7 +12,7 @@ import attention_zoo as zoo
 from attention_zoo.model.heads import PretrainingLogits
 from attention_zoo.tasks.generated import Generated, GeneratedBatches, of
 from attention_zoo.tasks.task import IGNORED, Batch, joined
-from attention_zoo.training.config import compose_training
+from attention_zoo.training.config import BESIDE_INIT, compose_training
 from attention_zoo.training.evaluate import evaluate
 from attention_zoo.training.objective import OBJECTIVES, answers, counts, losses, objective_of
 from attention_zoo.training.precision import Precision
@@ -95,6 +95,9 @@ def config(task: type, folder: Path, **changes: Any) -> dict[str, Any]:
     found["model"] = {**found["model"], "dim": 16, "short_conv": 0, "embedding": {"types": 2}}
     if task is Reversal:
         found["model"].pop("embedding")
+    if "init" in changes:  # as composing does it
+        kept = {key: value for key, value in found["model"].items() if key in BESIDE_INIT}
+        found |= {"attention": None, "model": kept}
     return {**found, **changes}
 
 
@@ -328,7 +331,7 @@ def test_lora_needs_a_model_to_start_from(tmp_path: Path) -> None:
         ({"greedy": False, "temperature": 0.5, "top_k": 3}, None),
         ({"beams": 3}, None),
         ({"beams": 2, "top_k": 3}, "decode.beams above 1 takes no decode.top_k: it draws nothing"),
-        ({"temperature": 0.5}, "greedy=True takes no temperature, top_k or top_p"),
+        ({"temperature": 0.5}, "decode.temperature needs decode.greedy=false: the likeliest token is not drawn"),
         ({"beams": 0}, "decode.beams must be an integer of at least 1, got 0"),
     ],
 )
@@ -344,6 +347,81 @@ def test_what_a_file_says_cannot_be_said_again(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{word.partition('=')[0]} is of new models, and init=x brings one"):
             compose_training(["task=marked", "init=x", word])
     assert compose_training(["task=reference", "init=x", "attention=bigbird"])["init"] == "x", "the other half is new"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"attention": "longformer"}, {"attention": {"name": "full"}}, {"hybrid": ["full"]}, {"model": {"depth": 3}}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_a_file_says_cannot_be_said_again_in_python(change: dict[str, Any], tmp_path: Path) -> None:
+    trained(Odd, tmp_path / "first")
+    config_ = config(First, tmp_path, init=str(tmp_path / "first"))
+    if "model" in change:
+        change = {"model": {**config_["model"], **change["model"]}}
+    row = run_training({**config_, **change}, tmp_path / "second")
+    assert "is of new models, and init=" in row["error"]
+    assert row["refused"]
+
+
+def test_a_file_of_both_halves_leaves_no_mechanism_to_be_said(tmp_path: Path) -> None:
+    trained(Reversal, tmp_path / "first")
+    again = {"init": str(tmp_path / "first"), "lora": None}
+    trained(Reversal, tmp_path / "second", **again)
+    row = run_training({**config(Reversal, tmp_path, **again), "attention": "bigbird"}, tmp_path / "third")
+    assert "attention is of new models, and init=" in row["error"]
+
+
+def test_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained(Odd, tmp_path / "first")
+    read: list[Path] = []
+
+    def load(path: Path) -> Any:
+        read.append(path)
+        return zoo.load(path)
+
+    monkeypatch.setattr("attention_zoo.training.tuned.load", load)
+    trained(Reversal, tmp_path / "second", init=str(tmp_path / "first"))
+    assert read == [tmp_path / "first"]
+
+
+def test_a_half_that_is_a_stack_is_called_by_its_names() -> None:
+    for word, name in (
+        ("encoder.attention=[longformer,full]", "longformer+full->full"),
+        ("encoder.attention=[longformer,{name: full, scale: 1.0}]", "longformer+full->full"),
+        ("decoder.attention={name: bigbird}", "full->bigbird"),
+    ):
+        assert compose_training(["task=reference", word])["backend"] == name
+
+
+def test_what_is_no_matter_of_a_halfs_role_is_said_without_it(tmp_path: Path) -> None:
+    for words, said in (
+        (["encoder.attention=reformer", "encoder.positions=rotary"], "reformer: positions=rotary is not supported"),
+        (["encoder.attention=transformer_xl"], "encoder.attention=transformer_xl: this half is not supported"),
+    ):
+        row = run_training(compose_training(["task=reference", "tracker=none", *words]), tmp_path)
+        assert row["error"].startswith(said)
+        assert (row["status"], row["refused"]) == ("unsupported", True)
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+@pytest.mark.parametrize(
+    ("attention", "said"),
+    [
+        ({"name": "longformer", "windw": 3}, "attention.windw is no option of longformer; did you mean window?"),
+        ({"name": "longformer", "window": -1}, "attention.window must be an integer of at least 1, got -1"),
+        (["full", {"name": "full", "foo": 1}], "attention[1].foo is no option of full"),
+        ({"foo": 1}, "attention as a mapping needs a name"),
+        ("longfromer", "attention must be one of"),
+        (3, "attention must be a name"),
+    ],
+)
+def test_a_wrong_mechanism_of_a_half_is_a_wrong_option(side: str, attention: Any, said: str, tmp_path: Path) -> None:
+    given = config(Reversal, tmp_path)
+    given[side] = {**given[side], "attention": attention}
+    row = run_training(given, tmp_path)
+    assert row["error"].startswith(f"{side}.{said}")
+    assert (row["status"], row["refused"]) == ("failed", True)
 
 
 def test_options_without_use_are_refused(tmp_path: Path) -> None:

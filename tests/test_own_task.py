@@ -88,6 +88,14 @@ def test_a_task_without_a_constructor_has_the_options_of_its_base(folder: Path) 
         ('"higher"', '"upper"', "Parity.better must be higher or lower, got 'upper'"),
         ("    vocab, classes = 2, 2\n", "    vocab = 2\n", "Parity.classes must be given for objective"),
         ("Parity(Generated)", "Parity", "task must be a Task (attention_zoo.tasks), got Parity"),
+        ("return 0.5", "return '50 %'", "Parity.chance must be a finite number, or None, got '50 %'"),
+        ("return 0.5", "return float('nan')", "Parity.chance must be a finite number, or None, got nan"),
+        ("(rows, length))", "(rows, size))", "Parity.draw, line 11 of parity_"),
+        ("(rows, length))", "(rows, size))", "NameError: name 'size' is not defined"),
+        ("return of(", "return (", "Parity.draw must return a Batch, such as `of` makes, got"),
+        ("ids.sum(1) % 2)", "ids.mean(1))", "ValueError: a batch is of whole numbers, got float64 of shape"),
+        ("batch.ids[:, -1]", "batch.ids", "Parity.guesses: last token must be a tensor of the targets' shape, (1,)"),
+        ("batch.ids[:, -1]", "batch.all", "Parity.guesses, line 15 of parity_"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_task_is_said_in_a_line(
@@ -104,3 +112,12 @@ def test_what_is_wrong_with_a_task_is_said_in_a_line(
     config["task"] = {"_target_": f"parity_{abs(hash(new))}.Parity", "_partial_": True}
     row = run_training(config, folder / "run")
     assert said in row["error"]
+    assert row["steps"] == 0, "before training"
+
+
+def test_a_task_that_python_does_not_find_is_said_with_where_it_was_looked_for(folder: Path, tmp_path: Path) -> None:
+    words = f"{BIN}/attention-zoo train --config-dir {folder}/my_tasks/conf task=parity output=out"
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    done = subprocess.run([*words.split(), *QUICK], capture_output=True, text=True, timeout=300, cwd=elsewhere)
+    assert done.returncode != 0
+    assert f"No module named 'parity' in {elsewhere}, on PYTHONPATH or among what is installed" in done.stderr

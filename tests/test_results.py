@@ -29,9 +29,9 @@ TINY = {"heads": 2, "head_width": 8, "threads": 1}
 TRAINING = [
     "kind", "id", "backend", "status", "error", "final", "notices", "environment", "config", "task", "seed", "steps",
     "seq_len", "batch", "parameters", "train_seconds", "step_seconds", "tokens_per_second", "peak_bytes", "curve",
-    "quality_curve", "metrics", "evaluations", "loss_by_position", "metric", "better", "by_group",
+    "quality_curve", "readings", "metrics", "evaluations", "loss_by_position", "metric", "better", "by_group",
     "chance", "baselines", "further_baselines",     "carries_state", "stopped", "resumed_at", "data",
-    "model_sha256",
+    "model_sha256", "refused",
 ]  # fmt: skip
 LOST = [
     "kind", "id", "backend", "status", "error", "environment", "config", "task", "data", "seed", "seq_len", "batch",

@@ -84,7 +84,7 @@ def test_numbers_are_finite_wherever_they_stand() -> None:
     ("task._target_=foo", "task._target_ must name a class or function, got 'foo': No module named 'foo'"),
     ("+model.vocab=3", "model.vocab is the run's to say, got 3"),
     ("+optimizer.momentum=3", "optimizer.momentum is no option of adamw"),
-    ("hybrid=[3]", "hybrid: attention must be a name, a mapping"),
+    ("hybrid=[3]", "hybrid must be a name, a mapping"),
     ("'hybrid=[{name: longformer, windw: 3}]'", r"hybrid\[0\].windw is no option of longformer; did you mean window\?"),
     ("batch=2147483647", "batch=2147483647, seq_len=512 must fit into memory"),
     ("optimizer.betas=[0.9,1.0]", r"optimizer.betas must be two probabilities below 1, got \[0.9, 1.0\]"),

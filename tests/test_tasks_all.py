@@ -133,6 +133,17 @@ def test_no_row_of_a_split_stands_in_another(name: str) -> None:
     assert not train & (test | validation)
 
 
+@pytest.mark.parametrize("name", [name for name in DRAWN if name != "quote"])
+def test_a_length_that_is_too_short_is_named(name: str) -> None:
+    task = task_of(name)
+    if task.name == "compression":
+        pytest.skip("rows of one token are rows")
+    with pytest.raises(ValueError, match=r"seq_len|every split") as caught:
+        task.evaluation_sets(BATCH, 1)
+    assert "\n" not in str(caught.value)
+    assert "task.vocab" not in str(caught.value), "not every task has such an option"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_something_trivial_is_there_to_be_beaten(name: str) -> None:
     task = task_of(name)

@@ -85,7 +85,7 @@ def test_rows_follow_from_the_key_and_splits_never_meet() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"rows must have at least task.shortest=12 tokens, got 11"):
+    with pytest.raises(ValueError, match=r"brackets: seq_len must be at least 12, task.shortest, got 11"):
         TASK.check(11)
     with pytest.raises(ValueError, match=r"shortest must be an integer .*4, got 3"):
         Brackets(shortest=3)

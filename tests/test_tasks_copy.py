@@ -112,10 +112,10 @@ def test_splits_never_meet_and_rows_are_a_function_of_their_key() -> None:
 @pytest.mark.parametrize(
     ("options", "seq_len", "message"),
     [
-        ({"tokens": 8}, 16, "at least 17 tokens, got length 16"),
-        ({"gap": 9, "prefix": 9}, 20, "at least 21 tokens, got length 20"),
-        ({"tokens": 8, "selective": True, "feed": "blank"}, 16, "at least 17 tokens, got length 16"),
-        ({"test": [2]}, 64, "got length 2"),
+        ({"tokens": 8}, 16, "copy: seq_len must be at least 17, the word, .* got 16"),
+        ({"gap": 9, "prefix": 9}, 20, "seq_len must be at least 21, .* got 20"),
+        ({"tokens": 8, "selective": True, "feed": "blank"}, 16, "seq_len must be at least 17, .* got 16"),
+        ({"test": [2]}, 64, "task.test must be at least 3, .* got 2"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(options: dict, seq_len: int, message: str) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from attention_zoo.tasks.flip_flop import FlipFlop
+from attention_zoo.tasks.flip_flop import WRITE, FlipFlop
 from attention_zoo.tasks.task import IGNORED, Batch
 
 
@@ -96,9 +96,20 @@ def test_splits_never_meet_and_rows_are_a_function_of_their_key() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least 7 tokens, got length 6"):
+    with pytest.raises(ValueError, match=r"flip_flop: seq_len must be at least 7, .* got 6"):
         FlipFlop().check(6)
-    with pytest.raises(ValueError, match="at least 7 tokens, got length 5"):
+    with pytest.raises(ValueError, match=r"flip_flop: task.test must be at least 7, .* got 5"):
         FlipFlop(test=[5]).check(64)
     with pytest.raises(ValueError, match="p_ignore must be a probability below 1, got 1"):
         FlipFlop(p_ignore=1)
+
+
+def test_the_write_of_long_gaps_stands_before_the_question_wherever_it_may_stand() -> None:
+    sets = FlipFlop(long_gap=1.0, test_examples=200).evaluation_sets(200, 9)
+    (batch,) = sets["long_gap"]
+    assert ((batch.ids == WRITE).sum(1) == 1).all()
+
+
+def test_a_set_without_rows_is_refused_before_training() -> None:
+    with pytest.raises(ValueError, match="rows of 7 tokens must be enough for every split, got none for test"):
+        FlipFlop().evaluation_sets(8, 7)

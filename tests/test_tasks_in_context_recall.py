@@ -145,9 +145,9 @@ def test_options_outside_their_rule_are_refused(options: dict, message: str) -> 
 @pytest.mark.parametrize(
     ("options", "length", "message"),
     [
-        ({"fuzzy": 2, "prefix": 3}, 10, "at least 11 tokens, got length 10"),
-        ({"test": [3]}, 64, "at least 4 tokens, got length 3"),
-        ({"repeat": False}, 20, "rows of 20 tokens have 9 different keys, which must be at most keys=8"),
+        ({"fuzzy": 2, "prefix": 3}, 10, "seq_len must be at least 11, the prefix and a pair twice, got 10"),
+        ({"test": [3]}, 64, "task.test must be at least 4, .* got 3"),
+        ({"repeat": False}, 20, "task.keys must be at least 9, that many differ .* got 8"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(options: dict, length: int, message: str) -> None:

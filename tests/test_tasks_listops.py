@@ -97,7 +97,7 @@ def test_rows_follow_from_the_key_and_splits_never_meet() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"rows must have at least task.shortest=30 tokens, got 29"):
+    with pytest.raises(ValueError, match=r"listops: seq_len must be at least 30, task.shortest, got 29"):
         TASK.check(29)
     with pytest.raises(ValueError, match=r"found no expression of 50 to 60 tokens with task.depth=2"):
         ListOps(shortest=50, depth=2, arguments=3).draw(np.random.default_rng(0), 4, 60)

@@ -71,7 +71,12 @@ def test_rows_follow_from_the_key_and_splits_never_meet() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"rows must have at least task.shortest=9 tokens, got 8"):
+    with pytest.raises(ValueError, match=r"marked: seq_len must be at least 9, task.shortest, got 8"):
         TASK.check(8)
     with pytest.raises(ValueError, match=r"shortest must be at least symbols \+ 3, 11, got 9"):
         Marked(symbols=8, shortest=9)
+
+
+def test_both_answers_are_as_likely_in_the_shortest_rows_of_two_symbols() -> None:
+    batch = Marked(symbols=2, shortest=5).draw(np.random.default_rng(0), 8000, 5)
+    assert float(batch.targets.double().mean()) == pytest.approx(0.5, abs=0.03)

@@ -44,7 +44,7 @@ def test_keys_are_uniform_and_trivial_rules_fail() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="a key and an insert, 2 tokens, got length 1"):
+    with pytest.raises(ValueError, match="memorisation: seq_len must be at least 2, a key and an insert, got 1"):
         Memorisation().check(1)
     with pytest.raises(ValueError, match="keys must be an integer of at least 2"):
         Memorisation(keys=1)

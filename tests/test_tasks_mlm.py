@@ -194,5 +194,5 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
         (tmp_path / f"{index}.txt").write_text("short")
     (tmp_path / "a.txt").unlink()
     read_files.cache_clear()
-    with pytest.raises(ValueError, match=r"has no document of 16 bytes for training"):
+    with pytest.raises(ValueError, match=r"must hold a document of at least 16 bytes for training"):
         task(tmp_path, duplicates=1).check(L)

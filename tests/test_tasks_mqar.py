@@ -215,15 +215,16 @@ def test_mixture_of_lengths_and_further_tests() -> None:
 @pytest.mark.parametrize(
     ("options", "seq_len", "message"),
     [
-        ({}, 15, "at least 16 tokens, got length 15 for 4 pairs"),
-        ({"pairs": 9}, 32, "got length 32 for 9 pairs"),
+        ({}, 15, "mqar: seq_len must be at least 16, 4 pairs and their questions, got 15"),
+        ({"pairs": 9}, 32, "seq_len must be at least 36, 9 pairs .* got 32"),
         ({"vocab": 8}, 32, "pairs must be at most 3 where the vocabulary has that many keys, got 4 for vocab 8"),
         ({"values": 3}, 32, "pairs and updates must be at most the number of values, got 4 of 3 for vocab 8192"),
         ({"updates": 5}, 64, "updates must be at most pairs, got 5 of 4"),
         ({"questions": 5}, 64, "questions must be at most pairs, got 5 of 4"),
         ({"pairs": 5, "compositional": True}, 64, "pairs must be a square number where keys are compositional, got 5"),
         ({"train": [[16, 2, 1]]}, 32, "seq_len must be the longest length of task.train, 16, got 32"),
-        ({"test": [[30, 8]]}, 32, "got length 30 for 8 pairs"),
+        ({"test": [[30, 8]]}, 32, "task.test must be at least 32, 8 pairs .* got 30"),
+        ({"train": [[15, 4, 1], [64, 4, 1]]}, 64, "task.train must be at least 16, 4 pairs .* got 15"),
     ],
 )
 def test_what_does_not_fit_is_refused(options: dict, seq_len: int, message: str) -> None:

@@ -112,6 +112,9 @@ def test_archives_that_will_not_do_are_refused_unopened(tmp_path: Path) -> None:
     path.write_bytes(raw)
     with pytest.raises(ValueError, match=r"enwik8.zip cannot be unpacked: Bad CRC-32"):
         Enwik8(path=str(path), split=SPLIT).check(32)
+    path.write_bytes(raw[:2000])
+    with pytest.raises(ValueError, match=r"enwik8.zip cannot be unpacked: File is not a zip file"):
+        Enwik8(path=str(path), split=SPLIT).check(32)
 
 
 def test_text8_holds_letters_and_spaces_alone(tmp_path: Path) -> None:

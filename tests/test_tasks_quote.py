@@ -67,7 +67,14 @@ def test_places_are_uniform_and_tell_nothing() -> None:
 @pytest.mark.parametrize("background", ["random", "text"])
 def test_short_pieces_tell_nothing_with_seams(background: str) -> None:
     found = Quote(background=background, test_examples=600).baselines(257)
-    assert set(found) == {"place", "bag_of_bytes", "bigrams", "fourgrams"}
+    assert set(found) == {"place", "bag_of_bytes", "bigrams", "trigrams", "fourgrams"}
+    assert all(abs(value - 0.5) < 0.09 for value in found.values())
+
+
+def test_only_pieces_that_a_seam_hides_are_trivial() -> None:
+    found = SMALL.baselines(64)
+    assert set(found) == {"place", "bag_of_bytes", "bigrams", "trigrams"}
+    assert found.pop("place") < 0.7
     assert all(abs(value - 0.5) < 0.09 for value in found.values())
 
 

@@ -107,7 +107,7 @@ def test_rows_follow_from_the_key_and_splits_never_meet() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"seq_len must be at least 16 for 8 records, got 15"):
+    with pytest.raises(ValueError, match="reference: seq_len must be at least 16, 8 records, got 15"):
         Reference(**OPTIONS).check(15)
     with pytest.raises(ValueError, match=r"task.shortest must be at most the source's length, 24, got 30"):
         Reference(shortest=30, **OPTIONS).check(24)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import random
-import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -326,6 +323,10 @@ def test_nothing_left_to_evaluate_is_said(tmp_path: Path) -> None:
         (tmp_path / f"{index}.txt").write_text("the same words again and again. " * 20)
     with pytest.raises(ValueError, match=r"task.duplicates must leave a document for validation, got 0.05"):
         task(tmp_path).check(16)
+    (tmp_path / "byte").mkdir()
+    (tmp_path / "byte" / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"task.path=.* must hold bytes for each of training, validation, test, got 1"):
+        task(tmp_path / "byte").check(16)
     task(tmp_path, duplicates=1).check(16)
 
 
@@ -371,45 +372,3 @@ def test_the_bar_is_below_chance_on_text_and_not_on_noise(tmp_path: Path, folder
     text = task(tmp_path / "a.txt")
     assert text.baselines(32)["order-3 n-gram"] < 0.5 < 3 < text.baselines(32)["unigram"] < text.chance(32) == 8
     assert task(folder).baselines(32)["order-3 n-gram"] > 7.5
-
-
-@pytest.mark.parametrize("ending", [".tar.gz", ".zip"])
-def test_an_archive_is_read_in_memory_as_the_folder_is(folder: Path, tmp_path: Path, ending: str) -> None:
-    path = tmp_path / f"archive{ending}"
-    if ending == ".zip":
-        with zipfile.ZipFile(path, "w") as made:
-            for file in sorted(folder.rglob("*.txt"), reverse=True):
-                made.write(file, file.relative_to(folder).as_posix())
-            made.writestr("../outside.md", b"not to be written")
-    else:
-        with tarfile.open(path, "w:gz") as made:
-            made.add(folder, ".")
-            link = tarfile.TarInfo("link.txt")
-            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-            made.addfile(link)
-
-    def content(root: Path, most: int | None) -> dict[str, bytes]:
-        return {name.removeprefix("./"): raw for name, raw in read_files(root, ".txt", most)}
-
-    assert content(path, None) == content(folder, None)
-    assert 0 < sum(map(len, content(path, 3000).values())) <= 3000
-    broken = tmp_path / f"broken{ending}"
-    broken.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(ValueError, match=r"task.path: .*broken.* cannot be read"):
-        task(broken).check(16)
-
-
-def test_another_text_than_the_one_named_is_refused(folder: Path, tmp_path: Path) -> None:
-    lines = "".join(
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {name}\n" for name, path, _ in list_files(folder)
-    )
-    right = hashlib.sha256(lines.encode()).hexdigest()
-    assert task(folder, sha256=right.upper()).describe(16)["sha256"] == right
-    (folder / "part0" / "more.txt").write_text("more")
-    with pytest.raises(ValueError, match=rf"task.sha256 must be that of the text, [0-9a-f]* for .*, got '{right}'"):
-        task(folder, sha256=right).check(16)
-    book = tmp_path / "book.txt"
-    book.write_bytes(b"words " * 300)
-    task(book, sha256=hashlib.sha256(b"words " * 300).hexdigest()).check(16)
-    with pytest.raises(ValueError, match="sha256 must be a SHA-256 of 64 hexadecimal digits, got 'abc'"):
-        task(book, sha256="abc")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,15 @@ from torch import nn
 from attention_zoo import Transformer
 from attention_zoo.contract import Tokens
 from attention_zoo.tasks import IGNORED, Batch, Mqar, Text
+from attention_zoo.tracking import Trackers
 from attention_zoo.training.checkpoint import CheckpointError, OtherRun, load_checkpoint, pack, save_checkpoint, unpack
-from attention_zoo.training.evaluate import evaluate
+from attention_zoo.training.config import TrainerConfig
+from attention_zoo.training.evaluate import Evaluation, evaluate
+from attention_zoo.training.fit import History, _judge
 from attention_zoo.training.objective import token_losses
 from attention_zoo.training.optimizer import adamw, decay_groups
 from attention_zoo.training.precision import Precision
+from attention_zoo.training.progress import Progress
 from attention_zoo.training.schedule import constant, warmup_cosine
 from attention_zoo.training.seed import random_state, restore_random_state, seed_all
 from attention_zoo.training.streams import Stream
@@ -300,3 +305,22 @@ def test_weights_that_do_not_fit_are_named(text: Text) -> None:
     del state["model"]["embedding.weight"]
     with pytest.raises(CheckpointError, match=r"x.pt lacks the weight embedding.weight"):
         trainer(model(), text).load_state_dict(state, "x.pt")
+
+
+def test_a_loss_that_begins_as_nan_is_no_matter_of_the_learning_rate(text: Text) -> None:
+    net = model()
+    with torch.no_grad():
+        next(iter(net.parameters()))[ord("a")] = float("nan")
+    with pytest.raises(
+        NotFinite, match=r"^the loss became nan at step 1, with the weights that .* began with: stopped$"
+    ):
+        trainer(net, text).step()
+
+
+def test_a_score_that_is_nan_says_what_is_known_beside_it() -> None:
+    found = Evaluation({"loss": 2.5, "strange": float("nan")}, [])
+    task, silent = SimpleNamespace(metric="strange", better="higher"), Progress("", 1, "none")
+    with pytest.raises(
+        NotFinite, match=r"^strange on the evaluation set became nan at step 3, beside loss 2.5: stopped$"
+    ):
+        _judge(found, History(), 3, task, TrainerConfig(), Trackers([]), silent)  # type: ignore[arg-type]

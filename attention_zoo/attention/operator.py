@@ -31,8 +31,8 @@ from attention_zoo.contract import Attention, Output, Source, Tokens, layer_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.ops.softmax.function import zeros_for
 
-TAPES: dict[int, tuple[Tensor, list[Tensor]]] = {}
-"""Output and inputs of the operator's calls whose backward has not come yet; empty after each training step."""
+TAPES: dict[int, tuple[Tensor, Tensor, list[Tensor]]] = {}
+"""Output, losses and inputs of the operator's calls whose backward has not come yet; empty after each training step."""
 _numbers = itertools.count()
 _TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe)
 
@@ -62,7 +62,7 @@ def one_operator(forward: Callable[..., Output]) -> Callable[..., Output]:
             return eager(self, x, tokens, state=state, source=source, choices=choices)
         kind = x.device.type
         parameters = list(self.parameters())
-        hidden, made, _ = torch.ops.attention_zoo.attend(
+        hidden, found, made, _ = torch.ops.attention_zoo.attend(
             x,
             [] if tokens is None else list(tokens),
             [] if source is None else [source.hidden, *source.tokens],
@@ -74,7 +74,9 @@ def one_operator(forward: Callable[..., Output]) -> Callable[..., Output]:
             torch.is_grad_enabled(),
         )
         losses: Callable[[], dict[str, Tensor]] = getattr(self, "losses", dict)
-        return Output(hidden, None, losses(), made if self.choices_shape(*x.shape[:2]) else None)
+        made_of_tokens = dict(zip(self.token_losses, found.unbind()))
+        made = made if self.choices_shape(*x.shape[:2]) else None
+        return Output(hidden, None, {**losses(), **made_of_tokens}, made)
 
     return guarded
 
@@ -119,7 +121,7 @@ def _recording(record: bool) -> Iterator[None]:
 # schemas are written out: they cannot be read from annotations that a run-time checker has wrapped
 _SCHEMA = (
     "(Tensor x, Tensor[] tokens, Tensor[] source, Tensor[] choices, Tensor[] parameters, bool[] learns, SymInt layer, "
-    "ScalarType? autocast, bool record) -> (Tensor, Tensor, Tensor)"
+    "ScalarType? autocast, bool record) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -134,8 +136,10 @@ def _attend(
     layer: int,
     autocast: torch.dtype | None,
     record: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, choices (empty where there are none) and the number of the tape.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, losses of tokens, choices and the number of the tape.
+
+    Losses are 0 where the call makes none, choices empty.
 
     Args:
         tokens, source, choices: empty where the call has none.
@@ -163,13 +167,15 @@ def _attend(
                 "choices": choices[0] if choices else None,
             },
         )
+        zero = torch.zeros((), dtype=torch.float32, device=x.device)
+        losses = torch.stack([zero, *(out.losses.get(name, zero).float() for name in module.token_losses)])[1:]
     tape = torch.tensor([next(_numbers)])
     if record:
         number = int(tape)
-        TAPES[number] = (out.hidden, [x, *source[:1], *parameters])
+        TAPES[number] = (out.hidden, losses, [x, *source[:1], *parameters])
         weakref.finalize(tape.untyped_storage(), TAPES.pop, number, None)
     made = x.new_empty(0, dtype=torch.int32) if out.choices is None else out.choices.contiguous()
-    return out.hidden.detach().contiguous(), made, tape
+    return out.hidden.detach().contiguous(), losses.detach().clone(), made, tape
 
 
 @_attend.register_fake
@@ -179,15 +185,18 @@ def _(x, tokens, source, choices, parameters, learns, layer, autocast, record):
     shape = layer_of(layer).choices_shape(*x.shape[:2]) or (0,)
     return (
         torch.empty_like(x, dtype=autocast or x.dtype, memory_format=torch.contiguous_format),
+        x.new_empty(len(layer_of(layer).token_losses), dtype=torch.float32),
         x.new_empty(shape, dtype=torch.int32),
         torch.empty(1, dtype=torch.int64),
     )
 
 
 @torch.library.custom_op(
-    "attention_zoo::attend_backward", mutates_args=(), schema="(Tensor grad, Tensor tape, Tensor[] inputs) -> Tensor[]"
+    "attention_zoo::attend_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor losses, Tensor tape, Tensor[] inputs) -> Tensor[]",
 )
-def _attend_backward(grad: Tensor, tape: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+def _attend_backward(grad: Tensor, losses: Tensor, tape: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     """Gradients of x, the source's hidden states if there are any, and the parameters; zeros where there is none."""
     found = TAPES.pop(int(tape), None)
     if found is None:
@@ -195,10 +204,12 @@ def _attend_backward(grad: Tensor, tape: Tensor, inputs: list[Tensor]) -> list[T
             "compiled attention keeps what backward needs for one backward only; run it without torch.compile to go "
             "back twice, or to call one layer twice on the same tensor"
         )
-    out, leaves = found
+    *made, leaves = found
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     with _recording(True):
-        gradients = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
+        roots = [(each, back) for each, back in zip(made, (grad, losses)) if each.requires_grad]
+        outputs, backs = zip(*roots)
+        gradients = iter(torch.autograd.grad(outputs, wanted, backs, allow_unused=True))
     found_all = [next(gradients) if leaf.requires_grad else None for leaf in leaves]
     return [
         torch.zeros_like(leaf, memory_format=torch.contiguous_format) if gradient is None else gradient.contiguous()
@@ -207,20 +218,20 @@ def _attend_backward(grad: Tensor, tape: Tensor, inputs: list[Tensor]) -> list[T
 
 
 @_attend_backward.register_fake
-def _(grad, tape, inputs):
+def _(grad, losses, tape, inputs):
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     x, tokens, source, choices, parameters, learns, *_ = inputs
-    ctx.save_for_backward(output[2], x, *source[:1], *parameters)
-    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(output[3], x, *source[:1], *parameters)
+    ctx.mark_non_differentiable(output[2], output[3])
     ctx.lengths, ctx.learns = (len(tokens), len(source), len(choices)), learns
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor, losses: Tensor, *_: Tensor) -> tuple[Any, ...]:
     tape, *inputs = ctx.saved_tensors
-    dx, *rest = torch.ops.attention_zoo.attend_backward(grad.contiguous(), tape, inputs)
+    dx, *rest = torch.ops.attention_zoo.attend_backward(grad.contiguous(), losses.contiguous(), tape, inputs)
     tokens, source, choices = ([None] * length for length in ctx.lengths)
     if source:
         source[0] = rest.pop(0)

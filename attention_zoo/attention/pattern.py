@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from attention_zoo.attention.operator import one_operator, refuse_export
 from attention_zoo.contract import Attention, Output, Source, Tokens, at_least, known_options
+from attention_zoo.layout.by_heads import ByHeads
 from attention_zoo.layout.kernel import Kernel, check_name, choose, explain, kernels_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon, none
 from attention_zoo.layout.reach import Anywhere, Band, Reach
 from attention_zoo.ops.pattern.call import PatternCall, seen
 from attention_zoo.ops.pattern.choose import KERNELS
+from attention_zoo.ops.pattern.heads import SomeHeads, apart, groups_of, merge, query_heads, reach_by_head, split
 from attention_zoo.ops.softmax.function import watch, zeros_for
 from attention_zoo.place import place_of
 from attention_zoo.positions import ATTENTION_LEVEL
@@ -225,13 +227,23 @@ class PatternAttention(Attention):
 
     @property
     def keeps(self) -> tuple[Any, ...]:
-        return Columns, self.kv_heads, self.head_width
+        return (Columns, ByHeads), self.kv_heads, self.head_width
 
-    def initial_state(self, batch_size: int) -> Columns:
+    def initial_state(self, batch_size: int) -> Columns | ByHeads:
+        """As of `Layer`; columns by groups of heads where heads reach differently far."""
         at_least(0, batch_size=batch_size)
         device, dtype = place_of(self)
-        empty = torch.zeros(batch_size, self.kv_heads, 0, self.head_width, device=device, dtype=dtype)
-        return Columns.of(none(batch_size, device), empty, empty)
+        ledger = none(batch_size, device)
+
+        def empty(heads: int) -> Columns:
+            zeros = torch.zeros(batch_size, heads, 0, self.head_width, device=device, dtype=dtype)
+            return Columns.of(ledger, zeros, zeros)
+
+        back = None if self.computes_apart else reach_by_head(self.reach)
+        if back is None:
+            return empty(self.kv_heads)
+        groups = groups_of(back, self.heads // self.kv_heads, self.tile)
+        return ByHeads(tuple(empty(len(heads)) for heads in groups), groups)
 
     def forward(
         self,
@@ -255,10 +267,12 @@ class PatternAttention(Attention):
         return self._attended(x, layout, state, source)
 
     def _attended(
-        self, x: Tensor, layout: Layout, state: Columns | None = None, source: Source | None = None
+        self, x: Tensor, layout: Layout, state: Columns | ByHeads | None = None, source: Source | None = None
     ) -> Output:
         q = self._heads(self.to_q(x))
         layout = self._marked(layout)
+        if isinstance(state, ByHeads):
+            return self._attended_by_heads(x, self.scheme.rotate(q, layout.position), layout, state)
         if self.cross:
             new = held = self._source_keys(state, source)
         else:
@@ -276,11 +290,41 @@ class PatternAttention(Attention):
         hidden = self.to_out(rearrange(out, "b h l d -> b l (h d)"))
         return Output(hidden, None if state is None else new, self.losses())
 
-    def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Columns) -> Columns:
+    def _attended_by_heads(self, x: Tensor, q: Tensor, layout: Layout, state: ByHeads) -> Output:
+        """With a state whose groups of heads hold columns of their own: a call for each."""
+        patterns, groups = self._groups(state)
+        held, outs = self._append_by_heads(state, layout, *self._own_keys(x, layout)), []
+        for pattern, some, part in zip(patterns, split(q, groups), held.parts):
+            k, v = part.held
+            call = PatternCall(
+                pattern, some, k, v, layout, part.tokens, self.scale, self.bias_parameters(), columns=part
+            )
+            outs.append(watch(self._run(call, self.kernel), call.keys))
+        hidden = self.to_out(rearrange(merge(outs, groups), "b h l d -> b l (h d)"))
+        new = held.settle(layout, horizons=[self._horizon_of(pattern.reach) for pattern in patterns])
+        return Output(hidden, new, self.losses())
+
+    def _groups(self, state: ByHeads) -> tuple[list[SomeHeads], list[tuple[int, ...]]]:
+        """What each group of a state's heads sees by now, and its query heads."""
+        groups = [query_heads(heads, self.heads // self.kv_heads) for heads in state.heads]
+        return [SomeHeads(self, heads) for heads in groups], groups
+
+    def _append_by_heads(self, state: ByHeads, layout: Layout, k: Tensor, v: Tensor) -> ByHeads:
+        horizons = [self._horizon_of(pattern.reach) for pattern in self._groups(state)[0]]
+        if layout.any_global:
+            for part, horizon in zip(state.parts, horizons):
+                self._refuse_late(part, layout, horizon)
+        return state.append(layout, split(k, state.heads), split(v, state.heads), horizons=horizons)
+
+    def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Columns | ByHeads) -> Columns | ByHeads:
         """See `Attention`: keys and values alone."""
         x, layout = self.enter(x, tokens, state, None)
         layout = self._marked(layout)
-        return self._append(state, layout, *self._own_keys(x, layout)).settle(layout, horizon=self._horizon)[0]
+        k, v = self._own_keys(x, layout)
+        if isinstance(state, ByHeads):
+            horizons = [self._horizon_of(pattern.reach) for pattern in self._groups(state)[0]]
+            return self._append_by_heads(state, layout, k, v).settle(layout, horizons=horizons)
+        return self._append(state, layout, k, v).settle(layout, horizon=self._horizon)[0]
 
     def _marked(self, layout: Layout) -> Layout:
         return layout if type(self).mark is PatternAttention.mark else layout.marked(self.mark)
@@ -302,26 +346,34 @@ class PatternAttention(Attention):
     def _run(self, call: PatternCall, kernel: str) -> Float[Tensor, "B H L D"]:
         if not (call.q.numel() and call.k.numel()):
             return zeros_for(call.q, (call.q, call.k, call.v))
-        return choose(self.name, self.kernels, kernel, call).run(call)
+        parts = None if kernel == "dense" else apart(call)
+        if parts is None:
+            return choose(self.name, self.kernels, kernel, call).run(call)
+        return merge([choose(self.name, self.kernels, kernel, each).run(each) for each in parts[0]], parts[1])
 
     @property
     def _horizon(self) -> Horizon:
         """What a later token may still see."""
-        far, first = self.reach.farthest, self.reach.first
+        return self._horizon_of(self.reach)
+
+    def _horizon_of(self, reach: Reach) -> Horizon:
+        far, first = reach.farthest, reach.first
         return Horizon() if far is None else Horizon(far, first=first, most=far + first)
 
     def _append(self, state: Columns, layout: Layout, k: Tensor, v: Tensor) -> Columns:
         forgets = self.computes_apart or self.reach.farthest is not None
-        if state.filled and forgets and layout.any_global:
-            self._refuse_late(state, layout)
+        if forgets and layout.any_global:
+            self._refuse_late(state, layout, self._horizon)
         return state.append(layout, k, v, horizon=self._horizon)
 
-    def _refuse_late(self, state: Columns, layout: Layout) -> None:
+    def _refuse_late(self, state: Columns, layout: Layout, horizon: Horizon) -> None:
         """Global tokens in a document that earlier calls began: the keys that they must see may be forgotten."""
+        if not state.filled:
+            return
         held, new = state.ledger.host, layout.host
         late = new.is_global & new.valid & (new.document == held.last_document)
         if not self.computes_apart:  # with projections of their own they need all of their keys in the call
-            forgotten = (self._horizon.live(held) & held.valid).sum(1) < held.next_position
+            forgotten = (horizon.live(held) & held.valid).sum(1) < held.next_position
             late = late & forgotten[:, None]
         if bool(np.any(late)):
             raise Unsupported(

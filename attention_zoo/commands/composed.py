@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from attention_zoo.commands.help import page
 from attention_zoo.commands.launch import DEBUG, FAILED, OK, ending, say
-from attention_zoo.commands.refusals import choices, flags, of_hydra
+from attention_zoo.commands.refusals import choices, flags, of_hydra, of_sweep
 from attention_zoo.commands.work import COMMANDS, Outcome
 from attention_zoo.searchpath import register
 from attention_zoo.settings import one_line, said_of
@@ -54,7 +54,7 @@ def run(name: str, words: Sequence[str], program: str) -> int:
             line = of_hydra(error) or one_line(error)
             if line is None:
                 raise
-            raise ValueError(said_of(line, overrides)) from error
+            raise ValueError(said_of(of_sweep(line, overrides), overrides)) from error
     outcomes = returned or job.outcomes
     for outcome in outcomes:
         # a job in another process or on another machine told it there, if anywhere

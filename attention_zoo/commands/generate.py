@@ -61,6 +61,8 @@ def run(words: Sequence[str], program: str) -> None:
     model = zoo.load(path, device=given.device)
     if getattr(model, "vocab", None) != 256:
         raise ValueError(f"{path}: generate writes bytes and needs a model over them (task=text)")
+    if given.eos is not None and not 0 <= given.eos < 256:
+        raise ValueError(f"--eos must be a byte, 0 to 255, got {given.eos}")
     ids = torch.tensor([list(prompt)], device=given.device)
     options = {"steps": given.steps, "eos": given.eos, "cached": model.carries, "prefill_chunk": given.prefill_chunk}
     options |= {"source": _source(model, given.source), **_choosing(given)}

@@ -22,8 +22,6 @@ OK, FAILED, REFUSED = 0, 1, 2
 DEBUG = "HYDRA_FULL_ERROR"
 """Set to 1 in the environment it shows the traceback of every error, Hydra's and ours alike."""
 
-_NAMED = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-
 
 def launch(work: Callable[[], Any]) -> int:
     """Do the work of a command; returns its exit code.
@@ -86,18 +84,18 @@ def say(line: str) -> None:
 
 def ending(error: BaseException) -> tuple[int, str]:
     """The exit code that an exception stands for, and what to say of it."""
-    from attention_zoo.measure.ends import ran_out_of_memory
+    from attention_zoo.measure.ends import ran_out_of_memory, was_refused
 
     if (line := of_hydra(error)) is not None:
         return REFUSED, line
     text = str(error) or type(error).__name__
+    code = REFUSED if was_refused(error) else FAILED
     if isinstance(error, ImportError):
-        return REFUSED, missing_package(error)
+        return code, missing_package(error)
     if isinstance(error, ValueError):
-        return REFUSED, text
+        return code, text
     if isinstance(error, OSError):
-        # what the command line named cannot be used; a full disk or a broken one comes later, and is no word of it
-        return (REFUSED if isinstance(error, _NAMED) else FAILED), _of_system(error)
+        return code, _of_system(error)
     if ran_out_of_memory(error):
         return FAILED, f"out of memory: {text.splitlines()[0]}"
     return FAILED, f"{type(error).__name__}: {text[:500]} ({DEBUG}=1 shows where)"

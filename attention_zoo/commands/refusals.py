@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from importlib.resources import files
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Sweep
@@ -54,8 +55,7 @@ def choices(overrides: Sequence[str]) -> None:
     parser = OverridesParser.create()
     for override in overrides:
         key, _, given = override.partition("=")
-        folder = files("attention_zoo.conf").joinpath(name := key.lstrip("+").partition("@")[0])
-        if not name.isidentifier() or not folder.is_dir():
+        if (folder := _folder(name := key.lstrip("+").partition("@")[0])) is None:
             continue
         try:
             value = parser.parse_override(override).value()
@@ -69,6 +69,28 @@ def choices(overrides: Sequence[str]) -> None:
             raise ValueError(
                 f"{name} must be one of {', '.join(known)}, got {given}; one option is {name}.OPTION={given}"
             )
+
+
+def _folder(group: str) -> Any:
+    """The folder of a group's choices; None for what is no group."""
+    folder = files("attention_zoo.conf").joinpath(group)
+    return folder if group.isidentifier() and folder.is_dir() else None
+
+
+def of_sweep(line: str, overrides: Sequence[str]) -> str:
+    """The line; or, where it is about an option of a group whose choice is swept, how such an option is written: Hydra
+    looks it up in the default choice, before there are jobs."""
+    parser = OverridesParser.create()
+    for override in overrides:
+        key = override.lstrip("+").partition("=")[0]
+        group = key.partition(".")[0]
+        if group == key or override.startswith("++") or key not in line or _folder(group) is None:
+            continue
+        chosen = [other for other in overrides if other.partition("=")[0].lstrip("+") == group]
+        if chosen and isinstance(parser.parse_override(chosen[-1]).value(), Sweep):
+            word = override.lstrip("+")
+            return f"{key} is looked up in the default {group} while {group} is swept: write ++{word}"
+    return line
 
 
 def missing_package(error: ImportError) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from attention_zoo.commands.launch import FAILED, OK
+from attention_zoo.commands.launch import FAILED, OK, REFUSED
 from attention_zoo.settings import settings
 
 
@@ -49,10 +49,12 @@ def _train(composed: DictConfig) -> Outcome:
     from attention_zoo.training.config import plain
     from attention_zoo.training.run import report_line, run_folder, run_training, show
 
-    config = plain(composed, HydraConfig.get().runtime.choices.get("attention"))
+    config = plain(composed, HydraConfig.get())
     folder = run_folder(config)
     row = run_training(config, folder)
-    return Outcome() if show(row, folder) else Outcome(FAILED, report_line(row, folder), told=True)
+    if show(row, folder):
+        return Outcome()
+    return Outcome(REFUSED if row.get("refused") else FAILED, report_line(row, folder), told=True)
 
 
 def _benchmark(composed: DictConfig) -> Outcome:
@@ -90,8 +92,11 @@ def _evaluate(composed: DictConfig) -> Outcome:
 
 
 def _outcome(rows: Iterable[Mapping[str, Any]]) -> Outcome:
+    rows = list(rows)
     words = failures(rows)
-    return Outcome(FAILED, words) if words else Outcome()
+    # of trainings that cannot be meant: nothing else went wrong
+    refused = not failures([row for row in rows if not row.get("refused")])
+    return Outcome(REFUSED if refused else FAILED, words) if words else Outcome()
 
 
 WORDS = {"speed": "cells", "peer": "matches", "budget": "budgets", "quality": "trainings", "portrait": "pictures"}

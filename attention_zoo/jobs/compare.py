@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -42,6 +42,7 @@ from attention_zoo.schemas import store
 from attention_zoo.settings import one_line
 from attention_zoo.training.config import check, compose_training
 
+Made = TypeVar("Made")
 SILENCE_S = 20.0
 """Without a terminal, a line at least this often while trainings go on."""
 
@@ -69,11 +70,28 @@ class TrainingPlan:
 
 
 @dataclass
+class Variant:
+    """A backend under a name of its own, with options, or in a model, that are not its defaults. It is trained beside
+    the others; layers are measured of backends alone.
+
+    Fields:
+        backend: which.
+        options: its own options, over those that a plan gives it.
+        set: values of conf/train.yaml that differ, as in `TrainingPlan`: {model: {shorten: "1@1 2@4 1@1"}}.
+    """
+
+    backend: Text
+    options: dict[str, Any] = field(default_factory=dict)
+    set: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class CompareConfig:
     """conf/compare.yaml.
 
     Fields:
-        backends: names; null takes every registered one.
+        backends: names of backends, or of `variants`; null takes every registered one.
+        variants: name -> a backend that is trained under that name with options of its own.
         measure: the cells, as conf/benchmark.yaml; its backends and output are those of the comparison.
         trainings: name -> what to train on.
         seeds: each training is run with each; two or more allow a ranking.
@@ -87,6 +105,7 @@ class CompareConfig:
     """
 
     backends: list[Text] | None = None
+    variants: dict[str, Any] = field(default_factory=dict)  # Variant
     measure: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     trainings: dict[str, Any] = field(default_factory=dict)  # TrainingPlan; untyped, so that a word may add one
     seeds: list[SeedOfRun] = field(default_factory=lambda: [0])
@@ -98,18 +117,34 @@ class CompareConfig:
     output: Text = "runs/compare"
 
     def __post_init__(self) -> None:
-        self.trainings = {str(name): _plan(str(name), plan) for name, plan in self.trainings.items()}
+        self.trainings = {
+            str(name): _plan(TrainingPlan, f"trainings.{name}", plan, "{task: text, model: tiny}")
+            for name, plan in self.trainings.items()
+        }
+        self.variants = {
+            str(name): _plan(Variant, f"variants.{name}", given, "{backend: longformer, options: {window: 64}}")
+            for name, given in self.variants.items()
+        }
 
     def names(self) -> list[str]:
-        """The backends, each known.
+        """The backends and variants, each known.
 
         Raises:
-            ValueError: for an unknown one, listing those that there are.
+            ValueError: for an unknown one, listing those that there are; or a variant that is called as a backend is.
         """
+        for name, variant in self.variants.items():
+            registry.recipe(variant.backend, option=f"variants.{name}.backend")
+            if name in (*registry.available(), *registry.wrappers()):
+                raise ValueError(f"variants must have names of their own, got {name}, which is a backend's")
         given = list(registry.available()) if self.backends is None else list(self.backends)
         for name in given:
-            registry.recipe(name, option="backends")
+            if name not in self.variants:
+                registry.recipe(name, option="backends")
         return given
+
+    def measured(self) -> list[str]:
+        """Those of `names` that are backends."""
+        return [name for name in self.names() if name not in self.variants]
 
     def runs(self, steps: Mapping[str, int] | None = None) -> list[Run]:
         """Every training, one backend after the other within a task, so that a task is complete early.
@@ -126,9 +161,9 @@ class CompareConfig:
         """The same by plan."""
         check_fields(CompareConfig, self)
         found: dict[str, list[Run]] = {}
-        _check_options("small", self.small)
+        _check_options("small", self.small, self.variants)
         for task, plan in self.trainings.items():
-            _check_options(f"trainings.{task}.options", plan.options)
+            _check_options(f"trainings.{task}.options", plan.options, self.variants)
             shared = _shared(task, plan)
             if plan.seconds is not None and "steps" in plan.set:
                 raise ValueError(
@@ -139,41 +174,54 @@ class CompareConfig:
             found[task] = []
             for seed in self.seeds:
                 for name in self.names():
-                    options = {**registry.recipe(name)[1], **(plan.options.get(name) or {})}
-                    config = check({**shared, "seed": seed, "backend": name, "attention": _built(name, options)})
-                    found[task].append(Run(f"{task}-{name}-s{seed}", config))
+                    variant = self.variants.get(name) or Variant(name)
+                    given = [plan.options.get(each) or {} for each in dict.fromkeys((variant.backend, name))]
+                    options = [registry.recipe(variant.backend)[1], given[0], variant.options, *given[1:]]
+                    config = {
+                        **_with(shared, variant.set, f"variants.{name}"),
+                        "seed": seed,
+                        "backend": name,
+                        "attention": _built(variant.backend, {k: v for each in options for k, v in each.items()}),
+                    }
+                    found[task].append(Run(f"{task}-{name}-s{seed}", check(config)))
         return found
 
 
-def _plan(name: str, given: Any) -> TrainingPlan:
-    """A plan from a mapping; a key that it does not know is refused."""
-    if isinstance(given, TrainingPlan):
+def _plan(kind: type[Made], name: str, given: Any, example: str) -> Made:
+    """A plan or variant from a mapping; a key that it does not know is refused."""
+    if isinstance(given, kind):
         return given
     if not isinstance(given, Mapping):
-        raise ValueError(f"trainings.{name} must be a mapping such as {{task: text, model: tiny}}, got {shown(given)}")
+        raise ValueError(f"{name} must be a mapping such as {example}, got {shown(given)}")
     try:
-        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainingPlan), given))
+        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise ValueError(f"trainings.{name}: {one_line(error) or error}") from None
-    return cast(TrainingPlan, made)
+        raise ValueError(f"{name}: {one_line(error) or error}") from None
+    return cast(Made, made)
 
 
 def _shared(name: str, plan: TrainingPlan) -> dict[str, Any]:
     """What the trainings of a plan have in common; a key that conf/train.yaml does not know is refused."""
     chosen = [f"task={plan.task}", f"model={plan.model}", f"tracker={plan.tracker}", "trainer.progress=none"]
-    base = OmegaConf.create(compose_training(chosen))
-    OmegaConf.set_struct(base, True)
+    return _with(compose_training(chosen), plan.set, f"trainings.{name}")
+
+
+def _with(base: Mapping[str, Any], values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A training's config with some values that differ."""
+    known = OmegaConf.create(dict(base))
+    OmegaConf.set_struct(known, True)
     try:
-        merged = OmegaConf.merge(base, plan.set)
+        merged = OmegaConf.merge(known, values)
     except OmegaConfBaseException as error:
-        raise ValueError(f"trainings.{name}.set: {one_line(error)}") from None
+        raise ValueError(f"{name}.set: {one_line(error)}") from None
     return OmegaConf.to_container(merged)  # type: ignore[return-value]
 
 
-def _check_options(key: str, options: Mapping[str, Any]) -> None:
+def _check_options(key: str, options: Mapping[str, Any], variants: Mapping[str, Any]) -> None:
     """Refuse options of what is no backend, and what cannot be options; a backend that takes no part may have some."""
     for name in options:
-        registry.recipe(name, option=f"a key of {key}")
+        if name not in variants:
+            registry.recipe(name, option=f"a key of {key}")
     check_mappings(key, options)
 
 
@@ -204,7 +252,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
     """
     console = console or Console()
     folder, began = output_folder(config.output), time.monotonic()
-    config.measure.backends, config.measure.output = config.names(), config.output
+    config.measure.backends, config.measure.output = config.measured(), config.output
     config.measure.retry = config.retry or config.measure.retry
     cells, runs = config.measure.cells(), config.runs()
     with owning(folder):
@@ -280,7 +328,7 @@ class _Job:
     def _picture(self) -> None:
         """Each in a process of its own: a mechanism may end the one that it runs in."""
         with Nursery() as nursery:
-            for name in self.config.names():
+            for name in self.config.measured():
                 length = self.config.picture_length
                 given = {"name": name, "options": self.config.small.get(name), "length": length}
                 found = nursery.call(

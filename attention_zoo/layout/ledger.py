@@ -277,6 +277,12 @@ class Columns(NamedTuple):
         return self.ledger.filled
 
     @property
+    def holds(self) -> tuple[int, ...]:
+        """The shape of the first buffer without its columns: [B, ..., D]."""
+        shape = self.buffers[0].shape
+        return *shape[:-2], shape[-1]
+
+    @property
     def held(self) -> tuple[Tensor, ...]:
         """[B, ..., filled, D], views."""
         return tuple(buffer.narrow(-2, 0, self.filled) for buffer in self.buffers)

@@ -101,11 +101,17 @@ def visible(queries: Layout, *keys: Layout, reach: Reach, causal: bool) -> Visib
 
 
 def _seen(queries: Layout, keys: Layout, reach: Reach, causal: bool) -> Seen:
-    mine, theirs = queries.host, keys.host
-    low = np.full(mine.position.shape, -1) if reach.farthest is None or reach.first else mine.position - reach.farthest
+    mine = queries.host.position
+    low = np.full(mine.shape, -1) if reach.farthest is None or reach.first else mine - reach.farthest
     ahead = 0 if causal else reach.farthest_ahead
+    far = int(max(keys.host.position.max(initial=0), mine.max(initial=0))) + 1
+    return between(queries, keys, low, np.full(mine.shape, far) if ahead is None else mine + ahead + 1)
+
+
+def between(queries: Layout, keys: Layout, low: Int[np.ndarray, "B L"], high: Int[np.ndarray, "B L"]) -> Seen:
+    """For each query the keys of its document at positions from `low` up to `high`, without it."""
+    mine, theirs = queries.host, keys.host
     far = int(max(theirs.position.max(initial=0), mine.position.max(initial=0))) + 1
-    high = np.full(mine.position.shape, far) if ahead is None else mine.position + ahead
     stride = far + 2
     # documents are counted: ids may be any, and too large to multiply
     known = np.union1d(mine.document, theirs.document)
@@ -114,8 +120,8 @@ def _seen(queries: Layout, keys: Layout, reach: Reach, causal: bool) -> Seen:
     first, stop = np.zeros_like(mine.position), np.zeros_like(mine.position)
     for row in range(len(first)):
         base = np.searchsorted(known, mine.document[row]) * stride
-        first[row] = np.searchsorted(place[row], base + low[row].clip(min=0))
-        stop[row] = np.searchsorted(place[row], base + high[row].clip(max=far), side="right")
+        first[row] = np.searchsorted(place[row], base + low[row].clip(0, far + 1))
+        stop[row] = np.searchsorted(place[row], base + high[row].clip(0, far + 1))
     stop = np.where(mine.valid, np.maximum(stop, first), first)
     return Seen(keys, first, stop)
 

@@ -96,6 +96,15 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return error.__cause__ is not None and ran_out_of_memory(error.__cause__)
 
 
+NAMED = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""What the system says of a path that cannot be used; a full disk or a broken one comes later, and is no word of it."""
+
+
+def was_refused(error: BaseException) -> bool:
+    """Whether an exception, raised before there was any work to do, means that what was asked for cannot be meant."""
+    return isinstance(error, (ValueError, ImportError, *NAMED))
+
+
 def ending(error: BaseException) -> Ended:
     """Of work that ended in an exception."""
     status: Status = "oom" if ran_out_of_memory(error) else "failed"

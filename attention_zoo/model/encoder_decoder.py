@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from attention_zoo.contract import Source, Tokens, add_losses
 from attention_zoo.layout.layout import Layout
+from attention_zoo.model.output import ModelOutput
 from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.state import Running
-from attention_zoo.model.transformer import ModelOutput, Transformer
+from attention_zoo.model.transformer import Transformer
 from attention_zoo.options import checked
 from attention_zoo.rules import shown
 

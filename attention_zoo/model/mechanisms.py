@@ -107,7 +107,8 @@ def _checked(entry: Entry, defaults: Mapping[str, Any]) -> Entry:
         return entry
     assert entry.cls is not None
     known = {**registry.options_of_class(entry.cls), **defaults, **entry.options}
-    if isinstance(inner := known["inner"], Layer):
+    inner = entry.cls.inside_of(known)  # type: ignore[attr-defined]  # a wrapper's
+    if isinstance(inner, Layer):
         return entry._replace(plain=None)
     if inner is None:
         raise ValueError(f"inner must name the mechanism that {entry.cls.name} stands around, got None")

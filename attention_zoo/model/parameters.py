@@ -30,13 +30,18 @@ def unequal(counts: Mapping[str, int], tolerance: float = 0.10) -> list[str]:
 
 
 def current_names(weights: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Weights by their names today. Global tokens once stood beside the stack as `extra`, now they stand around it."""
-    old, stack = f"{prefix}extra.", f"{prefix}stack."
-    if f"{old}embedding" not in weights:
-        return dict(weights)
+    """Weights by their names today.
+
+    Global tokens once stood beside the stack as `extra`, now they stand around it; a gated convolution's taps were its
+    `conv.weight`.
+    """
+    old, stack, gated = f"{prefix}extra.", f"{prefix}stack.", "body.layers.0.conv.weight"
+    moved = f"{old}embedding" in weights
     renamed = {}
     for name, value in weights.items():
-        if name.startswith(stack):
+        if name.endswith(gated) and value.ndim == 2:
+            name = f"{name.removesuffix('conv.weight')}weight"
+        if moved and name.startswith(stack):
             name = f"{stack}inner.{name.removeprefix(stack)}"
-        renamed[f"{stack}{name.removeprefix(old)}" if name.startswith(old) else name] = value
+        renamed[f"{stack}{name.removeprefix(old)}" if moved and name.startswith(old) else name] = value
     return renamed

@@ -34,21 +34,23 @@ class Recent(NamedTuple):
     tokens: Tokens
 
 
-class ShortConvolution(Layer):
-    """Depthwise and causal, added to its input.
+class Convolution(Layer):
+    """Depthwise and causal. Subclasses say what is made of the mix.
 
     Args:
         dim: model width E.
         width: number of taps: the token itself and the width - 1 before it.
-        added: whether the input is added.
     """
 
-    @checked
-    def __init__(self, *, dim: Positive, width: Annotated[Positive, Field(title="short_conv")], added: bool = True):
+    def __init__(self, *, dim: int, width: int):
         super().__init__()
-        self.dim, self.width, self.added = dim, width, added
+        self.dim, self.width = dim, width
         self.weight = nn.Parameter(torch.empty(width, dim))
         nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
+
+    def joined(self, x: Float[Tensor, "B L E"], mixed: Float[Tensor, "B L E"]) -> Float[Tensor, "B L E"]:
+        """The output, from the input and its mix."""
+        raise NotImplementedError
 
     def initial_state(self, batch_size: int) -> Recent:
         device, dtype = place_of(self)
@@ -65,7 +67,7 @@ class ShortConvolution(Layer):
         choices: Any = None,
     ) -> Output:
         if tokens is None or (isinstance(tokens, Layout) and tokens.implied and state is None):
-            return Output(self._added(x, self._mix(x, None)))
+            return Output(self.joined(x, self._mix(x, None)))
         tokens = Layout.of(tokens)
         x = tokens.blanked(x)
         before = x.new_zeros(x.shape[0], 0, self.dim) if state is None else state.hidden
@@ -79,10 +81,7 @@ class ShortConvolution(Layer):
         if state is not None:
             columns, kept = keys.plan(("last", self.width), lambda: self._last(keys))
             new = Recent(hidden if columns is None else gathered(hidden, columns), kept)
-        return Output(self._added(x, mixed), new)
-
-    def _added(self, x: Tensor, mixed: Tensor) -> Tensor:
-        return x + mixed if self.added else mixed
+        return Output(self.joined(x, mixed), new)
 
     def _last(self, keys: Layout) -> tuple[Tensor | None, Layout]:
         """The columns that later tokens mix with, and what they are."""
@@ -117,34 +116,33 @@ class ShortConvolution(Layer):
         return mixed
 
 
-class GatedConvolution(Layer):
-    """A short convolution times a projection, added to the input.
+class ShortConvolution(Convolution):
+    """The mix is added to the input.
 
     Args:
-        dim: model width E.
-        width: see `ShortConvolution`.
+        dim, width: see `Convolution`.
+    """
+
+    @checked
+    def __init__(self, *, dim: Positive, width: Annotated[Positive, Field(title="short_conv")]):
+        super().__init__(dim=dim, width=width)
+
+    def joined(self, x: Tensor, mixed: Tensor) -> Tensor:
+        return x + mixed
+
+
+class GatedConvolution(Convolution):
+    """The mix times a projection is added to the input.
+
+    Args:
+        dim, width: see `Convolution`.
     """
 
     @checked(prefix="short_conv.")
     def __init__(self, *, dim: Positive, width: Positive = 3):
-        super().__init__()
-        self.conv = ShortConvolution(dim=dim, width=width, added=False)
+        super().__init__(dim=dim, width=width)
         self.bias = nn.Parameter(torch.zeros(dim))
         self.gate = nn.Linear(dim, dim)
 
-    def initial_state(self, batch_size: int) -> Recent:
-        return self.conv.initial_state(batch_size)
-
-    def forward(
-        self,
-        x: Float[Tensor, "B L E"],
-        tokens: Tokens | None = None,
-        *,
-        state: Recent | None = None,
-        source: Source | None = None,
-        choices: Any = None,
-    ) -> Output:
-        out = self.conv(x, tokens, state=state)
-        if tokens is not None:
-            x = Layout.of(tokens).blanked(x)
-        return out._replace(hidden=x + (out.hidden + self.bias) * self.gate(x))
+    def joined(self, x: Tensor, mixed: Tensor) -> Tensor:
+        return x + (mixed + self.bias) * self.gate(x)

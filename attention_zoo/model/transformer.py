@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -31,7 +31,6 @@ from attention_zoo.contract import (
     check_place,
     check_tokens,
     is_integers,
-    known_options,
     named,
     of_tensor,
     shown,
@@ -44,32 +43,17 @@ from attention_zoo.model.global_tokens import GlobalTokens, asked_for
 from attention_zoo.model.heads import POOLINGS, build_head, last_valid
 from attention_zoo.model.mechanisms import entries, layers, mechanisms, outer, wrapped
 from attention_zoo.model.norm import BatchNorm, build_norm, check_last_only
+from attention_zoo.model.output import ModelOutput
 from attention_zoo.model.parameters import current_names, parameter_count
 from attention_zoo.model.reversible import ReversibleStack
 from attention_zoo.model.state import Running
 from attention_zoo.model.wrapper import Nested, abilities_of
 from attention_zoo.options import Depth, Heads, Named, Positive, Probability, Seed, checked
 from attention_zoo.place import place_of
-from attention_zoo.positions import EMBEDDING_LEVEL
+from attention_zoo.positions import added_to_embeddings
 from attention_zoo.rules import OneOf
 
 ENDS = "false, true or both"
-
-
-class ModelOutput(NamedTuple):
-    """What a model returns.
-
-    Fields:
-        logits: [B, L, V] (lm), [B, L, C] (tokens), [B, C] (classify), `PretrainingLogits`, or None (hidden).
-        hidden: [B, L, E], after the last norm; finite at padding. 2E wide with `reversible="both"`.
-        state: None in, None out.
-        losses: auxiliary losses by name, weighted already.
-    """
-
-    logits: Any
-    hidden: Float[Tensor, "B L E"]
-    state: Any
-    losses: dict[str, Tensor]
 
 
 class Transformer(nn.Module):
@@ -173,7 +157,7 @@ class Transformer(nn.Module):
         self.embedding = build_embedding(embedding or {}, vocab=vocab, dim=dim, norm=norm)
         # said here, since an adapter may come to stand in the embedding's place
         self.types = 0 if self.embedding.types is None else self.embedding.types.num_embeddings
-        self.positions = self._build_positions(positions, max_length)
+        self.positions = added_to_embeddings(positions, dim=dim, max_length=max_length, causal=causal)
         stack: Layer = ReversibleStack(blocks, end=reversible) if reversible else Stack(blocks)
         if count := asked_for(made):
             stack = GlobalTokens(inner=stack, count=count, **shared)
@@ -185,19 +169,6 @@ class Transformer(nn.Module):
             head, self.embedding, dim=self.width, classes=classes, pooling=pooling, causal=causal, tied=tied, norm=norm
         )
         self.head_name, _ = named("head", head)
-
-    def _build_positions(self, positions: Named, max_length: int) -> nn.Module | None:
-        name, options = named("positions", positions)
-        scheme = EMBEDDING_LEVEL.get(name)
-        if scheme is None:
-            return None
-        known_options(f"positions={name}", options, scheme.options)
-        if self.causal and options.get("uncounted") is not None:
-            raise Unsupported(
-                f"positions={name}", "uncounted with causal=True", "a state does not remember which tokens counted",
-                "causal=False",
-            )  # fmt: skip
-        return scheme(dim=self.dim, max_length=max_length, **options)
 
     def train(self, mode: bool = True) -> Transformer:
         """See `torch.nn.Module.train`. Warns once of what the weights' origin has as `caution`."""

@@ -18,9 +18,9 @@ child once or often, and takes out what it put in. Its state is a tree, `Nested`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -81,12 +81,14 @@ class Wrapper(Attention):
 
     wraps = True
     is_layer: bool
+    usual: ClassVar[type[Attention]] = Full
+    """What stands inside by default, of whose abilities the class declares its own."""
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
         if "declared" in cls.__dict__:
             raise TypeError(f"{cls.__name__} must say abilities_around(inner), from which declared follows")
-        cls.declared = cls.abilities_around(Full.declared)
+        cls.declared = cls.abilities_around(cls.usual.declared)
 
     def __init__(self, *, inner: Any = "full", dim: Positive, heads: Heads, **shared: Any):
         check_target(type(self), shared)
@@ -112,6 +114,11 @@ class Wrapper(Attention):
             return listed[0].make(**{**shared, **listed[0].options})
         except Unsupported as error:
             raise self._refused(error) from None
+
+    @classmethod
+    def inside_of(cls, options: Mapping[str, Any]) -> Any:
+        """Which mechanisms stand inside, given all options: `inner`, unless a wrapper has another word for them."""
+        return options["inner"]
 
     @staticmethod
     def abilities_around(inner: Abilities) -> Abilities:

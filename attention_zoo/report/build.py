@@ -230,6 +230,7 @@ def _learning(tasks: list[Task], look: dict[str, Style], show: Any) -> str:
                     title=f"{metric_words(task.metric).capitalize()} while training",
                     note=f"{task.title}: on {during}.",
                 ) if share else None,
+                *(learning.readings(task, look, name) for name in learning.read(task)),
                 learning.trajectory(
                     task, look, "curve", x="step", title="Learning curve",
                     note=f"{task.title}: training loss, each point the mean since the point before.",

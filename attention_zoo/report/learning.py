@@ -215,5 +215,49 @@ def by_group(task: Task, styles: dict[str, Style], name: str) -> Chart | None:
     return Chart(f"group-{name}-{_slug(task)}", f"By {spoken(name)}", note, figure, Table(["", unit], cells), legend)
 
 
+def read(task: Task) -> list[str]:
+    """What the models said of themselves while they learnt: the last words of the names, each once."""
+    names = (name for each in task.learnt for row in each.rows for name in row.get("readings") or {})
+    return list(dict.fromkeys(map(_last, names)))
+
+
+def readings(task: Task, styles: dict[str, Style], what: str) -> Chart | None:
+    """What parts of a model said of themselves while it learnt, such as spans: a line for each head of each layer.
+
+    Args:
+        what: the last word of the names that are drawn.
+    """
+    figure = blank_figure("step", spoken(what))
+    legend, cells = [], []
+    for learnt in task.learnt:
+        style, drawn = pick(styles, learnt.label, learnt.backend), False
+        for row in learnt.rows:
+            places = {k.rpartition(".")[0]: v for k, v in (row.get("readings") or {}).items() if _last(k) == what}
+            for layer, points in enumerate(places.values(), 1):
+                steps, heads = [point[0] for point in points], list(zip(*(point[1:] for point in points)))
+                for head, values in enumerate(heads, 1):
+                    who = f"{learnt.label}, seed {row.get('seed')}, layer {layer}, head {head}"
+                    figure.add_scatter(
+                        x=steps, y=list(values), mode="lines" if len(steps) > 1 else "markers", name=learnt.label,
+                        legendgroup=learnt.label, line=line_of(style, 1.2), marker=marker_of(style, 5),
+                        hoverinfo="text",
+                        hovertext=[hover(who, f"step {a:,}: {units.fixed(b, 3)}") for a, b in zip(steps, values)],
+                    )  # fmt: skip
+                last = ", ".join(units.fixed(values[-1], 3) for values in heads)
+                cells.append([learnt.label, str(row.get("seed")), str(layer), last])
+                drawn = True
+        if drawn:
+            legend.append((learnt.label, Style(style.color, "none", style.dash)))
+    if not cells:
+        return None
+    note = f"{task.title}: one line for each head of each layer, as read at the evaluations."
+    table = Table(["", "seed", "layer", f"{spoken(what)} at the end, by head"], cells)
+    return Chart(f"readings-{what}-{_slug(task)}", spoken(what).capitalize(), note, figure, table, legend)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def _of_group(row: Row, name: str) -> list[list[float]]:
     return (row.get("by_group") or {}).get(name) or []

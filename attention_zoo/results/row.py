@@ -41,6 +41,8 @@ Above = Annotated[float, Field(gt=1e-18, le=1e18)]
 Curve = list[Annotated[list[Number], Field(min_length=2, max_length=2)]]
 Groups = list[Annotated[list[Number], Field(min_length=4, max_length=4)]]
 """Of scored answers: which, their accuracy, loss in nats and number."""
+Readings = list[Annotated[list[Number], Field(min_length=2)]]
+"""[step, number, ...] of what a part of the model says of itself, a number for each head."""
 Nested = dict[str, Any]
 
 
@@ -268,6 +270,7 @@ class Trained(TypedDict):
     peak_bytes: NotRequired[Count | None]
     curve: NotRequired[Curve | None]
     quality_curve: NotRequired[Curve | None]
+    readings: NotRequired[dict[str, Readings] | None]
     metrics: NotRequired[Scores | None]
     evaluations: NotRequired[dict[str, Scores] | None]
     loss_by_position: NotRequired[Curve | None]
@@ -290,11 +293,13 @@ class TrainingRow(Common, Trained):
         model_sha256: of model.safetensors, by which a later call knows that it is still whole.
         final: False where something in the run's surroundings failed (its folder, the disk), so that the next call
             tries again.
+        refused: True where the config cannot be meant: nothing was begun, and another try ends alike.
         notices: what went otherwise than asked and did not end the run.
         data: what the task says of its data.
     """
 
     final: NotRequired[bool | None]
+    refused: NotRequired[bool | None]
     notices: NotRequired[list[Words] | None]
     task: NotRequired[Name | None]
     seed: NotRequired[int | None]

@@ -66,11 +66,7 @@ class Brackets(Generated):
         self.classes, self.vocab = colours, CLOSE + 1 + 2 * colours
 
     def check(self, seq_len: int) -> None:
-        for length in (seq_len, *self.test):
-            if length < self.shortest:
-                raise ValueError(
-                    f"brackets: rows must have at least task.shortest={self.shortest} tokens, got {length}"
-                )
+        self.need(seq_len, self.shortest, "task.shortest")
 
     def draw(self, random: np.random.Generator, rows: int, length: int, **changes: Any) -> Batch:
         sizes = random.integers(self.shortest, length + 1, (rows, 1))

@@ -32,6 +32,8 @@ from attention_zoo.tasks.corpus import File
 
 METHODS = ("head", "head_tail", "chunks", "extractive")
 NEIGHBOURS = 8
+CHUNK = 64
+"""Bytes of a piece, where nothing else is said."""
 ROWS = 512
 """Sentences whose similarities to all others are held at a time."""
 SENTENCE = re.compile(rb"""[^\n]*?[.!?]["')\]]*\s+|[^\n]*\n\s*|[^\n]+\Z""")
@@ -66,19 +68,23 @@ class Kept(NamedTuple):
 
 
 @checked(prefix="task.compress.")
-def compression(*, method: Annotated[str, OneOf(*METHODS)], budget: Positive, chunk: Positive = 64) -> Compression:
+def compression(
+    *, method: Annotated[str, OneOf(*METHODS)], budget: Positive, chunk: Positive | None = None
+) -> Compression:
     """The choice of a method, checked.
 
     Raises:
-        ValueError: for a wrong option, or a method whose packages are not installed.
+        ValueError: for a wrong option, one that the method has no use for, or a method whose packages are not there.
     """
+    if chunk is not None and method != "chunks":
+        raise ValueError(f"task.compress.chunk belongs to method=chunks and to no other, got {chunk} for {method}")
     missing = [name for name in ("sklearn", "networkx") if importlib.util.find_spec(name) is None]
     if method == "extractive" and missing:
         raise ValueError(
             f"task.compress.method=extractive needs {' and '.join(missing)}, which is not installed: "
             f"pip install 'attention-zoo[text]'"
         )
-    return Compression(method, budget, chunk)
+    return Compression(method, budget, chunk or CHUNK)
 
 
 def compressed(documents: Sequence[File], how: Compression) -> tuple[list[File], Kept]:

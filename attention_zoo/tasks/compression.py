@@ -29,6 +29,7 @@ from torch import Tensor
 
 from attention_zoo.options import Positive, checked
 from attention_zoo.tasks.generated import Generated, of
+from attention_zoo.tasks.guessing import commonest
 from attention_zoo.tasks.task import Batch
 
 BEGIN, FIRST = 0, 1
@@ -69,10 +70,9 @@ class Compression(Generated):
 
     def guesses(self, batch: Batch) -> dict[str, Tensor]:
         assert batch.source is not None
-        counts = torch.stack([(batch.source == symbol).sum(1) for symbol in range(FIRST, self.vocab)], 1)
-        rules = {"last token": batch.source[:, -1], "commonest symbol": FIRST + counts.argmax(1)}
+        rules = {"last token": batch.source[:, -1:], "commonest symbol": commonest(batch.source, FIRST, self.vocab)}
         return {"one symbol": torch.full_like(batch.targets, FIRST)} | {
-            name: said[:, None].expand_as(batch.targets) for name, said in rules.items()
+            name: said.expand_as(batch.targets) for name, said in rules.items()
         }
 
     def chance(self, seq_len: int) -> float:

@@ -35,6 +35,7 @@ from torch import Tensor
 from attention_zoo.options import Natural, Positive, checked
 from attention_zoo.rules import OneOf
 from attention_zoo.tasks.generated import Generated, of
+from attention_zoo.tasks.guessing import commonest
 from attention_zoo.tasks.placement import scattered
 from attention_zoo.tasks.task import IGNORED, Batch
 
@@ -92,14 +93,8 @@ class Copying(Generated):
         self.examples, self.test, self.test_examples = examples, tuple(test), test_examples
 
     def check(self, seq_len: int) -> None:
-        for length in (seq_len, *self.test):
-            tokens = self.word_length(length)
-            least = self.start + self.prefix + self.gap + (1 + self.times) * max(1, tokens) + (self.feed == "blank")
-            if length < least:
-                raise ValueError(
-                    f"copy: a row must hold the word, what stands before and after it, and its copies: "
-                    f"at least {least} tokens, got length {length}"
-                )
+        least = self.start + self.prefix + self.gap + (1 + self.times) * (self.tokens or 1) + (self.feed == "blank")
+        self.need(seq_len, least, "the word, what stands before and after it, and its copies")
 
     def word_length(self, length: int) -> int:
         """Tokens of the word in rows of `length`."""
@@ -141,13 +136,9 @@ class Copying(Generated):
         return of(ids, targets, groups={"distance": distance})
 
     def guesses(self, batch: Batch) -> dict[str, Tensor]:
-        ids = batch.ids.numpy()
-        counts = np.zeros((len(ids), self.vocab), np.int64)
-        np.add.at(counts, (np.arange(len(ids))[:, None], ids), 1)
-        commonest = FIRST + counts[:, FIRST:].argmax(axis=1)
         return {
             "one symbol": torch.full_like(batch.targets, FIRST),
-            "commonest symbol": torch.from_numpy(commonest)[:, None].expand_as(batch.targets),
+            "commonest symbol": commonest(batch.ids, FIRST, self.vocab).expand_as(batch.targets),
         }
 
     def chance(self, seq_len: int) -> float:

@@ -10,11 +10,13 @@ A pinned archive is a corpus that is the same for every Python and every machine
 from __future__ import annotations
 
 import hashlib
+import lzma
 import math
 import os
 import stat
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -35,6 +37,12 @@ OWN_SKIPPED = ("__pycache__",)
 """Folders of one's own text that are left out: what Python made there."""
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 ZIPS = (".zip", ".whl")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+"""Endings of what is no text and not read as an archive either."""
+DAMAGES = (
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError,
+)  # fmt: skip
+"""What the libraries raise for archives that are cut off, changed or encrypted; OSErrors beside, without a file."""
 BLOCK = 2**20
 
 File = tuple[str, bytes]
@@ -72,6 +80,8 @@ def existing(path: str) -> Path:
         there = False
     if not there:
         raise ValueError(f"task.path must be an existing file or folder, got {shown(path)}")
+    if root.is_file() and root.name.lower().endswith(PACKED) and not root.name.lower().endswith(TARS):
+        raise ValueError(f"task.path must be text, or one of {', '.join(TARS + ZIPS)}, got {shown(path)}: unpack it")
     return root
 
 
@@ -129,10 +139,10 @@ def _entries(root: Path, suffix: str | None, skip: Collection[str], hidden: bool
             members = _zipped(archive) if isinstance(archive, zipfile.ZipFile) else _tarred(archive)
             wanted = [each for each in members if each.size and _wanted(each.name, suffix, skip, hidden)]
             yield list({each.name: each for each in wanted}.values())  # of a name that comes twice, the last counts
-    except OSError as error:
-        _refuse(error)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"task.path: {root} cannot be read: {error}") from None
+    except (OSError, *DAMAGES) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            _refuse(error)
+        raise ValueError(f"task.path: {root} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def _wanted(name: str, suffix: str | None, skip: Collection[str], hidden: bool) -> bool:

@@ -150,6 +150,10 @@ class DocumentTask(Task):
         while True:
             train, *others = split_files(files, shares["validation"], shares.get("test", 0.0))
             parts = dict(zip(shares, others))
+            if not train or not all(parts.values()):
+                total = sum(len(raw) for _, raw in files)
+                needed = ", ".join(NAMES[name] for name in ("train", *parts))
+                raise ValueError(f"task.path={self.root} must hold bytes for each of {needed}, got {total}")
             if not {name for name, _ in train}.isdisjoint(name for part in parts.values() for name, _ in part):
                 return {"train": train, **parts}, []  # pieces of the same files
             dropped: list[int] = []
@@ -188,6 +192,11 @@ class DocumentTask(Task):
     def judged(self) -> str:
         """The part that a run's result is on."""
         return "test" if self.test else "validation"
+
+    @property
+    def shortened(self) -> str:
+        """Why there may be less than was given, for errors."""
+        return "" if self.compression is None else f" with task.compress.budget={self.compression.budget}"
 
     def describe(self, seq_len: int) -> dict[str, Any]:
         found: dict[str, Any] = {"source": self.source}

@@ -71,9 +71,7 @@ class FlipFlop(Generated):
         self.examples, self.test, self.test_examples = examples, tuple(test), test_examples
 
     def check(self, seq_len: int) -> None:
-        for length in (seq_len, *self.test):
-            if length < 7:
-                raise ValueError(f"flip_flop: a row must have at least 7 tokens, got length {length}")
+        self.need(seq_len, 7, "a write, a read and what stands between them")
 
     def tested(self, seq_len: int) -> dict[str, Setting]:
         sets = {f"p_ignore_{p}": Setting(seq_len, (("p_ignore", p),)) for p in self.test_p_ignore}
@@ -88,7 +86,7 @@ class FlipFlop(Generated):
         ignored = 1.0 if long else changes.get("p_ignore", self.p_ignore)
         count = (length + 1) // 2
         place = np.arange(count)
-        latest = max(1, int(self.long_gap * count)) if long else count - 1 if self.prefix else 1
+        latest = min(max(1, int(self.long_gap * count)), count - 1) if long else count - 1 if self.prefix else 1
         first = random.integers(0, latest, (rows, 1))
         draws = random.random((rows, count))
         kind = np.where(draws < ignored, IGNORE, np.where(draws < (1 + ignored) / 2, WRITE, READ))

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from traceback import extract_tb
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from attention_zoo.contract import Tokens
 from attention_zoo.options import Positive, checked
+from attention_zoo.rules import shown
 from attention_zoo.tasks.task import IGNORED, Batch, Task, digest, generator, joined
 
 PARTS = {"test": (0,), "validation": (1,), "train": (2, 3, 4, 5, 6, 7)}
@@ -88,6 +91,20 @@ class Generated(Task):
         """Further evaluation sets by name."""
         return {f"length_{length}": Setting(length) for length in self.test}
 
+    def need(
+        self, seq_len: int, least: int, why: str, lengths: Sequence[int] | None = None, others: str = "task.test"
+    ) -> None:
+        """Raise a ValueError for a length below `least`, naming the option that it is of.
+
+        Args:
+            lengths: those that must be as long; None: of all sets, where `test` lists plain lengths.
+            others: the option that those other than `seq_len` are of.
+        """
+        for length in (seq_len, *self.test) if lengths is None else lengths:
+            if length < least:
+                option = "seq_len" if length == seq_len else others
+                raise ValueError(f"{self.name}: {option} must be at least {least}, {why}, got {length}")
+
     def describe(self, seq_len: int) -> dict[str, Any]:
         sample = self.batch("test", ("digest",), 1, self.trained(seq_len)[-1][0])
         return {"digest": digest([tensor.numpy().tobytes() for tensor in sample.tensors()])}
@@ -101,21 +118,43 @@ class Generated(Task):
         length, changes = setting
         random = generator(self.name, split, *key, length, *(f"{name}={value}" for name, value in changes))
         if not self.disjoint:
-            return self.draw(random, rows, length, **dict(changes))
+            return self._drawn(random, rows, setting)
         found: list[Batch] = []
         missing, vain = rows, 0
         while missing > 0:
-            drawn = self.draw(random, math.ceil(missing * 8 / len(PARTS[split]) * 1.1) + 8, length, **dict(changes))
+            drawn = self._drawn(random, math.ceil(missing * 8 / len(PARTS[split]) * 1.1) + 8, setting)
             kept = np.flatnonzero(np.isin(part_of(drawn), PARTS[split]))[:missing]
             if len(kept):
                 found.append(drawn.rows(torch.from_numpy(kept)))
             missing, vain = missing - len(kept), 0 if len(kept) else vain + 1
             if vain == TRIES:
                 raise ValueError(
-                    f"{self.name}: rows of {length} tokens are so few that none is left for {split}, got none in "
-                    f"{TRIES} draws; use a larger seq_len or task.vocab"
+                    f"{self.name}: rows of {length} tokens must be enough for every split, got none for {split} in "
+                    f"{TRIES} draws; give options by which rows differ more"
                 )
         return joined(found)
+
+    def _drawn(self, random: np.random.Generator, rows: int, setting: Setting) -> Batch:
+        with self._placed("draw"):
+            found = self.draw(random, rows, setting.length, **dict(setting.changes))
+        if not isinstance(found, Batch):
+            raise ValueError(f"{type(self).__name__}.draw must return a Batch, such as `of` makes, got {shown(found)}")
+        return found
+
+    @contextmanager
+    def _placed(self, method: str) -> Iterator[None]:
+        """Errors of other people's code say where they come from; ours are sentences."""
+        kind = type(self)
+        try:
+            yield
+        except Exception as error:
+            if kind.__module__.startswith(__package__):
+                raise
+            code = getattr(getattr(kind, method), "__code__", None)
+            source = None if code is None else code.co_filename
+            lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == source]
+            place = f", line {lines[-1]} of {kind.__module__}" if lines else ""
+            raise ValueError(f"{kind.__name__}.{method}{place}: {type(error).__name__}: {error}") from error
 
     def train_batches(self, batch_size: int, seq_len: int, seed: int) -> GeneratedBatches:
         self.check(seq_len)
@@ -124,17 +163,34 @@ class Generated(Task):
     def evaluation_sets(self, batch_size: int, seq_len: int) -> Mapping[str, GeneratedSet]:
         self.check(seq_len)
         main = self.trained(seq_len)[-1][0]
+        sample = self.batch("test", ("digest",), 1, main)
+        if sample.targets.ndim == (1 if self.objective == "classify" else 2):  # else the batch itself is refused
+            self._guessed(sample)  # what is wrong is said before training, not after
         sets = {split: GeneratedSet(self, batch_size, split, main) for split in ("validation", "test")}
-        return sets | {
-            name: GeneratedSet(self, batch_size, "test", setting) for name, setting in self.tested(seq_len).items()
-        }
+        for name, setting in self.tested(seq_len).items():
+            self.batch("test", (), 1, setting)  # so is what has no rows
+            sets[name] = GeneratedSet(self, batch_size, "test", setting)
+        return sets
 
     def baselines(self, seq_len: int) -> dict[str, float]:
         whole = self.batch("test", (), self.test_examples, self.trained(seq_len)[-1][0])
         asked = whole.targets != IGNORED
         return {
-            name: float((guess == whole.targets)[asked].double().mean()) for name, guess in self.guesses(whole).items()
+            name: float((guess == whole.targets)[asked].double().mean()) for name, guess in self._guessed(whole).items()
         }
+
+    def _guessed(self, batch: Batch) -> dict[str, Tensor]:
+        """`guesses`, with an error that says what they must be."""
+        kind, shape = type(self).__name__, tuple(batch.targets.shape)
+        with self._placed("guesses"):
+            found = self.guesses(batch)
+        if not isinstance(found, dict):
+            raise ValueError(f"{kind}.guesses must return a dict, got {shown(found)}")
+        for name, guess in found.items():
+            if not isinstance(guess, Tensor) or tuple(guess.shape) != shape:
+                got = tuple(guess.shape) if isinstance(guess, Tensor) else shown(guess)
+                raise ValueError(f"{kind}.guesses: {name} must be a tensor of the targets' shape, {shape}, got {got}")
+        return found
 
 
 class GeneratedBatches:
@@ -210,6 +266,8 @@ def of(
 
 
 def _long(array: np.ndarray) -> Tensor:
+    if (kind := np.asarray(array).dtype).kind not in "biu":  # what is cut to whole numbers would be other data
+        raise ValueError(f"a batch is of whole numbers, got {kind} of shape {np.shape(array)}")
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
 
 

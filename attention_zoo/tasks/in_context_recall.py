@@ -94,18 +94,13 @@ class InContextRecall(Generated):
         self.examples, self.test, self.test_examples = examples, tuple(test), test_examples
 
     def check(self, seq_len: int) -> None:
-        for length in (seq_len, *self.test):
-            least = self.prefix + 4 * self.fuzzy
-            if length < least:
-                raise ValueError(
-                    f"in_context_recall: a row must hold a pair twice: at least {least} tokens, got length {length}"
-                )
-            pairs = length // 2 - 1
-            if not self.repeat and pairs > self.keys:
-                raise ValueError(
-                    f"in_context_recall: rows of {length} tokens have {pairs} different keys, which must be at most "
-                    f"keys={self.keys}"
-                )
+        self.need(seq_len, self.prefix + 4 * self.fuzzy, "the prefix and a pair twice")
+        pairs = max(seq_len, *self.test, 0) // 2 - 1
+        if not self.repeat and pairs > self.keys:
+            raise ValueError(
+                f"in_context_recall: task.keys must be at least {pairs}, that many differ in the longest rows where "
+                f"task.repeat=false, got {self.keys}"
+            )
 
     def tested(self, seq_len: int) -> dict[str, Setting]:
         longest = {"longest_keys": Setting(seq_len, (("longest", True),))} if self.fuzzy > 1 else {}

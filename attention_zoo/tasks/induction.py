@@ -25,6 +25,7 @@ from torch import Tensor
 
 from attention_zoo.options import Positive, checked
 from attention_zoo.tasks.generated import Generated, of
+from attention_zoo.tasks.guessing import commonest
 from attention_zoo.tasks.task import IGNORED, Batch
 
 SPECIAL, FIRST = 0, 1
@@ -56,9 +57,7 @@ class Induction(Generated):
         self.vocab, self.examples, self.test, self.test_examples = vocab, examples, tuple(test), test_examples
 
     def check(self, seq_len: int) -> None:
-        for length in (seq_len, *self.test):
-            if length < 3:
-                raise ValueError(f"induction: a row must hold both questions and an answer, 3 tokens, got {length}")
+        self.need(seq_len, 3, "the special token twice and what follows it")
 
     def draw(self, random: np.random.Generator, rows: int, length: int, **changes: Any) -> Batch:
         ids = random.integers(FIRST, self.vocab, (rows, length))
@@ -71,10 +70,9 @@ class Induction(Generated):
         return of(ids, targets, groups={"distance": distance})
 
     def guesses(self, batch: Batch) -> dict[str, Tensor]:
-        counts = torch.stack([(batch.ids == token).sum(1) for token in range(FIRST, self.vocab)], 1)
-        rules = {"token before": batch.ids[:, -2], "commonest id": FIRST + counts.argmax(1)}
+        rules = {"token before": batch.ids[:, -2:-1], "commonest id": commonest(batch.ids, FIRST, self.vocab)}
         return {"one id": torch.full_like(batch.targets, FIRST)} | {
-            name: said[:, None].expand_as(batch.targets) for name, said in rules.items()
+            name: said.expand_as(batch.targets) for name, said in rules.items()
         }
 
     def chance(self, seq_len: int) -> float:

@@ -38,8 +38,8 @@ AT_ONCE = 256
 """Expressions that are begun together."""
 VAIN = 2000
 """Rounds of those without one of a fitting length, after which there is taken to be none."""
-FITTED = 2000
-"""Training rows that the trivial rules are fitted on."""
+FIT, FITTED = ("fit",), 2000
+"""Key and number of the training rows that the trivial rules are fitted on."""
 
 
 class ListOps(Generated):
@@ -77,9 +77,7 @@ class ListOps(Generated):
         self.reached: dict[str, float] = {}
 
     def check(self, seq_len: int) -> None:
-        for length in (seq_len, *self.test):
-            if length < self.shortest:
-                raise ValueError(f"listops: rows must have at least task.shortest={self.shortest} tokens, got {length}")
+        self.need(seq_len, self.shortest, "task.shortest")
 
     def draw(self, random: np.random.Generator, rows: int, length: int, **changes: Any) -> Batch:
         found: list[tuple[np.ndarray, np.ndarray]] = []
@@ -98,7 +96,7 @@ class ListOps(Generated):
         return of(ids, values, valid=ids != PAD)
 
     def batch(self, split: str, key: Sequence[int | str], rows: int, setting: Setting) -> Batch:
-        if split == "train" or key:
+        if key not in ((), FIT):
             return super().batch(split, key, rows, setting)
         if (split, setting) not in self.fixed:  # an expression in ten fits, an eighth of these is of the split
             self.fixed[split, setting] = super().batch(split, key, rows, setting)
@@ -110,7 +108,7 @@ class ListOps(Generated):
         return found
 
     def guesses(self, batch: Batch) -> dict[str, Tensor]:
-        seen = self.batch("train", ("fit",), FITTED, Setting(batch.ids.shape[1]))
+        seen = self.batch("train", FIT, FITTED, Setting(batch.ids.shape[1]))
         keys = {
             "majority": lambda ids: ids[:, 0] * 0,
             "first_token": lambda ids: ids[:, 0],

@@ -62,15 +62,15 @@ class Marked(Generated):
             raise ValueError(f"shortest must be at least symbols + 3, {symbols + 3}, got {shortest}")
 
     def check(self, seq_len: int) -> None:
-        for length in (seq_len, *self.test):
-            if length < self.shortest:
-                raise ValueError(f"marked: rows must have at least task.shortest={self.shortest} tokens, got {length}")
+        self.need(seq_len, self.shortest, "task.shortest")
 
     def draw(self, random: np.random.Generator, rows: int, length: int, **changes: Any) -> Batch:
         count = random.integers(self.shortest, length + 1, (rows, 1)) - 2  # symbols of each row
         places = np.arange(length - 2)
         real = places < count
         row = random.integers(SPECIAL, self.vocab, (rows, length - 2))
+        one = (~real | (row == row[:, :1])).all(1)  # of a single symbol: no two could differ
+        row[one, 0] = SPECIAL + (row[one, 0] - SPECIAL + 1) % self.symbols
         # the first place has a symbol that comes again: then the label is drawn after the bag, and both can be had
         again = (_counts(np.where(real, row, PAD), self.vocab) > 1) & real
         first = _any(random, again)

@@ -104,7 +104,10 @@ class MaskedText(DocumentTask):
             if self.pair == "next" and len(corpus.ends) < 2:
                 raise ValueError(f"task.pair=next needs two documents for {NAMES[name]}, got {len(corpus.ends)}")
             if not len(self._places(corpus, seq_len)[0]):
-                raise ValueError(f"{self.source} has no document of {SHORTEST} bytes for {NAMES[name]}")
+                raise ValueError(
+                    f"task.path={self.source} must hold a document of at least {SHORTEST} bytes for {NAMES[name]}, "
+                    f"got {len(corpus.data)} bytes in {len(corpus.ends)}{self.shortened}"
+                )
 
     def _room(self, seq_len: int) -> int:
         return seq_len - 2 if self.pair == "none" else (seq_len - 3) // 2 * 2

@@ -4,14 +4,14 @@
     targets   . f . a . b . f        .: not scored
 
 Rules: each key is uniform, an insert follows it, and at the insert its value is asked. Nothing in a row says it: what
-is judged is what a model stores, not what it finds. The table is a random one that depends on
-the numbers of keys and values alone, not on the seed; all values are of as many keys as any other, or one key more. So
-the splits share the table, and rows may meet, unlike those of other tasks. Where a row starts with a half pair (an odd
-number of tokens), that is an insert which is not scored.
+is judged is what a model stores, not what it finds. The table is a random one that depends on the numbers
+of keys and values alone, not on the seed; all values are of as many keys as any other, or one key more. So the splits
+share the table, and rows may meet, unlike those of other tasks. Where a row starts with a half pair (an odd number of
+tokens), that is an insert which is not scored.
 
 Source: Poli et al. 2024, "Mechanistic Design and Scaling of Hybrid Architectures" (MAD), memorization. Chance: one over
-the number of values. Trivial rules: "one value", always the table's commonest, at chance; "commonest value" of the row,
-as if all its keys were known but not their places: .13 for 16 keys of 64.
+the number of values. Trivial rules: "one value", always the table's commonest, at chance where keys are a multiple of
+values; "commonest value" of the row, as if all its keys were known but not their places: .13 for 16 keys of 64.
 
 Deviation: MAD's insert is one of the vocabulary's ids; here it stands beside keys and values.
 """
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from attention_zoo.options import Positive, checked
 from attention_zoo.tasks.generated import Generated, of
+from attention_zoo.tasks.guessing import commonest
 from attention_zoo.tasks.task import IGNORED, Batch, generator
 
 Number = Annotated[int, Field(ge=2, le=2**23)]
@@ -64,9 +65,7 @@ class Memorisation(Generated):
         self.examples, self.test, self.test_examples = examples, tuple(test), test_examples
 
     def check(self, seq_len: int) -> None:
-        for length in (seq_len, *self.test):
-            if length < 2:
-                raise ValueError(f"memorisation: a row must hold a key and an insert, 2 tokens, got length {length}")
+        self.need(seq_len, 2, "a key and an insert")
 
     def draw(self, random: np.random.Generator, rows: int, length: int, **changes: Any) -> Batch:
         key = random.integers(0, self.keys, (rows, length // 2))
@@ -76,14 +75,11 @@ class Memorisation(Generated):
         return of(ids, targets)
 
     def guesses(self, batch: Batch) -> dict[str, Tensor]:
-        asked = self.table[batch.ids[:, batch.ids.shape[1] % 2 :: 2].numpy()] - self.keys
-        counts = np.zeros((len(asked), self.values), np.int64)
-        np.add.at(counts, (np.arange(len(asked))[:, None], asked), 1)
-        commonest = torch.from_numpy(self.keys + counts.argmax(1))
+        asked = torch.from_numpy(self.table[batch.ids[:, batch.ids.shape[1] % 2 :: 2].numpy()])
         one = self.keys + int(np.bincount(self.table - self.keys).argmax())
         return {
             "one value": torch.full_like(batch.targets, one),
-            "commonest value": commonest[:, None].expand_as(batch.targets),
+            "commonest value": commonest(asked, self.keys, self.insert).expand_as(batch.targets),
         }
 
     def chance(self, seq_len: int) -> float:

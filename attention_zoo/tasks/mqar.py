@@ -46,6 +46,7 @@ from torch import Tensor
 from attention_zoo.options import LARGEST, Natural, Positive, Probability, checked
 from attention_zoo.rules import OneOf
 from attention_zoo.tasks.generated import Generated, Setting, of
+from attention_zoo.tasks.guessing import commonest
 from attention_zoo.tasks.placement import scattered, shuffled
 from attention_zoo.tasks.task import IGNORED, Batch
 
@@ -119,18 +120,17 @@ class Mqar(Generated):
     def check(self, seq_len: int) -> None:
         if self.mixture is not None and seq_len != (longest := max(n for n, _, _ in self.mixture)):
             raise ValueError(f"seq_len must be the longest length of task.train, {longest}, got {seq_len}")
-        for setting in [*(setting for setting, _ in self.trained(seq_len)), *self.tested(seq_len).values()]:
+        trained = [setting for setting, _ in self.trained(seq_len)]
+        for setting in [*trained, *self.tested(seq_len).values()]:
             length, pairs = setting.length, dict(setting.changes)["pairs"]
             if self.compositional and isqrt(pairs) ** 2 != pairs:
                 raise ValueError(f"mqar: pairs must be a square number where keys are compositional, got {pairs}")
             for name, count in (("questions", self.questions or 0), ("updates", self.updates)):
                 if count > pairs:
                     raise ValueError(f"mqar: {name} must be at most pairs, got {count} of {pairs}")
-            if length < (least := self._context(pairs) + self._asked(pairs) * self._slot):
-                raise ValueError(
-                    f"mqar: a row must hold all pairs and questions, at least {least} tokens, got length {length} for "
-                    f"{pairs} pairs"
-                )
+            least = self._context(pairs) + self._asked(pairs) * self._slot
+            others = "task.train" if setting in trained else "task.test"
+            self.need(seq_len, least, f"{pairs} pairs and their questions", [length], others)
             side = isqrt(pairs) if self.compositional else pairs
             if side > (most := self._ids_of_a_half - 1):
                 raise ValueError(
@@ -250,10 +250,8 @@ class Mqar(Generated):
         rows, length = ids.shape
         question = np.nonzero(distance >= 0)[1].reshape(rows, -1)
         evidence = question - np.take_along_axis(distance, question, axis=1)
-        counts = np.zeros((rows, self.vocab), np.int64)
-        np.add.at(counts, (np.arange(rows)[:, None], ids), 1)
-        commonest = self.lowest_value + counts[:, self.lowest_value :].argmax(axis=1)
-        found = {"commonest value": np.broadcast_to(commonest[:, None], question.shape)}
+        most = commonest(batch.ids, self.lowest_value, self.vocab).numpy()
+        found = {"commonest value": np.broadcast_to(most, question.shape)}
         if self.noise:
             column = np.sort(evidence, axis=1)  # of all values that are asked for, not whose each is
         else:

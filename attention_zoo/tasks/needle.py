@@ -121,13 +121,12 @@ class Needle(Generated):
 
     def check(self, seq_len: int) -> None:
         least = self.keys * self.values * self.record + self.asked
-        for length in (seq_len, *self.test):
-            if length < least:
-                raise ValueError(
-                    f"needle: a row must hold all records and questions, at least {least} tokens, got length {length}"
-                )
-            if len(self.text) < length:
-                raise ValueError(f"needle: rows of {length} tokens need more text than {len(self.text)} bytes")
+        self.need(seq_len, least, "all records and questions")
+        if len(self.text) < (longest := max(seq_len, *self.test, 0)):
+            raise ValueError(
+                f"needle: task.path must hold at least {longest} bytes of text, a row, got {len(self.text)} from "
+                f"{self.path or 'the standard library'}"
+            )
 
     def describe(self, seq_len: int) -> dict[str, Any]:
         rows = super().describe(seq_len)["digest"]

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from attention_zoo.options import Natural, Positive, Probability, checked
 from attention_zoo.tasks.generated import Generated, Setting, of
+from attention_zoo.tasks.guessing import commonest
 from attention_zoo.tasks.task import Batch
 
 BEGIN, END, PAD, FIRST = range(4)
@@ -90,9 +91,11 @@ class Reference(Generated):
 
     def check(self, seq_len: int) -> None:
         least = RECORD * self.records
-        for name, length in (("seq_len", seq_len), ("task.shortest", self.shortest), *(("test", n) for n in self.test)):
-            if length is not None and length < least:
-                raise ValueError(f"reference: {name} must be at least {least} for {self.records} records, got {length}")
+        self.need(seq_len, least, f"{self.records} records")
+        if self.shortest is not None and self.shortest < least:
+            raise ValueError(
+                f"reference: task.shortest must be at least {least}, {self.records} records, got {self.shortest}"
+            )
         if self.shortest is not None and self.shortest > min([seq_len, *self.test]):
             raise ValueError(
                 f"reference: task.shortest must be at most the source's length, {min([seq_len, *self.test])}, "
@@ -151,7 +154,7 @@ class Reference(Generated):
     def baselines(self, seq_len: int) -> dict[str, float]:
         whole = self.batch("test", (), self.test_examples, self.trained(seq_len)[-1][0])
         return {
-            name: float((guess == whole.targets).all(1).double().mean()) for name, guess in self.guesses(whole).items()
+            name: float((guess == whole.targets).all(1).double().mean()) for name, guess in self._guessed(whole).items()
         }
 
     def guesses(self, batch: Batch) -> dict[str, Tensor]:
@@ -162,12 +165,11 @@ class Reference(Generated):
         where = (source[:, None] == numbers[:, None]).long().argmax(2)  # [B, references]
         far = (where[..., None] - places).abs().masked_fill(~is_value[:, None], source.shape[1])
         found = is_value.long().argsort(dim=1, descending=True, stable=True)[:, : self.references]
-        counts = torch.stack([(source == v).sum(1) for v in range(self.first_value, self.first_filler)], 1)
-        commonest = (counts.argmax(1) + self.first_value)[:, None].expand_as(where)
+        most = commonest(source, self.first_value, self.first_filler).expand_as(where)
         rules = {"nearest": source.gather(1, far.argmin(2)), "in_order": source.gather(1, found)}
         return {
             name: torch.cat([guess, torch.full_like(guess[:, :1], END)], 1)
-            for name, guess in {**rules, "commonest": commonest}.items()
+            for name, guess in {**rules, "commonest": most}.items()
         }
 
     def chance(self, seq_len: int) -> float:

@@ -101,7 +101,7 @@ class Text(DocumentTask):
         if not len(spans.start):
             raise ValueError(
                 f"seq_len must be smaller than a document, got {seq_len}: {self.source} has {len(corpus.data)} bytes "
-                f"for {NAMES[name]}; give a smaller seq_len or more text"
+                f"for {NAMES[name]}{self.shortened}; give a smaller seq_len or more text"
             )
         return spans
 

@@ -88,11 +88,7 @@ class VariableTracking(Generated):
         for setting in (*dict(self.trained(seq_len)), *self.tested(seq_len).values()):
             hops = dict(setting.changes).get("hops", self.hops)
             least = STATEMENT * self.chains * (hops + 1) + 2 * self.queries
-            if setting.length < least:
-                raise ValueError(
-                    f"variable_tracking: a row must hold all statements and questions, at least {least} tokens for "
-                    f"{hops} hops, got length {setting.length}"
-                )
+            self.need(seq_len, least, f"all statements and questions for {hops} hops", [setting.length])
 
     def trained(self, seq_len: int) -> list[tuple[Setting, float]]:
         return [(Setting(seq_len, (("hops", n),)), 1.0) for n in self.train_hops] + super().trained(seq_len)

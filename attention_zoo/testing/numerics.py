@@ -142,12 +142,16 @@ def moved(tensor: Tensor, by: Tensor) -> Iterator[None]:
 
 @check()
 def every_parameter_gets_a_gradient(case: Case) -> None:
-    """A parameter without one is dead weight, or cut off by mistake. (A key bias has one that is zero: softmax.)"""
+    """A parameter without one is dead weight, or cut off by mistake. (A key bias has one that is zero: softmax.)
+
+    Of the outputs and the losses together, as training takes it.
+    """
     valid = torch.ones(3, PRIME, dtype=torch.bool)
     tokens = Tokens.of(valid, case.globals(valid))
     for causal in case.sides:
         layer = case.build(causal=causal).train()
-        layer(case.data(3, PRIME), tokens).hidden.square().sum().backward()
+        out = layer(case.data(3, PRIME), tokens)
+        sum(out.losses.values(), out.hidden.square().sum()).backward()
         for name, parameter in layer.named_parameters():
             where = f"{case.name} causal={causal}: parameter {name}"
             assert parameter.grad is not None, f"{where} gets no gradient"

@@ -12,7 +12,7 @@ from torch import nn
 from attention_zoo.model.norm import BatchNorm
 from attention_zoo.tasks.task import Batch, Task
 from attention_zoo.training.building import build
-from attention_zoo.training.checking import check_batch
+from attention_zoo.training.checking import check_batch, figure
 from attention_zoo.training.config import DecodeConfig, TrainConfig, device_of
 from attention_zoo.training.evaluate import Evaluation, evaluate
 from attention_zoo.training.models import model_of
@@ -63,17 +63,16 @@ def writing(decode: DecodeConfig) -> dict[str, Any]:
     """The arguments of `generate` that a config says.
 
     Raises:
-        ValueError: for options of draws beside a search.
+        ValueError: for options of draws where nothing is drawn.
     """
     said = asdict(decode)
-    if decode.beams == 1:
-        return said
-    useless = [
-        f"decode.{name}" for name, value in said.items() if name != "beams" and value != getattr(DecodeConfig, name)
-    ]
-    if useless:
-        raise ValueError(f"decode.beams above 1 takes no {', '.join(useless)}: it draws nothing")
-    return {"beams": decode.beams}
+    changed = [f"decode.{name}" for name, value in said.items() if value != getattr(DecodeConfig, name)]
+    useless = ", ".join(name for name in changed if name != "decode.beams")
+    if decode.beams > 1 and useless:
+        raise ValueError(f"decode.beams above 1 takes no {useless}: it draws nothing")
+    if decode.greedy and useless:
+        raise ValueError(f"{useless} needs decode.greedy=false: the likeliest token is not drawn")
+    return said if decode.beams == 1 else {"beams": decode.beams}
 
 
 def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
@@ -105,4 +104,5 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
         check=partial(check_batch, task),
     )
     sets = task.evaluation_sets(options.batch, options.seq_len)
+    figure(task, "chance", task.chance(options.seq_len))  # what is none is said before training, not after
     return Assembly(task, model, trainer, sets, precision, carry, device, writing(options.decode))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from attention_zoo.options import WrongOption, calls_of
+from attention_zoo.settings import one_line
 
 
 def build(config: Mapping[str, Any], group: str = "", /, **given: Any) -> Any:
@@ -17,7 +20,16 @@ def build(config: Mapping[str, Any], group: str = "", /, **given: Any) -> Any:
     Args:
         group: that the config is of, for errors: they name options by their full keys.
     """
-    made = instantiate({**config, "_partial_": True, "_convert_": "all"})
+    try:
+        made = instantiate({**config, "_partial_": True, "_convert_": "all"})
+    except InstantiationException as error:  # of what stands within
+        raise ValueError(f"{group or 'config'}: {one_line(error)}") from error
+    try:
+        inspect.signature(made).bind(**given)
+    except TypeError as error:
+        raise ValueError(f"{group or 'config'}._target_={config['_target_']} does not fit: {error}") from None
+    except ValueError:  # written in C: it has no signature that could be read
+        pass
     try:
         return made(**given)
     except ValueError as error:

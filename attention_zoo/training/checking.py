@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 import torch
@@ -54,6 +56,13 @@ def check_batch(task: Task, batch: Any) -> None:
             raise ValueError(f"{kind}: groups[{name}] must have the shape of targets, {shape}, got {_of(group)}")
     if (batch.source is not None) != (task.objective == "seq2seq"):
         raise ValueError(f"{kind}: source belongs to objective seq2seq and to no other, got objective {task.objective}")
+
+
+def figure(task: Task, name: str, value: Any) -> float | None:
+    """A figure that a task says of itself, as a plain number; a ValueError for what is none. None where it has none."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value)):
+        raise ValueError(f"{type(task).__name__}.{name} must be a finite number, or None, got {shown(value)}")
+    return None if value is None else float(value)
 
 
 def _is_long(given: Any) -> bool:

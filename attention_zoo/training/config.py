@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
 from attention_zoo.measure.environment import resolved_device
+from attention_zoo.model.generate import COLDEST
 from attention_zoo.model.mechanisms import entries
 from attention_zoo.options import (
     Finite,
@@ -108,10 +109,10 @@ class DecodeConfig:
     """
 
     greedy: bool = True
-    beams: Positive = 1
-    temperature: float = 1.0
+    beams: Annotated[int, Field(ge=1, le=2**16)] = 1
+    temperature: Annotated[float, Field(ge=COLDEST, le=1e300)] = 1.0
     top_k: Natural = 0
-    top_p: float = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, description="a probability above 0")] = 1.0
     seed: SeedOfRun = 0
 
 
@@ -177,6 +178,10 @@ OWN = {
 """Groups with a `_target_`, and the options of it that are the run's to say."""
 
 
+BESIDE_INIT = ("_target_", "_partial_", "embedding")
+"""What a model's config may hold with init=: the task's token types are added to the file's."""
+
+
 def register() -> None:
     """Make the schema known to Hydra, which conf/train.yaml names first, and the backends of other packages."""
     register_searchpath()
@@ -208,40 +213,55 @@ def compose_training(overrides: Sequence[str] = ()) -> dict[str, Any]:
     finally:
         if before is not None:
             GlobalHydra.instance().initialize(before)
-    return plain(composed, composed.hydra.runtime.choices.get("attention"))
+    return plain(composed, composed.hydra)
 
 
-def plain(composed: Any, attention: str | None) -> dict[str, Any]:
+def plain(composed: Any, hydra: Any) -> dict[str, Any]:
     """A composed config as plain values, named after the chosen attention unless it has a name.
 
     Args:
         composed: by Hydra.
-        attention: the name chosen from the group; None where several were.
+        hydra: Hydra's own part of it, which a job's config comes without.
     """
     config = plain_values(OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"]))
+    attention = hydra.runtime.choices.get("attention")
     if attention is None:
         config["attention"] = None  # Hydra merged several into one, which is none of them: `check` refuses it
     if config["init"]:
-        _refuse_beside_init(config, composed.hydra.overrides.task)
+        _beside_init(config, hydra.overrides.task)
     if config["backend"] is None:
         config["backend"] = _called(config, attention or "several")
     return config
 
 
-def _refuse_beside_init(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Options of a new model, where there is none: a file says what it is, and only a missing half is new."""
-    target = config["task"].get("_target_") if isinstance(config["task"], Mapping) else None
+def _beside_init(config: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Options of a new model, where there is none, since a file says what it is: those that were asked for are refused,
+    and the defaults go. Where the rows have a source one half is new, or both are the file's, which only it knows."""
+    keys = [word.lstrip("+~").partition("=")[0] for word in overrides]
+    said = [key for key in keys if key.partition(".")[0] in ("attention", "model", "hybrid")]
+    if not any(key.startswith("attention") for key in said):
+        config["attention"] = None
+    if _is_pair(config["task"]) is False:
+        if said:
+            raise ValueError(beside_init(said[0], config["init"]))
+        config["model"] = {key: value for key, value in config["model"].items() if key in BESIDE_INIT}
+
+
+def _is_pair(task: Any) -> bool | None:
+    """Whether the rows of a task have a source; None where its class does not say so."""
     try:
-        pair = getattr(resolve_name(str(target)), "objective", None) == "seq2seq"
+        objective = getattr(resolve_name(str(task.get("_target_"))), "objective", None)
     except Exception:  # `check` says so
-        return
-    for word in () if pair else overrides:
-        key = word.lstrip("+~").partition("=")[0]
-        if key.partition(".")[0] in ("attention", "model", "hybrid"):
-            raise ValueError(
-                f"{key} is of new models, and init={config['init']} brings one: leave it out; "
-                "experiments.convert with lengthen.attention swaps the mechanism of a checkpoint"
-            )
+        return None
+    return None if objective is None else bool(objective == "seq2seq")
+
+
+def beside_init(option: str, init: str) -> str:
+    """Why an option of new models does not go with a file."""
+    return (
+        f"{option} is of new models, and init={init} brings one: leave it out; "
+        "experiments.convert with lengthen.attention swaps the mechanism of a checkpoint"
+    )
 
 
 def _called(config: Mapping[str, Any], attention: str) -> str:
@@ -253,8 +273,16 @@ def _called(config: Mapping[str, Any], attention: str) -> str:
     return name if halves == [None, None] else "->".join(_names([half or name for half in halves]))
 
 
-def _names(hybrid: Sequence[Any]) -> list[str]:
-    return [str(entry.get("name")) if isinstance(entry, Mapping) else str(entry) for entry in hybrid]
+def _names(given: Sequence[Any]) -> list[str]:
+    """Of mechanisms as they are written in a config: words, mappings with a name, lists of these for a stack."""
+    return [
+        "+".join(_names(each)) if isinstance(each, list) else str(each["name"] if _is_named(each) else each)
+        for each in given
+    ]
+
+
+def _is_named(given: Any) -> bool:
+    return isinstance(given, Mapping) and "name" in given
 
 
 def check(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,7 +303,7 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
     full = plain_values(merged)
     check_fields(TrainConfig, full)
     options = options_of(full)
-    if not full["attention"]:
+    if not full["attention"] and not full["init"]:
         raise ValueError("attention must be one mechanism; for a stack of several use 'hybrid=[longformer,full]'")
     accumulate = options.trainer.accumulate
     if options.batch % accumulate:
@@ -301,25 +329,31 @@ def options_of(config: Mapping[str, Any]) -> TrainConfig:
 
 
 def _check_mechanisms(config: Mapping[str, Any]) -> None:
-    """The attention, or the stack of several: names and options."""
+    """The attention, or the stack of several, and those of the halves: names and options."""
+    for side in ("encoder", "decoder"):
+        _check_entries(f"{side}.attention", config[side]["attention"])
     if config["hybrid"]:
-        try:
-            listed = entries(config["hybrid"])
-        except ValueError as error:
-            raise ValueError(f"hybrid: {error}") from None
-        for index, entry in enumerate(listed):
-            if entry.plain is not None:
-                check_target(recipe(entry.plain["name"])[0], entry.options, f"hybrid[{index}].")
+        _check_entries("hybrid", config["hybrid"])
         return
     chosen = config["attention"]
     if isinstance(chosen, Mapping) and "_target_" in chosen:
         _check_group("attention", chosen, ("dim", "heads", "causal", "cross", "positions", "seed"))
-    elif not isinstance(chosen, Mapping | str):
+    elif not isinstance(chosen, Mapping | str | None):
         raise ValueError(f"attention must be a name, or a mapping with a name and options, got {shown(chosen)}")
     else:
-        for entry in entries(chosen):
-            if entry.plain is not None:
-                check_target(recipe(entry.plain["name"])[0], entry.options, "attention.")
+        _check_entries("attention", chosen)
+
+
+def _check_entries(key: str, chosen: Any) -> None:
+    """One mechanism or a list of them, each a name or a mapping with a name and options."""
+    try:
+        listed = [] if chosen is None else entries(chosen, option=key)
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(key) else f"{key}: {error}") from None
+    for index, entry in enumerate(listed):
+        if entry.plain is not None:
+            place = f"{key}[{index}]." if isinstance(chosen, list) else f"{key}."
+            check_target(recipe(entry.plain["name"])[0], entry.options, place)
 
 
 def _check_group(group: str, node: Any, given: Sequence[str]) -> None:
@@ -330,8 +364,10 @@ def _check_group(group: str, node: Any, given: Sequence[str]) -> None:
     try:
         target = resolve_name(name)
     except Exception as error:  # an import runs other people's code
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{group}._target_ must name a class or function, got {name!r}: {reason[:200]}") from None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, ModuleNotFoundError):
+            reason += f" in {Path.cwd()}, on PYTHONPATH or among what is installed"
+        raise ValueError(f"{group}._target_ must name a class or function, got {name!r}: {reason}") from None
     if not callable(target):
         raise ValueError(f"{group}._target_ must name a class or function, got {name!r}")
     options = {key: value for key, value in node.items() if not str(key).startswith("_")}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from attention_zoo.model.generate import generate
 from attention_zoo.tasks.task import IGNORED, Batch, Task
+from attention_zoo.training.following import readings_of
 from attention_zoo.training.objective import MAIN, Answers, answers
 from attention_zoo.training.precision import Precision
 from attention_zoo.training.streams import Stream
@@ -32,11 +33,13 @@ class Evaluation(NamedTuple):
         loss_by_position: [position, loss in nats] where rows are streams.
         by_group: for each of the batches' `groups`: [group, accuracy, loss in nats, scored answers] in rising order;
             where there are many, a bin is named by its largest member.
+        readings: what the model's modules say of themselves; see `following`.
     """
 
     metrics: dict[str, float]
     loss_by_position: list[list[float]]
     by_group: dict[str, list[list[float]]] = {}
+    readings: dict[str, list[float]] = {}
 
 
 class _Seen:
@@ -101,7 +104,7 @@ def evaluate(
             before = before + length
     finally:
         model.train(was_training)
-    return _evaluation(task, seen)
+    return _evaluation(task, seen)._replace(readings=readings_of(model))
 
 
 def _evaluation(task: Task, seen: _Seen) -> Evaluation:

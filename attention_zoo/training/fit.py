@@ -32,6 +32,7 @@ class History:
     Fields:
         curve: [step, mean training loss since the point before].
         quality: [step, main metric on the main set].
+        readings: of modules that say something of themselves: [step, number, ...] by name; see `following`.
         best: best main metric so far.
         worse: evaluations since then.
         train_seconds: time in steps alone.
@@ -44,6 +45,7 @@ class History:
 
     curve: list[list[Finite]] = field(default_factory=list)
     quality: list[list[Finite]] = field(default_factory=list)
+    readings: dict[str, list[list[float]]] = field(default_factory=dict)
     best: Finite | None = None
     worse: Natural = 0
     train_seconds: NonNegative = 0.0
@@ -178,11 +180,15 @@ def _judge(
     """Take note of an evaluation; why it ends the run, or None."""
     value = found.metrics[task.metric]
     if not math.isfinite(value):
-        raise NotFinite(
-            f"{task.metric} on the evaluation set became {value} at step {step}: try a smaller optimizer.lr"
-        )
+        others = ", ".join(f"{name} {other:.4g}" for name, other in found.metrics.items() if name != task.metric)
+        beside = f", beside {others}" if others else ""
+        raise NotFinite(f"{task.metric} on the evaluation set became {value} at step {step}{beside}: stopped")
     history.quality.append([step, value])
-    tracker.log({f"evaluate/{name}": metric for name, metric in found.metrics.items()}, step)
+    said = {f"evaluate/{name}": metric for name, metric in found.metrics.items()}
+    for name, numbers in found.readings.items():
+        history.readings.setdefault(name, []).append([step, *numbers])
+        said |= {f"readings/{name}" + (f"/{i}" if len(numbers) > 1 else ""): x for i, x in enumerate(numbers)}
+    tracker.log(said, step)
     progress.notice(f"step {step}: {task.metric} {value:.4f}, {history.seconds:.0f} s")
     history.worse += 1
     if is_better(task, value, history.best):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,9 +14,9 @@ from attention_zoo.model.encoder_decoder import EncoderDecoder
 from attention_zoo.model.transformer import Transformer
 from attention_zoo.tasks.task import Task
 from attention_zoo.training.building import build
-from attention_zoo.training.config import DecodeConfig, SideConfig, TrainConfig
+from attention_zoo.training.config import BESIDE_INIT, DecodeConfig, SideConfig, TrainConfig, beside_init
 from attention_zoo.training.objective import Objective
-from attention_zoo.training.tuned import adapted, held_by, started
+from attention_zoo.training.tuned import adapted, found_in, held_by, started
 
 
 def model_of(options: TrainConfig, mechanism: Any, task: Task, objective: Objective) -> nn.Module:
@@ -37,8 +37,9 @@ def model_of(options: TrainConfig, mechanism: Any, task: Task, objective: Object
         def half(side: str, other: Transformer) -> Transformer:
             return _half(options, mechanism, side, {**given, "dim": other.dim, "heads": other.config["heads"]})
 
-        _check_known_halves(options, objective)
-        model = started(options.init, task, objective, options.model, half)
+        found = found_in(options.init)
+        _check_beside_init(options, objective, held_by(found))
+        model = started(found, options.init, task, objective, options.model, half)
         return model if options.lora is None else adapted(model, options.lora)
     if options.lora is not None:
         raise ValueError("lora belongs to init=, whose weights it leaves as they are, got lora without init")
@@ -86,25 +87,32 @@ def _check_halves(options: TrainConfig, task: Task, objective: Objective) -> Non
         )
 
 
-def _check_known_halves(options: TrainConfig, objective: Objective) -> None:
-    """What a file says of a half stands: nothing else may be said of it."""
-    if objective.pair and options.init is not None:
-        for side in held_by(options.init):
-            if getattr(options, side).attention is not None:
-                raise ValueError(f"{side}.attention is that of the file of init={options.init}: leave it out")
+def _check_beside_init(options: TrainConfig, objective: Objective, held: Sequence[str]) -> None:
+    """What a file says stands: nothing else may be said of it."""
+    init = str(options.init)
+    whole = not objective.pair or len(held) == 2
+    for name in ("attention", "hybrid"):
+        if whole and getattr(options, name):
+            raise ValueError(beside_init(name, init))
+    for name in () if objective.pair else options.model:
+        if name not in BESIDE_INIT:
+            raise ValueError(beside_init(f"model.{name}", init))
+    for side in held if objective.pair else ():
+        if getattr(options, side).attention is not None:
+            raise ValueError(f"{side}.attention is that of the file of init={init}: leave it out")
 
 
 def _half(options: TrainConfig, mechanism: Any, side: str, given: Mapping[str, Any]) -> Transformer:
     own: SideConfig = getattr(options, side)
     changed = {name: value for name, value in asdict(own).items() if value is not None and name != "attention"}
-    chosen = mechanism if own.attention is None else own.attention
+    chosen = (mechanism or "full") if own.attention is None else own.attention
     causal = side == "decoder"
     role = {"causal": causal, "cross": causal, "head": "lm" if causal else "hidden"}
     try:
         return build({**options.model, **given, **changed}, side, attention=chosen, **role)
     except Unsupported as error:
-        if not str(error).startswith(name_of(chosen)):
-            raise
+        if error.backend != name_of(chosen) or not error.option.startswith(("causal", "cross")):
+            raise  # it is no matter of the half's role
         raise Unsupported(f"{side}.attention={name_of(chosen)}", "this half", str(error), roles()) from error
 
 

@@ -15,6 +15,7 @@ from attention_zoo.measure.environment import environment
 from attention_zoo.results.check import wrong_to_keep
 from attention_zoo.results.row import Row, Trained, TrainingRow
 from attention_zoo.tasks.task import Task
+from attention_zoo.training.checking import figure
 from attention_zoo.training.evaluate import Evaluation
 from attention_zoo.training.fit import History
 
@@ -51,6 +52,7 @@ def blank_row(config: Mapping[str, Any]) -> TrainingRow:
         "peak_bytes": None,
         "curve": [],
         "quality_curve": [],
+        "readings": {},
         "metrics": {},
         "evaluations": {},
         "loss_by_position": [],
@@ -65,6 +67,7 @@ def blank_row(config: Mapping[str, Any]) -> TrainingRow:
         "resumed_at": None,
         "data": None,
         "model_sha256": None,
+        "refused": False,
     }
 
 
@@ -95,13 +98,14 @@ def trained(
         "peak_bytes": history.peak_bytes,
         "curve": history.curve,
         "quality_curve": history.quality,
+        "readings": history.readings,
         "metrics": main.metrics,
         "evaluations": {name: each.metrics for name, each in evaluations.items()},
         "loss_by_position": main.loss_by_position,
         "metric": task.metric,
         "better": task.better,
         "by_group": main.by_group,
-        "chance": task.chance(seq_len),
+        "chance": figure(task, "chance", task.chance(seq_len)),
         "baselines": task.baselines(seq_len),
         "further_baselines": task.further_baselines(seq_len),
         "carries_state": carries_state,
@@ -165,8 +169,8 @@ def kept_row(
     status = row.get("status")
     if row.get("id") != identity or row.get("data") != data or status not in KEPT or row.get("final") is False:
         return None
-    if status in RETRIED and retry == "failed":
-        return None
+    if status in RETRIED and (retry == "failed" or row.get("refused")):
+        return None  # to refuse once more costs nothing, and what was missing may be there now
     if status == "ok":
         model = Path(folder) / MODEL
         digest = digest_of(model)

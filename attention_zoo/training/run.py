@@ -21,8 +21,8 @@ import torch
 
 from attention_zoo.contract import Unsupported
 from attention_zoo.files import Damaged, plain, remove_leftovers, safe_name, write_atomic, write_row
-from attention_zoo.locks import owning
-from attention_zoo.measure.ends import ran_out_of_memory
+from attention_zoo.locks import Busy, owning
+from attention_zoo.measure.ends import ran_out_of_memory, was_refused
 from attention_zoo.measure.environment import device_name, environment
 from attention_zoo.measure.identity import identity
 from attention_zoo.model.parameters import parameter_count
@@ -55,7 +55,7 @@ from attention_zoo.training.records import (
 )  # fmt: skip
 from attention_zoo.training.resume import resume, save
 from attention_zoo.training.seed import contained, seed_all
-from attention_zoo.training.trainer import NotFinite
+from attention_zoo.training.trainer import NotFinite, Trainer
 
 NAME_LIMIT = 60
 
@@ -101,7 +101,8 @@ def run_training(config: Mapping[str, Any], folder: str | Path) -> Row:
                 remove_leftovers(folder)
                 return _Run(config, folder, row).recorded()
         except (OSError, ValueError, NotImplementedError) as error:  # no lock: busy, read-only, no folder, no flock
-            return row | {"status": "failed", "error": _line(error), "final": False}
+            refused = was_refused(error) and not isinstance(error, Busy)
+            return row | {"status": "failed", "error": _line(error), "final": False, "refused": refused}
 
 
 class _Run:
@@ -111,6 +112,7 @@ class _Run:
         self.config, self.folder, self.row = dict(config), folder, row
         self.progress = Progress(str(row["backend"]), 0, "none")
         self.follower: Tracker | None = None
+        self.trainer: Trainer | None = None
 
     def recorded(self) -> Row:
         """Run, and write the row before anything else learns of it."""
@@ -155,7 +157,9 @@ class _Run:
         status: Status = "unsupported" if isinstance(error, Unsupported) else "failed"
         status = "oom" if ran_out_of_memory(error) else status
         outside = isinstance(error, CheckpointError | Damaged | OSError)
-        self.row |= {"status": status, "error": _line(error), "final": not outside}
+        begun = self.trainer is not None and self.trainer.done > 0
+        refused = was_refused(error) and not begun and not isinstance(error, CheckpointError | Damaged)
+        self.row |= {"status": status, "error": _line(error), "final": not outside, "refused": refused}
         try:
             write_atomic(self.folder / ERROR, "".join(traceback.format_exception(error)))
         except OSError as unwritten:
@@ -197,6 +201,7 @@ class _Run:
         row["backend"] = options.backend or name_of(mechanism)
         progress.label = f"{row['backend']} {task.name}"
         parts, history, known = assemble(options, mechanism, task), History(), (str(row["id"]), row["data"])
+        self.trainer = parts.trainer
         step, lines = resume(path, *known, parts.trainer, history, steps=options.steps, progress=progress)
         row["resumed_at"] = step
         JsonlTracker.rewind(self.folder, step or 0, lines, on_bad=progress.warn)

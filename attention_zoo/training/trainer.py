@@ -16,6 +16,7 @@ from torch import nn
 
 from attention_zoo.tasks.task import Batch, Batches
 from attention_zoo.training.checkpoint import check_like, check_optimizer, foreign, load_weights, pack, unpack
+from attention_zoo.training.following import steps_of
 from attention_zoo.training.objective import MAIN, counts, losses
 from attention_zoo.training.precision import Precision
 from attention_zoo.training.schedule import Schedule
@@ -69,6 +70,7 @@ class Trainer:
         self.model, self.optimizer, self.schedule, self.batches = model, optimizer, schedule, batches
         self.accumulate, self.clip, self.precision, self.device = accumulate, clip, precision, device
         self.streams = [Stream(model, carry=carry) for _ in range(accumulate)]
+        self.after_step = steps_of(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         self.done = 0
@@ -114,17 +116,21 @@ class Trainer:
             raise NotFinite(self._advice(f"the gradient's norm became {norm}"))
         scaler.step(self.optimizer)
         scaler.update()
+        for after in self.after_step:
+            after()
         self.done += 1
         read = batch.ids.numel() + (0 if batch.source is None else batch.source.numel())
         return Step(loss, auxiliary, norm, self.base_lr[0] * factor, read)
 
     def _advice(self, what: str) -> str:
-        lr = self.optimizer.param_groups[0]["lr"]
-        less = "" if self.precision.dtype == torch.float32 else ", trainer.precision=float32"
-        return (
-            f"{what} at step {self.done + 1} with learning rate {lr:.3g}: stopped; "
-            f"try a smaller optimizer.lr, a longer schedule.warmup, a smaller trainer.clip{less}"
-        )
+        tries = [] if self.precision.dtype == torch.float32 else ["trainer.precision=float32"]
+        if not self.done:  # no learning rate has had a part in it
+            where = "at step 1, with the weights that the run began with: stopped"
+        else:
+            lr = self.optimizer.param_groups[0]["lr"]
+            where = f"at step {self.done + 1} with learning rate {lr:.3g}: stopped"
+            tries = ["a smaller optimizer.lr", "a longer schedule.warmup", "a smaller trainer.clip", *tries]
+        return f"{what} {where}" + (f"; try {', '.join(tries)}" if tries else "")
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on exactly, but for the generators of random numbers."""

@@ -30,7 +30,20 @@ WRITERS = {"lm": "head.", "pretraining": "head.tokens."}
 DIRECTIONS = {True: "sees the past only", False: "sees both sides"}
 
 
+def found_in(path: str) -> Transformer | EncoderDecoder:
+    """The model of a file.
+
+    Raises:
+        ValueError: where there is none, or none that can be read.
+    """
+    try:
+        return load(Path(path).expanduser())
+    except FileNotFoundError:
+        raise ValueError(f"init must be a model file, or a folder that holds one, got {path!r}") from None
+
+
 def started(
+    found: Transformer | EncoderDecoder,
     path: str,
     task: Task,
     objective: Objective,
@@ -44,16 +57,14 @@ def started(
     half is made that it can be: the decoder where it only looks back, else the encoder. The other half is new.
 
     Args:
+        found: in the file.
+        path: of the file, for errors.
         options: of the run's model, for the number of token types.
         half: builds a new half, "encoder" or "decoder", that goes with one that there is.
 
     Raises:
         ValueError: for a file that does not fit the task, naming both.
     """
-    try:
-        found = load(Path(path).expanduser())
-    except FileNotFoundError:
-        raise ValueError(f"init must be a model file, or a folder that holds one, got {path!r}") from None
     types = int((options.get("embedding") or {}).get("types", 0))
     if not objective.pair:
         if isinstance(found, EncoderDecoder):
@@ -76,12 +87,8 @@ def started(
     return _noted(EncoderDecoder(encoder=encoder, decoder=half("decoder", found)), encoder=encoder)
 
 
-def held_by(path: str) -> tuple[str, ...]:
-    """The halves of an encoder-decoder that a file has."""
-    try:
-        found = load(Path(path).expanduser(), device="cpu")
-    except (FileNotFoundError, ValueError):  # whoever starts from it says so
-        return ()
+def held_by(found: Transformer | EncoderDecoder) -> tuple[str, ...]:
+    """The halves of an encoder-decoder that the model of a file can be."""
     if isinstance(found, EncoderDecoder):
         return "encoder", "decoder"
     return ("decoder",) if found.causal else ("encoder",)

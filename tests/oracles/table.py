@@ -9,6 +9,7 @@ import torch
 
 from . import (
     bigbird,
+    compressive,
     longformer,
     memory_compressed,
     reformer,
@@ -30,6 +31,7 @@ MODULES = (
     transformer_xl,
     transformer_xl_formulas,
     transformer_xl_recorded,
+    compressive,
 )
 DTYPES = (torch.float32, torch.float64)
 HEAD = """\

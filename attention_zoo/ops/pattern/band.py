@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -15,18 +16,22 @@ from attention_zoo.ops.softmax.parts import Part
 from attention_zoo.ops.softmax.tiles import Tile
 
 
-def band_tiles(call: PatternCall) -> list[Tile]:
-    """Tiles of an aligned band: evenly spaced keys, and one bias for all tiles of a stride."""
+def band_tiles(call: PatternCall) -> tuple[list[Tile], list[Tensor]]:
+    """Tiles of an aligned band: evenly spaced keys, and one bias for all tiles of a stride; the biases that learn."""
     H, strides = call.q.shape[1], call.band.strides
     borders = [h for h in range(1, len(strides)) if strides[h] != strides[h - 1]]
     if any(border % (H // call.k.shape[1]) for border in borders):
         strides, borders = (1,), []  # one key head, several strides: all keys in reach, most of them masked
     heads = [slice(a, b) for a, b in pairwise([0, *borders, H])] if borders else [slice(None)]
     reach = call.band.farthest // max(strides)
-    return [tile for some in heads for tile in _stride_tiles(call, some, strides[some.start or 0], reach)]
+    tiles: list[Tile] = []
+    learned: list[Tensor] = []
+    for some in heads:
+        tiles += _stride_tiles(call, some, strides[some.start or 0], reach, learned)
+    return tiles, learned
 
 
-def _stride_tiles(call: PatternCall, heads: slice, stride: int, reach: int) -> list[Tile]:
+def _stride_tiles(call: PatternCall, heads: slice, stride: int, reach: int, learned: list[Tensor]) -> list[Tile]:
     """Tiles of heads that see every `stride`-th column: those of a residue class see each other as a band without gaps.
 
     Beltagy et al. 2020, §3.1 (dilated window).
@@ -36,6 +41,8 @@ def _stride_tiles(call: PatternCall, heads: slice, stride: int, reach: int) -> l
     if reach + size >= S // stride:
         size *= 2  # a tile sees about all keys, whatever its size: fewer are faster
     bias = _BandBias(call, size, reach, stride)
+    if call.learned:
+        bias.learn(heads, learned)
     tiles = []
     for key in range(min(stride, S)):  # first column of the class
         row = (key - (S - L)) % stride  # and its first query
@@ -48,7 +55,8 @@ def _stride_tiles(call: PatternCall, heads: slice, stride: int, reach: int) -> l
             parts = []
             for a, b in cuts(low, min(keys, high), most_keys(call, size)):
                 columns = slice(key + a * stride, key + (b - 1) * stride + 1, stride)
-                parts.append(Part(columns, partial(bias, some, columns)))
+                learn = partial(bias.learned, some, columns) if call.learned else None
+                parts.append(Part(columns, partial(bias, some, columns), learn=learn))
             tiles.append(Tile(some, parts, heads))
     return tiles
 
@@ -64,10 +72,9 @@ class _BandBias:
 
     def __call__(self, rows: slice, columns: slice, batch: slice) -> Tensor:
         call = self.call
-        before = (columns.start - (rows.start + self.offset)) // self.stride + self.reach
-        height, width = (len(range(x.start, x.stop, self.stride)) for x in (rows, columns))
-        whole = self._whole() if self.held is None or call.learned else self.held
-        bias = whole[:, :, :height, before : before + width]
+        if self.held is None:
+            self.held = self._whole()
+        bias = self._cut(self.held, rows, columns)
         if self.plain:
             return bias
         queries, keys = call.queries.cut(rows, batch), call.keys.cut(columns, batch)
@@ -77,6 +84,29 @@ class _BandBias:
             seen = seen & (keys.document[:, None, :] == queries.document[:, :, None])[:, None]
         return bias.masked_fill(~seen, -torch.inf)
 
+    def _cut(self, whole: Tensor, rows: slice, columns: slice) -> Tensor:
+        before = (columns.start - (rows.start + self.offset)) // self.stride + self.reach
+        height, width = (len(range(x.start, x.stop, self.stride)) for x in (rows, columns))
+        return whole[:, :, :height, before : before + width]
+
+    def learn(self, heads: slice, learned: list[Tensor]) -> None:
+        """Compute it now, with its graph: tiles sum its gradient, which goes on from there once, whatever the length.
+
+        Args:
+            heads: of the tiles.
+            learned: tensors that the tiles hand gradients to; it becomes one of them.
+        """
+        whole = self._whole()
+        self.heads, self.place, self.held = heads, len(learned), whole.detach()
+        learned.append(whole)
+
+    def learned(self, rows: slice, columns: slice, sums: Sequence[Tensor], dscores: Tensor, batch: slice) -> None:
+        """As `Part.learn`. What is hidden has no weight, hence no gradient."""
+        del batch  # all rows share the bias
+        into = sums[self.place]
+        into = self._cut(into[:, self.heads] if into.shape[1] > 1 else into, rows, columns)
+        into += dscores.sum_to_size(into.shape)
+
     def _whole(self) -> Tensor:
         """Of queries at `reach`, `reach` + 1, ... and all the keys that one of them sees, from position 0 on."""
         call, device = self.call, self.call.q.device
@@ -84,11 +114,11 @@ class _BandBias:
         position = torch.arange(0, count * self.stride, self.stride, device=device)[None]
         keys = Layout.plain(1, count, device)._replace(position=position)
         queries = keys.cut(slice(self.reach, self.reach + self.size))
-        self.held = call.pattern.scores_bias(queries, keys)
+        whole = call.pattern.scores_bias(queries, keys)
         if call.pattern.causal:
             future = keys.position[:, None, :] > queries.position[:, :, None]
-            self.held = self.held.masked_fill(future[:, None], -torch.inf)
-        return self.held
+            whole = whole.masked_fill(future[:, None], -torch.inf)
+        return whole
 
 
 def by_distance(call: PatternCall, length: int) -> Tensor | None:

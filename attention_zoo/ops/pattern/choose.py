@@ -30,7 +30,8 @@ DENSE: Kernel[PatternCall] = Kernel("dense", _run_dense, (), "the definition, L 
 
 
 def _run_tiles(call: PatternCall) -> Tensor:
-    return run_local(call, near_tiles(call), call.asked)
+    tiles, learned = near_tiles(call)
+    return run_local(call, tiles, call.asked, learned=learned)
 
 
 TILES: Kernel[PatternCall] = Kernel(
@@ -39,7 +40,8 @@ TILES: Kernel[PatternCall] = Kernel(
 
 
 def _run_banded(call: PatternCall) -> Tensor:
-    return run_local(call, band_tiles(call), call.asked)
+    tiles, learned = band_tiles(call)
+    return run_local(call, tiles, call.asked, learned=learned)
 
 
 BANDED: Kernel[PatternCall] = Kernel(

@@ -7,6 +7,7 @@ import torch
 from attention_zoo.layout.kernel import triton_reason
 from attention_zoo.layout.reach import Anywhere, Band, Blocks
 from attention_zoo.ops.pattern.call import Pattern, PatternCall
+from attention_zoo.ops.pattern.heads import reach_by_head
 from attention_zoo.ops.softmax import fused
 
 MASK = 2**23
@@ -18,7 +19,7 @@ MASK = 2**23
 
 def is_band(pattern: Pattern) -> str | None:
     reach = pattern.reach
-    plain = isinstance(reach, Band) and reach.same_for_all and not reach.first
+    plain = isinstance(reach, Band) and (reach.same_for_all or reach_by_head(reach) is not None) and not reach.first
     if plain and reach.weights in ("uniform", "distance"):
         return None
     return "the pattern is no band: it depends on more than the distance"
@@ -31,7 +32,9 @@ def is_uniform(pattern: Pattern) -> str | None:
 def is_plain_band(pattern: Pattern) -> str | None:
     if is_band(pattern) or is_uniform(pattern):
         return "the pattern is no band"
-    return None if isinstance(pattern.reach, Band) and pattern.reach.contiguous else "the band has gaps (dilation)"
+    if not (isinstance(pattern.reach, Band) and pattern.reach.same_for_all):
+        return "heads reach differently far"
+    return None if pattern.reach.contiguous else "the band has gaps (dilation)"
 
 
 def is_blocks(pattern: Pattern) -> str | None:

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool
+from torch import Tensor, nn
 
 from attention_zoo.layout.host import Array, Host
+from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.reach import Tiles
 from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.facts import is_band
 from attention_zoo.ops.pattern.globals import most_keys
 from attention_zoo.ops.softmax.parts import Part
 from attention_zoo.ops.softmax.tiles import Tile
+from attention_zoo.tokens import Tokens
 
 AT_ONCE = 64
 """Rows of the matrix of tiles that are held at a time: it must not be quadratic itself."""
 _HUGE = 1 << 40
 
 
-def near_tiles(call: PatternCall) -> list[Tile]:
-    """Tiles that may matter: any positions, holes, caches and documents."""
+def near_tiles(call: PatternCall) -> tuple[list[Tile], Sequence[Tensor]]:
+    """Tiles that may matter: any positions, holes, caches and documents; and what their biases learn by."""
     size, (L, S) = 2 * call.pattern.tile, call.lengths
     most = most_keys(call, size)
+    table = _Table(call) if call.learned and is_band(call.pattern) is None else None
     tiles = []
     for i, found in enumerate(_needed(call, size)):
         rows = slice(i * size, min((i + 1) * size, L))
-        tiles.append(Tile(rows, [_part(call, rows, run) for run in _runs(found, size, S, most)]))
-    return tiles
+        tiles.append(Tile(rows, [_part(call, rows, run, table) for run in _runs(found, size, S, most)]))
+    return tiles, call.learned if table is None else [table.whole]
 
 
 def needed_pairs(call: PatternCall, size: int) -> tuple[Array, Array]:
@@ -118,8 +124,48 @@ def _runs(tiles: list[int], size: int, columns: int, most: int) -> Iterator[slic
         yield scattered[0] if len(scattered) == 1 else scattered
 
 
-def _part(call: PatternCall, rows: slice, run: slice | list[slice]) -> Part:
+def _part(call: PatternCall, rows: slice, run: slice | list[slice], table: _Table | None) -> Part:
+    columns: slice | Tensor
     if isinstance(run, slice):
-        return Part(run, lambda batch: call.local_bias(call.queries.cut(rows, batch), call.keys.cut(run, batch)))
-    columns = torch.cat([torch.arange(s.start, s.stop, device=call.k.device) for s in run])
+        columns = run
+    else:
+        columns = torch.cat([torch.arange(s.start, s.stop, device=call.k.device) for s in run])
+    if table is not None:
+        return Part(columns, partial(table.bias, rows, columns), learn=partial(table.learned, rows, columns))
     return Part(columns, lambda batch: call.local_bias(call.queries.cut(rows, batch), call.keys.cut(columns, batch)))
+
+
+class _Table:
+    """A learned bias that depends on the distance alone: computed once for each distance, and so is its gradient."""
+
+    def __init__(self, call: PatternCall):
+        self.call, farthest = call, call.band.farthest
+        self.ahead = 0 if call.pattern.causal else farthest
+        # as seen from position `farthest`, the farthest key ahead first
+        query = Layout.plain(1, 1, call.k.device, start=farthest)
+        keys = Layout.plain(1, farthest + 1 + self.ahead, call.k.device)
+        bias = call.pattern.scores_bias(query, keys)[0, :, 0].flip(-1)
+        self.whole = bias.expand(call.q.shape[1], -1)
+        self.held = nn.functional.pad(self.whole.detach(), (0, 1), value=-torch.inf)  # the last: beyond reach
+        self.last = self.whole.shape[1]
+
+    def bias(self, rows: slice, columns: slice | Tensor, batch: slice) -> Tensor:
+        queries, keys = self.call.queries.cut(rows, batch), self.call.keys.cut(columns, batch)
+        seen = self.call.seen(queries, keys)
+        if self.call.any_global_key:
+            seen = seen & ~keys.is_global[:, None, None, :]
+        return self.held[:, self._place(queries, keys)].transpose(0, 1).masked_fill(~seen, -torch.inf)
+
+    def learned(
+        self, rows: slice, columns: slice | Tensor, sums: Sequence[Tensor], dscores: Tensor, batch: slice
+    ) -> None:
+        """As `Part.learn`. What is hidden has no weight, hence no gradient."""
+        place = self._place(self.call.queries.cut(rows, batch), self.call.keys.cut(columns, batch))
+        place = place.clamp(max=self.last - 1).expand(len(dscores), -1, -1).flatten()
+        head = torch.arange(dscores.shape[1], device=place.device)[:, None]
+        # in a fixed order everywhere, which adding by `scatter_add_` has not
+        sums[0].index_put_((head, place), dscores.transpose(0, 1).flatten(1).to(sums[0].dtype), accumulate=True)
+
+    def _place(self, queries: Tokens, keys: Tokens) -> Tensor:
+        gap = queries.position[:, :, None] - keys.position[:, None, :] + self.ahead
+        return gap.where((gap >= 0) & (gap < self.last), self.last)

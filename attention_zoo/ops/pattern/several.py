@@ -16,7 +16,7 @@ from torch import Tensor
 from attention_zoo.layout.host import tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.reach import Anywhere, Band, Reach
-from attention_zoo.layout.visible import Seen, columns_of, visible
+from attention_zoo.layout.visible import Seen, Visible, columns_of, visible
 from attention_zoo.ops.pattern.globals import cuts
 from attention_zoo.ops.softmax.parts import Bias, Part
 from attention_zoo.ops.softmax.tiles import Tile, run_tiles, scores_at_once
@@ -37,6 +37,7 @@ class Keys(NamedTuple):
             and every query sees them, whatever its document.
         reach: which of them a query sees: a contiguous `Band`, or `Anywhere`.
         weight: [B, S], added to the scores: log n of a key that counts for n; default 0.
+        seen: ranges of the columns that each query sees, which do not overlap; default what `reach` says.
     """
 
     k: Float[Tensor, "B K S D"]
@@ -44,6 +45,7 @@ class Keys(NamedTuple):
     layout: Layout | None
     reach: Reach = Anywhere(weights="uniform")
     weight: Float[Tensor, "B S"] | None = None
+    seen: Visible | None = None
 
 
 def attend_to_several(
@@ -59,10 +61,7 @@ def attend_to_several(
     for each in sets:
         _check(each)
     k, v = torch.cat([each.k for each in sets], 2), torch.cat([each.v for each in sets], 2)
-    seen = [
-        None if each.layout is None else visible(queries, each.layout, reach=each.reach, causal=causal)[0]
-        for each in sets
-    ]
+    seen = [_seen(each, queries, causal) for each in sets]
     starts = [0]
     for each in sets:
         starts.append(starts[-1] + each.k.shape[2])
@@ -70,12 +69,13 @@ def attend_to_several(
     for a in range(0, L, ROWS):
         rows, parts = slice(a, min(a + ROWS, L)), []
         most = max(64, scores_at_once(q) // (q.shape[1] * (rows.stop - rows.start)))
-        for each, ranges, start in zip(sets, seen, starts):
-            for low, high, all_see in _ranges(each, queries, ranges, rows):
-                for first, stop in cuts(low, high, most) if high > low else ():
-                    columns = slice(first, stop)
-                    bias = _weights(each, columns) if all_see else _Bias(each, ranges, rows, columns, q.dtype)
-                    parts.append(Part(slice(start + first, start + stop), bias))
+        for each, many, start in zip(sets, seen, starts):
+            for ranges in many:
+                for low, high, all_see in _ranges(each, queries, ranges, rows):
+                    for first, stop in cuts(low, high, most) if high > low else ():
+                        columns = slice(first, stop)
+                        bias = _weights(each, columns) if all_see else _Bias(each, ranges, rows, columns, q.dtype)
+                        parts.append(Part(slice(start + first, start + stop), bias))
         tiles.append(Tile(rows, parts))
     learned = [each.weight for each in sets if each.weight is not None and each.weight.requires_grad]
     return run_tiles(q, k, v, tiles, scale=scale, learned=learned, asked=queries.asked)
@@ -89,6 +89,13 @@ def _check(keys: Keys) -> None:
     shape = (keys.k.shape[0], keys.k.shape[2])
     if keys.weight is not None and keys.weight.shape != shape:
         raise ValueError(f"weight must be of shape {tuple(shape)} like the keys, got {tuple(keys.weight.shape)}")
+
+
+def _seen(keys: Keys, queries: Layout, causal: bool) -> Sequence[Seen | None]:
+    """Ranges of columns for each query; None: all of them, for all."""
+    if keys.seen is not None or keys.layout is None:
+        return keys.seen or (None,)
+    return visible(queries, keys.layout, reach=keys.reach, causal=causal)
 
 
 def _ranges(keys: Keys, queries: Layout, seen: Seen | None, rows: slice) -> list[tuple[int, int, bool]]:

@@ -174,14 +174,18 @@ class _Relative(torch.autograd.Function):
     def forward(ctx: Any, q, k, v, k_own, v_own, r, u, w, plan: ChunkPlan, scale: float) -> Tensor:
         B, H, L, _ = q.shape
         exact = torch.promote_types(q.dtype, torch.float32)
-        table = _falling(r, exact)
-        out = _rows_first(q, L, q.dtype)
+        table = falling(r, exact)
+        out = rows_first(q, L, q.dtype)
         lse = q.new_empty(B, H, L, dtype=exact)
         scratch = Scratch()
         for chunk, heads in _tiles(plan, q):
             rows, keys = slice(chunk.start, chunk.stop), slice(chunk.low, chunk.high)
             query = q[:, heads, rows].to(exact)
-            shape = _Shift(plan, chunk) if plan.position is None else _Gather(plan, chunk)
+            shape = (
+                Shift(chunk.stop - chunk.start, chunk.high - chunk.low)
+                if plan.position is None
+                else _Gather(plan, chunk)
+            )
             bias = shape.scores(((query + w[heads, None]) * scale).transpose(0, 1), shape.cut(table[heads]), scratch)
             _hide(bias, plan, chunk)
             out[:, heads, rows], found = partial(
@@ -217,18 +221,20 @@ def _backward(
     """Gradients of q, k, v, k_own and v_own (None where not wanted), the falling table, u and w; most without scale."""
     q, k, v, r, u, w, out, lse = saved
     L, S, exact = q.shape[2], k.shape[2], lse.dtype
-    table = _falling(r, exact)
+    table = falling(r, exact)
     dtable = torch.zeros_like(table)
     # +inf makes all weights of a row that sees nothing zero, instead of exp(-inf + inf)
     lse = torch.where(lse == -torch.inf, torch.inf, lse)
-    dq = _rows_first(q, L, exact)
-    dk, dv = (_rows_first(q, S, exact).zero_() for _ in range(2))
-    dk_own, dv_own = (_rows_first(q, S, exact).zero_() if wanted else None for wanted in own)
+    dq = rows_first(q, L, exact)
+    dk, dv = (rows_first(q, S, exact).zero_() for _ in range(2))
+    dk_own, dv_own = (rows_first(q, S, exact).zero_() if wanted else None for wanted in own)
     scratch = Scratch()
     du, dw = u.new_zeros(u.shape, dtype=exact), w.new_zeros(w.shape, dtype=exact)
     for chunk, heads in _tiles(plan, q):
         rows, keys = slice(chunk.start, chunk.stop), slice(chunk.low, chunk.high)
-        shape = _Shift(plan, chunk) if plan.position is None else _Gather(plan, chunk)
+        shape = (
+            Shift(chunk.stop - chunk.start, chunk.high - chunk.low) if plan.position is None else _Gather(plan, chunk)
+        )
         query, dout, result = (x[:, heads, rows].transpose(0, 1).to(exact) for x in (q, grad, out))
         key, value = (x[:, heads, keys].transpose(0, 1).to(exact) for x in (k, v))
         to_keys = (query + u[heads, None, None]) * scale
@@ -241,9 +247,9 @@ def _backward(
         exponent = lse[:, heads, rows].transpose(0, 1)[..., None] * -LOG2E
         torch.add(exponent, distance_scores, alpha=LOG2E, out=weights)
         _hide(weights, plan, chunk)
-        _add_scores(weights, to_keys, key, LOG2E).exp2_()
+        add_scores(weights, to_keys, key, LOG2E).exp2_()
         dweights.copy_((dout * result).sum(-1, keepdim=True).neg_())
-        _add_scores(dweights, dout, value)
+        add_scores(dweights, dout, value)
         dscores, dproduct = shape.gradient(dweights, weights, scratch)
 
         _collect(dk, dk_own, heads, dscores, to_keys, plan, chunk)
@@ -267,22 +273,22 @@ def _tiles(plan: ChunkPlan, q: Tensor) -> Iterator[tuple[Chunk, slice]]:
             yield chunk, slice(head, head + group)
 
 
-def _rows_first(like: Tensor, rows: int, dtype: torch.dtype) -> Float[Tensor, "B H n D"]:
+def rows_first(like: Tensor, rows: int, dtype: torch.dtype) -> Float[Tensor, "B H n D"]:
     """Uninitialised, [B, n, H, D] in memory: as projections write and read it."""
     B, H, _, D = like.shape
     return large_pages(like.new_empty(B, rows, H, D, dtype=dtype)).transpose(1, 2)
 
 
-def _falling(r: Float[Tensor, "n H D"], dtype: torch.dtype) -> Float[Tensor, "H n+1 D"]:
+def falling(r: Float[Tensor, "n H D"], dtype: torch.dtype) -> Float[Tensor, "H n+1 D"]:
     """The table per head, from the largest distance down to 0, then one spare row that no visible pair reads."""
     return torch.nn.functional.pad(r.to(dtype).transpose(0, 1).flip(1), (0, 0, 0, 1))
 
 
-class _Shift:
-    """Distance scores where key columns stand as positions do: no element moves."""
+class Shift:
+    """Distance scores where key columns stand as positions do, the last query in the last column: no element moves."""
 
-    def __init__(self, plan: ChunkPlan, chunk: Chunk):
-        self.rows, self.columns = chunk.stop - chunk.start, chunk.high - chunk.low
+    def __init__(self, rows: int, columns: int):
+        self.rows, self.columns = rows, columns
 
     def cut(self, table: Tensor) -> Tensor:
         """The distances of the oldest key seen from the last row, down to 0, and the spare row."""
@@ -336,7 +342,7 @@ class _Gather:
         return self.row.expand(heads, *self.row.shape)
 
 
-def _add_scores(
+def add_scores(
     into: Float[Tensor, "H B l s"], rows: Float[Tensor, "H B l D"], keys: Float[Tensor, "H B s D"], scale: float = 1.0
 ) -> Float[Tensor, "H B l s"]:
     """into += scale · rows · keysᵀ."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from attention_zoo.ops.softmax.partial import Scratch, fold
 
 Bias = Callable[[slice], Tensor | None]
+Learn = Callable[[Sequence[Tensor], Tensor, slice], None]
 
 
 class Part(NamedTuple):
@@ -27,11 +28,14 @@ class Part(NamedTuple):
             [b|1, H|1, rows|1, n] for b batch rows, of all heads; with groups, of the tile's,
             [b|1, h|1, g, rows / g|1, n].
         block: columns per entry of per-head `keys`.
+        learn: (sums, gradient [b, h, rows, n] of the scores of the tile's heads, batch rows) adds to the sums, one for
+            each learned tensor, what the bias hands on: for a bias that is cut out of one. None: autograd finds it.
     """
 
     keys: slice | Tensor
     bias: Bias
     block: int = 1
+    learn: Learn | None = None
 
 
 def blocks_in(

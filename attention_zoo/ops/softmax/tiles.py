@@ -185,6 +185,9 @@ def _delta(grad: Tensor, out: Tensor, like: Float[Tensor, "B H L 1"]) -> Float[T
 
 def _learn(total: list[Tensor], learned: Sequence[Tensor], view: View, dscores: Tensor) -> None:
     """Add the gradient that this part's bias hands to what it was computed from."""
+    if view.part.learn is not None:
+        view.part.learn(total, dscores, view.batch or slice(None))
+        return
     with torch.enable_grad():
         bias = view.bias()
     if bias is None or not bias.requires_grad:

@@ -84,10 +84,15 @@ class Enwik8(Streams):
                 return place / name
         raise self.source.missing(place / self.file)
 
+    @property
+    def packed(self) -> bool:
+        """Whether it is an archive, and if only by its name: one that was cut off is none by its bytes."""
+        return self.path.suffix.lower() == ".zip" or zipfile.is_zipfile(self.path)
+
     @cached_property
     def data(self) -> np.ndarray:
         """All bytes, of the right number."""
-        if zipfile.is_zipfile(self.path):
+        if self.packed:
             return np.frombuffer(self._unpacked(), np.uint8)
         found = mapped(self.path, self.source)
         self._check_size(len(found))
@@ -132,9 +137,8 @@ class Enwik8(Streams):
         """Raise a ValueError for bytes that the text cannot hold. enwik8 may hold any."""
 
     def describe(self, seq_len: int) -> dict[str, Any]:
-        packed = zipfile.is_zipfile(self.path)
         sums = {
-            kind: checksum_of(self.data, kind) if packed else checksum(self.path, self.source, kind)
+            kind: checksum_of(self.data, kind) if self.packed else checksum(self.path, self.source, kind)
             for kind in ("sha256", "md5")
         }
         return {

@@ -48,6 +48,7 @@ class Labelled(Task):
 
     Attributes:
         length: tokens that all rows have; None where rows are padded or cut to any.
+        split_by: the option that may have left a split without rows, for errors.
         validation_rows: rows looked at during training, spread evenly over the split; None takes all. The test set is
             always taken whole.
     """
@@ -57,6 +58,7 @@ class Labelled(Task):
     classes: int
     source: ClassVar[Source]
     length: int | None = None
+    split_by: str = ""
     validation_rows: int | None
 
     @property
@@ -69,7 +71,7 @@ class Labelled(Task):
             raise ValueError(f"seq_len must be {self.length}, the tokens of each row of {self.name}, got {seq_len}")
         for split, rows in self.parts.items():
             if not len(rows.labels):
-                raise ValueError(f"{self.name}: there are no rows for {split}: {self.source.help()}")
+                raise ValueError(f"{self.name}: there are no rows for {split}{self.split_by}: {self.source.help()}")
 
     def types(self, ids: np.ndarray) -> np.ndarray | None:
         """[B, L] token types of rows; None where there are none."""

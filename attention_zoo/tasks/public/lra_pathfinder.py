@@ -113,7 +113,7 @@ class LraPathfinder(Labelled):
                 name, label = self._entry(listed, number, line)
                 try:
                     size = (self.root / name).stat().st_size
-                except OSError:
+                except (OSError, ValueError):  # a name that no file can have
                     rule = "each line must name an image that is there"
                     raise self.source.wrong(listed, rule, name, f"line {number}") from None
                 if size:
@@ -161,4 +161,6 @@ def _lines(listed: Path, source: Source) -> list[str]:
         raise source.unreadable(error) from None
     except ValueError as error:  # no UTF-8; an array of objects, which only pickles can hold; a damaged array
         raise source.wrong(listed, "the file must be text, or an array of text", " ".join(str(error).split())) from None
+    if found.dtype.kind == "S":
+        found = np.char.decode(found, errors="replace")
     return [" ".join(map(str, np.atleast_1d(line))) for line in np.atleast_1d(found)]

@@ -97,6 +97,7 @@ class LraText(Labelled):
         self.compression = chosen(compress)
         self.root = self.source.place(path)
         self.validation, self.validation_rows = validation, validation_rows
+        self.split_by = f" with task.validation={validation}" if validation else ""
 
     @cached_property
     def reviews(self) -> dict[str, Reviews]:

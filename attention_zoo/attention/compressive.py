@@ -1,0 +1,400 @@
+"""Segments with a memory, and a coarser memory of what falls out of it. Rae et al. 2019, "Compressive Transformers".
+
+A document is cut into segments of S tokens, aligned to position 0. A token sees its own segment up to itself, the M
+positions before it, and the last C of the groups of c tokens that lie before those, each as one compressed state:
+
+    m        = floor((s·S - M) / c)·c, or 0              where the memory of segment s = floor(p/S) begins
+    keys(p)  = z_{m/c - C} ... z_{m/c - 1} | h_m ... h_{s·S - 1} | x_{s·S} ... x_p
+    z_g      = f(h_{g·c} ... h_{g·c + c - 1})            f: mean, max, conv, dilated, most_used
+    score_ij = scale · [(W_q x_i + u)·W_k h_j + (W_q x_i + v)·W_r R_{i-j}]       i, j: columns of the table above
+    loss     = mean ‖attn(h_s, evicted) - attn(h_s, f(evicted))‖²                of segments whose end evicts
+
+So a compressed state counts as one column before the memory, as in the paper. h and z are detached: weights learn from
+memories, earlier states do not. The loss alone teaches f: states and the weights of attention are detached in it.
+attn has no positions: softmax(scale · (W_q h)·(W_k m)) W_v m, heads side by side, not yet projected out.
+
+All segments of a call run at once, since what a loop would hand from one to the next are inputs of this layer.
+O(L·(S + M + C)) time, O(L·E) memory (ops/relative/segments.py). Decoding projects the query, not the keys, and holds
+M + S + c - 1 hidden and C compressed states.
+
+Paper: as above, S = M = 512 to 1,024 and C up to 4,096 at c = 2 to 4; best was convolution with this loss.
+
+Released code: none. lucidrains' port (compressive-transformer-pytorch 0.4.0) detaches to_kv in place, so that it never
+learns again after the first overflow, and takes its loss over all memory instead of what is evicted.
+
+Here: segments follow positions, not calls, and groups the tokens of a document: cuts, padding and packing change
+nothing. Only whole groups leave memory: with S or M no multiple of c, memory is up to c - 1 tokens longer than M.
+"dilated" is one convolution with c taps, every other token, stride c. "most_used" keeps the n/c states of the n evicted
+ones that receive most of the attention attn(h_s, evicted) of the segment that evicts them, in their order; the paper
+averages the attention of all that saw them. The loss is a mean over queries and widths, and there only where f learns
+and gradients are enabled.
+
+When: evidence lies farther back than a memory may, and its gist will do. Two layers of width 64, S = M = 8, C = 24,
+c = 2, one seed: needle (800 steps) 23.1 %, Transformer-XL 11.3 % (chance 6.3 %); flip_flop (150 steps) 86.5 and 55.1 %.
+Not where one token among many must be found exactly far back, which compression blurs, nor where M can be long enough:
+then it only costs more.
+
+Checked: against compressive-transformer-pytorch's attention over segments, outputs, loss and gradients (largest error
+9e-15 in float64, 2e-6 in float32; tests/oracles/compressive.py), and token by token in float64, memories and loss
+included (tests/references/compressive.py, tests/test_compressive.py).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attention_zoo.attention.compressive_functions import LEARNED, Compression, picked, queries_of, with_frozen
+from attention_zoo.attention.compressive_plans import Sizes, Slots, few_of, pieces_of, slots_of
+from attention_zoo.attention.operator import one_operator, refuse_export
+from attention_zoo.contract import Abilities, Attention, Operands, Output, Source, at_least
+from attention_zoo.layout.host import tensor_of
+from attention_zoo.layout.kernel import Kernel, choose, explain
+from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.ledger import Columns, Horizon, gathered, none
+from attention_zoo.layout.visible import runs_of
+from attention_zoo.ops.relative.call import KERNELS as RELATIVE
+from attention_zoo.ops.relative.call import RelativeCall
+from attention_zoo.ops.relative.few import absorbed
+from attention_zoo.ops.relative.projections import is_plain, streams
+from attention_zoo.ops.relative.segments import segment_attention
+from attention_zoo.ops.relative.waves import waves
+from attention_zoo.ops.softmax.function import watch, zeros_for
+from attention_zoo.options import Natural, NonNegative, Positive
+from attention_zoo.place import place_of
+from attention_zoo.rules import OneOf
+from attention_zoo.tokens import Tokens
+
+KERNELS: tuple[Kernel[RelativeCall], ...] = (
+    RELATIVE[0],
+    Kernel("segments", lambda call: "segments", (), "each segment with its keys beside each other"),
+)
+
+
+class Memories(NamedTuple):
+    """What the next token can still see, detached.
+
+    Fields:
+        columns: hidden states, [B, N, E] as the layer received them.
+        slots: compressed ones, [B, G, E]; positions are numbers of groups.
+    """
+
+    columns: Columns
+    slots: Columns
+
+
+class Compressive(Attention):
+    """Attention over the own segment, a memory before it, and compressed states before that.
+
+    A call with a state continues the documents of earlier calls, cut anywhere: outputs are those of the whole prefix.
+    Gradients stop at the beginning of the call, so they equal those of one long call where cuts lie on segment borders.
+    `segment_length` and `memory_length` may be changed on a built layer; only "most_used" compresses differently then.
+
+    `Output.losses` has "reconstruction", where segments end in the call that push groups out of memory.
+
+    Args:
+        segment_length: S, tokens per segment.
+        memory_length: M, tokens visible before the own segment.
+        compressed_length: C, compressed states visible before the memory; 0: none are made.
+        ratio: c, tokens of a group, which become one compressed state.
+        compression: mean | max | conv | dilated | most_used.
+        reconstruction: factor on the loss of conv and dilated, which learn from nothing else; 0: they stay as drawn.
+        untie_r: give each layer its own u and v, instead of one pair shared over depth.
+        kernel: auto | absorbed | segments. "absorbed" is for few queries and gives no gradients, "segments" does
+            everything. auto takes the first that fits.
+        shared: the options of `Attention`. `positions` may be "none" or "relative", which mean the same here. `bias`
+            does not concern W_r, which has none.
+    """
+
+    name = "compressive"
+    declared = Abilities(
+        causality="strict",
+        carry="prefix",
+        two_sided=False,
+        global_tokens="none",
+        cross=False,
+        compute="linear",
+        activations="linear",
+        state="constant",
+        positions=("none", "relative"),
+        adjustable=("segment_length", "memory_length"),
+        truncated=True,
+    )
+    tiny = {"segment_length": 4, "memory_length": 3, "compressed_length": 3, "ratio": 2}
+    token_losses = ("reconstruction",)
+    shared_over_depth: tuple[str, ...] = ("u", "v")
+    """Parameters that a stack ties over its layers of this kind."""
+
+    def __init__(
+        self,
+        *,
+        segment_length: Positive = 256,
+        memory_length: Natural = 256,
+        compressed_length: Natural = 128,
+        ratio: Positive = 4,
+        compression: Annotated[str, OneOf("mean", "max", "conv", "dilated", "most_used")] = "conv",
+        reconstruction: NonNegative = 1.0,
+        untie_r: bool = False,
+        kernel: Annotated[str, OneOf("auto", "absorbed", "segments")] = "auto",
+        **shared: Any,
+    ):
+        super().__init__(**shared)
+        if self.dim % 2:
+            raise ValueError(f"dim must be even for sines and cosines of distances, got {self.dim}")
+        self.segment_length, self.memory_length = segment_length, memory_length
+        self.compressed_length, self.ratio = compressed_length, ratio
+        self.compression, self.reconstruction, self.kernel = compression, reconstruction, kernel
+        if untie_r:
+            self.shared_over_depth = ()
+        width = self.heads * self.head_width
+        self.to_q = nn.Linear(self.dim, width, bias=self.bias_into)
+        self.to_k = nn.Linear(self.dim, width, bias=self.bias_into)
+        self.to_v = nn.Linear(self.dim, width, bias=self.bias_into)
+        self.to_r = nn.Linear(self.dim, width, bias=False)
+        self.to_out = nn.Linear(width, self.dim, bias=self.bias_out)
+        self.u = nn.Parameter(torch.empty(self.heads, self.head_width).normal_(std=0.02))
+        self.v = nn.Parameter(torch.empty(self.heads, self.head_width).normal_(std=0.02))
+        self.compress = Compression(compression, self.dim, ratio)
+
+    @property
+    def _sizes(self) -> Sizes:
+        """At every call: two of them are adjustable."""
+        at_least(1, segment_length=self.segment_length)
+        at_least(0, memory_length=self.memory_length)
+        return Sizes(self.segment_length, self.memory_length, self.ratio, self.compressed_length)
+
+    def pairs(self, length: int) -> float:
+        """See `Attention`; a pair costs half as much again for its distance."""
+        position = torch.arange(length).numpy()
+        memory = self._sizes.memory_from(position // self.segment_length)
+        slots = (memory // self.ratio).clip(max=self.compressed_length)
+        return 1.5 * float((position - memory + 1 + slots).sum())
+
+    def core(self, batch: int, length: int) -> Operands:
+        """See `Attention`: a document from its beginning, its compressed states, and keys of distances."""
+        (H, D), sizes = (self.heads, self.head_width), self._sizes
+        keys, slots = (batch, H, length, D), (batch, H, self._compressed(length), D)
+        farthest = sizes.segment + sizes.memory + sizes.ratio + sizes.slots
+        return Operands((keys, keys, keys, slots, slots, (farthest, H, D)), True, (self.u, self.v))
+
+    def _compressed(self, length: int) -> int:
+        """How many states of a document are compressed."""
+        sizes = self._sizes
+        known = torch.tensor(length // sizes.segment).numpy()
+        return int(sizes.memory_from(known)) // sizes.ratio if sizes.slots else 0
+
+    @property
+    def keeps(self) -> tuple[Any, ...]:
+        return Memories, self.dim
+
+    def initial_state(self, batch_size: int) -> Memories:
+        at_least(0, batch_size=batch_size)
+        device, dtype = place_of(self)
+        nothing, empty = none(batch_size, device), torch.zeros(batch_size, 0, self.dim, device=device, dtype=dtype)
+        return Memories(Columns.of(nothing, empty), Columns.of(nothing, empty))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L E"],
+        tokens: Tokens | None = None,
+        *,
+        state: Memories | None = None,
+        source: Source | None = None,
+        choices: Any = None,
+    ) -> Output:
+        """See `Layer`."""
+        if isinstance(tokens, Layout) and tokens.goes_with(x, state, source, choices):
+            return self._attended(x, tokens)
+        return self._checked(x, tokens, state=state, source=source, choices=choices)
+
+    @one_operator
+    def _checked(
+        self, x: Tensor, tokens: Tokens | None = None, *, state: Any = None, source: Any = None, choices: Any = None
+    ) -> Output:
+        x, layout = self.enter(x, tokens, state, source, choices)
+        return self._attended(x, layout, state)
+
+    def _attended(self, x: Tensor, layout: Layout, state: Memories | None = None) -> Output:
+        sizes, L = self._sizes, x.shape[1]
+        columns = self._append(x, layout, state)
+        hidden, keys = columns.held[0].to(x.dtype), columns.tokens
+        slots, states = self._slots(hidden, keys, state)
+        table = torch.cat([states.detach(), hidden], 1) if states.shape[1] else hidden
+        call = RelativeCall(
+            L, self.head_width, x.device, self._compute_dtype(x), runs_of(keys).consecutive,
+            all(map(is_plain, (self.to_k, self.to_v, self.to_r))), self.kernel,
+        )  # fmt: skip
+        losses: dict[str, Tensor] = {}
+        q = self._heads(self.to_q(x))
+        if choose(self.name, KERNELS, self.kernel, call).name == "absorbed":
+            out = self._absorbed(q, table, keys, slots)
+        else:
+            plan = pieces_of(keys, slots.layout, L, sizes)
+            k, k_own = map(self._heads, streams(self.to_k, table))
+            v, v_own = map(self._heads, streams(self.to_v, table))
+            r = self._heads(self.to_r(self._waves(plan.distances)))
+            out = segment_attention(q, k, v, k_own, v_own, r, self.u, self.v, plan, scale=self.scale)
+            if self.reconstruction and slots.evicted and not self.compress.frozen():
+                losses = self._reconstruction(q, k, v, hidden, states, slots)
+        out = out if state is None else watch(out, keys)
+        out = self.to_out(out.flatten(2))
+        return Output(out, None if state is None else self._keep(columns, slots, states, layout), losses)
+
+    def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Memories) -> Memories:
+        """See `Attention`: hidden states as they come, and what they push out."""
+        x, layout = self.enter(x, tokens, state, None)
+        columns = self._append(x, layout, state)
+        slots, states = self._slots(columns.held[0].to(x.dtype), columns.tokens, state)
+        return self._keep(columns, slots, states, layout)
+
+    # --- memories --------------------------------------------------------------------------------------------------
+
+    @property
+    def _horizon(self) -> Horizon:
+        """What the next token of each row's current document can still see, and what will be compressed."""
+        wider = (self.ratio - 1) * LEARNED.get(self.compression, 1)
+        span = self.memory_length + wider
+        return Horizon(span, self.segment_length, most=span + self.segment_length - 1)
+
+    def _append(self, x: Tensor, layout: Layout, state: Memories | None) -> Columns:
+        return Columns.of(layout, x) if state is None else state.columns.append(layout, x, horizon=self._horizon)
+
+    def _slots(
+        self, hidden: Float[Tensor, "B N E"], keys: Layout, state: Memories | None
+    ) -> tuple[Slots, Float[Tensor, "B G E"]]:
+        """The compressed states that are held, then those that the call makes, which carry gradients of f alone."""
+        B = len(hidden)
+        before = keys.plan("no slots", lambda: none(B, hidden.device).layout) if state is None else state.slots.tokens
+        slots = slots_of(keys, before, self._sizes, LEARNED.get(self.compression, 1))
+        held = hidden[:, :0].detach() if state is None else state.slots.held[0].to(hidden.dtype)
+        if not slots.new:
+            return slots, held
+        made = self._most_used(hidden, slots) if self.compression == "most_used" else self._made(hidden, slots)
+        return slots, torch.cat([held, made.to(hidden.dtype)], 1)
+
+    def _made(self, hidden: Float[Tensor, "B N E"], slots: Slots) -> Float[Tensor, "B new E"]:
+        taps = slots.taps.flatten(1)
+        found = gathered(hidden.detach(), taps).unflatten(1, slots.taps.shape[1:])
+        made: Tensor = self.compress(found, slots.missing)
+        return made
+
+    def _keep(self, columns: Columns, slots: Slots, states: Tensor, layout: Layout) -> Memories:
+        (hidden,) = columns.buffers
+        columns = columns._replace(buffers=(hidden.detach(),)) if hidden.requires_grad else columns
+        kept = states.detach() if slots.kept is None else gathered(states.detach(), slots.kept)
+        return Memories(columns.settle(layout, horizon=self._horizon)[0], Columns.of(slots.kept_layout, kept))
+
+    # --- what is lost ----------------------------------------------------------------------------------------------
+
+    def _reconstruction(
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, states: Tensor, slots: Slots
+    ) -> dict[str, Tensor]:
+        """How far attention to the new compressed states is from that to what they are made of."""
+        G, new = states.shape[1], slots.new
+        k, v, q = k.detach()[:, G:], v.detach()[:, G:], q.detach()
+        if q.shape[1] < hidden.shape[1]:  # the segment began in an earlier call
+            with torch.no_grad():
+                q = self._heads(self.to_q(hidden))
+        fresh = states[:, G - new :]
+        k_new, v_new = (self._heads(with_frozen(layer, fresh)) for layer in (self.to_k, self.to_v))
+        total, count = fresh.new_zeros((), dtype=torch.promote_types(fresh.dtype, torch.float32)), 0
+        for each in slots.evicted:
+            asked, rows, at = queries_of(each, q)
+            with torch.no_grad():
+                wanted = self._content(asked, *(picked(x, each.row, each.tokens) for x in (k, v)))
+            found = self._content(asked, *(picked(x, each.row, each.slots) for x in (k_new, v_new)))
+            gap = (found - wanted).to(total.dtype).square().mean((1, 3))
+            total = total + (gap[rows, at] if at is not None else gap).sum()
+            count += gap.numel() if at is None else len(at)
+        return {"reconstruction": self.reconstruction * total / count} if count else {}
+
+    def _content(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "n H S D"]:
+        """Attention without positions, of [n, S, H, D]."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
+
+    @torch.no_grad()
+    def _most_used(self, hidden: Float[Tensor, "B N E"], slots: Slots) -> Float[Tensor, "B new E"]:
+        q, k = (self._heads(layer(hidden)) for layer in (self.to_q, self.to_k))
+        made = hidden.new_zeros(len(hidden), slots.new, hidden.shape[-1])
+        for each in slots.evicted:
+            asked, *_ = queries_of(each, q)
+            keys, count = picked(k, each.row, each.tokens), each.slots.shape[1]
+            there = tensor_of(each.queries >= 0, q.device)
+            for item, (mine, theirs) in enumerate(zip(asked, keys)):
+                scores = torch.einsum("shd,thd->hst", mine, theirs) * self.scale
+                used = (
+                    scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)) * there[item, :, None]
+                ).sum((0, 1))
+                best = used.topk(count).indices.sort().values
+                row = int(each.row[item])
+                columns = tensor_of(each.tokens[item], q.device)[best]
+                made[row, tensor_of(each.slots[item], q.device)] = hidden[row, columns]
+        return made
+
+    # --- scores ----------------------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        q: Float[Tensor, "B H L D"],
+        k: Float[Tensor, "B H L D"],
+        v: Float[Tensor, "B H L D"],
+        z: Float[Tensor, "B H G D"],
+        y: Float[Tensor, "B H G D"],
+        r: Float[Tensor, "n H D"],
+    ) -> Float[Tensor, "B H L D"]:
+        """The mechanism on given queries, keys and values of one document, with the layer's u and v, no projections.
+
+        Whoever projects decides where gradients stop: all of them receive those of all pairs.
+
+        Args:
+            z, y: keys and values of the compressed states, as many as a document of this length has.
+            r: keys of the distances 0, 1, ...: as many as a query sees, or more.
+        """
+        refuse_export(self.name)
+        (B, H, L, D), G = q.shape, self._compressed(q.shape[2])
+        if k.shape != q.shape or v.shape != q.shape or z.shape != (B, H, G, D) or y.shape != z.shape:
+            shapes = [tuple(x.shape) for x in (q, k, v, z, y)]
+            raise ValueError(f"q, k and v must be alike, and z and y hold {G} compressed states, got {shapes}")
+        if not (B and L):
+            return zeros_for(q, (q, k, v, z, y, r, self.u, self.v))
+        keys = Layout.plain(B, L, q.device)
+        slots = slots_of(keys, none(B, q.device).layout, self._sizes, LEARNED.get(self.compression, 1))
+        plan = pieces_of(keys, slots.layout, L, self._sizes)
+        if r.shape[1:] != (H, D) or len(r) < plan.distances:
+            raise ValueError(f"r must be [at least {plan.distances}, {H}, {D}], got {tuple(r.shape)}")
+        k, v = (torch.cat(pair, 2).transpose(1, 2) for pair in ((z, k), (y, v)))
+        own = k.detach(), v.detach()
+        q, r = q.transpose(1, 2), r[: plan.distances]
+        return segment_attention(q, k, v, *own, r, self.u, self.v, plan, scale=self.scale).transpose(1, 2)
+
+    def _absorbed(self, q: Tensor, table: Tensor, keys: Layout, slots: Slots) -> Float[Tensor, "B L H D"]:
+        """See ops/relative/few.py."""
+        few = few_of(keys, slots.layout, q.shape[1], self._sizes)
+        with torch.autocast(q.device.type, enabled=False):
+            exact = torch.promote_types(table.dtype, torch.float32)
+            projections: Any = (self.to_k, self.to_r, self.to_v)
+            rows, waves = q.transpose(1, 2).to(exact), self._waves(few.distances)
+            out = absorbed(rows, table, projections, (self.u, self.v), waves, few, scale=self.scale)
+            return out.to(table.dtype).transpose(1, 2)
+
+    def _heads(self, x: Tensor) -> Float[Tensor, "... H D"]:
+        return rearrange(x, "... (h d) -> ... h d", h=self.heads)
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        """Of the queries."""
+        kind = x.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+    def _waves(self, distances: int) -> Float[Tensor, "n E"]:
+        device, dtype = place_of(self)
+        return waves(distances, self.dim, None, dtype, device)
+
+    def explain_kernels(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+        """See `Attention`."""
+        with torch.enable_grad():
+            return explain(KERNELS, RelativeCall(length, self.head_width, device, dtype))

@@ -1,0 +1,275 @@
+"""Where memories end and compressed memories begin, found on the host for all layers that divide alike.
+
+Letters: S tokens a segment, M of memory, c a group, C compressed slots. Segment s begins at position s·S; its memory at
+m(s) = floor((s·S - M)/c)·c, or 0; before it stand the groups 0 ... m(s)/c - 1, of which it sees the last C.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from attention_zoo.layout.host import Array, Host, tensor_of
+from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.pooled import pooled
+from attention_zoo.ops.relative.chunks import ROWS
+from attention_zoo.ops.relative.few import Few
+from attention_zoo.ops.relative.segments import PiecePlan, Pieces, Run
+
+FEW_RUNS = 8
+"""A piece's keys are copied run by run up to so many runs, else one by one."""
+
+
+class Sizes(NamedTuple):
+    """How a document is divided: S, M, c and C as above."""
+
+    segment: int
+    memory: int
+    ratio: int
+    slots: int
+
+    def memory_from(self, segment: Array) -> Array:
+        """m(s)."""
+        start = (segment * self.segment - self.memory).clip(min=0)
+        return start - start % self.ratio
+
+    def evicting(self, group: Array) -> Array:
+        """The segment whose end pushes a group out of memory: the first s of which m(s + 1) lies behind it."""
+        return -(-((group + 1) * self.ratio + self.memory) // self.segment) - 1
+
+
+class Finder:
+    """Columns of positions in documents."""
+
+    def __init__(self, host: Host, documents: Array):
+        self.documents, self.columns = documents, host.valid.shape[1]
+        self.stride = int(np.where(host.valid, host.position, 0).max(initial=0)) + 1
+        self.row = (len(documents) + 1) * self.stride
+        code = np.where(host.valid, self._code(host.document, host.position), -1)
+        code = np.maximum.accumulate(code, 1) if self.columns else code
+        self.codes = (code + np.arange(len(code))[:, None] * self.row).ravel()
+
+    def _code(self, document: Array, position: Array) -> Array:
+        return np.searchsorted(self.documents, document) * self.stride + position
+
+    def __call__(self, row: Array, document: Array, position: Array) -> Array:
+        """The column in the row of each position, -1 where it is not there; the arguments are broadcast."""
+        if not self.codes.size:
+            return np.full(np.broadcast_shapes(np.shape(row), np.shape(document), np.shape(position)), -1)
+        code = self._code(document, position) + row * self.row
+        found = np.searchsorted(self.codes, code)
+        there = (position >= 0) & (position < self.stride) & (found < len(self.codes))
+        there &= self.codes[found.clip(max=len(self.codes) - 1)] == code
+        return np.where(there, found - row * self.columns, -1)
+
+
+class Evicted(NamedTuple):
+    """Groups that leave memory together: those of one segment's end, of one document; n of these.
+
+    Fields:
+        row: [n].
+        queries: [n, S], columns of the segment's tokens among the keys; -1 where there is none.
+        slots: [n, g], which of the new slots.
+        tokens: [n, g · c], columns of what they are made of.
+        segment: [n].
+    """
+
+    row: Int[np.ndarray, " n"]
+    queries: Int[np.ndarray, "n S"]
+    slots: Int[np.ndarray, "n g"]
+    tokens: Int[np.ndarray, "n gc"]
+    segment: Int[np.ndarray, " n"]
+
+
+class Slots(NamedTuple):
+    """What a call compresses, and the compressed memory that it works with: slots held, then new ones.
+
+    Fields:
+        layout: of the G slots; positions are numbers of groups.
+        new: how many of them are new, the last.
+        taps: [B, new, t], columns of the tokens that a new slot is made of, or wider.
+        missing: [B, new, t], taps that are not there; None: none.
+        evicted: the new ones by what they left memory with, alike ones together.
+        kept: [B, n], columns of the slots that the next token can see; None: all.
+        kept_layout: what they are.
+    """
+
+    layout: Layout
+    new: int
+    taps: Int[Tensor, "B new t"]
+    missing: Bool[Tensor, "B new t"] | None
+    evicted: tuple[Evicted, ...]
+    kept: Int[Tensor, "B n"] | None
+    kept_layout: Layout
+
+
+def slots_of(keys: Layout, held: Layout, sizes: Sizes, dilation: int) -> Slots:
+    """Of the keys, and the slots that were held before; the same object for the same of all."""
+    key = ("compressed", id(held), sizes, dilation)
+    return keys.plan(key, lambda: (_slots(keys, held, sizes, dilation), held))[0]
+
+
+def _slots(keys: Layout, held: Layout, sizes: Sizes, dilation: int) -> Slots:
+    groups, c = pooled(keys, sizes.ratio), sizes.ratio
+    mine, host, before = groups.groups.host, keys.host, held.host
+    B = len(host.valid)
+    documents = np.union1d(np.union1d(host.document, before.document), [0])
+    # what of each document is out of memory once its last token is there; and what was compressed already
+    out = np.zeros((B, len(documents)), np.int64)
+    done = np.zeros((B, len(documents)), np.int64)
+    row = np.broadcast_to(np.arange(B)[:, None], host.valid.shape)
+    at = row[host.valid], np.searchsorted(documents, host.document[host.valid])
+    np.maximum.at(out, at, sizes.memory_from((host.position[host.valid] + 1) // sizes.segment) // c)
+    row = np.broadcast_to(np.arange(B)[:, None], before.valid.shape)
+    at = row[before.valid], np.searchsorted(documents, before.document[before.valid])
+    np.maximum.at(done, at, before.position[before.valid] + 1)
+    index = np.arange(B)[:, None], np.searchsorted(documents, mine.document)
+    wanted = mine.valid & (mine.position >= done[index]) & (mine.position < out[index]) & (sizes.slots > 0)
+    new = int(wanted.sum(1).max(initial=0))
+    order = np.argsort(~wanted, axis=1, kind="stable")[:, :new]
+    chosen = mine.take(order).only(np.take_along_axis(wanted, order, 1)) if new else mine.cut(slice(0, 0))
+    device, finder = keys.valid.device, Finder(host, documents)
+    layout = held if not new else Layout.known(before.then(chosen), device)
+    end = np.arange(c - 1, -1, -1) * dilation
+    rows = np.arange(B)[:, None, None]
+    taps = finder(rows, chosen.document[..., None], chosen.position[..., None] * c + c - 1 - end)
+    missing = taps < 0
+    kept, kept_layout = _kept(layout, host, sizes)
+    return Slots(
+        layout, new, tensor_of(taps.clip(min=0), device),
+        tensor_of(missing, device) if bool(missing.any()) else None,
+        _evicted(chosen, finder, sizes), None if kept is None else tensor_of(kept, device), kept_layout,
+    )  # fmt: skip
+
+
+def _kept(layout: Layout, keys: Host, sizes: Sizes) -> tuple[Array | None, Layout]:
+    """The slots that a segment with the row's next token sees."""
+    following = keys.next_position[:, None] // sizes.segment
+    end = sizes.memory_from(following) // sizes.ratio
+    host = layout.host
+    live = host.valid & (host.document == keys.last_document) & (host.position >= end - sizes.slots)
+    if bool(live.all()):
+        return None, layout
+    count = int(live.sum(1).max(initial=0))
+    columns = np.argsort(live, axis=1, kind="stable")[:, live.shape[1] - count :]
+    kept = host.take(columns).only(np.take_along_axis(live, columns, 1))
+    return columns, Layout.known(kept, layout.valid.device)
+
+
+def _evicted(chosen: Host, finder: Finder, sizes: Sizes) -> tuple[Evicted, ...]:
+    """The new slots by row, document and the segment that evicts them; those of as many slots together."""
+    row, column = chosen.valid.nonzero()
+    if not len(row):
+        return ()
+    document, group = chosen.document[row, column], chosen.position[row, column]
+    segment = sizes.evicting(group)
+    starts = np.flatnonzero(_changes(row, document, segment))
+    counts = np.diff([*starts, len(row)])
+    found = []
+    for count in np.unique(counts):
+        first = starts[counts == count]
+        slots = first[:, None] + np.arange(count)
+        mine = row[first][:, None], document[first][:, None]
+        own = segment[first][:, None] * sizes.segment + np.arange(sizes.segment)
+        tokens = (group[slots][..., None] * sizes.ratio + np.arange(sizes.ratio)).reshape(len(first), -1)
+        found.append(
+            Evicted(row[first], finder(*mine, own), column[slots], finder(*mine, tokens), segment[first])
+        )  # fmt: skip
+    return tuple(found)
+
+
+def _changes(*fields: Array) -> Bool[np.ndarray, " n"]:
+    """Where a run of equal fields begins."""
+    made = np.ones(len(fields[0]), bool)
+    made[1:] = np.any([field[1:] != field[:-1] for field in fields], axis=0)
+    return made
+
+
+def pieces_of(keys: Layout, slots: Layout, queries: int, sizes: Sizes) -> PiecePlan:
+    """The last `queries` columns of the keys as queries; what they see stands in a table of the slots, then the keys.
+
+    Made once for the same of all.
+    """
+    return keys.plan(("pieces", id(slots), queries, sizes), lambda: (_pieces(keys, slots, queries, sizes), slots))[0]
+
+
+def _pieces(keys: Layout, slots: Layout, queries: int, sizes: Sizes) -> PiecePlan:
+    host, compressed = keys.host, slots.host
+    N, G, S = host.valid.shape[1], compressed.valid.shape[1], sizes.segment
+    documents = np.union1d(np.union1d(host.document, compressed.document), [0])
+    tokens, summaries = Finder(host, documents), Finder(compressed, documents)
+    row, query = host.valid[:, N - queries :].nonzero()
+    column = query + N - queries
+    document, position = host.document[row, column], host.position[row, column]
+    starts = np.flatnonzero(_changes(row, document, position // S, position % S // ROWS)) if len(row) else row
+    ends = np.append(starts[1:], len(row))[: len(starts)] - 1
+    row, document, low, high = row[starts], document[starts], position[starts], position[ends]
+    segment = low // S
+    memory = sizes.memory_from(segment)
+    seen = (memory // sizes.ratio).clip(max=sizes.slots)
+    shapes = np.stack([high - low + 1, high + 1 - memory, seen, high + 1 - segment * S], 1)
+    groups, device = [], keys.valid.device
+    for R, width, count, own in np.unique(shapes, axis=0).tolist():
+        alike = (shapes == [R, width, count, own]).all(1)
+        mine = row[alike][:, None], document[alike][:, None]
+        first, last = memory[alike][:, None], high[alike][:, None] + 1
+        asked = tokens(*mine, last - R + np.arange(R)) - (N - queries)
+        columns = tokens(*mine, last - width + np.arange(width))
+        before = summaries(*mine, first // sizes.ratio - count + np.arange(count))
+        columns = np.concatenate([before, np.where(columns < 0, -1, columns + G)], 1)
+        groups.append(_group(mine[0], asked, columns, queries, G + N, own, device))
+    whole = len(row) > 0 and bool(host.valid[:, N - queries :].all())
+    return PiecePlan(tuple(groups), int((shapes[:, 1] + shapes[:, 2]).max(initial=1)), whole)
+
+
+def _group(
+    row: Array, asked: Array, columns: Array, queries: int, table: int, own: int, device: torch.device
+) -> Pieces:
+    here, there = asked >= 0, columns >= 0
+    apart = -2 - 2 * np.arange(columns.shape[1])  # what is not there goes on with nothing
+    runs = tuple(map(_runs, np.where(there, columns + row * table, apart)))
+    follow = bool((here & (asked - asked[:, :1] == np.arange(asked.shape[1]))).all())
+    return Pieces(
+        tuple((asked + row * queries)[:, 0].tolist()) if follow else None,
+        tensor_of((asked + row * queries).clip(min=0), device),
+        None if bool(here.all()) else tensor_of(here, device),
+        tensor_of(np.where(there, columns + row * table, 0), device),
+        None if bool(there.all()) else tensor_of(there, device),
+        runs if max(map(len, runs)) <= FEW_RUNS else None,
+        own,
+    )
+
+
+def _runs(keys: Array) -> tuple[Run, ...]:
+    """Of one piece; negative where there is no key."""
+    starts = np.flatnonzero(np.append(True, np.diff(keys) != 1))
+    stops = np.append(starts[1:], len(keys))
+    return tuple((int(keys[a]), int(a), int(b - a)) for a, b in zip(starts, stops) if keys[a] >= 0)
+
+
+def few_of(keys: Layout, slots: Layout, queries: int, sizes: Sizes) -> Few:
+    """Of a few queries: which of the slots and keys each does not see, and how far apart they count."""
+
+    def find() -> tuple[Few, Layout]:
+        host, compressed = keys.host, slots.host
+        new = host.cut(slice(host.valid.shape[1] - queries, None))
+        at = new.position[..., None]
+        memory = sizes.memory_from(at // sizes.segment)
+        seen = host.valid[:, None] & (host.document[:, None] == new.document[..., None])
+        seen &= (host.position[:, None] >= memory) & (host.position[:, None] <= at)
+        group = compressed.position[:, None]
+        end = memory // sizes.ratio
+        before = compressed.valid[:, None] & (compressed.document[:, None] == new.document[..., None])
+        before &= (group < end) & (group >= end - sizes.slots)
+        distance = np.concatenate([at - memory + end - group, at - host.position[:, None]], -1)
+        seen = np.concatenate([before, seen], -1) & new.valid[..., None]
+        distance = np.where(seen, distance, 0)
+        device = keys.valid.device
+        hidden = None if bool(seen.all()) else tensor_of(~seen[:, None], device)
+        return Few(hidden, tensor_of(distance[:, None], device), int(distance.max(initial=0)) + 1), slots
+
+    return keys.plan(("few", id(slots), queries, sizes), find)[0]
