@@ -23,7 +23,7 @@ from attention_zoo.ops.softmax.tiles import Tile, run_tiles, scores_at_once
 
 ROWS = 128
 """Queries of a tile."""
-ALL_SEE = 64
+ALL_SEE = 256
 """Columns that are worth a part of their own, without a mask, where all queries of a tile see them."""
 
 
