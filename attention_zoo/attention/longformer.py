@@ -38,11 +38,11 @@ from torch import Tensor, nn
 from attention_zoo.attention.operator import refuse_export
 from attention_zoo.attention.pattern import PatternAttention, hide
 from attention_zoo.constants import constant
-from attention_zoo.contract import Abilities, Tokens
+from attention_zoo.contract import Abilities, Tokens, Unsupported
 from attention_zoo.layout.reach import Band
 from attention_zoo.ops.pattern.call import PatternCall
 from attention_zoo.ops.pattern.globals import dense_global_rows, global_rows, put_global_rows
-from attention_zoo.options import Positive
+from attention_zoo.options import Natural, Positive
 from attention_zoo.rules import OneOf
 
 
@@ -51,6 +51,8 @@ class Longformer(PatternAttention):
 
     Args:
         window: tokens per side; at least 1.
+        sinks: first tokens of each document that all later ones see besides, and that a state never forgets (Xiao et
+            al. 2023, "StreamingLLM"); causal alone.
         dilation: step between the tokens of a window; one number, or one for each head. Reach is window · dilation.
         global_projections: "separate" (the paper) or "shared".
         kernel: auto | row | sdpa | short | flex | banded | xformers | tiles | dense.
@@ -76,23 +78,28 @@ class Longformer(PatternAttention):
         self,
         *,
         window: Positive = 256,
+        sinks: Natural = 0,
         dilation: Positive | Sequence[Positive] = 1,
         global_projections: Annotated[str, OneOf("separate", "shared")] = "separate",
         kernel: str = "auto",
         **shared: Any,
     ):
         super().__init__(kernel=kernel, **shared)
+        if sinks and not self.causal:
+            raise Unsupported(
+                self.name, f"sinks={sinks} with causal=False", "sinks are for streams, which look back", "global tokens"
+            )
         steps = [dilation] * self.heads if isinstance(dilation, int) else list(dilation)
         if len(steps) != self.heads:
             raise ValueError(f"dilation must be one number or one for each of {self.heads} heads, got {len(steps)}")
-        self.window, self.global_projections = window, global_projections
+        self.window, self.sinks, self.global_projections = window, sinks, global_projections
         self.computes_apart = global_projections == "separate"
         if self.computes_apart:
             # they start as copies of the others
             self.to_q_global, self.to_k_global, self.to_v_global = map(deepcopy, (self.to_q, self.to_k, self.to_v))
         # heads that share a dilation share the mask
         self.dilation = steps[0] if len(set(steps)) == 1 else tuple(steps)
-        self.reach = Band(window, stride=self.dilation, weights="uniform")
+        self.reach = Band(window, stride=self.dilation, first=sinks, weights="uniform")
 
     def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B #H L S"]:
         gap = (queries.position[:, :, None] - keys.position[:, None, :])[:, None]
@@ -100,7 +107,9 @@ class Longformer(PatternAttention):
         if not isinstance(step, int):
             step = constant(step, like=gap, dtype=torch.long, axes=3)  # by head
         seen = gap.abs() <= self.window * step
-        return hide(seen if self.dilation == 1 else seen & (gap % step == 0))
+        if self.dilation != 1:
+            seen = seen & (gap % step == 0)
+        return hide(seen | (keys.position < self.sinks)[:, None, None] if self.sinks else seen)
 
     def finish(self, call: PatternCall, out: Tensor, x: Tensor) -> Tensor:
         """With rows of global queries by the second projection; only computed where there are some."""

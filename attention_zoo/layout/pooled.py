@@ -28,55 +28,67 @@ class Pooled(NamedTuple):
             sees a group only once it is complete.
         members: [B, G, k], the columns of each group's tokens; any at padding.
         waiting: [B, L], tokens of the last group of a row's last document, where that is not complete yet.
+        missing: [B, G, k, 1], members that are no tokens, of groups that are not complete; None: there are none.
     """
 
     groups: Layout
     ends: Layout
     members: Int[Tensor, "B G k"]
     waiting: Bool[np.ndarray, "B L"]
+    missing: Bool[Tensor, "B G k 1"] | None = None
 
     def take(self, x: Tensor) -> Tensor:
-        """[B, L, ...] of tokens -> [B, G, k, ...] of the groups' members."""
+        """[B, L, ...] of tokens -> [B, G, k, ...] of the groups' members, with zeros where these are missing."""
         B, G, k = self.members.shape
         index = self.members.reshape(B, G * k, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
-        return x.gather(1, index).unflatten(1, (G, k))
+        taken = x.gather(1, index).unflatten(1, (G, k))
+        return taken if self.missing is None else taken.masked_fill(self.missing.view(B, G, k, *[1] * (x.ndim - 2)), 0)
 
 
-def pooled(tokens: Tokens, size: int) -> Pooled:
-    """Groups of `size` tokens; of a `Layout`, the same object for the same size."""
+def pooled(tokens: Tokens, size: int, *, partial: bool = False) -> Pooled:
+    """Groups of `size` tokens; of a `Layout`, the same object for the same size.
+
+    Args:
+        partial: whether groups of which only some tokens are there count, too.
+    """
     at_least(1, size=size)
     layout = Layout.of(tokens)
-    return layout.plan(("pooled", size), lambda: _pooled(layout, size))
+    return layout.plan(("pooled", size, partial), lambda: _pooled(layout, size, partial))
 
 
-def _pooled(layout: Layout, size: int) -> Pooled:
+def _pooled(layout: Layout, size: int, partial: bool) -> Pooled:
     host, device = layout.host, layout.valid.device
     B, L = host.valid.shape
-    found: list[list[np.ndarray]] = []
+    row, column = host.valid.nonzero()  # row after row
+    number, place = np.divmod(host.position[row, column], size)
+    begins = np.ones(len(row), bool)
+    begins[1:] = (np.diff(row) != 0) | (np.diff(number) != 0) | (np.diff(host.document[row, column]) != 0)
+    group, count = begins.cumsum() - 1, np.diff(np.append(begins.nonzero()[0], len(row)))
+    final = np.ones(len(row), bool)
+    final[:-1] = np.diff(row) != 0
     waiting = np.zeros((B, L), bool)
-    for row in range(B):
-        columns = host.valid[row].nonzero()[0]
-        number = host.position[row, columns] // size
-        document = host.document[row, columns]
-        begins = np.ones(len(columns), bool)
-        begins[1:] = (np.diff(number) != 0) | (np.diff(document) != 0)
-        starts = begins.nonzero()[0]
-        pieces = np.split(columns, starts[1:]) if len(columns) else []
-        found.append([piece for piece in pieces if len(piece) == size])
-        if pieces and len(pieces[-1]) < size:
-            waiting[row, pieces[-1]] = True
-    count = max((len(groups) for groups in found), default=0)
-    members, there = np.zeros((B, count, size), np.int64), np.zeros((B, count), bool)
-    for row, groups in enumerate(found):
-        if groups:
-            members[row, : len(groups)], there[row, : len(groups)] = np.stack(groups), True
-    last, rows = members[..., -1], np.arange(B)[:, None]
-    flags = (host.is_global[rows[..., None], members].any(-1) if count else there) & there
-
-    def of_last(field: np.ndarray) -> np.ndarray:
-        return field[rows, last]
-
-    ends = Host(of_last(host.position), there, flags, of_last(host.document), of_last(host.length))
-    groups_ = ends._replace(position=ends.position // size, length=ends.length // size)
-    places = Layout.known(groups_, device), Layout.known(ends, device)
-    return Pooled(*places, tensor_of(members, device), waiting)
+    waits = np.zeros(len(count), bool)
+    waits[group[final]] = count[group[final]] < size
+    waiting[row[waits[group]], column[waits[group]]] = True
+    kept = count > 0 if partial else count == size
+    home = row[begins]  # of each group
+    slot = kept.cumsum() - 1
+    slot = slot - np.concatenate([[0], np.bincount(home[kept], minlength=B).cumsum()])[home]
+    G = int(slot[kept].max(initial=-1)) + 1
+    members, held = np.zeros((B, G, size), np.int64), np.zeros((B, G, size), bool)
+    here = kept[group]
+    where = row[here], slot[group[here]], place[here]
+    members[where], held[where] = column[here], True
+    there = np.asarray(held.any(-1))
+    last = np.where(held, members, 0).max(-1, initial=0)
+    rows = np.arange(B)[:, None]
+    flags = np.asarray((host.is_global[rows[..., None], members] & held).any(-1))
+    of_last = (field[rows, last] for field in (host.position, host.document, host.length))
+    position, document, length = of_last
+    ends = Host(position, there, flags, document, length)
+    groups = ends._replace(position=position // size, length=length // size)
+    places = Layout.known(groups, device), Layout.known(ends, device)
+    missing = None
+    if partial and not bool((held.all(-1) | ~there).all()):
+        missing = tensor_of(~held[..., None], device)
+    return Pooled(*places, tensor_of(members, device), waiting, missing)

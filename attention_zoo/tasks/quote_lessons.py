@@ -5,9 +5,9 @@
 
 First come short rows, whose document is at first the passage alone and grows, a byte at a time, to twice the quote:
 what the document holds beside the passage is what takes long to be passed over, and short rows cost little. Then the
-same with quotes of doubled length until the task's, then exchanged quarters, without what hides their borders there. A training
-batch's lesson follows from its step alone. After the last one all rows are the task's own, as those of every evaluation
-set are from the start.
+same with quotes of doubled length until the task's, then exchanged quarters, without what hides their borders there. A
+training batch's lesson follows from its step alone. After the last one all rows are the task's own, as those of every
+evaluation set are from the start.
 
 Source: our own, after curricula from easy to hard (Bengio et al. 2009, "Curriculum learning", §4), with steps in place
 of a look at the loss, so that a run depends on nothing but its options and goes on where it was cut off.

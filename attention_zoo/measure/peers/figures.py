@@ -210,6 +210,10 @@ FIGURES: tuple[Figure, ...] = (
         "transformer_xl", "transformer_xl 512 + 512", ("xl_dense",), "original dense formulation", XL_512,
         length=512, causal=True, faster=1.1, less=5,
     ),
+    *_pair(
+        "memory_compressed", "memory_compressed", ("memory_compressed_attention",), "memory-compressed-attention",
+        {"compression": (3, 3)}, **PAST, faster=2, less=4,
+    ),
     _floor("longformer", "longformer ±256", WINDOW, 2, **LONG),
     _floor("bigbird", "bigbird", BLOCKS, 2, **LONG),
     _floor("transformer_xl", "transformer_xl 2048 + 512", XL_2048, 3, length=2048, causal=True),

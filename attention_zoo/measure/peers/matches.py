@@ -16,6 +16,7 @@ RIVALS: dict[str, tuple[str, ...]] = {
     "bigbird": ("hf_bigbird_4_57", "hf_bigbird", *BASELINES),
     "reformer": ("hf_reformer", "reformer_pytorch", *BASELINES),
     "transformer_xl": ("xl_dense", "sdpa"),
+    "memory_compressed": ("memory_compressed_attention", *BASELINES),
 }
 """A backend that is not listed, such as a third party's, meets the baselines."""
 TWO_SIDED_ONLY = ("hf_longformer", "hf_bigbird", "hf_bigbird_4_57")

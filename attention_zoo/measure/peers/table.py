@@ -7,6 +7,7 @@ from attention_zoo.measure.peers.dense_xl import DenseXL
 from attention_zoo.measure.peers.full import Fused, Materialised
 from attention_zoo.measure.peers.hugging_face import BigBird, Longformer, OlderBigBird, Reformer
 from attention_zoo.measure.peers.local_attention import LocalAttention
+from attention_zoo.measure.peers.memory_compressed_attention import MemoryCompressedAttention
 from attention_zoo.measure.peers.reformer_pytorch import ReformerPytorch
 
 PEERS: dict[str, type[Adapter]] = {
@@ -19,5 +20,6 @@ PEERS: dict[str, type[Adapter]] = {
     "hf_reformer": Reformer,
     "reformer_pytorch": ReformerPytorch,
     "xl_dense": DenseXL,
+    "memory_compressed_attention": MemoryCompressedAttention,
 }
 """Adapters by the name that options and rows use. Building one imports its library; the table does not."""

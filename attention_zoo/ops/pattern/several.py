@@ -18,11 +18,13 @@ from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.reach import Anywhere, Band, Reach
 from attention_zoo.layout.visible import Seen, Visible, columns_of, visible
 from attention_zoo.ops.pattern.globals import cuts
-from attention_zoo.ops.softmax.parts import Part
+from attention_zoo.ops.softmax.parts import Bias, Part
 from attention_zoo.ops.softmax.tiles import Tile, run_tiles, scores_at_once
 
 ROWS = 128
 """Queries of a tile."""
+ALL_SEE = 256
+"""Columns that are worth a part of their own, without a mask, where all queries of a tile see them."""
 
 
 class Keys(NamedTuple):
@@ -31,7 +33,8 @@ class Keys(NamedTuple):
     Fields:
         k, v: [B, K, S, D]; K is the same for all sets.
         layout: of the S columns. Positions count the same tokens as those of the queries: a group of tokens stands
-            where its last one does (`layout.pooled.Pooled.ends`).
+            where its last one does (`layout.pooled.Pooled.ends`). None: they are no tokens (a null key, learned ones),
+            and every query sees them, whatever its document.
         reach: which of them a query sees: a contiguous `Band`, or `Anywhere`.
         weight: [B, S], added to the scores: log n of a key that counts for n; default 0.
         seen: ranges of the columns that each query sees, which do not overlap; default what `reach` says.
@@ -39,7 +42,7 @@ class Keys(NamedTuple):
 
     k: Float[Tensor, "B K S D"]
     v: Float[Tensor, "B K S D"]
-    layout: Layout
+    layout: Layout | None
     reach: Reach = Anywhere(weights="uniform")
     weight: Float[Tensor, "B S"] | None = None
     seen: Visible | None = None
@@ -58,20 +61,21 @@ def attend_to_several(
     for each in sets:
         _check(each)
     k, v = torch.cat([each.k for each in sets], 2), torch.cat([each.v for each in sets], 2)
-    seen = [each.seen or visible(queries, each.layout, reach=each.reach, causal=causal) for each in sets]
+    seen = [_seen(each, queries, causal) for each in sets]
     starts = [0]
     for each in sets:
         starts.append(starts[-1] + each.k.shape[2])
     tiles, L = [], q.shape[2]
     for a in range(0, L, ROWS):
         rows, parts = slice(a, min(a + ROWS, L)), []
-        most = max(64, scores_at_once(q) // (q.shape[1] * ROWS))
+        most = max(64, scores_at_once(q) // (q.shape[1] * (rows.stop - rows.start)))
         for each, many, start in zip(sets, seen, starts):
             for ranges in many:
-                low, high = columns_of(ranges, rows).tolist()
-                for first, stop in cuts(low, high, most) if high > low else ():
-                    bias = _Bias(each, ranges, rows, slice(first, stop), q.dtype)
-                    parts.append(Part(slice(start + first, start + stop), bias))
+                for low, high, all_see in _ranges(each, queries, ranges, rows):
+                    for first, stop in cuts(low, high, most) if high > low else ():
+                        columns = slice(first, stop)
+                        bias = _weights(each, columns) if all_see else _Bias(each, ranges, rows, columns, q.dtype)
+                        parts.append(Part(slice(start + first, start + stop), bias))
         tiles.append(Tile(rows, parts))
     learned = [each.weight for each in sets if each.weight is not None and each.weight.requires_grad]
     return run_tiles(q, k, v, tiles, scale=scale, learned=learned, asked=queries.asked)
@@ -82,16 +86,46 @@ def _check(keys: Keys) -> None:
     counts = (reach.back, reach.ahead) if isinstance(reach, Band) and reach.contiguous else (None,)
     if not isinstance(reach, Anywhere) and (counts == (None,) or any(isinstance(count, tuple) for count in counts)):
         raise ValueError(f"reach must be Anywhere or a Band without gaps, the same for all heads, got {reach}")
-    shape = keys.layout.valid.shape
+    shape = (keys.k.shape[0], keys.k.shape[2])
     if keys.weight is not None and keys.weight.shape != shape:
         raise ValueError(f"weight must be of shape {tuple(shape)} like the keys, got {tuple(keys.weight.shape)}")
+
+
+def _seen(keys: Keys, queries: Layout, causal: bool) -> Sequence[Seen | None]:
+    """Ranges of columns for each query; None: all of them, for all."""
+    if keys.seen is not None or keys.layout is None:
+        return keys.seen or (None,)
+    return visible(queries, keys.layout, reach=keys.reach, causal=causal)
+
+
+def _ranges(keys: Keys, queries: Layout, seen: Seen | None, rows: slice) -> list[tuple[int, int, bool]]:
+    """Columns that some of these queries see, in up to three ranges, and whether all of them see all of a range."""
+    if seen is None:
+        return [(0, keys.k.shape[2], True)]
+    low, high = columns_of(seen, rows).tolist()
+    first, stop = int(seen.first[:, rows].max(initial=0)), int(seen.stop[:, rows].min(initial=high))
+    if stop - first < ALL_SEE or not seen.keys.dense or not queries.dense:
+        return [(low, high, False)]
+    return [(low, first, False), (first, stop, True), (stop, high, False)]
+
+
+def _weights(keys: Keys, columns: slice) -> Bias:
+    """Of some columns that all queries of a tile see."""
+
+    def bias(batch: slice) -> Tensor | None:
+        if keys.weight is None:
+            return None
+        return keys.weight[batch, None, None, columns].to(torch.promote_types(keys.k.dtype, torch.float32))
+
+    return bias
 
 
 class _Bias:
     """Of some rows and columns of one set."""
 
-    def __init__(self, keys: Keys, seen: Seen, rows: slice, columns: slice, dtype: torch.dtype):
-        self.keys, self.columns = keys, columns
+    def __init__(self, keys: Keys, seen: Seen | None, rows: slice, columns: slice, dtype: torch.dtype):
+        assert keys.layout is not None and seen is not None  # noqa: PT018
+        self.keys, self.columns, self.valid = keys, columns, keys.layout.valid
         self.first, self.stop = seen.first[:, rows], seen.stop[:, rows]
         self.dtype = torch.promote_types(dtype, torch.float32)
 
@@ -99,7 +133,7 @@ class _Bias:
         device, columns = self.keys.k.device, self.columns
         column = torch.arange(columns.start, columns.stop, device=device)
         first, stop = (tensor_of(x[batch], device)[..., None] for x in (self.first, self.stop))
-        shown = (column >= first) & (column < stop) & self.keys.layout.valid[batch, None, columns]
+        shown = (column >= first) & (column < stop) & self.valid[batch, None, columns]
         weight = self.keys.weight
         zero = torch.zeros((), dtype=self.dtype, device=device) if weight is None else weight[batch, None, columns]
         return torch.where(shown, zero.to(self.dtype), -torch.inf)[:, None]
