@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from recorded import RECORDED
+from recorded import RECORDED, WRAPPERS
 from references import reference_of
 from torch import Tensor
 
@@ -21,9 +21,16 @@ BUDGET_S = 40.0
 SPENT: Counter[str] = Counter()
 
 
+def marks_of(check: ContractCheck) -> list[Any]:
+    """The slow checks of mechanisms whose figures are not recorded yet would take CI past its twenty minutes."""
+    if not check.slow:
+        return []
+    return [pytest.mark.slow] if check.case.name in (*RECORDED, *WRAPPERS) else [pytest.mark.slow, pytest.mark.long]
+
+
 def every_check() -> list[Any]:
     return [
-        pytest.param(check, id=str(check), marks=[pytest.mark.slow] if check.slow else [])
+        pytest.param(check, id=str(check), marks=marks_of(check))
         for name in (*zoo.available(), *zoo.wrappers())
         for check in contract_checks(name, reference=reference_of(name))
     ]
