@@ -53,7 +53,8 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 def test_the_table_of_abilities_is_generated():
-    assert between("abilities") == overview.markdown(overview.COLUMNS, overview.abilities_rows([*RECORDED, *NEWER, *WRAPPERS]))
+    rows = overview.abilities_rows([*RECORDED, *NEWER, *WRAPPERS])
+    assert between("abilities") == overview.markdown(overview.COLUMNS, rows)
 
 
 def test_the_table_of_faults_is_that_of_the_committed_counts():
