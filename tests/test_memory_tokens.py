@@ -261,6 +261,7 @@ OTHERS = [{"write": "front"}, {"inner": "transformer_xl", "segment_length": 6}, 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("options", OTHERS, ids=str)
 def test_the_contract_under_other_options(options: dict[str, Any]) -> None:
     for check in contract_checks("memory_tokens", reference=reference, **options):
