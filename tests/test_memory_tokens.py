@@ -257,7 +257,7 @@ def test_columns_stay_where_they_are_if_nothing_is_missing() -> None:
     assert not pieces(Layout.plain(2, 11).host.only(np.arange(11)[None] != 3), 4).in_order
 
 
-OTHERS = [{"write": "front"}, {"inner": "longformer", "count": 3}]
+OTHERS = [{"write": "front"}, {"inner": entry("longformer", global_projections="shared")}]
 LEFT_OUT = (
     "activations_grow_as_declared",
     # a causal memory in front goes through the same layer again and again, without a text that would renew it
