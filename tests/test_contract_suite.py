@@ -25,7 +25,9 @@ def marks_of(check: ContractCheck) -> list[Any]:
     """The slow checks of mechanisms whose figures are not recorded yet would take CI past its twenty minutes."""
     if not check.slow:
         return []
-    return [pytest.mark.slow] if check.case.name in (*RECORDED, "global_tokens") else [pytest.mark.slow, pytest.mark.long]
+    return (
+        [pytest.mark.slow] if check.case.name in (*RECORDED, "global_tokens") else [pytest.mark.slow, pytest.mark.long]
+    )
 
 
 def every_check() -> list[Any]:

@@ -31,8 +31,8 @@ and gradients are enabled.
 
 When: evidence lies farther back than a memory may, and its gist will do. Two layers of width 64, S = M = 8, C = 24,
 c = 2, one seed: needle (800 steps) 23.1 %, Transformer-XL 11.3 % (chance 6.3 %); flip_flop (150 steps) 86.5 and 55.1 %.
-Not where one token among many must be found exactly far back, which compression blurs, nor where M can be long enough:
-then it only costs more.
+By its definition, not measured here: not where one token among many must be found exactly far back, which compression
+blurs, nor where M can be long enough.
 
 Checked: against compressive-transformer-pytorch's attention over segments, outputs, loss and gradients (largest error
 9e-15 in float64, 2e-6 in float32; tests/oracles/compressive.py), and token by token in float64, memories and loss
