@@ -312,7 +312,7 @@ def test_the_command_searches_and_reads_a_source(written, capsys):
     ("--length-penalty 1", "--length-penalty needs --beams above 1"),
     ("--beams 2 --length-penalty 7", "length_penalty must be a number from -4 to 4, got 7.0"),
     ("--source x", "--source is for a model with an encoder, which needs one"),
-    ("--beams 2 --eos 256", "eos must lie in [0, 256), got 256"),
+    ("--beams 2 --eos 256", "--eos must be a byte, 0 to 255, got 256"),
 ])  # fmt: skip
 def test_wrong_flags_are_refused_in_one_line(written, words, message, capsys):
     assert main(["generate", str(written[0]), "x", "--device", "cpu", *words.split()]) == 2

@@ -78,7 +78,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("train --multirun=3", "--multirun takes no value, got '3'"),
         ("train =3", "'=3' is no override: write key=value"),
         ("train --cfg", "--cfg must be followed by job or hydra or all, got nothing"),
-        ("train -m attention=nope,full", "attention must be one of bigbird, full"),
+        ("train -m attention=nope,full", "attention must be one of adaptive_span, bigbird"),
         ("train -m task=mqar,copy task.test_examples=8", "while task is swept: write ++task.test_examples=8"),
         ("train -m task=mqar,copy +task.test_examples=8", "while task is swept: write ++task.test_examples=8"),
         ("train -m attention=full,bigbird attention.block=8,16", "write ++attention.block=8,16"),
@@ -311,7 +311,7 @@ def test_a_training_leaves_its_output_and_nothing_else(capsys: pytest.CaptureFix
     [
         ("model.norm=foo", "model.norm must be one of layer, rms, batch, got 'foo'"),
         ("model.heads=3", "model.heads must divide model.dim, got heads=3"),
-        ("seq_len=7", "a row must hold all pairs and questions"),
+        ("seq_len=7", "mqar: seq_len must be at least 16"),
         ("+attention.foo=1", "attention.foo is no option of full"),
         ("attention=reformer model.positions=rotary", "positions=rotary is not supported"),
         ("optimizer.lr=-1", "optimizer.lr must be a number of at least 0, got -1"),

@@ -34,7 +34,8 @@ def test_every_backend_has_a_picture_without_future(name):
     json.dumps(row, allow_nan=False)
     seen = torch.tensor(pairs_of(row))
     assert not (seen[~causal(L)] != UNSEEN).any(), "no token sees what follows"
-    assert (seen == GRADIENT).any(1).all(), "every token sees something, if only itself"
+    first = 2 if name == "memory_compressed" else 0  # before a group of three is whole there is a null key alone
+    assert (seen == GRADIENT).any(1)[first:].all(), "every token sees something, if only itself"
     assert row["abilities"]["causality"] in ("strict", "values")
 
 

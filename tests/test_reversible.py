@@ -11,10 +11,11 @@ import torch
 from small_models import CAUSAL, entry, far, in_pieces, packed, ragged, small, some_ids
 from torch import nn
 
-from attention_zoo import Output, Source, Tokens, Transformer
+from attention_zoo import Output, Source, Tokens, Transformer, Unsupported
 from attention_zoo.attention.full import Full
 from attention_zoo.attention.reformer import Reformer
 from attention_zoo.measure.memory import peak_memory
+from attention_zoo.registry import recipe
 
 
 class Priced(Full):
@@ -60,12 +61,19 @@ def score(logits: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("output_dropout", [0.0, 0.3])
 @pytest.mark.parametrize(
-    "names", [(name,) for name in CAUSAL] + [("reformer", "transformer_xl", "longformer")], ids="/".join
+    "names",
+    [*((name,) for name in CAUSAL if not recipe(name)[0].token_losses), ("reformer", "transformer_xl", "longformer")],
+    ids="/".join,
 )
 def test_gradients_equal_plain_autograd(names, output_dropout):
     model = small(*names, reversible=True, depth=5, short_conv=3, output_dropout=output_dropout).train()
     ids, tokens = some_ids(), packed(ragged(23, [23, 15, 6], "right"), 9)
     agree(model, lambda m: score(m(ids, tokens).logits[tokens.valid]))
+
+
+def test_a_loss_on_hidden_states_is_refused():
+    with pytest.raises(Unsupported, match="compressive: reversible is not supported"):
+        small("compressive", reversible=True)
 
 
 def test_it_is_the_two_stream_formula():

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from attention_zoo.contract import Output, Source, Tokens, add_losses
 from attention_zoo.layout.layout import Layout
-from attention_zoo.model.block import Block, Branch, Stack
+from attention_zoo.model.block import Block, Branch, Stack, attentions
 from attention_zoo.ops.softmax.function import differentiable_once
 from attention_zoo.options import checked
-from attention_zoo.rules import OneOf
+from attention_zoo.rules import OneOf, Unsupported
 
 
 class ReversibleStack(Stack):
@@ -44,6 +44,12 @@ class ReversibleStack(Stack):
         self.end = end
         if not all(branch.pre_norm for branch in self.branches):
             raise ValueError("reversible=True needs pre_norm=True: a norm after the addition cannot be undone")
+        for each in attentions(self):
+            if getattr(each, "token_losses", False):
+                raise Unsupported(
+                    str(each.name), "reversible", "its loss on hidden states is only there where gradients are recorded",
+                    "reversible=false",
+                )  # fmt: skip
 
     def forward(
         self,

@@ -83,8 +83,8 @@ class SideConfig:
 
     Fields:
         attention: a backend's name, or a mapping with its name and options.
-        depth, heads, positions, norm, feed_forward, short_conv, output_dropout, reversible, around, shorten:
-            see `Transformer`.
+        depth, heads, positions, norm, feed_forward, short_conv: see `Transformer`.
+        output_dropout, reversible, around, shorten: see `Transformer`.
     """
 
     attention: Any = None
