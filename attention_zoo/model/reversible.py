@@ -47,7 +47,7 @@ class ReversibleStack(Stack):
         for each in attentions(self):
             if getattr(each, "token_losses", False):
                 raise Unsupported(
-                    str(each.name), "reversible", "its loss on hidden states is only there where gradients are recorded",
+                    str(each.name), "reversible", "its loss on hidden states is there with gradients alone",
                     "reversible=false",
                 )  # fmt: skip
 
