@@ -329,9 +329,7 @@ def test_messages_name_mechanisms_by_what_they_can() -> None:
     assert able(cross=True).split(" or ")[0] == "full"
     assert {"bigbird", "full", "longformer"} <= set(able(global_tokens=("any", "first_call")).split(" or "))
     assert able(carry="nonesuch") == "a mechanism that declares carry"
-    with pytest.raises(
-        Unsupported, match=r"causal=False .* use .*bigbird or full or .*longformer or .*reformer"
-    ):
+    with pytest.raises(Unsupported, match=r"causal=False .* use .*bigbird or full or .*longformer or .*reformer"):
         zoo.build("transformer_xl", dim=16, heads=2, causal=False)
 
 
