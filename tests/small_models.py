@@ -17,6 +17,8 @@ TWO_SIDED = [name for name in zoo.available() if recipe(name)[0].declared.two_si
 CARRYING = [name for name in CAUSAL if recipe(name)[0].declared.carry != "none"]
 # LSH buckets depend on what follows: a stack of such layers is no function of the prefix alone
 PREFIX = [name for name in CARRYING if recipe(name)[0].declared.causality == "strict"]
+# a reversible stack runs its layers without gradients first, where a loss on hidden states is not made
+REVERSIBLE = [name for name in CARRYING if not recipe(name)[0].token_losses]
 
 
 def entry(name: str, **options: Any) -> dict[str, Any]:

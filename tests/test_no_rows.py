@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import CARRYING, TWO_SIDED, VOCAB, entry
+from small_models import CARRYING, REVERSIBLE, TWO_SIDED, VOCAB, entry
 from torch import Tensor, nn
 
 import attention_zoo as zoo
@@ -61,6 +61,10 @@ def test_a_state(name: str, gradients: bool) -> None:
 )
 @pytest.mark.parametrize("name", CARRYING)
 def test_a_model(name: str, options: dict[str, Any]) -> None:
+    if "reversible" in options and name not in REVERSIBLE:
+        with pytest.raises(zoo.Unsupported, match=f"{name}: reversible is not supported"):
+            zoo.Transformer(attention=entry(name), vocab=VOCAB, dim=16, heads=2, **options)
+        return
     own = {"extra_global_tokens": 2} if name == "bigbird" else {}
     for tokens in (None, NONE):
         model = zoo.Transformer(attention=entry(name, **own), vocab=VOCAB, dim=16, heads=2, positions="none", **options)
