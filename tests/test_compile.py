@@ -47,7 +47,9 @@ def same(got, want) -> None:
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("full", "longformer") else pytest.mark.slow) for name in RECORDED]
+)
 def test_one_graph_serves_every_length(name: str) -> None:
     """fullgraph=True raises at any graph break; the counter counts compilations."""
     model = small(name)

@@ -37,6 +37,7 @@ def test_all_runs_of_a_plan_are_given_the_number(tmp_path: Path) -> None:
     assert {run.config["steps"] for run in config.planned({"a": 30})["a-b"]} == {600}
 
 
+@pytest.mark.slow
 def test_steps_are_timed_once_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CompareConfig(backends=["full", "longformer", "transformer_xl"], trainings={"recall": PLAN})
     job = _Job(config, tmp_path, Console(quiet=True))

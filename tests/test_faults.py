@@ -6,8 +6,13 @@ import pytest
 from faults import Counts
 from faults.kinds import KINDS
 
+LASTING = {"cells", "fuzz", "kills", "odd", "wandb"}
+"""Kinds whose small version, too, starts many processes."""
 
-@pytest.mark.parametrize("kind", list(KINDS))
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in LASTING else ()) for kind in KINDS]
+)
 def test_nothing_wins(kind: str) -> None:
     found = KINDS[kind].run(KINDS[kind].SMALL, 0)
     assert isinstance(found, Counts)

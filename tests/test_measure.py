@@ -389,6 +389,17 @@ TINY = {"heads": 2, "head_width": 8, "threads": 1}
 QUICK = {"repeats": 1, "budget_s": 0.01}
 
 
+@pytest.fixture(scope="module")
+def rate():
+    return matmul_rate(size=256)
+
+
+@pytest.fixture(autouse=True)
+def _the_rate_is_measured_once(monkeypatch, rate):
+    """It takes longer than a small cell."""
+    monkeypatch.setattr(cell_module, "matmul_rate", lambda **_: rate)
+
+
 @pytest.mark.parametrize("phase", ["forward", "forward_backward", "train_step", "prefill", "decode"])
 @pytest.mark.parametrize("backend", zoo.available())
 def test_every_backend_is_measured_in_every_phase(backend, phase):

@@ -113,7 +113,7 @@ def test_equals_reference(length: int, causal: bool):
     ids=str,
 )
 def test_options_equal_reference(options: dict, causal: bool):
-    assert_equals_reference(build(causal=causal, **options), 19)
+    assert_equals_reference(build(causal=causal, **options), 14)
 
 
 def test_many_steps_and_blocks_of_heads(monkeypatch: pytest.MonkeyPatch):

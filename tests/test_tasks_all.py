@@ -43,6 +43,11 @@ def task_of(name: str) -> Any:
     return build(composed(name)["task"], "task")
 
 
+@cache
+def catalogued() -> list[Any]:
+    return list(catalogue.rows())
+
+
 def length_of(name: str) -> int:
     return int(composed(name)["seq_len"])
 
@@ -156,7 +161,7 @@ def test_something_trivial_is_there_to_be_beaten(name: str) -> None:
 
 @pytest.mark.parametrize("name", catalogue.names())
 def test_each_task_says_in_a_line_what_it_is(name: str) -> None:
-    (row,) = [row for row in catalogue.rows() if row[0] == name]
+    (row,) = [row for row in catalogued() if row[0] == name]
     assert all(row)
     assert len(row[-1]) < 160
     assert catalogue.about(name).startswith(f"# {name}")
