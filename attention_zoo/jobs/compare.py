@@ -41,6 +41,7 @@ from attention_zoo.rules import OneOf, shown
 from attention_zoo.schemas import store
 from attention_zoo.settings import one_line
 from attention_zoo.training.config import check, compose_training
+from attention_zoo.training.heard import check_heard, keys_of
 
 Made = TypeVar("Made")
 SILENCE_S = 20.0
@@ -183,6 +184,7 @@ class CompareConfig:
                         "backend": name,
                         "attention": _built(variant.backend, {k: v for each in options for k, v in each.items()}),
                     }
+                    check_heard(config, ["attention", *keys_of(plan.set), *keys_of(variant.set)])
                     found[task].append(Run(f"{task}-{name}-s{seed}", check(config)))
         return found
 
