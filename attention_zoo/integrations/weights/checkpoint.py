@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from attention_zoo.hub import silent
+
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 """Names of files with all tensors. With `.index.json` behind it, the table of a sharded checkpoint."""
 
@@ -75,7 +77,8 @@ def _on_the_hub(name: str, revision: str | None) -> Callable[[str], Path | None]
 
     def find(file: str) -> Path | None:
         try:
-            return Path(hf_hub_download(name, file, revision=revision))
+            with silent():
+                return Path(hf_hub_download(name, file, revision=revision))
         except LocalEntryNotFoundError:
             raise FileNotFoundError(f"{name}: no such folder, and the hub cannot be reached for {file}") from None
         except EntryNotFoundError:
