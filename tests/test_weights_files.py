@@ -186,7 +186,7 @@ def test_attempts_to_reach_the_hub_are_not_told_one_by_one(monkeypatch, capfd) -
         logging.get_logger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
         raise LocalEntryNotFoundError("no route")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", tried)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", tried)
     before = logging.get_verbosity()
     with pytest.raises(
         FileNotFoundError, match=r"^nope: no such folder, and the hub cannot be reached for config.json"
