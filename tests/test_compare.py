@@ -17,7 +17,9 @@ import attention_zoo as zoo
 from attention_zoo.files import read_jsonl, write_json
 from attention_zoo.jobs import trainings
 from attention_zoo.jobs.compare import CompareConfig, TrainingPlan, register
+from attention_zoo.jobs.refused import refused
 from attention_zoo.jobs.trainings import Run, finished, run_trainings
+from attention_zoo.measure.nursery import Nursery
 from attention_zoo.training.possible import impossible
 from attention_zoo.training.run import run_identity
 
@@ -279,6 +281,15 @@ def test_what_cannot_be_trained_is_found_before_anything_is_timed():
     assert set(found) == {"pair-transformer_xl-s0", "flags-transformer_xl-s0", "flags-reformer-s0"}
     assert found["pair-transformer_xl-s0"].startswith("transformer_xl: causal=False is not supported")
     assert "global" in found["flags-reformer-s0"]
+
+
+def test_runs_with_a_result_are_not_asked_whether_they_can_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(Nursery, "call", lambda self, function, given, timeout_s: dict.fromkeys(given["configs"], "no"))
+    one, other = tiny_run("one"), tiny_run("other")
+    (tmp_path / "one").mkdir()
+    write_json(tmp_path / "one" / "result.json", {})
+    assert refused([one, other], tmp_path) == {"other": "no"}
+    assert refused([one], tmp_path) == {}
 
 
 def test_a_misspelt_key_is_refused():

@@ -262,7 +262,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
             f"{len(config.names())} backends: {len(cells)} cells to measure, {len(runs)} trainings, in {folder}",
             soft_wrap=True, markup=False,
         )  # fmt: skip
-        for name, why in refused(runs).items():
+        for name, why in refused(runs, folder / "training").items():
             console.print(f"! {name}: {why}", soft_wrap=True, markup=False, highlight=False)
         job = _Job(config, folder, console)
         try:
