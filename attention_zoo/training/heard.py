@@ -60,39 +60,39 @@ def check_heard(config: Mapping[str, Any], said: Sequence[str]) -> None:
             raise ValueError(
                 f"{key} changes nothing: it is for tasks of objective {' or '.join(heads)}, got one of {objective}"
             )
-        if objective == PAIR:
-            _check_pair(config, key, group, option)
+    if objective == PAIR:
+        _check_pair(config, said)
 
 
-def _check_pair(config: Mapping[str, Any], key: str, group: str, option: str) -> None:
+def _check_pair(config: Mapping[str, Any], said: Sequence[str]) -> None:
     """Refuse a word of the whole model that both halves have in their own way, or of a half that a file brings."""
-    if group in SIDES and group in (held := _held(config)):
-        raise ValueError(f"{key} changes nothing: the {group} is that of init={config['init']}; leave it out")
-    if group in ("attention", "hybrid"):
-        option = "attention"
-    elif group != "model" or not option:
-        return
-    own = {side: (config.get(side) or {}).get(option) for side in SIDES}
-    if all(value is None for value in own.values()) and not config.get("init"):
-        return
-    held = _held(config)
-    if any(own[side] is None for side in SIDES if side not in held):
-        return
-    reasons = [
-        f"the {side} is that of init={config['init']}" if side in held else f"{side}.{option}={value}"
-        for side, value in own.items()
+    asked = [
+        key for key in said if key.partition(".")[0] in ("attention", "hybrid", *SIDES) or key.startswith("model.")
     ]
-    instead = [f"{side}.{option}" for side in SIDES if side not in held]
-    raise ValueError(
-        f"{key} changes nothing, since each half has its own: {', '.join(reasons)}; "
-        + (f"give {' and '.join(instead)} instead" if instead else "leave it out")
-    )
+    held = _held(config) if asked else ()
+    of_file = f"that of init={config.get('init')}"
+    for key in asked:
+        group, *rest = key.split(".")
+        if group in held:
+            raise ValueError(f"{key} changes nothing: the {group} is {of_file}; leave it out")
+        if group in SIDES:
+            continue
+        option = rest[0] if group == "model" else "attention"
+        new = {side: (config.get(side) or {}).get(option) for side in SIDES if side not in held}
+        if None in new.values():
+            continue
+        reasons = [f"the {side} is {of_file}" for side in held] + [f"{side}.{option}={new[side]}" for side in new]
+        instead = f"give {' and '.join(f'{side}.{option}' for side in new)} instead" if new else "leave it out"
+        raise ValueError(f"{key} changes nothing, since each half has its own: {', '.join(reasons)}; {instead}")
 
 
 def _held(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The halves that a model file brings."""
+    """The halves that a model file brings; none where it cannot be read, which the run says."""
     if not config.get("init"):
         return ()
     from attention_zoo.training.tuned import found_in, held_by
 
-    return held_by(found_in(config["init"]))
+    try:
+        return held_by(found_in(config["init"]))
+    except ValueError:
+        return ()
