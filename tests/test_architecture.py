@@ -15,7 +15,20 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attention_zoo"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("files", "locks", "stopping", "room", "rules", "options", "schemas", "searchpath", "tokens", "constants", "place"),
+    (
+        "files",
+        "locks",
+        "stopping",
+        "room",
+        "rules",
+        "options",
+        "schemas",
+        "searchpath",
+        "tokens",
+        "constants",
+        "place",
+        "hub",
+    ),
     ("layout",),
     ("contract",),
     ("ops",),

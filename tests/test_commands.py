@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,14 @@ def test_however_it_ends_it_is_one_line_and_a_code(
 def test_what_ends_well_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert (launch(lambda: None), launch(lambda: 1)) == (0, 1)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    before = warnings.showwarning
+    assert launch(lambda: warnings.warn("of\nsomething", stacklevel=1)) == 0
+    assert capsys.readouterr().err == "warning: of something\n"
+    assert warnings.showwarning is before
 
 
 def test_signals_stop_a_command_and_are_given_back(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,10 @@ import attention_zoo as zoo
 from attention_zoo.files import read_jsonl, write_json
 from attention_zoo.jobs import trainings
 from attention_zoo.jobs.compare import CompareConfig, TrainingPlan, register
+from attention_zoo.jobs.refused import refused
 from attention_zoo.jobs.trainings import Run, finished, run_trainings
+from attention_zoo.measure.nursery import Nursery
+from attention_zoo.training.possible import impossible
 from attention_zoo.training.run import run_identity
 
 
@@ -263,6 +266,30 @@ def test_a_variant_is_trained_under_its_name_with_options_and_a_model_of_its_own
     assert made["attention"]["name"] == "longformer"
     assert made["attention"]["dilation"] == 2
     assert (plain["model"]["depth"], made["model"]["depth"]) == (2, 3)
+
+
+def test_what_cannot_be_trained_is_found_before_anything_is_timed():
+    small = {"device": "cpu", "threads": 1, "model": {"dim": 16}, "task": {"test_examples": 16}}
+    flagged = {**small, "task": {"global_quote": True, "background": "random"}}
+    plans = {
+        "pair": TrainingPlan("marked", set=small),
+        "flags": TrainingPlan("quote", set=flagged),
+        "recall": TrainingPlan("mqar", set=small),
+    }
+    config = CompareConfig(backends=["full", "reformer", "transformer_xl"], trainings=plans)
+    found = impossible({run.name: run.config for run in config.runs()})
+    assert set(found) == {"pair-transformer_xl-s0", "flags-transformer_xl-s0", "flags-reformer-s0"}
+    assert found["pair-transformer_xl-s0"].startswith("transformer_xl: causal=False is not supported")
+    assert "global" in found["flags-reformer-s0"]
+
+
+def test_runs_with_a_result_are_not_asked_whether_they_can_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(Nursery, "call", lambda self, function, given, timeout_s: dict.fromkeys(given["configs"], "no"))
+    one, other = tiny_run("one"), tiny_run("other")
+    (tmp_path / "one").mkdir()
+    write_json(tmp_path / "one" / "result.json", {})
+    assert refused([one, other], tmp_path) == {"other": "no"}
+    assert refused([one], tmp_path) == {}
 
 
 def test_a_misspelt_key_is_refused():

@@ -25,7 +25,7 @@ from attention_zoo import files
 from attention_zoo.jobs import benchmark as job
 from attention_zoo.jobs import trainings
 from attention_zoo.jobs.benchmark import benchmark
-from attention_zoo.jobs.compare import outcome
+from attention_zoo.jobs.progress import outcome
 from attention_zoo.locks import Busy, owning
 from attention_zoo.measure import cells as runner
 from attention_zoo.measure import nursery

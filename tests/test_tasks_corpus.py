@@ -95,3 +95,11 @@ def test_packed_text_is_not_taken_for_text(tmp_path: Path) -> None:
     path.write_bytes(bytes(1000))
     with pytest.raises(ValueError, match=r"task.path must be text, or one of .tar, .*, got '.*book.txt.gz': unpack it"):
         task(path)
+
+
+def test_a_file_that_changed_is_read_anew(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_bytes(b"first " * 300)
+    before = task(book).describe(16)["digest"]
+    book.write_bytes(b"other " * 300)
+    assert task(book).describe(16)["digest"] != before

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from attention_zoo.tasks import IGNORED, Batch, masked
-from attention_zoo.tasks.corpus import join_files, read_files
+from attention_zoo.tasks.corpus import join_files
 from attention_zoo.tasks.masked import CLS, MASK, SEP, MaskedText
 from attention_zoo.tasks.ngrams import two_sided
 
@@ -166,7 +166,6 @@ def test_baselines_are_at_what_they_can_know(folder: Path, tmp_path: Path) -> No
     for index in range(30):
         (tmp_path / f"{index}.txt").write_bytes(bytes(noise.randrange(256) for _ in range(1500)))
     (tmp_path / "a.txt").unlink()
-    read_files.cache_clear()
     # a byte that is shown is right in one case of two: then it costs one bit, else one more than chance
     assert task(tmp_path).baselines(L)["unigram"] == pytest.approx(0.8 * 8 + 0.1 * 1 + 0.1 * 9, abs=0.1)
 
@@ -193,6 +192,5 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
     for index in range(3):
         (tmp_path / f"{index}.txt").write_text("short")
     (tmp_path / "a.txt").unlink()
-    read_files.cache_clear()
     with pytest.raises(ValueError, match=r"must hold a document of at least 16 bytes for training"):
         task(tmp_path, duplicates=1).check(L)

@@ -120,5 +120,5 @@ def test_options_outside_their_rule_are_refused(options: dict, message: str) -> 
 
 
 def test_rows_too_short_are_refused() -> None:
-    with pytest.raises(ValueError, match="rows must have at least 45 tokens for a quote of 16 bytes"):
+    with pytest.raises(ValueError, match=r"quote: seq_len must be at least 45, a quote of 16 bytes and .* got 44"):
         SMALL.check(44)

@@ -52,7 +52,6 @@ def test_files_are_found_sorted_and_split_by_their_own_name_alone(folder: Path) 
     assert min(counts[1:]) > 3
     assert sorted(before) == names
     (folder / "part0" / "new.txt").write_text("more")
-    read_files.cache_clear()
     after = sides()
     assert {name: after[name] for name in before} == before
 
@@ -61,7 +60,6 @@ def test_digest_names_the_content(folder: Path) -> None:
     before = task(folder).describe(16)
     assert task(folder).describe(16) == before
     (folder / "part0" / "00.txt").write_bytes(b"changed" * 30)
-    read_files.cache_clear()
     assert task(folder).describe(16)["digest"] != before["digest"]
 
 
@@ -159,6 +157,15 @@ def test_every_document_is_evaluated_unless_rows_are_picked(folder: Path) -> Non
     assert sum(int(batch.fresh.sum()) for batch in batches) == 3
 
 
+def test_rows_of_one_token_take_few_calls(folder: Path) -> None:
+    text = task(folder, test=0.3)
+    sets = text.evaluation_sets(2, 1)
+    scored = [row for batch in sets["test"] for row in batch.targets.flatten().tolist()]
+    assert len(scored) == cut_spans(text.corpora["test"].ends, 1, 3).segments.sum()
+    assert len(list(sets["test"])) < 3 * 4, "at least 1,024 tokens each, but at the end"
+    assert next(iter(text.evaluation_sets(2, 600)["validation"])).ids.shape[0] <= 2
+
+
 def test_one_file_gives_its_end_to_validation(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_bytes(bytes(range(256)) * 40)
@@ -177,7 +184,6 @@ def test_a_small_folder_still_has_both_sides(tmp_path: Path) -> None:
     two = Text(path=str(tmp_path), held_out=None, validation=0.01, test=0, duplicates=1).corpora
     assert [len(part.ends) for part in two.values()] == [1, 1]
     (tmp_path / "c.txt").write_text("something else " * 20)
-    read_files.cache_clear()
     three = Text(path=str(tmp_path), held_out=None, validation=0.01).corpora
     assert [len(part.ends) for part in three.values()] == [1, 1, 1]
 
@@ -278,7 +284,6 @@ def test_documents_that_repeat_training_are_not_evaluated(folder: Path) -> None:
     longest = max(train, key=lambda entry: len(entry[1]))[1]
     (folder / target).write_bytes(b"new words. " * 3 + longest)
     (folder / other).write_bytes(bytes(range(256)) * 8 + longest[: SHINGLE + 5])  # about 6 of its 256 shingles: below
-    read_files.cache_clear()
     text = task(folder, test=0.2)
     assert [name for name, _ in plain.parts["test"][1:]] == [name for name, _ in text.documents.parts["test"]]
     assert other in {name for name, _ in text.documents.parts["validation"]}
@@ -309,7 +314,6 @@ def test_a_part_of_repeats_alone_is_drawn_larger(tmp_path: Path) -> None:
     first = task(tmp_path, validation=0.01, test=0).documents.parts
     ((name, _),) = first["validation"]
     (tmp_path / name).write_bytes(first["train"][0][1])
-    read_files.cache_clear()
     found = task(tmp_path, validation=0.01, test=0)
     names = {part: {name for name, _ in files} for part, files in found.documents.parts.items()}
     assert 1 <= len(names["validation"]) <= 8

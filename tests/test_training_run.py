@@ -167,6 +167,17 @@ def test_the_row_has_all_that_a_report_needs(config: dict[str, Any], tmp_path: P
     assert "bits_per_byte" in report_line(row, tmp_path)
 
 
+def test_rows_that_go_on_beyond_the_models_positions_are_refused_at_once(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    short = {**config, "model": {**config["model"], "positions": "learned", "max_length": 20}}
+    row = run_training(short, tmp_path / "carried")
+    assert "task.span must be such that rows stay within the model's 20 positions, got 3 segments of 12" in row["error"]
+    assert row["refused"]
+    alone = {**short, "trainer": {**short["trainer"], "carry_state": False}}
+    assert run_training(alone, tmp_path / "alone")["status"] == "ok"
+
+
 def test_mqar_learns_something_and_carries_nothing(tmp_path: Path) -> None:
     overrides = [o for o in SMALL if not o.startswith("task.")]
     row = run_training(compose_training([*overrides, "task=mqar", "seq_len=16", "task.test_examples=20"]), tmp_path)

@@ -177,6 +177,25 @@ def test_no_network_is_one_line(monkeypatch, tmp_path) -> None:
     one_line(caught.value)
 
 
+def test_attempts_to_reach_the_hub_are_not_told_one_by_one(monkeypatch, capfd) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
+
+    def tried(*_: Any, **__: Any) -> str:
+        logging.get_logger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise LocalEntryNotFoundError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", tried)
+    before = logging.get_verbosity()
+    with pytest.raises(
+        FileNotFoundError, match=r"^nope: no such folder, and the hub cannot be reached for config.json"
+    ):
+        weights.convert("nope")
+    assert capfd.readouterr().err == ""
+    assert logging.get_verbosity() == before
+
+
 @pytest.mark.parametrize("damage", [b"", b"hello", b"\xff" * 200, None], ids=["empty", "text", "bytes", "cut"])
 def test_damaged_files_are_refused_in_one_line(bert, tmp_path, damage) -> None:
     path = tmp_path / "model.safetensors"

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,7 +34,7 @@ def launch(work: Callable[[], Any]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with _signals():
+        with _signals(), _plain_warnings():
             code = work()
             sys.stdout.flush()
     except KeyboardInterrupt as asked:
@@ -66,6 +67,17 @@ def _signals() -> Iterator[None]:
             for number, handler in before.items():
                 if handler is not None:  # one that was not set from Python cannot be set back from it
                     signal.signal(number, handler)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """A warning is one line that says it, without the place in the code that it came from."""
+    before = warnings.showwarning
+    warnings.showwarning = lambda message, *place, **more: say(f"warning: {message}")
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def told(error: BaseException) -> int:

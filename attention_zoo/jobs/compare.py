@@ -17,21 +17,21 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 
 from attention_zoo import registry
 from attention_zoo.files import plain, write_atomic
+from attention_zoo.jobs.progress import TrainingProgress
+from attention_zoo.jobs.refused import refused
 from attention_zoo.jobs.steps import equal_steps
-from attention_zoo.jobs.trainings import Run, RunEvent, run_trainings
+from attention_zoo.jobs.trainings import Run, run_trainings
 from attention_zoo.locks import owning
 from attention_zoo.measure.cells import SpeedCell, run_cells
 from attention_zoo.measure.config import BenchmarkConfig, check_mappings
 from attention_zoo.measure.ends import Ended
-from attention_zoo.measure.kept import clear_leftovers, number, output_folder
+from attention_zoo.measure.kept import clear_leftovers, output_folder
 from attention_zoo.measure.nursery import Nursery
 from attention_zoo.measure.progress import CellProgress
 from attention_zoo.options import SeedOfRun, Text, check_fields
-from attention_zoo.report import rows as results
 from attention_zoo.report import units
 from attention_zoo.report.build import TITLE, build_report
 from attention_zoo.report.patterns import unseen
@@ -41,10 +41,9 @@ from attention_zoo.rules import OneOf, shown
 from attention_zoo.schemas import store
 from attention_zoo.settings import one_line
 from attention_zoo.training.config import check, compose_training
+from attention_zoo.training.heard import check_heard, keys_of
 
 Made = TypeVar("Made")
-SILENCE_S = 20.0
-"""Without a terminal, a line at least this often while trainings go on."""
 
 
 @dataclass
@@ -183,6 +182,7 @@ class CompareConfig:
                         "backend": name,
                         "attention": _built(variant.backend, {k: v for each in options for k, v in each.items()}),
                     }
+                    check_heard(config, ["attention", *keys_of(plan.set), *keys_of(variant.set)])
                     found[task].append(Run(f"{task}-{name}-s{seed}", check(config)))
         return found
 
@@ -246,7 +246,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
 
     Raises:
         ValueError: for a wrong option, before anything runs, or if another process works in the folder. What goes wrong
-            later is a row.
+            later is a row; what cannot be trained is named before anything is timed.
         OSError: if something cannot be written, naming it; what was written before is whole.
         KeyboardInterrupt: when asked to stop, after what there is was written.
     """
@@ -262,6 +262,8 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
             f"{len(config.names())} backends: {len(cells)} cells to measure, {len(runs)} trainings, in {folder}",
             soft_wrap=True, markup=False,
         )  # fmt: skip
+        for name, why in refused(runs, folder / "training").items():
+            console.print(f"! {name}: {why}", soft_wrap=True, markup=False, highlight=False)
         job = _Job(config, folder, console)
         try:
             job.run(cells, config.runs(job.equal_steps()))
@@ -353,46 +355,3 @@ def write_results(rows: list[Row], folder: str | Path, *, title: str) -> Path:
     write_atomic(folder / "results.jsonl", "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows))
     write_csv(rows, folder / "results.csv")
     return build_report(rows, folder / "report.html", title=title)
-
-
-class TrainingProgress:
-    """Give it to `run_trainings` as `on_event`: a bar in a terminal, plain lines elsewhere."""
-
-    def __init__(self, console: Console):
-        self.console, self.skipped, self.spoke = console, 0, time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self._task = self._bar.add_task("training", total=1.0, left="")
-
-    def __enter__(self) -> TrainingProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, event: RunEvent) -> None:
-        left = "" if event.remaining_s is None else f"about {units.seconds(event.remaining_s)} left"
-        said = f"{event.done} of {event.total} trained"
-        self._bar.update(self._task, completed=event.share, description=said, left=left)
-        if event.kind == "skipped":
-            self.skipped += 1
-        elif event.kind == "finished" and event.row is not None and event.run is not None:
-            self.say(f"[{event.done}/{event.total}] {event.run.name}: {outcome(event.row)}")
-        elif not self.console.is_terminal and time.monotonic() - self.spoke > SILENCE_S:
-            self.say(f"{said}, {event.share:.0%} of all steps{', ' if left else ''}{left}")
-
-    def say(self, line: str) -> None:
-        self.spoke = time.monotonic()
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def outcome(row: Row) -> str:
-    """A training row in words."""
-    if not results.ok(row):
-        return results.why(row)
-    figures = ", ".join(
-        f"{name.replace('_', ' ')} {f'{value:.3f}' if number(value) else value}"
-        for name, value in row["metrics"].items()
-    )
-    return f"{figures}; {row['steps']:,} steps in {units.seconds(row['train_seconds'])}"

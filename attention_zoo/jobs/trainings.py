@@ -107,6 +107,7 @@ def run_trainings(
     waiting: list[Run] = []
     running: list[_Child] = []
     began = time.monotonic()
+    _data.cache_clear()  # a file may have changed since an earlier call
 
     def tell(kind: Any, run: Run | None = None, row: Row | None = None) -> None:
         fresh = [run for run in runs if run.name not in skipped]

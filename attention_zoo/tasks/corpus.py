@@ -14,12 +14,13 @@ import lzma
 import math
 import os
 import stat
+import sysconfig
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple, NoReturn
 
@@ -172,7 +173,6 @@ def _first(file: IO[bytes], most: int | None) -> bytes:
     return file.read() if most is None else file.read(most)
 
 
-@lru_cache(maxsize=4)
 def read_files(
     root: Path,
     suffix: str | None,
@@ -202,6 +202,12 @@ def read_files(
                 picked.add(entry.name)
                 total += entry.size
         return tuple(sorted((entry.name, entry.read(max_bytes)) for entry in entries if entry.name in picked))
+
+
+def standard_library(max_bytes: int) -> np.ndarray:
+    """About so many bytes of the source of Python's standard library, which every machine has."""
+    files = read_files(Path(sysconfig.get_path("stdlib")), ".py", max_bytes, tuple(sorted(SKIPPED)))
+    return join_files(files).data
 
 
 def check_digest(root: Path, expected: str, suffix: str | None, skip: Collection[str], hidden: bool) -> None:

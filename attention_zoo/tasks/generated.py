@@ -105,9 +105,12 @@ class Generated(Task):
                 option = "seq_len" if length == seq_len else others
                 raise ValueError(f"{self.name}: {option} must be at least {least}, {why}, got {length}")
 
+    def sample(self, seq_len: int) -> Batch:
+        self.check(seq_len)
+        return self.batch("test", ("digest",), 1, self.trained(seq_len)[-1][0])
+
     def describe(self, seq_len: int) -> dict[str, Any]:
-        sample = self.batch("test", ("digest",), 1, self.trained(seq_len)[-1][0])
-        return {"digest": digest([tensor.numpy().tobytes() for tensor in sample.tensors()])}
+        return {"digest": digest([tensor.numpy().tobytes() for tensor in self.sample(seq_len).tensors()])}
 
     def batch(self, split: str, key: Sequence[int | str], rows: int, setting: Setting) -> Batch:
         """Rows of a split that depend on `key`, the setting and the task's options alone.
@@ -163,7 +166,7 @@ class Generated(Task):
     def evaluation_sets(self, batch_size: int, seq_len: int) -> Mapping[str, GeneratedSet]:
         self.check(seq_len)
         main = self.trained(seq_len)[-1][0]
-        sample = self.batch("test", ("digest",), 1, main)
+        sample = self.sample(seq_len)
         if sample.targets.ndim == (1 if self.objective == "classify" else 2):  # else the batch itself is refused
             self._guessed(sample)  # what is wrong is said before training, not after
         sets = {split: GeneratedSet(self, batch_size, split, main) for split in ("validation", "test")}

@@ -23,10 +23,8 @@ of which may stand behind the rows of any split: it is no evidence, and rows are
 
 from __future__ import annotations
 
-import sysconfig
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -35,7 +33,7 @@ from pydantic import Field
 from torch import Tensor
 
 from attention_zoo.options import Positive, Text, checked
-from attention_zoo.tasks.corpus import SKIPPED, existing, read_files
+from attention_zoo.tasks.corpus import existing, join_files, read_files, standard_library
 from attention_zoo.tasks.generated import Generated, of
 from attention_zoo.tasks.placement import scattered, shuffled
 from attention_zoo.tasks.task import IGNORED, Batch, digest
@@ -111,12 +109,9 @@ class Needle(Generated):
     def text(self) -> np.ndarray:
         """All of the text; without bytes that stand for records."""
         if self.path is None:
-            root = Path(sysconfig.get_path("stdlib"))
-            files = read_files(root, ".py", self.max_bytes, tuple(sorted(SKIPPED)))
+            data = standard_library(self.max_bytes)
         else:
-            files = read_files(existing(self.path), self.suffix, self.max_bytes)
-        raw = b"".join(content for _, content in files)
-        data = np.frombuffer(raw, np.uint8)
+            data = join_files(read_files(existing(self.path), self.suffix, self.max_bytes)).data
         return data[data < RECORD]
 
     def check(self, seq_len: int) -> None:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 
-def scattered(random: np.random.Generator, rows: int, blocks: int, width: int, columns: int) -> np.ndarray:
+def scattered(
+    random: np.random.Generator, rows: int, blocks: int, width: int, columns: int, sizes: np.ndarray | None = None
+) -> np.ndarray:
     """[rows, blocks], rising: the first column of each block of `width` among `columns`, none over another.
 
     What is arranged are `blocks` blocks and the fillers left beside them, so that no place is likelier than another.
+
+    Args:
+        sizes: [rows, 1], how many of the columns each row has; None: all.
     """
-    things = columns - blocks * (width - 1)
-    chosen = np.sort(np.argpartition(random.random((rows, things)), blocks - 1, axis=1)[:, :blocks], axis=1)
+    saved = blocks * (width - 1)
+    keys = random.random((rows, columns - saved))
+    if sizes is not None:
+        keys = np.where(np.arange(columns - saved) < sizes - saved, keys, 2.0)
+    chosen = np.sort(np.argpartition(keys, blocks - 1, axis=1)[:, :blocks], axis=1)
     return chosen + (width - 1) * np.arange(blocks)
 
 

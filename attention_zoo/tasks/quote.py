@@ -47,10 +47,8 @@ the average.
 
 from __future__ import annotations
 
-import sysconfig
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -61,11 +59,12 @@ from torch import Tensor
 from attention_zoo.options import Natural, Positive, checked
 from attention_zoo.rules import OneOf
 from attention_zoo.tasks.compress import Compression, ranges
+from attention_zoo.tasks.corpus import standard_library
 from attention_zoo.tasks.generated import Generated, GeneratedBatches, Setting, of
+from attention_zoo.tasks.placement import scattered
 from attention_zoo.tasks.quote_lessons import Lessons
 from attention_zoo.tasks.shortening import chosen, told
 from attention_zoo.tasks.task import Batch, digest
-from attention_zoo.tasks.text import SKIPPED, read_files
 
 BACKGROUNDS = ("random", "text")
 SEPARATOR = 256
@@ -123,20 +122,15 @@ class Quote(Generated):
 
     def check(self, seq_len: int) -> None:
         least = self.quote + 1 + sum(_pieces(self.quote, self.seam))
+        self.need(seq_len, least, f"a quote of {self.quote} bytes and what the document holds of it")
         for length in (seq_len, *self.test):
-            if length < least:
-                raise ValueError(
-                    f"quote: rows must have at least {least} tokens for a quote of {self.quote} bytes and what the "
-                    f"document holds of it, got {length}"
-                )
             if self.background == "text" and length >= len(self.text):
                 raise ValueError(f"quote: rows must be shorter than the text, {len(self.text)} bytes, got {length}")
 
     @cached_property
     def text(self) -> np.ndarray:
         """The bytes that documents and passages are cut from, read at the first use."""
-        files = read_files(Path(sysconfig.get_path("stdlib")), ".py", MOST_BYTES, tuple(sorted(SKIPPED)))
-        return np.frombuffer(b"".join(raw for _, raw in files), np.uint8)
+        return standard_library(MOST_BYTES)
 
     def describe(self, seq_len: int) -> dict[str, Any]:
         sample = super().batch("test", ("digest",), 1, self.trained(seq_len)[-1][0])  # as it was drawn: whole
@@ -238,8 +232,7 @@ def _exchanged(random: np.random.Generator, passage: np.ndarray) -> np.ndarray:
 def _places(random: np.random.Generator, rows: int, size: int, pieces: Sequence[int]) -> np.ndarray:
     """[rows, pieces]: where each begins among `size` bytes; in random order, every arrangement as likely."""
     lengths = np.array(pieces)
-    slots = size - int(lengths.sum()) + len(pieces)
-    slot = np.sort(random.random((rows, slots)).argsort(1)[:, : len(pieces)], 1)
+    slot = scattered(random, rows, len(pieces), 1, size - int(lengths.sum()) + len(pieces))  # each piece is one thing
     order = random.permuted(np.tile(np.arange(len(pieces)), (rows, 1)), axis=1)
     before = np.cumsum(lengths[order] - 1, 1) - (lengths[order] - 1)
     starts = np.empty_like(slot)

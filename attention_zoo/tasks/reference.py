@@ -36,6 +36,7 @@ from torch import Tensor
 from attention_zoo.options import Natural, Positive, Probability, checked
 from attention_zoo.tasks.generated import Generated, Setting, of
 from attention_zoo.tasks.guessing import commonest
+from attention_zoo.tasks.placement import scattered, shuffled
 from attention_zoo.tasks.task import Batch
 
 BEGIN, END, PAD, FIRST = range(4)
@@ -111,7 +112,7 @@ class Reference(Generated):
     ) -> Batch:
         records, answers = self._records(random, rows, direct)
         sizes = random.integers(self.shortest or length, length + 1, (rows, 1))
-        starts = _starts(random, sizes, length, self.records)
+        starts = scattered(random, rows, self.records, RECORD, length, sizes)
         order = random.permuted(np.tile(np.arange(self.records), (rows, 1)), axis=1)
         at = np.take_along_axis(starts, order, 1)  # first token of each record
         source = random.integers(self.first_filler, self.vocab, (rows, length))
@@ -141,7 +142,7 @@ class Reference(Generated):
     def _records(self, random: np.random.Generator, rows: int, direct: bool) -> tuple[np.ndarray, np.ndarray]:
         """[B, records, 2]: the references, then hop by hop a record of each chain; [B, references]: what is asked."""
         known = self.first_value - self.first_name
-        names = random.random((rows, known)).argsort(1)[:, : self.chains * self.hops] + self.first_name
+        names = shuffled(random, rows, known)[:, : self.chains * self.hops] + self.first_name
         values = random.integers(self.first_value, self.first_filler, (rows, self.chains))
         numbers = np.tile(np.arange(FIRST, self.first_name), (rows, 1))
         named = names[:, : self.references]
@@ -174,14 +175,3 @@ class Reference(Generated):
 
     def chance(self, seq_len: int) -> float:
         return float(self.values) ** -self.references
-
-
-def _starts(random: np.random.Generator, sizes: np.ndarray, length: int, records: int) -> np.ndarray:
-    """[B, records] in rising order: where the records of each row begin, every arrangement as likely.
-
-    Args:
-        sizes: [B, 1], tokens of each row.
-    """
-    slots = np.arange(length - (RECORD - 1) * records)  # of records and fillers, a record being one
-    keys = np.where(slots < sizes - (RECORD - 1) * records, random.random((len(sizes), len(slots))), 2.0)
-    return np.sort(keys.argsort(1)[:, :records], 1) + (RECORD - 1) * np.arange(records)

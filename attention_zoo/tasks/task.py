@@ -138,6 +138,10 @@ class Task:
         """What the data are, as JSON values. `digest` names their content: other data, another result."""
         raise NotImplementedError
 
+    def sample(self, seq_len: int) -> Batch | None:
+        """One row as a model would read it, where that takes no reading of the whole data; None elsewhere."""
+        return None
+
     def train_batches(self, batch_size: int, seq_len: int, seed: int) -> Batches:
         """Endless batches [batch_size, seq_len], a function of the arguments alone."""
         raise NotImplementedError

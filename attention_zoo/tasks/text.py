@@ -46,6 +46,10 @@ __all__ = [
 ]  # fmt: skip
 
 
+TOKENS = 1024
+"""Of an evaluation batch, at least: a text in rows of a few tokens would take as many calls as it has bytes."""
+
+
 class Spans(NamedTuple):
     """The pieces that rows take one after another: [start, segments, slack], slack = how far it may be moved."""
 
@@ -56,17 +60,19 @@ class Spans(NamedTuple):
 
 def cut_spans(ends: np.ndarray, seq_len: int, span: int) -> Spans:
     """Join short files into documents, and cut documents into spans of at most `span` segments of `seq_len` tokens."""
-    rows = []
+    found = [np.zeros((3, 0), np.int64)]
     start = 0
     for index, end in enumerate(ends.tolist()):
         if end - start <= span * seq_len and index + 1 < len(ends):
             continue  # too short by itself: goes on in the next file
         segments = (end - start - 1) // seq_len  # one byte more than a segment: the last token's target
         slack = (end - start - 1) - segments * seq_len
-        for first in range(0, segments, span):
-            rows.append((start + first * seq_len, min(span, segments - first), slack))
+        first = np.arange(0, segments, span)
+        found.append(
+            np.stack([start + first * seq_len, np.minimum(span, segments - first), np.full_like(first, slack)])
+        )
         start = end
-    return Spans(*np.array(rows, dtype=np.int64).reshape(-1, 3).T)
+    return Spans(*np.concatenate(found, axis=1))
 
 
 class Text(DocumentTask):
@@ -190,6 +196,7 @@ class TextSet:
     """Evaluation streams: spans of the text, each started afresh and followed to its end.
 
     Args:
+        batch_size: rows of a batch; more where these have fewer than `TOKENS` tokens.
         rows: how many spans are picked, evenly over the text; None takes all.
     """
 
@@ -198,7 +205,7 @@ class TextSet:
         picked = np.unique(np.linspace(0, total - 1, min(rows or total, total)).round().astype(int))
         # rows of a batch end together, so spans of as many segments stand together; the longest first
         picked = picked[np.argsort(-spans.segments[picked], kind="stable")]
-        self.data, self.seq_len, self.batch_size = data, seq_len, batch_size
+        self.data, self.seq_len, self.batch_size = data, seq_len, max(batch_size, TOKENS // seq_len)
         self.start, self.segments = spans.start[picked], spans.segments[picked]
 
     def __iter__(self) -> Iterator[Batch]:

@@ -90,6 +90,8 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
             f"got {options.trainer.accumulate}"
         )
     carry = bool(options.trainer.carry_state and task.streams and getattr(model, "carries", False))
+    if carry:
+        _check_positions(model, options.seq_len, getattr(task, "span", 1))
     precision = Precision(options.trainer.precision, device)
     trainer = Trainer(
         model,
@@ -106,3 +108,13 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
     sets = task.evaluation_sets(options.batch, options.seq_len)
     figure(task, "chance", task.chance(options.seq_len))  # what is none is said before training, not after
     return Assembly(task, model, trainer, sets, precision, carry, device, writing(options.decode))
+
+
+def _check_positions(model: nn.Module, seq_len: int, span: int) -> None:
+    """Refuse rows that go on for more tokens than a table of positions has, before they get there."""
+    limit = getattr(getattr(model, "positions", None), "max_length", None)
+    if limit is not None and seq_len * span > limit:
+        raise ValueError(
+            f"task.span must be such that rows stay within the model's {limit} positions, got {span} segments of "
+            f"{seq_len} tokens; give fewer, or trainer.carry_state=false, which starts at each segment anew"
+        )

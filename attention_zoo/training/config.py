@@ -39,6 +39,7 @@ from attention_zoo.rules import OneOf, near, shown
 from attention_zoo.searchpath import of_this_job
 from attention_zoo.searchpath import register as register_searchpath
 from attention_zoo.settings import finite, one_line, plain_values
+from attention_zoo.training.heard import PAIR, check_heard, trained_for
 from attention_zoo.training.precision import PRECISIONS, check_precision
 from attention_zoo.training.progress import KINDS
 
@@ -229,33 +230,25 @@ def plain(composed: Any, hydra: Any) -> dict[str, Any]:
     attention = hydra.runtime.choices.get("attention")
     if attention is None:
         config["attention"] = None  # Hydra merged several into one, which is none of them: `check` refuses it
+    said = [word.lstrip("+~").partition("=")[0] for word in hydra.overrides.task]
     if config["init"]:
-        _beside_init(config, hydra.overrides.task)
+        _beside_init(config, said)
+    check_heard(config, said)
     if config["backend"] is None:
         config["backend"] = _called(config, attention or "several")
     return config
 
 
-def _beside_init(config: dict[str, Any], overrides: Sequence[str]) -> None:
+def _beside_init(config: dict[str, Any], keys: Sequence[str]) -> None:
     """Options of a new model, where there is none, since a file says what it is: those that were asked for are refused,
     and the defaults go. Where the rows have a source one half is new, or both are the file's, which only it knows."""
-    keys = [word.lstrip("+~").partition("=")[0] for word in overrides]
     said = [key for key in keys if key.partition(".")[0] in ("attention", "model", "hybrid")]
     if not any(key.startswith("attention") for key in said):
         config["attention"] = None
-    if _is_pair(config["task"]) is False:
+    if trained_for(config["task"]) not in (None, PAIR):
         if said:
             raise ValueError(beside_init(said[0], config["init"]))
         config["model"] = {key: value for key, value in config["model"].items() if key in BESIDE_INIT}
-
-
-def _is_pair(task: Any) -> bool | None:
-    """Whether the rows of a task have a source; None where its class does not say so."""
-    try:
-        objective = getattr(resolve_name(str(task.get("_target_"))), "objective", None)
-    except Exception:  # `check` says so
-        return None
-    return None if objective is None else bool(objective == "seq2seq")
 
 
 def beside_init(option: str, init: str) -> str:

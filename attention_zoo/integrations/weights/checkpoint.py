@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from attention_zoo.hub import silent
+
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 """Names of files with all tensors. With `.index.json` behind it, the table of a sharded checkpoint."""
 
@@ -66,7 +68,7 @@ def _on_the_hub(name: str, revision: str | None) -> Callable[[str], Path | None]
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith((".", "~")):
         raise FileNotFoundError(f"{name}: no such folder, and not the name of a model on the hub either")
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError:
         raise FileNotFoundError(
@@ -75,14 +77,19 @@ def _on_the_hub(name: str, revision: str | None) -> Callable[[str], Path | None]
 
     def find(file: str) -> Path | None:
         try:
-            return Path(hf_hub_download(name, file, revision=revision))
-        except LocalEntryNotFoundError:
+            with silent():
+                if try_to_load_from_cache(name, file, revision=revision) is None:
+                    get_hf_file_metadata(hf_hub_url(name, file, revision=revision))  # asked once: a download tries long
+                return Path(hf_hub_download(name, file, revision=revision))
+        except EntryNotFoundError as error:
+            if not isinstance(error, LocalEntryNotFoundError):
+                return None
             raise FileNotFoundError(f"{name}: no such folder, and the hub cannot be reached for {file}") from None
-        except EntryNotFoundError:
-            return None
         except RepositoryNotFoundError:
             raise FileNotFoundError(f"{name}: no such folder, and no such model on the hub") from None
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # of the system, of the hub's library, or of that which it reaches the hub by
+            if isinstance(error, ConnectionError) or type(error).__module__.startswith(("httpx", "requests.")):
+                raise FileNotFoundError(f"{name}: no such folder, and the hub cannot be reached for {file}") from None
             reason = str(error).partition("\n")[0]
             raise FileNotFoundError(f"{name}: {file} cannot be fetched from the hub: {reason}") from None
 

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from attention_zoo.hub import silent
 from attention_zoo.rules import shown
 
 HUB = "hf:"
@@ -85,7 +86,8 @@ def fetched(name: str, source: Source) -> Path:
         ) from None
     repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repository, repo_type="dataset", revision=revision or None))
+        with silent():
+            return Path(snapshot_download(repository, repo_type="dataset", revision=revision or None))
     except (
         Exception
     ) as error:  # offline, no such repository, one that asks who you are: the library has a type for each
