@@ -125,6 +125,12 @@ class MemoryTokens(Wrapper):
             global_tokens="none", compute="linear", activations="linear", state="constant",
         )  # fmt: skip
 
+    def calls(self, length: int) -> tuple[tuple[int, int], ...]:
+        """See `Wrapper`: segments that another follows, with the memory that they read and write, and the last."""
+        m, whole = self.count, (length - 1) // self.segment_length
+        last = m + length - whole * self.segment_length
+        return ((m + self.segment_length + m * self.at_end, whole), (last, 1)) if whole else ((last, 1),)
+
     def own_state(self, batch_size: int) -> Memory:
         device, _ = place_of(self)
         vectors = self.memory.detach().repeat(batch_size, 1, 1)
