@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 from references.memory_tokens import reference
 from small_models import VOCAB, entry, far, in_pieces, packed, ragged, some_ids
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 import attention_zoo as zoo
 from attention_zoo import Tokens, Transformer, Unsupported
 from attention_zoo.attention.full import Full
+from attention_zoo.jobs.compare import register
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.segments import pieces
 from attention_zoo.measure.flops import LinearFlops, attention_flops, count_pairs
@@ -289,6 +292,21 @@ def test_time_is_that_of_the_segments_and_of_what_memory_adds(inner: str) -> Non
         if turn > 1 and ratio <= 1.25:
             return
     raise AssertionError(f"{inner} inside: {ratio:.2f} times its segments and what memory adds, allowed 1.25: {spent}")
+
+
+def test_its_preset_reads_words_in_segments_and_writes_at_either_end() -> None:
+    register()
+    with initialize_config_module("attention_zoo.conf", version_base="1.3"):
+        runs = OmegaConf.to_object(compose("compare", ["output=unused", "preset=memory"])).runs()  # type: ignore[union-attr]
+    of = {run.name: run.config for run in runs}
+    assert len(of) == 9
+    for name, segments in {"reverse": 2, "copy": 3}.items():
+        for backend, write in {"memory_tokens": "auto", "memory_in_front": "front"}.items():
+            config = of[f"{name}-{backend}-s0"]
+            made = config["attention"]
+            assert made.get("write", "auto") == write
+            assert made["segment_length"] == made["count"] == config["task"]["tokens"]
+            assert config["seq_len"] == segments * made["segment_length"]
 
 
 # --- the pieces -------------------------------------------------------------------------------------------------------
