@@ -32,7 +32,8 @@ order of training allows for a loop. Not for exact recall of many things: everyt
 in segments of six, m = 6, model=tiny, optimizer.lr=1e-3, one seed (preset=memory): reversed over two segments
 (task=rmt_reverse task.tokens=6 seq_len=12, 2,000 steps) 1.00; copied over three (task=rmt_copy task.tokens=6
 seq_len=18) .98 after 1,500 of 3,000 steps. With `write="front"` .10, which is chance (1,500 steps), and .12 (500 steps;
-.18 is the most, as one answer of twelve stands in its segment).
+.18 is the most, as one answer of twelve stands in its segment). On recall (task=mqar attention.count=4
+attention.segment_length=16, 300 steps) 5 %, where chance is 2 %.
 
 Checked: against a loop over documents and segments (tests/references/memory_tokens.py), outputs and gradients, 1e-12 in
 float64; one segment against the mechanism inside.
