@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 from references.memory_tokens import reference
 from small_models import VOCAB, entry, far, in_pieces, packed, ragged, some_ids
 from torch import Tensor
@@ -15,8 +18,10 @@ from torch import Tensor
 import attention_zoo as zoo
 from attention_zoo import Tokens, Transformer, Unsupported
 from attention_zoo.attention.full import Full
+from attention_zoo.jobs.compare import register
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.segments import pieces
+from attention_zoo.measure.flops import LinearFlops, attention_flops, count_pairs
 from attention_zoo.model import detach
 from attention_zoo.testing import contract_checks
 from attention_zoo.testing.case import Case, feed, gradients
@@ -233,6 +238,77 @@ def test_what_cannot_be_is_refused() -> None:
         made(ids, state=state)
 
 
+# --- what it costs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_pairs_are_those_of_segments_with_their_memory(causal: bool) -> None:
+    made = layer(causal=causal)
+    for length in (1, S, S + 1, 2 * S, 21):
+        # nobody reads what the last would write
+        columns = [M + min(S, length - at) + M * (causal and at + S < length) for at in range(0, length, S)]
+        assert count_pairs(made, length) == sum(n * (n + 1) // 2 if causal else n * n for n in columns)
+        assert count_pairs(made, length, last_row_only=True) == columns[-1]
+    assert count_pairs(zoo.build("global_tokens", dim=16, heads=2), length) is None, "a wrapper that does not say"
+
+
+def flops_of(layer: Any, x: Tensor, times: int = 1) -> float:
+    """Of one forward, projections and pairs."""
+    with LinearFlops(layer) as linear:
+        layer(x)
+    pairs = count_pairs(layer, x.shape[1])
+    assert pairs is not None
+    attention = attention_flops(pairs, batch=len(x), heads=layer.heads, head_width=layer.head_width)
+    return times * (linear.flops + attention)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("inner", ["full", "longformer"])
+def test_time_is_that_of_the_segments_and_of_what_memory_adds(inner: str) -> None:
+    """At 16,384 tokens, 8 heads x 64, forward and backward: within 1.25 times what the mechanism inside takes for every
+    segment by itself, raised by as many FLOPs as memory adds. Seconds of the processor, in turns, on until it holds.
+    """
+    wrapper = zoo.build("memory_tokens", dim=512, heads=8, inner=inner).train()
+    x = torch.randn(1, 16384, 512).requires_grad_()
+    size = wrapper.segment_length
+    with torch.no_grad():
+        added = flops_of(wrapper, x) / flops_of(wrapper.inner, x[:, :size], x.shape[1] // size)
+    assert 1.05 < added < 1.15
+
+    def alone() -> None:
+        torch.cat([wrapper.inner(part).hidden for part in x.split(size, 1)], 1).sum().backward()
+
+    calls = {"wrapper": lambda: wrapper(x).hidden.sum().backward(), "segments": alone}
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(9):
+        for name, call in calls.items():
+            x.grad = None
+            wrapper.zero_grad()
+            start = time.process_time()
+            call()
+            spent[name].append(time.process_time() - start)
+        ratio = np.median(spent["wrapper"]) / np.median(spent["segments"]) / added
+        if turn > 1 and ratio <= 1.25:
+            return
+    raise AssertionError(f"{inner} inside: {ratio:.2f} times its segments and what memory adds, allowed 1.25: {spent}")
+
+
+def test_its_preset_reads_words_in_segments_and_writes_at_either_end() -> None:
+    register()
+    with initialize_config_module("attention_zoo.conf", version_base="1.3"):
+        runs = OmegaConf.to_object(compose("compare", ["output=unused", "preset=memory"])).runs()  # type: ignore[union-attr]
+    of = {run.name: run.config for run in runs}
+    assert len(of) == 9
+    for name, segments in {"reverse": 2, "copy": 3}.items():
+        for backend, write in {"memory_tokens": "auto", "memory_in_front": "front"}.items():
+            config = of[f"{name}-{backend}-s0"]
+            made = config["attention"]
+            assert made.get("write", "auto") == write
+            assert made["segment_length"] == made["count"] == config["task"]["tokens"]
+            assert config["seq_len"] == segments * made["segment_length"]
+
+
 # --- the pieces -------------------------------------------------------------------------------------------------------
 
 
@@ -257,20 +333,35 @@ def test_columns_stay_where_they_are_if_nothing_is_missing() -> None:
     assert not pieces(Layout.plain(2, 11).host.only(np.arange(11)[None] != 3), 4).in_order
 
 
-OTHERS = [{"write": "front"}, {"inner": entry("longformer", global_projections="shared")}]
-LEFT_OUT = (
-    "activations_grow_as_declared",
-    # a causal memory in front goes through the same layer again and again, without a text that would renew it
-    "bfloat16_loses_no_more_than_dense",
-    # a recurrence bends more than their one step bears; gradients are compared with the loop's
-    "gradients_match_finite_differences",
-)
+def test_in_front_half_precision_loses_as_the_loop_does() -> None:
+    """A causal memory in front goes through the same layer again and again, without a text that would renew it: what
+    is rounded grows from segment to segment, in the definition as here. The first loses no more than dense attention.
+    """
+
+    def lost(found: Tensor, exact: Tensor) -> float:
+        return float((found.double() - exact).norm() / exact.norm())
+
+    case, length = Case.of("memory_tokens", write="front"), 12 * S
+    low, dense = (each.build(causal=True).bfloat16() for each in (case, Case.of("full", kernel="dense")))
+    x, tokens = case.data(3, length, dtype=torch.bfloat16), Tokens.all_valid(3, length)
+    with torch.no_grad():
+        exact, shallow = (copy.deepcopy(each).double()(x.double()).hidden for each in (low, dense))
+        found = low(x).hidden
+        assert lost(found[:, :S], exact[:, :S]) <= 2 * lost(dense(x).hidden, shallow)
+        assert lost(found, exact) <= 1.2 * lost(reference(low, x, tokens), exact)
 
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("options", OTHERS, ids=str)
-def test_the_contract_under_other_options(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [
+        ({"write": "front"}, "bfloat16_loses_no_more_than_dense"),  # but see above
+        ({"inner": entry("longformer", global_projections="shared")}, None),
+    ],
+    ids=str,
+)
+def test_the_contract_under_other_options(options: dict[str, Any], left_out: str | None) -> None:
     for check in contract_checks("memory_tokens", reference=reference, **options):
-        if not check.slow and check.name not in LEFT_OUT:
+        if not check.slow and check.name != left_out:
             check()

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Attention, Tokens
 from attention_zoo.layout.reach import Tiles
+from attention_zoo.model.wrapper import Wrapper
 
 TILE, COLUMNS = 64, 2**14
 EXACT_TILES = 64
@@ -51,8 +52,8 @@ def count_pairs(layer: Attention, length: int, *, last_row_only: bool = False) -
     """Query-key pairs that one call over `length` tokens scores, per head.
 
     Args:
-        layer: its own `pairs` counts where it gives a number; a pattern is counted from its definition, by tiles of
-            queries, so that nothing of size L x L ever exists.
+        layer: its own `pairs` counts where it gives a number; a wrapper is counted from its `calls`, a pattern from its
+            definition, by tiles of queries, so that nothing of size L x L ever exists.
         last_row_only: the pairs of one decoding step, whose token is the last of `length`.
 
     Returns:
@@ -62,6 +63,8 @@ def count_pairs(layer: Attention, length: int, *, last_row_only: bool = False) -
     formula = layer.pairs(length)
     if formula is not None:
         return formula - (layer.pairs(length - 1) or 0) if last_row_only and length > 1 else formula
+    if isinstance(layer, Wrapper):
+        return _inside(layer, length, last_row_only=last_row_only)
     if not isinstance(layer, PatternAttention):
         return None
     device = next(layer.parameters()).device
@@ -77,6 +80,18 @@ def count_pairs(layer: Attention, length: int, *, last_row_only: bool = False) -
     sample = [middle[int((number + 0.5) * step)] for number in range(EXACT_TILES - 2 * edge)]
     ends = sum(_seen(layer, tokens, rows) for rows in (*tiles[:edge], *tiles[-edge:]))
     return ends + sum(_seen(layer, tokens, rows) for rows in sample) * len(middle) / len(sample)
+
+
+def _inside(wrapper: Wrapper, length: int, *, last_row_only: bool) -> float | None:
+    """Pairs of the calls of what stands inside."""
+    if not isinstance(wrapper.inner, Attention):
+        return None
+    calls = wrapper.calls(length)
+    if last_row_only:
+        calls = tuple((columns, 1) for columns, _ in calls[-1:])
+    found = [count_pairs(wrapper.inner, columns, last_row_only=last_row_only) for columns, _ in calls]
+    known = [pairs * times for pairs, (_, times) in zip(found, calls) if pairs is not None]
+    return sum(known) if known and len(known) == len(calls) else None
 
 
 @torch.no_grad()

@@ -134,6 +134,13 @@ class Wrapper(Attention):
         """The mechanisms inside: of each block of a stack, or the one layer."""
         return attentions(self.inner) or [*getattr(self.inner, "attentions", [self.inner])]
 
+    def calls(self, length: int) -> tuple[tuple[int, int], ...]:
+        """How many columns the child gets of a row of `length` tokens, and how often, for the FLOP count.
+
+        The row's last token is the last column of the last. Empty: not said, and none are counted.
+        """
+        return ()
+
     def own_state(self, batch_size: int) -> Any:
         """What the wrapper itself keeps from call to call, at the start: a tensor or a tree of such, batch first."""
         return ()

@@ -109,7 +109,8 @@ def gradients_match_finite_differences(case: Case) -> None:
     valid = torch.ones(2, length, dtype=torch.bool)
     valid[1, length // 2] = False
     tokens = Tokens.of(valid, case.globals(valid))
-    generator, step = torch.Generator().manual_seed(11), 1e-5
+    # what a step of h misses falls with its square, what rounding adds rises with 1/h: in between, both are below 1e-8
+    generator, step = torch.Generator().manual_seed(11), 3e-6
     for causal in case.sides:
         layer = case.build(causal=causal)
         x = case.data(2, length).requires_grad_()
