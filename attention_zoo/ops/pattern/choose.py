@@ -10,6 +10,7 @@ from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.band import band_tiles
 from attention_zoo.ops.pattern.blocks import BLOCKS, TRITON_BLOCKS
 from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.first import with_first_keys
 from attention_zoo.ops.pattern.flex import FLEX
 from attention_zoo.ops.pattern.local import run_local
 from attention_zoo.ops.pattern.near import near_tiles
@@ -41,15 +42,15 @@ TILES: Kernel[PatternCall] = Kernel(
 
 def _run_banded(call: PatternCall) -> Tensor:
     tiles, learned = band_tiles(call)
-    return run_local(call, tiles, call.asked, learned=learned)
+    return run_local(call, with_first_keys(call, tiles), call.asked, learned=learned)
 
 
 BANDED: Kernel[PatternCall] = Kernel(
     "banded",
     _run_banded,
-    (facts.consecutive,),
+    (facts.consecutive, facts.first_is_fixed),
     "evenly spaced keys per tile, one mask for all; backward recomputes",
-    (facts.is_band,),
+    (facts.is_band_and_first,),
 )
 
 

@@ -18,8 +18,13 @@ MASK = 2**23
 
 
 def is_band(pattern: Pattern) -> str | None:
+    return "all see the first tokens besides" if pattern.reach.first else is_band_and_first(pattern)
+
+
+def is_band_and_first(pattern: Pattern) -> str | None:
+    """A band, beside which all may see the first tokens of their document."""
     reach = pattern.reach
-    plain = isinstance(reach, Band) and (reach.same_for_all or reach_by_head(reach) is not None) and not reach.first
+    plain = isinstance(reach, Band) and (reach.same_for_all or reach_by_head(reach) is not None)
     if plain and reach.weights in ("uniform", "distance"):
         return None
     return "the pattern is no band: it depends on more than the distance"
@@ -107,6 +112,10 @@ def half_precision(call: PatternCall) -> str | None:
 
 def no_position_bias(call: PatternCall) -> str | None:
     return "the position scheme adds to the scores" if call.has_position_bias else None
+
+
+def first_is_fixed(call: PatternCall) -> str | None:
+    return "the bias of the first tokens learns" if call.learned and call.pattern.reach.first else None
 
 
 def bias_is_fixed(call: PatternCall) -> str | None:
