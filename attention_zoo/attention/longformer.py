@@ -4,25 +4,36 @@ A token sees the tokens within `window` positions on each side (its own included
 global token; a global token sees everything, through query, key and value projections of its own. O(L·(window + G)).
 
     i sees j  if  |p_i - p_j| <= window · dilation and dilation divides p_i - p_j,
-              or i or j is global;    causal: p_j <= p_i alone
+              or p_j < sinks,  or i or j is global;    causal: p_j <= p_i alone
 
 Paper: w is the whole window, w / 2 on each side. Dilation may differ from head to head. Global attention is symmetric
 and has projections of its own, which start as copies. Language models are causal, with windows that grow over depth.
+Sinks (Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks", §3): a softmax must put its weight
+somewhere, and trained models put what they do not need on the first tokens; a window that has left those behind breaks
+down. Keep the first few (4) and stream without end at constant memory. What stands between is gone, not remembered.
 
 Released code (allenai; Hugging Face follows it): allenai's `attention_window` counts one side, Hugging Face's both.
 Its chunked form has neither dilation nor a causal form. It takes the softmax in float32 whatever the dtype, and a
 global query attends again with what was computed for its window, to be overwritten.
+StreamingLLM counts positions inside the cache, so that no distance is longer than the cache, and turns keys at each
+step. gpt-oss (OpenAI 2025; the same in transformers) learns for each head the score of one more key without a value,
+and its window counts the query.
 
 Here: `window` counts one side: Hugging Face's attention_window=512 is window=256. The causal form sees the `window`
 tokens before a token, and itself, and global tokens of its past. Dilation is by head, works in every form, and costs no
 more than a window without gaps (heads that share a key head but not a dilation excepted). As in the released code, a
 key that is both global and in the window counts once, and non-global queries see global keys through the ordinary
 projections. `global_projections="shared"` leaves the second projections out. Positions count tokens, not padding.
+Sinks stand where they stand in the text, in training as in a stream, so that all cuts of a stream are one computation
+and a model learns the distances that it will meet; a pretrained model whose rotary positions end at its training length
+must be trained on with them. `sink_logit` has its gradient from the log-sum-exp of the row; it and sinks go together.
 
 Checked: against Hugging Face's Longformer (random windows, padding on either side and in holes, global tokens;
 dilation on residue classes, since theirs has none) and local-attention (exact windows, causal and two-sided), in
 tests/oracles/longformer.py. Largest error of outputs and gradients 7e-7 in float32 and 2e-15 in float64, 3e-7 where
-theirs rounds its softmax to float32 (tests/oracles/README.md).
+theirs rounds its softmax to float32 (tests/oracles/README.md). `sink_logit` against transformers' gpt_oss, outputs and
+gradients, to 1e-12 in float64 (tests/test_sink_logit.py); sinks against their definition, and a stream of 50 windows
+against one call (tests/test_sinks.py).
 """
 
 from __future__ import annotations
@@ -54,6 +65,7 @@ class Longformer(PatternAttention):
         sinks: first tokens of each document that all later ones see besides, and that a state never forgets (Xiao et
             al. 2023, "StreamingLLM"); causal alone.
         dilation: step between the tokens of a window; one number, or one for each head. Reach is window · dilation.
+        sink_logit: learn for each head the score of one more key, whose value is zero; see `full`.
         global_projections: "separate" (the paper) or "shared".
         kernel: auto | row | sdpa | short | flex | banded | xformers | tiles | dense.
         shared: the options of `Attention`.
@@ -80,11 +92,12 @@ class Longformer(PatternAttention):
         window: Positive = 256,
         sinks: Natural = 0,
         dilation: Positive | Sequence[Positive] = 1,
+        sink_logit: bool = False,
         global_projections: Annotated[str, OneOf("separate", "shared")] = "separate",
         kernel: str = "auto",
         **shared: Any,
     ):
-        super().__init__(kernel=kernel, **shared)
+        super().__init__(sink_logit=sink_logit, kernel=kernel, **shared)
         if sinks and not self.causal:
             raise Unsupported(
                 self.name, f"sinks={sinks} with causal=False", "sinks are for streams, which look back", "global tokens"
@@ -152,5 +165,5 @@ class Longformer(PatternAttention):
     ) -> Tensor:
         if not (out.numel() and call.queries.any_global):
             return out
-        rows = PatternCall(self, q, k, v, call.queries, call.keys, scale, call.learned)
+        rows = PatternCall(self, q, k, v, call.queries, call.keys, scale, call.learned, sink=call.sink)
         return put_global_rows(rows, out, (dense_global_rows if kernel == "dense" else global_rows)(rows))

@@ -41,6 +41,7 @@ class PatternCall:
     Fields:
         apart: whether rows of global queries are not asked for here: whoever calls computes them in another way.
         columns: where k, v and keys are held, if in a state.
+        sink: [H], for each head the score of one more key, whose value is zero; None: there is none.
     """
 
     pattern: Pattern
@@ -53,6 +54,7 @@ class PatternCall:
     learned: Sequence[Tensor] = ()
     apart: bool = False
     columns: Columns | None = None
+    sink: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_scale(self.scale)

@@ -23,7 +23,8 @@ from attention_zoo.ops.softmax.fused import fused
 
 
 def _run_dense(call: PatternCall) -> Tensor:
-    out = dense(call.q, call.k, call.v, call.pattern.full_bias(call.queries, call.keys), scale=call.scale)
+    bias = call.pattern.full_bias(call.queries, call.keys)
+    out = dense(call.q, call.k, call.v, bias, scale=call.scale, sink=call.sink)
     return call.blank(out)
 
 
@@ -79,7 +80,10 @@ def _mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
 SDPA: Kernel[PatternCall] = Kernel(
     "sdpa",
     _run_sdpa,
-    (facts.window_holds_all, facts.fused_engine, facts.no_position_bias, facts.every_row, facts.mask_is_small),
+    (
+        facts.window_holds_all, facts.fused_engine, facts.no_position_bias, facts.no_sink, facts.every_row,
+        facts.mask_is_small,
+    ),  # fmt: skip
     "torch's fused scaled_dot_product_attention on every key: O(L²) time, O(L) memory",
     (facts.shows_all,),
 )

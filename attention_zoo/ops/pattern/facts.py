@@ -114,6 +114,10 @@ def no_position_bias(call: PatternCall) -> str | None:
     return "the position scheme adds to the scores" if call.has_position_bias else None
 
 
+def no_sink(call: PatternCall) -> str | None:
+    return None if call.sink is None else "it gives no log-sum-exp, by which a learned sink takes its share"
+
+
 def first_is_fixed(call: PatternCall) -> str | None:
     return "the bias of the first tokens learns" if call.learned and call.pattern.reach.first else None
 
