@@ -10,23 +10,25 @@ Paper: w is the whole window, w / 2 on each side. Dilation may differ from head 
 and has projections of its own, which start as copies. Language models are causal, with windows that grow over depth.
 Sinks (Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks", §3): a softmax must put its weight
 somewhere, and trained models put what they do not need on the first tokens; a window that has left those behind breaks
-down. Keep the first few (4) and stream without end at constant memory. What stands between is gone, not remembered.
+down. Keep the first few (4) and stream without end at constant memory.
 
 Released code (allenai; Hugging Face follows it): allenai's `attention_window` counts one side, Hugging Face's both.
 Its chunked form has neither dilation nor a causal form. It takes the softmax in float32 whatever the dtype, and a
 global query attends again with what was computed for its window, to be overwritten.
-StreamingLLM counts positions inside the cache, so that no distance is longer than the cache, and turns keys at each
-step. gpt-oss (OpenAI 2025; the same in transformers) learns for each head the score of one more key without a value,
-and its window counts the query.
+StreamingLLM counts positions inside the cache: between tokens of the window distances are those of the text, and to the
+sinks they grow no more once the cache is full. It keeps keys without positions and turns them all at each step. gpt-oss
+(OpenAI 2025; the same in transformers) learns for each head the score of one more key without a value, and its window
+counts the query.
 
 Here: `window` counts one side: Hugging Face's attention_window=512 is window=256. The causal form sees the `window`
 tokens before a token, and itself, and global tokens of its past. Dilation is by head, works in every form, and costs no
 more than a window without gaps (heads that share a key head but not a dilation excepted). As in the released code, a
 key that is both global and in the window counts once, and non-global queries see global keys through the ordinary
 projections. `global_projections="shared"` leaves the second projections out. Positions count tokens, not padding.
-Sinks stand where they stand in the text, in training as in a stream, so that all cuts of a stream are one computation
-and a model learns the distances that it will meet; a pretrained model whose rotary positions end at its training length
-must be trained on with them. `sink_logit` has its gradient from the log-sum-exp of the row; it and sinks go together.
+Sinks stand where they stand in the text by default: a model that is trained so learns the distances that it meets. With
+`sink_positions="cache"` they stand as in StreamingLLM, for pretrained models whose positions end at their training
+length: a query asks the sinks beyond its window turned by min(p_i, sinks + window · dilation), in a whole text as in a
+stream, so that all cuts are one computation and no key is turned again. What stands between sinks and window is gone.
 
 Checked: against Hugging Face's Longformer (random windows, padding on either side and in holes, global tokens;
 dilation on residue classes, since theirs has none) and local-attention (exact windows, causal and two-sided), in
@@ -64,6 +66,8 @@ class Longformer(PatternAttention):
         window: tokens per side; at least 1.
         sinks: first tokens of each document that all later ones see besides, and that a state never forgets (Xiao et
             al. 2023, "StreamingLLM"); causal alone.
+        sink_positions: "text", or "cache" (the paper): rotary positions and alibi take no sink to be farther away than it
+            is in a cache of sinks and window.
         dilation: step between the tokens of a window; one number, or one for each head. Reach is window · dilation.
         sink_logit: learn for each head the score of one more key, whose value is zero; see `full`.
         global_projections: "separate" (the paper) or "shared".
@@ -91,6 +95,7 @@ class Longformer(PatternAttention):
         *,
         window: Positive = 256,
         sinks: Natural = 0,
+        sink_positions: Annotated[str, OneOf("text", "cache")] = "text",
         dilation: Positive | Sequence[Positive] = 1,
         sink_logit: bool = False,
         global_projections: Annotated[str, OneOf("separate", "shared")] = "separate",
@@ -102,17 +107,24 @@ class Longformer(PatternAttention):
             raise Unsupported(
                 self.name, f"sinks={sinks} with causal=False", "sinks are for streams, which look back", "global tokens"
             )
+        in_cache = sink_positions == "cache"
+        if in_cache and (not sinks or self.positions == "none"):
+            raise Unsupported(
+                self.name, f"sink_positions=cache with sinks={sinks} and positions={self.positions}",
+                "there are no sinks whose positions the scores depend on", "sink_positions=text",
+            )  # fmt: skip
         steps = [dilation] * self.heads if isinstance(dilation, int) else list(dilation)
         if len(steps) != self.heads:
             raise ValueError(f"dilation must be one number or one for each of {self.heads} heads, got {len(steps)}")
-        self.window, self.sinks, self.global_projections = window, sinks, global_projections
+        self.window, self.sinks, self.sink_positions = window, sinks, sink_positions
+        self.global_projections = global_projections
         self.computes_apart = global_projections == "separate"
         if self.computes_apart:
             # they start as copies of the others
             self.to_q_global, self.to_k_global, self.to_v_global = map(deepcopy, (self.to_q, self.to_k, self.to_v))
         # heads that share a dilation share the mask
         self.dilation = steps[0] if len(set(steps)) == 1 else tuple(steps)
-        self.reach = Band(window, stride=self.dilation, first=sinks, weights="uniform")
+        self.reach = Band(window, stride=self.dilation, first=sinks, weights="uniform", in_cache=in_cache)
 
     def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B #H L S"]:
         gap = (queries.position[:, :, None] - keys.position[:, None, :])[:, None]
@@ -152,6 +164,11 @@ class Longformer(PatternAttention):
         Args:
             global_qkv: a second projection of the same tokens, for the rows of global queries.
         """
+        if self.sink_positions == "cache" and not self.has_position_bias:
+            raise Unsupported(
+                self.name, "attend with sink_positions=cache", "queries that are given are turned for the text already",
+                "the layer itself, or sink_positions=text",
+            )  # fmt: skip
         if global_qkv is None:
             return super().attend(q, k, v, queries, keys, scale=scale, kernel=kernel)
         refuse_export(self.name)

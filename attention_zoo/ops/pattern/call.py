@@ -42,6 +42,7 @@ class PatternCall:
         apart: whether rows of global queries are not asked for here: whoever calls computes them in another way.
         columns: where k, v and keys are held, if in a state.
         sink: [H], for each head the score of one more key, whose value is zero; None: there is none.
+        turned: [B, H, L, D], the queries as the first tokens beyond a band see them; None: the same.
     """
 
     pattern: Pattern
@@ -55,6 +56,7 @@ class PatternCall:
     apart: bool = False
     columns: Columns | None = None
     sink: Tensor | None = None
+    turned: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
@@ -63,6 +65,7 @@ class PatternCall:
         # the sign goes into the queries: what hides keys before it scales, or bounds scores, may rely on scale > 0
         sign, self.scale = (-1, -self.scale) if self.scale else (0, 1.0)
         self.q = self.q * sign
+        self.turned = None if self.turned is None else self.turned * sign
 
     # --- the definition, in pieces ---------------------------------------------------------------------------------
     def seen(self, queries: Tokens, keys: Tokens) -> Tensor:

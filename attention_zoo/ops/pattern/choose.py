@@ -10,7 +10,7 @@ from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.band import band_tiles
 from attention_zoo.ops.pattern.blocks import BLOCKS, TRITON_BLOCKS
 from attention_zoo.ops.pattern.call import PatternCall
-from attention_zoo.ops.pattern.first import with_first_keys
+from attention_zoo.ops.pattern.first import turned_bias, with_first_keys, without_first
 from attention_zoo.ops.pattern.flex import FLEX
 from attention_zoo.ops.pattern.local import run_local
 from attention_zoo.ops.pattern.near import near_tiles
@@ -24,6 +24,8 @@ from attention_zoo.ops.softmax.fused import fused
 
 def _run_dense(call: PatternCall) -> Tensor:
     bias = call.pattern.full_bias(call.queries, call.keys)
+    if call.turned is not None:
+        bias = bias + turned_bias(call)
     out = dense(call.q, call.k, call.v, bias, scale=call.scale, sink=call.sink)
     return call.blank(out)
 
@@ -32,12 +34,14 @@ DENSE: Kernel[PatternCall] = Kernel("dense", _run_dense, (), "the definition, L 
 
 
 def _run_tiles(call: PatternCall) -> Tensor:
-    tiles, learned = near_tiles(call)
+    alone = without_first(call)
+    tiles, learned = near_tiles(alone)
+    tiles = tiles if alone is call else with_first_keys(call, tiles)
     return run_local(call, tiles, call.asked, learned=learned)
 
 
 TILES: Kernel[PatternCall] = Kernel(
-    "tiles", _run_tiles, (), "tiles that may matter, any positions; backward recomputes"
+    "tiles", _run_tiles, (facts.turned_is_fixed,), "tiles that may matter, any positions; backward recomputes"
 )
 
 

@@ -30,6 +30,11 @@ def is_band_and_first(pattern: Pattern) -> str | None:
     return "the pattern is no band: it depends on more than the distance"
 
 
+def first_in_text(pattern: Pattern) -> str | None:
+    counted = isinstance(pattern.reach, Band) and pattern.reach.in_cache
+    return "positions of the first tokens are counted in a cache" if counted else None
+
+
 def is_uniform(pattern: Pattern) -> str | None:
     return None if pattern.reach.weights == "uniform" else "the pattern weighs its keys"
 
@@ -120,6 +125,14 @@ def no_sink(call: PatternCall) -> str | None:
 
 def first_is_fixed(call: PatternCall) -> str | None:
     return "the bias of the first tokens learns" if call.learned and call.pattern.reach.first else None
+
+
+def turned_is_fixed(call: PatternCall) -> str | None:
+    return "the bias of the first tokens learns" if call.learned and call.turned is not None else None
+
+
+def exact_turned(call: PatternCall) -> str | None:
+    return None if call.turned is None else exact_bias(call)
 
 
 def bias_is_fixed(call: PatternCall) -> str | None:

@@ -303,5 +303,5 @@ FLEX: Kernel[PatternCall] = Kernel(
     _run,
     (_on_cuda, _has_compiler, *FITS),
     "torch's FlexAttention, compiled: any layout, of patterns that are a function of two positions",
-    (facts.is_one_function,),
+    (facts.is_one_function, facts.first_in_text),
 )

@@ -32,5 +32,6 @@ def run_local(
     mild = mild_rows(call, first)
     learned = call.learned if learned is None else learned
     return run_tiles(
-        call.q, call.k, call.v, tiles, scale=call.scale, learned=learned, mild=mild, asked=asked, sink=call.sink
-    )
+        call.q, call.k, call.v, tiles, scale=call.scale, learned=learned, mild=mild, asked=asked, sink=call.sink,
+        turned=call.turned,
+    )  # fmt: skip

@@ -20,6 +20,7 @@ from attention_zoo.layout.kernel import Kernel
 from attention_zoo.layout.ledger import Ledger
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.first import turned_bias
 from attention_zoo.ops.softmax.dense import dense
 from attention_zoo.tokens import Tokens
 
@@ -31,6 +32,8 @@ def _run(call: PatternCall) -> Tensor:
         bias = call.keys.plan(key, lambda: (_bias(call), call.queries))[0]
     else:
         bias = _bias(call)
+    if call.turned is not None:
+        bias = bias + turned_bias(call)
     return _blanked(call, _attend(call.q, call.k, call.v, bias, call.scale, call.sink))
 
 
@@ -47,7 +50,7 @@ def _blanked(call: PatternCall, out: Tensor) -> Tensor:
 ROW: Kernel[PatternCall] = Kernel(
     "row",
     _run,
-    (facts.one_query, facts.no_gradients, facts.every_row),
+    (facts.one_query, facts.no_gradients, facts.every_row, facts.exact_turned),
     "one query: every key held, in one fused call; no gradients",
 )
 
