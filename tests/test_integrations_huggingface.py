@@ -610,7 +610,11 @@ def test_masks_and_options_of_others_raise() -> None:
 
 
 def test_sliding_layers_refuse_other_patterns() -> None:
-    for name, options in (("bigbird", {"block": 4}), ("longformer", {"window": 4, "dilation": 2}), ("longformer", {"sinks": 2})):
+    for name, options in (
+        ("bigbird", {"block": 4}),
+        ("longformer", {"window": 4, "dilation": 2}),
+        ("longformer", {"sinks": 2}),
+    ):
         with pytest.raises(Unsupported, match="sliding window"):
             zoo(build("mistral"), name, **options)(some_ids())
 

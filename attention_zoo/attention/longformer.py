@@ -66,8 +66,8 @@ class Longformer(PatternAttention):
         window: tokens per side; at least 1.
         sinks: first tokens of each document that all later ones see besides, and that a state never forgets (Xiao et
             al. 2023, "StreamingLLM"); causal alone.
-        sink_positions: "text", or "cache" (the paper): rotary positions and alibi take no sink to be farther away than it
-            is in a cache of sinks and window.
+        sink_positions: "text", or "cache" (the paper): rotary positions and alibi take no sink to be farther away than
+            it is in a cache of sinks and window.
         dilation: step between the tokens of a window; one number, or one for each head. Reach is window · dilation.
         sink_logit: learn for each head the score of one more key, whose value is zero; see `full`.
         global_projections: "separate" (the paper) or "shared".

@@ -85,9 +85,13 @@ SDPA: Kernel[PatternCall] = Kernel(
     "sdpa",
     _run_sdpa,
     (
-        facts.window_holds_all, facts.fused_engine, facts.no_position_bias, facts.no_sink, facts.every_row,
+        facts.window_holds_all,
+        facts.fused_engine,
+        facts.no_position_bias,
+        facts.no_sink,
+        facts.every_row,
         facts.mask_is_small,
-    ),  # fmt: skip
+    ),
     "torch's fused scaled_dot_product_attention on every key: O(L²) time, O(L) memory",
     (facts.shows_all,),
 )

@@ -131,10 +131,9 @@ def turned_queries(
     return None if turned is q else turned
 
 
-def turned_bias(call: PatternCall) -> Float[Tensor, "B H L S"] | float:
-    """By how much scores of the first tokens differ for that reason, where all are products of the same queries."""
-    if call.turned is None:
-        return 0.0
+def turned_bias(call: PatternCall) -> Float[Tensor, "B H L S"]:
+    """By how much scores of the first tokens differ where queries are turned, if products are of the others."""
+    assert call.turned is not None
     exact = torch.promote_types(call.q.dtype, torch.float32)
     k = call.k.repeat_interleave(call.q.shape[1] // call.k.shape[1], 1).to(exact)
     more = (call.turned.to(exact) - call.q.to(exact)) @ k.transpose(-1, -2) * call.scale
