@@ -65,6 +65,7 @@ def tokens_of(layout: str, length: int) -> zoo.Tokens:
     [
         ("longformer", {"window": 20, "kv_heads": 1}),
         ("longformer", {"window": 5, "dilation": 3, "causal": False, "positions": "alibi"}),
+        ("longformer", {"window": 5, "sinks": 3, "positions": "alibi", "sink_logit": True}),
         ("full", {"positions": "alibi"}),
         ("full", {"causal": False}),
         ("weighted", {"causal": False, "positions": "alibi"}),

@@ -292,6 +292,15 @@ def test_cached_generation_is_generation_without_a_cache(kind: str, name: str) -
     assert torch.allclose(theirs, logits, atol=1e-7) == (name == "full")
 
 
+@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 5}], ids=str)
+def test_sinks_stay_in_a_cache(how: dict[str, Any]) -> None:
+    model, mask = zoo(build("llama"), "longformer", window=4, sinks=2), padding("left")
+    tokens, logits = generated(model, mask, use_cache=False)
+    again, again_logits = generated(model, mask, **how)
+    assert torch.equal(again, tokens)
+    close(again_logits, logits, 1e-7)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["full", "longformer"])
 def test_generation_with_sliding_layers(name: str, cache: str) -> None:
@@ -601,7 +610,11 @@ def test_masks_and_options_of_others_raise() -> None:
 
 
 def test_sliding_layers_refuse_other_patterns() -> None:
-    for name, options in (("bigbird", {"block": 4}), ("longformer", {"window": 4, "dilation": 2})):
+    for name, options in (
+        ("bigbird", {"block": 4}),
+        ("longformer", {"window": 4, "dilation": 2}),
+        ("longformer", {"sinks": 2}),
+    ):
         with pytest.raises(Unsupported, match="sliding window"):
             zoo(build("mistral"), name, **options)(some_ids())
 

@@ -155,6 +155,7 @@ def test_a_reach_that_is_a_number_is_refused_with_the_new_form() -> None:
     [
         (lambda: Band(()), "Band: back must be a whole number of at least 0"),
         (lambda: Band(4, first=(1, 2)), "Band: first must be a whole number"),  # type: ignore[arg-type]
+        (lambda: Band(4, in_cache=True), "Band: in_cache needs first tokens"),
         (lambda: Band(4, weights="unifrom"), "weights must be one of uniform, counts, distance, any, got 'unifrom'"),
         (lambda: Band(2) | 3, "a reach can be joined with another one, got 3"),
         (lambda: Blocks(0, lambda row, blocks: (row, row), 2), "Blocks: size must be a whole number of at least 1"),

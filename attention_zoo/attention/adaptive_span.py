@@ -77,6 +77,7 @@ class AdaptiveSpan(PatternAttention):
         start: span in tokens with which every head begins; at most limit.
         span_loss: weight λ of the mean span, in tokens, in the loss.
         own_token: whether a token attends to itself, at distance 0. False: the paper's convention.
+        sink_logit: learn for each head the score of one more key, whose value is zero; see `full`.
         kernel: auto | row | banded | tiles | flex | dense.
         shared: the options of `Attention`.
     """
@@ -104,10 +105,11 @@ class AdaptiveSpan(PatternAttention):
         start: NonNegative = 0.0,
         span_loss: NonNegative = 2e-6,
         own_token: bool = True,
+        sink_logit: bool = False,
         kernel: str = "auto",
         **shared: Any,
     ):
-        super().__init__(kernel=kernel, **shared)
+        super().__init__(sink_logit=sink_logit, kernel=kernel, **shared)
         if start > limit:
             raise ValueError(f"start must be at most limit, got start={start:g} for limit={limit}")
         self.limit, self.ramp, self.span_loss, self.own_token = limit, ramp, span_loss, own_token

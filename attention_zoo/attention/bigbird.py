@@ -53,6 +53,7 @@ class BigBird(PatternAttention):
             ("reference_eval"); those are two-sided, with window_blocks=3, and `seed` is the layer's number.
         extra_global_tokens: learned tokens that the skeleton puts in front and marks global (ETC); with any, no block
             is global. 0: first and last block are (ITC).
+        sink_logit: learn for each head the score of one more key, whose value is zero; see `full`.
         kernel: auto | linked_row | row | short | triton | blocks | tiles | dense.
         shared: the options of `Attention`.
     """
@@ -80,12 +81,13 @@ class BigBird(PatternAttention):
         random: Annotated[int, Field(ge=0, le=1024)] = 3,
         plan: Annotated[str, OneOf("uniform", "reference", "reference_eval")] = "uniform",
         extra_global_tokens: Natural = 0,
+        sink_logit: bool = False,
         kernel: str = "auto",
         **shared: Any,
     ):
         if window_blocks % 2 == 0:
             raise ValueError(f"window_blocks must be odd, the own block and as many on each side, got {window_blocks}")
-        super().__init__(kernel=kernel, **shared)
+        super().__init__(sink_logit=sink_logit, kernel=kernel, **shared)
         self.block, self.window_blocks, self.random, self.plan = block, window_blocks, random, plan
         self.extra_global_tokens = extra_global_tokens
         self.side = window_blocks // 2

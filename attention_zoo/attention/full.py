@@ -7,7 +7,8 @@ O(L²) compute; memory O(L²) with `kernel=dense` (materialised) and O(L) with t
 Paper: H heads of width E / H, projections without bias; what a token must not see is set to -inf before the softmax.
 
 Released code (tensor2tensor): adds -1e9 instead of -inf, so that a row that sees nothing averages over everything, and
-drops out attention weights, of which the paper does not speak.
+drops out attention weights, of which the paper does not speak. gpt-oss (OpenAI 2025; the same in transformers) learns
+for each head a score b beside those of the keys, softmax over [s; b], and drops its column: `sink_logit`.
 
 Here: -inf, and a row that sees nothing yields zeros. Projections have a bias unless `bias=False`: that is what torch
 and the pretrained models have. Dropout acts on outputs, not on weights, which the fused kernels never hold. `kv_heads`
@@ -15,7 +16,8 @@ groups heads (Ainslie et al. 2023): consecutive query heads share one key and va
 
 Checked: against torch.nn.MultiheadAttention, two-sided, causal and across, and as part of the skeleton against
 torch.nn.TransformerEncoder and -Decoder (tests/oracles/torch_modules.py). Largest error of outputs and gradients 6e-7
-in float32 and 1e-15 in float64 (tests/oracles/README.md). Every kernel against `kernel=dense`, by the contract suite.
+in float32 and 1e-15 in float64 (tests/oracles/README.md). `sink_logit` against transformers' gpt_oss, outputs and
+gradients, to 1e-12 in float64 (tests/test_sink_logit.py). Every kernel against `kernel=dense`, by the contract suite.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ class Full(PatternAttention):
     """The baseline, twice: `kernel=sdpa` is torch's fused attention, `kernel=dense` keeps the L x L matrix.
 
     Args:
+        sink_logit: learn for each head the score b of one more key, whose value is zero, so that it may look at nothing
+            (gpt-oss): the output is multiplied by sigmoid(log-sum-exp of the scores - b). At first 0.
         kernel: auto | row | sdpa | flex | tiles | dense.
         shared: the options of `Attention`.
     """
@@ -54,8 +58,8 @@ class Full(PatternAttention):
         grouped_heads=True,
     )
 
-    def __init__(self, *, kernel: str = "auto", **shared: Any):
-        super().__init__(kernel=kernel, **shared)
+    def __init__(self, *, sink_logit: bool = False, kernel: str = "auto", **shared: Any):
+        super().__init__(sink_logit=sink_logit, kernel=kernel, **shared)
 
     def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "1 1 L S"]:
         shape = 1, 1, queries.position.shape[1], keys.position.shape[1]

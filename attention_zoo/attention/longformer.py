@@ -4,25 +4,38 @@ A token sees the tokens within `window` positions on each side (its own included
 global token; a global token sees everything, through query, key and value projections of its own. O(L·(window + G)).
 
     i sees j  if  |p_i - p_j| <= window · dilation and dilation divides p_i - p_j,
-              or i or j is global;    causal: p_j <= p_i alone
+              or p_j < sinks,  or i or j is global;    causal: p_j <= p_i alone
 
 Paper: w is the whole window, w / 2 on each side. Dilation may differ from head to head. Global attention is symmetric
 and has projections of its own, which start as copies. Language models are causal, with windows that grow over depth.
+Sinks (Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks", §3): a softmax must put its weight
+somewhere, and trained models put what they do not need on the first tokens; a window that has left those behind breaks
+down. Keep the first few (4) and stream without end at constant memory.
 
 Released code (allenai; Hugging Face follows it): allenai's `attention_window` counts one side, Hugging Face's both.
 Its chunked form has neither dilation nor a causal form. It takes the softmax in float32 whatever the dtype, and a
 global query attends again with what was computed for its window, to be overwritten.
+StreamingLLM counts positions inside the cache: between tokens of the window distances are those of the text, and to the
+sinks they grow no more once the cache is full. It keeps keys without positions and turns them all at each step. gpt-oss
+(OpenAI 2025; the same in transformers) learns for each head the score of one more key without a value, and its window
+counts the query.
 
 Here: `window` counts one side: Hugging Face's attention_window=512 is window=256. The causal form sees the `window`
 tokens before a token, and itself, and global tokens of its past. Dilation is by head, works in every form, and costs no
 more than a window without gaps (heads that share a key head but not a dilation excepted). As in the released code, a
 key that is both global and in the window counts once, and non-global queries see global keys through the ordinary
 projections. `global_projections="shared"` leaves the second projections out. Positions count tokens, not padding.
+Sinks stand where they stand in the text by default: a model that is trained so learns the distances that it meets. With
+`sink_positions="cache"` they stand as in StreamingLLM, for pretrained models whose positions end at their training
+length: a query asks the sinks beyond its window turned by min(p_i, sinks + window · dilation), in a whole text as in a
+stream, so that all cuts are one computation and no key is turned again. What stands between sinks and window is gone.
 
 Checked: against Hugging Face's Longformer (random windows, padding on either side and in holes, global tokens;
 dilation on residue classes, since theirs has none) and local-attention (exact windows, causal and two-sided), in
 tests/oracles/longformer.py. Largest error of outputs and gradients 7e-7 in float32 and 2e-15 in float64, 3e-7 where
-theirs rounds its softmax to float32 (tests/oracles/README.md).
+theirs rounds its softmax to float32 (tests/oracles/README.md). `sink_logit` against transformers' gpt_oss, outputs and
+gradients, to 1e-12 in float64 (tests/test_sink_logit.py); sinks against their definition, and a stream of 50 windows
+against one call (tests/test_sinks.py).
 """
 
 from __future__ import annotations
@@ -53,7 +66,10 @@ class Longformer(PatternAttention):
         window: tokens per side; at least 1.
         sinks: first tokens of each document that all later ones see besides, and that a state never forgets (Xiao et
             al. 2023, "StreamingLLM"); causal alone.
+        sink_positions: "text", or "cache" (the paper): rotary positions and alibi take no sink to be farther away than
+            it is in a cache of sinks and window.
         dilation: step between the tokens of a window; one number, or one for each head. Reach is window · dilation.
+        sink_logit: learn for each head the score of one more key, whose value is zero; see `full`.
         global_projections: "separate" (the paper) or "shared".
         kernel: auto | row | sdpa | short | flex | banded | xformers | tiles | dense.
         shared: the options of `Attention`.
@@ -79,27 +95,36 @@ class Longformer(PatternAttention):
         *,
         window: Positive = 256,
         sinks: Natural = 0,
+        sink_positions: Annotated[str, OneOf("text", "cache")] = "text",
         dilation: Positive | Sequence[Positive] = 1,
+        sink_logit: bool = False,
         global_projections: Annotated[str, OneOf("separate", "shared")] = "separate",
         kernel: str = "auto",
         **shared: Any,
     ):
-        super().__init__(kernel=kernel, **shared)
+        super().__init__(sink_logit=sink_logit, kernel=kernel, **shared)
         if sinks and not self.causal:
             raise Unsupported(
                 self.name, f"sinks={sinks} with causal=False", "sinks are for streams, which look back", "global tokens"
             )
+        in_cache = sink_positions == "cache"
+        if in_cache and (not sinks or self.positions == "none"):
+            raise Unsupported(
+                self.name, f"sink_positions=cache with sinks={sinks} and positions={self.positions}",
+                "there are no sinks whose positions the scores depend on", "sink_positions=text",
+            )  # fmt: skip
         steps = [dilation] * self.heads if isinstance(dilation, int) else list(dilation)
         if len(steps) != self.heads:
             raise ValueError(f"dilation must be one number or one for each of {self.heads} heads, got {len(steps)}")
-        self.window, self.sinks, self.global_projections = window, sinks, global_projections
+        self.window, self.sinks, self.sink_positions = window, sinks, sink_positions
+        self.global_projections = global_projections
         self.computes_apart = global_projections == "separate"
         if self.computes_apart:
             # they start as copies of the others
             self.to_q_global, self.to_k_global, self.to_v_global = map(deepcopy, (self.to_q, self.to_k, self.to_v))
         # heads that share a dilation share the mask
         self.dilation = steps[0] if len(set(steps)) == 1 else tuple(steps)
-        self.reach = Band(window, stride=self.dilation, first=sinks, weights="uniform")
+        self.reach = Band(window, stride=self.dilation, first=sinks, weights="uniform", in_cache=in_cache)
 
     def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "B #H L S"]:
         gap = (queries.position[:, :, None] - keys.position[:, None, :])[:, None]
@@ -139,6 +164,11 @@ class Longformer(PatternAttention):
         Args:
             global_qkv: a second projection of the same tokens, for the rows of global queries.
         """
+        if self.sink_positions == "cache" and not self.has_position_bias:
+            raise Unsupported(
+                self.name, "attend with sink_positions=cache", "queries that are given are turned for the text already",
+                "the layer itself, or sink_positions=text",
+            )  # fmt: skip
         if global_qkv is None:
             return super().attend(q, k, v, queries, keys, scale=scale, kernel=kernel)
         refuse_export(self.name)
@@ -152,5 +182,5 @@ class Longformer(PatternAttention):
     ) -> Tensor:
         if not (out.numel() and call.queries.any_global):
             return out
-        rows = PatternCall(self, q, k, v, call.queries, call.keys, scale, call.learned)
+        rows = PatternCall(self, q, k, v, call.queries, call.keys, scale, call.learned, sink=call.sink)
         return put_global_rows(rows, out, (dense_global_rows if kernel == "dense" else global_rows)(rows))

@@ -9,7 +9,7 @@ The base alone applies, in this order: mark, bias, global override, position bia
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,35 +24,23 @@ from attention_zoo.layout.by_heads import ByHeads
 from attention_zoo.layout.kernel import Kernel, check_name, choose, explain, kernels_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon, none
-from attention_zoo.layout.reach import Anywhere, Band, Reach
+from attention_zoo.layout.reach import BEFORE, Anywhere, Band, Reach
 from attention_zoo.ops.pattern.call import PatternCall, seen
 from attention_zoo.ops.pattern.choose import KERNELS
+from attention_zoo.ops.pattern.first import position_bias_in_cache, turned_queries
 from attention_zoo.ops.pattern.heads import SomeHeads, apart, groups_of, merge, query_heads, reach_by_head, split
 from attention_zoo.ops.softmax.function import watch, zeros_for
 from attention_zoo.place import place_of
 from attention_zoo.positions import ATTENTION_LEVEL
 from attention_zoo.rules import Unsupported
 
-BEFORE: Mapping[str, str] = {
-    "near": "reach = Band(...) | Blocks(...) | Anywhere()",
-    "strides": "reach = Band(back, stride=...)",
-    "shift_invariant": 'reach = Band(..., weights="distance")',
-    "unweighted": 'reach = ...(..., weights="uniform")',
-    "counts_keys": 'reach = ...(..., weights="counts")',
-    "contiguous": "reach = Band(back)",
-    "links_blocks": "reach = Blocks(size, links, most)",
-    "linked": "reach = Blocks(size, links, most)",
-    "blocks_of": "reach = Blocks(..., knows_length=True)",
-    "sees_all": "reach = Blocks(..., whole=...)",
-    "kernels": "reach: kernels follow from it",
-}
-"""What patterns said before there was `reach`, and how it is said now."""
-
 
 class PatternAttention(Attention):
     """Base of all patterns. Final but for `mark`, `bias`, `reach`, `losses`, `bias_parameters` and `finish`.
 
     Args:
+        sink_logit: learn for each head the score of one more key, whose value is zero, so that it may look at nothing
+            (gpt-oss); at first 0.
         kernel: "auto" takes the fastest of the pattern's kernels that runs a call exactly; a name takes that one or
             raises.
         shared: the options of `Attention`.
@@ -76,7 +64,7 @@ class PatternAttention(Attention):
                     "a pattern says by `reach` alone how far it sees and how it weighs", BEFORE[name],
                 )  # fmt: skip
 
-    def __init__(self, *, kernel: str = "auto", **shared: Any):
+    def __init__(self, *, sink_logit: bool = False, kernel: str = "auto", **shared: Any):
         super().__init__(**shared)
         if self.cross and self.positions != "none":
             raise Unsupported(
@@ -89,6 +77,7 @@ class PatternAttention(Attention):
         self.to_k = nn.Linear(self.dim, kv_width, bias=self.bias_into)
         self.to_v = nn.Linear(self.dim, kv_width, bias=self.bias_into)
         self.to_out = nn.Linear(width, self.dim, bias=self.bias_out)
+        self.sink = nn.Parameter(torch.zeros(self.heads)) if sink_logit else None
         scheme = ATTENTION_LEVEL[self.positions]
         known_options(f"positions={self.positions}", self.position_options, scheme.options)
         self.scheme = scheme(heads=self.heads, head_width=self.head_width, **self.position_options)
@@ -147,7 +136,10 @@ class PatternAttention(Attention):
 
     def position_bias(self, queries: Tokens, keys: Tokens) -> Tensor | None:
         """What the position scheme adds to the scores, if anything."""
-        return self.scheme.bias(queries, keys, place_of(self)[1]) if self.scheme.has_bias else None
+        if not self.scheme.has_bias:
+            return None
+        bias = partial(self.scheme.bias, keys=keys, dtype=place_of(self)[1])
+        return position_bias_in_cache(self.reach, bias, queries, keys)
 
     def scores_bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "#B #H L S"]:
         """`bias` and position bias, before masks and without the global override."""
@@ -223,7 +215,8 @@ class PatternAttention(Attention):
                 raise ValueError(f"{name} must have shape {(q.shape[0], columns)}, got {tuple(tokens.valid.shape)}")
         marked = self._marked(held)
         asked = marked if mine is held else self._marked(mine)
-        return PatternCall(self, q, k, v, asked, marked, self.scale if scale is None else scale, self.bias_parameters())
+        scale = self.scale if scale is None else scale
+        return PatternCall(self, q, k, v, asked, marked, scale, self.bias_parameters(), sink=self.sink)
 
     @property
     def keeps(self) -> tuple[Any, ...]:
@@ -269,20 +262,18 @@ class PatternAttention(Attention):
     def _attended(
         self, x: Tensor, layout: Layout, state: Columns | ByHeads | None = None, source: Source | None = None
     ) -> Output:
-        q = self._heads(self.to_q(x))
+        q, turned = self._heads(self.to_q(x)), None
         layout = self._marked(layout)
         if isinstance(state, ByHeads):
             return self._attended_by_heads(x, self.scheme.rotate(q, layout.position), layout, state)
         if self.cross:
             new = held = self._source_keys(state, source)
         else:
+            turned = turned_queries(self.reach, q, layout.position, self.scheme.rotate)
             q = self.scheme.rotate(q, layout.position)
             k, v = self._own_keys(x, layout)
             new = held = Columns.of(layout, k, v) if state is None else self._append(state, layout, k, v)
-        k, v = held.held
-        call = PatternCall(
-            self, q, k, v, layout, held.tokens, self.scale, self.bias_parameters(), self.computes_apart, held
-        )
+        call = self._on(self, q, layout, held, sink=self.sink, turned=turned)
         out = self.finish(call, self._run(call, self.kernel), x)
         if state is not None:
             out = watch(out, call.keys)
@@ -290,15 +281,17 @@ class PatternAttention(Attention):
         hidden = self.to_out(rearrange(out, "b h l d -> b l (h d)"))
         return Output(hidden, None if state is None else new, self.losses())
 
+    def _on(self, pattern: Any, q: Tensor, layout: Layout, held: Columns, **more: Tensor | None) -> PatternCall:
+        """Of queries on columns that are held."""
+        learned, apart, (k, v) = self.bias_parameters(), self.computes_apart, held.held
+        return PatternCall(pattern, q, k, v, layout, held.tokens, self.scale, learned, apart, held, **more)
+
     def _attended_by_heads(self, x: Tensor, q: Tensor, layout: Layout, state: ByHeads) -> Output:
         """With a state whose groups of heads hold columns of their own: a call for each."""
         patterns, groups = self._groups(state)
         held, outs = self._append_by_heads(state, layout, *self._own_keys(x, layout)), []
         for pattern, some, part in zip(patterns, split(q, groups), held.parts):
-            k, v = part.held
-            call = PatternCall(
-                pattern, some, k, v, layout, part.tokens, self.scale, self.bias_parameters(), columns=part
-            )
+            call = self._on(pattern, some, layout, part, sink=pattern.of(self.sink))
             outs.append(watch(self._run(call, self.kernel), call.keys))
         hidden = self.to_out(rearrange(merge(outs, groups), "b h l d -> b l (h d)"))
         new = held.settle(layout, horizons=[self._horizon_of(pattern.reach) for pattern in patterns])
@@ -345,7 +338,7 @@ class PatternAttention(Attention):
 
     def _run(self, call: PatternCall, kernel: str) -> Float[Tensor, "B H L D"]:
         if not (call.q.numel() and call.k.numel()):
-            return zeros_for(call.q, (call.q, call.k, call.v))
+            return zeros_for(call.q, [x for x in (call.q, call.k, call.v, call.sink) if x is not None])
         parts = None if kernel == "dense" else apart(call)
         if parts is None:
             return choose(self.name, self.kernels, kernel, call).run(call)

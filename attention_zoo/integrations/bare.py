@@ -147,7 +147,7 @@ def _check(name: str, pattern: PatternAttention) -> None:
         raise Unsupported(
             name, f"extra_global_tokens={extra}", "the model puts no learned tokens in front", "extra_global_tokens=0"
         )
-    if pattern.bias_parameters() or pattern.losses():
+    if pattern.bias_parameters() or pattern.losses() or pattern.sink is not None:
         raise Unsupported(
             name, "a pattern that learns", "its parameters would be neither trained nor saved with the model",
             "attention_zoo.Transformer",

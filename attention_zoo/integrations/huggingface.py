@@ -302,7 +302,8 @@ def _interface(name: str) -> Callable[..., tuple[Tensor, None]]:
 def _first(pattern: PatternAttention, start: int) -> int:
     """The first column that queries from column `start` on may see: columns are as far apart as positions."""
     marks = type(pattern).mark is not PatternAttention.mark  # global tokens are seen from everywhere
-    return 0 if marks or pattern.reach.farthest is None else max(0, start - pattern.reach.farthest)
+    far = pattern.reach.farthest
+    return 0 if marks or pattern.reach.first or far is None else max(0, start - far)
 
 
 def _check_call(name: str, dropout: float, others: Mapping[str, Any]) -> None:
@@ -369,9 +370,9 @@ def _within(name: str, options: dict[str, Any], pattern: PatternAttention, reach
         return "longformer", {"window": reach, **kernel}
     steps = options.get("dilation", 1)
     plain = all(step == 1 for step in ([steps] if isinstance(steps, int) else steps))
-    if not isinstance(pattern, Longformer) or not plain:
+    if not isinstance(pattern, Longformer) or not plain or pattern.sinks:
         raise Unsupported(
             name, f"a layer of the model's with a sliding window of {reach}", "what both allow is no pattern of ours",
-            "full or longformer without dilation, or layers without a window (config.layer_types)",
+            "full or longformer without dilation and sinks, or layers without a window (config.layer_types)",
         )  # fmt: skip
     return name, {**options, "window": min(pattern.window, reach)}

@@ -13,7 +13,7 @@ the keys inside (`weights`) decides how fast they are:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -33,6 +33,20 @@ Rows = Callable[[Array, Array], Bool[np.ndarray, "*n"]]
 Found = TypeVar("Found")
 KEPT = 8
 """Most calls of which a pattern of blocks keeps what follows from its links."""
+BEFORE: Mapping[str, str] = {
+    "near": "reach = Band(...) | Blocks(...) | Anywhere()",
+    "strides": "reach = Band(back, stride=...)",
+    "shift_invariant": 'reach = Band(..., weights="distance")',
+    "unweighted": 'reach = ...(..., weights="uniform")',
+    "counts_keys": 'reach = ...(..., weights="counts")',
+    "contiguous": "reach = Band(back)",
+    "links_blocks": "reach = Blocks(size, links, most)",
+    "linked": "reach = Blocks(size, links, most)",
+    "blocks_of": "reach = Blocks(..., knows_length=True)",
+    "sees_all": "reach = Blocks(..., whole=...)",
+    "kernels": "reach: kernels follow from it",
+}
+"""What patterns said before there was `reach`, and how it is said now."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +127,7 @@ class Band(Reach):
         ahead: how many after it; default as many.
         stride: distance between them, in positions. A number, or one for each head.
         first: tokens at the start of a document that all see besides.
+        in_cache: whether to those no distance is longer than it is in a cache of them and the band (Xiao et al. 2023).
     """
 
     back: PerHead
@@ -120,6 +135,7 @@ class Band(Reach):
     stride: PerHead = 1
     first: int = 0
     weights: Weights = "any"
+    in_cache: bool = False
 
     def __post_init__(self) -> None:
         one_of(WEIGHTS, weights=self.weights)
@@ -128,6 +144,8 @@ class Band(Reach):
             each = value if isinstance(value, tuple) and name != "first" else () if value is None else (value,)
             if value == () or any(type(one) is not int or one < least for one in each):
                 raise ValueError(f"Band: {name} must be a whole number of at least {least}, got {value!r}")
+        if self.in_cache and (not self.first or self.weights not in ("uniform", "distance")):
+            raise ValueError("Band: in_cache needs first tokens, and weights that are uniform or follow the distance")
         if len(self.heads) > 1:
             raise ValueError(
                 f"Band: back, ahead and stride must be of the same heads, got {sorted(self.heads)} of them"
@@ -156,6 +174,11 @@ class Band(Reach):
     @property
     def farthest(self) -> int:
         return _most(self.back, self.stride)
+
+    @property
+    def newest(self) -> int:
+        """The position of the newest token in a full cache of the first tokens and the band."""
+        return self.first + self.farthest
 
     @property
     def farthest_ahead(self) -> int:

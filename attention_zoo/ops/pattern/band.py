@@ -108,10 +108,11 @@ class _BandBias:
         into += dscores.sum_to_size(into.shape)
 
     def _whole(self) -> Tensor:
-        """Of queries at `reach`, `reach` + 1, ... and all the keys that one of them sees, from position 0 on."""
+        """Of queries at `reach`, `reach` + 1, ... and all the keys that one of them sees, from `first` on."""
         call, device = self.call, self.call.q.device
         count = self.size + self.reach * (1 if call.pattern.causal else 2)
-        position = torch.arange(0, count * self.stride, self.stride, device=device)[None]
+        # behind the first tokens, which all see: see first.py
+        position = call.band.first + torch.arange(0, count * self.stride, self.stride, device=device)[None]
         keys = Layout.plain(1, count, device)._replace(position=position)
         queries = keys.cut(slice(self.reach, self.reach + self.size))
         whole = call.pattern.scores_bias(queries, keys)

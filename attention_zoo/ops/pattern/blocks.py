@@ -204,7 +204,7 @@ def _triton_takes_blocks(call: PatternCall) -> str | None:
 TRITON_BLOCKS: Kernel[PatternCall] = Kernel(
     "triton",
     _run_triton,
-    (facts.has_triton, _triton_takes_blocks, facts.no_position_bias, facts.own_keys, _fills_blocks),
+    (facts.has_triton, facts.no_sink, _triton_takes_blocks, facts.no_position_bias, facts.own_keys, _fills_blocks),
     "one Triton kernel walks the list of key blocks of each query block",
     (facts.is_blocks,),
 )

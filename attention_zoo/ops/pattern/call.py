@@ -41,6 +41,8 @@ class PatternCall:
     Fields:
         apart: whether rows of global queries are not asked for here: whoever calls computes them in another way.
         columns: where k, v and keys are held, if in a state.
+        sink: [H], for each head the score of one more key, whose value is zero; None: there is none.
+        turned: [B, H, L, D], the queries as the first tokens beyond a band see them; None: the same.
     """
 
     pattern: Pattern
@@ -53,6 +55,8 @@ class PatternCall:
     learned: Sequence[Tensor] = ()
     apart: bool = False
     columns: Columns | None = None
+    sink: Tensor | None = None
+    turned: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
@@ -61,6 +65,7 @@ class PatternCall:
         # the sign goes into the queries: what hides keys before it scales, or bounds scores, may rely on scale > 0
         sign, self.scale = (-1, -self.scale) if self.scale else (0, 1.0)
         self.q = self.q * sign
+        self.turned = None if self.turned is None else self.turned * sign
 
     # --- the definition, in pieces ---------------------------------------------------------------------------------
     def seen(self, queries: Tokens, keys: Tokens) -> Tensor:

@@ -10,6 +10,7 @@ from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.band import band_tiles
 from attention_zoo.ops.pattern.blocks import BLOCKS, TRITON_BLOCKS
 from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.first import turned_bias, with_first_keys, without_first
 from attention_zoo.ops.pattern.flex import FLEX
 from attention_zoo.ops.pattern.local import run_local
 from attention_zoo.ops.pattern.near import near_tiles
@@ -22,7 +23,10 @@ from attention_zoo.ops.softmax.fused import fused
 
 
 def _run_dense(call: PatternCall) -> Tensor:
-    out = dense(call.q, call.k, call.v, call.pattern.full_bias(call.queries, call.keys), scale=call.scale)
+    bias = call.pattern.full_bias(call.queries, call.keys)
+    if call.turned is not None:
+        bias = bias + turned_bias(call)
+    out = dense(call.q, call.k, call.v, bias, scale=call.scale, sink=call.sink)
     return call.blank(out)
 
 
@@ -30,26 +34,28 @@ DENSE: Kernel[PatternCall] = Kernel("dense", _run_dense, (), "the definition, L 
 
 
 def _run_tiles(call: PatternCall) -> Tensor:
-    tiles, learned = near_tiles(call)
+    alone = without_first(call)
+    tiles, learned = near_tiles(alone)
+    tiles = tiles if alone is call else with_first_keys(call, tiles)
     return run_local(call, tiles, call.asked, learned=learned)
 
 
 TILES: Kernel[PatternCall] = Kernel(
-    "tiles", _run_tiles, (), "tiles that may matter, any positions; backward recomputes"
+    "tiles", _run_tiles, (facts.turned_is_fixed,), "tiles that may matter, any positions; backward recomputes"
 )
 
 
 def _run_banded(call: PatternCall) -> Tensor:
     tiles, learned = band_tiles(call)
-    return run_local(call, tiles, call.asked, learned=learned)
+    return run_local(call, with_first_keys(call, tiles), call.asked, learned=learned)
 
 
 BANDED: Kernel[PatternCall] = Kernel(
     "banded",
     _run_banded,
-    (facts.consecutive,),
+    (facts.consecutive, facts.first_is_fixed),
     "evenly spaced keys per tile, one mask for all; backward recomputes",
-    (facts.is_band,),
+    (facts.is_band_and_first,),
 )
 
 
@@ -78,7 +84,14 @@ def _mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
 SDPA: Kernel[PatternCall] = Kernel(
     "sdpa",
     _run_sdpa,
-    (facts.window_holds_all, facts.fused_engine, facts.no_position_bias, facts.every_row, facts.mask_is_small),
+    (
+        facts.window_holds_all,
+        facts.fused_engine,
+        facts.no_position_bias,
+        facts.no_sink,
+        facts.every_row,
+        facts.mask_is_small,
+    ),
     "torch's fused scaled_dot_product_attention on every key: O(L²) time, O(L) memory",
     (facts.shows_all,),
 )

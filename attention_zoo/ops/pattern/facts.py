@@ -18,11 +18,21 @@ MASK = 2**23
 
 
 def is_band(pattern: Pattern) -> str | None:
+    return "all see the first tokens besides" if pattern.reach.first else is_band_and_first(pattern)
+
+
+def is_band_and_first(pattern: Pattern) -> str | None:
+    """A band, beside which all may see the first tokens of their document."""
     reach = pattern.reach
-    plain = isinstance(reach, Band) and (reach.same_for_all or reach_by_head(reach) is not None) and not reach.first
+    plain = isinstance(reach, Band) and (reach.same_for_all or reach_by_head(reach) is not None)
     if plain and reach.weights in ("uniform", "distance"):
         return None
     return "the pattern is no band: it depends on more than the distance"
+
+
+def first_in_text(pattern: Pattern) -> str | None:
+    counted = isinstance(pattern.reach, Band) and pattern.reach.in_cache
+    return "positions of the first tokens are counted in a cache" if counted else None
 
 
 def is_uniform(pattern: Pattern) -> str | None:
@@ -107,6 +117,22 @@ def half_precision(call: PatternCall) -> str | None:
 
 def no_position_bias(call: PatternCall) -> str | None:
     return "the position scheme adds to the scores" if call.has_position_bias else None
+
+
+def no_sink(call: PatternCall) -> str | None:
+    return None if call.sink is None else "it gives no log-sum-exp, by which a learned sink takes its share"
+
+
+def first_is_fixed(call: PatternCall) -> str | None:
+    return "the bias of the first tokens learns" if call.learned and call.pattern.reach.first else None
+
+
+def turned_is_fixed(call: PatternCall) -> str | None:
+    return "the bias of the first tokens learns" if call.learned and call.turned is not None else None
+
+
+def exact_turned(call: PatternCall) -> str | None:
+    return None if call.turned is None else exact_bias(call)
 
 
 def bias_is_fixed(call: PatternCall) -> str | None:

@@ -242,22 +242,26 @@ def _run(call: PatternCall) -> Tensor:
         )
         lists = everything(Lb // BLOCK, G // BLOCK, q.device)
         more, more_lse = _attend(q, k.gather(2, index), v.gather(2, index), lists, functions, call.scale)
-        out = _merge(out, lse, more, more_lse)
+        out, lse = _merge(out, lse, more, more_lse)
+    if call.sink is not None:
+        out, _ = _merge(out, lse, out.new_zeros(()), call.sink[:, None])
     return with_global_rows(call, out[:, :, :L])
 
 
-def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> Tensor:
+def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Two parts over disjoint keys; rows that see nothing in both stay zero, with finite gradients."""
     least = -1e30
-    share = (lse.clamp(min=least) - more_lse.clamp(min=least)).sigmoid()[..., None]
-    return (out * share + more * (1 - share)).to(out.dtype)
+    lse, more_lse = lse.clamp(min=least), more_lse.clamp(min=least)
+    share = (lse - more_lse).sigmoid()[..., None]
+    return (out * share + more * (1 - share)).to(out.dtype), torch.logaddexp(lse, more_lse)
 
 
 def _by_distance(call: PatternCall) -> Tensor | None:
     """Position bias of a key d positions after the query, [H, 2n] at d + n."""
-    reach = call.pattern.reach.farthest
-    if not call.has_position_bias or (reach is not None and not call.any_global_key):
-        return by_distance(call, (reach or 0) + 1)
+    reach = call.pattern.reach
+    everywhere = reach.farthest is None or reach.first > 0 or call.any_global_key
+    if not (call.has_position_bias and everywhere):
+        return by_distance(call, (reach.farthest or 0) + 1)
     return by_distance(call, bucket(call.k.shape[2] if call.aligned else int(call.keys.host.position.max()) + 1))
 
 
@@ -299,5 +303,5 @@ FLEX: Kernel[PatternCall] = Kernel(
     _run,
     (_on_cuda, _has_compiler, *FITS),
     "torch's FlexAttention, compiled: any layout, of patterns that are a function of two positions",
-    (facts.is_one_function,),
+    (facts.is_one_function, facts.first_in_text),
 )

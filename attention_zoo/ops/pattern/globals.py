@@ -166,18 +166,18 @@ def global_rows(call: PatternCall) -> Tensor:
     """What the call's global queries see, [B, H, n, D] in the order of `global_columns`: everything."""
     columns, queries = global_columns(call.queries)
     q = call.q.gather(2, columns[:, None, :, None].expand(-1, call.q.shape[1], -1, call.q.shape[3]))
-    if q.is_cuda and not call.has_position_bias:
+    if q.is_cuda and not call.has_position_bias and call.sink is None:
         return fused_rows(call, q, queries)
     tiles = _everyone_tiles(call, queries)
     asked = queries.valid[:, None, :, None]
-    return run_tiles(q, call.k, call.v, tiles, scale=call.scale, learned=call.learned, asked=asked)
+    return run_tiles(q, call.k, call.v, tiles, scale=call.scale, learned=call.learned, asked=asked, sink=call.sink)
 
 
 def dense_global_rows(call: PatternCall) -> Tensor:
     """The same by the definition, materialised."""
     columns, queries = global_columns(call.queries)
     q = call.q.gather(2, columns[:, None, :, None].expand(-1, call.q.shape[1], -1, call.q.shape[3]))
-    return dense(q, call.k, call.v, everyone_bias(call, queries, call.keys), scale=call.scale)
+    return dense(q, call.k, call.v, everyone_bias(call, queries, call.keys), scale=call.scale, sink=call.sink)
 
 
 def fused_rows(call: PatternCall, q: Tensor, queries: Layout) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import chain
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from attention_zoo.constants import constant
@@ -77,9 +78,10 @@ def apart(call: PatternCall) -> tuple[list[PatternCall], list[Heads]] | None:
         return None
     queries = [query_heads(group, H // K) for group in groups]
     operands = zip(split(call.q, queries), split(call.k, groups), split(call.v, groups))
+    patterns = [SomeHeads(call.pattern, heads) for heads in queries]
     return [
-        replace(call, pattern=SomeHeads(call.pattern, heads), q=q, k=k, v=v)
-        for heads, (q, k, v) in zip(queries, operands)
+        replace(call, pattern=pattern, q=q, k=k, v=v, sink=pattern.of(call.sink))
+        for pattern, (q, k, v) in zip(patterns, operands)
     ], queries
 
 
@@ -96,6 +98,10 @@ class SomeHeads:
             if len(mine) > 1 and weights == "uniform":
                 weights = "distance"  # the farthest's reach is not the definition of the others
             self.reach = replace(pattern.reach, back=max(mine), ahead=None, weights=weights)
+
+    def of(self, x: Float[Tensor, " H"] | None) -> Float[Tensor, " h"] | None:
+        """What there is of each head, of these."""
+        return None if x is None else x.index_select(0, constant(self.heads, like=x, dtype=torch.long))
 
     @property
     def has_position_bias(self) -> bool:

@@ -31,4 +31,7 @@ def run_local(
     tiles = with_global_queries(call, with_global_keys(call, local))
     mild = mild_rows(call, first)
     learned = call.learned if learned is None else learned
-    return run_tiles(call.q, call.k, call.v, tiles, scale=call.scale, learned=learned, mild=mild, asked=asked)
+    return run_tiles(
+        call.q, call.k, call.v, tiles, scale=call.scale, learned=learned, mild=mild, asked=asked, sink=call.sink,
+        turned=call.turned,
+    )  # fmt: skip

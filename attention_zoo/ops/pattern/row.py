@@ -20,6 +20,8 @@ from attention_zoo.layout.kernel import Kernel
 from attention_zoo.layout.ledger import Ledger
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.first import turned_bias
+from attention_zoo.ops.softmax.dense import dense
 from attention_zoo.tokens import Tokens
 
 
@@ -30,7 +32,9 @@ def _run(call: PatternCall) -> Tensor:
         bias = call.keys.plan(key, lambda: (_bias(call), call.queries))[0]
     else:
         bias = _bias(call)
-    return _blanked(call, _attend(call.q, call.k, call.v, bias, call.scale))
+    if call.turned is not None:
+        bias = bias + turned_bias(call)
+    return _blanked(call, _attend(call.q, call.k, call.v, bias, call.scale, call.sink))
 
 
 def _bias(call: PatternCall) -> Tensor:
@@ -46,12 +50,14 @@ def _blanked(call: PatternCall, out: Tensor) -> Tensor:
 ROW: Kernel[PatternCall] = Kernel(
     "row",
     _run,
-    (facts.one_query, facts.no_gradients, facts.every_row),
+    (facts.one_query, facts.no_gradients, facts.every_row, facts.exact_turned),
     "one query: every key held, in one fused call; no gradients",
 )
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Float[Tensor, "B H 1 D"]:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, sink: Float[Tensor, " H"] | None
+) -> Float[Tensor, "B H 1 D"]:
     """Query heads that share a key head become rows of one query."""
     B, H, _, D = q.shape
     groups = H // k.shape[1]
@@ -60,6 +66,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
         if groups > 1:
             bias = bias.expand(-1, H, -1, -1).reshape(len(bias), k.shape[1], groups, -1)
         bias = bias.to(q.dtype).expand(B, -1, -1, -1)
+    if sink is not None:
+        return dense(q, k, v, bias, scale=scale, sink=sink.view(-1, groups)).reshape(B, H, 1, D)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).reshape(B, H, 1, D)
 
 
@@ -107,7 +115,7 @@ def _run_linked(call: PatternCall) -> Tensor:
     if not call.queries.dense:
         bias = bias.masked_fill(~call.queries.valid[..., None], 0)
     k, v = _gathered(held.buffers, column)
-    return _blanked(call, _attend(call.q, k, v, bias[:, :, None], call.scale))
+    return _blanked(call, _attend(call.q, k, v, bias[:, :, None], call.scale, call.sink))
 
 
 def _links(call: PatternCall, row: Int[np.ndarray, "B 1"]) -> tuple[Int[Tensor, "B H m s"], Float[Tensor, "B H n"]]:

@@ -77,6 +77,7 @@ SHORT: Kernel[PatternCall] = Kernel(
     _run,
     (
         facts.on_cpu,
+        facts.no_sink,
         facts.exact_bias,
         _is_few,
         facts.queries_within_keys,

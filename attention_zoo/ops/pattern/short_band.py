@@ -56,6 +56,7 @@ SHORT_BAND: Kernel[PatternCall] = Kernel(
     _run,
     (
         facts.on_cpu,
+        facts.no_sink,
         _is_few,
         facts.queries_within_keys,
         facts.bias_is_fixed,

@@ -96,7 +96,7 @@ FITS = (facts.no_position_bias, facts.no_globals, _knows_documents, _hides_paddi
 XFORMERS: Kernel[PatternCall] = Kernel(
     "xformers",
     _run,
-    (facts.on_cuda, facts.half_precision, _is_installed, _has_gaps, *FITS),
+    (facts.on_cuda, facts.no_sink, facts.half_precision, _is_installed, _has_gaps, *FITS),
     "FlashAttention with a window, through xformers",
     (facts.is_band, facts.is_uniform),
 )

@@ -66,6 +66,18 @@ class Sums:
         if self.shifted:
             self._rows("shift").fill_(_LOWEST)  # of the exponents, base 2
 
+    def start(self, score: Float[Tensor, "#B #H #L 1"]) -> None:
+        """With a key of that score before all others, whose value is zero: it takes weight and gives nothing."""
+        total = self._rows("weights").copy_(score).mul_(LOG2E)
+        if self.shifted:
+            shift = self._rows("shift").copy_(total)
+            if isinstance(self.mild, Tensor):
+                shift.masked_fill_(self.mild, 0)
+            total.sub_(shift)
+        total.exp2_()
+        self.scratch("values", self.shape, self.like).zero_()
+        self.empty = False
+
     def add(
         self,
         q: Float[Tensor, "N n D"],

@@ -30,12 +30,14 @@ class Part(NamedTuple):
         block: columns per entry of per-head `keys`.
         learn: (sums, gradient [b, h, rows, n] of the scores of the tile's heads, batch rows) adds to the sums, one for
             each learned tensor, what the bias hands on: for a bias that is cut out of one. None: autograd finds it.
+        turned: whether rows, of a slice, ask with their other queries (`run_tiles`).
     """
 
     keys: slice | Tensor
     bias: Bias
     block: int = 1
     learn: Learn | None = None
+    turned: bool = False
 
 
 def blocks_in(

@@ -63,6 +63,8 @@ def run_tiles(
     learned: Sequence[Tensor] = (),
     mild: Bool[Tensor, "B H L 1"] | None = None,
     asked: Bool[Tensor, "B 1 L 1"] | None = None,
+    sink: Float[Tensor, " H"] | None = None,
+    turned: Float[Tensor, "B H L D"] | None = None,
 ) -> Float[Tensor, "B H L D"]:
     """Attention along the tiles.
 
@@ -70,9 +72,11 @@ def run_tiles(
         learned: tensors that the biases depend on and that want a gradient.
         mild: rows whose scores are known to be small (ops/pattern/mild.py); None: none is.
         asked: rows that are queries; the others yield zeros, and take part in no gradient. None: all.
+        sink: the score of one more key for each head, whose value is zero: it takes weight and gives nothing.
+        turned: the queries as parts that are so marked see them; default the same.
     """
     tiles = sorted(tiles, key=lambda tile: isinstance(tile.rows, Rows))
-    return _Tiles.apply(q, k, v, tiles, scale, mild, asked, *learned)
+    return _Tiles.apply(q, k, v, tiles, scale, mild, asked, sink, turned, *learned)
 
 
 class _Tiles(torch.autograd.Function):
@@ -87,6 +91,8 @@ class _Tiles(torch.autograd.Function):
         scale: float,
         mild: Tensor | None,
         asked: Tensor | None,
+        sink: Tensor | None,
+        turned: Tensor | None,
         *learned: Tensor,
     ) -> Tensor:
         B, H, L, D = q.shape
@@ -104,10 +110,13 @@ class _Tiles(torch.autograd.Function):
                 continue
             query = step.rows(q)
             sums = Sums(query, scratch, all_mild if all_mild or mild is None else step.rows(mild))
+            if sink is not None:
+                sums.start(step.scores(sink))
             for part in step.parts:
                 view = View(part, step.tile.heads, step.batch, q, k)
                 keys, values = view.take(k, v, shared, scratch)
-                sums.add(view.fold(query), keys, values, view.bias(), scale=scale, shape=view.shape(query))
+                asking = view.fold(step.rows(turned) if part.turned and turned is not None else query)
+                sums.add(asking, keys, values, view.bias(), scale=scale, shape=view.shape(query))
             if isinstance(step.tile.rows, slice):
                 _, found_lse = sums.end(step.rows(out))
             else:
@@ -124,20 +133,26 @@ class _Tiles(torch.autograd.Function):
             lse.masked_fill_(hidden, torch.inf)
         # rows that see nothing, or that another tile decides: +inf makes their weights zero
         lse.masked_fill_(lse == -torch.inf, torch.inf)
-        ctx.save_for_backward(q, k, v, out, lse, *deciding, *learned)
+        given = [x for x in (sink, turned) if x is not None]
+        ctx.save_for_backward(q, k, v, out, lse, *given, *deciding, *learned)
         ctx.tiles, ctx.scale, ctx.deciding = tiles, scale, len(deciding)
+        ctx.sinks, ctx.turns = sink is not None, turned is not None
         return out
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor):
         q, k, v, out, lse, *more = saved
+        sink = more.pop(0) if ctx.sinks else None
+        turned = more.pop(0) if ctx.turns else q
         deciding, learned = more[: ctx.deciding], more[ctx.deciding :]
         exact = torch.promote_types(q.dtype, torch.float32)
         dq = large_pages(torch.empty_like(q))
         if not _all_rows(ctx.tiles, q):
             dq.zero_()
         dk, dv = (large_pages(torch.empty_like(x, dtype=exact)).zero_() for x in (k, v))
+        dsink = lse.new_zeros(q.shape[1])
+        dturned = torch.zeros_like(turned) if ctx.turns else dq
         dlearned = [torch.zeros_like(x) for x in learned]
         scratch, shared, delta = Scratch(), Shared(k, v), _delta(grad, out, lse)
         shift, *deciding = (x * -LOG2E for x in (lse, *deciding))
@@ -147,6 +162,9 @@ class _Tiles(torch.autograd.Function):
             mine = deciding.pop(0) if isinstance(step.tile.rows, Rows) else step.rows(shift)
             query = step.rows(q)
             asked = Asked(step.rows(grad).to(exact), query, step.rows(delta), mine)
+            if sink is not None:
+                weights = (step.scores(sink) * LOG2E + mine).exp2_()
+                dsink[step.tile.heads] += (weights * asked.delta).sum((0, 2, 3))
             views = [View(part, step.tile.heads, step.batch, q, k) for part in step.parts]
             in_place = isinstance(step.tile.rows, slice) and dq.dtype == exact
             in_place = in_place and all(view.sees(step.rows(dq)) for view in views)
@@ -154,24 +172,30 @@ class _Tiles(torch.autograd.Function):
             for view in views:
                 keys, values = view.take(k, v, shared, scratch)
                 dkeys, dvalues = view.gradients(dk, dv, shared, scratch)
+                asking, into = asked, dquery
+                if view.part.turned:
+                    asking, into = asked._replace(q=step.rows(turned)), scratch("dturned", query.shape, lse).zero_()
                 dscores = partial_backward(
-                    Asked(*(view.fold(x) for x in asked)),
+                    Asked(*(view.fold(x) for x in asking)),
                     keys,
                     values,
                     view.bias(),
                     scale=ctx.scale,
-                    into=(view.fold(dquery), dkeys, dvalues),
+                    into=(view.fold(into), dkeys, dvalues),
                     shape=view.shape(query),
                     scratch=scratch,
                     fresh=view.fresh,
                 )
                 view.add(dk, dv, dkeys, dvalues)
+                if view.part.turned:
+                    step.rows(dturned).add_(into)
                 if learned:
                     _learn(dlearned, learned, view, dscores.view(*view.shape(query), -1))
             if not in_place:
                 step.put(dq, dquery)
         shared.add(dk, dv)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, *dlearned
+        of_sink, of_turned = None if sink is None else dsink.to(sink.dtype), dturned if ctx.turns else None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, of_sink, of_turned, *dlearned
 
 
 def _delta(grad: Tensor, out: Tensor, like: Float[Tensor, "B H L 1"]) -> Float[Tensor, "B H L 1"]:
@@ -211,6 +235,10 @@ class _Step(NamedTuple):
     def rows(self, x: Shaped[Tensor, "B H L d"]) -> Shaped[Tensor, "b H n d"]:
         rows, x = self.tile.rows, some_rows(x, self.batch)
         return x[:, self.tile.heads, rows] if isinstance(rows, slice) else x.gather(2, self._index(rows, x))
+
+    def scores(self, sink: Float[Tensor, " H"]) -> Float[Tensor, "h 1 1"]:
+        """Of the tile's heads, in float32 at least."""
+        return sink[self.tile.heads].to(torch.promote_types(sink.dtype, torch.float32)).view(-1, 1, 1)
 
     def put(self, into: Float[Tensor, "B H L d"], values: Float[Tensor, "b H n d"]) -> None:
         """Set the tile's rows."""
