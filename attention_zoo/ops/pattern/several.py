@@ -109,6 +109,8 @@ def _together(q: Tensor, queries: Layout, sets: Sequence[Keys], tiles: _Tiles, s
 
     learned = [each.weight for each in sets if each.weight is not None and each.weight.requires_grad]
     run = [Tile(rows, [part(piece) for piece in pieces]) for rows, pieces in tiles]
+    if len(q) > 1:
+        q = q.contiguous()  # so that rows of the batch can be computed together
     return run_tiles(q, k, v, run, scale=scale, learned=learned, asked=queries.asked)
 
 
