@@ -38,7 +38,10 @@ class DerivedKeys(Attention):
         self.to_q = nn.Linear(self.dim, width, bias=self.bias_into)
         self.to_k = nn.Linear(self.dim, kv_width, bias=self.bias_into)
         self.to_v = nn.Linear(self.dim, kv_width, bias=self.bias_into)
-        self.to_out = nn.Linear(width, self.dim, bias=self.bias_out)
+
+    def built(self) -> None:
+        # the last to be drawn, after a mechanism's own
+        self.to_out = nn.Linear(self.heads * self.head_width, self.dim, bias=self.bias_out)
 
     # --- what a mechanism says about itself --------------------------------------------------------------------------
 

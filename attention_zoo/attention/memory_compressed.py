@@ -26,9 +26,12 @@ When: where text is long but a quadratic cost is still affordable, between local
 tokens that a causal layer of this kind alone does not see. Not where single tokens must be found again: c of them share
 one key. Not for lengths at which L² / c is too much.
 
+A step of decoding reads the compressed keys where the state holds them, and copies none.
+
 Checked: against memory-compressed-attention 0.0.7 at whole groups, causal and two-sided, in
 tests/oracles/memory_compressed.py; its scale is that of the model's width (E^-0.5), and its `input_mask` hides what
-should be seen, so that padding is held to loops alone: tests/references/memory_compressed.py.
+should be seen, so that padding is held to loops alone: tests/references/memory_compressed.py. Largest error of outputs
+and gradients 9e-7 in float32 and 1e-15 in float64 (tests/oracles/README.md).
 """
 
 from __future__ import annotations
