@@ -24,7 +24,9 @@ so that padding, packing and cuts change nothing. `memory_compressed.local` is t
 
 When: where text is long but a quadratic cost is still affordable, between local layers, which know the last c - 1
 tokens that a causal layer of this kind alone does not see. Not where single tokens must be found again: c of them share
-one key. Not for lengths at which L² / c is too much.
+one key. Not for lengths at which L² / c is too much. `task=flip_flop model=tiny` (one seed, a bit remembered over up to
+128 tokens): 78.4 %, where full has 99.1 % and longformer with window=8 66.8 %. `task=mqar steps=300`, recall of pairs:
+24.1 %, where full has 99.8 % at that step of 600.
 
 A step of decoding reads the compressed keys where the state holds them, and copies none.
 
@@ -145,8 +147,8 @@ class MemoryCompressed(DerivedKeys):
     ) -> Float[Tensor, "B H L D"]:
         """See `DerivedKeys`: of the null key and the groups."""
         (k, v), shape = held.held, (len(q), self.kv_heads, 1, self.head_width)
-        null = (x.view(1, *shape[1:]).expand(shape).to(k.dtype) for x in (self.null_key, self.null_value))
-        sets = [Keys(*null, None), Keys(k, v, self._ends(held.tokens))]
+        nulls = [x.view(1, *shape[1:]).expand(shape).to(k.dtype) for x in (self.null_key, self.null_value)]
+        sets = [Keys(nulls[0], nulls[1], None), Keys(k, v, self._ends(held.tokens))]
         return attend_to_several(q, queries, sets, scale=scale, causal=self.causal)
 
     def _compressed(self, k: Tensor, v: Tensor, groups: Pooled) -> Columns:
