@@ -23,7 +23,8 @@ count the valid tokens of a document. The softmax is one over all levels, by log
 
 A state keeps the keys and values of the document, O(L), and a step forms its groups anew, O(L): what a token sees of
 its past are block · log L groups, but which ones they are changes from token to token. Forward and backward hold,
-beside what a window does, the groups of all levels, which are together as many as the tokens, and their gradients.
+beside what a window does, tokens and groups of all levels as one set of keys, twice as many as the tokens, and their
+gradients: 98 MiB where longformer has 36 (core, 4,096 tokens, 8 heads of 64, float32).
 
 When: a long context of which the near part matters word by word and the far part by its gist. Not where single far
 tokens must be found again: a mean over many keys does not point to one of them.
