@@ -11,7 +11,7 @@ from torch import Tensor
 
 import attention_zoo as zoo
 from attention_zoo import Tokens, Transformer
-from attention_zoo.attention.segments import Segments
+from attention_zoo.attention.summaries import Summaries
 from attention_zoo.layout.layout import Layout
 from attention_zoo.model.hierarchical import Hierarchical
 from attention_zoo.model.wrapper import Nested
@@ -96,7 +96,7 @@ def test_within_segments_alone_nothing_else_is_seen(length: int) -> None:
         assert seen == {j for j in segment(i, length) if j <= i}
 
 
-@pytest.mark.parametrize("layout", ["SD", "S SD", "SD S"])
+@pytest.mark.parametrize("layout", ["SD", "S SD", "SD S", "S D"])
 @pytest.mark.parametrize("length", [4, 5, 11])
 def test_one_layer_among_summaries_joins_the_document(layout: str, length: int) -> None:
     for seen in reads(stack(False, layout, len(layout.split())), length):
@@ -117,10 +117,10 @@ def test_a_segment_that_is_not_complete_has_no_causal_summary() -> None:
 
 
 def test_layouts_are_tiled_over_depth() -> None:
-    for layout, depth, kinds in (("S SD", 4, [0, 1, 0, 1]), ("SD", 3, [1, 1, 1]), ("SD SD S S", 4, [1, 1, 0, 0])):
+    for layout, depth in (("S SD", 4), ("SD", 3), ("SD SD S S", 4), ("S SD D", 6), ("S D", 2)):
         layers = stack(False, layout, depth).attentions
-        assert [int(each.document) for each in layers if isinstance(each, Segments)] == kinds
-        assert all(hasattr(each, "among") == bool(kind) for each, kind in zip(layers, kinds))
+        kinds = ["D" if isinstance(each, Summaries) else "SD" if each.document else "S" for each in layers]
+        assert kinds == (layout.split() * depth)[:depth]
 
 
 def test_a_stack_is_the_loop_around_each_layer() -> None:
@@ -170,6 +170,40 @@ def test_whole_segments_two_sided_are_a_reshaped_batch() -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
+def test_a_layer_among_summaries_is_dense_attention_under_its_bias(causal: bool) -> None:
+    """D by itself: zeros two-sided where there is no summary; step by step it is the same."""
+    torch.manual_seed(0)
+    made = zoo.build("hierarchical.summaries", dim=16, heads=2, causal=causal, segment_length=SIZE).double()
+    tokens = Tokens.of(torch.arange(17) >= torch.tensor([[0], [3]]), document=torch.arange(17).expand(2, -1) // 12)
+    x = torch.randn(2, 17, 16, dtype=torch.float64)
+    q, k, v = (to(x).unflatten(-1, (2, 8)).transpose(1, 2) for to in (made.to_q, made.to_k, made.to_v))
+    bias = made.full_bias(tokens, tokens).double()
+    seen = (bias > -torch.inf).any(-1, keepdim=True)
+    weights = (q @ k.mT * made.scale + bias).masked_fill(~seen, 0).softmax(-1) * seen
+    expected = made.to_out((weights @ v).transpose(1, 2).flatten(2))
+    there = seen[:, 0] if not causal else tokens.valid[..., None]
+    found = made(x, tokens).hidden
+    close(found * tokens.valid[..., None], (expected * there) * tokens.valid[..., None], "against dense")
+    if causal:
+        with torch.no_grad():
+            steps, _ = feed(made, x, tokens, list(range(1, 17)))
+        close(steps[tokens.valid], found[tokens.valid], "step by step")
+    assert made.pairs(17) == float((made.full_bias(*[Tokens.all_valid(1, 17)] * 2) > -torch.inf).sum())
+
+
+@pytest.mark.parametrize("layout", ["S D", "S SD D"])
+def test_a_causal_stack_with_layers_among_summaries_decodes_as_it_trains(layout: str) -> None:
+    model, x = stack(True, layout, 3), torch.randn(2, 19, 16, dtype=torch.float64)
+    with torch.no_grad():
+        whole = model(x).hidden
+        steps, _ = feed(model, x, Tokens.all_valid(2, 19), list(range(1, 19)))
+        changed = x.clone()
+        changed[:, 13:] += 1
+        assert torch.equal(model(changed).hidden[:, :13], whole[:, :13])
+    close(steps, whole, "step by step")
+
+
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("layout", ["S", "SD"])
 def test_pairs_are_those_of_the_definition(causal: bool, layout: str) -> None:
     made = layer(causal, layout=layout)
@@ -215,8 +249,9 @@ def test_the_summary_learns_and_is_of_both_segments_and_number() -> None:
 
 
 WRONG = [
-    ({"layout": "D"}, "layout must be words S and SD, one a layer, got 'D'"),
-    ({"layout": "S,SD"}, "layout must be words S and SD"),
+    ({"layout": "D"}, "layout must hold an S, without which no summary reads its segment, got 'D'"),
+    ({"layout": "DS"}, "layout must be words S, SD and D, one a layer, got 'DS'"),
+    ({"layout": "S,SD"}, "layout must be words S, SD and D"),
     ({"layout": "S SD"}, "layout must be one word around a single layer, got 'S SD'"),
     ({"segment_length": 0}, "segment_length must be an integer of at least 1, got 0"),
     ({"segment_length": 2**17}, "segment_length must be at most 65536"),
@@ -231,11 +266,11 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 
 
 def test_a_model_of_it_is_rebuilt_from_its_config() -> None:
-    attention = {"name": "hierarchical", "segment_length": SIZE, "layout": "S SD"}
+    attention = {"name": "hierarchical", "segment_length": SIZE, "layout": "S D"}
     torch.manual_seed(0)
     model = Transformer(attention=attention, vocab=7, dim=16, heads=2, depth=2)
     again = Transformer(**model.config)
     again.load_state_dict(model.state_dict())
     ids = torch.randint(0, 7, (1, 9))
     assert torch.equal(model(ids).logits, again(ids).logits)
-    assert [each.document for each in again.stack.attentions] == [False, True]
+    assert [getattr(each, "document", None) for each in again.stack.attentions] == [False, None]

@@ -176,5 +176,5 @@ def test_wrong_compressions_are_refused(compression: Any) -> None:
 
 def test_wrong_operands_are_refused() -> None:
     x = torch.zeros(1, 2, 4, 8, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"q must be \[batch, 2, length, 8\] and k, v \[batch, 2, length, 8\], got"):
+    with pytest.raises(ValueError, match=r"q must be \[batch, 2, length, 8\] and k, v \[batch, 2, keys, 8\] with"):
         build().attend(x, x[:, :, :3], x)

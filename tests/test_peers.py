@@ -349,7 +349,7 @@ def states(rows):
 
 def test_without_rows_every_figure_is_open():
     assert set(states([]).values()) == {"open"}
-    assert len(states([])) == len(figures.FIGURES) == 39
+    assert len(states([])) == len(figures.FIGURES) == 42
 
 
 def test_a_figure_is_reached_missed_or_open_by_the_rows_of_its_own_setting():
@@ -382,6 +382,14 @@ def test_bytes_may_be_more_than_a_baselines_by_so_much():
     given = {"causal": True, "options": {"window": 512}, "against": "sdpa"}
     assert states([peer_row(**given, memory_ratio=0.8)])[key] == "reached"
     assert states([peer_row(**given, memory_ratio=0.7)])[key] == "missed"
+
+
+def test_one_of_ours_is_held_to_another_through_the_baseline_that_both_met():
+    key = ("h_transformer_1d", "longformer ±256", "≤ 3.5× its time")
+    mine, theirs = peer_row("h_transformer_1d", "sdpa", time_ratio=6.0), peer_row("longformer", "sdpa", time_ratio=20.0)
+    assert states([mine, theirs])[key] == "reached"
+    assert states([mine, {**theirs, "time_ratio": 22.0}])[key] == "missed"
+    assert states([mine])[key] == "open"
 
 
 def test_growth_and_short_lengths_and_rates():

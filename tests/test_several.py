@@ -13,6 +13,7 @@ from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import behind
 from attention_zoo.layout.pooled import pooled
 from attention_zoo.layout.reach import Anywhere, Band
+from attention_zoo.measure.memory import peak_memory
 from attention_zoo.ops.pattern.several import Keys, attend_to_several
 from attention_zoo.testing.case import close
 
@@ -117,11 +118,30 @@ def test_one_softmax_over_tokens_and_their_summaries(length: int, causal: bool) 
         got = attend_to_several(q, layout, sets, scale=0.7, causal=causal)
         want = reference(q, layout, sets, causal, 0.7)
         close(got, want, f"length {length}")
+        with torch.no_grad():
+            close(attend_to_several(q, layout, sets, scale=0.7, causal=causal), want, f"length {length}, no gradients")
         weight = torch.randn(got.shape, generator=generator, dtype=torch.float64)
         pairs = zip(*(torch.autograd.grad((x * weight).sum(), inputs, allow_unused=True) for x in (got, want)))
         for mine, theirs in pairs:
             if theirs is not None and theirs.numel():
                 close(torch.zeros_like(theirs) if mine is None else mine, theirs, f"length {length}: a gradient", 1e-10)
+
+
+def test_without_gradients_no_keys_are_copied() -> None:
+    """A step beside a long past: less memory than a tenth of the keys."""
+    length, width = 50_000, 64
+    k, v = torch.randn(2, 1, 1, length, width)
+    null = torch.zeros(1, 1, 1, width)
+    past, step = Layout.plain(1, length), Layout.plain(1, 1, start=length)
+    sets = [Keys(null, null, None), Keys(k, v, past)]
+    q = torch.randn(1, 1, 1, width)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return attend_to_several(q, step, sets, scale=1, causal=True)
+
+    call()
+    assert peak_memory(call).peak_bytes < k.nbytes / 10
 
 
 def test_a_reach_with_gaps_is_refused() -> None:

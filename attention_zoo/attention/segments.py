@@ -6,9 +6,8 @@ after them where it is causal, since only then is it known (model/hierarchical.p
     P = segment_length + 1,    the segment of column p is p // P,
     p is a summary  if  p mod P = 0    (two-sided)    or    p mod P = segment_length    (causal)
 
-    S    s_i = softmax_j(scale · q_i·k_j) v_j over the columns j of i's segment;    causal: j up to i alone
-    D    s_i + softmax_j(scale · q'_i·k'_j) v'_j over the summaries j of i's document, with projections of their own of
-         norm(x + s);    two-sided: i is a summary; causal: i is any column, and j those up to i
+    S     s_i = softmax_j(scale · q_i·k_j) v_j over the columns j of i's segment;    causal: j up to i alone
+    SD    s + D(norm(x + s)), with D of projections of its own (attention/summaries.py)
 
 O(L · segment_length) for S and O((L / segment_length)²) for D, causal O(L² / segment_length). A companion of
 `hierarchical`, whose docstring says what is the paper's and what is ours.
@@ -18,20 +17,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from attention_zoo.attention.full import Full
 from attention_zoo.attention.pattern import PatternAttention, hide
-from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens
-from attention_zoo.layout.host import tensor_of
+from attention_zoo.attention.summaries import Summaries
+from attention_zoo.contract import Attention, Output, Source, Tokens
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon
 from attention_zoo.layout.reach import Blocks
-from attention_zoo.ops.pattern.several import Keys, attend_to_several
 from attention_zoo.options import SegmentLength
 
 
@@ -59,17 +54,7 @@ class Segments(PatternAttention):
 
     name = "hierarchical.segments"
     tiny = {"segment_length": 3}
-    declared = Abilities(
-        causality="strict",
-        carry="prefix",
-        two_sided=True,
-        global_tokens="none",
-        cross=False,
-        compute="quadratic",
-        activations="linear",
-        state="linear",
-        grouped_heads=True,
-    )
+    declared = Summaries.declared
 
     def __init__(
         self, *, segment_length: SegmentLength = 128, document: bool = True, kernel: str = "auto", **shared: Any
@@ -80,8 +65,9 @@ class Segments(PatternAttention):
         self.reach = Blocks(self.size, self._own, most=1, weights="uniform")
         if document:
             bias: dict[tuple[bool, bool], bool | str] = {(True, False): "into", (False, True): "out"}
-            self.norm = nn.LayerNorm(self.dim, elementwise_affine=False)  # a gain is the projections' to learn
-            self.among = Full(
+            self.among = Summaries(
+                segment_length=segment_length,
+                kernel="dense" if kernel == "dense" else "auto",
                 dim=self.dim,
                 heads=self.heads,
                 kv_heads=self.kv_heads,
@@ -90,6 +76,7 @@ class Segments(PatternAttention):
                 scale=self.scale,
                 causal=self.causal,
             )
+            self.among.norm = nn.LayerNorm(self.dim, elementwise_affine=False)  # a gain is the projections' to learn
 
     def _own(self, row: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """A segment sees itself alone; see `Blocks`."""
@@ -104,13 +91,9 @@ class Segments(PatternAttention):
         """See `Attention`; summaries among the `length` columns."""
         size = self.size
         whole, rest = divmod(length, size)
-        if not self.causal:
-            summaries = whole + (rest > 0)
-            return whole * size**2 + rest**2 + (summaries**2 if self.document else 0)
-        within = (whole * size * (size + 1) + rest * (rest + 1)) // 2
-        # each summary is read by all columns from its own on
-        among = whole * (length - self.segment_length) - size * whole * (whole - 1) // 2
-        return within + (among if self.document else 0)
+        # causal, each column sees itself and those before it
+        within = sum(n * (n + 1) // 2 if self.causal else n * n for n in [size] * whole + [rest])
+        return within + (self.among.pairs(length) if self.document else 0)
 
     @property
     def _horizon(self) -> Horizon:
@@ -135,57 +118,8 @@ class Segments(PatternAttention):
     def _attended(self, x: Tensor, layout: Layout, state: Any = None, source: Source | None = None) -> Output:
         if not self.document:
             return super()._attended(x, layout, state, source)
-        within = super()._attended(x, layout, None if state is None else state.columns)
-        found = layout.plan(("summaries", self.size, self.causal), lambda: self._summaries(layout))
-        index = found.columns[..., None].expand(-1, -1, self.dim)
-        if self.causal:
-            asking = self.norm(x + within.hidden)
-            told = asking.gather(1, index)
-        else:
-            asking = told = self.norm(x.gather(1, index) + within.hidden.gather(1, index))
-        k, v = self._heads(self.among.to_k(told)), self._heads(self.among.to_v(told))
-        held = Columns.of(found.layout, k, v)
-        if state is not None:
-            held = state.summaries.append(found.layout, k, v, horizon=Horizon())
-        q = self._heads(self.among.to_q(asking))
-        out = self._answers(q, layout if self.causal else found.layout, held)
-        more = self.among.to_out(rearrange(out, "b h l d -> b l (h d)")).to(within.hidden.dtype)
-        if self.causal:
-            hidden = within.hidden + more
-        else:
-            there = found.layout.valid[..., None]  # other rows point at whatever column
-            hidden = within.hidden.scatter_add(1, index, more.masked_fill(~there, 0))
-        if state is not None:
-            state = Remembered(within.state, held.settle(found.layout, horizon=Horizon())[0])
-        return Output(hidden, state)
-
-    def _answers(self, q: Float[Tensor, "B H n D"], queries: Layout, held: Columns) -> Float[Tensor, "B H n D"]:
-        """What the summaries held say to queries of some columns."""
-        k, v = held.held
-        if self.causal and q.shape[2] > 1 and self.kernel != "dense":
-            # in tiles: fused attention would want a mask of all columns by all summaries
-            return attend_to_several(q, queries, [Keys(k, v, held.tokens)], scale=self.scale, causal=True)
-        kernel = "dense" if self.kernel == "dense" else "auto"
-        return self.among.attend(q, k, v, queries, held.tokens, kernel=kernel)
-
-    def _summaries(self, layout: Layout) -> Summaries:
-        host = layout.host
-        place = self.segment_length if self.causal else 0
-        there = host.valid & (host.position % self.size == place)
-        count = int(there.sum(1).max(initial=0))
-        # in order, pushed to the left
-        columns = np.argsort(~there, axis=1, kind="stable")[:, :count]
-        found = host.take(columns).only(np.take_along_axis(there, columns, 1))
-        return Summaries(Layout.known(found, layout.valid.device), tensor_of(columns, layout.valid.device))
-
-
-class Summaries(NamedTuple):
-    """Which columns of a call are summaries, n of them; rows with fewer are filled up with padding at the end.
-
-    Fields:
-        layout: of the summaries, at the positions where they stand.
-        columns: [B, n], where they are.
-    """
-
-    layout: Layout
-    columns: Int[Tensor, "B n"]
+        held, summaries = (None, None) if state is None else state
+        within = super()._attended(x, layout, held)
+        after = self.among._attended(x + within.hidden, layout, summaries)
+        hidden = within.hidden + after.hidden.to(within.hidden.dtype)
+        return Output(hidden, None if state is None else Remembered(within.state, after.state))

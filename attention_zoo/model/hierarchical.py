@@ -3,11 +3,12 @@
 A learned vector, with a sinusoidal code of the segment's number, stands for every `segment_length` tokens of a
 document. It is put in before the first block and taken out after the last: a wrapper. Layers are of two kinds:
 
-    S     each segment attends to itself, its summary among it
-    SD    S, and then the summaries of the document attend to each other       (attention/segments.py has the rule)
+    S     each segment attends to itself, its summary among it                 (attention/segments.py has the rule)
+    D     the summaries of the document attend to each other                   (attention/summaries.py)
+    SD    S, and then D
 
     layout: "S SD"    is tiled over depth, as any list of mechanisms: interleaved "SD" or "S SD", early "SD SD S S",
-                      late "S S SD SD"
+                      late "S S SD SD", with D by itself "S SD D"
 
 Two-sided a summary stands before the tokens of its segment, which read from the next layer on what it was told of other
 segments; what it says after the last layer is added to its tokens. Causal it is written at its segment's end, since
@@ -19,10 +20,12 @@ Paper: encoders alone. S and D are whole Transformer layers, each with a feed-fo
 CLS token, the heads read these, and the best layouts interleave; 128 tokens to a segment.
 
 Released code (coastalcph/hierarchical-transformers): lengths are whole segments, cut from the padded row; D adds a
-learned code of the segment's number each time, and puts its result in the place of the summary. D may stand alone.
+learned code of the segment's number each time, and puts its result in the place of the summary. Its ten layouts are
+words S, SD and D: "SD", "S SD", "S S SD", "S SD D", and as many early, late or in the middle.
 
-Here: D is a second attention with projections of its own in the layer of S, residual and behind a norm without gain;
-both share the block's feed-forward part. The code is a sinusoid, added once: there is no most number of segments.
+Here: in SD, D is a second attention with projections of its own in the layer of S, residual and behind a norm without
+gain; both share the block's feed-forward part. "S D" gives D a layer with a feed-forward part of its own, as in the
+paper, through which all columns go. The code is a sinusoid, added once: there is no most number of segments.
 Heads read tokens, hence the sum after the last layer, without which the last D would be lost. The causal form is ours.
 Segments are counted over the valid tokens of each document; the last may be shorter, and causal it has no summary yet.
 Positions of layers are by embedding; `inner` puts other mechanisms around the summaries.
@@ -51,6 +54,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from attention_zoo.attention.segments import Segments
+from attention_zoo.attention.summaries import Summaries
 from attention_zoo.contract import Output, Source, Tokens
 from attention_zoo.layout.host import Array, Host, before, tensor_of
 from attention_zoo.layout.layout import Layout
@@ -58,7 +62,7 @@ from attention_zoo.model.wrapper import Nested, Wrapper
 from attention_zoo.options import SegmentLength
 from attention_zoo.positions.sinusoidal import Sinusoidal
 
-Kinds = Annotated[str, Field(pattern=r"^SD?( SD?)*$", description="words S and SD, one a layer")]
+Kinds = Annotated[str, Field(pattern=r"^(SD?|D)( (SD?|D))*$", description="words S, SD and D, one a layer")]
 
 
 class Hierarchical(Wrapper):
@@ -66,20 +70,25 @@ class Hierarchical(Wrapper):
 
     Args:
         segment_length: tokens of a segment.
-        layout: the kinds of the layers, tiled over depth: S (within segments) or SD (and then among summaries). The
-            paper's: interleaved "S SD" or "SD", early "SD SD S S", late "S S SD SD".
+        layout: the kinds of the layers, tiled over depth: S (within segments), D (among summaries) or SD (both, one
+            after the other). The paper's: interleaved "S SD" or "SD", early "SD SD S S", late "S S SD SD".
         inner: the mechanisms themselves in the place of `layout`; any take the summaries as columns. Null: of `layout`.
         shared: the options of `Attention`, for the mechanisms inside.
     """
 
     name = "hierarchical"
     tiny = {"segment_length": 4}
-    companions = {"segments": "attention_zoo.attention.segments.Segments"}
+    companions = {
+        "segments": "attention_zoo.attention.segments.Segments",
+        "summaries": "attention_zoo.attention.summaries.Summaries",
+    }
     usual = Segments
 
     def __init__(self, *, segment_length: SegmentLength = 128, layout: Kinds = "SD", inner: Any = None, **shared: Any):
         if inner is None and " " in layout:
             raise ValueError(f"layout must be one word around a single layer, got {layout!r}; a stack takes several")
+        if "S" not in layout:
+            raise ValueError(f"layout must hold an S, without which no summary reads its segment, got {layout!r}")
         options = {"inner": inner, "segment_length": segment_length, "layout": layout}
         super().__init__(inner=self.inside_of(options), **shared)
         self.segment_length, self.layout = segment_length, layout
@@ -92,7 +101,9 @@ class Hierarchical(Wrapper):
             return options["inner"]
         size = options["segment_length"]
         return [
-            {"name": Segments.name, "segment_length": size, "document": kind == "SD"}
+            {"name": Summaries.name, "segment_length": size}
+            if kind == "D"
+            else {"name": Segments.name, "segment_length": size, "document": kind == "SD"}
             for kind in options["layout"].split()
         ]
 

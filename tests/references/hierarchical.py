@@ -40,7 +40,7 @@ def of_document(layer: Hierarchical, text: Tensor) -> Tensor:
             for i, query in enumerate(both)
         ])  # fmt: skip
         said.append(hidden)
-        told.append(inner.norm(both + hidden) if inner.document else None)
+        told.append(inner.among.norm(both + hidden) if inner.document else None)
     if inner.document:
         said = [hidden + more for hidden, more in zip(said, among(layer, inner, told))]
     out = []

@@ -124,6 +124,19 @@ def _floor(backend: str, what: str, options: Row, goal: float, *, length: int, c
     return Figure(what, "matmul floor", f"≤ {goal:g}× the floor", measure, goal, True)
 
 
+def _beside(backend: str, other: str, what: str, options: Row, goal: float, *, length: int, causal: bool) -> Figure:
+    """The time of one of ours over that of another of ours; each met full attention in the same run."""
+
+    def measure(rows: list[Row]) -> float | None:
+        mine, theirs = (
+            _met(rows, name, ("sdpa",), CPU, own, "time_ratio", length=length, causal=causal)
+            for name, own in ((backend, {}), (other, options))
+        )
+        return theirs / mine if mine and theirs else None
+
+    return Figure(backend, what, f"≤ {goal:g}× its time", measure, goal, True)
+
+
 def _growth(backend: str, what: str, key: str, noun: str, goal: float) -> Figure:
     def measure(rows: list[Row]) -> float | None:
         points = {
@@ -214,13 +227,17 @@ FIGURES: tuple[Figure, ...] = (
         "memory_compressed", "memory_compressed", ("memory_compressed_attention",), "memory-compressed-attention",
         {"compression": (3, 3)}, **PAST, faster=2, less=4,
     ),
+    _beside("h_transformer_1d", "longformer", "longformer ±256", WINDOW, 3.5, **LONG),  # log2(length) / 4
     _floor("longformer", "longformer ±256", WINDOW, 2, **LONG),
     _floor("bigbird", "bigbird", BLOCKS, 2, **LONG),
     _floor("transformer_xl", "transformer_xl 2048 + 512", XL_2048, 3, length=2048, causal=True),
     *(
         _growth(name, name, key, noun, goal)
-        for name in ("longformer", "bigbird", "reformer", "transformer_xl")
-        for key, noun, goal in (("seconds", "time", 1.3 if name == "reformer" else 1.2), ("peak_bytes", "bytes", 1.05))
+        for name in ("longformer", "bigbird", "reformer", "transformer_xl", "h_transformer_1d")
+        for key, noun, goal in (
+            ("seconds", "time", 1.3 if name in ("reformer", "h_transformer_1d") else 1.2),
+            ("peak_bytes", "bytes", 1.05),
+        )
     ),
     _short("longformer"),
     _short("bigbird"),

@@ -38,7 +38,8 @@ def matches(
     A cell says backend, length, options and the rest; its `causal` is replaced by what the backend and its peers can:
 
     - longformer two-sided, and causal with the window on one side (twice as long, unless the options give a window);
-    - bigbird two-sided, as its peers; reformer and full causal; a third party's as its cell says;
+    - bigbird two-sided, as its peers, and h_transformer_1d, as longformer to which it is held; reformer and full
+      causal; a third party's as its cell says;
     - transformer_xl over one segment of 2048 and of 512, each with a memory of 512, whatever the cell's length: a long
       stream is the same segment again and again. With lengths of its own among the options: that one alone.
 
@@ -69,7 +70,7 @@ def _directions(cell: SpeedCell) -> list[SpeedCell]:
     if cell.backend == "longformer":
         wide = {"window": 512, **cell.options}
         return [replace(cell, causal=False), replace(cell, causal=True, options=wide)]
-    if cell.backend == "bigbird":
+    if cell.backend in ("bigbird", "h_transformer_1d"):
         return [replace(cell, causal=False)]
     if cell.backend == "transformer_xl":
         default: dict[str, Any] = {"segment_length": 512, "memory_length": 512}

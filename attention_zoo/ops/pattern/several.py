@@ -1,12 +1,13 @@
 """One softmax over several sets of keys, each with a layout of its own: tokens and their summaries, levels, memories.
 
 Each set is a part: its scores are computed by themselves and merged by log-sum-exp, forward and backward, so that
-nothing is ever L x S. O(L · keys that are seen) time, O(L·D) memory.
+nothing is ever L x S. O(L · keys that are seen) time, O(L·D) memory. Without gradients the sets stay where they are, so
+that a step of decoding reads what a state holds and copies none of it; with gradients they are put together first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.reach import Anywhere, Band, Reach
 from attention_zoo.layout.visible import Seen, Visible, columns_of, visible
 from attention_zoo.ops.pattern.globals import cuts
+from attention_zoo.ops.softmax.partial import Scratch, Sums, fold
 from attention_zoo.ops.softmax.parts import Bias, Part
 from attention_zoo.ops.softmax.tiles import Tile, run_tiles, scores_at_once
 
@@ -60,25 +62,76 @@ def attend_to_several(
         raise ValueError("sets must hold at least one set of keys, got none")
     for each in sets:
         _check(each)
+    seen, tiles = [_seen(each, queries, causal) for each in sets], []
+    for a in range(0, q.shape[2], ROWS):
+        rows = slice(a, min(a + ROWS, q.shape[2]))
+        tiles.append((rows, list(_pieces(q, queries, sets, seen, rows))))
+    tensors = [q, *(x for each in sets for x in (each.k, each.v, each.weight) if x is not None)]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return (_together if learns else _apart)(q, queries, sets, tiles, scale)
+
+
+class _Piece(NamedTuple):
+    """Columns of one set, and what is added to their scores."""
+
+    keys: Keys
+    columns: slice
+    bias: Bias
+
+
+_Tiles = list[tuple[slice, list[_Piece]]]
+"""Rows of queries, and what they see."""
+
+
+def _pieces(
+    q: Tensor, queries: Layout, sets: Sequence[Keys], seen: Sequence[Sequence[Seen | None]], rows: slice
+) -> Iterator[_Piece]:
+    most = max(64, scores_at_once(q) // (q.shape[1] * (rows.stop - rows.start)))
+    for each, many in zip(sets, seen):
+        for ranges in many:
+            for low, high, all_see in _ranges(each, queries, ranges, rows):
+                for first, stop in cuts(low, high, most) if high > low else ():
+                    columns = slice(first, stop)
+                    bias = _weights(each, columns) if all_see else _Bias(each, ranges, rows, columns, q.dtype)
+                    yield _Piece(each, columns, bias)
+
+
+def _together(q: Tensor, queries: Layout, sets: Sequence[Keys], tiles: _Tiles, scale: float) -> Tensor:
+    """With gradients: all sets as one."""
     k, v = torch.cat([each.k for each in sets], 2), torch.cat([each.v for each in sets], 2)
-    seen = [_seen(each, queries, causal) for each in sets]
-    starts = [0]
+    starts, at = {}, 0
     for each in sets:
-        starts.append(starts[-1] + each.k.shape[2])
-    tiles, L = [], q.shape[2]
-    for a in range(0, L, ROWS):
-        rows, parts = slice(a, min(a + ROWS, L)), []
-        most = max(64, scores_at_once(q) // (q.shape[1] * (rows.stop - rows.start)))
-        for each, many, start in zip(sets, seen, starts):
-            for ranges in many:
-                for low, high, all_see in _ranges(each, queries, ranges, rows):
-                    for first, stop in cuts(low, high, most) if high > low else ():
-                        columns = slice(first, stop)
-                        bias = _weights(each, columns) if all_see else _Bias(each, ranges, rows, columns, q.dtype)
-                        parts.append(Part(slice(start + first, start + stop), bias))
-        tiles.append(Tile(rows, parts))
+        starts[id(each)], at = at, at + each.k.shape[2]
+
+    def part(piece: _Piece) -> Part:
+        start, columns = starts[id(piece.keys)], piece.columns
+        return Part(slice(start + columns.start, start + columns.stop), piece.bias)
+
     learned = [each.weight for each in sets if each.weight is not None and each.weight.requires_grad]
-    return run_tiles(q, k, v, tiles, scale=scale, learned=learned, asked=queries.asked)
+    run = [Tile(rows, [part(piece) for piece in pieces]) for rows, pieces in tiles]
+    if len(q) > 1:
+        q = q.contiguous()  # so that rows of the batch can be computed together
+    return run_tiles(q, k, v, run, scale=scale, learned=learned, asked=queries.asked)
+
+
+def _apart(q: Tensor, queries: Layout, sets: Sequence[Keys], tiles: _Tiles, scale: float) -> Tensor:
+    """Without gradients: every set where it is."""
+    B, H, L, D = q.shape
+    out, scratch = q.new_empty(B, L, H, D).transpose(1, 2), Scratch()
+    with torch.autocast(q.device.type, enabled=False):
+        for rows, pieces in tiles:
+            widest = max((piece.columns.stop - piece.columns.start for piece in pieces), default=1)
+            size = max(1, scores_at_once(q) // (H * (rows.stop - rows.start) * widest))
+            for start in range(0, B, size):
+                batch = slice(start, start + size)
+                query = q[batch, :, rows]
+                sums = Sums(query, scratch)
+                for keys, columns, bias in pieces:
+                    k, v = (x[batch, :, columns].flatten(0, 1) for x in (keys.k, keys.v))
+                    shape = (len(query), H, query.shape[2])
+                    sums.add(fold(query, keys.k.shape[1]), k, v, bias(batch), scale=scale, shape=shape)
+                sums.end(out[batch, :, rows])
+    return out if queries.asked is None else out.masked_fill_(~queries.asked, 0)
 
 
 def _check(keys: Keys) -> None:
