@@ -7,6 +7,7 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from attention_zoo.contract import Unsupported
 from attention_zoo.measure.cell import SpeedCell, run_cell, work_for
 from attention_zoo.measure.config import BenchmarkConfig, register
 from attention_zoo.measure.kept import _of_no_cell
@@ -18,6 +19,7 @@ from attention_zoo.measure.peers.matches import Match, matches
 from attention_zoo.measure.peers.table import PEERS
 from attention_zoo.report import rivals
 from attention_zoo.report import rows as results
+from attention_zoo.report.tables import cost_table
 
 TINY = {"heads": 2, "head_width": 8, "threads": 1, "variant": "model", "phase": "train_step"}
 SHORT = {"shorten": "1@1 2@4 1@1"}
@@ -39,6 +41,9 @@ def test_a_model_is_a_cell_like_others(backend, model, phase):
     assert row["floor_flops"] is None
     assert _of_no_cell(row) is None
     assert results.options(row) == model
+    said = {"full": "full (shorten=1@1 2@4 1@1)", "adaptive_span": "adaptive_span (depth=1)"}.get(backend, backend)
+    assert given.said == said
+    assert cost_table("", [(given, row)]).columns[0]._cells[0] == said
 
 
 def test_a_step_learns_all_parameters():
@@ -48,6 +53,7 @@ def test_a_step_learns_all_parameters():
     for _ in range(2):
         work.before()
         work.run()
+    assert model.training
     assert all(p.grad is not None for p in model.parameters())
     assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before))
     held = 4 * sum(p.numel() for p in model.parameters())
@@ -131,6 +137,8 @@ def test_a_peer_is_called_as_a_model_is(phase):
         work.before()
         work.run()
     assert (work.held_bytes() > 2 * before) == (phase == "train_step")
+    with pytest.raises(Unsupported, match="phase=prefill"):
+        PEERS["hourglass_transformer"](given.measured(), given.shape()).work("model", "prefill")
 
 
 def test_models_meet_models_alone():
@@ -139,6 +147,8 @@ def test_models_meet_models_alone():
         ("model", ("hourglass_transformer",)),
         ("core", ("sdpa", "materialised")),
     ]
+    (both,) = matches([cell(causal=False)])
+    assert not both.cell.causal
 
 
 @pytest.mark.slow

@@ -297,10 +297,11 @@ def test_what_a_stack_shares_over_depth_it_shares_over_levels():
     assert names
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute")
 def test_compiled():
     torch._dynamo.reset()
-    model = small("full", shorten=hourglass(DEEP, "attention", "attention"))
+    model = small("full", shorten=hourglass(FLAT, "attention", "attention"))
     compiled = torch.compile(model, backend="aot_eager")
     for length in (23, 10):
         ids = some_ids(length=length)

@@ -80,6 +80,13 @@ class SpeedCell:
         """Model width E."""
         return self.heads * self.head_width
 
+    @property
+    def said(self) -> str:
+        """What is measured, in words: "full", "full/dense", "full (shorten=2@1 8@3 2@1)"."""
+        kernel = "" if self.kernel == "auto" else f"/{self.kernel}"
+        model = ", ".join(f"{key}={value}" for key, value in self.model.items())
+        return f"{self.backend}{kernel}" + (f" ({model})" if model else "")
+
     def identity(self) -> str:
         """Name of this cell's result; see `identity.identity`.
 
@@ -250,9 +257,8 @@ def analytic_flops(
     """FLOPs of one call by definition, and of the matrix products that no kernel of linear memory can do without.
 
     They differ in training alone: attention's backward must compute the scores again, so that it costs 2.5 forwards
-    instead of 2. The time that the second would take at the measured matmul rate is the floor.
-
-    None of a whole model: what its blocks see is not counted.
+    instead of 2. The time that the second would take at the measured matmul rate is the floor. None of a whole model:
+    what its blocks see is not counted.
 
     Args:
         linear: FLOPs of the projections, forward.
