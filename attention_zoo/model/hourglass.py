@@ -17,10 +17,17 @@ in the paper, and in a two-sided mean the last group is of what is there. Attent
 levels alone. The whole stack has one width.
 
 Cost: of L tokens a layer at factor f takes what it takes for L/f, in time, memory and state: full attention stays
-quadratic with the factor 1/f² at those layers, and what is linear stays linear.
+quadratic with the factor 1/f² at those layers, and what is linear stays linear. A train step of twelve layers of width
+128 over 1,024 tokens (`python -m experiments.benchmark grid=model heads=2`) has its peak at 101 MiB, as `2@1 8@3 2@1`
+at 59, as `1@1 2@3 6@9 2@3 1@1` at 38; over 4,096 tokens it takes 3.8, 2.0 and 1.0 s of one core with full attention,
+3.0, 1.2 and 0.9 s with longformer. Beside hourglass-transformer-pytorch (`grid=model_peers`): 2.8 times faster.
 
 When: long sequences of small units (bytes, pixels), where neighbours say much of the same, and a step shall cost less.
 Layers that must tell single tokens apart from afar belong outside of the middle: what is alike there is a group.
+Trained at width 64 on one core, one seed: Python source (rows of 1,024 bytes), 13 minutes of both at once, `1@1 4@4
+1@1` 3.36 bits a byte after 191 steps, six layers 3.58 after 110. Recall of pairs (mqar, rows of 64), six minutes of
+both at once, full attention between two layers of longformer ±4: over all tokens 99 % of answers, at `1@1 1@4 1@1` 6 %.
+With full attention in all three layers both learn it, in the layers over all tokens.
 
 Checked: against a loop over documents and groups in float64 (tests/references/shorten.py, 1e-11), and against
 hourglass-transformer-pytorch 0.0.6 on the same weights without its attention between levels (1e-12), outputs and
