@@ -30,7 +30,7 @@ def small(*names: str, **options: Any) -> Transformer:
     """A model of width 16 in float64 and evaluation mode, always the same for the same options."""
     torch.manual_seed(7)
     shape = {"vocab": VOCAB, "dim": 16, "heads": 2, "depth": 2, "ff_mult": 2}
-    return Transformer(attention=[entry(name) for name in names], **{**shape, **options}).double().eval()
+    return Transformer(**{"attention": [entry(name) for name in names], **shape, **options}).double().eval()
 
 
 def some_ids(batch: int = 3, length: int = 23, seed: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from references.shorten import reference
-from small_models import CAUSAL, PREFIX, TWO_SIDED, VOCAB, far, in_pieces, packed, ragged, small, some_ids
+from small_models import CAUSAL, PREFIX, TWO_SIDED, VOCAB, entry, far, in_pieces, packed, ragged, small, some_ids
 
 import attention_zoo as zoo
 from attention_zoo import Tokens, Unsupported
@@ -26,8 +26,8 @@ def hourglass(layout=FLAT, pool="linear", up="linear", **options):
     return {"name": "hourglass", "layout": layout, "pool": pool, "up": up, "reach": 2, **options}
 
 
-def funnel(layout="1@1 1@2 1@4 1@1"):
-    return {"name": "funnel", "layout": layout}
+def funnel(layout="1@1 1@2 1@4 1@1", **options):
+    return {"name": "funnel", "layout": layout, **options}
 
 
 def everywhere(length=23):
@@ -37,10 +37,10 @@ def everywhere(length=23):
     return valid, packed(valid, 6, 14)
 
 
-def stacked(shorten, causal, tokens, seed=3):
+def stacked(shorten, causal, tokens, seed=3, **options):
     """A stack, hidden states, and what its definition makes of them."""
     torch.manual_seed(seed)
-    model = small("full", shorten=shorten, causal=causal, head="hidden")
+    model = small("full", shorten=shorten, causal=causal, head="hidden", **options)
     for parameter in model.parameters():
         parameter.data.mul_(1.7)
     x = torch.randn(*tokens.valid.shape, 16, dtype=torch.float64, requires_grad=True)
@@ -54,19 +54,31 @@ def test_hourglass_equals_its_definition(causal, kinds, layout):
     compare(hourglass(layout, *kinds), causal)
 
 
+@pytest.mark.parametrize("keys", ["pooled", "all"])
 @pytest.mark.parametrize("layout", FUNNELS)
-def test_funnel_equals_its_definition(layout):
-    compare(funnel(layout), False)
+def test_funnel_equals_its_definition(layout, keys):
+    compare(funnel(layout, keys=keys), False, pre_norm=keys == "pooled")
 
 
-def compare(shorten, causal):
+@pytest.mark.parametrize("causal", [True, False])
+def test_heads_may_be_grouped_at_every_level(causal):
+    grouped = [{"name": "full", "kv_heads": 1}, {**entry("longformer"), "kv_heads": 1, "global_projections": "shared"}]
+    compare(hourglass(DEEP, "attention", "attention"), causal, attention=grouped)
+    if causal:
+        model, ids = small("full", shorten=DEEP, attention=grouped), some_ids()
+        assert far(in_pieces(model, ids, None, [4, 5, 11]), model(ids).logits) < 1e-10
+    else:
+        compare(funnel(keys="all"), causal, attention=grouped[0], pre_norm=False)
+
+
+def compare(shorten, causal, **options):
     _, tokens = everywhere()
     for given in (
         tokens,
         Tokens.of(torch.ones(2, 10, dtype=torch.bool)),
         Tokens.of(torch.ones(1, 1, dtype=torch.bool)),
     ):
-        stack, x = stacked(shorten, causal, given)
+        stack, x = stacked(shorten, causal, given, **options)
         weight = torch.randn_like(x) * given.valid[..., None]
         fast, slow = stack(x, given).hidden, reference(stack, x, given)
         assert far(fast[given.valid], slow[given.valid]) < 1e-11
@@ -118,6 +130,48 @@ def test_a_token_does_read_its_group():
         first = p // 3 * 3
         assert held == [at for at in range(first - 2, first + 1) if at >= 0]
     assert ids.shape == (3, 23)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_between_levels_reads_what_is_near(causal):
+    """A group its own k tokens; a token `reach` groups back, and as many on where it may."""
+    size, reach, length = 3, 2, 23
+    level = small("full", shorten=hourglass(FLAT, "attention", "attention"), causal=causal).stack
+    at = windows(Layout.plain(1, length), size, causal=causal, reach=reach)
+    x = torch.randn(1, length, 16, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(1, at.groups.valid.shape[1], 16, dtype=torch.float64, requires_grad=True)
+    pooled, out = level.pool(x, None, at), level.up(x, y, None, at)
+    for group in range(y.shape[1]):
+        first = group * size - (size - 1) * causal
+        expected = [column for column in range(first, first + size) if 0 <= column < length]
+        assert read(pooled[0, group], x) == expected
+    for token in range(length):
+        own = token // size
+        last = own if causal else min(y.shape[1] - 1, own + reach - 1)
+        assert read(out[0, token], y) == list(range(max(0, own - reach + 1), last + 1))
+
+
+def read(out, given):
+    (grad,) = torch.autograd.grad(out.square().sum(), given, retain_graph=True)
+    return grad[0].abs().sum(1).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_reach_over_all_groups_is_the_attention_of_the_paper(causal):
+    """u + attention of u over all groups up to its own, two-sided over all."""
+    level = small("full", shorten=hourglass(FLAT, "mean", "attention"), causal=causal).stack
+    at = windows(Layout.plain(2, 23), 3, causal=causal, reach=64)
+    x = torch.randn(2, 23, 16, dtype=torch.float64)
+    y = torch.randn(2, 8, 16, dtype=torch.float64)
+    own = torch.arange(23) // 3
+    u = x + level.up.linear(y).view(2, -1, 16)[:, :23]
+    over = level.up.over
+    k, v = over.keys(over.norm_keys(y)).chunk(2, -1)
+    q, k, v = (each.unflatten(-1, (2, 8)).transpose(1, 2) for each in (over.query(over.norm(u)), k, v))
+    mask = (torch.arange(8) <= own[:, None]) if causal else None
+    seen = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    expected = u + over.out(seen.transpose(1, 2).flatten(2))
+    assert far(level.up(x, y, None, at), expected) < 1e-12
 
 
 @pytest.mark.parametrize("cuts", [[5, 13, 14, 20], [1], list(range(1, 23))], ids=len)
@@ -217,8 +271,12 @@ def test_mechanisms_are_tiled_over_depth_and_depth_is_their_sum():
 
 def test_saved_and_loaded(tmp_path):
     ids = some_ids()
-    for shorten, causal in ((hourglass(DEEP, "attention", "attention"), True), (funnel(), False)):
-        model = small("longformer", shorten=shorten, causal=causal)
+    for name, shorten, causal in (
+        ("longformer", hourglass(DEEP, "attention", "attention"), True),
+        ("longformer", funnel(), False),
+        ("full", funnel(keys="all"), False),
+    ):
+        model = small(name, shorten=shorten, causal=causal, pre_norm=name != "full")
         again = zoo.load(zoo.save(model, tmp_path / "model"))
         assert torch.equal(again(ids).logits, model(ids).logits)
         assert again.config == model.config
@@ -239,10 +297,11 @@ def test_what_a_stack_shares_over_depth_it_shares_over_levels():
     assert names
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute")
 def test_compiled():
     torch._dynamo.reset()
-    model = small("full", shorten=hourglass(DEEP, "attention", "attention"))
+    model = small("full", shorten=hourglass(FLAT, "attention", "attention"))
     compiled = torch.compile(model, backend="aot_eager")
     for length in (23, 10):
         ids = some_ids(length=length)
@@ -324,6 +383,7 @@ def test_a_funnel_has_a_decoder_where_tokens_answer(head, pooling):
         ({"shorten": {**hourglass(), "reach": 0}}, "reach must be an integer of at least 1"),
         ({"shorten": {**hourglass(), "shift": 1}}, "shorten=hourglass has no option shift"),
         ({"shorten": {**funnel(), "pool": "mean"}, "causal": False}, "shorten=funnel has no option pool"),
+        ({"shorten": funnel(keys="none"), "causal": False}, "keys must be one of pooled, all, got 'none'"),
         ({"shorten": funnel("1@1 1@2"), "causal": False}, "needs a decoder"),
         ({"shorten": funnel("1@1 1@1"), "causal": False}, "a factor above 1"),
         ({"shorten": funnel("1@1 1@4 1@2 1@1"), "causal": False}, "got 2 after 4"),
@@ -339,6 +399,17 @@ def test_what_is_not_supported_says_so():
         small("full", shorten=funnel())
     with pytest.raises(Unsupported, match="shorten=hourglass: reversible=True is not supported"):
         small("full", shorten=FLAT, reversible=True)
+    for options, message in (
+        ({}, "pre_norm=True is not supported"),
+        ({"pre_norm": False, "cross": True}, "cross=True is not supported"),
+        ({"pre_norm": False, "positions": "rotary"}, "positions=rotary is not supported"),
+    ):
+        with pytest.raises(Unsupported, match=message):
+            small("full", shorten=funnel(keys="all"), causal=False, **options)
+    with pytest.raises(Unsupported, match="longformer: cross=True is not supported"):
+        small("longformer", shorten=funnel(keys="all"), causal=False, pre_norm=False)
+    mixed = small("longformer", "full", shorten=funnel("1@1 2@2 2@1", keys="all"), causal=False, pre_norm=False)
+    assert [getattr(each, "cross", False) for each in mixed.stack.attentions] == [False, True, False, False, False]
     with pytest.raises(ValueError, match="state must be of a model"):
         small("full", shorten=FLAT)(some_ids(), state=small("full").initial_state(3))
     with pytest.raises(ValueError, match="state must be of a model"):

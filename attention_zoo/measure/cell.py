@@ -22,11 +22,13 @@ from attention_zoo.measure.limit import limited
 from attention_zoo.measure.memory import Memory, ResidentPeak, peak_memory
 from attention_zoo.measure.speed import LONG_S, matmul_rate, time_call
 from attention_zoo.measure.trace import write_trace
+from attention_zoo.measure.whole import build_model, work_of
 from attention_zoo.measure.work import Phase, Variant, Work, prepare
 from attention_zoo.model.state import state_bytes
+from attention_zoo.model.transformer import Transformer
 from attention_zoo.options import Heads, Positive, Text, Threads, check_fields
 from attention_zoo.results.row import Call, Figures, SpeedRow, Status, no_figures
-from attention_zoo.rules import OneOf
+from attention_zoo.rules import OneOf, shown
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -45,7 +47,8 @@ class SpeedCell:
         options: further options of the backend, e.g. {"window": 256}.
         batch, heads, head_width: B, H, D. The model width is H·D.
         causal: whether tokens see only the past.
-        variant, phase: see `work.prepare`.
+        variant, phase: see `work.prepare`; model: the layer in a whole one, see `whole.work_of`.
+        model: of variant model, options of `Transformer` besides the mechanism, such as {"depth": 6}.
         device: "cpu", "cuda" or "cuda:1".
         dtype: float64 | float32 | bfloat16 | float16, of parameters and inputs.
         threads: intra-op threads of torch; default all cores that this process may use.
@@ -64,15 +67,25 @@ class SpeedCell:
     device: Text = "cpu"
     dtype: Annotated[str, OneOf(*DTYPES)] = "float32"
     threads: Threads = field(default_factory=usable_cores)
+    model: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(type(self), self)
         object.__setattr__(self, "device", canonical_device(self.device))  # frozen: this is the one time
+        if self.model and self.variant != "model":
+            raise ValueError(f"model must be empty unless variant=model, got {shown(self.model)}")
 
     @property
     def dim(self) -> int:
         """Model width E."""
         return self.heads * self.head_width
+
+    @property
+    def said(self) -> str:
+        """What is measured, in words: "full", "full/dense", "full (shorten=2@1 8@3 2@1)"."""
+        kernel = "" if self.kernel == "auto" else f"/{self.kernel}"
+        model = ", ".join(f"{key}={value}" for key, value in self.model.items())
+        return f"{self.backend}{kernel}" + (f" ({model})" if model else "")
 
     def identity(self) -> str:
         """Name of this cell's result; see `identity.identity`.
@@ -110,15 +123,26 @@ class SpeedCell:
         """What its inputs look like."""
         return Shape(self.batch, self.length, torch.device(self.device), getattr(torch, self.dtype))
 
+    def measured(self) -> Attention | Transformer:
+        """What a call runs: the layer, or the model whose blocks attend by such layers."""
+        if self.variant != "model":
+            return self.build()
+        shared = {"dim": self.dim, "heads": self.heads, "causal": self.causal}
+        model = build_model(self.backend, self._options(), self.model, **shared)
+        return model.to(self.device, getattr(torch, self.dtype))
+
     def build(self) -> Attention:
         """The layer, on the cell's device and in its dtype."""
+        layer = registry.build(self.backend, dim=self.dim, heads=self.heads, causal=self.causal, **self._options())
+        return layer.to(self.device, getattr(torch, self.dtype))
+
+    def _options(self) -> dict[str, Any]:
         options = dict(self.options)
         if "kernel" in registry.options_of(self.backend):
             options.setdefault("kernel", self.kernel)
         elif self.kernel != "auto":
             raise Unsupported(self.backend, f"kernel={self.kernel}", "it has one kernel only", "kernel=auto")
-        layer = registry.build(self.backend, dim=self.dim, heads=self.heads, causal=self.causal, **options)
-        return layer.to(self.device, getattr(torch, self.dtype))
+        return options
 
 
 def blank_row(cell: SpeedCell, status: Status, error: str | None = None) -> SpeedRow:
@@ -179,8 +203,8 @@ def run_cell(
 def _measure(cell: SpeedCell, repeats: int, budget_s: float, observe: bool, trace: str | None) -> Figures:
     torch.manual_seed(0)
     device, dtype = torch.device(cell.device), getattr(torch, cell.dtype)
-    layer = cell.build()
-    work = prepare(layer, cell.shape(), variant=cell.variant, phase=cell.phase)
+    layer = cell.measured()
+    work = work_for(layer, cell)
     linear = LinearFlops(layer)
     rate = matmul_rate(device=device, dtype=dtype)
     resident = ResidentPeak()
@@ -220,16 +244,28 @@ def _observed(work: Work, device: torch.device, seconds: float) -> Memory | None
     return peak_memory(work.run, device)
 
 
-def analytic_flops(cell: SpeedCell, layer: Attention, linear: int, seen: int = 0) -> tuple[int | None, int | None]:
+def work_for(layer: Attention | Transformer, cell: SpeedCell) -> Work:
+    """The call of a cell, given what it runs."""
+    if isinstance(layer, Transformer):
+        return work_of(layer, cell.shape(), cell.phase)
+    return prepare(layer, cell.shape(), variant=cell.variant, phase=cell.phase)
+
+
+def analytic_flops(
+    cell: SpeedCell, layer: Attention | Transformer, linear: int, seen: int = 0
+) -> tuple[int | None, int | None]:
     """FLOPs of one call by definition, and of the matrix products that no kernel of linear memory can do without.
 
     They differ in training alone: attention's backward must compute the scores again, so that it costs 2.5 forwards
-    instead of 2. The time that the second would take at the measured matmul rate is the floor.
+    instead of 2. The time that the second would take at the measured matmul rate is the floor. None of a whole model:
+    what its blocks see is not counted.
 
     Args:
         linear: FLOPs of the projections, forward.
         seen: tokens before those of the call.
     """
+    if isinstance(layer, Transformer):
+        return None, None
     before = cell.length if cell.phase == "decode" else seen
     new = 1 if cell.phase == "decode" else cell.length
     pairs = count_pairs(layer, before + new, last_row_only=cell.phase == "decode")

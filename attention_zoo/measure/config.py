@@ -16,6 +16,7 @@ from attention_zoo.measure.cell import DTYPES, SpeedCell
 from attention_zoo.measure.environment import resolved_device, usable_cores
 from attention_zoo.measure.memory import default_limit
 from attention_zoo.measure.peers.matches import Match, matches
+from attention_zoo.measure.whole import build_model
 from attention_zoo.measure.work import Variant
 from attention_zoo.options import Heads, NonNegative, Positive, Seconds, Text, Threads, check_fields
 from attention_zoo.rules import OneOf, shown
@@ -36,7 +37,8 @@ class BenchmarkConfig:
         lengths: tokens of each row.
         quadratic_up_to: no length above this for backends whose cost is quadratic; null lifts it.
         phases: forward | forward_backward | train_step | prefill | decode.
-        variant: layer (projections included) | core (queries, keys and values given).
+        variant: layer (projections included) | core (queries, keys and values given) | model (a whole one).
+        models: of variant model, what each is besides its mechanism: a list of options of `Transformer`.
         causal: whether tokens see only the past.
         heads: attention heads.
         head_width: width of each; the model's is heads · head_width.
@@ -67,6 +69,7 @@ class BenchmarkConfig:
     quadratic_up_to: Positive | None = 4096
     phases: list[str] = field(default_factory=lambda: ["forward_backward"])
     variant: Annotated[str, OneOf(*get_args(Variant))] = "layer"
+    models: list[Any] = field(default_factory=list)
     causal: bool = True
     heads: Heads = 8
     head_width: Positive = 64
@@ -97,17 +100,19 @@ class BenchmarkConfig:
         """
         check_fields(BenchmarkConfig, self)
         check_mappings("options", self.options)
+        models = self._models()
         given = list(registry.available()) if self.backends is None else list(self.backends)
         named = [*BASELINES, *(each for each in given if each != "full")] if self.baselines else given
         _check_names(named)
         cells = [
-            self._cell(*each.partition("/")[::2], length, phase)
+            self._cell(*each.partition("/")[::2], length, phase, model)
             for length in sorted(self.lengths)
             for phase in self.phases
             for each in dict.fromkeys(named)
+            for model in models
             if self._wanted(each.partition("/")[0], length)
         ]
-        self._check_options(named)
+        self._check_options(named, models)
         return cells
 
     @property
@@ -140,18 +145,21 @@ class BenchmarkConfig:
         """
         check_fields(BenchmarkConfig, self)
         check_mappings("options", self.options)
-        phases = [phase for phase in self.phases if phase in ("forward", "forward_backward")]
+        known = ("forward", "forward_backward", *(("train_step",) if self.variant == "model" else ()))
+        phases = [phase for phase in self.phases if phase in known]
         if len(phases) < len(self.phases):
-            raise ValueError(f"phases must be forward or forward_backward with peers=true, got {self.phases}")
+            raise ValueError(f"phases must be {' or '.join(known)} with peers=true, got {self.phases}")
+        models = self._models()
         named = list(registry.available()) if self.backends is None else list(self.backends)
         _check_names(named)
         cells = [
-            self._cell(*each.partition("/")[::2], length, phase)
+            self._cell(*each.partition("/")[::2], length, phase, model)
             for length in sorted(self.lengths)
             for phase in phases
             for each in named
+            for model in models
         ]
-        self._check_options(named)
+        self._check_options(named, models)
         found = matches(cells, against=self.against, quadratic_up_to=self.quadratic_up_to)
         if not found:
             raise ValueError("against and backends must leave a match, got none")
@@ -161,7 +169,18 @@ class BenchmarkConfig:
         quadratic = registry.recipe(backend)[0].declared.compute == "quadratic"
         return not quadratic or self.quadratic_up_to is None or length <= self.quadratic_up_to
 
-    def _cell(self, backend: str, kernel: str, length: int, phase: str) -> SpeedCell:
+    def _models(self) -> list[dict[str, Any]]:
+        """Options of each model; of layers and cores there is one kind alone."""
+        if self.variant != "model":
+            if self.models:
+                raise ValueError(f"models must be empty unless variant=model, got {shown(self.models)}")
+            return [{}]
+        for given in self.models:
+            if not isinstance(given, Mapping):
+                raise ValueError(f"models must list mappings of a model's options, got {shown(given)}")
+        return [dict(given) for given in self.models] or [{}]
+
+    def _cell(self, backend: str, kernel: str, length: int, phase: str, model: dict[str, Any]) -> SpeedCell:
         return SpeedCell(
             backend=backend,
             length=length,
@@ -176,9 +195,10 @@ class BenchmarkConfig:
             device=self.resolved_device(),
             dtype=self.dtype,
             threads=self.threads or usable_cores(),
+            model=model,
         )
 
-    def _check_options(self, named: Sequence[str]) -> None:
+    def _check_options(self, named: Sequence[str], models: Sequence[Mapping[str, Any]]) -> None:
         """Refuse what cannot be meant at once, instead of cell by cell."""
         backends = {each.partition("/")[0] for each in named}
         for backend in sorted(self.options.keys() - backends):
@@ -193,6 +213,9 @@ class BenchmarkConfig:
                 layer = {"dim": self.heads * self.head_width, "heads": self.heads, "causal": self.causal, **options}
                 registry.build(backend, **layer)
                 _check_kernels(layer, [each for each in named if each.startswith(f"{backend}/")])
+                for given in models if self.variant == "model" else ():
+                    shared = {"dim": layer["dim"], "heads": self.heads, "causal": self.causal}
+                    build_model(backend, options, given, **shared)
 
 
 def _check_kernels(layer: dict[str, Any], named: Sequence[str]) -> None:

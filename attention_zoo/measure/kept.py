@@ -90,6 +90,6 @@ def _of_no_cell(row: Row) -> str | None:
     except (TypeError, ValueError) as error:
         return f"config: {' '.join(str(error).split()):.200}"
     for key, value in row["config"].items():
-        if key != "options" and (row.get(key) != value or type(row[key]) is not type(value)):
+        if key not in ("options", "model") and (row.get(key) != value or type(row[key]) is not type(value)):
             return f"{key} must be that of its config, got {shown(row.get(key))}"
     return None

@@ -58,8 +58,7 @@ class CellProgress:
 
 def named(cell: SpeedCell) -> str:
     """A cell in words: "full/dense 4096 forward_backward"."""
-    kernel = "" if cell.kernel == "auto" else f"/{cell.kernel}"
-    return f"{cell.backend}{kernel} {cell.length} {cell.phase}"
+    return f"{cell.said} {cell.length} {cell.phase}"
 
 
 def outcome(row: Row) -> str:

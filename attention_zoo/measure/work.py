@@ -1,7 +1,7 @@
 """What each phase does: the call that a cell measures, and what has to be ready before it.
 
 Layer cells run the whole layer on hidden states, projections included; core cells hand queries, keys and values over
-(measure/core.py).
+(measure/core.py), and cells of models ids (measure/whole.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from attention_zoo.contract import Attention, Tokens, Unsupported
 from attention_zoo.measure.core import Core, Shape, core_of
 from attention_zoo.model.state import reserve
 
-Variant = Literal["layer", "core"]
+Variant = Literal["layer", "core", "model"]
 Phase = Literal["forward", "forward_backward", "train_step", "prefill", "decode"]
 
 PIECE, AHEAD = 8192, 1024
@@ -92,7 +92,7 @@ def layer_work(
 ) -> Work:
     """A layer on hidden states, ours or a peer's: `outputs` gives hidden states first, then losses."""
     if not backward:
-        return Work(_without_gradients(lambda: outputs(x)), x.shape[1], held=lambda: [x, *parameters])
+        return Work(without_gradients(lambda: outputs(x)), x.shape[1], held=lambda: [x, *parameters])
     x.requires_grad_()
     grad = torch.randn_like(x)
 
@@ -107,13 +107,13 @@ def layer_work(
         if optimizer is not None:
             optimizer.step()
 
-    def held() -> Iterator[Tensor]:
-        yield from (x, grad, *parameters)
-        if optimizer is not None:
-            for kept in optimizer.state.values():
-                yield from (value for value in kept.values() if isinstance(value, Tensor))
+    return Work(run, x.shape[1], before, held=lambda: [x, grad, *parameters, *moments(optimizer)])
 
-    return Work(run, x.shape[1], before, held=held)
+
+def moments(optimizer: torch.optim.Optimizer | None) -> Iterator[Tensor]:
+    """What an optimizer keeps of each parameter; nothing without one."""
+    for kept in optimizer.state.values() if optimizer is not None else ():
+        yield from (value for value in kept.values() if isinstance(value, Tensor))
 
 
 def _with_state(layer: Attention, x: Tensor, phase: str) -> Work:
@@ -130,7 +130,7 @@ def _with_state(layer: Attention, x: Tensor, phase: str) -> Work:
 
     if phase == "prefill":
         return Work(
-            _without_gradients(prefill), length, lambda: left.update(state=None), lambda: left["state"],
+            without_gradients(prefill), length, lambda: left.update(state=None), lambda: left["state"],
             held=lambda: [x, *layer.parameters()],
         )  # fmt: skip
     left["state"] = _context(layer, x)
@@ -147,7 +147,7 @@ def _with_state(layer: Attention, x: Tensor, phase: str) -> Work:
         left["state"] = out.state
         return out
 
-    return Work(_without_gradients(decode), 1, before, lambda: left["state"], held=lambda: [step, *layer.parameters()])
+    return Work(without_gradients(decode), 1, before, lambda: left["state"], held=lambda: [step, *layer.parameters()])
 
 
 @torch.no_grad()
@@ -173,7 +173,7 @@ def core_work(core: Core, *, backward: bool) -> Work:
         given[:] = [leaf.clone() if core.writes_inputs else leaf for leaf in core.operands]
 
     if not backward:
-        forward = _without_gradients(lambda: core.call(*given))
+        forward = without_gradients(lambda: core.call(*given))
         return Work(forward, core.tokens, before, held=lambda: leaves, seen=core.seen)
     for leaf in leaves:
         leaf.requires_grad_()
@@ -185,5 +185,5 @@ def core_work(core: Core, *, backward: bool) -> Work:
     return Work(run, core.tokens, before, held=lambda: [*leaves, grad], seen=core.seen)
 
 
-def _without_gradients(call: Callable[[], Any]) -> Callable[[], Any]:
+def without_gradients(call: Callable[[], Any]) -> Callable[[], Any]:
     return torch.no_grad()(call)

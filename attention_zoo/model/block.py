@@ -169,7 +169,7 @@ class Block(Chain):
             branches.append(Branch(GatedConvolution(dim=dim, **options), **shared))
         elif short_conv:
             before.append(ShortConvolution(dim=dim, width=short_conv))
-        branches.append(Branch(*before, attention, **shared))
+        branches.append(Branch(*before, attention, **shared, cross=getattr(attention, "cross", False)))
         place = len(branches) - 1
         if cross is not None:
             branches.append(Branch(cross, **shared, cross=True))

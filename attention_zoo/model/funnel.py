@@ -11,36 +11,51 @@ Paper: arXiv:2006.03236.
 
 Released code: laiguokun/Funnel-Transformer; transformers' `FunnelModel`.
 
-Here: what a block's first attention sees is pooled like its queries (`pool_q_only=False` in transformers; the paper's
-first attention still has the unpooled keys, which no mechanism but full attention would take), and the first token is
-pooled like others (`separate_cls=False`). Groups are counted over the valid tokens of each document, and the last is
-the mean of what is there. Without a decoder the hidden states stay as many as the tokens, each its group's: the mean
-over them is that over groups weighted by their tokens. Position schemes are the zoo's own: the released code's,
-relative with token types in the scores, is not here, so that its checkpoints do not fit.
+Here: `keys` says what the first attention of a shorter block sees: `all`, as in the paper, the tokens before they were
+pooled, its queries alone being pooled (`pool_q_only` in transformers), which takes a mechanism that attends across,
+norms behind additions as in the paper, and positions that are added to embeddings; or `pooled`, the default, what its
+queries are, which any mechanism can do. The first token is pooled like others (`separate_cls=False`). Groups are
+counted over the valid tokens of each document, and the last is the mean of what is there; theirs are counted over
+columns, and one with padding is left out. Without a decoder the hidden states stay as many as the tokens, each its
+group's: the mean over them is that over groups weighted by their tokens. Position schemes are the zoo's own: the
+released code's, relative with token types in the scores, is not here, so that its checkpoints do not fit.
+
+Cost: a layer at factor f costs what it costs for L / f tokens; with `keys=all` and full attention the first of a block
+has as many keys as the block before. Full attention stays quadratic, by a smaller factor.
 
 When: one answer for a long text. Two-sided alone: a group holds tokens after its first.
 
-Checked: against a loop over documents and groups in float64 (tests/references/shorten.py), outputs and gradients.
+Checked: against a loop over documents and groups in float64 (tests/references/shorten.py), and against transformers'
+`FunnelModel` on the same weights, with either keys and at lengths that no factor divides, its terms of positions and
+types at zero (tests/test_funnel_peer.py, 1e-11): outputs and gradients.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from attention_zoo.contract import Layer
 from attention_zoo.model.block import Stack
 from attention_zoo.model.factors import Part, check_descent, written
 from attention_zoo.model.level import Level
 from attention_zoo.model.resample import Pool, Up
-from attention_zoo.rules import Unsupported
+from attention_zoo.options import check_values
+from attention_zoo.rules import OneOf, Unsupported
 
 EXAMPLE = "4@1 4@2 4@4 2@1"
-DEFAULTS: Mapping[str, Any] = {}
+DEFAULTS = {"keys": "pooled"}
+RULES = {"keys": Annotated[str, OneOf("pooled", "all")]}
 
 
-def check(parts: Sequence[Part], options: Mapping[str, Any], *, causal: bool, head: str) -> None:
-    """Raise a ValueError for what is no funnel."""
+def check(parts: Sequence[Part], options: Mapping[str, Any], *, causal: bool, head: str, **model: Any) -> None:
+    """Raise a ValueError for what is no funnel.
+
+    Args:
+        model: options of the model that are on or off: cross, pre_norm.
+    """
+    check_values(RULES, options)
     if causal:
         raise Unsupported("shorten=funnel", "causal=True", "a pooled token holds later ones", "shorten=hourglass")
     decoder = parts[-1].factor == 1
@@ -52,6 +67,19 @@ def check(parts: Sequence[Part], options: Mapping[str, Any], *, causal: bool, he
             f"shorten=funnel needs a decoder, a last part at factor 1 as in {EXAMPLE!r}, for head={head}, got "
             f"{written(parts)!r}"
         )
+    if options["keys"] == "all":
+        name = "shorten=funnel with keys=all"
+        if model["cross"]:
+            raise Unsupported(name, "cross=True", "blocks have one source, here the tokens", "keys=pooled")
+        if model["pre_norm"]:
+            raise Unsupported(name, "pre_norm=True", "keys would come without their norm", "pre_norm=false")
+
+
+def across(parts: Sequence[Part], options: Mapping[str, Any]) -> frozenset[int]:
+    """See `shorten.Shape`: the first block of each part that is shorter than the one before."""
+    starts = itertools.accumulate(part.layers for part in parts)
+    shorter = [start for start, (one, two) in zip(starts, itertools.pairwise(parts)) if two.factor > one.factor]
+    return frozenset(shorter if options["keys"] == "all" else ())
 
 
 def build(
@@ -70,5 +98,6 @@ def build(
         after = decoder if decoder is not None and not index else Stack([])
         shared: dict[str, Any] = {"dim": dim, "heads": heads, "norm": norm}
         pool, up = Pool("mean", size, **shared), Up("repeat", size, residual=after is decoder, **shared)
-        inside = Level(blocks[index][1], inside, after, pool=pool, up=up, causal=causal)
+        unpooled = options["keys"] == "all"
+        inside = Level(blocks[index][1], inside, after, pool=pool, up=up, causal=causal, unpooled=unpooled)
     return inside

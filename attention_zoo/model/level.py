@@ -48,14 +48,16 @@ class Level(Layer):
         pool, up: how one gets there and back.
         reach: how many groups a token's up-sampling reads, its own among them.
         causal: whether groups end with the token that opens them; else they begin with it.
+        unpooled: whether what is inside has the tokens that were pooled for its source.
     """
 
     def __init__(
-        self, before: Layer, inside: Layer, after: Layer, *, pool: Pool, up: Up, reach: int = 1, causal: bool = True
-    ):
+        self, before: Layer, inside: Layer, after: Layer, *, pool: Pool, up: Up, reach: int = 1, causal: bool = True,
+        unpooled: bool = False,
+    ):  # fmt: skip
         super().__init__()
         self.before, self.pool, self.inside, self.up, self.after = before, pool, inside, up, after
-        self.size, self.reach, self.causal = pool.size, reach, causal
+        self.size, self.reach, self.causal, self.unpooled = pool.size, reach, causal, unpooled
 
     @property
     def attentions(self) -> list[Layer]:
@@ -88,7 +90,8 @@ class Level(Layer):
         # between two groups nothing inside is run
         middle = Output(groups, given[1])
         if groups.shape[1]:
-            middle = self.inside(groups, at.groups, state=given[1], source=source, choices=chosen[1])
+            seen = Source(first.hidden, layout) if self.unpooled else source
+            middle = self.inside(groups, at.groups, state=given[1], source=seen, choices=chosen[1])
         latest = None if state is None else state.groups
         wide = self.up(first.hidden, middle.hidden, latest, at)
         last = self.after(wide, layout, state=given[2], source=source, choices=chosen[2])

@@ -185,6 +185,7 @@ def layers(
     positions: str | Mapping[str, Any],
     seed: int,
     handed: Mapping[str, Any],
+    across: frozenset[int] = frozenset(),
     **shared: Any,
 ) -> list[Layer]:
     """`depth` layers; layer i gets seed + i.
@@ -194,6 +195,7 @@ def layers(
         positions: the model's word, or mapping. Embedding-level ones and "none" ask nothing of a mechanism: one whose
             scores are relative by nature stays so. The others are passed on.
         handed: options that a wrapper was given for all of them; an entry's own win.
+        across: layers whose keys come from a source.
         shared: dim, heads, causal.
 
     Raises:
@@ -211,5 +213,7 @@ def layers(
     for index in range(depth):
         entry = listed[index % len(listed)]
         options = {**shared, "positions": passed, "seed": seed, **handed, **entry.options}
+        if index in across:
+            options["cross"] = True
         made.append(entry.make(**{**options, "seed": options["seed"] + index}))
     return made

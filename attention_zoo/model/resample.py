@@ -12,9 +12,11 @@ Up-sampling gives each token something of its group's output y:
     linear      W_j · y + b_j                           for the j-th token that reads the group
     attention   u + attention of u over the groups near it;  u = x + linear: x is the token before shortening
 
-Nawrot et al. 2021, §2.2. Their attentions reach over the whole sequence, at O(L²/k); here a group reads its own k
-tokens and a token the last `reach` groups, so that what joins two levels costs O(L) and is not what decides how a
-stack grows. Neither has a feed-forward layer of its own: blocks follow.
+Nawrot et al. 2021, §2.2: Attention(Q = m, K = V = x) and Attention(Q = u, K = V = y), over the whole sequence, at
+O(L²/k). Here a group reads its own k tokens, and a token the last `reach` groups (two-sided: as many after, too), so
+that what joins two levels costs O(L) and is not what decides how a stack grows. With `reach` no less than the number of
+groups up-sampling is the paper's; pooling over all earlier tokens is not here: blocks before have looked at them.
+Neither has a feed-forward layer of its own, which the released code adds: blocks follow.
 """
 
 from __future__ import annotations

@@ -38,6 +38,12 @@ class Shape(NamedTuple):
     def depth(self) -> int:
         return sum(part.layers for part in self.parts)
 
+    @property
+    def across(self) -> frozenset[int]:
+        """Blocks, by their place in the stack, whose keys are of the tokens before these were pooled."""
+        found: frozenset[int] = self.form.across(self.parts, self.options)
+        return found
+
     def build(self, blocks: Sequence[Block], **shared: Any) -> Layer:
         """The stack of these blocks, `depth` of them; shared: dim, heads, causal, norm."""
         rest: list[Any] = [*Stack(blocks).layers]  # what blocks share over depth, they share over all levels
@@ -49,11 +55,14 @@ class Shape(NamedTuple):
         return stack
 
 
-def shape_of(shorten: str | Mapping[str, Any], *, causal: bool, head: str, reversible: bool | str) -> Shape:
+def shape_of(shorten: str | Mapping[str, Any], *, reversible: bool | str, **model: Any) -> Shape:
     """What the option says: a layout, which is an hourglass, or a mapping with name, layout and the form's options.
 
+    Args:
+        model: what a form wants to know of the model: causal, head, cross, pre_norm.
+
     Raises:
-        Unsupported: for a funnel in a causal model, and for `reversible`.
+        Unsupported: for `reversible`, and for what the form is not there for, such as a funnel in a causal model.
         ValueError: for a layout or an option outside its rule.
     """
     name, given = named("shorten", {"name": "hourglass", "layout": shorten} if isinstance(shorten, str) else shorten)
@@ -64,7 +73,7 @@ def shape_of(shorten: str | Mapping[str, Any], *, causal: bool, head: str, rever
         raise ValueError(f"shorten={name} needs a layout, as {form.EXAMPLE!r}, got {shown(shorten)}")
     parts = parts_of(given.pop("layout"), form.EXAMPLE)
     options = {**form.DEFAULTS, **given}
-    form.check(parts, options, causal=causal, head=head)
+    form.check(parts, options, **model)
     if reversible:
         reason = "its stack changes its length, which two streams cannot undo"
         raise Unsupported(f"shorten={name}", f"reversible={reversible}", reason, "reversible=false")

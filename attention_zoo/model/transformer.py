@@ -139,7 +139,8 @@ class Transformer(nn.Module):
         head_name, _ = named("head", head)
         short = None
         if shorten is not None:
-            short = shape_of(shorten, causal=causal, head=head_name, reversible=reversible)
+            facts = {"causal": causal, "head": head_name, "cross": cross, "pre_norm": pre_norm}
+            short = shape_of(shorten, reversible=reversible, **facts)
             depth = short.depth
         self.config = {
             **given,
@@ -149,7 +150,10 @@ class Transformer(nn.Module):
         }
         self.vocab, self.dim, self.causal, self.cross = vocab, dim, causal, cross
         shared = {"dim": dim, "heads": heads, "causal": causal}
-        made = layers(asked.listed, depth=depth, positions=positions, seed=seed, handed=asked.handed, **shared)
+        made = layers(
+            asked.listed, depth=depth, positions=positions, seed=seed, handed=asked.handed,
+            across=frozenset() if short is None else short.across, **shared,
+        )  # fmt: skip
         feed_forward = with_flat(feed_forward, ff_mult=ff_mult, ff_chunks=ff_chunks)
         blocks = [
             Block(

@@ -21,7 +21,8 @@ FAIR = (
     "cores."
 )
 GOALS = (
-    "Each figure holds for its own setting alone: core, forward + backward, 8 heads × 64, batch 1; on a CPU one thread."
+    "Each figure holds for its own setting alone: core, forward + backward, 8 heads × 64, batch 1; a train step is "
+    "that of a whole model; on a CPU one thread."
 )
 BUDGET = (
     "Parameters, inputs and the peak of one call together. Verified: a process limited to the budget got through at "

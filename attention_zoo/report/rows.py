@@ -185,7 +185,9 @@ def stale(rows: Iterable[Row], digest: str) -> list[Row]:
 def options(row: Row) -> dict[str, Any]:
     """The mechanism's own options that a row was made with, as far as its config tells."""
     config = row.get("config") or {}
-    found = config.get("options")
+    found, model = config.get("options"), config.get("model")
+    if isinstance(found, dict) and isinstance(model, dict):
+        found = {**found, **model}  # of a whole model that was measured
     if found is None:
         found = {"hybrid": config["hybrid"]} if config.get("hybrid") else config.get("attention")
     if not isinstance(found, dict):

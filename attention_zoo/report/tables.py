@@ -57,8 +57,7 @@ def cost_table(title: str, measured: Iterable[tuple[SpeedCell, Row]]) -> RichTab
     """Three lines for each backend and kernel: time, memory, and time as a multiple of its floor."""
     lines: dict[str, dict[int, Row]] = {}
     for cell, row in measured:
-        name = cell.backend if cell.kernel == "auto" else f"{cell.backend}/{cell.kernel}"
-        lines.setdefault(name, {})[cell.length] = row
+        lines.setdefault(cell.said, {})[cell.length] = row
     lengths = sorted({length for line in lines.values() for length in line})
     baselines = [name for name in BASELINES if name in lines]
     caption = (

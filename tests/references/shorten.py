@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attention_zoo.contract import Tokens
+from attention_zoo.contract import Source, Tokens
 from attention_zoo.model.level import Level
 
 
@@ -19,19 +19,20 @@ def reference(stack: Level, x: Tensor, tokens: Tokens) -> Tensor:
     return out
 
 
-def _level(stack: torch.nn.Module, x: Tensor) -> Tensor:
-    """[n, E] -> [n, E] of one document."""
+def _level(stack: torch.nn.Module, x: Tensor, source: Tensor | None = None) -> Tensor:
+    """[n, E] -> [n, E] of one document. source: the tokens before they were pooled, where the first keys are theirs."""
     if not isinstance(stack, Level):
-        return stack(x[None]).hidden[0]
+        whole = None if source is None else Source(source[None], Tokens.all_valid(1, len(source), x.device))
+        return stack(x[None], source=whole).hidden[0]
     k, n = stack.size, len(x)
-    h = _level(stack.before, x)
+    h = _level(stack.before, x, source)
     # shifted by k - 1; what the shift moves beyond the end is of a group that nobody reads yet
     shifted = torch.cat([h.new_zeros(k - 1, h.shape[1]), h]) if stack.causal else h
     pooled = []
     for start in range(0, n, k):
         members = list(shifted[start : start + k])
         pooled.append(_pool(stack.pool, members, k, stack.causal))
-    y = _level(stack.inside, torch.stack(pooled))
+    y = _level(stack.inside, torch.stack(pooled), h if stack.unpooled else None)
     u = torch.stack([_up(stack.up, h[p], y, p, k, stack.reach, stack.causal) for p in range(n)])
     return _level(stack.after, u)
 

@@ -39,8 +39,8 @@ class Agreement(NamedTuple):
         return max(self.output, self.gradient) <= self.bound
 
 
-class Adapter(ABC):
-    """A peer's attention at the options of one of our layers.
+class Peer(ABC):
+    """What others wrote, at the options of one of our layers or models.
 
     Class attributes:
         title: how a table calls it.
@@ -50,9 +50,6 @@ class Adapter(ABC):
         where: to be said after "pip install", where that is not enough.
         module: what must be importable.
         backend: which of ours it is compared with; None: with any.
-        operands: what it is given: "q k v" or "qk v".
-        writes_inputs: whether the call writes into its operands.
-        small: options, causality and length of the comparison in `agreement`.
         bound: see `Agreement`.
     """
 
@@ -63,27 +60,54 @@ class Adapter(ABC):
     where: ClassVar[str] = ""
     module: ClassVar[str] = "torch"
     backend: ClassVar[str | None] = None
-    operands: ClassVar[str] = "q k v"
-    writes_inputs: ClassVar[bool] = False
-    small: ClassVar[dict[str, Any]] = {}
-    small_causal: ClassVar[bool] = True
-    small_length: ClassVar[int] = 96
     bound: ClassVar[float] = 1e-9
 
     def __init__(self, layer: Any, shape: Shape):
-        """Set up for our layer and shape.
+        """Set up for our layer, or model, and shape.
 
         Raises:
-            Unsupported: for an option of the layer that the peer has no counterpart of.
+            Unsupported: for an option of ours that the peer has no counterpart of.
         """
         self.layer, self.shape = layer, shape
-        self.heads, self.width = layer.heads, layer.head_width
         self.length = -(-shape.length // self.multiple) * self.multiple
 
     @property
     def multiple(self) -> int:
         """Lengths that it takes are multiples of this. Longer input is its own cost: its library pads, too."""
         return 1
+
+    @abstractmethod
+    def work(self, variant: str, phase: str) -> Work:
+        """What a cell of that variant and phase measures of the peer.
+
+        Raises:
+            Unsupported: for what it is not asked for.
+        """
+
+    @classmethod
+    @abstractmethod
+    def agreement(cls) -> Agreement:
+        """Compare with our counterpart at a small size, outputs and gradients, in float64."""
+
+
+class Adapter(Peer):
+    """A peer's attention at the options of one of our layers.
+
+    Class attributes:
+        operands: what it is given: "q k v" or "qk v".
+        writes_inputs: whether the call writes into its operands.
+        small: options, causality and length of the comparison in `agreement`.
+    """
+
+    operands: ClassVar[str] = "q k v"
+    writes_inputs: ClassVar[bool] = False
+    small: ClassVar[dict[str, Any]] = {}
+    small_causal: ClassVar[bool] = True
+    small_length: ClassVar[int] = 96
+
+    def __init__(self, layer: Any, shape: Shape):
+        super().__init__(layer, shape)
+        self.heads, self.width = layer.heads, layer.head_width
 
     @abstractmethod
     def enter(self, x: Tensor) -> Tensor:

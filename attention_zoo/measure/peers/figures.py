@@ -1,13 +1,14 @@
 """The figures that this project set out to reach, and what the rows of a benchmark say about each.
 
-Each figure is a floor, for the setting that it names and nothing else: core, forward and backward, 8 heads of 64, batch
-1. One is *open* where no row of that setting is there, such as where no accelerator was at hand.
+Each figure is a floor, for the setting that it names and nothing else: core, forward and backward (or a train step of a
+whole model, where it says so), 8 heads of 64, batch 1. One is *open* where no row of that setting is there, such as
+where no accelerator was at hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from attention_zoo.measure.derived import growth_exponent
@@ -15,7 +16,9 @@ from attention_zoo.results.row import Row
 
 CPU = {"device": "cpu", "dtype": "float32", "threads": 1}
 CUDA = {"device": "cuda", "dtype": "bfloat16"}
-SHARED = {"variant": "core", "phase": "forward_backward", "heads": 8, "head_width": 64, "batch": 1, "status": "ok"}
+SHARED = {"heads": 8, "head_width": 64, "batch": 1, "status": "ok"}
+CORE = {"variant": "core", "phase": "forward_backward"}
+STEP = {"variant": "model", "phase": "train_step"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Figure:
         measure: rows -> the figure; None where it is open.
         goal: what it must reach.
         at_most: whether the goal is an upper bound.
+        of: the variant and phase of its rows.
     """
 
     backend: str
@@ -36,6 +40,7 @@ class Figure:
     measure: Callable[[list[Row]], float | None]
     goal: float
     at_most: bool = False
+    of: Mapping[str, str] = field(default_factory=lambda: CORE)
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,12 @@ class Verdict:
 
 def verdicts(rows: Iterable[Row]) -> list[Verdict]:
     """How every figure stands, in the order of the table."""
-    rows = [row for row in rows if all(row.get(key) == value for key, value in SHARED.items())]
-    return [Verdict(figure, figure.measure(rows)) for figure in FIGURES]
+    rows = list(rows)
+    return [Verdict(each, each.measure([row for row in rows if _fits(row, {**SHARED, **each.of})])) for each in FIGURES]
+
+
+def _fits(row: Row, setting: Mapping[str, Any]) -> bool:
+    return all(row.get(key) == value for key, value in setting.items())
 
 
 def _met(
@@ -201,6 +210,7 @@ XL_2048 = {"segment_length": (2048, 512), "memory_length": (512, 512)}
 XL_512 = {"segment_length": (512, 512), "memory_length": (512, 512)}
 ROUNDS = {"rounds": (4, 4)}
 BLOCKS = {"block": (64, 64), "window_blocks": (3, 3), "random": (3, 3)}
+HOURGLASS = {"shorten": ("2@1 8@3 2@1", None)}
 LONG: Row = {"length": 16384, "causal": False}
 PAST: Row = {"length": 16384, "causal": True}
 
@@ -228,6 +238,13 @@ FIGURES: tuple[Figure, ...] = (
         {"compression": (3, 3)}, **PAST, faster=2, less=4,
     ),
     _beside("h_transformer_1d", "longformer", "longformer ±256", WINDOW, 3.5, **LONG),  # log2(length) / 4
+    *(
+        replace(each, of=STEP)
+        for each in _pair(
+            "full", "hourglass, a train step", ("hourglass_transformer",), "hourglass-transformer-pytorch", HOURGLASS,
+            length=4096, causal=True, faster=1,
+        )
+    ),
     _floor("longformer", "longformer ±256", WINDOW, 2, **LONG),
     _floor("bigbird", "bigbird", BLOCKS, 2, **LONG),
     _floor("transformer_xl", "transformer_xl 2048 + 512", XL_2048, 3, length=2048, causal=True),

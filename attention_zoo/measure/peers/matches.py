@@ -19,6 +19,8 @@ RIVALS: dict[str, tuple[str, ...]] = {
     "memory_compressed": ("memory_compressed_attention", *BASELINES),
 }
 """A backend that is not listed, such as a third party's, meets the baselines."""
+MODELS: dict[str, tuple[str, ...]] = {"full": ("hourglass_transformer",)}
+"""Peers of whole models."""
 TWO_SIDED_ONLY = ("hf_longformer", "hf_bigbird", "hf_bigbird_4_57")
 
 
@@ -37,6 +39,7 @@ def matches(
 
     A cell says backend, length, options and the rest; its `causal` is replaced by what the backend and its peers can:
 
+    - whole models as the cell says;
     - longformer two-sided, and causal with the window on one side (twice as long, unless the options give a window);
     - bigbird two-sided, as its peers, and h_transformer_1d, as longformer to which it is held; reformer and full
       causal; a third party's as its cell says;
@@ -56,7 +59,7 @@ def matches(
         for each in _directions(cell):
             rivals = tuple(
                 name
-                for name in RIVALS.get(each.backend, BASELINES)
+                for name in _rivals(each)
                 if (wanted is None or name in wanted)
                 and not (each.causal and name in TWO_SIDED_ONLY)
                 and (name not in BASELINES or quadratic_up_to is None or each.length <= quadratic_up_to)
@@ -66,7 +69,15 @@ def matches(
     return list(found.values())
 
 
+def _rivals(cell: SpeedCell) -> tuple[str, ...]:
+    if cell.variant == "model":
+        return MODELS.get(cell.backend, ())
+    return RIVALS.get(cell.backend, BASELINES)
+
+
 def _directions(cell: SpeedCell) -> list[SpeedCell]:
+    if cell.variant == "model":
+        return [cell]
     if cell.backend == "longformer":
         wide = {"window": 512, **cell.options}
         return [replace(cell, causal=False), replace(cell, causal=True, options=wide)]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from attention_zoo.contract import Attention, Unsupported
-from attention_zoo.measure.cell import SpeedCell, analytic_flops
+from attention_zoo.measure.cell import SpeedCell, analytic_flops, work_for
 from attention_zoo.measure.ends import ending, one_line
 from attention_zoo.measure.flops import LinearFlops
 from attention_zoo.measure.forked import LONGEST_S, end_of, fork, link_to_parent
@@ -28,8 +28,9 @@ from attention_zoo.measure.link import Link
 from attention_zoo.measure.memory import ResidentPeak, peak_memory
 from attention_zoo.measure.peers.table import PEERS
 from attention_zoo.measure.speed import clock, matmul_rate
-from attention_zoo.measure.work import Work, prepare
+from attention_zoo.measure.work import Work
 from attention_zoo.measure.worker import FIRST
+from attention_zoo.model.transformer import Transformer
 
 WARM_LENGTH = 1024
 """Tokens of the call that wakes libraries and threads before the clock starts: as many on both sides."""
@@ -132,7 +133,7 @@ def _time(talk: _Talk, ours: SpeedCell, peer: str | None) -> None:
             short.before()
             short.run()
         del short
-    layer = ours.build()
+    layer = ours.measured()
     work = _work(ours, peer, layer)
     linear = LinearFlops(layer)
     talk.answer(status="ok")
@@ -154,10 +155,10 @@ def _time(talk: _Talk, ours: SpeedCell, peer: str | None) -> None:
         talk.answer(status="ok", seconds=seconds, cpu_seconds=computed, matmul_flops_per_second=rate)
 
 
-def _work(ours: SpeedCell, peer: str | None, layer: Attention | None = None) -> Work:
-    layer = ours.build() if layer is None else layer
+def _work(ours: SpeedCell, peer: str | None, layer: Attention | Transformer | None = None) -> Work:
+    layer = ours.measured() if layer is None else layer
     if peer is None:
-        return prepare(layer, ours.shape(), variant=ours.variant, phase=ours.phase)
+        return work_for(layer, ours)
     return PEERS[peer](layer, ours.shape()).work(ours.variant, ours.phase)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from attention_zoo.measure.peers.adapter import Adapter
+from attention_zoo.measure.peers.adapter import Peer
 from attention_zoo.measure.peers.dense_xl import DenseXL
 from attention_zoo.measure.peers.full import Fused, Materialised
+from attention_zoo.measure.peers.hourglass_transformer import HourglassTransformer
 from attention_zoo.measure.peers.hugging_face import BigBird, Longformer, OlderBigBird, Reformer
 from attention_zoo.measure.peers.local_attention import LocalAttention
 from attention_zoo.measure.peers.memory_compressed_attention import MemoryCompressedAttention
 from attention_zoo.measure.peers.reformer_pytorch import ReformerPytorch
 
-PEERS: dict[str, type[Adapter]] = {
+PEERS: dict[str, type[Peer]] = {
     "sdpa": Fused,
     "materialised": Materialised,
     "hf_longformer": Longformer,
@@ -21,5 +22,6 @@ PEERS: dict[str, type[Adapter]] = {
     "reformer_pytorch": ReformerPytorch,
     "xl_dense": DenseXL,
     "memory_compressed_attention": MemoryCompressedAttention,
+    "hourglass_transformer": HourglassTransformer,
 }
 """Adapters by the name that options and rows use. Building one imports its library; the table does not."""
