@@ -222,7 +222,9 @@ class _Tile:
         """The keys' rows, [H, n, W, D], in the scratch."""
         flat = _flat(x)
         if self.runs is None or self.there is not None or len(self.runs) > 1:
-            return _by_heads(flat.index_select(0, self.keys.flatten()).unflatten(0, self.keys.shape), name, like, scratch)
+            return _by_heads(
+                flat.index_select(0, self.keys.flatten()).unflatten(0, self.keys.shape), name, like, scratch
+            )
         into = scratch(name, (x.shape[2], 1, self.W, x.shape[3]), like)
         for start, at, count in self.runs[0]:
             into[:, 0, at : at + count] = flat[start : start + count].transpose(0, 1)
