@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attention_zoo.measure.peers.adapter import Adapter
+from attention_zoo.measure.peers.compressive_transformer_pytorch import CompressiveTransformerPytorch
 from attention_zoo.measure.peers.dense_xl import DenseXL
 from attention_zoo.measure.peers.full import Fused, Materialised
 from attention_zoo.measure.peers.hugging_face import BigBird, Longformer, OlderBigBird, Reformer
@@ -20,6 +21,7 @@ PEERS: dict[str, type[Adapter]] = {
     "hf_reformer": Reformer,
     "reformer_pytorch": ReformerPytorch,
     "xl_dense": DenseXL,
+    "compressive_transformer_pytorch": CompressiveTransformerPytorch,
     "memory_compressed_attention": MemoryCompressedAttention,
 }
 """Adapters by the name that options and rows use. Building one imports its library; the table does not."""
