@@ -263,6 +263,7 @@ def _tiles(plan: PiecePlan, q: Tensor) -> Iterator[_Tile]:
     for group in sorted(plan.groups, key=lambda group: -group.rows.shape[1] * group.keys.shape[1]):
         scores = min(ROWS, group.rows.shape[1]) * group.keys.shape[1]
         together = min(H, max(1, limit // scores))
+        together = -(-H // -(-H // together))  # alike many in each part
         heads = [slice(head, head + together) for head in range(0, H, together)]
         count = max(1, limit // (scores * together))
         for piece in range(0, len(group.rows), count):
