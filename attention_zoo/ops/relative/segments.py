@@ -259,7 +259,8 @@ class _Tile:
 
 def _tiles(plan: PiecePlan, q: Tensor) -> Iterator[_Tile]:
     """The largest pieces first, so that scratch never grows; as many pieces, or else heads, as `TILE` allows."""
-    H, limit = q.shape[2], TILE["cuda" if q.is_cuda else "cpu"]
+    # on a CPU more at once than chunks do: rows are whole, so that a part takes few passes, and starting them costs
+    H, limit = q.shape[2], TILE["cuda"] if q.is_cuda else 4 * TILE["cpu"]
     for group in sorted(plan.groups, key=lambda group: -group.rows.shape[1] * group.keys.shape[1]):
         scores = min(ROWS, group.rows.shape[1]) * group.keys.shape[1]
         together = min(H, max(1, limit // scores))
