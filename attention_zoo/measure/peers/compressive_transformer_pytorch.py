@@ -84,7 +84,8 @@ class CompressiveTransformerPytorch(Adapter):
         [0, r], so that one of its products is ours with keys, and the other with distances."""
         q, k, v, z, y, r = given
         self._take_apart()
-        wider, parts = (0, self.width), []
+        wider = 0, self.width
+        parts: list[Tensor] = []
         for each in self._segments():
             rows = q[:, :, each.start : each.stop]
             rows = torch.cat([rows + self.layer.u[:, None], rows + self.layer.v[:, None]], -1)
