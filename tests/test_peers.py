@@ -68,6 +68,8 @@ def test_a_peer_that_computes_something_else_is_found_out():
         ("hf_bigbird", "bigbird", {"block": 32}, False),  # 200 tokens are too few for its sparse attention
         ("hf_reformer", "reformer", {"correct_duplicates": True}, True),
         ("reformer_pytorch", "reformer", {"look_back": 2}, True),
+        ("compressive_transformer_pytorch", "compressive", {"compression": "mean"}, True),
+        ("compressive_transformer_pytorch", "compressive", {"segment_length": 30}, True),
     ],
 )
 def test_what_a_peer_cannot_mirror_is_refused(peer, backend, options, causal):
@@ -105,7 +107,7 @@ def cell(backend: str, length: int = 64, **more) -> SpeedCell:
 
 
 def test_matches_go_in_the_directions_that_peers_have():
-    names = ("longformer", "bigbird", "reformer", "transformer_xl")
+    names = ("longformer", "bigbird", "reformer", "transformer_xl", "compressive")
     found = matches([cell(name, 4096) for name in names], quadratic_up_to=1024)
     said = [(m.cell.backend, m.cell.causal, m.cell.length, m.cell.options, m.rivals) for m in found]
     assert said == [
@@ -115,6 +117,10 @@ def test_matches_go_in_the_directions_that_peers_have():
         ("reformer", True, 4096, {}, ("hf_reformer", "reformer_pytorch")),
         ("transformer_xl", True, 2048, {"segment_length": 2048, "memory_length": 512}, ("xl_dense",)),
         ("transformer_xl", True, 512, {"segment_length": 512, "memory_length": 512}, ("xl_dense", "sdpa")),
+        (
+            "compressive", True, 4096, {"segment_length": 512, "memory_length": 512},
+            ("compressive_transformer_pytorch",),
+        ),
     ]  # fmt: skip
 
 
@@ -351,7 +357,7 @@ def states(rows):
 
 def test_without_rows_every_figure_is_open():
     assert set(states([]).values()) == {"open"}
-    assert len(states([])) == len(figures.FIGURES) == 43
+    assert len(states([])) == len(figures.FIGURES) == 45
 
 
 def test_a_figure_is_reached_missed_or_open_by_the_rows_of_its_own_setting():

@@ -16,7 +16,6 @@ from torch import Tensor
 from attention_zoo.layout.host import Array, Host, tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.pooled import pooled
-from attention_zoo.ops.relative.chunks import ROWS
 from attention_zoo.ops.relative.few import Few
 from attention_zoo.ops.relative.segments import PiecePlan, Pieces, Run
 
@@ -205,7 +204,7 @@ def _pieces(keys: Layout, slots: Layout, queries: int, sizes: Sizes) -> PiecePla
     row, query = host.valid[:, N - queries :].nonzero()
     column = query + N - queries
     document, position = host.document[row, column], host.position[row, column]
-    starts = np.flatnonzero(_changes(row, document, position // S, position % S // ROWS)) if len(row) else row
+    starts = np.flatnonzero(_changes(row, document, position // S)) if len(row) else row
     ends = np.append(starts[1:], len(row))[: len(starts)] - 1
     row, document, low, high = row[starts], document[starts], position[starts], position[ends]
     segment = low // S

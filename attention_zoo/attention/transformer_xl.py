@@ -37,6 +37,7 @@ Other checkpoints: tests/test_weights_transformer_xl.py. Token by token: tests/r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -45,21 +46,20 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.attention.operator import one_operator, refuse_export
-from attention_zoo.contract import Abilities, Attention, Operands, Output, Source, at_least
+from attention_zoo.attention.operator import refuse_export
+from attention_zoo.attention.relative import RelativeAttention
+from attention_zoo.contract import Operands, Output
 from attention_zoo.layout.host import Host, tensor_of
-from attention_zoo.layout.kernel import choose, explain
+from attention_zoo.layout.kernel import choose
 from attention_zoo.layout.layout import Layout
-from attention_zoo.layout.ledger import Columns, Horizon, none
+from attention_zoo.layout.ledger import Columns, Horizon
 from attention_zoo.layout.visible import first_columns, runs_of
 from attention_zoo.ops.relative.call import KERNELS, RelativeCall
 from attention_zoo.ops.relative.chunks import ChunkPlan, chunk_borders, plan_chunks, relative_attention
-from attention_zoo.ops.relative.few import absorbed, few_of
-from attention_zoo.ops.relative.projections import is_plain, streams
-from attention_zoo.ops.relative.waves import waves
+from attention_zoo.ops.relative.few import few_of
+from attention_zoo.ops.relative.projections import streams
 from attention_zoo.ops.softmax.function import watch, zeros_for
 from attention_zoo.options import Natural, Positive
-from attention_zoo.place import place_of
 from attention_zoo.rules import OneOf, Unsupported
 from attention_zoo.tokens import Tokens
 
@@ -74,7 +74,7 @@ class Segments(NamedTuple):
     own: Int[np.ndarray, "B L"]
 
 
-class TransformerXL(Attention):
+class TransformerXL(RelativeAttention):
     """Attention over the own segment and a memory of what came before it.
 
     A call with a state continues the documents of earlier calls, cut anywhere: outputs are those of the whole prefix.
@@ -103,23 +103,10 @@ class TransformerXL(Attention):
     """
 
     name = "transformer_xl"
-    declared = Abilities(
-        causality="strict",
-        carry="prefix",
-        two_sided=False,
-        global_tokens="none",
-        cross=False,
-        compute="linear",
-        activations="linear",
-        state="constant",
-        positions=("none", "relative"),
-        adjustable=("segment_length", "memory_length", "same_length"),
-        truncated=True,
-    )
+    declared = replace(RelativeAttention.declared, adjustable=("segment_length", "memory_length", "same_length"))
     tiny = {"segment_length": 4, "memory_length": 3}
+    kernels = KERNELS
     blank: Tensor
-    shared_over_depth: tuple[str, ...] = ("u", "v")
-    """Parameters that a stack ties over its layers of this kind."""
 
     def __init__(
         self,
@@ -133,31 +120,14 @@ class TransformerXL(Attention):
         kernel: Annotated[str, OneOf("auto", "absorbed", "triton", "shift", "gather")] = "auto",
         **shared: Any,
     ):
-        super().__init__(**shared)
-        if self.dim % 2:
-            raise ValueError(f"dim must be even for sines and cosines of distances, got {self.dim}")
-        self.segment_length, self.memory_length, self.same_length = segment_length, memory_length, same_length
-        self._check_lengths()
+        super().__init__(
+            segment_length=segment_length, memory_length=memory_length, untie_r=untie_r, kernel=kernel, **shared
+        )
+        self.same_length = same_length
         self.clamp_length, self.starts_blank = clamp_length, initial_memory == "zeros"
         if self.starts_blank:
             # what a hidden state of zeros is to this layer: zeros, or with pre-norm what the norm makes of them
             self.register_buffer("blank", torch.zeros(self.dim))
-        self.kernel = kernel
-        if untie_r:
-            self.shared_over_depth = ()
-        width = self.heads * self.head_width
-        self.to_q = nn.Linear(self.dim, width, bias=self.bias_into)
-        self.to_k = nn.Linear(self.dim, width, bias=self.bias_into)
-        self.to_v = nn.Linear(self.dim, width, bias=self.bias_into)
-        self.to_r = nn.Linear(self.dim, width, bias=False)
-        self.to_out = nn.Linear(width, self.dim, bias=self.bias_out)
-        self.u = nn.Parameter(torch.empty(self.heads, self.head_width).normal_(std=0.02))
-        self.v = nn.Parameter(torch.empty(self.heads, self.head_width).normal_(std=0.02))
-
-    def _check_lengths(self) -> None:
-        """At every call too: they are adjustable."""
-        at_least(1, segment_length=self.segment_length)
-        at_least(0, memory_length=self.memory_length)
 
     def pairs(self, length: int) -> float:
         """See `Attention`; a pair costs half as much again for its distance."""
@@ -176,51 +146,29 @@ class TransformerXL(Attention):
         return Columns, self.dim
 
     def initial_state(self, batch_size: int) -> Columns:
-        at_least(0, batch_size=batch_size)
-        device, dtype = place_of(self)
-        empty = torch.zeros(batch_size, 0, self.dim, device=device, dtype=dtype)
-        return Columns.of(none(batch_size, device), empty)
-
-    def forward(
-        self,
-        x: Float[Tensor, "B L E"],
-        tokens: Tokens | None = None,
-        *,
-        state: Columns | None = None,
-        source: Source | None = None,
-        choices: Any = None,
-    ) -> Output:
-        """See `Layer`."""
-        if isinstance(tokens, Layout) and tokens.goes_with(x, state, source, choices):
-            return self._attended(x, tokens)
-        return self._checked(x, tokens, state=state, source=source, choices=choices)
-
-    @one_operator
-    def _checked(
-        self, x: Tensor, tokens: Tokens | None = None, *, state: Any = None, source: Any = None, choices: Any = None
-    ) -> Output:
-        x, layout = self.enter(x, tokens, state, source, choices)
-        return self._attended(x, layout, state)
+        return self._nothing(batch_size)
 
     def _attended(self, x: Tensor, layout: Layout, state: Columns | None = None) -> Output:
-        q = self._heads(self.to_q(x))
         self._check_lengths()
-        columns = self._append(x, layout, state)
+        q = self._heads(self.to_q(x))
+        columns = self._append(x, layout, self._begun(state, x, layout) if self.starts_blank else state)
         hidden, keys = columns.held[0].to(x.dtype), columns.tokens
-        call = RelativeCall(
-            x.shape[1], self.head_width, x.device, self._compute_dtype(x), runs_of(keys, self._lowest).consecutive,
-            all(map(is_plain, (self.to_k, self.to_v, self.to_r))), self.kernel,
-        )  # fmt: skip
-        kernel = choose(self.name, KERNELS, self.kernel, call).name
-        out = self._absorbed(q, x, hidden, keys) if kernel == "absorbed" else self._chunked(q, hidden, keys, kernel)
+        kernel = choose(self.name, KERNELS, self.kernel, self._call(x, keys, self._lowest)).name
+        if kernel == "absorbed":
+            key = ("few", x.shape[1], *self._lengths)
+            few = keys.plan(key, lambda: few_of(keys, self._segments(keys, x.shape[1]).first))
+            out = self._absorbed(q, hidden, few)
+        else:
+            out = self._chunked(q, hidden, keys, kernel)
         out = out if state is None else watch(out, keys)
         out = self.to_out(rearrange(out, "b h l d -> b l (h d)"))
-        return Output(out, None if state is None else self._keep(columns, layout))
+        return Output(out, None if state is None else self._settled(columns, layout))
 
     def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Columns) -> Columns:
         """See `Attention`: hidden states as they come."""
         x, layout = self.enter(x, tokens, state, None)
-        return self._keep(self._append(x, layout, state), layout)
+        held = self._begun(state, x, layout) if self.starts_blank else state
+        return self._settled(self._append(x, layout, held), layout)
 
     # --- memory ----------------------------------------------------------------------------------------------------
 
@@ -234,15 +182,6 @@ class TransformerXL(Attention):
         """What the next token of each row's current document can still see."""
         segment = 1 if self.same_length else self.segment_length
         return Horizon(self.memory_length, segment, most=self.memory_length + segment - 1)
-
-    def _append(self, x: Tensor, layout: Layout, state: Columns | None) -> Columns:
-        held = self._begun(state, x, layout) if self.starts_blank else state
-        return Columns.of(layout, x) if held is None else held.append(layout, x, horizon=self._horizon)
-
-    def _keep(self, columns: Columns, layout: Layout) -> Columns:
-        (hidden,) = columns.buffers
-        columns = columns._replace(buffers=(hidden.detach(),)) if hidden.requires_grad else columns
-        return columns.settle(layout, horizon=self._horizon)[0]
 
     def _begun(self, state: Columns | None, x: Tensor, layout: Layout) -> Columns:
         """The state, with blank hidden states at the M positions before 0 where it is empty yet."""
@@ -316,27 +255,8 @@ class TransformerXL(Attention):
         r = rearrange(self.to_r(self._waves(plan.distances)), "n (h d) -> n h d", h=self.heads)
         return relative_attention(q, k, v, k_own, v_own, r, self.u, self.v, plan, scale=self.scale)
 
-    def _absorbed(self, q: Tensor, x: Tensor, hidden: Tensor, keys: Layout) -> Float[Tensor, "B H L D"]:
-        """See ops/relative/few.py."""
-        key = ("few", x.shape[1], *self._lengths)
-        few = keys.plan(key, lambda: few_of(keys, self._segments(keys, x.shape[1]).first))
-        with torch.autocast(x.device.type, enabled=False):
-            exact = torch.promote_types(x.dtype, torch.float32)
-            projections: Any = (self.to_k, self.to_r, self.to_v)
-            q, table = q.to(exact), self._waves(few.distances)
-            return absorbed(q, hidden, projections, (self.u, self.v), table, few, scale=self.scale).to(x.dtype)
-
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def _compute_dtype(self, x: Tensor) -> torch.dtype:
-        """Of the queries."""
-        kind = x.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-    def _waves(self, distances: int) -> Float[Tensor, "n E"]:
-        device, dtype = place_of(self)
-        return waves(distances, self.dim, self.clamp_length, dtype, device)
 
     def _oldest(self, position: Any) -> Any:
         """The oldest position that a token there sees; may be negative."""
@@ -377,8 +297,3 @@ class TransformerXL(Attention):
         phase = int(mine.position[0, query]) - query
         borders = chunk_borders(length, self.segment_length, phase)
         return plan_chunks(first, own, borders, columns, keys=keys if kernel == "gather" else None, device=device)
-
-    def explain_kernels(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
-        """See `Attention`."""
-        with torch.enable_grad():
-            return explain(KERNELS, RelativeCall(length, self.head_width, device, dtype))

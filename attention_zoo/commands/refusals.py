@@ -14,7 +14,7 @@ from hydra.errors import OverrideParseException
 EXTRAS = {
     "sweep": ("hydra_plugins", "joblib", "submitit"),
     "huggingface": ("transformers", "tokenizers"),
-    "peers": ("reformer_pytorch", "local_attention", "memory_compressed_attention"),
+    "peers": ("reformer_pytorch", "local_attention", "memory_compressed_attention", "compressive_transformer_pytorch"),
 }
 """Which extra of this package brings what is not there, by the name that is imported."""
 LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")

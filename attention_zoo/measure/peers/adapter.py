@@ -8,7 +8,7 @@ does is not compared at all.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -228,6 +228,20 @@ def as_rows(x: Tensor) -> Tensor:
 def as_heads(x: Tensor, heads: int) -> Tensor:
     """[B, L, H·D] -> [B, H, L, D]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def in_turn(works: Sequence[Work], tokens: int) -> Work:
+    """Calls that follow one another, such as those of segments, as one call for so many tokens."""
+
+    def run() -> None:
+        for each in works:
+            each.run()
+
+    def before() -> None:
+        for each in works:
+            each.before()
+
+    return Work(run, tokens, before, held=lambda: [tensor for each in works for tensor in each.held()])
 
 
 def nothing(batch: int, length: int, width: int, like: Tensor) -> Tensor:

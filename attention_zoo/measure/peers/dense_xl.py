@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo.measure.core import Core, Shape
-from attention_zoo.measure.peers.adapter import Adapter
+from attention_zoo.measure.peers.adapter import Adapter, in_turn
 from attention_zoo.measure.work import Work, core_work, layer_work
 
 
@@ -76,16 +76,7 @@ class DenseXL(Adapter):
         else:
             layer = _Layer(self).to(self.shape.device, self.shape.dtype)
             works = [self._segment_layer(layer, start, stop, backward) for start, stop in self._segments()]
-
-        def run() -> None:
-            for each in works:
-                each.run()
-
-        def before() -> None:
-            for each in works:
-                each.before()
-
-        return Work(run, self.length, before, held=lambda: [tensor for each in works for tensor in each.held()])
+        return in_turn(works, self.length)
 
     def _randn(self, *size: int) -> Tensor:
         return torch.randn(size, device=self.shape.device, dtype=self.shape.dtype)

@@ -209,6 +209,7 @@ WINDOW, CAUSAL_WINDOW = {"window": (256, 256)}, {"window": (512, 256)}
 XL_2048 = {"segment_length": (2048, 512), "memory_length": (512, 512)}
 XL_512 = {"segment_length": (512, 512), "memory_length": (512, 512)}
 ROUNDS = {"rounds": (4, 4)}
+MEMORIES = {"segment_length": (512, 256), "memory_length": (512, 256), "ratio": (4, 4)}
 BLOCKS = {"block": (64, 64), "window_blocks": (3, 3), "random": (3, 3)}
 HOURGLASS = {"shorten": ("2@1 8@3 2@1", None)}
 LONG: Row = {"length": 16384, "causal": False}
@@ -232,6 +233,10 @@ FIGURES: tuple[Figure, ...] = (
     *_pair(
         "transformer_xl", "transformer_xl 512 + 512", ("xl_dense",), "original dense formulation", XL_512,
         length=512, causal=True, faster=1.1, less=5,
+    ),
+    *_pair(
+        "compressive", "compressive 512 + 512", ("compressive_transformer_pytorch",), "compressive-transformer-pytorch",
+        MEMORIES, **PAST, faster=2, less=3,
     ),
     *_pair(
         "memory_compressed", "memory_compressed", ("memory_compressed_attention",), "memory-compressed-attention",

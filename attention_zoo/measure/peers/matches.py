@@ -16,6 +16,7 @@ RIVALS: dict[str, tuple[str, ...]] = {
     "bigbird": ("hf_bigbird_4_57", "hf_bigbird", *BASELINES),
     "reformer": ("hf_reformer", "reformer_pytorch", *BASELINES),
     "transformer_xl": ("xl_dense", "sdpa"),
+    "compressive": ("compressive_transformer_pytorch", "sdpa"),
     "memory_compressed": ("memory_compressed_attention", *BASELINES),
 }
 """A backend that is not listed, such as a third party's, meets the baselines."""
@@ -44,7 +45,8 @@ def matches(
     - bigbird two-sided, as its peers, and h_transformer_1d, as longformer to which it is held; reformer and full
       causal; a third party's as its cell says;
     - transformer_xl over one segment of 2048 and of 512, each with a memory of 512, whatever the cell's length: a long
-      stream is the same segment again and again. With lengths of its own among the options: that one alone.
+      stream is the same segment again and again. With lengths of its own among the options: that one alone;
+    - compressive with a segment and a memory of 512, unless the options give others.
 
     Args:
         against: these peers alone.
@@ -92,6 +94,8 @@ def _directions(cell: SpeedCell) -> list[SpeedCell]:
         found = [replace(cell, causal=True, length=p["segment_length"], options={**cell.options, **p}) for p in pairs]
         # an accelerator is not busy with one segment
         return [replace(cell, causal=True), *found] if cell.device.startswith("cuda") else found
+    if cell.backend == "compressive":
+        return [replace(cell, causal=True, options={"segment_length": 512, "memory_length": 512, **cell.options})]
     return [replace(cell, causal=True)] if cell.backend in ("reformer", "full") else [cell]
 
 

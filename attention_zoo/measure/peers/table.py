@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attention_zoo.measure.peers.adapter import Peer
+from attention_zoo.measure.peers.compressive_transformer_pytorch import CompressiveTransformerPytorch
 from attention_zoo.measure.peers.dense_xl import DenseXL
 from attention_zoo.measure.peers.full import Fused, Materialised
 from attention_zoo.measure.peers.hourglass_transformer import HourglassTransformer
@@ -21,6 +22,7 @@ PEERS: dict[str, type[Peer]] = {
     "hf_reformer": Reformer,
     "reformer_pytorch": ReformerPytorch,
     "xl_dense": DenseXL,
+    "compressive_transformer_pytorch": CompressiveTransformerPytorch,
     "memory_compressed_attention": MemoryCompressedAttention,
     "hourglass_transformer": HourglassTransformer,
 }

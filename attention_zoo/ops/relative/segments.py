@@ -4,11 +4,12 @@
 
 A piece is some consecutive queries of one segment and the keys that they see, brought side by side in the order in
 which they count, the last query's own key in the last column. So a distance is a difference of columns, whatever the
-keys are, and is brought there by a view (`Shift`). Pieces that are alike run together.
+keys are, and is brought there by a view (`Shift`). Pieces that are alike run together; of long ones, some queries after
+others, each lot over the columns up to its last query's own.
 
 Gradients of keys go to two streams, as in chunks.py: those of all pairs, and those of the last `own` columns alone,
-which lie inside the segment. Scores are computed again in backward from the log-sum-exp: O(L · keys) time, O(L · D)
-memory.
+which lie inside the segment. Scores are computed again in backward, whole rows at once: O(L · keys) time, O(L · D)
+memory, of which nothing but the inputs and the output is saved.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attention_zoo.ops.relative.chunks import TILE, Shift, add_scores, falling
+from attention_zoo.ops.relative.chunks import ROWS, TILE, Shift, falling
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 from attention_zoo.ops.softmax.pages import large_pages
-from attention_zoo.ops.softmax.partial import LOG2E, Scratch, partial
+from attention_zoo.ops.softmax.partial import Scratch
 
 Run = tuple[int, int, int]
 """Keys that stand side by side in the table as in a piece: its first column there, its first row here, how many."""
@@ -91,75 +92,68 @@ def segment_attention(
 
 
 class _Segments(torch.autograd.Function):
+    """Tiles are [h, n, R, D]: heads first, so that the table of a head serves the rows of all pieces at once."""
+
     @staticmethod
     @without_autocast
     def forward(ctx: Any, q, k, v, k_own, v_own, r, u, w, plan: PiecePlan, scale: float) -> Tensor:
         exact = torch.promote_types(q.dtype, torch.float32)
         table = falling(r, exact)
         out = _buffer(q, q.dtype, zero=not plan.whole)
-        lse = q.new_full((len(out), q.shape[2]), torch.inf, dtype=exact)
         scratch = Scratch()
         for tile in _tiles(plan, q):
-            key, value, queries = tile.take(k), tile.take(v), tile.rows_of(q)
-            for heads in tile.heads:
-                query = queries[:, :, heads].transpose(1, 2).to(exact)  # [n, h, R, D]
-                shape = Shift(tile.R, tile.W)
-                to_distances = ((query + w[heads, None]) * scale).transpose(0, 1)
-                bias = tile.hide(shape.scores(to_distances, shape.cut(table[heads]), scratch))
-                found, total = partial(
-                    query + u[heads, None], key[:, :, heads].transpose(1, 2), value[:, :, heads].transpose(1, 2),
-                    bias.transpose(0, 1), scale=scale, scratch=scratch,
-                )  # fmt: skip
-                tile.put(out[:, heads], found.transpose(1, 2))
-                tile.put(lse[:, heads], total[..., 0].transpose(1, 2))
-        ctx.save_for_backward(q, k, v, r, u, w, out, lse)
+            query = tile.rows_of(q, "query", table, scratch)
+            keys, values = (tile.keys_of(x, name, table, scratch) for x, name in ((k, "keys"), (v, "values")))
+            found = scratch("found", query.shape, query)
+            for part in tile.parts:
+                sides = part.sides(query, u, w, scale)
+                weights = part.weights(*sides, part.seen(keys), part.shape.cut(table[part.heads]), scratch)
+                _multiply(part.asked(found), weights, part.seen(values), beta=0)
+            tile.put(out, found)
+        ctx.save_for_backward(q, k, v, r, u, w, out)
         ctx.plan, ctx.scale = plan, scale
         return out.view(q.shape)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, r, u, w, out, lse = saved
-        plan, scale, exact = ctx.plan, ctx.scale, lse.dtype
-        wanted = ctx.needs_input_grad[3:5]
+        q, k, v, r, u, w, out = saved
+        plan, scale, exact = ctx.plan, ctx.scale, torch.promote_types(q.dtype, torch.float32)
         table = falling(r, exact)
         dtable, du, dw = torch.zeros_like(table), *(torch.zeros_like(x, dtype=exact) for x in (u, w))
         dq = _buffer(q, exact, zero=not plan.whole)
         dk, dv = (_buffer(k, exact, zero=True) for _ in range(2))
-        dk_own, dv_own = (_buffer(k, exact, zero=True) if want else None for want in wanted)
+        dk_own, dv_own = (_buffer(k, exact, zero=True) if want else None for want in ctx.needs_input_grad[3:5])
         scratch = Scratch()
         for tile in _tiles(plan, q):
-            key, value = tile.take(k), tile.take(v)
-            rows = tuple(tile.rows_of(x) for x in (q, grad, out.view(q.shape)))
-            dkey, dvalue = (scratch(name, key.shape, dtable) for name in ("dkey", "dvalue"))
-            for heads in tile.heads:
-                query, dout, result = (x[:, :, heads].permute(2, 0, 1, 3).to(exact) for x in rows)
-                keys, values = (x[:, :, heads].permute(2, 0, 1, 3).to(exact) for x in (key, value))
-                to_keys = (query + u[heads, None, None]) * scale
-                to_distances = (query + w[heads, None, None]) * scale
-                shape = Shift(tile.R, tile.W)
-                distance_keys = shape.cut(table[heads])
-
-                full = (*query.shape[:3], tile.W)
-                weights, dweights = (scratch(name, full, query) for name in ("weights", "dweights"))
-                exponent = tile.exponent(lse[:, heads])
-                torch.add(exponent, shape.scores(to_distances, distance_keys, scratch), alpha=LOG2E, out=weights)
-                tile.hide(weights)
-                add_scores(weights, to_keys, keys, LOG2E).exp2_()
-                dweights.copy_((dout * result).sum(-1, keepdim=True).neg_())
-                add_scores(dweights, dout, values)
-                dscores, dproduct = shape.gradient(dweights, weights, scratch)
-
-                dkey[:, :, heads] = (dscores.transpose(-1, -2) @ to_keys).permute(1, 2, 0, 3)
-                dvalue[:, :, heads] = (weights.transpose(-1, -2) @ dout).permute(1, 2, 0, 3)
-                for_keys = dscores @ keys
-                for_distances = (dproduct @ distance_keys).view_as(query)
-                shape.cut(dtable[heads]).baddbmm_(dproduct.transpose(-1, -2), to_distances.flatten(1, 2))
-                du[heads] += for_keys.sum((1, 2))
-                dw[heads] += for_distances.sum((1, 2))
-                tile.put(dq[:, heads], for_keys.add_(for_distances).permute(1, 2, 0, 3))
-            tile.add(dk, dk_own, dkey)
-            tile.add(dv, dv_own, dvalue)
+            query, dout, result = (
+                tile.rows_of(x, name, table, scratch)
+                for x, name in ((q, "query"), (grad, "dout"), (out.view(q.shape), "found"))
+            )
+            keys, values = (tile.keys_of(x, name, table, scratch) for x, name in ((k, "keys"), (v, "values")))
+            dkeys, dvalues = (scratch(name, keys.shape, keys) for name in ("dkeys", "dvalues"))
+            delta = (dout * result).sum(-1, keepdim=True).neg_()
+            dquery = result  # which is not needed any more
+            for part in tile.parts:
+                beta = 0 if part.covers_all else 1
+                distances = part.shape.cut(table[part.heads])
+                to_keys, to_distances = part.sides(query, u, w, scale)
+                weights = part.weights(to_keys, to_distances, part.seen(keys), distances, scratch)
+                _multiply(part.seen(dvalues), weights.transpose(-1, -2), part.asked(dout), beta=beta)
+                dweights = scratch("scores", weights.shape, weights).copy_(part.asked(delta))
+                _multiply(dweights, part.asked(dout), part.seen(values).transpose(-1, -2))
+                dscores, dproduct = part.shape.gradient(dweights, weights, scratch)
+                _multiply(part.seen(dkeys), dscores.transpose(-1, -2), to_keys, beta=beta)
+                for_keys = part.asked(dquery)
+                _multiply(for_keys, dscores, part.seen(keys), beta=0)
+                du[part.heads] += for_keys.sum((1, 2))
+                for_distances = (dproduct @ distances).view_as(to_distances)
+                dw[part.heads] += for_distances.sum((1, 2))
+                for_keys.add_(for_distances)
+                part.shape.cut(dtable[part.heads]).baddbmm_(dproduct.transpose(-1, -2), to_distances.flatten(1, 2))
+            tile.put(dq, dquery)
+            tile.add(dk, dk_own, dkeys)
+            tile.add(dv, dv_own, dvalues)
         dr = dtable[:, :-1].flip(1).transpose(0, 1)
         gradients = (dq.mul_(scale), dk, dv, dk_own, dv_own, dr, du.mul_(scale), dw.mul_(scale))
         likes = (q, k, v, k, v, r, u, w)
@@ -167,56 +161,88 @@ class _Segments(torch.autograd.Function):
         return *found, None, None
 
 
+class _Part:
+    """Some heads and rows of a tile, over the columns up to the last row's own."""
+
+    def __init__(self, tile: _Tile, heads: slice, start: int, stop: int):
+        self.tile, self.heads, self.rows = tile, heads, slice(start, stop)
+        self.columns = tile.W - tile.R + stop
+        self.covers_all = stop == tile.R
+        self.shape = Shift(stop - start, self.columns)
+
+    def asked(self, x: Float[Tensor, "H n R D"]) -> Float[Tensor, "h n l D"]:
+        return x[self.heads, :, self.rows]
+
+    def seen(self, x: Float[Tensor, "H n W D"]) -> Float[Tensor, "h n s D"]:
+        return x[self.heads, :, : self.columns]
+
+    def sides(self, query: Float[Tensor, "H n R D"], u: Tensor, w: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """What meets keys, and what meets distances, [h, n, l, D]."""
+        query = self.asked(query)
+        return (query + u[self.heads, None, None]) * scale, (query + w[self.heads, None, None]) * scale
+
+    def weights(
+        self, to_keys: Tensor, to_distances: Tensor, keys: Tensor, distances: Tensor, scratch: Scratch
+    ) -> Float[Tensor, "h n l s"]:
+        """Those of the softmax, in the scratch; zeros where there is no query."""
+        h, n, l, _ = to_keys.shape
+        scores, weights = (scratch(name, (h, n, l, self.columns), keys) for name in ("scores", "weights"))
+        _multiply(scores, to_keys, keys.transpose(-1, -2), beta=0)
+        scores += self.shape.scores(to_distances, distances, scratch)
+        there, asked = self.tile.there, self.tile.asked
+        if l > 1:
+            future = torch.ones(l, l, dtype=torch.bool, device=scores.device).triu(1)
+            scores[..., self.columns - l :].masked_fill_(future, -torch.inf)
+        if there is not None:
+            scores.masked_fill_(~there[:, None, : self.columns], -torch.inf)
+        torch.softmax(scores, -1, out=weights)
+        return weights if asked is None else weights.masked_fill_(~asked[:, self.rows, None], 0)
+
+
 class _Tile:
-    """Some pieces of a group, of which some heads are computed at once."""
+    """Some pieces of a group, and the parts in which they are computed: the last rows of some heads first."""
 
     def __init__(self, group: Pieces, pieces: slice, heads: list[slice]):
-        self.rows, self.keys, self.heads, self.own = group.rows[pieces], group.keys[pieces], heads, group.own
+        self.rows, self.keys, self.own = group.rows[pieces], group.keys[pieces], group.own
         self.asked, self.there = (None if x is None else x[pieces] for x in (group.asked, group.there))
         self.runs = None if group.runs is None else group.runs[pieces]
         self.R, self.W = self.rows.shape[1], self.keys.shape[1]
         first = () if group.starts is None else group.starts[pieces]
         self.alone = slice(first[0], first[0] + self.R) if len(first) == 1 else None
+        starts = range(0, self.R, ROWS)[::-1]
+        self.parts = [_Part(self, some, start, min(start + ROWS, self.R)) for some in heads for start in starts]
 
-    def rows_of(self, x: Float[Tensor, "B L H D"]) -> Float[Tensor, "n R H D"]:
-        if self.alone is not None:
-            return _flat(x)[None, self.alone]
-        return _flat(x)[self.rows.flatten()].unflatten(0, self.rows.shape)
-
-    def take(self, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "n W H D"]:
+    def rows_of(self, x: Float[Tensor, "B L H D"], name: str, like: Tensor, scratch: Scratch) -> Tensor:
+        """The queries' rows, [H, n, R, D], in the scratch."""
         flat = _flat(x)
-        if self.runs is None or self.there is not None:
-            return flat.index_select(0, self.keys.flatten()).unflatten(0, self.keys.shape)
-        pieces = [flat[start : start + count] for runs in self.runs for start, _, count in runs]
-        return torch.cat(pieces).unflatten(0, self.keys.shape)
+        found = flat[None, self.alone] if self.alone is not None else flat[self.rows]
+        return _by_heads(found, name, like, scratch)
 
-    def hide(self, scores: Float[Tensor, "h n R W"]) -> Float[Tensor, "h n R W"]:
-        """-inf, in place, for the future and for keys that are not there."""
-        if self.R > 1:
-            future = torch.ones(self.R, self.R, dtype=torch.bool, device=scores.device).triu(1)
-            scores[..., self.W - self.R :].masked_fill_(future, -torch.inf)
-        return scores if self.there is None else scores.masked_fill_(~self.there[:, None], -torch.inf)
+    def keys_of(self, x: Float[Tensor, "B T H D"], name: str, like: Tensor, scratch: Scratch) -> Tensor:
+        """The keys' rows, [H, n, W, D], in the scratch."""
+        flat = _flat(x)
+        if self.runs is None or self.there is not None or len(self.runs) > 1:
+            return _by_heads(
+                flat.index_select(0, self.keys.flatten()).unflatten(0, self.keys.shape), name, like, scratch
+            )
+        into = scratch(name, (x.shape[2], 1, self.W, x.shape[3]), like)
+        for start, at, count in self.runs[0]:
+            into[:, 0, at : at + count] = flat[start : start + count].transpose(0, 1)
+        return into
 
-    def exponent(self, lse: Float[Tensor, "BL h"]) -> Float[Tensor, "h n R 1"]:
-        """What makes weights of scores, base 2; -inf where there is no query."""
-        found = lse[self.rows.flatten()].unflatten(0, self.rows.shape)
-        found = found if self.asked is None else found.masked_fill(~self.asked[..., None], torch.inf)
-        return found.permute(2, 0, 1)[..., None] * -LOG2E
-
-    def put(self, into: Tensor, found: Float[Tensor, "n R ..."]) -> None:
+    def put(self, into: Float[Tensor, "BL H D"], found: Float[Tensor, "H n R D"]) -> None:
         """Into the rows of the queries."""
+        by_rows = found.permute(1, 2, 0, 3)
         if self.alone is not None:
-            into[self.alone] = found[0]
-            return
-        rows, found = self.rows.flatten(), found.flatten(0, 1)
-        if self.asked is not None:
-            at = self.asked.flatten()
-            rows, found = rows[at], found[at]
-        into[rows] = found.to(into.dtype)
+            into[self.alone] = by_rows[0]
+        elif self.asked is None:
+            into[self.rows] = by_rows.to(into.dtype)
+        else:
+            into[self.rows[self.asked]] = by_rows[self.asked].to(into.dtype)
 
-    def add(self, every: Tensor, own: Tensor | None, found: Float[Tensor, "n W H D"]) -> None:
-        """To the gradients of the keys: all, and those of the own segment."""
-        first = self.W - self.own
+    def add(self, every: Tensor, own: Tensor | None, found: Float[Tensor, "H n W D"]) -> None:
+        """To the gradients of the keys, [BT, H, D]: all, and those of the own segment."""
+        found, first = found.permute(1, 2, 0, 3), self.W - self.own
         if self.runs is None:
             found = found if self.there is None else found.masked_fill(~self.there[..., None, None], 0)
             every.index_add_(0, self.keys.flatten(), found.flatten(0, 1))
@@ -233,10 +259,12 @@ class _Tile:
 
 def _tiles(plan: PiecePlan, q: Tensor) -> Iterator[_Tile]:
     """The largest pieces first, so that scratch never grows; as many pieces, or else heads, as `TILE` allows."""
-    H, limit = q.shape[2], TILE["cuda" if q.is_cuda else "cpu"]
+    # on a CPU more at once than chunks do: rows are whole, so that a part takes few passes, and starting them costs
+    H, limit = q.shape[2], TILE["cuda"] if q.is_cuda else 4 * TILE["cpu"]
     for group in sorted(plan.groups, key=lambda group: -group.rows.shape[1] * group.keys.shape[1]):
-        scores = group.rows.shape[1] * group.keys.shape[1]
+        scores = min(ROWS, group.rows.shape[1]) * group.keys.shape[1]
         together = min(H, max(1, limit // scores))
+        together = -(-H // -(-H // together))  # alike many in each part
         heads = [slice(head, head + together) for head in range(0, H, together)]
         count = max(1, limit // (scores * together))
         for piece in range(0, len(group.rows), count):
@@ -245,6 +273,19 @@ def _tiles(plan: PiecePlan, q: Tensor) -> Iterator[_Tile]:
 
 def _flat(x: Tensor) -> Float[Tensor, "BL H D"]:
     return x.flatten(0, 1)
+
+
+def _by_heads(x: Float[Tensor, "n R H D"], name: str, like: Tensor, scratch: Scratch) -> Float[Tensor, "H n R D"]:
+    n, R, H, D = x.shape
+    return scratch(name, (H, n, R, D), like).copy_(x.permute(2, 0, 1, 3))
+
+
+def _multiply(
+    into: Float[Tensor, "h n a b"], left: Float[Tensor, "h n a c"], right: Float[Tensor, "h n c b"], *, beta: int = 1
+) -> None:
+    """into = beta · into + left · right. Raises where one of them would have to be copied."""
+    into, left, right = (x.view(-1, *x.shape[2:]) for x in (into, left, right))
+    into.baddbmm_(left, right, beta=beta)
 
 
 def _buffer(like: Float[Tensor, "B L H D"], dtype: torch.dtype, zero: bool) -> Float[Tensor, "BL H D"]:
