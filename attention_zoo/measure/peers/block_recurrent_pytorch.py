@@ -16,7 +16,8 @@ from attention_zoo.measure.work import Work, layer_work
 class BlockRecurrentPytorch(Adapter):
     """Its attention layer with a state, block after block as its model calls it, with gradients through all blocks.
 
-    Its weights are ours but for keys and values, which it projects together: there they are copies.
+    Its weights are ours, and copies where it orders them otherwise: keys and values are projected together, and what the
+    state finds is gathered head by head.
     """
 
     title = "block-recurrent-transformer-pytorch"
@@ -57,11 +58,12 @@ class BlockRecurrentPytorch(Adapter):
         released.attn = _Banded(released.attn, self.window)
         released.to_q, released.to_out = local.to_q, layer.to_out
         state.q_to_state, state.q_from_state = layer.to_q_of_state, layer.state_q_of_tokens
-        state.state_to_q, state.to_state_out = layer.state_q, layer.state_out
-        state.init_state, state.state_pos_ids = layer.initial, layer.identity
+        state.state_to_q, state.init_state, state.state_pos_ids = layer.state_q, layer.initial, layer.identity
         with torch.no_grad():
             released.to_kv.weight.copy_(torch.cat([local.to_k.weight, local.to_v.weight]))
             state.state_to_kv.weight.copy_(torch.cat([layer.state_k.weight, layer.state_v.weight]))
+            by_head = layer.state_out.weight.view(-1, 2, self.heads, self.width).transpose(1, 2)
+            state.to_state_out.weight.copy_(by_head.flatten(1))
             state.state_out_to_gate.weight.copy_(torch.eye(layer.dim))
             state.state_out_to_gate.bias.zero_()
             state.learned_ema_beta.copy_(-layer.keep)  # its gate weighs the new where ours weighs the old
@@ -89,7 +91,7 @@ class BlockRecurrentPytorch(Adapter):
         layer, shape = self.layer, (self.shape.batch, self.length, self.layer.dim)
         shared = (
             layer.local.to_q.weight, layer.to_out.weight, layer.to_q_of_state.weight, layer.state_q_of_tokens.weight,
-            layer.state_q.weight, layer.state_out.weight, layer.initial, layer.identity,
+            layer.state_q.weight, layer.initial, layer.identity,
         )  # fmt: skip
         x = torch.randn(shape, device=self.shape.device, dtype=self.shape.dtype)
         return Core((x,), self.ours, shape, self.length, shared)

@@ -1,7 +1,7 @@
 """The figures that this project set out to reach, and what the rows of a benchmark say about each.
 
 Each figure is a floor, for the setting that it names and nothing else: core, forward and backward, 8 heads of 64, batch
-1. One is *open* where no row of that setting is there, such as where no accelerator was at hand.
+1; of the whole layer where the name says so. One is *open* where no row of that setting is there, such as where no accelerator was at hand.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 from attention_zoo.measure.derived import growth_exponent
 from attention_zoo.results.row import Row
 
-CPU = {"device": "cpu", "dtype": "float32", "threads": 1}
-CUDA = {"device": "cuda", "dtype": "bfloat16"}
-SHARED = {"variant": "core", "phase": "forward_backward", "heads": 8, "head_width": 64, "batch": 1, "status": "ok"}
+CPU = {"device": "cpu", "dtype": "float32", "threads": 1, "variant": "core"}
+CUDA = {"device": "cuda", "dtype": "bfloat16", "variant": "core"}
+SHARED = {"phase": "forward_backward", "heads": 8, "head_width": 64, "batch": 1, "status": "ok"}
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,14 @@ def _in(row: Row, setting: Row, options: Row) -> bool:
 
 def _pair(
     backend: str, what: str, peers: tuple[str, ...], against: str, options: Row, *, length: int, causal: bool,
-    faster: float | None, less: float | None = None, most: float | None = None,
+    faster: float | None, less: float | None = None, most: float | None = None, variant: str = "core",
 ) -> list[Figure]:  # fmt: skip
     """The goals of one line of the table: time, and memory as so many times less or at most so many times its bytes."""
 
+    setting = {**CPU, "variant": variant}
+
     def ratio(key: str) -> Callable[[list[Row]], float | None]:
-        return lambda rows: _met(rows, backend, peers, CPU, options, key, length=length, causal=causal)
+        return lambda rows: _met(rows, backend, peers, setting, options, key, length=length, causal=causal)
 
     def inverse(rows: list[Row]) -> float | None:
         found = ratio("memory_ratio")(rows)
@@ -213,6 +215,10 @@ FIGURES: tuple[Figure, ...] = (
     *_pair(
         "memory_compressed", "memory_compressed", ("memory_compressed_attention",), "memory-compressed-attention",
         {"compression": (3, 3)}, **PAST, faster=2, less=4,
+    ),
+    *_pair(
+        "block_recurrent", "block_recurrent, layer", ("block_recurrent_pytorch",), "block-recurrent-transformer-pytorch",
+        {"window": (512, 512), "states": (512, 512), "kv_heads": (1, None)}, **PAST, faster=2, variant="layer",
     ),
     _floor("longformer", "longformer ±256", WINDOW, 2, **LONG),
     _floor("bigbird", "bigbird", BLOCKS, 2, **LONG),

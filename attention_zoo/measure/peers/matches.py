@@ -17,6 +17,7 @@ RIVALS: dict[str, tuple[str, ...]] = {
     "reformer": ("hf_reformer", "reformer_pytorch", *BASELINES),
     "transformer_xl": ("xl_dense", "sdpa"),
     "memory_compressed": ("memory_compressed_attention", *BASELINES),
+    "block_recurrent": ("block_recurrent_pytorch",),
 }
 """A backend that is not listed, such as a third party's, meets the baselines."""
 TWO_SIDED_ONLY = ("hf_longformer", "hf_bigbird", "hf_bigbird_4_57")
@@ -39,6 +40,7 @@ def matches(
 
     - longformer two-sided, and causal with the window on one side (twice as long, unless the options give a window);
     - bigbird two-sided, as its peers; reformer and full causal; a third party's as its cell says;
+    - block_recurrent as a layer, with one head of keys and without biases, unless the options say otherwise;
     - transformer_xl over one segment of 2048 and of 512, each with a memory of 512, whatever the cell's length: a long
       stream is the same segment again and again. With lengths of its own among the options: that one alone.
 
@@ -71,6 +73,8 @@ def _directions(cell: SpeedCell) -> list[SpeedCell]:
         return [replace(cell, causal=False), replace(cell, causal=True, options=wide)]
     if cell.backend == "bigbird":
         return [replace(cell, causal=False)]
+    if cell.backend == "block_recurrent":
+        return [replace(cell, causal=True, variant="layer", options={"kv_heads": 1, "bias": False, **cell.options})]
     if cell.backend == "transformer_xl":
         default: dict[str, Any] = {"segment_length": 512, "memory_length": 512}
         given = {key: cell.options[key] for key in default if key in cell.options}

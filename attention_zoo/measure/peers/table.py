@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attention_zoo.measure.peers.adapter import Adapter
+from attention_zoo.measure.peers.block_recurrent_pytorch import BlockRecurrentPytorch
 from attention_zoo.measure.peers.dense_xl import DenseXL
 from attention_zoo.measure.peers.full import Fused, Materialised
 from attention_zoo.measure.peers.hugging_face import BigBird, Longformer, OlderBigBird, Reformer
@@ -21,5 +22,6 @@ PEERS: dict[str, type[Adapter]] = {
     "reformer_pytorch": ReformerPytorch,
     "xl_dense": DenseXL,
     "memory_compressed_attention": MemoryCompressedAttention,
+    "block_recurrent_pytorch": BlockRecurrentPytorch,
 }
 """Adapters by the name that options and rows use. Building one imports its library; the table does not."""
