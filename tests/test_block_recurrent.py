@@ -15,6 +15,7 @@ from attention_zoo.contract import Tokens
 from attention_zoo.layout.blocks import turns
 from attention_zoo.layout.host import Host
 from attention_zoo.layout.layout import Layout
+from attention_zoo.measure.flops import LinearFlops
 from attention_zoo.model.state import state_bytes
 from attention_zoo.model.transformer import Transformer
 from attention_zoo.ops.pattern.one_of import attend_to_one_of
@@ -346,3 +347,14 @@ def test_each_query_sees_its_set(block: int, shape: str) -> None:
 def test_wrong_options_are_named(option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=option):
         layer(**{option: value})
+
+
+def test_projections_of_the_state_are_counted() -> None:
+    """Of tokens four, and out of heads; of states those that are used: of the last the keys alone."""
+    module, x = layer().float(), torch.randn(1, 12, 16)
+    with torch.no_grad(), LinearFlops(module) as linear:
+        module(x)
+    tokens, states, turns = 12, 3, 2
+    queries = out = 2 * states * 16 * 32
+    keys = 2 * states * 16 * 32
+    assert linear.flops == 2 * tokens * 16 * (4 * 16 + 32) + turns * (queries + out) + (turns + 1) * keys

@@ -15,6 +15,7 @@ from attention_zoo.layout.host import Array, Host
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.pooled import Pooled, pooled
 
+
 class Turns(NamedTuple):
     """A call's blocks in the order in which they are gone through, G turns for all rows at once.
 

@@ -16,8 +16,8 @@ from attention_zoo.measure.work import Work, layer_work
 class BlockRecurrentPytorch(Adapter):
     """Its attention layer with a state, block after block as its model calls it, with gradients through all blocks.
 
-    Its weights are ours, and copies where it orders them otherwise: keys and values are projected together, and what the
-    state finds is gathered head by head.
+    Its weights are ours, or copies where it orders them otherwise: keys and values are projected together, and what
+    the state finds is gathered head by head.
     """
 
     title = "block-recurrent-transformer-pytorch"

@@ -1,7 +1,8 @@
 """The figures that this project set out to reach, and what the rows of a benchmark say about each.
 
-Each figure is a floor, for the setting that it names and nothing else: core, forward and backward, 8 heads of 64, batch
-1; of the whole layer where the name says so. One is *open* where no row of that setting is there, such as where no accelerator was at hand.
+Each figure is a floor, for the setting that it names and nothing else: core (or, where the name says so, layer), forward
+and backward, 8 heads of 64, batch 1. One is *open* where no row of that setting is there, such as where no accelerator
+was at hand.
 """
 
 from __future__ import annotations
@@ -217,8 +218,8 @@ FIGURES: tuple[Figure, ...] = (
         {"compression": (3, 3)}, **PAST, faster=2, less=4,
     ),
     *_pair(
-        "block_recurrent", "block_recurrent, layer", ("block_recurrent_pytorch",), "block-recurrent-transformer-pytorch",
-        {"window": (512, 512), "states": (512, 512), "kv_heads": (1, None)}, **PAST, faster=2, variant="layer",
+        "block_recurrent", "block_recurrent, layer", ("block_recurrent_pytorch",),
+        "block-recurrent-transformer-pytorch", {"window": (512, 512), "states": (512, 512), "kv_heads": (1, None)}, **PAST, faster=2, variant="layer",
     ),
     _floor("longformer", "longformer ±256", WINDOW, 2, **LONG),
     _floor("bigbird", "bigbird", BLOCKS, 2, **LONG),
