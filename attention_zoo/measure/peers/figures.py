@@ -1,6 +1,6 @@
 """The figures that this project set out to reach, and what the rows of a benchmark say about each.
 
-Each figure is a floor, for the setting that it names and nothing else: core (or, where the name says so, layer), forward
+Each figure is a floor, for the setting that it names and nothing else: core (or layer, where the name says so), forward
 and backward, 8 heads of 64, batch 1. One is *open* where no row of that setting is there, such as where no accelerator
 was at hand.
 """
@@ -219,7 +219,8 @@ FIGURES: tuple[Figure, ...] = (
     ),
     *_pair(
         "block_recurrent", "block_recurrent, layer", ("block_recurrent_pytorch",),
-        "block-recurrent-transformer-pytorch", {"window": (512, 512), "states": (512, 512), "kv_heads": (1, None)}, **PAST, faster=2, variant="layer",
+        "block-recurrent-transformer-pytorch",
+        {"window": (512, 512), "states": (512, 512), "kv_heads": (1, None)}, **PAST, faster=2, variant="layer",
     ),
     _floor("longformer", "longformer ±256", WINDOW, 2, **LONG),
     _floor("bigbird", "bigbird", BLOCKS, 2, **LONG),
