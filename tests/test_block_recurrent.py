@@ -59,14 +59,13 @@ def test_other_options_are_the_definition(options: dict[str, Any]) -> None:
             close(grad, expected[of], f"{options} {name}: gradient of {of}", 1e-11)
 
 
-@pytest.mark.parametrize("gate", ["fixed", "lstm"])
-@pytest.mark.parametrize("scores", [1, 40, 200])
+@pytest.mark.parametrize(("gate", "scores"), [("fixed", 1), ("lstm", 60)])
 def test_turns_in_small_steps_are_the_same(gate: str, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some queries, or some rows, at once; grouped heads; documents that begin inside the call."""
     monkeypatch.setitem(tiles.SCORES, "cpu", scores)
     module = layer(gate=gate, heads=4, kv_heads=2, states=5)
-    for name, tokens in CASE.layouts(23):
-        x = data(23, 3).requires_grad_()
+    for name, tokens in CASE.layouts(13):
+        x = data(13, 3).requires_grad_()
         fast, slow = module(x, tokens).hidden, reference(module, x, tokens)
         close(fast[tokens.valid], slow[tokens.valid], name)
         expected = gradients(module, x, slow, tokens.valid)

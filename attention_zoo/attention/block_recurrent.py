@@ -32,11 +32,14 @@ among the keys of the window. `truncate` says after how many blocks gradients st
 When: something small must be carried far, at constant cost. Flip-flop (128 tokens, window and states 8, model=tiny, one
 seed): accuracy 0.71 after 300 steps beside 0.67 of a window of 8, and 0.997 after 800 beside 0.63; RMT's copy task with
 window=4 states=12: 0.18 beside 0.10. Not where much must be found again word for word, in little training: MQAR
-anywhere (task.power=1) 0.06. Each block waits for the one before it: small windows are slow (seven times longformer).
+anywhere (task.power=1) 0.06. Each block waits for the one before it, forward and backward, and each is some hundred
+small operations however few its tokens: a window and states of 8 take seven times the time of longformer's window.
 
 Checked: against a double loop over blocks and tokens in float64, outputs and gradients to 1e-11
-(tests/references/block_recurrent.py); with the port block-recurrent-transformer-pytorch only for speed, since its
-window is the whole block before, and its gate weighs the new where the paper's weighs the old.
+(tests/references/block_recurrent.py); against the port block-recurrent-transformer-pytorch, outputs and gradients to
+1e-9, once it has the mask of this window (its own shows the whole block before) and the sign of its gate is turned (it
+weighs the new where the paper's weighs the old). Beside the port at 16,384 tokens: 1.4 times as fast. Both need about
+as many FLOPs: here scores are computed again in backward, there twice the window is multiplied.
 """
 
 from __future__ import annotations
