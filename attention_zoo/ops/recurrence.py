@@ -245,7 +245,8 @@ class _Back:
     def __init__(self, run: _Run, vectors: Tensor, kv: Tensor, grads: tuple[Any, ...]):
         """`grads`: of keys and values of all states, and of their vectors, where they were asked for."""
         self.run, self.vectors, self.grads = run, vectors, grads
-        self.sums = Weights(*(None if x is None else torch.zeros_like(x) for x in run.weights))
+        sums: list[Any] = [None if x is None else torch.zeros_like(x) for x in run.weights]
+        self.sums = Weights(*sums)
         widths = vectors.shape[-1], kv.shape[-1], 2 * run.H * run.D
         self.to_first = tuple(vectors.new_zeros(run.first, run.S, width) for width in widths)
 
@@ -255,9 +256,9 @@ class _Back:
         first = numbers < run.first
         if not first.any():
             return grads
-        rows, numbers = (tensor_of(x, grads[0].device) for x in (np.flatnonzero(first), numbers[first]))
+        rows, places = (tensor_of(x, grads[0].device) for x in (np.flatnonzero(first), numbers[first]))
         for into, grad in zip(self.to_first, grads):
-            into.index_put_((numbers,), grad[rows], accumulate=True)  # in a fixed order
+            into.index_put_((places,), grad[rows], accumulate=True)  # in a fixed order
         if first.all():
             return None
         return tuple(grad.index_fill(0, rows, 0) for grad in grads)
@@ -284,15 +285,15 @@ class _Back:
     def through_gate(self, grad: Tensor, before: Tensor, left: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
         """Of what a turn leaves: gradients of the vectors before it, and of what it found."""
         w, sums = self.run.weights, self.sums
-        if w.keep is not None:
+        if w.keep is not None and sums.keep is not None:
             kept = w.keep.sigmoid()
             # before - left = (1 - g) · (before - z): z itself is not needed
             sums.keep.add_((grad * (before - left)).sum((0, 1)).mul_(kept))
             dbefore, draw = grad * kept, grad * (1 - kept)
         else:
             with torch.enable_grad():
-                given = [x.detach().requires_grad_() for x in (before, self.run.raw(found))]
-                dbefore, draw = torch.autograd.grad(renewed(*given, None), given, grad)
+                old, raw = (x.detach().requires_grad_() for x in (before, self.run.raw(found)))
+                dbefore, draw = torch.autograd.grad(renewed(old, raw, None), (old, raw), grad)
         return dbefore, _product(draw, found, w.out, sums.out, sums.out_bias)
 
 
