@@ -15,9 +15,11 @@ from attention_zoo.contract import Tokens
 from attention_zoo.layout.blocks import turns
 from attention_zoo.layout.host import Host
 from attention_zoo.layout.layout import Layout
+from attention_zoo.measure.flops import LinearFlops
 from attention_zoo.model.state import state_bytes
 from attention_zoo.model.transformer import Transformer
 from attention_zoo.ops.pattern.one_of import attend_to_one_of
+from attention_zoo.ops.softmax import tiles
 from attention_zoo.ops.softmax.dense import dense
 from attention_zoo.testing.case import Case, close, feed, gradients, piece
 
@@ -55,6 +57,45 @@ def test_other_options_are_the_definition(options: dict[str, Any]) -> None:
         expected = gradients(module, x, slow, tokens.valid)
         for of, grad in gradients(module, x, fast, tokens.valid).items():
             close(grad, expected[of], f"{options} {name}: gradient of {of}", 1e-11)
+
+
+@pytest.mark.parametrize(("gate", "scores"), [("fixed", 1), ("lstm", 60)])
+def test_turns_in_small_steps_are_the_same(gate: str, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some queries, or some rows, at once; grouped heads; documents that begin inside the call."""
+    monkeypatch.setitem(tiles.SCORES, "cpu", scores)
+    module = layer(gate=gate, heads=4, kv_heads=2, states=5)
+    for name, tokens in CASE.layouts(13):
+        x = data(13, 3).requires_grad_()
+        fast, slow = module(x, tokens).hidden, reference(module, x, tokens)
+        close(fast[tokens.valid], slow[tokens.valid], name)
+        expected = gradients(module, x, slow, tokens.valid)
+        for of, grad in gradients(module, x, fast, tokens.valid).items():
+            close(grad, expected[of], f"{name}: gradient of {of}", 1e-11)
+
+
+class Adapted(nn.Module):
+    """A projection and something of low rank beside it, which is no `nn.Linear`."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.low = nn.Sequential(nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x) + self.low(x)
+        return out
+
+
+@pytest.mark.parametrize("name", ["state_q", "state_q_of_tokens", "state_k", "state_v", "state_out", "forget_gate"])
+def test_what_stands_in_a_projections_place_has_its_effect(name: str) -> None:
+    module = layer(gate="lstm", bias=False)
+    setattr(module, name, Adapted(getattr(module, name)))
+    x, tokens = data(13).requires_grad_(), Tokens.all_valid(2, 13)
+    fast, slow = module(x, tokens).hidden, reference(module, x, tokens)
+    close(fast, slow, "output")
+    expected = gradients(module, x, slow, tokens.valid)
+    for of, grad in gradients(module, x, fast, tokens.valid).items():
+        close(grad, expected[of], f"gradient of {of}", 1e-11)
 
 
 # --- the state is used -----------------------------------------------------------------------------------------------
@@ -222,8 +263,10 @@ def test_turns_are_counted_by_document() -> None:
     # row 0: blocks 0, 1 of the first document, 0 of the second; row 1: blocks 0 and 1, of which the last is not seen
     assert found.members[0].tolist() == [[0, 1], [2, 3], [5, 6]]
     assert found.members[1, 0].tolist() == [4, 5]
-    assert found.which.tolist() == [[0, 0, 1, 1, 2, 0, 0, 3], [0, 0, 0, 0, 0, 0, 4, 4]]
-    assert found.source[0].tolist() == [0, 2, 0]
+    # what turn g leaves in row b is number 1 + 2 g + b
+    assert found.which.tolist() == [[0, 0, 1, 1, 3, 0, 0, 5], [0, 0, 0, 0, 0, 0, 2, 2]]
+    assert found.before[0].tolist() == [0, 1, 0]
+    assert found.before[1, 0] == 0
 
 
 def test_a_last_block_is_not_gone_through_for_nobody() -> None:
@@ -303,3 +346,14 @@ def test_each_query_sees_its_set(block: int, shape: str) -> None:
 def test_wrong_options_are_named(option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=option):
         layer(**{option: value})
+
+
+def test_projections_of_the_state_are_counted() -> None:
+    """Of tokens four, and out of heads; of states those that are used: of the last the keys alone."""
+    module, x = layer().float(), torch.randn(1, 12, 16)
+    with torch.no_grad(), LinearFlops(module) as linear:
+        module(x)
+    tokens, states, turns = 12, 3, 2
+    queries = out = 2 * states * 16 * 32
+    keys = 2 * states * 16 * 32
+    assert linear.flops == 2 * tokens * 16 * (4 * 16 + 32) + turns * (queries + out) + (turns + 1) * keys

@@ -70,6 +70,9 @@ def test_a_peer_that_computes_something_else_is_found_out():
         ("reformer_pytorch", "reformer", {"look_back": 2}, True),
         ("compressive_transformer_pytorch", "compressive", {"compression": "mean"}, True),
         ("compressive_transformer_pytorch", "compressive", {"segment_length": 30}, True),
+        ("block_recurrent_pytorch", "block_recurrent", {"bias": False}, True),
+        ("block_recurrent_pytorch", "block_recurrent", {"kv_heads": 1, "bias": False, "gate": "lstm"}, True),
+        ("block_recurrent_pytorch", "block_recurrent", {"kv_heads": 1, "bias": False, "positions": "rotary"}, True),
     ],
 )
 def test_what_a_peer_cannot_mirror_is_refused(peer, backend, options, causal):
@@ -86,7 +89,12 @@ def test_every_peer_is_called_as_a_cell_is(peer, phase, variant):
     adapter = PEERS[peer]
     pytest.importorskip(adapter.module)
     backend = adapter.backend or "full"
-    options = {"bigbird": {"block": 8}, "transformer_xl": {"segment_length": 40, "memory_length": 30}}.get(backend, {})
+    if variant not in adapter.variants:
+        pytest.skip(f"measured as {adapter.variants}")
+    options = {
+        "bigbird": {"block": 8}, "transformer_xl": {"segment_length": 40, "memory_length": 30},
+        "block_recurrent": {"kv_heads": 1, "bias": False, "window": 40, "states": 8},
+    }.get(backend, {})  # fmt: skip
     causal = adapter.small_causal
     cell = SpeedCell(backend, 150, options=options, batch=3, causal=causal, **{**TINY, "variant": variant})
     work = adapter(cell.build(), cell.shape()).work(variant, phase)
@@ -107,7 +115,7 @@ def cell(backend: str, length: int = 64, **more) -> SpeedCell:
 
 
 def test_matches_go_in_the_directions_that_peers_have():
-    names = ("longformer", "bigbird", "reformer", "transformer_xl", "compressive")
+    names = ("longformer", "bigbird", "reformer", "transformer_xl", "compressive", "block_recurrent")
     found = matches([cell(name, 4096) for name in names], quadratic_up_to=1024)
     said = [(m.cell.backend, m.cell.causal, m.cell.length, m.cell.options, m.rivals) for m in found]
     assert said == [
@@ -121,6 +129,7 @@ def test_matches_go_in_the_directions_that_peers_have():
             "compressive", True, 4096, {"segment_length": 512, "memory_length": 512},
             ("compressive_transformer_pytorch",),
         ),
+        ("block_recurrent", True, 4096, {"kv_heads": 1, "bias": False}, ("block_recurrent_pytorch",)),
     ]  # fmt: skip
 
 
@@ -357,7 +366,7 @@ def states(rows):
 
 def test_without_rows_every_figure_is_open():
     assert set(states([]).values()) == {"open"}
-    assert len(states([])) == len(figures.FIGURES) == 45
+    assert len(states([])) == len(figures.FIGURES) == 46
 
 
 def test_a_figure_is_reached_missed_or_open_by_the_rows_of_its_own_setting():

@@ -212,9 +212,15 @@ def _attend_backward(grad: Tensor, losses: Tensor, tape: Tensor, inputs: list[Te
         gradients = iter(torch.autograd.grad(outputs, wanted, backs, allow_unused=True))
     found_all = [next(gradients) if leaf.requires_grad else None for leaf in leaves]
     return [
-        torch.zeros_like(leaf, memory_format=torch.contiguous_format) if gradient is None else gradient.contiguous()
+        torch.zeros_like(leaf, memory_format=torch.contiguous_format) if gradient is None else _own(gradient)
         for leaf, gradient in zip(leaves, found_all)
     ]
+
+
+def _own(gradient: Tensor) -> Tensor:
+    """In memory of its own: gradients of projections that ran as one are views of the same."""
+    whole = gradient.untyped_storage().nbytes() == gradient.nbytes
+    return gradient.contiguous() if whole else gradient.clone(memory_format=torch.contiguous_format)
 
 
 @_attend_backward.register_fake

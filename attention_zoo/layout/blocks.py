@@ -15,25 +15,23 @@ from attention_zoo.layout.host import Array, Host
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.pooled import Pooled, pooled
 
-INITIAL, HELD, BEFORE = 0, 1, 2
-"""Where a block's state comes from: the beginning of a document, an earlier call, the block before it in the row."""
-
 
 class Turns(NamedTuple):
     """A call's blocks in the order in which they are gone through, G turns for all rows at once.
 
-    States are numbered: 0 the initial one; 1 + b · G + g what turn g left in row b; 1 + B · G + b what row b held.
+    States are numbered: 0 the initial one; 1 + b what row b held, where states are kept; behind these, g · B + b what
+    turn g leaves in row b.
 
     Fields:
         members: [B, G, size], the columns among all keys of each turn's tokens; any where a row has fewer blocks.
-        source: [B, G], INITIAL, HELD or BEFORE.
+        before: [B, G], the number of the state that each turn begins with.
         block: [B, G], which block of its document each is.
         which: [B, L], the number of the state that each token sees; any at padding.
         last: [B], the number of the state that the next token of each row's current document sees.
     """
 
     members: Int[np.ndarray, "B G w"]
-    source: Int[np.ndarray, "B G"]
+    before: Int[np.ndarray, "B G"]
     block: Int[np.ndarray, "B G"]
     which: Int[np.ndarray, "B L"]
     last: Int[np.ndarray, " B"]
@@ -59,7 +57,7 @@ def turns(tokens: Layout, keys: Layout, held: Host, size: int, keeps: bool) -> T
         keys: what is held and the call's own, of which the call's are the last columns.
         held: what was held before the call.
         size: of a block.
-        keeps: whether the state after the call is asked for.
+        keeps: whether states are kept: there is one before the call, and one is asked for after it.
     """
     mine = tokens.host
     B = len(mine.valid)
@@ -69,20 +67,22 @@ def turns(tokens: Layout, keys: Layout, held: Host, size: int, keeps: bool) -> T
         found = _complete(pooled(keys, size), held, size)
     members, document, index, there = found
     known, row = held.last_document, np.arange(B)[:, None]
-    G, goes_on = there.shape[1], np.zeros(there.shape, bool)
-    goes_on[:, 1:] = there[:, :-1] & (document[:, 1:] == document[:, :-1])
-    source = np.where(goes_on, BEFORE, np.where(document == known, HELD, INITIAL))
+    first = 1 + B if keeps else 1
 
     def number(asked: Array, block: Array) -> Array:
         """Of the state that tokens of these documents see in these blocks, [B, n]."""
         turn = _turn_before(document, index, there, asked, block)
         begun = (asked == known) & (known >= 0)
-        return np.where(turn >= 0, 1 + row * G + turn, np.where(begun, 1 + B * G + row, INITIAL))
+        return np.where(turn >= 0, first + turn * B + row, np.where(begun, 1 + row, 0))
 
     after = keys.host
     last = number(after.last_document, after.next_position[:, None] // size)
     which = _filled(number(mine.document, mine.position // size), mine.valid, last)
-    return _shortened(Turns(members, source, index, which, last[:, 0]), keeps)
+    asked = [which.reshape(-1), last[:, 0]] if keeps else [which.reshape(-1)]
+    # without turns whose state nobody sees: such as the last block's, where no state is kept
+    needed = slice(0, int(((np.concatenate(asked) - first) // B).max(initial=-1)) + 1)
+    before = np.where(there, number(document, index), 0)
+    return Turns(members[:, needed], before[:, needed], index[:, needed], which, last[:, 0])
 
 
 def _none(B: int, size: int) -> tuple[Array, ...]:
@@ -123,25 +123,3 @@ def _filled(which: Array, valid: Array, otherwise: Array) -> Array:
     column = np.where(valid, np.arange(which.shape[1]), valid.argmax(1)[:, None])
     filled = np.take_along_axis(which, np.maximum.accumulate(column, 1), 1)
     return np.where(valid.any(1, keepdims=True), filled, otherwise)
-
-
-def _shortened(found: Turns, keeps: bool) -> Turns:
-    """Without turns whose state nobody sees: such as the last block's, where no state is kept."""
-    B, G = found.source.shape
-    asked = [found.which.reshape(-1), found.last if keeps else found.which[:0].reshape(-1)]
-    numbers = np.concatenate(asked)
-    inside = (numbers > 0) & (numbers <= B * G)
-    needed = int(((numbers[inside] - 1) % G).max(initial=-1)) + 1 if G else 0
-    if needed == G:
-        return found
-
-    def renumbered(numbers: Array) -> Array:
-        b, g = np.divmod(numbers - 1, max(G, 1))
-        turn = np.where(g < needed, 1 + b * needed + g, 0)
-        return np.where(numbers == 0, 0, np.where(numbers <= B * G, turn, numbers - B * (G - needed)))
-
-    cut = slice(0, needed)
-    return Turns(
-        found.members[:, cut], found.source[:, cut], found.block[:, cut], renumbered(found.which),
-        renumbered(found.last),
-    )  # fmt: skip

@@ -34,13 +34,16 @@ class LinearFlops(TorchFunctionMode):
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.flops, self._matrices = 0, {id(parameter) for parameter in layer.parameters()}
+        self.flops, self._matrices = 0, {id(parameter): parameter for parameter in layer.parameters()}
 
     def __torch_function__(self, function: Any, types: Any, given: tuple[Any, ...] = (), named: Any = None) -> Any:
         # not by hooks on the modules: a layer that knows how to compute past them would take another way
         if function is nn.functional.linear and id(given[1]) in self._matrices:
             self.flops += 2 * given[0].numel() * given[1].shape[0]
-        return function(*given, **(named or {}))
+        found = function(*given, **(named or {}))
+        if function is torch.cat and all(id(part) in self._matrices for part in given[0]):
+            self._matrices[id(found)] = found  # several projections as one
+        return found
 
 
 def attention_flops(pairs: float, *, batch: int, heads: int, head_width: int) -> int:

@@ -59,7 +59,7 @@ def _document(layer: BlockRecurrent, x: Tensor) -> list[Tensor]:
 
 def _projected(layer: BlockRecurrent, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean, var = vectors.mean(-1, keepdim=True), vectors.var(-1, keepdim=True, unbiased=False)
-    normal = (vectors - mean) / (var + layer.norm.eps).sqrt()
+    normal = (vectors - mean) / (var + 1e-5).sqrt()
     seen = normal + layer.identity
     return layer.state_k(seen), layer.state_v(seen), layer.state_q(seen), layer.state_q_of_tokens(seen)
 

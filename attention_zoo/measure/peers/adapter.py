@@ -96,11 +96,13 @@ class Adapter(Peer):
     Class attributes:
         operands: what it is given: "q k v" or "qk v".
         writes_inputs: whether the call writes into its operands.
+        variants: of cells that it can be measured in.
         small: options, causality and length of the comparison in `agreement`.
     """
 
     operands: ClassVar[str] = "q k v"
     writes_inputs: ClassVar[bool] = False
+    variants: ClassVar[tuple[str, ...]] = ("core", "layer")
     small: ClassVar[dict[str, Any]] = {}
     small_causal: ClassVar[bool] = True
     small_length: ClassVar[int] = 96
@@ -165,7 +167,7 @@ class Adapter(Peer):
         layer = registry.build(cls.backend or "full", **options).double()
         shape = Shape(2, length, torch.device("cpu"), torch.float64)
         adapter = cls(layer, shape)
-        core = core_of(layer, shape)
+        core = adapter.compared()
         weight = torch.randn(core.out_shape, dtype=torch.float64)
         theirs = _value_and_gradients(adapter.from_ours, core, weight)
         ours = _value_and_gradients(adapter.ours, core, weight)
@@ -173,6 +175,10 @@ class Adapter(Peer):
         on = f"{said}, {'causal' if cls.small_causal else 'two-sided'}, {length} tokens, float64"
         output, *gradients = (float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in zip(theirs, ours))
         return Agreement(output, max(gradients), cls.bound, on)
+
+    def compared(self) -> Core:
+        """What both sides are given in `agreement`, and the parameters whose gradients are compared, too."""
+        return core_of(self.layer, self.shape)
 
     def from_ours(self, *given: Tensor) -> Tensor:
         """The peer on [B, H, L, D] of ours, padded as its library pads."""

@@ -1,14 +1,14 @@
 """The figures that this project set out to reach, and what the rows of a benchmark say about each.
 
-Each figure is a floor, for the setting that it names and nothing else: core, forward and backward (or a train step of a
-whole model, where it says so), 8 heads of 64, batch 1. One is *open* where no row of that setting is there, such as
-where no accelerator was at hand.
+Each figure is a floor, for the setting that it names and nothing else: core (or layer, where the name says so), forward
+and backward (or a train step of a whole model), 8 heads of 64, batch 1. One is *open* where no row of that setting is
+there, such as where no accelerator was at hand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from attention_zoo.measure.derived import growth_exponent
@@ -18,6 +18,7 @@ CPU = {"device": "cpu", "dtype": "float32", "threads": 1}
 CUDA = {"device": "cuda", "dtype": "bfloat16"}
 SHARED = {"heads": 8, "head_width": 64, "batch": 1, "status": "ok"}
 CORE = {"variant": "core", "phase": "forward_backward"}
+LAYER = {"variant": "layer", "phase": "forward_backward"}
 STEP = {"variant": "model", "phase": "train_step"}
 
 
@@ -98,7 +99,7 @@ def _in(row: Row, setting: Row, options: Row) -> bool:
 
 def _pair(
     backend: str, what: str, peers: tuple[str, ...], against: str, options: Row, *, length: int, causal: bool,
-    faster: float | None, less: float | None = None, most: float | None = None,
+    faster: float | None, less: float | None = None, most: float | None = None, of: Row = CORE,
 ) -> list[Figure]:  # fmt: skip
     """The goals of one line of the table: time, and memory as so many times less or at most so many times its bytes."""
 
@@ -111,11 +112,11 @@ def _pair(
 
     found = []
     if faster is not None:
-        found.append(Figure(what, against, f"≥ {faster:g}× faster", ratio("time_ratio"), faster))
+        found.append(Figure(what, against, f"≥ {faster:g}× faster", ratio("time_ratio"), faster, of=of))
     if less is not None:
-        found.append(Figure(what, against, f"≥ {less:g}× less memory", ratio("memory_ratio"), less))
+        found.append(Figure(what, against, f"≥ {less:g}× less memory", ratio("memory_ratio"), less, of=of))
     if most is not None:
-        found.append(Figure(what, against, f"≤ {most:g}× its bytes", inverse, most, True))
+        found.append(Figure(what, against, f"≤ {most:g}× its bytes", inverse, most, True, of))
     return found
 
 
@@ -242,13 +243,15 @@ FIGURES: tuple[Figure, ...] = (
         "memory_compressed", "memory_compressed", ("memory_compressed_attention",), "memory-compressed-attention",
         {"compression": (3, 3)}, **PAST, faster=2, less=4,
     ),
+    *_pair(
+        "block_recurrent", "block_recurrent, layer", ("block_recurrent_pytorch",),
+        "block-recurrent-transformer-pytorch",
+        {"window": (512, 512), "states": (512, 512), "kv_heads": (1, None)}, **PAST, faster=2, of=LAYER,
+    ),
     _beside("h_transformer_1d", "longformer", "longformer ±256", WINDOW, 3.5, **LONG),  # log2(length) / 4
-    *(
-        replace(each, of=STEP)
-        for each in _pair(
-            "full", "hourglass, a train step", ("hourglass_transformer",), "hourglass-transformer-pytorch", HOURGLASS,
-            length=4096, causal=True, faster=1,
-        )
+    *_pair(
+        "full", "hourglass, a train step", ("hourglass_transformer",), "hourglass-transformer-pytorch", HOURGLASS,
+        length=4096, causal=True, faster=1, of=STEP,
     ),
     _floor("longformer", "longformer ±256", WINDOW, 2, **LONG),
     _floor("bigbird", "bigbird", BLOCKS, 2, **LONG),

@@ -18,6 +18,7 @@ RIVALS: dict[str, tuple[str, ...]] = {
     "transformer_xl": ("xl_dense", "sdpa"),
     "compressive": ("compressive_transformer_pytorch", "sdpa"),
     "memory_compressed": ("memory_compressed_attention", *BASELINES),
+    "block_recurrent": ("block_recurrent_pytorch",),
 }
 """A backend that is not listed, such as a third party's, meets the baselines."""
 MODELS: dict[str, tuple[str, ...]] = {"full": ("hourglass_transformer",)}
@@ -44,6 +45,7 @@ def matches(
     - longformer two-sided, and causal with the window on one side (twice as long, unless the options give a window);
     - bigbird two-sided, as its peers, and h_transformer_1d, as longformer to which it is held; reformer and full
       causal; a third party's as its cell says;
+    - block_recurrent as a layer, with one head of keys and without biases, unless the options say otherwise;
     - transformer_xl over one segment of 2048 and of 512, each with a memory of 512, whatever the cell's length: a long
       stream is the same segment again and again. With lengths of its own among the options: that one alone;
     - compressive with a segment and a memory of 512, unless the options give others.
@@ -85,6 +87,8 @@ def _directions(cell: SpeedCell) -> list[SpeedCell]:
         return [replace(cell, causal=False), replace(cell, causal=True, options=wide)]
     if cell.backend in ("bigbird", "h_transformer_1d"):
         return [replace(cell, causal=False)]
+    if cell.backend == "block_recurrent":
+        return [replace(cell, causal=True, variant="layer", options={"kv_heads": 1, "bias": False, **cell.options})]
     if cell.backend == "transformer_xl":
         default: dict[str, Any] = {"segment_length": 512, "memory_length": 512}
         given = {key: cell.options[key] for key in default if key in cell.options}

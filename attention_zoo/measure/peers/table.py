@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attention_zoo.measure.peers.adapter import Peer
+from attention_zoo.measure.peers.block_recurrent_pytorch import BlockRecurrentPytorch
 from attention_zoo.measure.peers.compressive_transformer_pytorch import CompressiveTransformerPytorch
 from attention_zoo.measure.peers.dense_xl import DenseXL
 from attention_zoo.measure.peers.full import Fused, Materialised
@@ -25,5 +26,6 @@ PEERS: dict[str, type[Peer]] = {
     "compressive_transformer_pytorch": CompressiveTransformerPytorch,
     "memory_compressed_attention": MemoryCompressedAttention,
     "hourglass_transformer": HourglassTransformer,
+    "block_recurrent_pytorch": BlockRecurrentPytorch,
 }
 """Adapters by the name that options and rows use. Building one imports its library; the table does not."""

@@ -15,6 +15,7 @@ from torch.nn.modules import module as registered
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from attention_zoo.ops.softmax.function import differentiable_once
+from attention_zoo.place import place_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -90,3 +91,26 @@ class _Streams(torch.autograd.Function):
         # through the module's graph twice: here for x, and by the caller's engine for what the module learns
         (dx,) = torch.autograd.grad(y, border, for_x, retain_graph=True, allow_unused=True)
         return dx, None, for_weight
+
+
+def joined(
+    width: int, dtype: torch.dtype, *layers: nn.Module
+) -> tuple[Float[Tensor, "F E"], Float[Tensor, " F"] | None]:
+    """Projections of the same E = `width` features as one: their weights and biases below each other, in this dtype.
+
+    Of whatever stands in the place of a plain one both are asked for by a call: what it makes of nothing and of each
+    feature alone.
+    """
+    pairs = [_matrix(layer, width) for layer in layers]
+    if all(bias is None for _, bias in pairs):
+        return torch.cat([weight for weight, _ in pairs]).to(dtype), None
+    biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in pairs]
+    return torch.cat([weight for weight, _ in pairs]).to(dtype), torch.cat(biases).to(dtype)
+
+
+def _matrix(layer: nn.Module, width: int) -> tuple[Tensor, Tensor | None]:
+    if is_plain(layer):
+        return layer.weight, layer.bias  # type: ignore[return-value]
+    device, dtype = place_of(layer)
+    bias = layer(torch.zeros(1, width, device=device, dtype=dtype))
+    return (layer(torch.eye(width, device=device, dtype=dtype)) - bias).T, bias[0]

@@ -67,7 +67,7 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @wraps(backward)
-    def guarded(ctx: Any, *grads: Tensor) -> Any:
+    def guarded(ctx: Any, *grads: Tensor | None) -> Any:
         return _Guard.apply(backward, ctx, len(grads), *grads, *ctx.saved_tensors)
 
     return guarded
@@ -75,7 +75,7 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 class _Guard(torch.autograd.Function):
     @staticmethod
-    def forward(_: Any, backward: Callable[..., Any], ctx: Any, count: int, *tensors: Tensor) -> Any:
+    def forward(_: Any, backward: Callable[..., Any], ctx: Any, count: int, *tensors: Any) -> Any:
         with torch.autocast(tensors[0].device.type, enabled=False):
             return backward(ctx, tensors[count:], *tensors[:count])
 
