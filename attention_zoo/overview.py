@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Attention, at_least
 from attention_zoo.measure.environment import device_name
 from attention_zoo.registry import available, build, is_shipped, options_of, recipe, wrappers
@@ -99,9 +98,8 @@ def about(name: str) -> str:
     (abilities,) = abilities_rows([name])
     parts = [f"# {name}", text, "## Options", markdown(("option", "default", "meaning"), option_rows(name))]
     parts += ["## Abilities", markdown(("ability", "here"), list(zip(COLUMNS, abilities))[1:])]
-    layer = _built(name)
-    if isinstance(layer, PatternAttention):
-        kernels = [(kernel.name, kernel.about) for kernel in layer.kernels]
+    if kernels := getattr(_built(name), "kernels", ()):
+        kernels = [(kernel.name, kernel.about) for kernel in kernels]
         parts += ["## Kernels, fastest first", markdown(("kernel", "what it is"), kernels)]
     return "\n\n".join(parts)
 
@@ -110,8 +108,12 @@ def option_rows(name: str) -> list[tuple[str, str, str]]:
     """Option, default and meaning: the mechanism's own, then those that all share."""
     cls, _ = recipe(name)
     meanings = meanings_of(cls)
-    shared = inspect.signature(Attention).parameters
-    ordered = sorted(options_of(name).items(), key=lambda item: (item[0] in shared, item[0] == "kernel"))
+    shared, own = (list(inspect.signature(each).parameters) for each in (Attention, cls))
+
+    def place(option: str) -> tuple[bool, bool, int]:
+        return option in shared, option == "kernel", own.index(option) if option in own else len(own)
+
+    ordered = sorted(options_of(name).items(), key=lambda item: place(item[0]))
     return [(key, _default(value), meanings.get(key, "").replace("|", "\\|")) for key, value in ordered]
 
 

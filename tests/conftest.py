@@ -33,7 +33,7 @@ if hasattr(signal, "SIGHUP"):
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: looking through all of it for garbage again and again took an eighth of the time."""
+    """What is imported by now stays: looking through it for garbage again and again took an eighth of the time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)

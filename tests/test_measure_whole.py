@@ -178,4 +178,4 @@ def test_the_figure_is_of_train_steps():
     assert said({**row, "time_ratio": 0.9}) == "missed"
     assert said({**row, "phase": "forward_backward"}) == "open"
     assert said({**row, "config": {"options": {}, "model": {"shorten": "1@1 1@2 1@1"}}}) == "open"
-    assert {each.of["variant"] for each in figures.FIGURES} == {"core", "model"}
+    assert {each.of["variant"] for each in figures.FIGURES} == {"core", "layer", "model"}

@@ -366,7 +366,7 @@ def states(rows):
 
 def test_without_rows_every_figure_is_open():
     assert set(states([]).values()) == {"open"}
-    assert len(states([])) == len(figures.FIGURES) == 46
+    assert len(states([])) == len(figures.FIGURES) == 54
 
 
 def test_a_figure_is_reached_missed_or_open_by_the_rows_of_its_own_setting():

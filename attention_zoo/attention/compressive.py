@@ -169,14 +169,14 @@ class Compressive(RelativeAttention):
     def initial_state(self, batch_size: int) -> Memories:
         return Memories(self._nothing(batch_size), self._nothing(batch_size))
 
-    def _attended(self, x: Tensor, layout: Layout, state: Memories | None = None) -> Output:
+    def _attended(self, q: Tensor, x: Tensor, layout: Layout, state: Memories | None = None) -> Output:
         sizes, L = self._sizes, x.shape[1]
         columns = self._append(x, layout, None if state is None else state.columns)
         hidden, keys = columns.held[0].to(x.dtype), columns.tokens
         slots, states = self._slots(hidden, keys, state)
         table = torch.cat([states.detach(), hidden], 1) if states.shape[1] else hidden
         losses: dict[str, Tensor] = {}
-        q = self._heads(self.to_q(x))
+        q = self._heads(q)
         if choose(self.name, KERNELS, self.kernel, self._call(x, keys)).name == "absorbed":
             few = few_of(keys, slots.layout, L, sizes)
             out = self._absorbed(q.transpose(1, 2), table, few).transpose(1, 2)

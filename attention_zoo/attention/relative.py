@@ -87,7 +87,7 @@ class RelativeAttention(Attention):
     ) -> Output:
         """See `Layer`."""
         if isinstance(tokens, Layout) and tokens.goes_with(x, state, source, choices):
-            return self._attended(x, tokens)
+            return self._attended(self.to_q(x), x, tokens)
         return self._checked(x, tokens, state=state, source=source, choices=choices)
 
     @one_operator
@@ -95,10 +95,10 @@ class RelativeAttention(Attention):
         self, x: Tensor, tokens: Tokens | None = None, *, state: Any = None, source: Any = None, choices: Any = None
     ) -> Output:
         x, layout = self.enter(x, tokens, state, source, choices)
-        return self._attended(x, layout, state)
+        return self._attended(self.to_q(x), x, layout, state)
 
-    def _attended(self, x: Tensor, layout: Layout, state: Any = None) -> Output:
-        """What a checked call returns."""
+    def _attended(self, q: Tensor, x: Tensor, layout: Layout, state: Any = None) -> Output:
+        """What a checked call returns; `q`: W_q x, [B, L, H·D]."""
         raise NotImplementedError
 
     # --- memory ----------------------------------------------------------------------------------------------------

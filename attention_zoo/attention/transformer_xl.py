@@ -148,9 +148,9 @@ class TransformerXL(RelativeAttention):
     def initial_state(self, batch_size: int) -> Columns:
         return self._nothing(batch_size)
 
-    def _attended(self, x: Tensor, layout: Layout, state: Columns | None = None) -> Output:
+    def _attended(self, q: Tensor, x: Tensor, layout: Layout, state: Columns | None = None) -> Output:
         self._check_lengths()
-        q = self._heads(self.to_q(x))
+        q = self._heads(q)
         columns = self._append(x, layout, self._begun(state, x, layout) if self.starts_blank else state)
         hidden, keys = columns.held[0].to(x.dtype), columns.tokens
         kernel = choose(self.name, KERNELS, self.kernel, self._call(x, keys, self._lowest)).name

@@ -8,7 +8,7 @@ there, such as where no accelerator was at hand.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from attention_zoo.measure.derived import growth_exponent
@@ -212,6 +212,8 @@ XL_512 = {"segment_length": (512, 512), "memory_length": (512, 512)}
 ROUNDS = {"rounds": (4, 4)}
 MEMORIES = {"segment_length": (512, 256), "memory_length": (512, 256), "ratio": (4, 4)}
 BLOCKS = {"block": (64, 64), "window_blocks": (3, 3), "random": (3, 3)}
+LAYERS = ("block_recurrent", "memory_tokens")
+"""Have no core: their projections belong to what goes from block to block."""
 HOURGLASS = {"shorten": ("2@1 8@3 2@1", None)}
 LONG: Row = {"length": 16384, "causal": False}
 PAST: Row = {"length": 16384, "causal": True}
@@ -257,8 +259,11 @@ FIGURES: tuple[Figure, ...] = (
     _floor("bigbird", "bigbird", BLOCKS, 2, **LONG),
     _floor("transformer_xl", "transformer_xl 2048 + 512", XL_2048, 3, length=2048, causal=True),
     *(
-        _growth(name, name, key, noun, goal)
-        for name in ("longformer", "bigbird", "reformer", "transformer_xl", "h_transformer_1d")
+        replace(_growth(name, name, key, noun, goal), of=LAYER if name in LAYERS else CORE)
+        for name in (
+            "longformer", "bigbird", "reformer", "transformer_xl", "adaptive_span", "block_recurrent", "compressive",
+            "memory_tokens", "h_transformer_1d",
+        )
         for key, noun, goal in (
             ("seconds", "time", 1.3 if name in ("reformer", "h_transformer_1d") else 1.2),
             ("peak_bytes", "bytes", 1.05),
