@@ -109,6 +109,18 @@ def test_trivial_rules_are_right_for_one_record_in_four(text: str) -> None:
     assert task.chance(128) == 1 / 64
 
 
+@pytest.mark.parametrize("values", [1, 2])
+def test_answers_that_were_said_leave_fewer_for_the_next(text: str, values: int) -> None:
+    task = Needle(path=text, queries=4, values=values, value_bytes=2)
+    batch = rows_of(task, 160, 2000)
+    hidden = batch._replace(targets=torch.zeros_like(batch.targets))
+    right = (task.guesses(hidden)["value not yet said"] == batch.targets)[batch.targets >= 0].view(2000, -1, 2)
+    share = right.double().mean((0, 2))
+    assert share[-1] == 1
+    if values == 1:
+        assert share.tolist() == pytest.approx([1 / 4, 1 / 3, 1 / 2, 1], abs=0.05)
+
+
 def test_splits_never_meet_and_rows_are_a_function_of_their_key(text: str) -> None:
     task = Needle(path=text, keys=1, key_bytes=1, value_bytes=1, alphabet=3, test=[50], test_examples=30)
     sets = task.evaluation_sets(30, 7)
