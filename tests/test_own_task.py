@@ -18,7 +18,7 @@ def folder(tmp_path: Path) -> Path:
     (code,), (config,) = blocks("python", between("task")), blocks("yaml", between("task"))
     (tmp_path / "my_tasks" / "conf" / "task").mkdir(parents=True)
     (tmp_path / "my_tasks" / "parity.py").write_text(code)
-    (tmp_path / "my_tasks" / "conf" / "task" / "parity.yaml").write_text(config.partition("\n")[2])
+    (tmp_path / "my_tasks" / "conf" / "task" / "parity.yaml").write_text(config)
     return tmp_path
 
 
