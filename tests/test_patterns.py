@@ -153,6 +153,9 @@ def test_a_reach_that_is_a_number_is_refused_with_the_new_form() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
+        (lambda: Band(None), "Band: back must be a whole number of at least 0"),
+        (lambda: Band(3, stride=None), "Band: stride must be a whole number of at least 1"),
+        (lambda: Blocks(4, lambda row, blocks: (row, row), 1, whole=3), "Blocks: whole must be a function"),
         (lambda: Band(()), "Band: back must be a whole number of at least 0"),
         (lambda: Band(4, first=(1, 2)), "Band: first must be a whole number"),  # type: ignore[arg-type]
         (lambda: Band(4, in_cache=True), "Band: in_cache needs first tokens"),

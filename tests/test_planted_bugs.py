@@ -353,3 +353,11 @@ def test_an_option_without_a_default() -> None:
             super().__init__(window=window, **shared)
 
     caught(Needy, "options_are_keyword_only_with_defaults")
+
+
+def test_global_tokens_of_later_calls_are_not_promised_where_keys_are_forgotten() -> None:
+    class Forgetful(Full):
+        name = "forgetful"
+        reach = Band(3)
+
+    caught(Forgetful, "global_tokens_see_what_is_kept")

@@ -40,6 +40,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -180,5 +181,5 @@ def _waiting(tokens: Layout, mask: Array) -> tuple[Tensor, Ledger]:
     columns, kept = chosen(tokens.host, mask)
     device = tokens.valid.device
     if columns is None:  # all of them
-        columns = torch.arange(mask.shape[1]).expand(mask.shape).numpy()
+        columns = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
     return tensor_of(columns, device), Ledger.of(Layout.known(kept, device))

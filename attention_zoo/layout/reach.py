@@ -141,7 +141,9 @@ class Band(Reach):
         one_of(WEIGHTS, weights=self.weights)
         for name, least in (("back", 0), ("ahead", 0), ("stride", 1), ("first", 0)):
             value = getattr(self, name)
-            each = value if isinstance(value, tuple) and name != "first" else () if value is None else (value,)
+            each = value if isinstance(value, tuple) and name != "first" else (value,)
+            if value is None and name == "ahead":
+                continue
             if value == () or any(type(one) is not int or one < least for one in each):
                 raise ValueError(f"Band: {name} must be a whole number of at least {least}, got {value!r}")
         if self.in_cache and (not self.first or self.weights not in ("uniform", "distance")):
@@ -234,6 +236,8 @@ class Blocks(Reach):
                 raise ValueError(f"Blocks: {name} must be a whole number of at least 1, got {getattr(self, name)!r}")
         if not callable(self.links):
             raise ValueError(f"Blocks: links must be a function of rows and numbers of blocks, got {self.links!r}")
+        if self.whole is not None and not callable(self.whole):
+            raise ValueError(f"Blocks: whole must be a function of rows and numbers of blocks, got {self.whole!r}")
 
     def kept(self, key: Hashable, make: Callable[[], Found]) -> Found:
         """What follows from the links and the key alone, from call to call; the last few."""

@@ -87,6 +87,16 @@ def reach_hides_nothing(case: Case) -> None:
             )
 
 
+@check(lambda case: is_pattern(case) and True in case.sides and case.cls.declared.global_tokens == "any")
+def global_tokens_see_what_is_kept(case: Case) -> None:
+    """A cache that forgets by `reach` has not the keys that a later global token must see."""
+    layer = build(case, True)
+    assert layer.reach.farthest is None or layer.computes_apart, (
+        f"{case.name}: keys farther than {layer.reach.farthest} back are forgotten by its reach, so global tokens of "
+        f'later calls cannot see them: declare global_tokens="first_call" (or "none")'
+    )
+
+
 @check(is_pattern)
 def weights_are_what_reach_says(case: Case) -> None:
     """`reach.weights` is true of `bias`: fast kernels believe it."""
