@@ -159,8 +159,8 @@ class Compressive(RelativeAttention):
     def _compressed(self, length: int) -> int:
         """How many states of a document are compressed."""
         sizes = self._sizes
-        known = torch.tensor(length // sizes.segment).numpy()
-        return int(sizes.memory_from(known)) // sizes.ratio if sizes.slots else 0
+        known = torch.tensor([length // sizes.segment]).numpy()
+        return sizes.memory_from(known).item() // sizes.ratio if sizes.slots else 0
 
     @property
     def keeps(self) -> tuple[Any, ...]:
