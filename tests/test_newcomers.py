@@ -27,7 +27,7 @@ HOUSE = ("test_architecture", "test_overview", "test_registry", "test_config", "
 
 NEWCOMERS = [
     "strided",  # README's example, verbatim
-    "sinks",  # a pattern that sees near and far
+    "anchors",  # a pattern that sees near and far
     "linear_transformer",  # no pattern: a recurrence with a state and a reference of its own
     "recurrent_memory",  # a wrapper with a state of its own beside that of what stands inside
 ]

@@ -12,7 +12,7 @@ from attention_zoo.layout.reach import Band
 from attention_zoo.options import Positive
 
 
-class Sinks(PatternAttention):
+class Anchors(PatternAttention):
     """Attention to the last tokens and to the very first.
 
     Args:
@@ -20,7 +20,7 @@ class Sinks(PatternAttention):
         sinks: first tokens of each document that every token sees.
     """
 
-    name = "sinks"
+    name = "anchors"
     tiny = {"window": 4, "sinks": 2}
     declared = Abilities(
         causality="strict", carry="prefix", two_sided=True, global_tokens="first_call", cross=False,
