@@ -82,6 +82,15 @@ def test_the_tables_of_peers_and_of_goals_are_those_of_the_committed_rows():
     assert overview.markdown(goals.headers, goals.cells) in (ROOT / path).with_name("figures.md").read_text()
 
 
+def test_the_table_of_the_newer_families_is_that_of_the_committed_rows():
+    (path,) = re.findall(r"\(([\w/.-]+results\.jsonl)\)", between("newer"))
+    rows = read([ROOT / path])
+    table = rivals.short_table([row for row in rows if row["kind"] == "peer"])
+    assert overview.markdown(table.headers, table.cells) in between("newer")
+    goals = rivals.figures_table(rows)
+    assert overview.markdown(goals.headers, goals.cells) in (ROOT / path).with_name("figures.md").read_text()
+
+
 def test_every_link_leads_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
