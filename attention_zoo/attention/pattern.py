@@ -243,7 +243,7 @@ class PatternAttention(Attention):
         x: Float[Tensor, "B L E"],
         tokens: Tokens | None = None,
         *,
-        state: Columns | None = None,
+        state: Any = None,
         source: Source | None = None,
         choices: Any = None,
     ) -> Output:

@@ -53,14 +53,14 @@ class Pieces(NamedTuple):
         """Whether the columns of the rounds are those of the call."""
         return self.slot.shape == self.column.shape and bool(self.here.all())
 
-    def split(self, x: Float[Tensor, "B L E"]) -> tuple[Float[Tensor, "B W E"], ...]:
+    def split(self, x: Float[Tensor, "B L E"]) -> tuple[Float[Tensor, "B _ E"], ...]:
         """The columns of each round; zeros where a row has none."""
         if not self.in_order:
             there = tensor_of(~self.here[..., None], x.device)
             x = _taken(x, self.column).masked_fill(there, 0)
         return x.split(self.width.tolist(), 1)
 
-    def joined(self, rounds: list[Float[Tensor, "B W E"]]) -> Float[Tensor, "B L E"]:
+    def joined(self, rounds: list[Float[Tensor, "B _ E"]]) -> Float[Tensor, "B L E"]:
         """What the rounds made of their columns, in the places of the call; zeros at padding."""
         x = torch.cat(rounds, 1)
         if self.in_order:

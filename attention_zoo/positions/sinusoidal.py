@@ -40,7 +40,7 @@ class Sinusoidal(nn.Module):
             raise ValueError(f"positions=sinusoidal needs an even dim, got {dim}")
         self.dim, self.base = dim, base
 
-    def forward(self, position: Int[Tensor, "B L"], *, last: int | None = None) -> Float[Tensor, "B L E"]:
+    def forward(self, position: Int[Tensor, "*B L"], *, last: int | None = None) -> Float[Tensor, "*B L E"]:
         """In float64. `last` is of no interest to it."""
         half = self.dim // 2
         # float64 for the angle alone: float32 is off by 0.06 radians at position 10⁶
