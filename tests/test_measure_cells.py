@@ -102,7 +102,7 @@ def test_the_row_says_what_was_measured_and_where(tmp_path):
         "phase": "decode", "device": "cpu", "dtype": "float32", "threads": 1, "repeats": 1, "reserved_bytes": None,
         "limits": {"timeout_s": 60, "memory_limit_bytes": 2**30},
     }  # fmt: skip
-    assert expected.items() <= row.items()
+    assert {key: row[key] for key in expected} == expected
     assert row["state_bytes"] >= 2 * 3 * 24 * 16 * 4  # keys and values
     assert row["environment"]["source"] == identity.source_digest()
     assert row["environment"]["threads"] == 1
