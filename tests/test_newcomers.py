@@ -22,8 +22,8 @@ from attention_zoo.testing import contract_checks
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent / "newcomers"
 COPIED = ("attention_zoo", "conf", "experiments", "tests", ".ci", "README.md", "pyproject.toml")
-HOUSE = ("test_architecture", "test_overview", "test_registry", "test_config", "test_readme", "test_what_is_recorded")
-"""Files and tests that speak of all mechanisms at once."""
+HOUSE = ("test_architecture", "test_overview", "test_registry", "test_readme", "test_what_is_recorded")
+"""Files and tests that speak of all mechanisms at once; where each has a test of its own, that one bears its name."""
 NOT_OF_MECHANISMS = ("plugin", "integrations", "command")
 """What these files hold besides: other packages, and commands, which run in processes of their own."""
 
