@@ -8,6 +8,7 @@ import pytest
 import torch
 from count_reads import Count
 from torch import Tensor
+from turns import assert_within
 
 import attention_zoo as zoo
 from attention_zoo import Tokens
@@ -246,3 +247,25 @@ def test_heads_are_split_and_merged_in_order() -> None:
 def test_wrong_options_are_refused_in_a_line(options: dict[str, Any], said: str) -> None:
     with pytest.raises((ValueError, NotImplementedError), match=said):
         zoo.build("adaptive_span", **{"dim": 16, "heads": 2, "limit": 40, **options})
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("spans", [[64.0] * 8, [32.0, 36, 41, 45, 50, 55, 60, 64], [64.0, 32, 55, 36, 60, 41, 50, 45]])
+def test_time_is_that_of_the_spans_not_of_their_limit(spans: list[float]) -> None:
+    """At 16,384 tokens, 8 heads x 64, limit 4,096, forward and backward: within 1.5 times the time of a window as wide
+    as span and ramp together.
+    """
+    layer = zoo.build("adaptive_span", dim=512, heads=8, limit=4096)
+    with torch.no_grad():
+        layer.span.copy_(torch.tensor(spans) / 4096)
+    window = zoo.build("longformer", dim=512, heads=8, window=64 + layer.ramp)
+    given = [torch.randn(1, 8, 16384, 64).requires_grad_() for _ in range(3)]
+
+    def ours() -> None:
+        layer.attend(*given).sum().backward()
+
+    def alone() -> None:
+        window.attend(*given).sum().backward()
+
+    assert_within(1.5, ours, alone)

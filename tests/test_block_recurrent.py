@@ -8,6 +8,7 @@ import pytest
 import torch
 from references.block_recurrent import reference
 from torch import Tensor, nn
+from turns import assert_within, flops_of
 
 import attention_zoo as zoo
 from attention_zoo.attention.block_recurrent import BlockRecurrent, BlockState
@@ -357,3 +358,25 @@ def test_projections_of_the_state_are_counted() -> None:
     queries = out = 2 * states * 16 * 32
     keys = 2 * states * 16 * 32
     assert linear.flops == 2 * tokens * 16 * (4 * 16 + 32) + turns * (queries + out) + (turns + 1) * keys
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_time_is_that_of_the_window_and_of_what_the_state_adds() -> None:
+    """At 16,384 tokens, 8 heads x 64, forward and backward: within 1.25 times what the same window takes by itself,
+    raised by as many FLOPs as the state adds.
+    """
+    layer = zoo.build("block_recurrent", dim=512, heads=8).train()
+    window = zoo.build("longformer", dim=512, heads=8, window=layer.window, global_projections="shared").train()
+    x = torch.randn(1, 16384, 512).requires_grad_()
+    with torch.no_grad():
+        added = flops_of(layer, x) / flops_of(window, x)
+    assert 1.5 < added < 4
+
+    def ours() -> None:
+        layer(x).hidden.sum().backward()
+
+    def alone() -> None:
+        window(x).hidden.sum().backward()
+
+    assert_within(1.25 * added, ours, alone)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from omegaconf import OmegaConf
 from references.memory_tokens import reference
 from small_models import VOCAB, entry, far, in_pieces, packed, ragged, some_ids
 from torch import Tensor
+from turns import assert_within, flops_of
 
 import attention_zoo as zoo
 from attention_zoo import Tokens, Transformer, Unsupported
@@ -21,7 +21,7 @@ from attention_zoo.attention.full import Full
 from attention_zoo.jobs.compare import register
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.segments import pieces
-from attention_zoo.measure.flops import LinearFlops, attention_flops, count_pairs
+from attention_zoo.measure.flops import count_pairs
 from attention_zoo.model import detach
 from attention_zoo.testing import contract_checks
 from attention_zoo.testing.case import Case, feed, gradients
@@ -252,16 +252,6 @@ def test_pairs_are_those_of_segments_with_their_memory(causal: bool) -> None:
     assert count_pairs(zoo.build("global_tokens", dim=16, heads=2), length) is None, "a wrapper that does not say"
 
 
-def flops_of(layer: Any, x: Tensor, times: int = 1) -> float:
-    """Of one forward, projections and pairs."""
-    with LinearFlops(layer) as linear:
-        layer(x)
-    pairs = count_pairs(layer, x.shape[1])
-    assert pairs is not None
-    attention = attention_flops(pairs, batch=len(x), heads=layer.heads, head_width=layer.head_width)
-    return times * (linear.flops + attention)
-
-
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("inner", ["full", "longformer"])
@@ -279,19 +269,10 @@ def test_time_is_that_of_the_segments_and_of_what_memory_adds(inner: str) -> Non
     def alone() -> None:
         torch.cat([wrapper.inner(part).hidden for part in x.split(size, 1)], 1).sum().backward()
 
-    calls = {"wrapper": lambda: wrapper(x).hidden.sum().backward(), "segments": alone}
-    spent: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(9):
-        for name, call in calls.items():
-            x.grad = None
-            wrapper.zero_grad()
-            start = time.process_time()
-            call()
-            spent[name].append(time.process_time() - start)
-        ratio = np.median(spent["wrapper"]) / np.median(spent["segments"]) / added
-        if turn > 1 and ratio <= 1.25:
-            return
-    raise AssertionError(f"{inner} inside: {ratio:.2f} times its segments and what memory adds, allowed 1.25: {spent}")
+    def wrapped() -> None:
+        wrapper(x).hidden.sum().backward()
+
+    assert_within(1.25 * added, wrapped, alone)
 
 
 def test_its_preset_reads_words_in_segments_and_writes_at_either_end() -> None:

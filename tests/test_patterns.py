@@ -7,7 +7,7 @@ import attention_zoo as zoo
 from attention_zoo import Tokens, Unsupported
 from attention_zoo.attention.full import Full
 from attention_zoo.layout.layout import Layout
-from attention_zoo.layout.reach import Band, Blocks
+from attention_zoo.layout.reach import Band, Blocks, Either
 from attention_zoo.ops.pattern import facts
 
 B = 3
@@ -153,16 +153,26 @@ def test_a_reach_that_is_a_number_is_refused_with_the_new_form() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Band(None), "Band: back must be a whole number of at least 0"),
-        (lambda: Band(3, stride=None), "Band: stride must be a whole number of at least 1"),
+        (lambda: Band(None), "Band: back must be a whole number from 0 to"),
+        (lambda: Band(3, stride=None), "Band: stride must be a whole number from 1 to"),
         (lambda: Blocks(4, lambda row, blocks: (row, row), 1, whole=3), "Blocks: whole must be a function"),
-        (lambda: Band(()), "Band: back must be a whole number of at least 0"),
+        (lambda: Band(()), "Band: back must be a whole number from 0 to"),
         (lambda: Band(4, first=(1, 2)), "Band: first must be a whole number"),  # type: ignore[arg-type]
         (lambda: Band(4, in_cache=True), "Band: in_cache needs first tokens"),
         (lambda: Band(4, weights="unifrom"), "weights must be one of uniform, counts, distance, any, got 'unifrom'"),
         (lambda: Band(2) | 3, "a reach can be joined with another one, got 3"),
-        (lambda: Blocks(0, lambda row, blocks: (row, row), 2), "Blocks: size must be a whole number of at least 1"),
+        (lambda: Blocks(0, lambda row, blocks: (row, row), 2), "Blocks: size must be a whole number from 1 to"),
         (lambda: Blocks(8, None, 2), "Blocks: links must be a function"),  # type: ignore[arg-type]
+        (lambda: Band(10**30), "Band: back must be a whole number from 0 to 2147483647"),
+        (lambda: Band(4, first=1, weights="uniform", in_cache=1), "Band: in_cache must be true or false, got 1"),
+        (lambda: Blocks(4, lambda row, blocks: (row, row), 10**30), "Blocks: most must be a whole number from 1 to"),
+        (
+            lambda: Blocks(4, lambda row, blocks: (row, row), 1, knows_length="x"),
+            "Blocks: knows_length must be true or false, got 'x'",
+        ),
+        (lambda: Either(()), "Either: parts must be one or more reaches"),
+        (lambda: Either((3,)), "Either: parts must be one or more reaches"),
+        (lambda: Band((1, 2)) | Band((1, 2, 3)), "Either: its bands must be of the same heads, got \\[2, 3\\] of them"),
     ],
 )
 def test_a_reach_that_cannot_be_is_refused_when_it_is_made(make, said):

@@ -64,9 +64,13 @@ def test_the_table_of_faults_is_that_of_the_committed_counts():
     assert table(found) in between("faults")
 
 
-def test_the_table_of_results_is_that_of_the_committed_rows():
-    (path,) = re.findall(r"\(([\w/.-]+results\.jsonl)\)", between("results"))
-    assert markdown_table(Findings.of(read([ROOT / path]))) in between("results")
+@pytest.mark.parametrize("name", ["results", "families"])
+def test_the_table_of_results_is_that_of_the_committed_rows(name):
+    (path,) = re.findall(r"\(([\w/.-]+results\.jsonl)\)", between(name))
+    assert markdown_table(Findings.of(read([ROOT / path]))) in between(name)
+
+
+def test_the_pictures_of_the_readme_are_there():
     for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", between("results")):
         assert (ROOT / picture).stat().st_size > 10_000
 
@@ -89,6 +93,12 @@ def test_the_table_of_the_newer_families_is_that_of_the_committed_rows():
     assert overview.markdown(table.headers, table.cells) in between("newer")
     goals = rivals.figures_table(rows)
     assert overview.markdown(goals.headers, goals.cells) in (ROOT / path).with_name("figures.md").read_text()
+
+
+def test_what_is_said_of_growth_is_what_the_committed_rows_say():
+    folder = ROOT / "experiments" / "results" / "growth_cpu"
+    goals = rivals.figures_table(read([folder / "results.jsonl"]))
+    assert overview.markdown(goals.headers, goals.cells) in (folder / "figures.md").read_text()
 
 
 def test_every_link_leads_somewhere():

@@ -23,7 +23,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attention_zoo.layout.host import Array, array_of
-from attention_zoo.rules import one_of
+from attention_zoo.options import LARGEST
+from attention_zoo.rules import one_of, shown
 
 Weights = Literal["uniform", "counts", "distance", "any"]
 WEIGHTS = ("uniform", "counts", "distance", "any")
@@ -144,8 +145,9 @@ class Band(Reach):
             each = value if isinstance(value, tuple) and name != "first" else (value,)
             if value is None and name == "ahead":
                 continue
-            if value == () or any(type(one) is not int or one < least for one in each):
-                raise ValueError(f"Band: {name} must be a whole number of at least {least}, got {value!r}")
+            if value == () or any(type(one) is not int or not least <= one <= LARGEST for one in each):
+                raise ValueError(f"Band: {name} must be {_whole(least)}, got {shown(value)}")
+        _flag("Band", in_cache=self.in_cache)
         if self.in_cache and (not self.first or self.weights not in ("uniform", "distance")):
             raise ValueError("Band: in_cache needs first tokens, and weights that are uniform or follow the distance")
         if len(self.heads) > 1:
@@ -232,8 +234,10 @@ class Blocks(Reach):
     def __post_init__(self) -> None:
         one_of(WEIGHTS, weights=self.weights)
         for name in ("size", "most"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"Blocks: {name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= LARGEST:
+                raise ValueError(f"Blocks: {name} must be {_whole(1)}, got {shown(value)}")
+        _flag("Blocks", knows_length=self.knows_length)
         if not callable(self.links):
             raise ValueError(f"Blocks: links must be a function of rows and numbers of blocks, got {self.links!r}")
         if self.whole is not None and not callable(self.whole):
@@ -297,6 +301,13 @@ class Either(Reach):
 
     parts: tuple[Reach, ...]
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.parts, tuple) or not self.parts or not all(isinstance(x, Reach) for x in self.parts):
+            raise ValueError(f"Either: parts must be one or more reaches, got {shown(self.parts)}")
+        heads = {count for part in self.parts if isinstance(part, Band) for count in part.heads}
+        if len(heads) > 1:
+            raise ValueError(f"Either: its bands must be of the same heads, got {sorted(heads)} of them")
+
     @property
     def farthest(self) -> int | None:
         return _largest([part.farthest for part in self.parts])
@@ -314,6 +325,16 @@ class Either(Reach):
         for part in self.parts[1:]:
             found = found | part.near(tiles)
         return found
+
+
+def _whole(least: int) -> str:
+    return f"a whole number from {least} to {LARGEST}"
+
+
+def _flag(reach: str, **fields: bool) -> None:
+    for name, value in fields.items():
+        if type(value) is not bool:
+            raise ValueError(f"{reach}: {name} must be true or false, got {shown(value)}")
 
 
 def _largest(counts: Sequence[int | None]) -> int | None:

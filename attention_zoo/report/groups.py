@@ -2,7 +2,8 @@
 is in their names.
 
 A group's facts are its mechanism's options, and everything else of its config, its code, its machine and its file. The
-options set apart those of one mechanism; anything else that differs is named for all that stand together. How a task's
+options set apart those of one mechanism; anything else that differs is named for all that stand together, or for the
+few that are not as most are. How a task's
 documents were shortened is an option of whatever read them: to read less is a rival of reading cheaply.
 """
 
@@ -27,6 +28,7 @@ MECHANISM = ("attention", "options", "hybrid", "backend", "name")
 COMPRESS = "compress"
 """The option of tasks, and of groups, that says how documents were shortened."""
 WIDEST = 48
+NEARLY_ALL = 0.75
 
 
 class Group(NamedTuple):
@@ -128,6 +130,7 @@ def labels(groups: Sequence[Group], names: Mapping[tuple[str, str], str]) -> lis
     common = [key for key in differing([group.shared for group in groups]) if not _told_by_file(groups, key)]
     shortened = len({dict(group.options).get(COMPRESS) for group in groups}) > 1
     common.sort(key=lambda key: (key != "file", key))
+    usual = {key: _of_most([group.shared.get(key) for group in groups]) for key in common}
     found = []
     for group in groups:
         alike = [other for other in groups if (other.backend, other.kernel) == (group.backend, group.kernel)]
@@ -137,12 +140,18 @@ def labels(groups: Sequence[Group], names: Mapping[tuple[str, str], str]) -> lis
         keys = differing([dict(other.options) for other in alike])
         keys += [COMPRESS] if shortened and COMPRESS not in keys else []
         extra += words(dict(group.options), keys)
-        said = ", ".join(extra + words(group.shared, common))
+        said = ", ".join(extra + words(group.shared, [key for key in common if group.shared.get(key) != usual[key]]))
         base = base or group.backend
         if said:
             base = f"{base[:-1]}; {said})" if base.endswith(")") else f"{base} ({said})"
         found.append(base)
     return apart(found)
+
+
+def _of_most(values: Sequence[str | None]) -> str | None:
+    """The value of nearly all, which need not be said; None: of nobody."""
+    ((value, count),) = Counter(values).most_common(1)
+    return value if count >= NEARLY_ALL * len(values) else None
 
 
 def _told_by_file(groups: Sequence[Group], key: str) -> bool:
