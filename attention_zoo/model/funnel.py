@@ -23,7 +23,9 @@ released code's, relative with token types in the scores, is not here, so that i
 Cost: a layer at factor f costs what it costs for L / f tokens; with `keys=all` and full attention the first of a block
 has as many keys as the block before. Full attention stays quadratic, by a smaller factor.
 
-When: one answer for a long text. Two-sided alone: a group holds tokens after its first.
+When: one answer for a long text. Two-sided alone: a group holds tokens after its first. With model=tiny and one seed
+"1@1 1@2" answers task=marked, whether two symbols anywhere are equal, as well as two layers over all tokens: 99.5 and
+99.9 %; task=listops is learned by neither in 300 steps (30.8 and 32.2 %; the first token alone tells 33.9 %).
 
 Checked: against a loop over documents and groups in float64 (tests/references/shorten.py), and against transformers'
 `FunnelModel` on the same weights, with either keys and at lengths that no factor divides, its terms of positions and

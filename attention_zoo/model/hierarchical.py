@@ -34,7 +34,8 @@ When: for what depends on a little of each part of a long text: the state of a m
 is all that leaves a segment, so that exact recall of many things from far away is not for it. `task=flip_flop
 model=tiny attention.segment_length=8` (one seed, a bit remembered over up to 128 tokens): 98.2 %; with layout=S alone
 50.5 %, chance; full 99.1 %, longformer with window=8 66.8 %. `task=mqar`, recall of many pairs, in the same way: 18.0 %
-where full has 99.8 % after half of the steps.
+where full has 99.8 % after half of the steps. Two-sided, with segments of 8 and layout="S SD": task=brackets 68.4 %,
+full 68.6 %; task=marked, whether two symbols anywhere are equal, 47.7 %, which is chance, where full has 99.9 %.
 
 Checked: against loops over documents, segments and queries in float64, outputs and gradients
 (tests/references/hierarchical.py), up to 1e-12; the two-sided layer on whole segments also against torch's attention
