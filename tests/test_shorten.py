@@ -97,7 +97,8 @@ def test_every_length_in_pieces_and_at_once(layout, kinds):
     whole = model(ids).logits
     for length in range(1, 12):
         assert far(model(ids[:, :length]).logits, whole[:, :length]) < 1e-11, length
-        assert far(in_pieces(model, ids[:, :length], None, list(range(1, length))), whole[:, :length]) < 1e-11, length
+    # the steps of a shorter text are the first of these
+    assert far(in_pieces(model, ids[:, :11], None, list(range(1, 11))), whole[:, :11]) < 1e-11
 
 
 @pytest.mark.parametrize("name", CAUSAL)
