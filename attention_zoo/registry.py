@@ -8,6 +8,7 @@ loads either the class itself (its defaults are the constructor's) or a mapping 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import inspect
@@ -53,6 +54,13 @@ def _usable() -> list[str]:
 def _shipped() -> tuple[str, ...]:
     folder = resources.files("attention_zoo.conf").joinpath("attention")
     return tuple(sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")))
+
+
+@cache
+def _own(name: str) -> tuple[type[Attention], dict[str, Any]]:
+    """Read once: parsing the yaml takes longer than building the layer."""
+    text = resources.files("attention_zoo.conf").joinpath("attention", f"{name}.yaml").read_text()
+    return _split(OmegaConf.to_container(OmegaConf.create(text)), name)
 
 
 def is_shipped(name: str) -> bool:
@@ -115,8 +123,8 @@ def recipe(name: str, *, option: str = "attention") -> tuple[type[Attention], di
             be used, saying why.
     """
     if name in _shipped():
-        text = resources.files("attention_zoo.conf").joinpath("attention", f"{name}.yaml").read_text()
-        return _split(OmegaConf.to_container(OmegaConf.create(text)), name)
+        cls, defaults = _own(name)
+        return cls, copy.deepcopy(defaults)
     foreign = _foreign()
     if points := foreign.get(name):
         values = ", ".join(point.value for point in points)

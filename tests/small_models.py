@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -28,9 +30,15 @@ def entry(name: str, **options: Any) -> dict[str, Any]:
 
 def small(*names: str, **options: Any) -> Transformer:
     """A model of width 16 in float64 and evaluation mode, always the same for the same options."""
-    torch.manual_seed(7)
+    torch.default_generator.manual_seed(7)
     shape = {"vocab": VOCAB, "dim": 16, "heads": 2, "depth": 2, "ff_mult": 2}
     return Transformer(**{"attention": [entry(name) for name in names], **shape, **options}).double().eval()
+
+
+def paired(*lists: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """One of each list at a time, until each of all has stood beside some: far fewer than all with all."""
+    kept = [list(each) for each in lists]
+    return list(islice(zip(*map(cycle, kept)), max(map(len, kept))))
 
 
 def some_ids(batch: int = 3, length: int = 23, seed: int = 0) -> Tensor:

@@ -147,7 +147,11 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     script = (
         f"import sys, attention_zoo\n"
         f"attention_zoo.build('longformer', dim=16, heads=2)\n"
-        f"print([name for name in {LAZY!r} if name in sys.modules])"
+        f"print([name for name in {LAZY!r} if name in sys.modules])\n"
+        f"import attention_zoo.training.run\n"
+        f"print('wandb' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "[]", f"import attention_zoo loads {done.stdout.strip()}"
+    heavy, wandb = done.stdout.splitlines()
+    assert heavy == "[]", f"import attention_zoo loads {heavy}"
+    assert wandb == "False", "W&B is imported only where it is wanted"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import CARRYING, PREFIX, TWO_SIDED, far, in_pieces, ragged, small, some_ids
+from small_models import CARRYING, PREFIX, TWO_SIDED, far, in_pieces, paired, ragged, small, some_ids
 
 from attention_zoo import EncoderDecoder, Tokens, Transformer, Unsupported, generate, load, save
 from attention_zoo.commands.main import main
@@ -27,20 +27,23 @@ def pair(reader: str, writer: str, **options) -> EncoderDecoder:
     return EncoderDecoder(encoder=encoder, decoder=tiny(writer, cross=True, **options)).eval()
 
 
+@torch.no_grad()
+def after(model, prompt: torch.Tensor, texts: list[tuple[int, ...]], **rest) -> torch.Tensor:
+    """Log-probabilities [texts, vocab] of what follows the prompt and each of some texts of one length."""
+    ids = torch.stack([torch.cat([prompt, torch.tensor(text, dtype=torch.long)]) for text in texts])
+    return model(ids, **{name: given.expand(len(texts), -1) for name, given in rest.items()}).logits[:, -1].double().log_softmax(-1)
+
+
 def every_text(model, prompt: torch.Tensor, steps: int, eos: int | None, penalty: float, **rest):
     """All texts and their scores, the best first, from probabilities that are read from the whole prefix each time."""
     said: dict[tuple[int, ...], torch.Tensor] = {}
-
-    def after(text: tuple[int, ...]) -> torch.Tensor:
-        if text not in said:
-            ids = torch.cat([prompt, torch.tensor(text, dtype=torch.long)])[None]
-            said[text] = model(ids, **rest).logits[0, -1].detach().double().log_softmax(-1)
-        return said[text]
-
+    for length in range(steps):
+        begun = list(product(range(FEW), repeat=length))
+        said |= dict(zip(begun, after(model, prompt, begun, **rest)))
     texts = set()
     for text in product(range(FEW), repeat=steps):
         texts.add(text[: text.index(eos) + 1] if eos in text else text)
-    scored = {t: sum(after(t[:n])[t[n]].item() for n in range(len(t))) / len(t) ** penalty for t in texts}
+    scored = {t: sum(said[t[:n]][t[n]].item() for n in range(len(t))) / len(t) ** penalty for t in texts}
     return sorted(scored.items(), key=lambda each: -each[1])
 
 
@@ -84,13 +87,10 @@ def narrow_by_hand(model, prompt: torch.Tensor, steps: int, beams: int, eos: int
     """The same rule with lists, one prompt, each hypothesis read anew."""
     kept = [((), 0.0)]
     for _ in range(steps):
-        longer = []
-        for text, total in kept:
-            if eos in text:
-                longer.append((text, total))
-                continue
-            said = model(torch.cat([prompt, torch.tensor(text, dtype=torch.long)])[None]).logits[0, -1].log_softmax(-1)
-            longer += [((*text, token), total + value.item()) for token, value in enumerate(said)]
+        longer = [(text, total) for text, total in kept if eos in text]
+        if open_ones := [(text, total) for text, total in kept if eos not in text]:
+            for (text, total), said in zip(open_ones, after(model, prompt, [text for text, _ in open_ones])):
+                longer += [((*text, token), total + value.item()) for token, value in enumerate(said)]
         kept = sorted(longer, key=lambda each: -each[1] / len(each[0]) ** penalty)[:beams]
     return kept
 
@@ -194,9 +194,15 @@ def counted(part: torch.nn.Module) -> list[int]:
 WAYS = [{"greedy": True}, {"seed": 3}, {"beams": 4}]
 
 
-@pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("given", ["ids", "tokens", "source"])
-@pytest.mark.parametrize("options", WAYS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "given", "cached"),
+    [
+        (WAYS[way], given, bool((way + place) % 2))
+        for way in range(3)
+        for place, given in enumerate(("ids", "tokens", "source"))
+    ],
+    ids=str,
+)
 def test_the_encoder_runs_once(options, given, cached):
     model = pair("longformer", "full", vocab=11)
     source, tokens = some_ids(length=15, seed=4), Tokens.of(ragged(15, [15, 9, 2], "right"))
@@ -215,7 +221,7 @@ def test_the_encoder_runs_once(options, given, cached):
 @pytest.mark.parametrize(
     ("options", "cached"), [({"greedy": True}, True), ({"greedy": True}, False), ({"beams": 3}, True)], ids=str
 )
-@pytest.mark.parametrize(("reader", "writer"), [*zip(TWO_SIDED, ["full"] * 9), *zip(["full"] * 9, CARRYING)])
+@pytest.mark.parametrize(("reader", "writer"), paired(TWO_SIDED, CARRYING))
 def test_rows_are_written_as_if_alone(reader, writer, options, cached):
     """Ragged sources and prompts, and rows that end early."""
     model = pair(reader, writer, vocab=11)
@@ -239,8 +245,7 @@ def test_with_a_source_it_is_exhaustive_too(writer):
     kept = ragged(15, [15, 4], "right")
     found = beam_search(model, ids, steps=3, beams=30, eos=1, source=(source, Tokens.of(kept)))
     for row in range(2):
-        encoded = {"source": model.encode(source[row : row + 1, kept[row]])[0]}
-        texts = every_text(model, ids[row], 3, 1, 1.0, **encoded)
+        texts = every_text(model, ids[row], 3, 1, 1.0, source=source[row : row + 1, kept[row]])
         for place, (text, score) in enumerate(texts):
             assert tuple(found.tokens[row, place, : int(found.lengths[row, place])].tolist()) == text
             assert abs(found.scores[row, place].item() - score) < 1e-10

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -9,6 +10,9 @@ from rich.console import Console
 from attention_zoo.jobs import steps
 from attention_zoo.jobs.compare import CompareConfig, TrainingPlan, _Job
 from attention_zoo.jobs.steps import GRID, KEPT, affordable, equal_steps
+from attention_zoo.measure.ends import Ended
+from attention_zoo.measure.nursery import Nursery
+from attention_zoo.training.timing import timed_steps
 
 TINY = {
     "seq_len": 16,
@@ -66,10 +70,19 @@ def test_another_plan_or_a_damaged_note_is_timed_anew(
     assert equal_steps({"p": (seconds, [other])}, tmp_path, parallel=parallel) == {"p": 200}
 
 
-def test_a_backend_that_cannot_be_trained_does_not_count(tmp_path: Path) -> None:
+class Here(Nursery):
+    """Calls within this process."""
+
+    def call(self, function: str, given: dict[str, Any], *, timeout_s: float) -> dict[str, Any] | Ended:
+        assert function == "attention_zoo.training.timing:timed_steps"
+        return timed_steps(**given)
+
+
+def test_a_backend_that_cannot_be_trained_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "Nursery", Here)
     plan = TrainingPlan("mqar", set=TINY, seconds=2.0, options={"longformer": {"window": -1}})
     config = CompareConfig(backends=["full"], trainings={"recall": plan})
     configs = [run.config for run in config.runs()]
     broken = {**configs[0], "backend": "broken", "attention": {"name": "longformer", "window": -1}}
-    equal_steps({"recall": (2.0, [*configs, broken])}, tmp_path, parallel=2)
+    equal_steps({"recall": (2.0, [*configs, broken])}, tmp_path, parallel=1)
     assert set(json.loads((tmp_path / KEPT).read_text())["recall"]["step_seconds"]) == {"full"}

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+import attention_zoo
 from attention_zoo import stopping
 from attention_zoo.files import (
     Damaged,
@@ -138,8 +139,16 @@ def test_leftovers_go_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden.txt", ".lock", ".owner.json", "row.json"]
 
 
-HOLDER = """
-import sys, time
+BARE = f"""
+import sys, types
+package = types.ModuleType("attention_zoo")
+package.__path__ = {list(attention_zoo.__path__)!r}
+sys.modules["attention_zoo"] = package
+"""
+"""Begins a script that wants a module of the package and not torch, which the package itself would bring."""
+
+HOLDER = f"""{BARE}
+import time
 from attention_zoo.locks import owning
 with owning(sys.argv[1]):
     print("mine", flush=True)
@@ -220,9 +229,9 @@ def test_a_stretch_that_fails_after_a_signal_is_stopped():
         work()
 
 
-PARENT = """
+PARENT = f"""
 import os, subprocess, sys, time
-child = "import sys, time; from attention_zoo.stopping import *; die_with_parent(int(sys.argv[1])); time.sleep(60)"
+child = {BARE!r} + "import time; from attention_zoo.stopping import *; die_with_parent(int(sys.argv[1])); time.sleep(60)"
 print(subprocess.Popen([sys.executable, "-c", child, str(os.getpid())]).pid, flush=True)
 time.sleep(60)
 """

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_models import CARRYING, CAUSAL, PREFIX, TWO_SIDED, VOCAB, entry, far, in_pieces, ragged, small, some_ids
+from small_models import (
+    CARRYING, CAUSAL, PREFIX, TWO_SIDED, VOCAB, entry, far, in_pieces, paired, ragged, small, some_ids,
+)  # fmt: skip
 
 from attention_zoo import EncoderDecoder, Source, Tokens, Transformer, generate
 from attention_zoo.model.generate import draw, narrow, stream
@@ -15,6 +17,7 @@ def depth_of(name: str) -> int:
     return 2 if name in PREFIX else 1
 
 
+@torch.no_grad()
 def by_hand(model, prompt: torch.Tensor, steps: int, **rest) -> list[int]:
     """The most likely token again and again, of one row, each time from the whole prefix."""
     row = prompt[None]
@@ -52,7 +55,7 @@ def test_prompts_may_be_read_in_chunks(name, side):
     model = small(name, short_conv=3)
     valid, ids = ragged(21, [17, 5, 1], side), some_ids(length=21)
     whole = generate(model, ids, steps=8, valid=valid, greedy=True, prefill_chunk=21)
-    for chunk in (1, 3, 8, 40):
+    for chunk in (1, 8, 40):
         assert torch.equal(generate(model, ids, steps=8, valid=valid, greedy=True, prefill_chunk=chunk), whole)
     assert torch.equal(torch.stack(list(stream(model, ids, steps=8, valid=valid, greedy=True)), 1), whole)
 
@@ -193,7 +196,7 @@ def pair(reader: str, writer: str, **options) -> EncoderDecoder:
     return EncoderDecoder(encoder=encoder, decoder=small(writer, cross=True, depth=depth_of(writer), **options)).eval()
 
 
-@pytest.mark.parametrize(("reader", "writer"), [*zip(TWO_SIDED, ["full"] * 9), *zip(["full"] * 9, CAUSAL)])
+@pytest.mark.parametrize(("reader", "writer"), paired(TWO_SIDED, CAUSAL))
 def test_any_encoder_and_any_decoder(reader, writer):
     model = pair(reader, writer, short_conv=3)
     source, ids = some_ids(length=15, seed=4), some_ids(length=9)

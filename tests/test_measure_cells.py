@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from unruly import ENDS, installed
 
+from attention_zoo.commands.main import main
 from attention_zoo.measure import cells as runner
 from attention_zoo.measure import identity, predict
 from attention_zoo.measure.cell import SpeedCell, blank_row, run_cell
@@ -296,15 +297,15 @@ def test_the_command_measures_a_new_backend_untouched_and_writes_its_results(plu
     assert not (ROOT / "outputs").exists()
 
 
-def test_the_command_explains_itself_and_refuses_in_one_line(tmp_path):
-    helped = command("--help")
-    assert helped.returncode == 0
+def test_the_command_explains_itself_and_refuses_in_one_line(tmp_path, capsys):
+    assert main(["benchmark", "--help"], "python -m experiments.benchmark") == 0
+    helped = capsys.readouterr().out
     for word in ("python -m experiments.benchmark", "backends", "lengths", "memory_limit_gib", "force"):
-        assert word in helped.stdout
-    wrong = command("backends=[longfromer]", f"output={tmp_path}/out")
-    assert wrong.returncode == 2
-    assert wrong.stderr.strip().count("\n") == 0
-    assert "did you mean longformer?" in wrong.stderr
+        assert word in helped
+    assert main(["benchmark", "backends=[longfromer]", f"output={tmp_path}/out"]) == 2
+    wrong = capsys.readouterr().err
+    assert wrong.strip().count("\n") == 0
+    assert "did you mean longformer?" in wrong
     assert not (tmp_path / "out").exists()
 
 

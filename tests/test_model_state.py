@@ -16,8 +16,9 @@ from attention_zoo.model.short_conv import GatedConvolution, ShortConvolution
 CUTS = [[5, 13, 14, 20], [1], [22], list(range(1, 23))]
 
 
-@pytest.mark.parametrize("reversible", [False, True])
-@pytest.mark.parametrize("cuts", CUTS, ids=len)
+@pytest.mark.parametrize(
+    ("cuts", "reversible"), [*((cuts, False) for cuts in CUTS), (CUTS[0], True), (CUTS[-1], True)], ids=str
+)
 @pytest.mark.parametrize("name", PREFIX)
 def test_pieces_equal_the_whole(name, cuts, reversible):
     if reversible and name not in REVERSIBLE:
@@ -136,11 +137,11 @@ def test_rows_that_had_padding_alone_begin_when_they_are_picked(name, gradients)
             state = model(ids, Tokens.of(valid), state=model.initial_state(3)).state
             for index in ([1], [2, 1], [1, 0], []):
                 picked = reorder(state, torch.tensor(index, dtype=torch.long))
+                want = model(more[index[:1]]).logits
                 for cut in (1, 2, 6):
                     first = model(more[index, :cut], state=picked)
                     rest = model(more[index, cut:], state=first.state).logits if cut < 6 else first.logits[:, :0]
                     got = torch.cat([first.logits, rest], 1)[: 1 if index else 0]
-                    want = model(more[index[:1]]).logits
                     assert far(got[:, -1], want[:, -1]) < 1e-10
                     if name in PREFIX:
                         assert far(got, want) < 1e-10

@@ -1,6 +1,8 @@
 """What models are trained for: losses by name, evaluation by groups, halves, and runs that start from a file."""
 
+import copy
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +91,13 @@ class Next(Odd):
 TASKS = {task.objective: task for task in (Reversal, Odd, First, Each, Next)}
 
 
+@cache
+def composed() -> dict[str, Any]:
+    return compose_training(["tracker=none", "trainer.progress=none", "threads=1", "steps=3", "batch=8", "seq_len=12"])
+
+
 def config(task: type, folder: Path, **changes: Any) -> dict[str, Any]:
-    found = compose_training(["tracker=none", "trainer.progress=none", "threads=1", "steps=3", "batch=8", "seq_len=12"])
+    found = copy.deepcopy(composed())
     found |= {"task": {"_target_": f"{__name__}.{task.__name__}", "_partial_": True}, "output": str(folder)}
     found["model"] = {**found["model"], "dim": 16, "short_conv": 0, "embedding": {"types": 2}}
     if task is Reversal:

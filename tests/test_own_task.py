@@ -2,12 +2,16 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from test_readme import between, blocks
+
+from attention_zoo.commands.main import main
 
 BIN = Path(sys.executable).parent
 QUICK = ["steps=3", "batch=4", "tracker=none", "trainer.progress=none", "threads=1"]
@@ -31,11 +35,21 @@ def run(line: str, folder: Path, *more: str) -> str:
     return done.stdout
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """For commands within this process: what they add to the path, and modules that they find there, go after it."""
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    yield monkeypatch
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("parity", "theirs")]:
+        del sys.modules[name]
+
+
 def commands() -> list[str]:
     return blocks("bash", between("task"))[0].strip().splitlines()
 
 
 def test_the_readmes_task_trains_from_a_folder_of_its_own(folder: Path) -> None:
+    """In a process of its own, by the installed command; what conf/ holds is found from there, too."""
     run(commands()[0], folder, *QUICK)
     (row,) = [json.loads(path.read_text()) for path in folder.rglob("result.json")]
     assert (row["status"], row["task"], row["backend"]) == ("ok", "parity", "longformer")
@@ -53,7 +67,9 @@ def test_the_readmes_task_takes_part_in_a_comparison(folder: Path) -> None:
     assert (row["status"], row["task"], row["steps"]) == ("ok", "parity", 3)
 
 
-def test_a_package_adds_its_tasks_by_an_entry_point(folder: Path, tmp_path: Path) -> None:
+def test_a_package_adds_its_tasks_by_an_entry_point(
+    folder: Path, tmp_path: Path, here: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     package = tmp_path / "site" / "theirs"
     (package / "conf" / "task").mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -65,16 +81,20 @@ def test_a_package_adds_its_tasks_by_an_entry_point(folder: Path, tmp_path: Path
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1\n")
     (about / "entry_points.txt").write_text("[attention_zoo.conf]\ntheirs = theirs.conf\n")
-    words = f"PYTHONPATH={tmp_path / 'site'} attention-zoo train task=theirs output=out"
-    assert "accuracy" in run(words, tmp_path, *QUICK)
+    here.syspath_prepend(tmp_path / "site")
+    here.chdir(tmp_path)
+    assert main(["train", "task=theirs", "output=out", *QUICK]) == 0
+    assert "accuracy" in capsys.readouterr().out
 
 
 def test_the_yaml_names_the_class_of_the_example() -> None:
     assert re.search(r"_target_: parity.Parity", between("task"))
 
 
-def test_a_task_without_a_constructor_has_the_options_of_its_base(folder: Path) -> None:
-    run(commands()[0], folder, *QUICK, "+task.test_examples=20")
+def test_a_task_without_a_constructor_has_the_options_of_its_base(folder: Path, here: pytest.MonkeyPatch) -> None:
+    here.chdir(folder / "my_tasks")
+    words = shlex.split(commands()[0].partition("attention-zoo ")[2])
+    assert main([*words, *QUICK, "+task.test_examples=20"]) == 0
     (row,) = [json.loads(path.read_text()) for path in folder.rglob("result.json")]
     assert (row["status"], row["config"]["task"]["test_examples"]) == ("ok", 20)
 
@@ -115,9 +135,11 @@ def test_what_is_wrong_with_a_task_is_said_in_a_line(
     assert row["steps"] == 0, "before training"
 
 
-def test_a_task_that_python_does_not_find_is_said_with_where_it_was_looked_for(folder: Path, tmp_path: Path) -> None:
-    words = f"{BIN}/attention-zoo train --config-dir {folder}/my_tasks/conf task=parity output=out"
+def test_a_task_that_python_does_not_find_is_said_with_where_it_was_looked_for(
+    folder: Path, tmp_path: Path, here: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (elsewhere := tmp_path / "elsewhere").mkdir()
-    done = subprocess.run([*words.split(), *QUICK], capture_output=True, text=True, timeout=300, cwd=elsewhere)
-    assert done.returncode != 0
-    assert f"No module named 'parity' in {elsewhere}, on PYTHONPATH or among what is installed" in done.stderr
+    here.chdir(elsewhere)
+    assert main(["train", "--config-dir", f"{folder}/my_tasks/conf", "task=parity", "output=out", *QUICK]) != 0
+    said = f"No module named 'parity' in {elsewhere}, on PYTHONPATH or among what is installed"
+    assert said in capsys.readouterr().err

@@ -15,6 +15,7 @@ import torch
 
 import attention_zoo as zoo
 from attention_zoo import registry
+from attention_zoo.commands.main import main
 from attention_zoo.contract import Attention, Unsupported
 from attention_zoo.measure.config import BenchmarkConfig
 from attention_zoo.overview import abilities_rows, kernel_rows
@@ -97,16 +98,18 @@ def test_third_parties_add_backends(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.delitem(sys.modules, "tiny_plugin")
 
 
-def test_a_plugin_is_swapped_in_by_one_word_of_the_config(tmp_path: Path) -> None:
-    """`attention=near`, with its options, on the command line of a fresh process."""
+def test_a_plugin_is_swapped_in_by_one_word_of_the_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`attention=near`, with its options, on the command line."""
     plugin(tmp_path, "Near")
-    words = ["attention=near", "attention.window=3", "task=mqar", "--cfg", "job"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-m", "experiments.train", *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "_target_: tiny_plugin.Near" in done.stdout
-    assert "window: 3" in done.stdout
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tiny_plugin", raising=False)
+    assert main(["train", "attention=near", "attention.window=3", "task=mqar", "--cfg", "job"]) == 0
+    told = capsys.readouterr().out
+    assert "_target_: tiny_plugin.Near" in told
+    assert "window: 3" in told
+    monkeypatch.delitem(sys.modules, "tiny_plugin")
 
 
 def test_a_plugin_that_cannot_be_loaded_is_left_out_aloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from report_rows import made_up, portrait, quality, speed, unfinished
 
+from attention_zoo.commands.main import main
 from attention_zoo.files import write_json
 from attention_zoo.report import Findings, build_report, headline, read, write_csv
 from attention_zoo.report.again import ReportConfig, report
@@ -197,21 +198,16 @@ def test_hostile_text_is_text_everywhere(tmp_path):
     assert any("alert(1)" in sentence for sentence in headline(Findings.of(rows)))
 
 
-def command(*given: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.report", *given], capture_output=True, text=True, timeout=120
-    )
-
-
-def test_the_command_takes_a_folder_and_names_what_is_wrong(tmp_path):
+def test_the_command_takes_a_folder_and_names_what_is_wrong(tmp_path, capsys):
     for seed in (0, 1):
         write_json(tmp_path / "runs" / f"s{seed}" / "result.json", quality("full", "text", seed))
     (tmp_path / "runs" / "bad").mkdir()
     (tmp_path / "runs" / "bad" / "result.json").write_text("{")
-    done = command(f"results={tmp_path / 'runs'}")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "! left out: " in done.stdout
-    assert "bad/result.json: is not JSON" in done.stdout
+    assert main(["report", f"results={tmp_path / 'runs'}"]) == 0
+    told = capsys.readouterr()
+    assert told.err == ""
+    assert "! left out: " in told.out
+    assert "bad/result.json: is not JSON" in told.out
     assert (tmp_path / "runs" / "report.html").is_file()
     assert (tmp_path / "runs" / "results.csv").is_file()
 
@@ -231,7 +227,8 @@ def test_every_way_to_name_results_works(tmp_path):
 
 @pytest.mark.slow
 def test_what_the_command_refuses_is_one_line(tmp_path):
-    done = command(f"results=[{tmp_path / 'no'}]")
+    command = [sys.executable, "-m", "experiments.report", f"results=[{tmp_path / 'no'}]"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr == f"error: {done.stderr[7:].strip()}\n"
     assert "which does not exist" in done.stderr

@@ -181,6 +181,6 @@ def test_what_a_component_refuses_has_its_full_key():
 )
 def test_options_of_components_are_named_in_full(words: str, said: str, tmp_path: Path) -> None:
     key, _, value = words.partition("=")
-    config = compose_training(["task=mqar", "trainer.progress=none", f"++model.{key}={value}"])
+    config = compose_training(["task=mqar", "tracker=none", "trainer.progress=none", f"++model.{key}={value}"])
     row = run_training(config, tmp_path / "run")
     assert row["error"].startswith(f"model.{said}")

@@ -97,7 +97,8 @@ def test_every_length_in_pieces_and_at_once(layout, kinds):
     whole = model(ids).logits
     for length in range(1, 12):
         assert far(model(ids[:, :length]).logits, whole[:, :length]) < 1e-11, length
-        assert far(in_pieces(model, ids[:, :length], None, list(range(1, length))), whole[:, :length]) < 1e-11, length
+    # the steps of a shorter text are the first of these
+    assert far(in_pieces(model, ids[:, :11], None, list(range(1, 11))), whole[:, :11]) < 1e-11
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -107,13 +108,16 @@ def test_the_past_is_bitwise_blind_to_the_future(name):
     model = small(name, shorten=hourglass(DEEP, "attention", "attention")).float()
     ids = some_ids()
     valid, tokens = everywhere()
-    for given in (None, tokens):
-        out = model(ids, given).logits
-        for column in range(1, 23):
-            other = ids.clone()
-            other[:, column:] = (ids[:, column:] + 3) % VOCAB
-            past = valid[:, :column] if given is not None else slice(None)
-            assert torch.equal(model(other, given).logits[:, :column][past], out[:, :column][past]), column
+    columns = range(1, 23)  # all in one batch: what is compared has the same shape and stands in the same place of it
+    others = [torch.where(torch.arange(23) < column, ids, (ids + 3) % VOCAB) for column in columns]
+    for given, here in ((None, torch.ones_like(valid)), (tokens, valid)):
+        many = given and Tokens(*(torch.cat([field] * len(others)) for field in given))
+        with torch.no_grad():
+            out = model(ids.repeat(len(others), 1), many).logits.split(3)
+            found = model(torch.cat(others), many).logits.split(3)
+        for column, one, other in zip(columns, out, found, strict=True):
+            past = here[:, :column]
+            assert torch.equal(other[:, :column][past], one[:, :column][past]), column
 
 
 def test_a_token_does_read_its_group():
@@ -182,7 +186,7 @@ def test_pieces_equal_the_whole_with_padding_holes_and_documents(name, cuts):
     valid, tokens = everywhere()
     whole = model(ids, tokens).logits
     assert far(in_pieces(model, ids, tokens, cuts)[valid], whole[valid]) < 1e-10
-    assert far(in_pieces(model, ids, None, cuts), model(ids).logits) < 1e-10
+    assert far(in_pieces(model, ids, None, cuts[:9]), model(ids).logits) < 1e-10
 
 
 @pytest.mark.parametrize(("name", "causal"), [(n, True) for n in CAUSAL] + [(n, False) for n in TWO_SIDED])

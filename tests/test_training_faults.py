@@ -30,7 +30,7 @@ SMALL = [
     "tracker=none", "device=cpu", "trainer.progress=none", "model.dim=16", "model.heads=2", "model.depth=1",
     "model.ff_mult=2", "model.output_dropout=0.1", "seq_len=12", "batch=4", "steps=12", "trainer.checkpoint_every=5",
     "trainer.eval_every=4", "trainer.log_every=2", "task.held_out=attention_zoo", "task.evaluation_rows=2",
-    "task.span=2",
+    "task.span=2", "task.held_out_bytes=20000",
 ]  # fmt: skip
 TIMES = ("train_seconds", "step_seconds", "tokens_per_second", "resumed_at")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 import attention_zoo as zoo
+from attention_zoo.commands.main import main
 from attention_zoo.files import read_jsonl
 from attention_zoo.tracking import JsonlTracker
 from attention_zoo.training.config import check, compose_training
@@ -44,9 +44,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def config(source: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def composed(source: Path) -> dict[str, Any]:
     return compose_training([*SMALL, f"task.path={source}"])
+
+
+@pytest.fixture
+def config(composed: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy(composed)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -327,14 +332,13 @@ def test_metrics_are_rewound(tmp_path: Path) -> None:
     assert [row["step"] for row in read_jsonl(path)] == [1, 5]
 
 
-def test_the_command_line_sweeps_and_goes_on_after_a_failure(source: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "experiments.train", "-m", f"output={tmp_path}", f"task.path={source}", *SMALL,
-        "attention=full,longformer", "model.heads=3,2", "steps=2",
-    ]  # fmt: skip
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 2, "some run was refused"
+def test_the_command_line_sweeps_and_goes_on_after_a_failure(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["attention=full,longformer", "model.heads=3,2", "steps=2"]
+    code = main(["train", "-m", f"output={tmp_path}", f"task.path={source}", *SMALL, *words])
+    assert code == 2, "some run was refused"
     rows = [json.loads(path.read_text()) for path in tmp_path.glob("text-*/result.json")]
     found = sorted((row["backend"], row["config"]["model"]["heads"], row["status"]) for row in rows)
     assert found == [
@@ -343,15 +347,14 @@ def test_the_command_line_sweeps_and_goes_on_after_a_failure(source: Path, tmp_p
         ("longformer", 2, "ok"),
         ("longformer", 3, "failed"),
     ]
-    assert done.stderr.count("model.heads must divide model.dim, got heads=3 for dim=16") == 2
-    assert "Traceback" not in done.stderr
+    told = capsys.readouterr().err
+    assert told.count("model.heads must divide model.dim, got heads=3 for dim=16") == 2
+    assert "Traceback" not in told
 
 
-def test_the_command_line_tells_a_misspelt_name_in_one_line() -> None:
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "experiments.train", "attention=longfromer"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: attention must be one of ")
-    assert done.stderr.endswith("got 'longfromer'; did you mean longformer?\n")
-    assert done.stderr.count("\n") == 1
+def test_the_command_line_tells_a_misspelt_name_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "attention=longfromer"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: attention must be one of ")
+    assert told.endswith("got 'longfromer'; did you mean longformer?\n")
+    assert told.count("\n") == 1

@@ -49,17 +49,24 @@ def tuned(task: str, init: Path, folder: Path, *words: str) -> dict[str, Any]:
     return dict(run_training(config, folder))
 
 
-@pytest.mark.parametrize("lora", [(), ("+lora.r=2",)], ids=["whole", "lora"])
+TASKS = {
+    "bert": ("mlm", "quote", "brackets", "marked", "reference"),
+    "gpt2": ("mqar", "quote", "brackets", "reference", "flip_flop"),
+}
+ADAPTED = (("bert", "mlm"), ("bert", "brackets"), ("bert", "marked"), ("gpt2", "mqar"), ("gpt2", "reference"))
+"""One of each objective, and each direction."""
+
+
 @pytest.mark.parametrize(
-    ("name", "task"),
-    [("bert", task) for task in ("mlm", "quote", "brackets", "marked", "reference")]
-    + [("gpt2", task) for task in ("mqar", "quote", "brackets", "reference", "flip_flop")],
+    ("name", "task", "lora"),
+    [pytest.param(name, task, (), id=f"{name}-{task}-whole") for name in TASKS for task in TASKS[name]]
+    + [pytest.param(*each, ("lora={r: 2}",), id="-".join((*each, "lora"))) for each in ADAPTED],
 )
 def test_a_checkpoint_is_tuned_on_tasks_of_every_objective_that_it_can(
     name: str, task: str, lora: tuple[str, ...], folders: dict[str, Path], tmp_path: Path
 ) -> None:
     words = ["seq_len=192"] if task in ("mlm", "quote") else []
-    row = tuned(task, folders[name], tmp_path, *words, *([w.replace("+lora.r=2", "lora={r: 2}") for w in lora]))
+    row = tuned(task, folders[name], tmp_path, *words, *lora)
     assert row["status"] == "ok", row["error"]
     assert isinstance(zoo.load(tmp_path), zoo.EncoderDecoder if task == "reference" else zoo.Transformer)
 

@@ -22,7 +22,7 @@ def definition(layer: PatternAttention) -> PatternAttention:
 
 
 def with_kernel(layer: PatternAttention, kernel: str) -> PatternAttention:
-    twin = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
+    twin = copy.copy(layer)
     twin.kernel = kernel
     return twin
 

@@ -79,21 +79,18 @@ def _look(layer: BlockRecurrent, q: Tensor, k: Tensor, v: Tensor, gaps: list[int
     D, group, heads = layer.head_width, layer.heads // layer.kv_heads, []
     for h in range(layer.heads):
         mine, theirs = slice(h * D, (h + 1) * D), slice(h // group * D, (h // group + 1) * D)
-        query, scores = q[mine], []
-        for j, key in enumerate(k[:, theirs]):
-            score = layer.scale * (
-                _turned(layer, query, at) @ _turned(layer, key, at - gaps[j]) if gaps else query @ key
-            )
-            if gaps and layer.positions == "alibi":
-                score = score - 2.0 ** (-8 * (h + 1) / layer.heads) * gaps[j]
-            scores.append(score)
-        heads.append(torch.stack(scores).softmax(0) @ v[:, theirs])
+        query, keys = q[mine], k[:, theirs]
+        if gaps and layer.positions == "rotary":
+            query = _turned(query, at)
+            keys = torch.stack([_turned(key, at - gap) for key, gap in zip(keys, gaps)])
+        scores = layer.scale * (keys @ query)
+        if gaps and layer.positions == "alibi":
+            scores = scores - 2.0 ** (-8 * (h + 1) / layer.heads) * torch.tensor(gaps)
+        heads.append(scores.softmax(0) @ v[:, theirs])
     return torch.cat(heads)
 
 
-def _turned(layer: BlockRecurrent, x: Tensor, position: int) -> Tensor:
-    if layer.positions != "rotary":
-        return x
+def _turned(x: Tensor, position: int) -> Tensor:
     half = len(x) // 2
     found = x.clone()
     for n in range(half):
