@@ -16,7 +16,7 @@ Letters: M tokens, H heads, R rounds, D head width, N chunks in a round, C slots
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +72,7 @@ class HashedPlan(NamedTuple):
 
 
 def lsh_attention(
-    q: Float[Tensor, "M H D"], v: Float[Tensor, "M H D"], plan: HashedPlan, block: Block | None = None
+    q: Float[Tensor, "M H D"], v: Float[Tensor, "M H D"], plan: HashedPlan, block: type[HeadBlock] | None = None
 ) -> Float[Tensor, "m H D"]:
     """Attention of tokens to those that share a window of sorted chunks with them; keys are normalised queries.
 
@@ -82,19 +82,8 @@ def lsh_attention(
     Args:
         block: what runs a few heads at a time; default `HeadBlock`, another may do it by kernels of its own.
     """
-    return in_blocks(q, v, plan.sorted(), block or HeadBlock)
-
-
-def in_blocks(
-    q: Float[Tensor, "M H D"], v: Float[Tensor, "M H D"], plan: HashedPlan, block: Block
-) -> Float[Tensor, "m H D"]:
-    """See `lsh_attention`; of a plan that has all that such blocks ask for."""
-    out: Tensor = _Chunks.apply(q, v, plan, block)
+    out: Tensor = _Chunks.apply(q, v, plan.sorted(), block or HeadBlock)
     return out
-
-
-Block = Callable[[HashedPlan, slice], Any]
-"""A plan and some of its heads -> what has `forward` and `backward` as `HeadBlock` has."""
 
 
 class HeadBlock:
@@ -312,7 +301,7 @@ def _sum_rounds(
     return total
 
 
-def _blocks(plan: HashedPlan, kind: Block, H: int) -> Iterator[Any]:
+def _blocks(plan: HashedPlan, kind: type[HeadBlock], H: int) -> Iterator[HeadBlock]:
     limit = _SLOTS.get(plan.layout.slot.device.type, _SLOTS_GPU)
     size = max(1, limit // (plan.layout.neighbours.shape[0] * plan.layout.chunk))
     for start in range(0, H, size):
@@ -322,7 +311,7 @@ def _blocks(plan: HashedPlan, kind: Block, H: int) -> Iterator[Any]:
 class _Chunks(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, q: Tensor, v: Tensor, plan: HashedPlan, kind: Block) -> Tensor:
+    def forward(ctx: Any, q: Tensor, v: Tensor, plan: HashedPlan, kind: type[HeadBlock]) -> Tensor:
         asked = slice(None) if plan.asked is None else plan.asked
         out = large_pages(torch.empty_like(q[asked]))
         lse = out.new_empty(out.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))

@@ -12,8 +12,7 @@ Letters as in ops/lsh/chunks.py; K documents of n tokens at most, m of which are
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +20,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attention_zoo.layout.host import Array, array_of, tensor_of
-from attention_zoo.ops.lsh.chunks import HashedPlan, _keys, in_blocks, scores_at_once
+from attention_zoo.ops.lsh.chunks import HashedPlan, _keys, scores_at_once
 from attention_zoo.ops.lsh.layout import ChunkLayout
+from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
+from attention_zoo.ops.softmax.pages import large_pages
 from attention_zoo.ops.softmax.partial import LOG2E, Asked, Scratch, Sums, partial_backward
 
 ROWS = 128
@@ -55,9 +56,9 @@ class Grid(NamedTuple):
         rows[there] = number
         return Grid(tensor_of(rows.reshape(documents, columns), device), tensor_of(there, device), columns)
 
-    def take(self, x: Float[Tensor, "M h d"], documents: slice) -> Float[Tensor, "kh n d"]:
-        found = x.unflatten(0, (-1, self.columns))[documents] if self.rows is None else x[self.rows[documents]]
-        return found.transpose(1, 2).flatten(0, 1)
+    def lay(self, x: Float[Tensor, "M h d"]) -> Float[Tensor, "K n h d"]:
+        """A view where no document is shorter than another."""
+        return x.unflatten(0, (-1, self.columns)) if self.rows is None else x[self.rows]
 
     def spread(self, numbers: Int[np.ndarray, " M"]) -> Int[np.ndarray, "K n"]:
         """These numbers, one for each row of the list, in the grid's places; -1 elsewhere."""
@@ -68,9 +69,9 @@ class Grid(NamedTuple):
         found[array_of(self.there)] = numbers
         return found.reshape(-1, self.columns)
 
-    def back(self, x: Float[Tensor, "h K n d"]) -> Float[Tensor, "h M d"]:
-        flat = x.flatten(1, 2)
-        return flat if self.there is None else flat.index_select(1, self.there)
+    def back(self, x: Float[Tensor, "K n h d"]) -> Float[Tensor, "M h d"]:
+        flat = x.flatten(0, 1)
+        return flat if self.there is None else flat.index_select(0, self.there)
 
 
 class ShortLayout(NamedTuple):
@@ -95,7 +96,8 @@ class ShortLayout(NamedTuple):
 def short_attention(q: Float[Tensor, "M H D"], v: Float[Tensor, "M H D"], plan: HashedPlan) -> Float[Tensor, "m H D"]:
     """See `lsh_attention`; buckets are not told apart."""
     laid = lay_short(plan, torch.promote_types(q.dtype, torch.float32))
-    return in_blocks(q, v, plan if laid.shown is None else plan.sorted(), partial(ShortBlock, laid))
+    out: Tensor = _Short.apply(q, v, plan if laid.shown is None else plan.sorted(), laid)
+    return out
 
 
 def lay_short(plan: HashedPlan, dtype: torch.dtype) -> ShortLayout:
@@ -136,97 +138,120 @@ def _shown(layout: ChunkLayout, document: Int[np.ndarray, " M"]) -> tuple[Array,
     return chunk, (shown[:1] if bool((shown == shown[:1]).all()) else shown)
 
 
-class ShortBlock:
-    """All pairs of the documents' tokens, for a few heads; see `HeadBlock`, whose place it takes."""
+class _Step(NamedTuple):
+    """One head of some documents, or all heads of one; queries, and the keys that they may see."""
 
-    def __init__(self, laid: ShortLayout, plan: HashedPlan, heads: slice):
-        self.laid, self.plan, self.heads = laid, plan, heads
-        self.in_chunk: Tensor | None = None  # C, [M, h, c]
-        if laid.shown is not None and plan.order is not None:
-            order = plan.order[heads].long()
-            chunk = torch.empty_like(order).scatter_(2, order, laid.chunk.expand_as(order))
-            shape = order.shape[2], len(order), laid.shown.shape[-1]
-            self.in_chunk = laid.shown.new_zeros(shape).scatter_(2, chunk.permute(2, 0, 1), 1)
+    documents: slice
+    heads: slice
+    rows: slice
+    columns: slice
 
-    def steps(self, h: int) -> Iterator[tuple[slice, list[tuple[slice, slice]]]]:
-        """A few documents at a time: which, and some queries after the others with the keys that they may see."""
-        laid = self.laid
-        m, n = laid.queries.columns, laid.keys.columns
-        rows = ROWS if self.plan.causal and self.plan.asked is None else m
-        parts = [(slice(a, min(a + rows, m)), slice(0, min(a + rows, n) if rows < m else n)) for a in range(0, m, rows)]
-        size = max(1, scores_at_once(laid.bias.device) // (h * min(rows, m) * n))
-        for start in range(0, laid.documents, size):
-            yield slice(start, min(start + size, laid.documents)), parts
+    def of(self, x: Float[Tensor, "K n H d"], places: slice) -> Float[Tensor, "N l d"]:
+        """A view, whose batches are documents or heads."""
+        some = x[self.documents, places, self.heads]
+        return some[:, :, 0] if some.shape[2] == 1 else some[0].transpose(0, 1)
 
-    def bias(self, documents: slice, h: int, rows: slice, columns: slice) -> Float[Tensor, "_ _ l s"]:
-        laid = self.laid
-        bias = (laid.bias if len(laid.bias) == 1 else laid.bias[documents])[:, :, rows, columns]
-        if laid.shown is None or self.in_chunk is None:
+
+class _Pairs:
+    """The steps of a call, and their biases."""
+
+    def __init__(self, plan: HashedPlan, laid: ShortLayout, heads: int):
+        self.plan, self.laid, self.H = plan, laid, heads
+        if laid.shown is None or plan.order is None:
+            return
+        order = plan.order.long()
+        chunk = torch.empty_like(order).scatter_(2, order, laid.chunk.expand_as(order))
+        shape = order.shape[2], heads, laid.shown.shape[-1]
+        chosen = laid.shown.new_zeros(shape).scatter_(2, chunk.permute(2, 0, 1), 1)
+        self.keys = laid.keys.lay(chosen)
+        queries = self.keys if plan.asked is None else laid.queries.lay(chosen[plan.asked])
+        self.windows = (queries.flatten(1, 2) @ laid.shown[:, 0]).view(queries.shape)
+
+    def __iter__(self) -> Iterator[_Step]:
+        laid, H = self.laid, self.H
+        K, m, n = laid.documents, laid.queries.columns, laid.keys.columns
+        # the fewer, the better: each is some operations on views
+        together = min(K, max(1, scores_at_once(laid.bias.device) // (min(m, ROWS) * n))) if K >= H else 1
+        heads = [slice(head, head + 1) for head in range(H)] if K >= H else [slice(0, H)]
+        halves = self.plan.causal and self.plan.asked is None
+        for start in range(0, K, together):
+            for some in heads:
+                for row in range(0, m, ROWS):
+                    rows = slice(row, min(row + ROWS, m))
+                    columns = slice(0, rows.stop if halves else n)
+                    yield _Step(slice(start, min(start + together, K)), some, rows, columns)
+
+    def bias(self, step: _Step) -> Float[Tensor, "_ _ l s"]:
+        bias = self.laid.bias if len(self.laid.bias) == 1 else self.laid.bias[step.documents]
+        bias = bias[:, :, step.rows, step.columns]
+        if self.laid.shown is None:
             return bias
-        keys = laid.keys.take(self.in_chunk, documents)
-        queries = keys
-        if self.plan.asked is not None:
-            queries = laid.queries.take(self.in_chunk[self.plan.asked], documents)
-        shown = laid.shown if len(laid.shown) == 1 else laid.shown[documents]
-        windows = queries[:, rows].unflatten(0, (-1, h)) @ shown
-        met = torch.bmm(windows.flatten(0, 1), keys[:, columns].transpose(1, 2)).unflatten(0, (-1, h))
-        return (met.clamp_(max=1) if self.plan.once else met).log_().add_(bias)
+        met = torch.bmm(step.of(self.windows, step.rows), step.of(self.keys, step.columns).transpose(1, 2))
+        met = (met.clamp_(max=1) if self.plan.once else met).log_()
+        return met.view(self.shape(step, met)).add_(bias)
 
-    def forward(self, q: Tensor, v: Tensor) -> tuple[Float[Tensor, "h m D"], Float[Tensor, "h m"]]:
-        """As of `HeadBlock`."""
-        laid, (_, h, D) = self.laid, q.shape
-        k, _ = _keys(q, self.plan.epsilon)
-        asked = q if self.plan.asked is None else q[self.plan.asked]
-        out = k.new_empty(h, laid.documents, laid.queries.columns, D)
-        lse = k.new_empty(h, laid.documents, laid.queries.columns, 1)
-        scratch = Scratch()
-        for documents, parts in self.steps(h):
-            queries, keys, values = laid.queries.take(asked, documents), *self.keys(k, v, documents)
-            for rows, columns in parts:
-                query = queries[:, rows]
-                sums = Sums(query.unflatten(0, (-1, h)), scratch)
-                bias, shape = self.bias(documents, h, rows, columns), (len(query) // h, h, query.shape[1])
-                sums.add(query, keys[:, columns], values[:, columns], bias, scale=self.plan.scale, shape=shape)
-                found, found_lse = sums.end()
-                out[:, documents, rows] = found.transpose(0, 1)
-                lse[:, documents, rows] = found_lse.transpose(0, 1)
-        return laid.queries.back(out), laid.queries.back(lse)[..., 0]
+    def shape(self, step: _Step, rows: Float[Tensor, "N l _"]) -> tuple[int, int, int, int]:
+        """Batches as documents and heads."""
+        K = len(range(self.laid.documents)[step.documents])
+        return K, len(rows) // K, rows.shape[1], rows.shape[2]
 
-    def backward(
-        self, q: Tensor, v: Tensor, grad: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Float[Tensor, "h M D"], Float[Tensor, "h M D"]]:
-        """As of `HeadBlock`."""
-        laid, (_, h, D) = self.laid, q.shape
-        k, factor = _keys(q, self.plan.epsilon)
-        asked = slice(None) if self.plan.asked is None else self.plan.asked
-        delta = -(grad.to(k.dtype) * out).sum(-1, keepdim=True)
-        shift = (lse.masked_fill(lse == -torch.inf, torch.inf) * -LOG2E)[..., None]  # +inf: weights are exactly zero
-        rows_of, keys_of = (h, laid.documents, laid.queries.columns, D), (h, laid.documents, laid.keys.columns, D)
-        dq, dk, dv = k.new_zeros(rows_of), k.new_zeros(keys_of), k.new_zeros(keys_of)
-        scratch = Scratch()
-        for documents, parts in self.steps(h):
-            mine = Asked(*(laid.queries.take(x, documents) for x in (grad, q[asked], delta, shift)))
-            keys, values = self.keys(k, v, documents)
-            into = [scratch(name, x.shape, k).zero_() for name, x in (("dq", mine.q), ("dk", keys), ("dv", values))]
-            for rows, columns in parts:
-                some = Asked(*(x[:, rows] for x in mine))
-                partial_backward(
-                    some,
-                    keys[:, columns],
-                    values[:, columns],
-                    self.bias(documents, h, rows, columns),
-                    scale=self.plan.scale,
-                    into=(into[0][:, rows], into[1][:, columns], into[2][:, columns]),
-                    shape=(len(keys) // h, h, some.q.shape[1]),
-                    scratch=scratch,
-                )
-            for whole, part in zip((dq, dk, dv), into):
-                whole[:, documents] = part.unflatten(0, (-1, h)).transpose(0, 1)
-        dk, dv = laid.keys.back(dk), laid.keys.back(dv)
-        k, factor = k.transpose(0, 1), factor.transpose(0, 1)
-        total = dk.sub_(k * (k * dk).sum(-1, keepdim=True)).mul_(factor)
-        total[:, asked] += laid.queries.back(dq)
-        return total, dv
 
-    def keys(self, k: Tensor, v: Tensor, documents: slice) -> tuple[Float[Tensor, "kh n D"], Float[Tensor, "kh n D"]]:
-        return self.laid.keys.take(k, documents), self.laid.keys.take(v, documents)
+class _Short(torch.autograd.Function):
+    @staticmethod
+    @without_autocast
+    def forward(ctx: Any, q: Tensor, v: Tensor, plan: HashedPlan, laid: ShortLayout) -> Tensor:
+        k, _ = _keys(q, plan.epsilon)
+        asked = slice(None) if plan.asked is None else plan.asked
+        queries, keys, values = laid.queries.lay(q[asked]), laid.keys.lay(k), laid.keys.lay(v)
+        out, lse = large_pages(torch.empty_like(queries)), k.new_empty(*queries.shape[:3], 1)
+        pairs, scratch = _Pairs(plan, laid, q.shape[1]), Scratch()
+        for step in pairs:
+            query = step.of(queries, step.rows)
+            shape = pairs.shape(step, query)
+            sums = Sums(query.view(shape), scratch)
+            key, value = step.of(keys, step.columns), step.of(values, step.columns)
+            sums.add(query, key, value, pairs.bias(step), scale=plan.scale, shape=shape[:3])
+            found, found_lse = sums.end()
+            step.of(out, step.rows).copy_(found.view(query.shape))
+            step.of(lse, step.rows).copy_(found_lse.view(*query.shape[:2], 1))
+        out, lse = laid.queries.back(out), laid.queries.back(lse)
+        alone = lse[..., 0] == -torch.inf
+        out[alone] = v[asked][alone]
+        ctx.save_for_backward(q, v, out, lse)
+        ctx.plan, ctx.laid = plan._replace(buckets=None), laid
+        return out
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (q, v, out, lse), plan, laid = saved, ctx.plan, ctx.laid
+        k, factor = _keys(q, plan.epsilon)
+        asked = slice(None) if plan.asked is None else plan.asked
+        delta = (grad * out).sum(-1, keepdim=True, dtype=k.dtype).neg_()
+        alone = lse == -torch.inf
+        shift = lse.masked_fill(alone, torch.inf).mul_(-LOG2E)  # +inf: weights are exactly zero
+        rows = Asked(*(laid.queries.lay(x) for x in (grad, q[asked], delta, shift)))
+        keys, values = laid.keys.lay(k), laid.keys.lay(v)
+        dq = large_pages(torch.empty_like(rows.q, dtype=k.dtype))
+        dk, dv = (large_pages(torch.empty_like(x, dtype=k.dtype)).zero_() for x in (keys, values))
+        pairs, scratch = _Pairs(plan, laid, q.shape[1]), Scratch()
+        for step in pairs:
+            mine = Asked(*(step.of(x, step.rows) for x in rows))
+            key, value = step.of(keys, step.columns), step.of(values, step.columns)
+            # products into what is no block of memory go one by one
+            share = [scratch(name, x.shape, k) for name, x in (("dq", mine.q), ("dk", key), ("dv", value))]
+            share[0].zero_()
+            bias, shape = pairs.bias(step), pairs.shape(step, mine.q)[:3]
+            partial_backward(
+                mine, key, value, bias, scale=plan.scale, into=tuple(share), shape=shape, scratch=scratch, fresh=True
+            )
+            step.of(dq, step.rows).copy_(share[0])
+            for total, part in ((dk, share[1]), (dv, share[2])):
+                step.of(total, step.columns).add_(part)
+        dq, dk, dv = laid.queries.back(dq), laid.keys.back(dk), laid.keys.back(dv)
+        dk.sub_(k * (k * dk).sum(-1, keepdim=True)).mul_(factor)
+        dk[asked] += dq
+        token, head, _ = alone.nonzero(as_tuple=True)
+        at = token if plan.asked is None else plan.asked[token]
+        dv.index_put_((at, head), grad[token, head].to(dv.dtype), accumulate=True)
+        return dk.to(q.dtype), dv.to(v.dtype), None, None
