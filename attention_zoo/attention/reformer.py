@@ -98,7 +98,7 @@ class Reformer(HashedAttention):
             layer; None: by `seed` and `resample`.
         resample: draw rotations at each training call from torch's default generator; False: `seed` decides them, as
             it always does in evaluation.
-        kernel: auto | triton | chunks | dense; dense materialises all pairs of tokens, for checking.
+        kernel: auto | triton | short | chunks | dense; dense materialises all pairs of tokens, for checking.
         shared: the options of `Attention`.
     """
 
@@ -331,16 +331,16 @@ class Reformer(HashedAttention):
         shape = (self.rounds, self.chunk, self.look_back, self.look_ahead, self.wrap, self.fill)
         layout = keys.plan(("hashed", *shape), lambda: self._lay_out(documents, qk.device))
         plan = chunks.HashedPlan(
-            order=lsh_layout.sort_tokens(buckets, layout.document),
             layout=layout,
-            buckets=None if self.attend_across_buckets else buckets,
+            buckets=buckets,
+            inside=not self.attend_across_buckets,
             asked=asked,
             causal=self.causal,
             scale=self.scale,
             epsilon=self.key_norm_epsilon,
             once=self.correct_duplicates,
         )
-        call = self._described(qk.device, qk.dtype)
+        call = self._described(documents, len(qk if asked is None else asked), qk.device, qk.dtype)
         return choose(self.name, KERNELS, self.kernel, call).run(call)(qk, v, plan)
 
     def _lay_out(self, documents: Documents, device: torch.device) -> lsh_layout.ChunkLayout:
@@ -355,12 +355,26 @@ class Reformer(HashedAttention):
             device=device,
         )
 
-    def _described(self, device: torch.device, dtype: torch.dtype) -> HashedCall:
-        return HashedCall(device, dtype, self.chunk, self.head_width, self.correct_duplicates)
+    def _described(self, documents: Documents, asked: int, device: torch.device, dtype: torch.dtype) -> HashedCall:
+        chunks = -(-documents.slots // self.chunk)
+        window = self.chunk * (1 + self.look_back + self.look_ahead)
+        longest, tokens = int(documents.sizes.max()), int(documents.sizes.sum())
+        return HashedCall(
+            device,
+            dtype,
+            self.chunk,
+            self.head_width,
+            once=self.correct_duplicates,
+            inside=not self.attend_across_buckets,
+            pairs=self.rounds * window * min(asked, int(chunks.sum())) * self.chunk,
+            all_pairs=len(documents.sizes) * longest * max(1, longest * asked // tokens),
+            chunks=self.rounds * int(chunks.max()),
+        )
 
     def explain_kernels(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
         """See `Attention`."""
-        return explain(KERNELS, self._described(device, dtype))
+        documents = self._documents(Layout.plain(1, length, device))
+        return explain(KERNELS, self._described(documents, length, device, dtype))
 
 
 CURRENT = Horizon()

@@ -136,7 +136,8 @@ class RelativeAttention(Attention):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         plain = all(map(is_plain, (self.to_k, self.to_v, self.to_r)))
         consecutive = runs_of(keys, lowest).consecutive
-        return RelativeCall(x.shape[1], self.head_width, x.device, dtype, consecutive, plain, self.kernel)
+        columns = keys.valid.shape[1]
+        return RelativeCall(x.shape[1], columns, self.head_width, x.device, dtype, consecutive, plain, self.kernel)
 
     def _absorbed(self, q: Float[Tensor, "B H L D"], states: Float[Tensor, "B S E"], few: Few) -> Tensor:
         """See ops/relative/few.py."""
@@ -154,4 +155,4 @@ class RelativeAttention(Attention):
     def explain_kernels(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
         """See `Attention`."""
         with torch.enable_grad():
-            return explain(self.kernels, RelativeCall(length, self.head_width, device, dtype))
+            return explain(self.kernels, RelativeCall(length, length, self.head_width, device, dtype))

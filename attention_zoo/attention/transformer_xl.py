@@ -239,7 +239,7 @@ class TransformerXL(RelativeAttention):
         if not (B and L):
             return zeros_for(q, (q, k, v, r, self.u, self.v))
         consecutive = runs_of(keys, self._lowest).consecutive
-        call = RelativeCall(L, D, q.device, q.dtype, consecutive, wanted=self.kernel)
+        call = RelativeCall(L, S, D, q.device, q.dtype, consecutive, wanted=self.kernel)
         plan = self._plan(keys, L, choose(self.name, KERNELS[1:], self.kernel, call).name)
         if len(r) != plan.distances:  # cutting and padding cost a copy of the table each, and one of its gradient
             hidden = max(0, plan.distances - len(r))  # distances of hidden pairs

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attention_zoo.layout.kernel import Kernel, triton_reason
 from attention_zoo.ops.lsh.chunks import HashedPlan, dense_attention, lsh_attention
+from attention_zoo.ops.lsh.short import short_attention
 
 Run = Callable[[Tensor, Tensor, HashedPlan], Tensor]
 
@@ -21,6 +22,10 @@ class HashedCall:
 
     Fields:
         once: whether a key that several rounds show counts once.
+        inside: whether a token attends inside its buckets only.
+        pairs: query-key pairs that chunks score, of one head.
+        all_pairs: those of all documents' tokens, as if each were as long as the longest.
+        chunks: of the longest document, over all rounds.
     """
 
     device: torch.device
@@ -28,6 +33,10 @@ class HashedCall:
     chunk: int
     head_width: int
     once: bool
+    inside: bool
+    pairs: int
+    all_pairs: int
+    chunks: int
 
 
 def _has_triton(call: HashedCall) -> str | None:
@@ -46,6 +55,27 @@ def _triton_takes(call: HashedCall) -> str | None:
     return refuse(call.chunk, call.head_width, call.dtype)
 
 
+def _on_cpu(call: HashedCall) -> str | None:
+    device = call.device.type
+    return None if device == "cpu" else f"it runs on CPU, not on {device}"
+
+
+def _across_buckets(call: HashedCall) -> str | None:
+    return "it tells no buckets apart (attend_across_buckets)" if call.inside else None
+
+
+WORTH = 2
+"""So many pairs of all tokens cost what one does whose key is gathered for a chunk, and whose output is merged."""
+
+
+def _is_short(call: HashedCall) -> str | None:
+    # a pair costs two products of head width, and one more to count in how many windows it is
+    width = 2 * call.head_width
+    if call.all_pairs * (width + call.chunks) <= WORTH * call.pairs * width:
+        return None
+    return f"documents are too long: all their pairs are {call.all_pairs}, those of chunks {call.pairs}"
+
+
 def _triton(call: HashedCall) -> Run:
     from attention_zoo.ops.lsh.triton import TritonHeadBlock
 
@@ -54,6 +84,12 @@ def _triton(call: HashedCall) -> Run:
 
 KERNELS: tuple[Kernel[HashedCall], ...] = (
     Kernel("triton", _triton, (_has_triton, _counts_each, _triton_takes), "sorted chunks by one Triton kernel"),
+    Kernel(
+        "short",
+        lambda call: short_attention,
+        (_on_cpu, _across_buckets, _is_short),
+        "all pairs of a short document's tokens, each by the times it is shown",
+    ),
     Kernel("chunks", lambda call: lsh_attention, (), "sorted chunks, a few at a time; backward recomputes"),
     Kernel("dense", lambda call: dense_attention, (), "all pairs of tokens, M x M: for checking"),
 )

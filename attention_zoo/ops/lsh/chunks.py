@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attention_zoo.ops.lsh.layout import ChunkLayout
+from attention_zoo.ops.lsh.layout import ChunkLayout, sort_tokens
 from attention_zoo.ops.softmax.dense import dense
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 from attention_zoo.ops.softmax.pages import large_pages
@@ -36,28 +36,39 @@ _SLOTS = {"cpu": 2**16}
 _SCORES_GPU, _SLOTS_GPU = 2**23, 2**18
 
 
+def scores_at_once(device: torch.device) -> int:
+    return _SCORES.get(device.type, _SCORES_GPU)
+
+
 class HashedPlan(NamedTuple):
     """One call of LSH attention, but for its vectors.
 
     Fields:
-        order: [H, R, M], tokens in sorted order.
         layout: of the M tokens.
-        buckets: [H, R, M] to attend inside buckets only; None: across buckets, as far as the window goes.
+        buckets: [H, R, M]; None: nobody asks for them any more.
+        inside: whether a token attends inside its buckets only; else as far as the windows go.
         asked: [m], the tokens whose output is wanted; None: all.
         causal: whether a token sees earlier ones only. Order in the ragged list is order in time.
         scale: factor on q·k.
         epsilon: k = q / sqrt(|q|² + D·epsilon).
         once: whether a key met in several rounds counts once.
+        order: [H, R, M], tokens in sorted order; None: see `sorted`.
     """
 
-    order: Int[Tensor, "H R M"]
     layout: ChunkLayout
     buckets: Int[Tensor, "H R M"] | None
+    inside: bool
     asked: Int[Tensor, " m"] | None
     causal: bool
     scale: float
     epsilon: float
     once: bool
+    order: Int[Tensor, "H R M"] | None = None
+
+    def sorted(self) -> HashedPlan:
+        """With the order of tokens; as int32, since it is kept for backward."""
+        assert self.buckets is not None
+        return self._replace(order=sort_tokens(self.buckets, self.layout.document).int())
 
 
 def lsh_attention(
@@ -71,7 +82,7 @@ def lsh_attention(
     Args:
         block: what runs a few heads at a time; default `HeadBlock`, another may do it by kernels of its own.
     """
-    out: Tensor = _Chunks.apply(q, v, plan, block or HeadBlock)
+    out: Tensor = _Chunks.apply(q, v, plan.sorted(), block or HeadBlock)
     return out
 
 
@@ -84,6 +95,7 @@ class HeadBlock:
     def __init__(self, plan: HashedPlan, heads: slice):
         self.plan, self.heads = plan, heads
         layout = plan.layout
+        assert plan.order is not None
         order = plan.order[heads].long()
         self.H, R, M = order.shape
         device = order.device
@@ -104,7 +116,7 @@ class HeadBlock:
             self.active, index = torch.unique(asked // layout.chunk, return_inverse=True)
             self.asked_slots = index * layout.chunk + asked % layout.chunk
         self.labels: Tensor | None = None
-        if plan.buckets is not None:
+        if plan.inside and plan.buckets is not None:
             # numbered through the rounds: buckets of two rounds are never the same
             labels = plan.buckets[heads] + torch.arange(R, device=device)[:, None] * (plan.buckets.amax() + 1)
             self.labels = labels.new_full(self.contents.shape, -1)
@@ -136,7 +148,7 @@ class HeadBlock:
     def steps(self, exact: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
         """A few chunks at a time: which of the active ones, query rows, chunks of the windows, key rows, bias."""
         C, W = self.plan.layout.chunk, self.neighbours.shape[1]
-        size = max(1, _SCORES.get(self.contents.device.type, _SCORES_GPU) // (C * C * W))
+        size = max(1, scores_at_once(self.contents.device) // (C * C * W))
         for start in range(0, len(self.active), size):
             step = slice(start, min(start + size, len(self.active)))
             chunks = self.active[step]
@@ -289,9 +301,8 @@ def _sum_rounds(
     return total
 
 
-def _blocks(plan: HashedPlan, kind: type[HeadBlock]) -> Iterator[HeadBlock]:
-    H = len(plan.order)
-    limit = _SLOTS.get(plan.order.device.type, _SLOTS_GPU)
+def _blocks(plan: HashedPlan, kind: type[HeadBlock], H: int) -> Iterator[HeadBlock]:
+    limit = _SLOTS.get(plan.layout.slot.device.type, _SLOTS_GPU)
     size = max(1, limit // (plan.layout.neighbours.shape[0] * plan.layout.chunk))
     for start in range(0, H, size):
         yield kind(plan, slice(start, min(start + size, H)))
@@ -304,14 +315,14 @@ class _Chunks(torch.autograd.Function):
         asked = slice(None) if plan.asked is None else plan.asked
         out = large_pages(torch.empty_like(q[asked]))
         lse = out.new_empty(out.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-        for block in _blocks(plan, kind):
+        for block in _blocks(plan, kind, q.shape[1]):
             heads = block.heads
             part, total = block.forward(q[:, heads], v[:, heads])
             alone = (total == -torch.inf).T[..., None]
             out[:, heads] = torch.where(alone, v[asked, heads], part.transpose(0, 1).to(q.dtype))
             lse[:, heads] = total.T
         ctx.save_for_backward(q, v, out, lse)
-        ctx.plan, ctx.kind = plan._replace(order=plan.order.int()), kind
+        ctx.plan, ctx.kind = plan if plan.inside else plan._replace(buckets=None), kind
         return out
 
     @staticmethod
@@ -320,7 +331,7 @@ class _Chunks(torch.autograd.Function):
         (q, v, out, lse), plan = saved, ctx.plan
         asked = slice(None) if plan.asked is None else plan.asked
         dq, dv = large_pages(torch.empty_like(q)), large_pages(torch.empty_like(v))
-        for block in _blocks(plan, ctx.kind):
+        for block in _blocks(plan, ctx.kind, q.shape[1]):
             heads = block.heads
             mine = (q[:, heads], v[:, heads], grad[:, heads], out[:, heads], lse[:, heads])
             part_q, part_v = block.backward(*mine)
@@ -332,7 +343,7 @@ class _Chunks(torch.autograd.Function):
 
 def dense_attention(q: Tensor, v: Tensor, plan: HashedPlan) -> Tensor:
     """The same by definition: every pair of tokens, weighted by how often the windows of all rounds show it."""
-    tokens = torch.arange(len(q), device=q.device)
+    tokens, plan = torch.arange(len(q), device=q.device), plan.sorted()
     asked = tokens if plan.asked is None else plan.asked
     with torch.autocast(q.device.type, enabled=False):
         heads = []

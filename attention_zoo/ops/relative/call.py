@@ -15,13 +15,14 @@ class RelativeCall:
     """What is to be known of a call.
 
     Fields:
-        queries: how many there are.
+        queries, keys: how many there are.
         consecutive: whether tokens stand in consecutive columns at consecutive positions.
         plain: whether projections are matrices that may be multiplied by past their modules.
         wanted: the kernel that was asked for.
     """
 
     queries: int
+    keys: int
     head_width: int
     device: torch.device
     dtype: torch.dtype
@@ -31,8 +32,11 @@ class RelativeCall:
 
 
 def _is_few(call: RelativeCall) -> str | None:
-    few = 4 * call.queries <= call.head_width or call.wanted == "absorbed"
-    return None if few else "it is for few queries, a fourth of the head width at most"
+    # a query spends D + S where projecting keys spends D·S for all of them
+    D, S = call.head_width, call.keys
+    if call.queries == 1 or 2 * call.queries * (D + S) <= D * S or call.wanted == "absorbed":
+        return None
+    return f"it is for few queries: {call.queries} of {call.keys} keys are projected faster"
 
 
 def _no_gradients(call: RelativeCall) -> str | None:

@@ -59,18 +59,24 @@ def absorbed(
         biases: added to the queries before they meet keys and distances (the paper's u and v).
         waves: of the distances 0, 1, ...: few.distances of them.
     """
-    exact = q.dtype
-    to_k, to_r, to_v = (rearrange(layer.weight.to(exact), "(h d) e -> h d e", h=q.shape[1]) for layer in projections)
-    states = states.to(exact)[:, None]
+    exact, (B, H, L, _) = q.dtype, q.shape
+    to_k, to_r, to_v = (rearrange(layer.weight.to(exact), "(h d) e -> h d e", h=H) for layer in projections)
+    states = states.to(exact)
+    # one product each, a matrix serving all rows and hidden states all heads: broadcast, they would be copied for each
+    to_keys, to_distances = (
+        rearrange(q + bias[:, None], "b h l d -> h (b l) d") @ weight for bias, weight in zip(biases, (to_k, to_r))
+    )
     # the bias of keys adds the same to all scores of a query: softmax does not see it
-    content = ((q + biases[0][:, None]) @ to_k) @ states.transpose(-1, -2)
-    place = ((q + biases[1][:, None]) @ to_r) @ waves.to(exact).T
+    content = rearrange(to_keys, "h (b l) e -> b (h l) e", b=B) @ states.transpose(1, 2)
+    place = rearrange(to_distances.flatten(0, 1) @ waves.to(exact).T, "(h b l) n -> b h l n", h=H, b=B)
+    content = content.unflatten(1, (H, L))
     scores = (content + place.gather(-1, few.distance.expand_as(content))) * scale
     if few.hidden is not None:
         scores = scores.masked_fill(few.hidden, -torch.inf)
     weights = scores.softmax(-1)
     if few.hidden is not None:
         weights = weights.masked_fill(few.hidden, 0)  # padding sees nothing: softmax gives NaN
-    out = (weights @ states) @ to_v.transpose(-1, -2)
+    found = rearrange(weights.flatten(1, 2) @ states, "b (h l) e -> h (b l) e", h=H) @ to_v.transpose(1, 2)
+    out = rearrange(found, "h (b l) d -> b h l d", b=B)
     bias = projections[2].bias
-    return out if bias is None else out + rearrange(bias, "(h d) -> h 1 d", h=q.shape[1])
+    return out if bias is None else out + rearrange(bias, "(h d) -> h 1 d", h=H)
