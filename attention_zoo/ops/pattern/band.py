@@ -75,7 +75,7 @@ class _BandBias:
         if self.held is None:
             self.held = self._whole()
         bias = self._cut(self.held, rows, columns)
-        if self.plain:
+        if self.plain or self._shows_all(columns):
             return bias
         queries, keys = call.queries.cut(rows, batch), call.keys.cut(columns, batch)
         seen = keys.valid if not call.any_global_key else keys.valid & ~keys.is_global
@@ -83,6 +83,13 @@ class _BandBias:
         if not call.one_document:
             seen = seen & (keys.document[:, None, :] == queries.document[:, :, None])[:, None]
         return bias.masked_fill(~seen, -torch.inf)
+
+    def _shows_all(self, columns: slice) -> bool:
+        """Whether there is neither padding nor a global token among these keys, nor another document."""
+        if not self.call.one_document:
+            return False
+        keys = self.call.keys.host.cut(columns)
+        return bool(keys.valid.all()) and not keys.is_global.any()
 
     def _cut(self, whole: Tensor, rows: slice, columns: slice) -> Tensor:
         before = (columns.start - (rows.start + self.offset)) // self.stride + self.reach

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from attention_zoo.layout.kernel import Kernel
@@ -15,11 +14,11 @@ from attention_zoo.ops.pattern.flex import FLEX
 from attention_zoo.ops.pattern.local import run_local
 from attention_zoo.ops.pattern.near import near_tiles
 from attention_zoo.ops.pattern.row import LINKED_ROW, ROW
+from attention_zoo.ops.pattern.sdpa import SDPA
 from attention_zoo.ops.pattern.short import SHORT
 from attention_zoo.ops.pattern.short_band import SHORT_BAND
 from attention_zoo.ops.pattern.xformers import XFORMERS
 from attention_zoo.ops.softmax.dense import dense
-from attention_zoo.ops.softmax.fused import fused
 
 
 def _run_dense(call: PatternCall) -> Tensor:
@@ -56,44 +55,6 @@ BANDED: Kernel[PatternCall] = Kernel(
     (facts.consecutive, facts.first_is_fixed),
     "evenly spaced keys per tile, one mask for all; backward recomputes",
     (facts.is_band_and_first,),
-)
-
-
-def _run_sdpa(call: PatternCall) -> Tensor:
-    q, k, v = call.q, call.k, call.v
-    if facts.unmasked(call) is not None:
-        rows = slice(0, 1 if call.rows_alike else None)
-        seen = call.seen(call.queries.cut(slice(None), rows), call.keys.cut(slice(None), rows))
-        return call.blank(fused(q, k, v, _mask(seen, q.dtype), scale=call.scale), seen)
-    if call.pattern.causal and q.shape[2] > 1:
-        # right padding lies in the future of every valid token
-        return call.blank(fused(q, k, v, scale=call.scale, causal=True))
-    if call.all_valid:
-        return call.blank(fused(q, k, v, scale=call.scale))
-    seen = call.keys.valid[:, None, None, :]
-    return call.blank(fused(q, k, v, _mask(seen, q.dtype), scale=call.scale), seen)
-
-
-def _mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    # a row without any key shows them all, so that its weights are finite
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
-        ~(seen | ~seen.any(-1, keepdim=True)), -torch.inf
-    )
-
-
-SDPA: Kernel[PatternCall] = Kernel(
-    "sdpa",
-    _run_sdpa,
-    (
-        facts.window_holds_all,
-        facts.fused_engine,
-        facts.no_position_bias,
-        facts.no_sink,
-        facts.every_row,
-        facts.mask_is_small,
-    ),
-    "torch's fused scaled_dot_product_attention on every key: O(L²) time, O(L) memory",
-    (facts.shows_all,),
 )
 
 KERNELS: tuple[Kernel[PatternCall], ...] = (

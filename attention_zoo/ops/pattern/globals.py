@@ -67,6 +67,8 @@ class GlobalKeys:
         if self.all_seen:
             return Part(columns, no_bias)
         call, keys, some = self.call, self.chosen, slice(a, b)
+        if _all_past(call, rows, keys.host.cut(some)):
+            return Part(columns, no_bias)
         return Part(columns, lambda batch: _some_bias(call, call.queries.cut(rows, batch), keys, some, batch))
 
 
@@ -127,11 +129,23 @@ def _hides_padding_alone(call: PatternCall) -> bool:
     return not call.pattern.causal and call.one_document and not call.has_position_bias
 
 
+def _all_past(call: PatternCall, rows: slice, keys: Host) -> bool:
+    """Whether all of these queries see all of these keys, which lie before them."""
+    if call.has_position_bias or not (call.one_document and call.queries.dense and bool(keys.valid.all())):
+        return False
+    return bool((keys.position.max(1) <= call.queries.host.position[:, rows].min(1)).all())
+
+
 def _some_bias(call: PatternCall, queries: Tokens, keys: Layout, some: slice, batch: slice) -> Tensor | None:
     """`everyone_bias` of some of the keys, or None where it would be all zeros."""
     if _hides_padding_alone(call) and bool(keys.host.valid[batch, some].all()):
         return None
     return everyone_bias(call, queries, keys.cut(some, batch))
+
+
+def everyone_seen(call: PatternCall, queries: Tokens, keys: Layout) -> Tensor | None:
+    """`everyone_bias` of all of these keys, or None where it would be all zeros."""
+    return None if _all_seen(call, keys) else everyone_bias(call, queries, keys)
 
 
 def everyone_bias(call: PatternCall, queries: Tokens, keys: Tokens) -> Tensor:

@@ -1,25 +1,32 @@
 """The short kernel: a pattern of blocks by torch's fused attention, its links as a bias. For few keys on a CPU.
 
-Where a query is linked to most keys, gathering each head's own blocks costs more than multiplying by all of them. The
-bias is computed for pairs of blocks and spread to tokens. For backward L x S numbers are kept, hence `KEYS`: at most
-4 MiB a head in float32, once for the whole batch. O(L·S) time.
+Where a query is linked to most keys, gathering each head's own blocks costs more than multiplying by all of them. What
+links say between blocks is computed once for each number of blocks that a document has, and spread to tokens wherever
+these lie: short rows with padding, documents and global tokens cost little more than plain ones. For backward L x S
+numbers a head are kept, once for all batch rows that are alike, hence `KEYS` and `CELLS`. O(L·S) time.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attention_zoo.layout.host import array_of
+from attention_zoo.layout.host import Array, array_of, tensor_of
 from attention_zoo.layout.kernel import Kernel
+from attention_zoo.layout.layout import Layout
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.sdpa import run_sdpa
 from attention_zoo.ops.softmax.fused import fused
+from attention_zoo.ops.softmax.pages import large_pages
 from attention_zoo.tokens import Tokens
 
 KEYS = 1024
-"""Most keys: bounds the bias."""
+"""Most keys."""
+CELLS = 1 << 24
+"""Most numbers of the bias where batch rows differ: 64 MiB in float32."""
 WORTH = {False: 1.7, True: 3.0}
 """Most keys for each that a query is linked to, two-sided and causal (which leaves out half of all pairs): beyond, the
 blocks kernel is faster. At 1,024 tokens and blocks of 64 two-sided by a fifth, at blocks of 16 three times."""
@@ -30,10 +37,15 @@ ROWS = 256
 
 
 def _is_few(call: PatternCall) -> str | None:
-    S, size = call.k.shape[2], call.blocks.size
+    (L, S), (B, H), size = call.lengths, call.q.shape[:2], call.blocks.size
     if S > KEYS:
         return f"{S} keys are no short call (at most {KEYS})"
-    return f"{S} keys are more than {BLOCKS} blocks of {size}" if -(-S // size) > BLOCKS else None
+    where = _Where.of(call)
+    if where.blocks > BLOCKS:
+        return f"{S} keys are more than {BLOCKS} blocks of {size}"
+    if not where.alike and B * H * L * S > CELLS:
+        return f"batch rows differ, and their biases would be too large (at most {CELLS} numbers)"
+    return None
 
 
 def _links_are_many(call: PatternCall) -> str | None:
@@ -42,34 +54,68 @@ def _links_are_many(call: PatternCall) -> str | None:
     return f"{S} keys are no short call where a query sees {linked} (at most {most})" if most < S else None
 
 
-def _whole_blocks_are_global(call: PatternCall) -> str | None:
-    (L, S), size = call.lengths, call.blocks.size
-    if L > S:
-        return facts.queries_within_keys(call)
-    queries, keys = call.queries.host, call.keys.host
-    whole = np.repeat(keys.is_global[:1, ::size], size, 1)[:, :S]
-    differ = (keys.is_global != whole).any() or (queries.is_global != whole[:, S - L :]).any()
-    if bool(differ or (keys.length != keys.length[:1, :1]).any()):
-        return "batch rows differ, or less than a block is global"
-    return None
+class _Where:
+    """In which blocks of their documents the tokens of a call lie. What holds for all batch rows is said once.
+
+    Attributes:
+        rows: [b, L], of each query the row in the table of what blocks see, `n` for documents of each number of blocks.
+        columns: [b, S], the block of each key.
+        everyone: [b, L] and [b, S], which of them are global; None: there are none.
+        counts: how many blocks the documents have, as `links` wants to hear it, the fewest first.
+        blocks: n, more than the last block of all.
+        alike: whether one bias serves all batch rows.
+    """
+
+    def __init__(self, call: PatternCall):
+        reach, queries, keys = call.blocks, call.queries.host, call.keys.host
+        count = np.where(queries.valid, reach.blocks_of(queries.length), 0)
+        self.counts, place = np.unique(count, return_inverse=True)
+        row, column = (np.where(each.valid, each.position // reach.size, 0) for each in (queries, keys))
+        self.blocks = 1 + max(int(row.max(initial=0)), int(column.max(initial=0)))
+        row = place.reshape(count.shape) * self.blocks + row
+        fields = [(row, queries), (queries.is_global, queries), (column, keys), (keys.is_global, keys)]
+        merged = [_merged(field, of.valid) for field, of in fields]
+        one = all(each is not None for each in merged)
+        at, of_rows, columns, of_columns = merged if one else [field for field, _ in fields]
+        self.same_columns = merged[2] is not None
+        columns = merged[2] if self.same_columns else columns
+        self.rows, self.columns, of_rows, of_columns = (
+            tensor_of(np.asarray(each), call.q.device) for each in (at, columns, of_rows, of_columns)
+        )
+        self.everyone = (of_rows, of_columns) if call.keys.any_global or call.queries.any_global else None
+        self.past = call.pattern.causal and call.starts_at_zero
+        self.alike = len(rows) == 1 and (self.past or call.rows_alike)
+
+    @staticmethod
+    def of(call: PatternCall) -> _Where:
+        """Once for all layers with such blocks."""
+        reach = call.blocks
+        key = ("short", reach.size, reach.knows_length, call.pattern.causal, id(call.queries))
+        return call.keys.plan(key, lambda: (_Where(call), call.queries))[0]
+
+
+def _merged(field: Array, valid: Bool[np.ndarray, "B n"]) -> Array | None:
+    """[1, n], the field of all rows where they agree; padding agrees with everything. None: they do not."""
+    most = np.where(valid, field, 0).max(0, keepdims=True, initial=0).astype(field.dtype)
+    return most if bool((field == most)[valid].all()) else None
 
 
 def _run(call: PatternCall) -> Tensor:
-    L, S = call.q.shape[2], call.k.shape[2]
+    L, S = call.lengths
+    where, causal = _Where.of(call), call.pattern.causal
+    table = _table(call, where)
+    if table is None and not call.has_position_bias and facts.mask_is_small(call) is None:
+        return run_sdpa(call)
     # the fused call wants channels side by side
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (call.q, call.k, call.v))
-    keys = call.keys.cut(slice(None), slice(0, 1))  # all batch rows are alike
-    blocks, causal = _of_blocks(call), call.pattern.causal
-    if blocks is None and not call.has_position_bias and (L == S or not causal):
-        return fused(q, k, v, scale=call.scale, causal=causal)
     size = ROWS if causal else L
     found = []
     for start in range(0, L, size):
         rows = slice(start, min(start + size, L))
-        seen = slice(0, rows.stop + S - L if causal else S)
-        bias = _of_tokens(call, keys, blocks, slice(rows.start + S - L, rows.stop + S - L), seen)
-        found.append(fused(q[:, :, rows], k[:, :, seen], v[:, :, seen], bias, scale=call.scale))
-    return found[0] if len(found) == 1 else torch.cat(found, 2)
+        columns = slice(0, rows.stop + S - L if causal else S)
+        bias = _bias(call, where, table, rows, columns)
+        found.append(fused(q[:, :, rows], k[:, :, columns], v[:, :, columns], bias, scale=call.scale))
+    return call.blank(found[0] if len(found) == 1 else torch.cat(found, 2))
 
 
 SHORT: Kernel[PatternCall] = Kernel(
@@ -79,51 +125,77 @@ SHORT: Kernel[PatternCall] = Kernel(
         facts.on_cpu,
         facts.no_sink,
         facts.exact_bias,
-        _is_few,
         facts.queries_within_keys,
+        facts.own_keys,
         facts.bias_is_fixed,
-        facts.from_zero,
-        facts.no_padding,
+        _is_few,
         _links_are_many,
-        _whole_blocks_are_global,
     ),
     f"up to {KEYS} keys: torch's fused attention on all of them, links as its bias",
     (facts.is_blocks,),
 )
 
 
-def _of_blocks(call: PatternCall) -> Tensor | None:
-    """The bias between blocks, [1, H, n, n]: all tokens of a block see, and are seen, alike.
+def _table(call: PatternCall, where: _Where) -> Float[Tensor, "#H C_n n"] | None:
+    """The bias between blocks: all tokens of a block see, and are seen, alike.
 
     None: it hides and weighs nothing but the future. Kept from call to call: links are costly for so few tokens.
     """
-    size, dtype = call.blocks.size, call.q.dtype
-    host = call.keys.host
-    made_of = (host.length[:1, ::size].tobytes(), host.is_global[:1, ::size].tobytes(), dtype)
+    reach, n, dtype = call.blocks, where.blocks, call.q.dtype
 
     def make() -> Tensor | None:
-        first = call.keys.cut(slice(0, None, size), slice(0, 1))
-        everyone = first.is_global[:, None, :, None] | first.is_global[:, None, None, :]
+        counts = torch.from_numpy(where.counts if reach.knows_length else np.full(1, n))[:, None]
         with torch.inference_mode(False):  # it outlives this call
-            bias = call.pattern.bias(first, first).detach().masked_fill(everyone, 0).to(dtype)
-        past = bias.tril() if call.pattern.causal else bias
-        return bias if bool(array_of(past.bool()).any()) else None
+            block = torch.arange(n).expand(len(counts), -1)
+            there, none = block < counts, torch.zeros_like(block)
+            tokens = Tokens(block * reach.size, there, none.bool(), none, (counts * reach.size).expand_as(block))
+            bias = call.pattern.bias(tokens, tokens).detach().to(dtype)
+        told = (bias.tril() if call.pattern.causal else bias) != 0
+        if not bool(array_of(told & there[:, None, None] & there[:, None, :, None]).any()):
+            return None
+        return bias.expand(len(counts), -1, n, n).transpose(0, 1).flatten(1, 2)
 
-    return call.blocks.kept(("short", *made_of), make)
+    return reach.kept(("short", where.counts.tobytes(), n, dtype), make)
 
 
-def _of_tokens(call: PatternCall, keys: Tokens, blocks: Tensor | None, rows: slice, columns: slice) -> Tensor:
-    """The bias of these columns of queries and of keys, [1, H, rows, n]. A query sees its own block, so something."""
-    block = call.blocks.size
-    row = torch.arange(rows.start, rows.stop, device=call.q.device)
-    if blocks is None:
-        bias = call.q.new_zeros(1, 1, len(row), columns.stop)
-    else:
-        bias = blocks.repeat_interleave(block, 3)[..., columns].index_select(2, row // block)
-    extra = call.pattern.position_bias(keys.cut(rows), keys.cut(columns))
+def _bias(
+    call: PatternCall, where: _Where, table: Tensor | None, rows: slice, columns: slice
+) -> Float[Tensor, "b H l s"]:
+    """Of these queries and keys. A query sees itself, so something; padding sees whatever it may."""
+    some = slice(0, 1) if where.alike or where.past else slice(None)
+    queries, keys = call.queries.cut(rows, some), call.keys.cut(columns, some)
+    if where.past:  # padding is the future of all others
+        plain = Layout.plain(1, call.k.shape[2], call.k.device)
+        before = call.k.shape[2] - call.q.shape[2]
+        queries, keys = plain.cut(slice(rows.start + before, rows.stop + before)), plain.cut(columns)
+    bias = _of_links(call, where, table, rows, columns)
+    if where.everyone is not None and table is not None:
+        of_rows, of_columns = where.everyone
+        bias.masked_fill_(of_rows[:, None, rows, None] | of_columns[:, None, None, columns], 0)
+    extra = call.pattern.position_bias(queries, keys)
     bias = bias if extra is None else bias + extra.to(bias.dtype)
-    if call.pattern.causal:
-        # earlier columns are past for all of these rows
-        column = torch.arange(rows.start, columns.stop, device=row.device)
-        bias[..., rows.start :].masked_fill_(column > row[:, None], -torch.inf)
-    return bias
+    seen = call.seen(queries, keys)
+    # fresh memory costs more than what is done to it: as little of it as can be
+    if len(bias) == len(seen) and table is not None:
+        found = bias.masked_fill_(~seen, -torch.inf)
+    else:
+        found = large_pages(bias.new_empty(torch.broadcast_shapes(bias.shape, seen.shape)))
+        torch.where(seen, bias, bias.new_full((), -torch.inf), out=found)
+    if not (where.past or call.queries.dense):
+        found.transpose(1, 2)[~queries.valid] = 0  # padding may see nothing
+    return found
+
+
+def _of_links(call: PatternCall, where: _Where, table: Tensor | None, rows: slice, columns: slice) -> Tensor:
+    """What links say, [b, H|1, l, s], fresh; without a table all zeros."""
+    if table is None:
+        return call.q.new_zeros(1, 1, 1, 1)
+    row, column = where.rows[:, rows], where.columns[:, columns]
+    if where.same_columns:
+        table = table.index_select(2, where.columns[0, columns])
+    found = large_pages(table.new_empty(len(table), row.numel(), table.shape[2]))
+    torch.index_select(table, 1, row.flatten(), out=found)
+    found = found.unflatten(1, row.shape)
+    if not where.same_columns:
+        found = found.gather(3, column[None, :, None].expand(len(found), -1, row.shape[1], -1))
+    return found.transpose(0, 1)
