@@ -43,7 +43,7 @@ def _triton_takes(call: HashedCall) -> str | None:
         return None
     from attention_zoo.ops.softmax.triton import refuse
 
-    return refuse(call.chunk, call.head_width, call.dtype)
+    return refuse(call.chunk, call.head_width, call.dtype, call.device)
 
 
 def _triton(call: HashedCall) -> Run:

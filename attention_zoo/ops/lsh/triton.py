@@ -35,9 +35,10 @@ class TritonHeadBlock(HeadBlock):
         queries, keys = self.table(q, grad, dtype=q.dtype), self.table(k, v, dtype=q.dtype)
         lse, delta = self.scalars(lse, torch.inf), self.scalars((grad.float() * out.float()).sum(-1), 0.0)
         dq = torch.zeros(1, 1, len(self.active) * self.plan.layout.chunk, D, device=q.device)
-        dk, dv = triton.backward(
+        dk, dv = torch.empty(2, 1, 1, self.contents.numel(), D, device=q.device)
+        triton.backward(
             queries[None, None, :, D:], queries[None, None, :, :D], keys[None, None, :, :D], keys[None, None, :, D:],
-            delta[None, None], lse[None, None], self._lists(), scale=self.plan.scale, dq=dq,
+            delta[None, None], lse[None, None], self._lists(), scale=self.plan.scale, dq=dq, dk=dk, dv=dv,
         )  # fmt: skip
         return dq.view(-1, D), dk.view(-1, D), dv.view(-1, D)
 
@@ -47,7 +48,7 @@ class TritonHeadBlock(HeadBlock):
         empty = rows == self.rows
         label = torch.zeros_like(rows) if self.labels is None else self.labels.int()
         neighbours = self.neighbours.masked_fill(~self.present, -1)[self.active]
-        links, count, _ = Lists.packed(neighbours[None, None])
+        links, count, _, _ = Lists.packed(neighbours[None, None])
         asks = self.active
 
         def flat(x: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ def _run_triton(call: PatternCall) -> Tensor:
         extra = torch.arange(call.k.shape[2] // block, k.shape[2] // block, device=k.device)
         links = torch.cat([links, extra.expand(*links.shape[:3], -1)], 3)
         weight = F.pad(weight, (0, len(extra)))
-    links, count, added = Lists.packed(links.expand(B, -1, -1, -1), weight.expand(B, -1, -1, -1))
+    links, count, added, _ = Lists.packed(links.expand(B, -1, -1, -1), weight.expand(B, -1, -1, -1))
     before = first % block
     around = (before, links.shape[2] * block - before - L)
     asked = torch.where(call.queries.valid, call.queries.document, -2)
@@ -198,7 +198,7 @@ def _triton_takes_blocks(call: PatternCall) -> str | None:
         return None
     from attention_zoo.ops.softmax.triton import refuse
 
-    return refuse(call.blocks.size, call.q.shape[3], call.q.dtype)
+    return refuse(call.blocks.size, call.q.shape[3], call.q.dtype, call.q.device)
 
 
 TRITON_BLOCKS: Kernel[PatternCall] = Kernel(
