@@ -1,7 +1,7 @@
 """The device code of ops/relative/triton.py: tiles of N queries and N keys, with 2N of the distances between them.
 
-Scores are kept in powers of two: `factor` is `scale` with log2(e) folded in; log-sum-exps that leave or enter are natural
-ones. `FAR` says that an offset passes 31 bits; else offsets are 32 bits wide, which spares registers.
+Scores are kept in powers of two: `factor` is `scale` with log2(e) folded in; log-sum-exps that leave or enter are
+natural ones. `FAR` says that an offset passes 31 bits; else offsets are 32 bits wide, which spares registers.
 """
 
 from __future__ import annotations

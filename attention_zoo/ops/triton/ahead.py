@@ -5,8 +5,8 @@
 
 The launching code itself runs, on CPU tensors, with a driver of Triton that knows an architecture and nothing else, and
 with launches replaced by "compile and note": so constants, hints and warps are those of real launches. What does not
-fit its architecture's cards with two stages, or spills, is compiled with one stage, too. Rows that the file has are left
-out, so that a run that was stopped goes on; `card.py` says what a row holds.
+fit its architecture's cards with two stages, or spills, is compiled with one stage, too. Rows that the file has are
+left out, so that a run that was stopped goes on; `card.py` says what a row holds.
 """
 
 from __future__ import annotations
