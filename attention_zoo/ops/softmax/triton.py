@@ -233,7 +233,8 @@ def _meta(name: str, lists: Lists, *read: Tensor) -> dict[str, Any]:
     return {
         "C": C, "D": D, "BC": BC, "BD": BD, "CAUSAL": lists.causal, "STRICT": lists.strict,
         "HAS_ROWS": lists.q_rows is not None, "HAS_WEIGHT": lists.weight is not None,
-        "HAS_WHOLE": lists.whole is not None, "FAR": far, "num_warps": warps_for(BC * max(BC, BD)), "num_stages": stages or 1,
+        "HAS_WHOLE": lists.whole is not None, "FAR": far,
+        "num_warps": warps_for(BC * max(BC, BD)), "num_stages": stages or 1,
     }  # fmt: skip
 
 

@@ -131,8 +131,8 @@ def _needs(kernel: str, block: int, width: int, itemsize: int, arch: int) -> dic
     """Shared bytes and stack for each number of stages: the most of any variant, at the next size that was compiled."""
     rows = [row for row in table() if row.kernel == kernel and row.itemsize == itemsize]
     held = sorted({row.arch for row in rows})
-    before = [known for known in held if known <= arch] or held[:1]
-    larger = [row for row in rows if row.arch == before[-1] and row.block >= block and row.width >= width]
+    judge = next((known for known in reversed(held) if known <= arch), held[0] if held else arch)
+    larger = [row for row in rows if row.arch == judge and row.block >= block and row.width >= width]
     if not larger:
         return {}
     size = min((row.block * row.width, row.block) for row in larger)
