@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,9 +46,9 @@ def _triton_takes(call: HashedCall) -> str | None:
 
 
 def _triton(call: HashedCall) -> Run:
-    from attention_zoo.ops.lsh.triton import TritonHeadBlock
+    from attention_zoo.ops.lsh.triton import hashed_attention
 
-    return partial(lsh_attention, block=TritonHeadBlock)
+    return hashed_attention
 
 
 KERNELS: tuple[Kernel[HashedCall], ...] = (
