@@ -16,7 +16,7 @@ import attention_zoo as zoo
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Abilities
 from attention_zoo.layout.kernel import unmet
-from attention_zoo.ops.pattern import facts, flex
+from attention_zoo.ops.pattern import facts, flex, flex_lists
 from attention_zoo.ops.pattern.near import needed_pairs
 
 pytestmark = [
@@ -103,21 +103,25 @@ def test_lists_hold_every_pair_that_is_seen_and_are_no_wider_than_needed(L: int,
     needed = torch.zeros(rows, columns, dtype=torch.bool)
     for i, j in seen.nonzero().tolist():
         needed[i // 16, j // 16] = True
-    by_arithmetic = flex.both_sides(call, rows, columns)
     assert facts.is_band(layer) is None
     assert call.aligned, "or both ways would be one"
-    row, column = map(torch.from_numpy, needed_pairs(call, 16))
-    by_ranges = flex.lists_of_pairs(row, column, rows), flex.lists_of_pairs(column, row, columns)
-    for forth, back in (by_arithmetic, by_ranges):
-        for lists, want in ((forth, needed), (back, needed.T)):
-            listed = torch.zeros_like(want)
+    row, column = needed_pairs(call, 16)
+    mine = flex_lists._pairs(call, 16, rows, columns)
+    assert {*zip(*map(list, mine))} <= {*zip(row.tolist(), column.tolist())}
+    part, part_back, whole, whole_back = flex.both_sides(call, 16, rows, columns)
+    everything = torch.zeros(rows * 16, columns * 16, dtype=torch.bool)
+    everything[:L, :S] = seen
+    entirely = everything.view(rows, 16, columns, 16).all(3).all(1)
+    for some, all_, want, every in ((part, whole, needed, entirely), (part_back, whole_back, needed.T, entirely.T)):
+        listed, full = (torch.zeros_like(want, dtype=torch.int) for _ in range(2))
+        for lists, into in ((some, listed), (all_, full)):
             for n, count in enumerate(lists.number[0, 0].tolist()):
-                mine = lists.blocks[0, 0, n, :count].tolist()
-                assert len(set(mine)) == len(mine), "a block is visited once"
-                listed[n, mine] = True
-            assert (listed | ~want).all(), "a block with a visible pair is missing"
+                into[n].index_add_(0, lists.blocks[0, 0, n, :count], torch.ones(count, dtype=torch.int))
             assert lists.blocks.shape[-1] <= 8, "lists are as wide as the longest, whatever the length"
-            assert int((listed & ~want).sum()) <= 2 * len(want), "blocks in vain"
+        assert int((listed + full).max()) <= 1, "a block is visited once"
+        assert ((listed + full).bool() | ~want).all(), "a block with a visible pair is missing"
+        assert torch.equal(full.bool(), every), "blocks that are seen whole, and no others, need no mask"
+        assert int(((listed + full).bool() & ~want).sum()) <= 2 * len(want), "blocks in vain"
 
 
 def test_lengths_fall_into_few_buckets(monkeypatch) -> None:
@@ -135,7 +139,7 @@ def test_the_table_of_blocks_grows_with_the_length_and_not_with_its_square() -> 
     sizes = []
     for length in (512, 1024, 2048):
         q = torch.zeros(1, 1, length, 16)
-        lists = flex.both_sides(layer._call(q, q, q, None, None, None), length // 16, length // 16)
+        lists = flex.both_sides(layer._call(q, q, q, None, None, None), 16, length // 16, length // 16)
         sizes.append(sum(one.blocks.numel() for one in lists))
     assert sizes[1] == 2 * sizes[0]
     assert sizes[2] == 4 * sizes[0]

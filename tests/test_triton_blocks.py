@@ -50,6 +50,25 @@ def test_bigbird_with_grouped_heads_and_with_links_that_count_twice(on_triton, o
     equal(case, layer, x, tokens, str(options), on_triton)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_bigbird_with_blocks_that_are_seen_whole(monkeypatch, on_triton, causal) -> None:
+    """They need no mask: blocks of a power of two, full, of one document, and not of the future."""
+    from attention_zoo.ops.softmax import triton
+
+    monkeypatch.setattr(triton, "PIECE", 2)
+    case = Case.of("bigbird", block=16)
+    layer = case.build(causal=causal, dtype=torch.float32).to(on_triton)
+    seen = []
+    attend = triton.block_attention
+    monkeypatch.setattr(
+        triton, "block_attention", lambda *given, **more: seen.append(given[3].whole) or attend(*given, **more)
+    )
+    tokens = zoo.Tokens.of(torch.arange(70)[None] < 67)
+    equal(case, layer, case.data(1, 70, dtype=torch.float32), tokens, f"causal={causal}", on_triton)
+    assert seen[0] is not None
+    assert int(seen[0].sum()) > 0
+
+
 def test_bigbird_continues_from_a_cache(on_triton) -> None:
     layer = Case.of("bigbird", block=8).build(dtype=torch.float32).to(on_triton)
     x = torch.randn(1, 27, 16, device=on_triton)

@@ -64,7 +64,8 @@ def test_equals_the_definition(monkeypatch, on_triton, B, H, L, M, D, dtype) -> 
     want = definition(*exact, first, own, 0.3)
     wants = torch.autograd.grad(want, exact, grad)
     mine = [x.to(on_triton, dtype).requires_grad_() for x in given]
-    got = triton.relative_attention(*mine, first.to(on_triton), own.to(on_triton), scale=0.3)
+    starts = triton.Starts(first.to(on_triton), own.to(on_triton), S)
+    got = triton.relative_attention(*mine, starts, scale=0.3)
     close(got, want, "output")
     gots = torch.autograd.grad(got, mine, grad.to(got))
     for name, a, b in zip(("q", "k", "v", "k_own", "v_own", "r", "u", "w"), gots, wants):

@@ -290,7 +290,9 @@ class TransformerXL(RelativeAttention):
             # no pair is farther apart than this
             farthest = self.memory_length + (1 if self.same_length else self.segment_length)
             starts = tensor_of(first, device), tensor_of(own, device)
-            return ChunkPlan(*starts, (), min(columns, farthest), None, None, triton=True)
+            from attention_zoo.ops.relative.triton import Starts
+
+            return ChunkPlan(*starts, (), min(columns, farthest), None, None, Starts(*starts, columns))
         # chunks follow the segments of the first row: its queries need no key that its own segment does not
         mine = keys.host.cut(slice(columns - length, None))
         query = int(mine.valid[0].argmax())

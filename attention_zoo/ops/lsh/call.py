@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,7 +51,7 @@ def _triton_takes(call: HashedCall) -> str | None:
         return None
     from attention_zoo.ops.softmax.triton import refuse
 
-    return refuse(call.chunk, call.head_width, call.dtype)
+    return refuse(call.chunk, call.head_width, call.dtype, call.device)
 
 
 def _on_cpu(call: HashedCall) -> str | None:
@@ -77,9 +76,9 @@ def _is_short(call: HashedCall) -> str | None:
 
 
 def _triton(call: HashedCall) -> Run:
-    from attention_zoo.ops.lsh.triton import TritonHeadBlock
+    from attention_zoo.ops.lsh.triton import hashed_attention
 
-    return partial(lsh_attention, block=TritonHeadBlock)
+    return hashed_attention
 
 
 KERNELS: tuple[Kernel[HashedCall], ...] = (

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from attention_zoo.layout.kernel import triton_reason
+
 DIRECT = 64
 """Buckets hashed by one argmax; more are the product of two, which costs the square root of it."""
 
@@ -82,6 +84,8 @@ def hash_tokens(
     some = max(1, AT_ONCE // max(1, M * rounds * max(factors)))
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         turns = [turn[..., : count // 2].to(q.device, exact) for turn, count in zip(rotations, factors)]
+        if triton_reason(q.device) is None:
+            return _at_once(q.transpose(0, 1).to(exact), turns, factors)
         for start in range(0, H, some):
             heads = range(start, min(start + some, H))
             vectors, radix = [q[:, head].to(exact) for head in heads], 1
@@ -94,3 +98,15 @@ def hash_tokens(
                 buckets[start : heads.stop] += (best[..., 0] * radix).transpose(1, 2).int()
                 radix *= count
     return buckets
+
+
+def _at_once(q: Float[Tensor, "H M D"], turns: Sequence[Tensor], factors: Sequence[int]) -> Int[Tensor, "H R M"]:
+    """The same in one product for all heads: on a GPU launches cost, and what is held does not."""
+    found, radix = None, 1
+    for turn, count in zip(turns, factors):
+        y = torch.bmm(q, turn.flatten(2)).unflatten(-1, turn.shape[2:])
+        best = torch.cat([y, -y], -1).argmax(-1) * radix
+        found = best if found is None else found + best
+        radix *= count
+    assert found is not None
+    return found.transpose(1, 2).int()

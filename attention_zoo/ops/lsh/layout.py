@@ -6,8 +6,9 @@ Letters as in ops/lsh/chunks.py.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ class ChunkLayout(NamedTuple):
         present: [R·N, W], False where a short ring would repeat a chunk and repeats do not count.
         rounds: R.
         across_rounds: whether a window may reach into another round.
+        kept: what a kernel made of the fields above.
     """
 
     chunk: int
@@ -37,6 +39,7 @@ class ChunkLayout(NamedTuple):
     present: Bool[Tensor, "RN W"]
     rounds: int
     across_rounds: bool
+    kept: dict[Hashable, Any]
 
 
 def lay_out(
@@ -86,7 +89,8 @@ def lay_out(
     if slots is not None:
         present = np.ones_like(present)
     place = partial(tensor_of, device=device)
-    return ChunkLayout(chunk, place(document), place(slot), place(neighbours), place(present), rounds, across_rounds)
+    fields = (place(document), place(slot), place(neighbours), place(present))
+    return ChunkLayout(chunk, *fields, rounds, across_rounds, {})
 
 
 def sort_tokens(buckets: Int[Tensor, "H R M"], document: Int[Tensor, " M"]) -> Int[Tensor, "H R M"]:

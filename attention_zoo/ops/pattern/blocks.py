@@ -12,7 +12,7 @@ document begins at the border of a block, and moved back afterwards (layout/grid
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from attention_zoo.layout.layout import Layout
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.band import by_distance
 from attention_zoo.ops.pattern.call import PatternCall
-from attention_zoo.ops.pattern.globals import global_columns, no_bias, with_global_rows
+from attention_zoo.ops.pattern.globals import no_bias
 from attention_zoo.ops.pattern.local import run_local
 from attention_zoo.ops.softmax.parts import Bias, Part, blocks_in, packed
 from attention_zoo.ops.softmax.tiles import Tile, scores_at_once
@@ -35,7 +35,7 @@ GATHERED = 1 << 21
 """Most elements of keys that a step gathers for one sequence: bounds its memory for wide models."""
 
 
-def _fills_blocks(call: PatternCall) -> str | None:
+def fills_blocks(call: PatternCall) -> str | None:
     if not call.own_keys or call.starts_at_zero or not is_wasteful(_grid(call), call.q.shape[2]):
         return None
     return "most columns of most blocks would be empty (documents or queries much shorter than a block, or holes)"
@@ -76,17 +76,14 @@ class Links:
         self.links, self.weight = torch.from_numpy(at), torch.from_numpy(np.where(found, weight, -np.inf))
 
 
-class _Laid:
+class Laid:
     """A call in blocks: the queries, and the keys where they are moved."""
 
     def __init__(self, call: PatternCall):
         self.given, self.grid = call, _grid(call)
         call = _with_whole_rows(call)
-        key = ("links", call.blocks, call.q.shape[2])
-        links = call.keys.plan(key, lambda: Links(call, self.grid))
-        self.first, self.block = links.first, self.grid.size
-        self.host = links.links, links.weight
-        self.links, self.weight = (x.to(call.q.device) for x in self.host)
+        self.first = self.grid.first(call.q.shape[2]) if self.grid.moved else call.k.shape[2] - call.q.shape[2]
+        self.block = self.grid.size
         self.call, self.asked = call, call.asked
         if self.grid.moved:
             queries, source, asked = call.queries.plan(("moved", id(self.grid)), lambda: self._move_queries(call))
@@ -101,6 +98,21 @@ class _Laid:
         queries = Layout.known(call.queries.host.take(source).only(asks), device)
         return queries, tensor_of(source, device), mask_of(asks, device)
 
+    @cached_property
+    def host(self) -> tuple[Tensor, Tensor]:
+        """Links and their weights, on the host; found when they are asked for first."""
+        call = self.given
+        found = call.keys.plan(("links", call.blocks, call.q.shape[2]), lambda: Links(call, self.grid))
+        return found.links, found.weight
+
+    @cached_property
+    def links(self) -> Tensor:
+        return self.host[0].to(self.call.q.device)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        return self.host[1].to(self.call.q.device)
+
     def with_keys(self) -> PatternCall:
         """Keys and values in the grid's columns, so that a link is one contiguous run."""
         call = self.call
@@ -114,9 +126,12 @@ class _Laid:
         if not self.grid.moved:
             return out
         L = self.given.q.shape[2]
-        place = self.grid.place[:, self.grid.place.shape[1] - L :]
-        columns = (place.clip(max=self.grid.columns - 1) - self.first).clip(min=0)
-        found = taken(out, tensor_of(columns, out.device))
+
+        def columns() -> Tensor:
+            place = self.grid.place[:, self.grid.place.shape[1] - L :]
+            return tensor_of((place.clip(max=self.grid.columns - 1) - self.first).clip(min=0), out.device)
+
+        found = taken(out, self.given.keys.plan(("back", self.block, L), columns))
         return found.masked_fill(~self.given.queries.valid[:, None, :, None], 0)
 
 
@@ -131,7 +146,7 @@ def _with_whole_rows(call: PatternCall) -> PatternCall:
 
 
 def _run(call: PatternCall) -> Tensor:
-    laid = _Laid(call)
+    laid = Laid(call)
     biases = _Biases(laid.call, laid.grid.keys, laid.block)
     call = laid.call
     # a few queries against a long cache: take the columns that they need, and leave the others where they are
@@ -144,73 +159,13 @@ def _run(call: PatternCall) -> Tensor:
 BLOCKS: Kernel[PatternCall] = Kernel(
     "blocks",
     _run,
-    (facts.own_keys, _fills_blocks),
+    (facts.own_keys, fills_blocks),
     "key blocks gathered for a few query blocks a step; backward recomputes",
     (facts.is_blocks,),
 )
 
 
-def _run_triton(call: PatternCall) -> Tensor:
-    from attention_zoo.ops.softmax.triton import Lists, block_attention
-
-    laid = _Laid(call)
-    call = laid.with_keys()
-    B, _, L, _ = call.q.shape
-    block, first = laid.block, laid.first
-    usable = call.keys.valid & ~call.keys.is_global
-    k, v, time = call.k, call.v, torch.arange(call.k.shape[2], device=call.k.device).expand(B, -1)
-    label = torch.where(usable, call.keys.document, -1)
-    links, weight = torch.where(laid.weight == -torch.inf, -1, laid.links), laid.weight
-    if call.any_global_key:
-        # copied behind the others into blocks that all are linked to: there each counts once
-        columns, chosen = global_columns(call.keys)
-        fill = -columns.shape[1] % block
-        columns = F.pad(columns, (0, fill))
-        k, v = (torch.cat([x, taken(x, columns)], 2) for x in (k, v))
-        time = torch.cat([time, columns], 1)
-        label = torch.cat([label, F.pad(torch.where(chosen.valid, chosen.document, -1), (0, fill), value=-1)], 1)
-        extra = torch.arange(call.k.shape[2] // block, k.shape[2] // block, device=k.device)
-        links = torch.cat([links, extra.expand(*links.shape[:3], -1)], 3)
-        weight = F.pad(weight, (0, len(extra)))
-    links, count, added = Lists.packed(links.expand(B, -1, -1, -1), weight.expand(B, -1, -1, -1))
-    before = first % block
-    around = (before, links.shape[2] * block - before - L)
-    asked = torch.where(call.queries.valid, call.queries.document, -2)
-    lists = Lists(
-        links,
-        count,
-        q_time=F.pad(time[:, first : first + L], around).int(),
-        q_label=F.pad(asked, around, value=-2).int(),
-        k_time=time.int(),
-        k_label=label.int(),
-        block=block,
-        causal=call.pattern.causal,
-        strict=False,
-        weight=added,
-        first_slot=before,
-    )
-    out = block_attention(call.q, k, v, lists, scale=call.scale)
-    return laid.back(with_global_rows(call, out))
-
-
-def _triton_takes_blocks(call: PatternCall) -> str | None:
-    if facts.has_triton(call):
-        return None
-    from attention_zoo.ops.softmax.triton import refuse
-
-    return refuse(call.blocks.size, call.q.shape[3], call.q.dtype)
-
-
-TRITON_BLOCKS: Kernel[PatternCall] = Kernel(
-    "triton",
-    _run_triton,
-    (facts.has_triton, facts.no_sink, _triton_takes_blocks, facts.no_position_bias, facts.own_keys, _fills_blocks),
-    "one Triton kernel walks the list of key blocks of each query block",
-    (facts.is_blocks,),
-)
-
-
-def _steps(call: PatternCall, biases: _Biases, laid: _Laid, source: Tensor | None) -> list[Tile]:
+def _steps(call: PatternCall, biases: _Biases, laid: Laid, source: Tensor | None) -> list[Tile]:
     """Local tiles.
 
     Args:

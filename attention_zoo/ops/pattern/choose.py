@@ -7,7 +7,7 @@ from torch import Tensor
 from attention_zoo.layout.kernel import Kernel
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.band import band_tiles
-from attention_zoo.ops.pattern.blocks import BLOCKS, TRITON_BLOCKS
+from attention_zoo.ops.pattern.blocks import BLOCKS
 from attention_zoo.ops.pattern.call import PatternCall
 from attention_zoo.ops.pattern.first import turned_bias, with_first_keys, without_first
 from attention_zoo.ops.pattern.flex import FLEX
@@ -17,6 +17,7 @@ from attention_zoo.ops.pattern.row import LINKED_ROW, ROW
 from attention_zoo.ops.pattern.sdpa import SDPA
 from attention_zoo.ops.pattern.short import SHORT
 from attention_zoo.ops.pattern.short_band import SHORT_BAND
+from attention_zoo.ops.pattern.triton_blocks import TRITON_BLOCKS
 from attention_zoo.ops.pattern.xformers import XFORMERS
 from attention_zoo.ops.softmax.dense import dense
 

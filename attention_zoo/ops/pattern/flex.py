@@ -1,8 +1,8 @@
 """torch's FlexAttention for any pattern that says of one query and one key what it says of all.
 
 The pattern's own `bias` is the mask, evaluated on chip from the positions of the two tokens. Which blocks of 128 x 128
-it is evaluated in is told by `near`, or by plain arithmetic where columns are positions: lists of key blocks for each
-row of blocks, as wide as the longest (never L x L, nor its blocks). Padding, documents, causality and position biases
+it is evaluated in is told by `near`, or by plain arithmetic where columns are positions, and blocks that are seen whole
+are taken without it (flex_lists.py). Padding, documents, causality and position biases
 are honoured in all layouts; global keys are a second call, merged by log-sum-exp, global queries a few rows more.
 
 torch compiles the kernel for each shape: lengths and widths of the lists are rounded up to a few sizes an octave. Rows
@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attention_zoo.layout.host import tensor_of
+from attention_zoo.layout.grid import taken
 from attention_zoo.layout.kernel import Kernel
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.band import by_distance
 from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.flex_lists import Sides, both_sides, everything
 from attention_zoo.ops.pattern.globals import global_columns, with_global_rows
-from attention_zoo.ops.pattern.near import needed_pairs
 from attention_zoo.tokens import Tokens
 
 BLOCK = 128
@@ -39,7 +39,7 @@ RECOMPILATIONS = 128
 Mod = Callable[..., Tensor]
 
 
-class Sides(NamedTuple):
+class Places(NamedTuple):
     """What is known of each row of q or of k, filled up to whole blocks; [B, n], or [1, n] where batch rows are alike.
 
     Fields:
@@ -52,11 +52,11 @@ class Sides(NamedTuple):
     document: Tensor
 
     @staticmethod
-    def of(tokens: Tokens, there: Tensor, missing: int, count: int) -> Sides:
+    def of(tokens: Tokens, there: Tensor, missing: int, count: int) -> Places:
         more = (0, count - there.shape[1])
         document = torch.where(there, tokens.document, missing)
         fields = (F.pad(tokens.position, more), F.pad(tokens.length, more), F.pad(document, more, value=missing))
-        return Sides(*(field.int().contiguous() for field in fields))
+        return Places(*(field.int().contiguous() for field in fields))
 
 
 def bucket(length: int) -> int:
@@ -65,72 +65,11 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-# --- lists of blocks -------------------------------------------------------------------------------------------------
-
-
-class BlockLists(NamedTuple):
-    """For each row of blocks the blocks to visit: how many, [1, 1, n], and which, [1, 1, n, W]."""
-
-    number: Tensor
-    blocks: Tensor
-
-
-def band_lists(rows: int, columns: int, L: int, offset: int, back: int, ahead: int, device: Any) -> BlockLists:
-    """The blocks of `columns` that rows see when row i sees columns i + offset - back ... i + offset + ahead.
-
-    Args:
-        rows, columns: how many blocks there are, fillers included.
-        L: how many rows are none.
-    """
-    first = torch.arange(rows, device=device) * BLOCK
-    last = (first + BLOCK).clamp(max=L) - 1
-    low = (first + offset - back).clamp(min=0) // BLOCK
-    high = (last + offset + ahead).clamp(max=columns * BLOCK - 1) // BLOCK
-    count = torch.where(first < L, (high - low + 1).clamp(min=0), 0)
-    width = min(columns, (BLOCK + back + ahead) // BLOCK + 2)
-    index = (low[:, None] + torch.arange(width, device=device)).clamp(max=columns - 1)
-    return BlockLists(count[None, None].int(), index[None, None].int())
-
-
-def lists_of_pairs(row: Tensor, column: Tensor, rows: int) -> BlockLists:
-    """BlockLists from the pairs of blocks that matter, in any order; widths are powers of two."""
-    order = torch.argsort(row, stable=True)
-    row, column = row[order], column[order]
-    count = torch.bincount(row, minlength=rows)
-    place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-    width = 1 << (max(1, int(count.max())) - 1).bit_length()
-    index = column.new_zeros(rows, width)
-    index[row, place] = column
-    return BlockLists(count[None, None].int(), index[None, None].int())
-
-
-def both_sides(call: PatternCall, rows: int, columns: int) -> tuple[BlockLists, BlockLists]:
-    """Key blocks of each block of queries, and query blocks of each block of keys."""
-    (L, S), device = call.lengths, call.q.device
-    if facts.is_band(call.pattern) is None and call.aligned:
-        reach = call.band.farthest
-        ahead = 0 if call.pattern.causal else reach
-        forth = band_lists(rows, columns, L, S - L, reach, ahead, device)
-        return forth, band_lists(columns, rows, S, L - S, ahead, reach, device)
-    row, column = (tensor_of(each, device) for each in needed_pairs(call, BLOCK))
-    return lists_of_pairs(row, column, rows), lists_of_pairs(column, row, columns)
-
-
-def everything(rows: int, columns: int, device: Any) -> tuple[BlockLists, BlockLists]:
-    """Every block of queries with every block of keys."""
-
-    def lists(n: int, m: int) -> BlockLists:
-        count = torch.full((1, 1, n), m, dtype=torch.int32, device=device)
-        return BlockLists(count, torch.arange(m, dtype=torch.int32, device=device).repeat(1, 1, n, 1))
-
-    return lists(rows, columns), lists(columns, rows)
-
-
 # --- what a pair is --------------------------------------------------------------------------------------------------
 
 
 def pair_functions(
-    call: PatternCall, q: Sides, k: Sides, distance_bias: Tensor | None, *, use_pattern: bool
+    call: PatternCall, q: Places, k: Places, distance_bias: Tensor | None, *, use_pattern: bool
 ) -> tuple[Mod, Mod | None]:
     """Whether a pair is seen, and what is added to its score; of tensors that the compiler captures."""
     pattern, causal = call.pattern, call.pattern.causal
@@ -186,7 +125,7 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lists: tuple[BlockLists, BlockLists],
+    lists: Sides,
     functions: tuple[Mod, Mod | None],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -194,17 +133,17 @@ def _attend(
     # imported here: it loads torch's compiler
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-    (forth, back), (seen, score) = lists, functions
+    (forth, back, whole_forth, whole_back), (seen, score) = lists, functions
     mask = BlockMask(
         seq_lengths=(q.shape[2], k.shape[2]),
         kv_num_blocks=forth.number,
         kv_indices=forth.blocks,
-        full_kv_num_blocks=None,
-        full_kv_indices=None,
+        full_kv_num_blocks=whole_forth.number,
+        full_kv_indices=whole_forth.blocks,
         q_num_blocks=back.number,
         q_indices=back.blocks,
-        full_q_num_blocks=None,
-        full_q_indices=None,
+        full_q_num_blocks=whole_back.number,
+        full_q_indices=whole_back.blocks,
         BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=seen,
     )
@@ -221,31 +160,49 @@ def _attend(
 
 
 def _run(call: PatternCall) -> Tensor:
-    q, k, v = call.q, call.k, call.v
-    L, S = q.shape[2], k.shape[2]
+    L, S = call.lengths
     Lb, Sb = bucket(L), bucket(S)
-    q = F.pad(q, (0, 0, 0, Lb - L))
-    queries = Sides.of(call.queries, call.queries.valid, -2, Lb)
-    local = call.keys.valid & ~call.keys.is_global if call.any_global_key else call.keys.valid
-    keys = Sides.of(call.keys, local, -1, Sb)
+    queries, keys = _places(call, Lb, Sb)
     distance_bias = _by_distance(call)
-    lists = both_sides(call, Lb // BLOCK, Sb // BLOCK)
+    lists = both_sides(call, BLOCK, Lb // BLOCK, Sb // BLOCK)
     functions = pair_functions(call, queries, keys, distance_bias, use_pattern=True)
-    filled = F.pad(k, (0, 0, 0, Sb - S)), F.pad(v, (0, 0, 0, Sb - S))
-    out, lse = _attend(q, filled[0], filled[1], lists, functions, call.scale)
+    q, k, v = _filled(call.q, Lb), _filled(call.k, Sb), _filled(call.v, Sb)
+    out, lse = _attend(q, k, v, lists, functions, call.scale)
     if call.any_global_key:
-        columns, chosen = global_columns(call.keys)
-        G = bucket(columns.shape[1])
-        index = F.pad(columns, (0, G - columns.shape[1]))[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-        functions = pair_functions(
-            call, queries, Sides.of(chosen, chosen.valid, -1, G), distance_bias, use_pattern=False
-        )
-        lists = everything(Lb // BLOCK, G // BLOCK, q.device)
-        more, more_lse = _attend(q, k.gather(2, index), v.gather(2, index), lists, functions, call.scale)
+        index, chosen, lists = call.keys.plan(("flex globals", BLOCK, Lb), lambda: _global_places(call, Lb))
+        functions = pair_functions(call, queries, chosen, distance_bias, use_pattern=False)
+        k, v = taken(call.k, index), taken(call.v, index)
+        more, more_lse = _attend(q, k, v, lists, functions, call.scale)
         out, lse = _merge(out, lse, more, more_lse)
     if call.sink is not None:
         out, _ = _merge(out, lse, out.new_zeros(()), call.sink[:, None])
-    return with_global_rows(call, out[:, :, :L])
+    return with_global_rows(call, out[:, :, :L], in_one=True)
+
+
+def _filled(x: Tensor, rows: int) -> Tensor:
+    return x if x.shape[2] == rows else F.pad(x, (0, 0, 0, rows - x.shape[2]))
+
+
+def _places(call: PatternCall, rows: int, columns: int) -> tuple[Places, Places]:
+    """Of queries and keys, found once for a layout; global keys are left to a part of their own."""
+
+    def queries() -> Places:
+        return Places.of(call.queries, call.queries.valid, -2, rows)
+
+    def keys() -> Places:
+        there = call.keys.valid & ~call.keys.is_global if call.any_global_key else call.keys.valid
+        return Places.of(call.keys, there, -1, columns)
+
+    return call.queries.plan(("flex queries", rows), queries), call.keys.plan(("flex keys", columns), keys)
+
+
+def _global_places(call: PatternCall, rows: int) -> tuple[Tensor, Places, Sides]:
+    """Columns of the global keys, filled up, what they are, and the lists by which all see them."""
+    columns, chosen = global_columns(call.keys)
+    count = bucket(columns.shape[1])
+    lists = everything(rows // BLOCK, count // BLOCK, call.q.device)
+    index = F.pad(columns, (0, count - columns.shape[1]))
+    return index, Places.of(chosen, chosen.valid, -1, count), lists
 
 
 def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -171,16 +171,20 @@ def _everyone_tiles(call: PatternCall, queries: Layout) -> list[Tile]:
     ]
 
 
-def with_global_rows(call: PatternCall, out: Tensor) -> Tensor:
-    """The result of a pattern's local part, with the rows of global queries put over it."""
-    return put_global_rows(call, out, global_rows(call)) if call.any_global_query else out
+def with_global_rows(call: PatternCall, out: Tensor, *, in_one: bool = False) -> Tensor:
+    """The result of a pattern's local part, with the rows of global queries put over it; see `global_rows`."""
+    return put_global_rows(call, out, global_rows(call, in_one=in_one)) if call.any_global_query else out
 
 
-def global_rows(call: PatternCall) -> Tensor:
-    """What the call's global queries see, [B, H, n, D] in the order of `global_columns`: everything."""
+def global_rows(call: PatternCall, *, in_one: bool = False) -> Tensor:
+    """What the call's global queries see, [B, H, n, D] in the order of `global_columns`: everything.
+
+    Args:
+        in_one: whether fused attention decides them, as on CUDA, and not tiles.
+    """
     columns, queries = global_columns(call.queries)
     q = call.q.gather(2, columns[:, None, :, None].expand(-1, call.q.shape[1], -1, call.q.shape[3]))
-    if q.is_cuda and not call.has_position_bias and call.sink is None:
+    if (in_one or q.is_cuda) and not call.has_position_bias and call.sink is None:
         return fused_rows(call, q, queries)
     tiles = _everyone_tiles(call, queries)
     asked = queries.valid[:, None, :, None]

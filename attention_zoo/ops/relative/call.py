@@ -58,7 +58,7 @@ def _triton_takes(call: RelativeCall) -> str | None:
         return None
     from attention_zoo.ops.relative.triton import refuse
 
-    return refuse(call.head_width, call.dtype)
+    return refuse(call.head_width, call.dtype, call.device)
 
 
 def _consecutive(call: RelativeCall) -> str | None:

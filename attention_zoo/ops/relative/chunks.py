@@ -68,7 +68,8 @@ class ChunkPlan(NamedTuple):
         chunks: in order, covering all queries.
         distances: how many distances, from 0 on, the table of distance keys must hold.
         position, valid: of the key columns, where these do not stand as positions do ("gather"); else None ("shift").
-        triton: run by ops/relative/triton.py ("triton"), which needs no chunks; else by this file.
+        triton: the `Starts` of ops/relative/triton.py, which then runs it ("triton") and needs no chunks; None: this
+            file does.
     """
 
     first: Int[Tensor, "B L"]
@@ -77,7 +78,7 @@ class ChunkPlan(NamedTuple):
     distances: int
     position: Int[Tensor, "B S"] | None
     valid: Bool[Tensor, "B S"] | None
-    triton: bool = False
+    triton: Any = None
 
 
 def chunk_borders(length: int, segment: int, phase: int) -> list[int]:
@@ -157,12 +158,10 @@ def relative_attention(
         u, w: added to the queries before they meet keys and distances (the paper's u and v).
         scale: factor on both terms.
     """
-    if plan.triton:
+    if plan.triton is not None:
         from attention_zoo.ops.relative import triton
 
-        return triton.relative_attention(
-            q, k, v, k_own, v_own, r, u, w, plan.first, plan.own, scale=scale
-        )  # fmt: skip
+        return triton.relative_attention(q, k, v, k_own, v_own, r, u, w, plan.triton, scale=scale)
     return _Relative.apply(q, k, v, k_own, v_own, r, u, w, plan, scale)
 
 

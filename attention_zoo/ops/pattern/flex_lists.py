@@ -1,0 +1,119 @@
+"""Which blocks FlexAttention visits, and in which of them every pair is seen, so that it need not ask for each.
+
+Lists are made on the host, once for a layout and pattern, as wide as the longest (never L x L, nor its blocks).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from attention_zoo.layout.host import Array, Host, tensor_of
+from attention_zoo.layout.reach import Anywhere, Band
+from attention_zoo.ops.pattern import facts
+from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.near import needed_pairs
+
+Device = torch.device | str
+
+
+class BlockLists(NamedTuple):
+    """For each row of blocks the blocks to visit: how many, [1, 1, n], and which, [1, 1, n, W]."""
+
+    number: Tensor
+    blocks: Tensor
+
+
+class Sides(NamedTuple):
+    """Key blocks of each block of queries, and query blocks of each block of keys: in part and wholly seen ones."""
+
+    forth: BlockLists
+    back: BlockLists
+    whole_forth: BlockLists
+    whole_back: BlockLists
+
+
+def lists_of_pairs(row: Array, column: Array, rows: int, device: Device = "cpu") -> BlockLists:
+    """BlockLists from the pairs of blocks that matter, in any order; widths are powers of two."""
+    order = np.argsort(row, kind="stable")
+    row, column = row[order], column[order]
+    count = np.bincount(row, minlength=rows)
+    place = np.arange(len(row)) - (count.cumsum() - count)[row]
+    width = 1 << (max(1, int(count.max(initial=0))) - 1).bit_length()
+    index = np.zeros((rows, width), np.int32)
+    index[row, place] = column
+    return BlockLists(*(tensor_of(x, device) for x in (count[None, None].astype(np.int32), index[None, None])))
+
+
+def both_sides(call: PatternCall, size: int, rows: int, columns: int) -> Sides:
+    """Of the call's blocks of `size`; `rows` and `columns` count fillers, which are in no list."""
+    key = ("flex lists", call.pattern.reach, call.pattern.causal, id(call.queries), size, rows, columns)
+    # the plan keeps what the key's id is of
+    return call.keys.plan(key, lambda: (_both_sides(call, size, rows, columns), call.queries))[0]
+
+
+def _both_sides(call: PatternCall, size: int, rows: int, columns: int) -> Sides:
+    row, column = _pairs(call, size, rows, columns)
+    whole, device = seen_whole(call, row, column, size), call.q.device
+    lists = []
+    for some in (~whole, whole):
+        lists.append(lists_of_pairs(row[some], column[some], rows, device))
+        lists.append(lists_of_pairs(column[some], row[some], columns, device))
+    return Sides(*lists)
+
+
+def _pairs(call: PatternCall, size: int, rows: int, columns: int) -> tuple[Array, Array]:
+    if facts.is_band(call.pattern) is not None or not call.aligned:
+        return needed_pairs(call, size)
+    # columns are positions: row i sees columns i + offset - back ... i + offset + ahead
+    L, S = call.lengths
+    first = np.arange(0, L, size)
+    last = np.minimum(first + size, L) - 1
+    back = call.band.farthest
+    low = (first + S - L - back).clip(0) // size
+    high = (last + S - L + (0 if call.pattern.causal else back)).clip(max=S - 1) // size
+    count = (high - low + 1).clip(0)
+    row = np.arange(len(first)).repeat(count)
+    return row, low[row] + np.arange(len(row)) - (count.cumsum() - count)[row]
+
+
+def seen_whole(call: PatternCall, row: Array, column: Array, size: int) -> Bool[np.ndarray, " n"]:
+    """Of which of these blocks every query sees every key, in every row of the batch."""
+    reach = call.pattern.reach
+    band = isinstance(reach, Band) and reach.same_for_all and reach.contiguous
+    if reach.weights != "uniform" or not (band or isinstance(reach, Anywhere)):
+        return np.zeros(len(row), bool)
+    keys = call.keys.host
+    queries, held = _ends(call.queries.host, size), _ends(keys._replace(valid=keys.valid & ~keys.is_global), size)
+    q_low, q_high, q_first, q_last = (x[:, row] for x in queries)
+    k_low, k_high, k_first, k_last = (x[:, column] for x in held)
+    whole = (q_first >= 0) & (q_first == q_last) & (k_first == q_first) & (k_last == q_first)
+    if call.pattern.causal:
+        whole &= k_high <= q_low
+    if isinstance(reach, Band):
+        whole &= (q_high - k_low <= reach.farthest) & (k_high - q_low <= reach.farthest_ahead)
+    return np.asarray(whole.all(0))
+
+
+def _ends(tokens: Host, size: int) -> tuple[Int[np.ndarray, "B n"], ...]:
+    """Lowest and highest position and document in each block; a place without a token is of document -1."""
+
+    def ends(x: Array, fill: int) -> tuple[Array, Array]:
+        blocks = np.pad(x, ((0, 0), (0, -x.shape[1] % size)), constant_values=fill).reshape(len(x), -1, size)
+        return blocks.min(-1), blocks.max(-1)
+
+    return *ends(tokens.position, 0), *ends(np.where(tokens.valid, tokens.document, -1), -1)
+
+
+def everything(rows: int, columns: int, device: Device) -> Sides:
+    """Every block of queries with every block of keys, each in part."""
+
+    def lists(n: int, m: int, count: int) -> BlockLists:
+        number = torch.full((1, 1, n), count, dtype=torch.int32, device=device)
+        return BlockLists(number, torch.arange(m, dtype=torch.int32, device=device).repeat(1, 1, n, 1))
+
+    return Sides(lists(rows, columns, columns), lists(columns, rows, rows), lists(rows, 1, 0), lists(columns, 1, 0))

@@ -1,0 +1,313 @@
+"""The device code of ops/softmax/triton.py: what a program does with one block and its list of others.
+
+A list has those blocks in front that are seen whole, whose pairs need no mask; the rest decides by labels and times. Of
+both a program runs a loop of its own. Scores are kept in powers of two (exp2 is what the hardware has): `scale` comes
+with log2(e) folded in here, log-sum-exps that leave or enter are natural ones.
+
+`FAR` says that an offset passes 31 bits; else offsets are 32 bits wide, which spares registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _slots(rows, times, labels, block, first, C: tl.constexpr, BC: tl.constexpr, HAS_ROWS: tl.constexpr):
+    """Row, time and label of each slot of a block."""
+    lane = tl.arange(0, BC)
+    slot = block * C + lane
+    label = tl.load(labels + slot, mask=lane < C, other=-3)
+    time = tl.load(times + slot, mask=lane < C, other=0)
+    if HAS_ROWS:  # noqa: SIM108  (as in the other kernels: a branch that the compiler decides)
+        row = tl.load(rows + slot, mask=lane < C, other=0)
+    else:
+        row = slot - first
+    return row, time, label
+
+
+@triton.jit
+def _seen(q_time, q_label, k_time, k_label, CAUSAL: tl.constexpr, STRICT: tl.constexpr):
+    seen = q_label[:, None] == k_label[None, :]
+    if CAUSAL:
+        if STRICT:  # noqa: SIM108
+            seen = seen & (k_time[None, :] < q_time[:, None])
+        else:
+            seen = seen & (k_time[None, :] <= q_time[:, None])
+    elif STRICT:
+        seen = seen & (k_time[None, :] != q_time[:, None])
+    return seen
+
+
+@triton.jit
+def _places(row, stride, BD: tl.constexpr, FAR: tl.constexpr):
+    if FAR:
+        row = row.to(tl.int64)
+    return row[:, None] * stride + tl.arange(0, BD)[None, :]
+
+
+@triton.jit
+def _gather(at, row, stride, ok, D: tl.constexpr, BD: tl.constexpr, FAR: tl.constexpr):
+    """[rows, D] of a matrix; zeros where not ok."""
+    inside = ok[:, None] & (tl.arange(0, BD) < D)[None, :]
+    return tl.load(at + _places(row, stride, BD, FAR), mask=inside, other=0.0)
+
+
+@triton.jit
+def _put(at, row, stride, ok, value, D: tl.constexpr, BD: tl.constexpr, FAR: tl.constexpr):
+    inside = ok[:, None] & (tl.arange(0, BD) < D)[None, :]
+    tl.store(at + _places(row, stride, BD, FAR), value.to(at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _statistics(lse, delta, row, asks):
+    """Of the rows of queries, the log-sum-exp in powers of two, and delta; a row that sees nothing weighs nothing."""
+    base = tl.load(lse + row, mask=asks, other=float("inf"))
+    base = tl.where(base == -float("inf"), float("inf"), base)
+    return base * LOG2E, tl.load(delta + row, mask=asks, other=0.0)
+
+
+@triton.jit
+def _mix(
+    top, total, mixed, queries, time, label, other, link, k, v, weight, k_rows, k_time, k_label, k_n, v_n, scale,
+    C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, FAR: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The running softmax, one block of keys later."""
+    k_row, k_when, k_name = _slots(k_rows, k_time, k_label, other, 0, C, BC, HAS_ROWS)
+    keys = _gather(k, k_row, k_n, k_name >= 0, D, BD, FAR)
+    values = _gather(v, k_row, v_n, k_name >= 0, D, BD, FAR)
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+    if HAS_WEIGHT:
+        scores += tl.load(weight + link) * LOG2E
+    if MASKED:
+        scores = tl.where(_seen(time, label, k_when, k_name, CAUSAL, STRICT), scores, -float("inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    anchor = tl.where(higher == -float("inf"), 0.0, higher)  # a row that has seen nothing yet
+    shrink = tl.exp2(top - anchor)
+    weights = tl.exp2(scores - anchor[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    mixed = mixed * shrink[:, None]
+    mixed = tl.dot(weights.to(values.dtype), values, mixed, input_precision="ieee")
+    return higher, total, mixed
+
+
+@triton.jit
+def forward(
+    q, k, v, out, lse, links, count, whole, weight, q_rows, q_time, q_label, k_rows, k_time, k_label,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, l_b, l_h, q_slots, k_slots,
+    N, W, H, groups, first, scale,
+    C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_WHOLE: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    n, z = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = z // H, z % H
+    g = h // groups
+    row, time, label = _slots(
+        q_rows + b * q_slots, q_time + b * q_slots, q_label + b * q_slots, n, first, C, BC, HAS_ROWS
+    )
+    asks = label >= 0
+    queries = _gather(q + b * q_b + h * q_h, row, q_n, asks, D, BD, FAR)
+    k, v = k + b * k_b + g * k_h, v + b * v_b + g * v_h
+    k_rows, k_time, k_label = k_rows + b * k_slots, k_time + b * k_slots, k_label + b * k_slots
+    links, weight = links + (z * N + n) * W, weight + (z * N + n) * W
+    factor = scale * LOG2E
+    top = tl.full([BC], -float("inf"), tl.float32)
+    total = tl.zeros([BC], tl.float32)
+    mixed = tl.zeros([BC, BD], tl.float32)
+    border = 0
+    if HAS_WHOLE:
+        border = tl.load(whole + z * N + n)
+        for entry in range(border):
+            top, total, mixed = _mix(
+                top, total, mixed, queries, time, label, tl.load(links + entry), entry, k, v, weight, k_rows, k_time,
+                k_label, k_n, v_n, factor, C, D, BC, BD, CAUSAL, STRICT, HAS_ROWS, HAS_WEIGHT, FAR, False,
+            )  # fmt: skip
+    for entry in range(border, tl.load(count + z * N + n)):
+        top, total, mixed = _mix(
+            top, total, mixed, queries, time, label, tl.load(links + entry), entry, k, v, weight, k_rows, k_time,
+            k_label, k_n, v_n, factor, C, D, BC, BD, CAUSAL, STRICT, HAS_ROWS, HAS_WEIGHT, FAR, True,
+        )  # fmt: skip
+    some = total > 0
+    safe = tl.where(some, total, 1.0)
+    mixed = mixed / safe[:, None]
+    found = tl.where(some, (top + tl.log2(safe)) / LOG2E, -float("inf"))
+    if HAS_ROWS:
+        row = n * C + tl.arange(0, BC)  # results of gathered rows stay in slots: a row may stand in several
+        asks = tl.arange(0, BC) < C
+    _put(out + b * o_b + h * o_h, row, o_n, asks, mixed, D, BD, FAR)
+    tl.store(lse + b * l_b + h * l_h + row, found, mask=asks)
+
+
+@triton.jit
+def _pull(
+    total, queries, grads, base, shift, time, label, other, link, k, v, weight, k_rows, k_time, k_label, k_n, v_n,
+    scale,
+    C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, FAR: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the queries (before `scale`), one block of keys later."""
+    k_row, k_when, k_name = _slots(k_rows, k_time, k_label, other, 0, C, BC, HAS_ROWS)
+    keys = _gather(k, k_row, k_n, k_name >= 0, D, BD, FAR)
+    values = _gather(v, k_row, v_n, k_name >= 0, D, BD, FAR)
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+    if HAS_WEIGHT:
+        scores += tl.load(weight + link) * LOG2E
+    weights = tl.exp2(scores - base[:, None])
+    if MASKED:
+        weights = tl.where(_seen(time, label, k_when, k_name, CAUSAL, STRICT), weights, 0.0)
+    dweights = tl.dot(grads, tl.trans(values), input_precision="ieee")
+    dscores = weights * (dweights - shift[:, None])
+    return tl.dot(dscores.to(keys.dtype), keys, total, input_precision="ieee")
+
+
+@triton.jit
+def backward_q(
+    q, k, v, grad, delta, lse, dq, links, count, whole, weight, q_rows, q_time, q_label, k_rows, k_time, k_label,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, o_b, o_h, o_n, l_b, l_h, q_slots, k_slots,
+    N, W, H, groups, first, scale,
+    C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_WHOLE: tl.constexpr, FAR: tl.constexpr,
+):  # fmt: skip
+    n, z = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = z // H, z % H
+    g = h // groups
+    row, time, label = _slots(
+        q_rows + b * q_slots, q_time + b * q_slots, q_label + b * q_slots, n, first, C, BC, HAS_ROWS
+    )
+    asks = label >= 0
+    queries = _gather(q + b * q_b + h * q_h, row, q_n, asks, D, BD, FAR)
+    grads = _gather(grad + b * g_b + h * g_h, row, g_n, asks, D, BD, FAR)
+    base, shift = _statistics(lse + b * l_b + h * l_h, delta + b * l_b + h * l_h, row, asks)
+    k, v = k + b * k_b + g * k_h, v + b * v_b + g * v_h
+    k_rows, k_time, k_label = k_rows + b * k_slots, k_time + b * k_slots, k_label + b * k_slots
+    links, weight = links + (z * N + n) * W, weight + (z * N + n) * W
+    factor = scale * LOG2E
+    total = tl.zeros([BC, BD], tl.float32)
+    border = 0
+    if HAS_WHOLE:
+        border = tl.load(whole + z * N + n)
+        for entry in range(border):
+            total = _pull(
+                total, queries, grads, base, shift, time, label, tl.load(links + entry), entry, k, v, weight, k_rows,
+                k_time, k_label, k_n, v_n, factor, C, D, BC, BD, CAUSAL, STRICT, HAS_ROWS, HAS_WEIGHT, FAR, False,
+            )  # fmt: skip
+    for entry in range(border, tl.load(count + z * N + n)):
+        total = _pull(
+            total, queries, grads, base, shift, time, label, tl.load(links + entry), entry, k, v, weight, k_rows,
+            k_time, k_label, k_n, v_n, factor, C, D, BC, BD, CAUSAL, STRICT, HAS_ROWS, HAS_WEIGHT, FAR, True,
+        )  # fmt: skip
+    if HAS_ROWS:
+        row = n * C + tl.arange(0, BC)
+        asks = tl.arange(0, BC) < C
+    _put(dq + b * o_b + h * o_h, row, o_n, asks, total * scale, D, BD, FAR)
+
+
+@triton.jit
+def _push(
+    for_keys, for_values, keys, values, k_when, k_name, entry, q, grad, delta, lse, weight, q_rows, q_time, q_label,
+    q_n, g_n, N, W, first, scale,
+    C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, FAR: tl.constexpr, MASKED: tl.constexpr,
+    FOR_K: tl.constexpr, FOR_V: tl.constexpr,
+):  # fmt: skip
+    """The gradients of keys (before `scale`) and values, one block of queries later."""
+    row, time, label = _slots(q_rows, q_time, q_label, (entry // W) % N, first, C, BC, HAS_ROWS)
+    asks = label >= 0
+    queries = _gather(q, row, q_n, asks, D, BD, FAR)
+    grads = _gather(grad, row, g_n, asks, D, BD, FAR)
+    base, shift = _statistics(lse, delta, row, asks)
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+    if HAS_WEIGHT:
+        scores += tl.load(weight + entry) * LOG2E
+    weights = tl.exp2(scores - base[:, None])
+    if MASKED:
+        weights = tl.where(_seen(time, label, k_when, k_name, CAUSAL, STRICT), weights, 0.0)
+    if FOR_V:
+        for_values = tl.dot(tl.trans(weights.to(grads.dtype)), grads, for_values, input_precision="ieee")
+    if FOR_K:
+        dweights = tl.dot(grads, tl.trans(values), input_precision="ieee")
+        dscores = weights * (dweights - shift[:, None])
+        for_keys = tl.dot(tl.trans(dscores.to(queries.dtype)), queries, for_keys, input_precision="ieee")
+    return for_keys, for_values
+
+
+@triton.jit
+def backward_kv(
+    q, k, v, grad, delta, lse, dk, dv, entries, piece_block, piece_start, piece_border, piece_stop, weight,
+    q_rows, q_time, q_label, k_rows, k_time, k_label,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, g_b, g_h, g_n, l_b, l_h, q_slots, k_slots,
+    N, W, H, M, groups, first, scale,
+    C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, CAUSAL: tl.constexpr, STRICT: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_WHOLE: tl.constexpr, FAR: tl.constexpr,
+    FOR_K: tl.constexpr, FOR_V: tl.constexpr,
+):  # fmt: skip
+    """One piece of the list of a block of keys; both gradients, or one where two would not fit into registers."""
+    piece = tl.program_id(0).to(tl.int64)
+    block = tl.load(piece_block + piece)
+    z = block // M
+    b, h = (z // H).to(tl.int64), (z % H).to(tl.int64)
+    g = h // groups
+    k_row, k_when, k_name = _slots(
+        k_rows + b * k_slots, k_time + b * k_slots, k_label + b * k_slots, block % M, 0, C, BC, HAS_ROWS
+    )
+    keys = _gather(k + b * k_b + g * k_h, k_row, k_n, k_name >= 0, D, BD, FAR)
+    values = keys
+    if FOR_K:
+        values = _gather(v + b * v_b + g * v_h, k_row, v_n, k_name >= 0, D, BD, FAR)
+    q, grad = q + b * q_b + h * q_h, grad + b * g_b + h * g_h
+    lse, delta = lse + b * l_b + h * l_h, delta + b * l_b + h * l_h
+    q_rows, q_time, q_label = q_rows + b * q_slots, q_time + b * q_slots, q_label + b * q_slots
+    factor = scale * LOG2E
+    for_keys = tl.zeros([BC, BD], tl.float32)
+    for_values = tl.zeros([BC, BD], tl.float32)
+    start, stop = tl.load(piece_start + piece), tl.load(piece_stop + piece)
+    if HAS_WHOLE:
+        border = tl.load(piece_border + piece)
+        for at in range(start, border):
+            for_keys, for_values = _push(
+                for_keys, for_values, keys, values, k_when, k_name, tl.load(entries + at), q, grad, delta, lse, weight,
+                q_rows, q_time, q_label, q_n, g_n, N, W, first, factor,
+                C, D, BC, BD, CAUSAL, STRICT, HAS_ROWS, HAS_WEIGHT, FAR, False, FOR_K, FOR_V,
+            )  # fmt: skip
+        start = border
+    for at in range(start, stop):
+        for_keys, for_values = _push(
+            for_keys, for_values, keys, values, k_when, k_name, tl.load(entries + at), q, grad, delta, lse, weight,
+            q_rows, q_time, q_label, q_n, g_n, N, W, first, factor,
+            C, D, BC, BD, CAUSAL, STRICT, HAS_ROWS, HAS_WEIGHT, FAR, True, FOR_K, FOR_V,
+        )  # fmt: skip
+    lane, d = tl.arange(0, BC), tl.arange(0, BD)
+    where = (piece * C + lane[:, None]) * D + d[None, :]
+    inside = (lane < C)[:, None] & (d < D)[None, :]
+    if FOR_K:
+        tl.store(dk + where, for_keys * scale, mask=inside)
+    if FOR_V:
+        tl.store(dv + where, for_values, mask=inside)
+
+
+@triton.jit
+def sum_pieces(
+    pieces, first_piece, out, o_b, o_h, o_n, S, H, K, M,
+    C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """What a block of keys got by all pieces of its list, for all heads that share it, always in the same order."""
+    m, z = tl.program_id(0), tl.program_id(1)
+    b, g = z // K, z % K
+    lane, d = tl.arange(0, BC), tl.arange(0, BD)
+    inside = (lane < C)[:, None] & (d < D)[None, :]
+    total = tl.zeros([BC, BD], tl.float32)
+    for h in range(g * (H // K), (g + 1) * (H // K)):
+        block = (b * H + h) * M + m
+        begin = tl.load(first_piece + block)
+        at = pieces + begin.to(tl.int64) * C * D
+        for _ in range(tl.load(first_piece + block + 1) - begin):
+            total += tl.load(at + lane[:, None] * D + d[None, :], mask=inside, other=0.0)
+            at += C * D
+    row = m * C + lane
+    _put(
+        out + b.to(tl.int64) * o_b + g.to(tl.int64) * o_h, row, o_n, (lane < C) & (row < S), total, D, BD, True
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""What our Triton kernels need of a card, compiled ahead of time without one: see `ahead`, `compiled.csv`, `card`."""
