@@ -27,9 +27,9 @@ where all need the same. Heads that should reach far must first learn to from ne
 from, so that evidence far beyond span and ramp is found late or never; begin with `start` at the limit there. On Python
 source (task=text model=tiny model.heads=4 attention.limit=512 steps=600, one seed) 2.84 bits per byte beside 2.91 of
 full, with spans of 0, 0, 0, 79 and 0, 56, 0, 103 tokens; after 300 steps of 8 x 512 (model=tiny) 3.067 beside 3.075 of
-a window as wide as the limit. On recall whose questions stand anywhere (task=mqar
-task.power=1 model.heads=4 attention.limit=64 attention.ramp=8, 600 steps, one seed) 11 % begun at span 0, and 100 %
-with attention.start=64, where spans come down to 55..56 tokens in the first layer and 37..40 in the second.
+a window as wide as the limit. On recall whose questions stand anywhere (task=mqar task.power=1 model.heads=4
+attention.limit=64 attention.ramp=8, 600 steps, one seed) 11 % begun at span 0, and 100 % with attention.start=64, where
+spans come down to 55..56 tokens in the first layer and 37..40 in the second.
 
 Checked: against the paper's formula, weights times exponentials over their sum, by a loop over single pairs in
 float64: outputs to 1e-12 and gradients to 1e-11, spans' included, in both conventions, with padding, holes, documents

@@ -28,9 +28,9 @@ gradients: 98 MiB where longformer has 36 (core, 4,096 tokens, 8 heads of 64, fl
 
 When: a long context of which the near part matters word by word and the far part by its gist. Not where single far
 tokens must be found again: a mean over many keys does not point to one of them. With model=tiny, block=4 and one seed:
-task=flip_flop, a bit remembered over up to 128 tokens, 97.4 % (full 99.1 %, longformer with window=8 66.8 %); task=needle
-steps=800 59.9 % (Transformer-XL with memories of 8, 11.3 %); two-sided
-task=brackets 71.1 % (full 68.6 %, that window 67.1 %), but task=marked, two symbols anywhere, 85.6 % (99.9 %, 92.4 %).
+task=flip_flop, a bit remembered over up to 128 tokens, 97.4 % (full 99.1 %, longformer with window=8 66.8 %);
+task=needle steps=800 59.9 % (Transformer-XL with memories of 8, 11.3 %); two-sided task=brackets 71.1 % (full 68.6 %,
+that window 67.1 %), but task=marked, two symbols anywhere, 85.6 % (99.9 %, 92.4 %).
 
 Checked: against a loop over pairs in tests/references/h_transformer_1d.py, outputs and gradients, 1e-12 in float64. The
 package h-transformer-1d is no oracle: it stops a level early, and takes another maximum for each level.
