@@ -31,7 +31,8 @@ def pair(reader: str, writer: str, **options) -> EncoderDecoder:
 def after(model, prompt: torch.Tensor, texts: list[tuple[int, ...]], **rest) -> torch.Tensor:
     """Log-probabilities [texts, vocab] of what follows the prompt and each of some texts of one length."""
     ids = torch.stack([torch.cat([prompt, torch.tensor(text, dtype=torch.long)]) for text in texts])
-    return model(ids, **{name: given.expand(len(texts), -1) for name, given in rest.items()}).logits[:, -1].double().log_softmax(-1)
+    logits = model(ids, **{name: given.expand(len(texts), -1) for name, given in rest.items()}).logits
+    return logits[:, -1].double().log_softmax(-1)
 
 
 def every_text(model, prompt: torch.Tensor, steps: int, eos: int | None, penalty: float, **rest):

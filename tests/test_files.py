@@ -231,7 +231,8 @@ def test_a_stretch_that_fails_after_a_signal_is_stopped():
 
 PARENT = f"""
 import os, subprocess, sys, time
-child = {BARE!r} + "import time; from attention_zoo.stopping import *; die_with_parent(int(sys.argv[1])); time.sleep(60)"
+child = {BARE!r} + "import time; from attention_zoo.stopping import *; die_with_parent(int(sys.argv[1]))"
+child += "; time.sleep(60)"
 print(subprocess.Popen([sys.executable, "-c", child, str(os.getpid())]).pid, flush=True)
 time.sleep(60)
 """

@@ -5,8 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from small_models import (
-    CARRYING, CAUSAL, PREFIX, TWO_SIDED, VOCAB, entry, far, in_pieces, paired, ragged, small, some_ids,
-)  # fmt: skip
+    CARRYING,
+    CAUSAL,
+    PREFIX,
+    TWO_SIDED,
+    VOCAB,
+    entry,
+    far,
+    in_pieces,
+    paired,
+    ragged,
+    small,
+    some_ids,
+)
 
 from attention_zoo import EncoderDecoder, Source, Tokens, Transformer, generate
 from attention_zoo.model.generate import draw, narrow, stream

@@ -32,7 +32,8 @@ def composed(name: str, attention: str = "full") -> dict[str, Any]:
     words = [f"task={name}", f"attention={attention}", "tracker=none", "trainer.progress=none", "threads=1"]
     found = compose_training(words)
     found["task"] = dict(found["task"])
-    for option, value in (("test_examples", 64), ("evaluation_rows", 2), ("max_bytes", 400_000)):
+    few = {"test_examples": 64, "evaluation_rows": 2, "max_bytes": 400_000, "held_out_bytes": 40_000}
+    for option, value in few.items():
         if option in found["task"]:
             found["task"][option] = value
     return {**found, "steps": 2, "batch": BATCH}

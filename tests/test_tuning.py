@@ -45,7 +45,7 @@ def tuned(task: str, init: Path, folder: Path, *words: str) -> dict[str, Any]:
         if option in config["task"]:
             config["task"][option] = 4
     if "max_bytes" in config["task"]:
-        config["task"]["max_bytes"] = 200_000
+        config["task"] |= {"max_bytes": 200_000, "held_out_bytes": 40_000}
     return dict(run_training(config, folder))
 
 
