@@ -273,7 +273,8 @@ class Reformer(HashedAttention):
                 shown = step.times_shown(column, seen, columns.filled)
                 out = step.attend_to_all(q, all_qk, all_v, shown, **options)
             else:
-                out = step.attend(q, all_qk, all_v, column, seen, **options)
+                every_qk, every_v = (x.unflatten(-1, (self.heads, -1)) for x in columns.buffers[:2])
+                out = step.attend(q, every_qk, every_v, column, seen, last=columns.filled - 1, **options)
         return Output(self.to_out(out.flatten(1))[:, None], Hashed(columns, known), choices=mine)
 
     def _windows(

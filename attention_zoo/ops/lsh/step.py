@@ -116,25 +116,28 @@ def attend_to_all(
 
 def attend(
     q: Float[Tensor, "B H D"],
-    qk: Float[Tensor, "B S H D"],
-    v: Float[Tensor, "B S H D"],
+    qk: Float[Tensor, "B room H D"],
+    v: Float[Tensor, "B room H D"],
     column: Int[Tensor, "B H W"],
     seen: Bool[Tensor, "B H W"],
     *,
     scale: float,
     epsilon: float,
     once: bool,
+    last: int,
 ) -> Float[Tensor, "B H D"]:
     """The last token's output: one softmax over the windows of all rounds, or its own value where it sees nothing."""
-    B, H = q.shape[:2]
+    (B, H, D), room = q.shape, qk.shape[1]
     row = torch.arange(B, device=q.device)[:, None, None]
     head = torch.arange(H, device=q.device)[:, None]
     if once:  # what is shown again stands beside itself in order
-        column = column.masked_fill(~seen, qk.shape[1]).sort(-1).values
-        seen = (column < qk.shape[1]) & (column != F.pad(column, (1, -1), value=-1))
-        column = column.clamp(max=qk.shape[1] - 1)
-    keys, _ = _keys(qk[row, column, head], epsilon)
+        column = column.masked_fill(~seen, room).sort(-1).values
+        seen = (column < room) & (column != F.pad(column, (1, -1), value=-1))
+        column = column.clamp(max=room - 1)
+    places = ((row * room + column) * H + head).flatten()
+    chosen, values = (x.reshape(-1, D).index_select(0, places).view(*column.shape, D) for x in (qk, v))
+    keys, _ = _keys(chosen, epsilon)
     scores = (keys @ q[..., None].to(keys.dtype))[..., 0] * scale
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    out = (weights[..., None, :] @ v[row, column, head].to(keys.dtype))[..., 0, :].to(q.dtype)
-    return torch.where(seen.any(-1, keepdim=True), out, v[:, -1])
+    out = (weights[..., None, :] @ values.to(keys.dtype))[..., 0, :].to(q.dtype)
+    return torch.where(seen.any(-1, keepdim=True), out, v[:, last])
