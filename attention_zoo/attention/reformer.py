@@ -262,7 +262,7 @@ class Reformer(HashedAttention):
         options: Any = {"scale": self.scale, "epsilon": self.key_norm_epsilon, "once": self.correct_duplicates}
         if self.attend_across_buckets and sizes.max() <= self.chunk * (1 + self.look_back):
             # every window holds the whole document, in whatever order
-            others = keys.valid[:, None].to(torch.promote_types(qk.dtype, torch.float32))
+            others = keys.valid[:, None].float()
             others[..., -1] = 0
             out = step.attend_to_all(q, all_qk, all_v, others, **options)
         else:

@@ -100,15 +100,15 @@ def attend_to_all(
     once: bool,
 ) -> Float[Tensor, "B H D"]:
     """The last token's output: every key held, `shown` so many times; or its own value where it sees nothing."""
-    bias = (shown.clamp(max=1) if once else shown).log()
-    bias[..., -1].masked_fill_(~shown.any(-1), 0)
     keys, _ = _keys(qk, epsilon)
+    bias = (shown.clamp(max=1) if once else shown).to(keys.dtype).log()
+    bias[..., -1].masked_fill_(~shown.any(-1), 0)
     query, values = (x.to(keys.dtype) for x in (q, v))
     out = F.scaled_dot_product_attention(
         query[:, :, None],
         keys.transpose(1, 2),
         values.transpose(1, 2),
-        attn_mask=bias[:, :, None].to(keys.dtype),
+        attn_mask=bias[:, :, None],
         scale=scale,
     )
     return out[:, :, 0].to(q.dtype)
