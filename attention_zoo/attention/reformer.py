@@ -41,7 +41,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -73,7 +73,7 @@ class Reformer(HashedAttention):
     `Output.choices` are the buckets, int32 [B, H, rounds, L, 1]; handed back they are replayed. With a state every call
     equals the last rows of the whole prefix in one call. The prefix is hashed again when its bucket count changes, that
     is when its length doubles; until then a step hashes its own tokens only. Single-token steps without gradients cost
-    the same at any length but for that, and for sorting the prefix every thousandth time (ops/lsh/step.py); they need
+    the same at any length but for that, and for sorting the prefix now and then (ops/lsh/step.py); they need
     consecutive tokens, the defaults of `wrap`, `look_ahead`, `fill` and `kernel`. Other calls sort the whole prefix.
 
     `rounds` may be changed on a built layer: more in evaluation are slower and nearer to full attention.
@@ -257,27 +257,44 @@ class Reformer(HashedAttention):
         mine = found.movedim(-1, 0)[..., None, None]
         columns = state.columns.append(layout, qk, v, mine, horizon=CURRENT)
         all_qk, all_v, all_buckets = columns.held
-        buckets, keys = all_buckets[..., 0], columns.tokens
-        known = state.sorted
-        moved = columns.ledger.fields is not state.columns.ledger.fields
-        if known is None or moved or known.is_stale(columns.filled):
+        keys, known = columns.tokens, state.sorted
+        all_qk, all_v = (x.unflatten(-1, (self.heads, -1)) for x in (all_qk, all_v))
+        options: Any = {"scale": self.scale, "epsilon": self.key_norm_epsilon, "once": self.correct_duplicates}
+        if self.attend_across_buckets and sizes.max() <= self.chunk * (1 + self.look_back):
+            # every window holds the whole document, in whatever order
+            others = keys.valid[:, None].float()
+            others[..., -1] = 0
+            out = step.attend_to_all(q, all_qk, all_v, others, **options)
+        else:
+            moved = columns.ledger.fields is not state.columns.ledger.fields
+            known = None if moved else known
+            known, column, seen = self._windows(columns, known, all_buckets[..., 0], mine[..., 0], sizes)
+            if columns.filled <= column.shape[-1]:
+                shown = step.times_shown(column, seen, columns.filled)
+                out = step.attend_to_all(q, all_qk, all_v, shown, **options)
+            else:
+                every_qk, every_v = (x.unflatten(-1, (self.heads, -1)) for x in columns.buffers[:2])
+                out = step.attend(q, every_qk, every_v, column, seen, last=columns.filled - 1, **options)
+        return Output(self.to_out(out.flatten(1))[:, None], Hashed(columns, known), choices=mine)
+
+    def _windows(
+        self,
+        columns: Columns,
+        known: step.Sorted | None,
+        buckets: Int[Tensor, "B H R S"],
+        mine: Int[Tensor, "B H R 1"],
+        sizes: Int[np.ndarray, " B"],
+    ) -> tuple[step.Sorted, Int[Tensor, "B H RW"], Bool[Tensor, "B H RW"]]:
+        """The order that is known from here on; columns in the last tokens' windows, and which of them they see."""
+        keys = columns.tokens
+        if known is None or known.is_stale(columns.filled):
             count = max(math.prod(self.factors_for(size)) for size in sizes.tolist())
             known = step.Sorted.of(buckets[..., :-1], keys.valid[:, :-1], count)
-        fillers = keys.plan("fillers", lambda: tensor_of(columns.filled - sizes, qk.device))
+        fillers = keys.plan("fillers", lambda: tensor_of(columns.filled - sizes, buckets.device))
         column, seen = step.windows(known, buckets, fillers, chunk=self.chunk, look_back=self.look_back)
         if not self.attend_across_buckets:
-            seen = seen & (buckets.gather(-1, column) == mine[..., 0])
-        out = step.attend(
-            q,
-            all_qk.unflatten(-1, (self.heads, -1)),
-            all_v.unflatten(-1, (self.heads, -1)),
-            column.flatten(2),
-            seen.flatten(2),
-            scale=self.scale,
-            epsilon=self.key_norm_epsilon,
-            once=self.correct_duplicates,
-        )
-        return Output(self.to_out(out.flatten(1))[:, None], Hashed(columns, known), choices=mine)
+            seen = seen & (buckets.gather(-1, column) == mine)
+        return known, column.flatten(2), seen.flatten(2)
 
     def attend(
         self,

@@ -152,7 +152,10 @@ def _append(ledger: Ledger, layout: Layout, horizon: Horizon) -> tuple[Step, Led
     into = step.ledger
     if not into.filled:  # nothing that a later token sees
         return step, Ledger.of(layout, ledger.reserve)
-    loose = into.loose + added if into.loose or not goes_on(into, layout) else 0
+    plain = goes_on(into, layout)
+    loose = into.loose + added if into.loose or not plain else 0
+    if loose and plain:
+        loose = into.filled + added  # tokens go on behind holes, as steps of decoding do: worth closing them now
     host = into.fields.host
     for field, news, here, more in zip(into.fields, layout, host, layout.host):
         field.narrow(1, into.filled, added).copy_(news)

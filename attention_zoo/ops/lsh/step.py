@@ -3,21 +3,24 @@
 A document's sorted order changes by one place a step. So the order of an older prefix is kept, with where each bucket
 starts in it (`Sorted`), and the tokens since then are merged in by rank: the token of rank n is either one of theirs or
 that of rank n - (theirs before it) in the old order. A step reads its windows alone, rounds · (look_back + 1) · chunk
-keys a head, and sorts the `recent` tokens; once these are `RECENT`, all are sorted again.
+keys a head, and sorts the `recent` tokens; once these are many, all are sorted again. Where fewer keys are held than
+windows have places, it reads all of them, each by the times that windows show it.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from attention_zoo.ops.lsh.chunks import _keys
 
 RECENT = 1024
-"""Tokens that are merged at each step, at most; less where the document is short."""
+"""Tokens that are merged at each step, at most."""
 
 
 class Sorted(NamedTuple):
@@ -43,7 +46,8 @@ class Sorted(NamedTuple):
     def is_stale(self, columns: int) -> bool:
         """Whether too many columns came since."""
         size = self.order.shape[-1]
-        return columns - size > max(64, min(RECENT, size // 4))
+        # where sorting the recent ones at each step has cost as much as sorting all of them once
+        return columns - size > min(RECENT, max(64, math.isqrt(2 * size)))
 
 
 def windows(
@@ -77,26 +81,63 @@ def windows(
     return column, there & (column < columns - 1)
 
 
-def attend(
+def times_shown(
+    column: Int[Tensor, "B H W"], seen: Bool[Tensor, "B H W"], columns: int
+) -> Float[Tensor, "B H columns"]:
+    """How often windows show each column."""
+    shown = torch.zeros(*column.shape[:2], columns, device=column.device)
+    return shown.scatter_add_(2, column, seen.to(shown.dtype))
+
+
+def attend_to_all(
     q: Float[Tensor, "B H D"],
     qk: Float[Tensor, "B S H D"],
     v: Float[Tensor, "B S H D"],
+    shown: Float[Tensor, "B #H S"],
+    *,
+    scale: float,
+    epsilon: float,
+    once: bool,
+) -> Float[Tensor, "B H D"]:
+    """The last token's output: every key held, `shown` so many times; or its own value where it sees nothing."""
+    keys, _ = _keys(qk, epsilon)
+    bias = (shown.clamp(max=1) if once else shown).to(keys.dtype).log()
+    bias[..., -1].masked_fill_(~shown.any(-1), 0)
+    query, values = (x.to(keys.dtype) for x in (q, v))
+    out = F.scaled_dot_product_attention(
+        query[:, :, None],
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=bias[:, :, None],
+        scale=scale,
+    )
+    return out[:, :, 0].to(q.dtype)
+
+
+def attend(
+    q: Float[Tensor, "B H D"],
+    qk: Float[Tensor, "B room H D"],
+    v: Float[Tensor, "B room H D"],
     column: Int[Tensor, "B H W"],
     seen: Bool[Tensor, "B H W"],
     *,
     scale: float,
     epsilon: float,
     once: bool,
+    last: int,
 ) -> Float[Tensor, "B H D"]:
     """The last token's output: one softmax over the windows of all rounds, or its own value where it sees nothing."""
-    B, H = q.shape[:2]
+    (B, H, D), room = q.shape, qk.shape[1]
     row = torch.arange(B, device=q.device)[:, None, None]
     head = torch.arange(H, device=q.device)[:, None]
-    keys, _ = _keys(qk[row, column, head], epsilon)
+    if once:  # what is shown again stands beside itself in order
+        column = column.masked_fill(~seen, room).sort(-1).values
+        seen = (column < room) & (column != F.pad(column, (1, -1), value=-1))
+        column = column.clamp(max=room - 1)
+    places = ((row * room + column) * H + head).flatten()
+    chosen, values = (x.reshape(-1, D).index_select(0, places).view(*column.shape, D) for x in (qk, v))
+    keys, _ = _keys(chosen, epsilon)
     scores = (keys @ q[..., None].to(keys.dtype))[..., 0] * scale
-    if once:
-        met = (column[..., :, None] == column[..., None, :]) & seen[..., None, :]
-        scores = scores - met.sum(-1).clamp(min=1).to(scores.dtype).log()
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    out = (weights[..., None, :] @ v[row, column, head].to(keys.dtype))[..., 0, :].to(q.dtype)
-    return torch.where(seen.any(-1, keepdim=True), out, v[:, -1])
+    out = (weights[..., None, :] @ values.to(keys.dtype))[..., 0, :].to(q.dtype)
+    return torch.where(seen.any(-1, keepdim=True), out, v[:, last])
