@@ -71,7 +71,8 @@ class _Where:
 
     def __init__(self, call: PatternCall):
         reach, queries, keys = call.blocks, call.queries.host, call.keys.host
-        count = np.where(queries.valid, reach.blocks_of(queries.length), 0)
+        count = reach.blocks_of(queries.length)
+        count = np.where(queries.valid, count, count.max(where=queries.valid, initial=0))
         self.counts, place = np.unique(count, return_inverse=True)
         row, column = (np.where(each.valid, each.position // reach.size, 0) for each in (queries, keys))
         self.blocks = 1 + max(int(row.max(initial=0)), int(column.max(initial=0)))
