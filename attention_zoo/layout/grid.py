@@ -26,6 +26,7 @@ class Grid:
         columns: how many there are, whole blocks.
         source: [B|1, columns], which of the given columns each is; any one where it is none.
         held: [B|1, columns], whether it is one.
+        stays: whether every token is where it was, though columns are no positions: documents of whole blocks.
         place: [B, S], the new column of each given one; `columns` at padding.
     """
 
@@ -34,6 +35,7 @@ class Grid:
         self.layout, self.size, self.columns = layout, size, columns
         B, S = layout.valid.shape
         self.moved = place is not None
+        self.stays = place is not None and columns == S and bool((place == np.arange(S)).all())
         if place is None:
             column = np.arange(columns)[None]
             self.place = np.broadcast_to(column[:, :S], (B, S))
@@ -93,6 +95,8 @@ class Grid:
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, H, S, D] in the new columns; anything where there is no token."""
+        if self.stays:
+            return x
         if self.moved:
             return taken(x, self._index)
         more = self.columns - x.shape[2]
