@@ -8,6 +8,7 @@ of one document, in their places, and rows end at the same block, so that the qu
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,7 +101,20 @@ class Grid:
         if self.moved:
             return taken(x, self._index)
         more = self.columns - x.shape[2]
-        return torch.nn.functional.pad(x, (0, 0, 0, more)) if more else x
+        return _Filled.apply(x, more) if more else x
+
+
+class _Filled(torch.autograd.Function):
+    """Columns behind the given ones. The gradient is a view: a copy would be as large as the keys are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, more: int) -> Tensor:
+        ctx.columns = x.shape[2]
+        return torch.nn.functional.pad(x, (0, 0, 0, more))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[:, :, : ctx.columns], None
 
 
 def _places(host: Host, size: int) -> tuple[int, Int[np.ndarray, "B S"]]:

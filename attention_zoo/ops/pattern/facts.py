@@ -193,7 +193,7 @@ def mask_is_small(call: PatternCall) -> str | None:
     (L, S), rows = call.lengths, 1 if call.rows_alike else len(call.q)
     if call.q.is_cuda or rows * L * S > MASK:
         return f"{reason}, and a mask of L x S would be too large"
-    if L <= MASKED[call.one_document] or (call.one_document and 2 * L <= S):
+    if MASKED[call.one_document] >= L or (call.one_document and 2 * L <= S):
         return None
     return f"{reason}, and tiles leave out what a mask would hide"
 
