@@ -6,7 +6,8 @@ import torch
 import attention_zoo as zoo
 from attention_zoo import Tokens
 from attention_zoo.ops.pattern import facts, short
-from attention_zoo.ops.pattern.short import KEYS
+from attention_zoo.ops.pattern.short import FEW, KEYS
+from tests.count_reads import Count
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_what_is_remembered_of_one_call_does_not_leak_into_another(always_worth_
 
 
 def test_which_calls_of_bigbird_are_short():
-    layer = build("bigbird", block=16)
+    layer = build("bigbird", block=32)
 
     def reason(L, tokens=None, dtype=torch.float64):
         qkv = [x.detach().to(dtype) for x in operands(L, L)]
@@ -130,14 +131,31 @@ def test_which_calls_of_bigbird_are_short():
     padded = whole.clone()
     padded[0, 90:] = False
     assert "no short call" in reason(KEYS + 1)
-    linked = (2 + 3) * 16 + 16  # window, random, first block
+    linked = (2 + 3) * 32 + 32  # window, random, first block
     assert reason(3 * linked) is None
     assert f"{3 * linked + 1} keys are no short call where a query sees {linked}" in reason(3 * linked + 1)
     assert "round the bias" in reason(100, dtype=torch.bfloat16)
     assert reason(100, Tokens.of(padded)) is None
     assert reason(100, Tokens.of(whole, some)) is None
     layer = build("bigbird", block=4)
-    assert "64 blocks of 4" in reason(257)
+    assert reason(FEW) is None
+    assert "no short call" in reason(FEW + 1)
+    layer = build("bigbird", block=1, causal=False)
+    lengths = Tokens.of(torch.arange(400) < torch.tensor([[400], [399]]))
+    assert "too many blocks of 1, in documents of 2 lengths" in reason(400, lengths)
+
+
+@pytest.mark.parametrize("kind", ["plain", "padding", "documents"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_operators_of_many_short_rows(causal, kind):
+    """The recall step of a training: 32 rows of 64 tokens in blocks of 4. Gathering blocks takes 8 times as many."""
+    layer, tokens = build("bigbird", block=4, causal=causal), laid(kind, 32, 64)
+    qkv = operands(64, 64, batch=32)
+    layer.attend(*qkv, tokens, tokens)
+    with Count() as count:
+        out = layer.attend(*qkv, tokens, tokens)
+        torch.autograd.grad(out.sum(), qkv)
+    assert count.operators < 150, count.operators
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -8,6 +8,7 @@ of one document, in their places, and rows end at the same block, so that the qu
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ class Grid:
         columns: how many there are, whole blocks.
         source: [B|1, columns], which of the given columns each is; any one where it is none.
         held: [B|1, columns], whether it is one.
+        stays: whether every token is where it was, though columns are no positions: documents of whole blocks.
         place: [B, S], the new column of each given one; `columns` at padding.
     """
 
@@ -34,6 +36,7 @@ class Grid:
         self.layout, self.size, self.columns = layout, size, columns
         B, S = layout.valid.shape
         self.moved = place is not None
+        self.stays = place is not None and columns == S and bool((place == np.arange(S)).all())
         if place is None:
             column = np.arange(columns)[None]
             self.place = np.broadcast_to(column[:, :S], (B, S))
@@ -93,10 +96,25 @@ class Grid:
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, H, S, D] in the new columns; anything where there is no token."""
+        if self.stays:
+            return x
         if self.moved:
             return taken(x, self._index)
         more = self.columns - x.shape[2]
-        return torch.nn.functional.pad(x, (0, 0, 0, more)) if more else x
+        return _Filled.apply(x, more) if more else x
+
+
+class _Filled(torch.autograd.Function):
+    """Columns behind the given ones. The gradient is a view: a copy would be as large as the keys are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, more: int) -> Tensor:
+        ctx.columns = x.shape[2]
+        return torch.nn.functional.pad(x, (0, 0, 0, more))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[:, :, : ctx.columns], None
 
 
 def _places(host: Host, size: int) -> tuple[int, Int[np.ndarray, "B S"]]:

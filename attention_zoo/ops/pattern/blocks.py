@@ -85,7 +85,8 @@ class Laid:
         self.first = self.grid.first(call.q.shape[2]) if self.grid.moved else call.k.shape[2] - call.q.shape[2]
         self.block = self.grid.size
         self.call, self.asked = call, call.asked
-        if self.grid.moved:
+        self.moved = self.grid.moved and not (self.grid.stays and call.q.shape[2] == call.k.shape[2])
+        if self.moved:
             queries, source, asked = call.queries.plan(("moved", id(self.grid)), lambda: self._move_queries(call))
             self.asked = asked
             self.call = replace(call, q=taken(call.q, source), queries=queries)
@@ -117,13 +118,13 @@ class Laid:
         """Keys and values in the grid's columns, so that a link is one contiguous run."""
         call = self.call
         k, v = (packed(self.grid.pack(x)) for x in (call.k, call.v))
-        if not self.grid.moved and k.shape[2] == call.k.shape[2]:
+        if not self.moved and k.shape[2] == call.k.shape[2]:
             return replace(call, k=k, v=v)
         return replace(call, k=k, v=v, keys=self.grid.keys)
 
     def back(self, out: Tensor) -> Tensor:
         """Outputs at the queries' own columns; zeros at padding."""
-        if not self.grid.moved:
+        if not self.moved:
             return out
         L = self.given.q.shape[2]
 

@@ -67,7 +67,7 @@ class GlobalKeys:
         if self.all_seen:
             return Part(columns, no_bias)
         call, keys, some = self.call, self.chosen, slice(a, b)
-        if _all_past(call, rows, keys.host.cut(some)):
+        if _all_seen_by(call, rows, keys.host.cut(some)):
             return Part(columns, no_bias)
         return Part(columns, lambda batch: _some_bias(call, call.queries.cut(rows, batch), keys, some, batch))
 
@@ -129,11 +129,15 @@ def _hides_padding_alone(call: PatternCall) -> bool:
     return not call.pattern.causal and call.one_document and not call.has_position_bias
 
 
-def _all_past(call: PatternCall, rows: slice, keys: Host) -> bool:
-    """Whether all of these queries see all of these keys, which lie before them."""
-    if call.has_position_bias or not (call.one_document and call.queries.dense and bool(keys.valid.all())):
+def _all_seen_by(call: PatternCall, rows: slice, keys: Host) -> bool:
+    """Whether all of these queries see all of these keys: of their document, and of their past where that matters."""
+    if call.has_position_bias or not (call.queries.dense and bool(keys.valid.all())):
         return False
-    return bool((keys.position.max(1) <= call.queries.host.position[:, rows].min(1)).all())
+    queries = call.queries.host.cut(rows)
+    document = queries.document[:, :1]
+    if not (call.one_document or bool((queries.document == document).all() and (keys.document == document).all())):
+        return False
+    return not call.pattern.causal or bool((keys.position.max(1) <= queries.position.min(1)).all())
 
 
 def _some_bias(call: PatternCall, queries: Tokens, keys: Layout, some: slice, batch: slice) -> Tensor | None:

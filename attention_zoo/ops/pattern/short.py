@@ -27,11 +27,14 @@ KEYS = 1024
 """Most keys."""
 CELLS = 1 << 24
 """Most numbers of the bias where batch rows differ: 64 MiB in float32."""
+FEW = 512
+"""So many keys are always few: multiplying by all of them costs less than gathering, whatever blocks and batch are."""
 WORTH = {False: 1.7, True: 3.0}
-"""Most keys for each that a query is linked to, two-sided and causal (which leaves out half of all pairs): beyond, the
-blocks kernel is faster. At 1,024 tokens and blocks of 64 two-sided by a fifth, at blocks of 16 three times."""
-BLOCKS = 64
-"""Most blocks of keys: bounds what is computed for pairs of them."""
+"""Beyond `FEW`, most keys for each that a query is linked to, two-sided and causal (which leaves out half of all
+pairs); with more the blocks kernel is faster. At 1,024 tokens and blocks of 64 two-sided by a tenth, at blocks of 16
+twice."""
+PAIRS = 1 << 18
+"""Most pairs of blocks that a bias is computed for, of documents of all numbers of blocks together."""
 ROWS = 256
 """Queries of one fused call of a causal pattern: keys that are future for all of them are left out."""
 
@@ -41,8 +44,8 @@ def _is_few(call: PatternCall) -> str | None:
     if S > KEYS:
         return f"{S} keys are no short call (at most {KEYS})"
     where = _Where.of(call)
-    if where.blocks > BLOCKS:
-        return f"{S} keys are more than {BLOCKS} blocks of {size}"
+    if len(where.counts) * where.blocks**2 > PAIRS:
+        return f"{S} keys are too many blocks of {size}, in documents of {len(where.counts)} lengths"
     if not where.alike and B * H * L * S > CELLS:
         return f"batch rows differ, and their biases would be too large (at most {CELLS} numbers)"
     return None
@@ -50,7 +53,7 @@ def _is_few(call: PatternCall) -> str | None:
 
 def _links_are_many(call: PatternCall) -> str | None:
     linked = call.blocks.most * call.blocks.size + int(call.keys.host.is_global[:1].sum())
-    most, S = int(WORTH[call.pattern.causal] * linked), call.k.shape[2]
+    most, S = max(FEW, int(WORTH[call.pattern.causal] * linked)), call.k.shape[2]
     return f"{S} keys are no short call where a query sees {linked} (at most {most})" if most < S else None
 
 
@@ -68,7 +71,8 @@ class _Where:
 
     def __init__(self, call: PatternCall):
         reach, queries, keys = call.blocks, call.queries.host, call.keys.host
-        count = np.where(queries.valid, reach.blocks_of(queries.length), 0)
+        count = reach.blocks_of(queries.length)
+        count = np.where(queries.valid, count, count.max(where=queries.valid, initial=0))
         self.counts, place = np.unique(count, return_inverse=True)
         row, column = (np.where(each.valid, each.position // reach.size, 0) for each in (queries, keys))
         self.blocks = 1 + max(int(row.max(initial=0)), int(column.max(initial=0)))
@@ -76,15 +80,15 @@ class _Where:
         fields = [(row, queries), (queries.is_global, queries), (column, keys), (keys.is_global, keys)]
         merged = [_merged(field, of.valid) for field, of in fields]
         one = all(each is not None for each in merged)
-        at, of_rows, columns, of_columns = merged if one else [field for field, _ in fields]
+        device, found = call.q.device, [found for found in merged if found is not None]
+        at, of_rows, columns, of_columns = found if one else [field for field, _ in fields]
         self.same_columns = merged[2] is not None
-        columns = merged[2] if self.same_columns else columns
-        self.rows, self.columns, of_rows, of_columns = (
-            tensor_of(np.asarray(each), call.q.device) for each in (at, columns, of_rows, of_columns)
-        )
-        self.everyone = (of_rows, of_columns) if call.keys.any_global or call.queries.any_global else None
+        self.rows = tensor_of(at, device)
+        self.columns = tensor_of(columns if merged[2] is None else merged[2], device)
+        some = call.keys.any_global or call.queries.any_global
+        self.everyone = (tensor_of(of_rows, device), tensor_of(of_columns, device)) if some else None
         self.past = call.pattern.causal and call.starts_at_zero
-        self.alike = len(rows) == 1 and (self.past or call.rows_alike)
+        self.alike = one and (self.past or call.rows_alike)
 
     @staticmethod
     def of(call: PatternCall) -> _Where:

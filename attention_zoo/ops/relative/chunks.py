@@ -204,9 +204,15 @@ class _Relative(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, r, u, w, *_ = saved
+        # without a memory all pairs are of own segments: both streams get the same gradient
         own = ctx.needs_input_grad[3:5]
+        apart = any(chunk.all_own > chunk.low for chunk in ctx.plan.chunks)
         # its working memory is gone by the time that the table of distances is turned round, which takes a copy
-        dq, dk, dv, dk_own, dv_own, dtable, du, dw = _backward(saved, grad, own, ctx.plan, ctx.scale)
+        dq, dk, dv, dk_own, dv_own, dtable, du, dw = _backward(
+            saved, grad, tuple(wanted and apart for wanted in own), ctx.plan, ctx.scale
+        )
+        if not apart:
+            dk_own, dv_own = (each if wanted else None for each, wanted in zip((dk, dv), own))
         dr = dtable[:, :-1].flip(1).transpose(0, 1)
         gradients = (dq.mul_(ctx.scale), dk, dv, dk_own, dv_own, dr, du.mul_(ctx.scale), dw.mul_(ctx.scale))
         dtypes = (q, k, v, k, v, r, u, w)
