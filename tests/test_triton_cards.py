@@ -53,6 +53,7 @@ def test_stages_that_are_chosen_fit() -> None:
 @pytest.mark.parametrize(
     ("where", "block", "width", "fits"),
     [
+        (H100, 16, 16, True), (H100, 32, 128, True), (H100, 16, 256, True), (H100, 48, 96, True),
         (H100, 64, 64, True), (H100, 128, 128, True), (H100, 128, 256, False), (A100, 128, 128, True),
         (A100, 128, 256, False), (CONSUMER, 64, 64, True), (CONSUMER, 128, 128, False),
     ],

@@ -16,7 +16,6 @@ Letters: B batch, H heads, K key heads, N query blocks, M key blocks, C slots in
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ from attention_zoo.ops.triton.card import MANY_ELEMENTS, card_of, stages_for, wa
 
 PIECE = 32
 """Entries of a turned list in one program of the backward."""
-WIDEST_BLOCK, WIDEST_HEAD = 128, 256
+SMALLEST_COMPILED, WIDEST_BLOCK, WIDEST_HEAD = 64, 128, 256
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,8 @@ def backward(
 
 def passes(block: int, head_width: int) -> tuple[str, ...]:
     """Backward for keys and values at once, or, where both sums would not fit into registers, one after the other."""
-    if math.prod(_powers(block, head_width)) >= MANY_ELEMENTS:
+    BC, BD = _powers(block, head_width)
+    if max(BC, SMALLEST_COMPILED) * BD >= MANY_ELEMENTS:  # so that smaller blocks are judged by what was compiled
         return "block_backward_k", "block_backward_v"
     return ("block_backward_kv",)
 

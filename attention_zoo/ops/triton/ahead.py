@@ -169,10 +169,10 @@ def _relative(D: int, dtype: torch.dtype) -> None:
 def sizes(arguments: argparse.Namespace) -> Iterator[tuple[int, int, int, torch.dtype, bool, bool | None]]:
     """What `Notes.run` is to be called with, the most used first."""
     dtype = getattr(torch, arguments.dtype)
-    for arch, width in product(arguments.arch, arguments.width):
-        for gathered, block, causal in product((False, True), arguments.block, (True, False)):
+    for causal, width, arch in product((True, False), arguments.width, arguments.arch):
+        for gathered, block in product((False, True), arguments.block):
             yield arch, block, width, dtype, causal, gathered
-        if width <= relative.WIDEST_HEAD:
+        if causal and width <= relative.WIDEST_HEAD:
             yield arch, 0, width, dtype, True, None
 
 
