@@ -103,6 +103,7 @@ def test_the_default_size_compiles_as_the_table_says(tmp_path: Path, only: str) 
     out = tmp_path / "rows.csv"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "attention_zoo.ops.triton.ahead", "--arch", "90", "--block", "64", "--width", "64"]
+    command += ["--causal", "1"]
     done = subprocess.run(
         [*command, "--only", only, "--out", str(out)], env=environment, capture_output=True, text=True, check=False
     )
