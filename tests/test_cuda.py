@@ -112,6 +112,40 @@ def test_every_kernel_equals_the_definition(name: str, kernel: str, length: int,
         pytest.skip("; ".join(reasons))
 
 
+SIZES = [("bigbird", "block"), ("reformer", "chunk"), ("transformer_xl", "segment_length"), ("longformer", "window")]
+
+
+@pytest.mark.parametrize("width", [32, 64, 128, 256])
+@pytest.mark.parametrize("size", [16, 64, 128])
+@pytest.mark.parametrize(("name", "option"), SIZES)
+def test_every_size_that_is_taken_runs(name: str, option: str, size: int, width: int) -> None:
+    """What `auto` takes starts on this card, in both directions, and equals the definition."""
+    torch.manual_seed(0)
+    options = {**OPTIONS[name], option: size}
+    exact = zoo.build(name, dim=2 * width, heads=2, kernel=TRUTH[name], **options).cuda().double()
+    fast = copy.deepcopy(exact).bfloat16()
+    exact.load_state_dict(fast.state_dict())
+    fast.kernel = "auto"
+    x = torch.randn(1, 5 * size + 3, 2 * width, device="cuda").bfloat16()
+    want, wants, choices = run(exact, x.double().requires_grad_(), None)
+    got, gots, _ = run(fast, x.requires_grad_(), None, choices)
+    assert error(got, want) <= TOLERANCE[torch.bfloat16]
+    for a, b in zip(gots, wants):
+        if a is not None and float(b.norm()) >= 1e-6:
+            assert error(a, b) <= 2 * TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", ["bigbird", "reformer", "transformer_xl"])
+def test_gradients_have_the_same_bits_every_time(name: str) -> None:
+    layer = zoo.build(name, dim=128, heads=2, kernel="triton", **OPTIONS[name]).cuda().bfloat16()
+    x = torch.randn(2, 1000, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    choices = layer(x).choices
+    first, second = (run(layer, x, None, choices)[1] for _ in range(2))
+    for a, b in zip(first, second):
+        if a is not None:
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(("name", "kernel"), [(name, kernels[0]) for name, kernels in KERNELS.items()])
 def test_auto_takes_the_gpu_kernel(name: str, kernel: str) -> None:
     """In bfloat16, at the length of the table that `python -m attention_zoo kernels` prints."""

@@ -106,12 +106,18 @@ def test_reformer_steps_from_its_state(on_triton) -> None:
         close(step[:, 0], layer(x, tokens).hidden[:, 10], "one step")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_block_that_everyone_sees_is_cut_into_pieces(monkeypatch, on_triton, dtype) -> None:
-    """Lists of any content, one row that sees nothing, a key block in more lists than a piece has entries."""
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float32, False), (torch.float16, False), (torch.float32, True)])
+def test_a_block_that_everyone_sees_is_cut_into_pieces(monkeypatch, on_triton, dtype, large) -> None:
+    """Lists of any content, one row that sees nothing, a key block in more lists than a piece has entries.
+
+    `large`: dk and dv in passes of their own, and offsets of 64 bits, as for wide heads and long calls.
+    """
     from attention_zoo.ops.softmax import triton
 
     monkeypatch.setattr(triton, "PIECE", 2)
+    if large:
+        monkeypatch.setattr(triton, "MANY_ELEMENTS", 1)
+        monkeypatch.setattr(triton, "OFFSETS", 0)
     B, H, K, N, C, D = 1, 2, 1, 5, 4, 6
     L = N * C - 3
     links = torch.full((B, H, N, 3), -1)

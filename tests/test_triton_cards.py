@@ -53,6 +53,7 @@ def test_stages_that_are_chosen_fit() -> None:
 @pytest.mark.parametrize(
     ("where", "block", "width", "fits"),
     [
+        (H100, 16, 16, True), (H100, 32, 128, True), (H100, 16, 256, True), (H100, 48, 96, True),
         (H100, 64, 64, True), (H100, 128, 128, True), (H100, 128, 256, False), (A100, 128, 128, True),
         (A100, 128, 256, False), (CONSUMER, 64, 64, True), (CONSUMER, 128, 128, False),
     ],
@@ -102,6 +103,7 @@ def test_the_default_size_compiles_as_the_table_says(tmp_path: Path, only: str) 
     out = tmp_path / "rows.csv"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "attention_zoo.ops.triton.ahead", "--arch", "90", "--block", "64", "--width", "64"]
+    command += ["--causal", "1"]
     done = subprocess.run(
         [*command, "--only", only, "--out", str(out)], env=environment, capture_output=True, text=True, check=False
     )

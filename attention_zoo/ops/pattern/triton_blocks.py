@@ -95,11 +95,17 @@ def _plan(laid: Laid) -> ListPlan:
     given = (np.broadcast_to(x, (B, *links.shape[1:])) for x in (links, weight, links if whole is None else whole))
     at, added, flags = (tensor_of(np.array(x, order="C")) for x in given)
     packed, count, factors, first = Lists.packed(at, added if weighs else None, None if whole is None else flags)
-    labels = (tensor_of(np.array(x, np.int32, order="C"), device) for x in (q_time, q_label, k_time, k_label))
+
+    def slots(x: Array) -> Tensor:
+        return tensor_of(np.array(x, np.int32, order="C"), device)
+
     lists = Lists(
         packed.to(device),
         count.to(device),
-        *labels,
+        q_time=slots(q_time),
+        q_label=slots(q_label),
+        k_time=slots(k_time),
+        k_label=slots(k_label),
         block=block,
         causal=call.pattern.causal,
         strict=False,

@@ -28,7 +28,11 @@ from attention_zoo.ops.triton.card import card_of, stages_for, warps_for
 TILE = 64
 """Queries and keys of a tile, at most; 16 in the interpreter's tests."""
 TILES = {"relative_forward": 64, "relative_backward_q": 32, "relative_backward_kv": 32, "relative_backward_r": 32}
+"""Of each kernel: the forward keeps 64 rows, which Hopper multiplies at once; the backward has more sums than registers
+for them."""
 WIDEST_HEAD = 128
+OFFSETS = 2**31
+"""What 32 bits can say of an offset."""
 
 
 def refuse(head_width: int, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -179,7 +183,7 @@ def _power(width: int) -> int:
 def _meta(name: str, *read: Tensor) -> tuple[int, dict[str, Any]]:
     """The tile, and constants of a launch that reads and writes rows of these tensors."""
     D, tile = read[0].shape[-1], min(TILE, TILES[name])
-    far = any(x.shape[-2] * x.stride(-2) >= 2**31 for x in read)
+    far = any(x.shape[-2] * x.stride(-2) >= OFFSETS for x in read)
     stages = stages_for(name, tile, _power(D), read[0].itemsize, card_of(read[0].device))
     return tile, {
         "D": D, "BD": _power(D), "N": tile, "FAR": far, "num_warps": warps_for(2 * tile * max(tile, _power(D))),

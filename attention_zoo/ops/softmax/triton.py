@@ -4,7 +4,8 @@ The path of BigBird (blocks of neighbouring columns) and of LSH attention (chunk
 takes one query block and one head, walks its list and keeps a running softmax (Dao et al. 2022, FlashAttention), so
 that nothing but output and log-sum-exp is written. Backward recomputes: dq walks the same lists; dk and dv walk the
 lists turned round, cut into `PIECE` entries a program, so that a block that everybody sees (a global one) is no
-bottleneck, and summed without atomics. O(L·list·block) time, O(L·D) memory.
+bottleneck, and summed without atomics, in a fixed order. O(L·list·block) time, O(L·D) memory. The device code is in
+triton_kernels.py; what it needs of a card, in ops/triton/compiled.csv.
 
 Tokens are counted in *slots*: block n holds the slots n·C ... n·C + C - 1, and a slot holds a token or is empty.
 Whether a pair is seen is decided by two integers a slot: equal labels (document, bucket; negative: empty), and time.
@@ -16,7 +17,6 @@ Letters: B batch, H heads, K key heads, N query blocks, M key blocks, C slots in
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -33,7 +33,10 @@ from attention_zoo.ops.triton.card import MANY_ELEMENTS, card_of, stages_for, wa
 
 PIECE = 32
 """Entries of a turned list in one program of the backward."""
-WIDEST_BLOCK, WIDEST_HEAD = 128, 256
+SMALLEST_COMPILED, WIDEST_BLOCK, WIDEST_HEAD = 64, 128, 256
+"""Blocks and channels of ops/triton/compiled.csv: smaller ones are judged by the smallest, larger ones refused."""
+OFFSETS = 2**31
+"""What 32 bits can say of an offset."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,8 @@ def backward(
 
 def passes(block: int, head_width: int) -> tuple[str, ...]:
     """Backward for keys and values at once, or, where both sums would not fit into registers, one after the other."""
-    if math.prod(_powers(block, head_width)) >= MANY_ELEMENTS:
+    BC, BD = _powers(block, head_width)
+    if max(BC, SMALLEST_COMPILED) * BD >= MANY_ELEMENTS:  # so that smaller blocks are judged by what was compiled
         return "block_backward_k", "block_backward_v"
     return ("block_backward_kv",)
 
@@ -228,7 +232,7 @@ def _meta(name: str, lists: Lists, *read: Tensor) -> dict[str, Any]:
     """Constants of a launch that reads and writes rows of these tensors."""
     C, D = lists.block, read[0].shape[-1]
     BC, BD = _powers(C, D)
-    far = any(x.shape[2] * x.stride(2) >= 2**31 for x in read)
+    far = any(x.shape[2] * x.stride(2) >= OFFSETS for x in read)
     stages = stages_for(name, BC, BD, read[0].itemsize, card_of(read[0].device))
     return {
         "C": C, "D": D, "BC": BC, "BD": BD, "CAUSAL": lists.causal, "STRICT": lists.strict,
@@ -311,6 +315,7 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = saved
         delta = (grad.float() * out.float()).sum(-1)
-        dq, dk, dv = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
+        dq = torch.zeros_like(out)  # channels last in memory, as the kernels write them, whatever came in
+        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
         backward(grad.to(q.dtype), q, k, v, delta, lse, ctx.lists, scale=ctx.scale, dq=dq, dk=dk, dv=dv)
         return dq, dk, dv, None, None

@@ -169,10 +169,10 @@ def _relative(D: int, dtype: torch.dtype) -> None:
 def sizes(arguments: argparse.Namespace) -> Iterator[tuple[int, int, int, torch.dtype, bool, bool | None]]:
     """What `Notes.run` is to be called with, the most used first."""
     dtype = getattr(torch, arguments.dtype)
-    for arch, width in product(arguments.arch, arguments.width):
-        for gathered, block, causal in product((False, True), arguments.block, (True, False)):
+    for causal, width, arch in product(map(bool, arguments.causal), arguments.width, arguments.arch):
+        for gathered, block in product((False, True), arguments.block):
             yield arch, block, width, dtype, causal, gathered
-        if width <= relative.WIDEST_HEAD:
+        if causal and width <= relative.WIDEST_HEAD:
             yield arch, 0, width, dtype, True, None
 
 
@@ -186,6 +186,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--arch", type=int, nargs="+", default=ORDER, choices=sorted(CARDS), metavar="N")
     parser.add_argument("--block", type=int, nargs="+", default=(64, 128), metavar="N")
     parser.add_argument("--width", type=int, nargs="+", default=(64, 128, 32, 256), metavar="N")
+    parser.add_argument("--causal", type=int, nargs="+", default=(1, 0), choices=(0, 1), metavar="N")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--only", default="", metavar="NAME", help="kernels whose names begin so")
     parser.add_argument("--out", type=Path, default=TABLE, metavar="FILE")

@@ -83,7 +83,8 @@ class Card(NamedTuple):
 @cache
 def _card(index: int) -> Card:
     known = torch.cuda.get_device_properties(index)
-    return Card(known.name, 10 * known.major + known.minor, known.shared_memory_per_block_optin)
+    shared = known.shared_memory_per_block_optin  # type: ignore[attr-defined]  # the stub has not heard of it
+    return Card(known.name, 10 * known.major + known.minor, shared)
 
 
 def card_of(device: torch.device) -> Card | None:
