@@ -17,6 +17,7 @@ import torch
 
 from attention_zoo.contract import Attention, at_least
 from attention_zoo.measure.environment import device_name
+from attention_zoo.model.shorten import FORMS
 from attention_zoo.registry import available, build, is_shipped, options_of, recipe, wrappers
 
 COLUMNS = (
@@ -90,9 +91,18 @@ def _unbuilt(name: str) -> str | None:
 def about(name: str) -> str:
     """One mechanism on a page, in Markdown: what its module says of it, its options, abilities and kernels.
 
+    Args:
+        name: of a mechanism, a wrapper, or a form of `model.shorten`, which has no abilities or kernels of its own.
+
     Raises:
         ValueError: for an unknown name.
     """
+    if name in FORMS:
+        form = FORMS[name]
+        rows = [("layout", "must be given", f"layers @ factor against the input, in order, as {form.EXAMPLE}")]
+        rows += [(option, str(value), form.MEANINGS[option]) for option, value in form.DEFAULTS.items()]
+        options = markdown(("option", "default", "meaning"), rows)
+        return "\n\n".join([f"# {name}", inspect.getdoc(form) or "", "## Options of model.shorten", options])
     cls, _ = recipe(name)
     text = inspect.getdoc(sys.modules[cls.__module__]) or inspect.getdoc(cls) or "It says nothing of itself."
     (abilities,) = abilities_rows([name])

@@ -109,6 +109,16 @@ def test_weights_learn_after_the_first_overflow():
                 assert bool((parameter != before[name]).any()), f"{name} did not learn at {start}"
 
 
+def test_a_call_of_padding_alone_forgets_no_slot_where_memory_is_empty():
+    here = case(segment_length=3, memory_length=0, compressed_length=4, ratio=1)
+    layer, x, valid = here.build(), here.data(2, 13), torch.ones(2, 13, dtype=torch.bool)
+    valid[0, 3], valid[1, 6:9] = False, False  # behind the end of a segment, where all is compressed
+    tokens = Tokens.of(valid)
+    with torch.no_grad():
+        expected, (steps, _) = reference(layer, x, tokens), feed(layer, x, tokens, list(range(1, 13)))
+    close(steps[valid], expected[valid], "steps")
+
+
 def test_losses_over_calls_are_those_of_one_call():
     layer, x = case().build(), case().data(2, 29)
     whole = layer(x).losses["reconstruction"]

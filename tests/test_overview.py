@@ -10,6 +10,7 @@ from recorded import RECORDED
 import attention_zoo as zoo
 from attention_zoo import overview
 from attention_zoo.commands.main import main
+from attention_zoo.model.shorten import FORMS
 from attention_zoo.registry import options_of, recipe
 
 
@@ -39,6 +40,17 @@ def test_a_page_says_what_paper_code_and_we_do_and_how_it_was_checked(name: str)
     page = overview.about(name)
     places = [page.index(f"\n\n{word}") for word in ("Paper", "Released code", "Here", "Checked", "## Options")]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize("name", list(FORMS))
+def test_what_shortens_a_stack_has_a_page_too(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["about", name, "--markdown"]) == 0
+    page, form = capsys.readouterr().out, FORMS[name]
+    places = [page.index(f"\n\n{word}") for word in ("Paper", "Released code", "Here", "When", "Checked", "## Options")]
+    assert places == sorted(places)
+    assert set(form.MEANINGS) == set(form.DEFAULTS) == set(form.RULES)
+    for option, default in form.DEFAULTS.items():
+        assert f"| {option} | {default} | {form.MEANINGS[option]} |" in page
 
 
 def test_own_options_come_first_with_their_meaning() -> None:

@@ -149,8 +149,9 @@ def _kept(layout: Layout, keys: Host, sizes: Sizes) -> tuple[Array | None, Layou
     """The slots that a segment with the row's next token sees."""
     following = keys.next_position[:, None] // sizes.segment
     end = sizes.memory_from(following) // sizes.ratio
-    host = layout.host
-    live = host.valid & (host.document == keys.last_document) & (host.position >= end - sizes.slots)
+    host, current = layout.host, keys.last_document
+    # a row without memory and without new tokens goes on where it was
+    live = host.valid & ((host.document == current) | (current < 0)) & (host.position >= end - sizes.slots)
     if bool(live.all()):
         return None, layout
     count = int(live.sum(1).max(initial=0))

@@ -29,6 +29,7 @@ Sinks stand where they stand in the text by default: a model that is trained so 
 `sink_positions="cache"` they stand as in StreamingLLM, for pretrained models whose positions end at their training
 length: a query asks the sinks beyond its window turned by min(p_i, sinks + window · dilation), in a whole text as in a
 stream, so that all cuts are one computation and no key is turned again. What stands between sinks and window is gone.
+Heads share the cache: where dilation is by head, the largest of them counts for all.
 
 Checked: against Hugging Face's Longformer (random windows, padding on either side and in holes, global tokens;
 dilation on residue classes, since theirs has none) and local-attention (exact windows, causal and two-sided), in

@@ -11,6 +11,7 @@ from rich.table import Table
 from attention_zoo import overview, registry
 from attention_zoo.commands.flags import Flags
 from attention_zoo.commands.plain import PLAIN
+from attention_zoo.model.shorten import FORMS
 from attention_zoo.rules import near
 from attention_zoo.tasks import catalogue
 
@@ -30,7 +31,7 @@ def run(what: str, words: Sequence[str], program: str) -> None:
         parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     given = parser.parse_args(words)
     if what == "about":
-        tasks, mechanisms = catalogue.names(), [*registry.available(), *registry.wrappers()]
+        tasks, mechanisms = catalogue.names(), [*registry.available(), *registry.wrappers(), *FORMS]
         if given.name not in (*tasks, *mechanisms):
             known = [*mechanisms, *tasks]
             raise ValueError(

@@ -48,6 +48,7 @@ from attention_zoo.rules import OneOf, Unsupported
 
 EXAMPLE = "4@1 4@2 4@4 2@1"
 DEFAULTS = {"keys": "pooled"}
+MEANINGS = {"keys": "what the first attention of a shorter block sees: pooled, or all, the tokens before"}
 RULES = {"keys": Annotated[str, OneOf("pooled", "all")]}
 
 

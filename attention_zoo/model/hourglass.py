@@ -50,6 +50,11 @@ from attention_zoo.rules import OneOf
 
 EXAMPLE = "2@1 8@3 2@1"
 DEFAULTS = {"pool": "linear", "up": "linear", "reach": 4}
+MEANINGS = {
+    "pool": f"how k tokens become one, {', '.join(POOLS)}: `model.resample`",
+    "up": f"how one becomes k, {', '.join(UPS)}: `model.resample`",
+    "reach": "groups that a token reads with up=attention, its own among them; two-sided as many after, too",
+}
 RULES = {
     "pool": Annotated[str, OneOf(*POOLS)],
     "up": Annotated[str, OneOf(*UPS)],
