@@ -218,8 +218,7 @@ class _Short(torch.autograd.Function):
             step.of(out, step.rows).copy_(found.view(query.shape))
             step.of(lse, step.rows).copy_(found_lse.view(*query.shape[:2], 1))
         out, lse = laid.queries.back(out), laid.queries.back(lse)
-        alone = lse[..., 0] == -torch.inf
-        out[alone] = v[asked][alone]
+        out = torch.where(lse == -torch.inf, v[asked], out)  # who sees nobody else
         ctx.save_for_backward(q, v, out, lse)
         ctx.plan, ctx.laid = plan._replace(buckets=None), laid
         return out
@@ -242,11 +241,11 @@ class _Short(torch.autograd.Function):
             mine = Asked(*(step.of(x, step.rows) for x in rows))
             key, value = step.of(keys, step.columns), step.of(values, step.columns)
             # products into what is no block of memory go one by one
-            share = [scratch(name, x.shape, k) for name, x in (("dq", mine.q), ("dk", key), ("dv", value))]
+            share = scratch("dq", mine.q.shape, k), scratch("dk", key.shape, k), scratch("dv", value.shape, k)
             share[0].zero_()
             bias, shape = pairs.bias(step), pairs.shape(step, mine.q)[:3]
             partial_backward(
-                mine, key, value, bias, scale=plan.scale, into=tuple(share), shape=shape, scratch=scratch, fresh=True
+                mine, key, value, bias, scale=plan.scale, into=share, shape=shape, scratch=scratch, fresh=True
             )
             step.of(dq, step.rows).copy_(share[0])
             for total, part in ((dk, share[1]), (dv, share[2])):
@@ -254,7 +253,5 @@ class _Short(torch.autograd.Function):
         dq, dk, dv = laid.queries.back(dq), laid.keys.back(dk), laid.keys.back(dv)
         dk.sub_(k * (k * dk).sum(-1, keepdim=True)).mul_(factor)
         dk[asked] += dq
-        token, head, _ = alone.nonzero(as_tuple=True)
-        at = token if plan.asked is None else plan.asked[token]
-        dv.index_put_((at, head), grad[token, head].to(dv.dtype), accumulate=True)
+        dv[asked] += grad.masked_fill(~alone, 0).to(dv.dtype)
         return dk.to(q.dtype), dv.to(v.dtype), None, None

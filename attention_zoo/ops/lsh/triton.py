@@ -44,9 +44,15 @@ class _Still(NamedTuple):
     slot: Int[Tensor, "R M"]
 
 
+def _order(plan: HashedPlan) -> Int[Tensor, "H R M"]:
+    if plan.order is None:
+        raise ValueError("tokens are sorted for this kernel: the plan must hold their order")
+    return plan.order
+
+
 def _still(plan: HashedPlan) -> _Still:
-    layout, (H, R, M) = plan.layout, plan.order.shape
-    device, kept = plan.order.device, layout.kept
+    layout, order = plan.layout, _order(plan)
+    (H, R, M), device, kept = order.shape, order.device, layout.kept
     if (H, plan.causal) not in kept:
         per_round = layout.neighbours.shape[0] // R * layout.chunk
         base = torch.arange(R, device=device)[:, None]
@@ -81,8 +87,8 @@ class _Sorted(NamedTuple):
 
 def _sorted(plan: HashedPlan) -> _Sorted:
     """Tokens of a document come in the order of time, so that a row's number is its time."""
-    still, (_, R, M) = _still(plan), plan.order.shape
-    order = plan.order.long()
+    still, order = _still(plan), _order(plan).long()
+    _, R, M = order.shape
     rows = F.pad(order, (0, 1)).flatten(1).index_select(1, still.inverse).int()
     slots = order.new_empty(order.shape).scatter_(-1, order, still.slot.expand_as(order))
     lists = replace(still.lists, q_rows=rows, k_rows=rows, q_time=rows, k_time=rows)

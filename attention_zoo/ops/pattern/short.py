@@ -186,7 +186,7 @@ def _bias(
         found = large_pages(bias.new_empty(torch.broadcast_shapes(bias.shape, seen.shape)))
         torch.where(seen, bias, bias.new_full((), -torch.inf), out=found)
     if not (where.past or call.queries.dense):
-        found.transpose(1, 2)[~queries.valid] = 0  # padding may see nothing
+        found.masked_fill_(~queries.valid[:, None, :, None], 0)  # padding may see nothing
     return found
 
 
