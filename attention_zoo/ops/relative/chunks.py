@@ -210,7 +210,7 @@ class _Relative(torch.autograd.Function):
         apart = any(chunk.all_own > chunk.low for chunk in ctx.plan.chunks)
         # its working memory is gone by the time that the table of distances is turned round, which takes a copy
         dq, dk, dv, dk_own, dv_own, dtable, du, dw = _backward(
-            saved, grad, tuple(wanted and apart for wanted in own), ctx.plan, ctx.scale
+            saved, grad, (own[0] and apart, own[1] and apart), ctx.plan, ctx.scale
         )
         if not apart:
             dk_own, dv_own = (each if wanted else None for each, wanted in zip((dk, dv), own))
