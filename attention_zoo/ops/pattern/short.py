@@ -185,8 +185,9 @@ def _bias(
     else:
         found = large_pages(bias.new_empty(torch.broadcast_shapes(bias.shape, seen.shape)))
         torch.where(seen, bias, bias.new_full((), -torch.inf), out=found)
-    if not (where.past or call.queries.dense):
-        found.masked_fill_(~queries.valid[:, None, :, None], 0)  # padding may see nothing
+    if not (where.past or call.queries.dense):  # padding may see nothing
+        padding = np.nonzero(~call.queries.host.valid[some, rows])
+        found.transpose(1, 2).index_put_(tuple(tensor_of(each, found.device) for each in padding), found.new_zeros(()))
     return found
 
 
