@@ -8,7 +8,7 @@ from attention_zoo import Tokens, Unsupported
 from attention_zoo.attention.full import Full
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.reach import Band, Blocks, Either
-from attention_zoo.ops.pattern import facts
+from attention_zoo.ops.pattern import facts, short_band
 
 B = 3
 
@@ -89,6 +89,9 @@ def test_auto_picks_the_fastest_exact_kernel(monkeypatch):
     assert chosen(full, layout("right", 20, False)) == "sdpa"
     assert chosen(full, layout("left", 20, False)) == "tiles"
     assert chosen(full, layout("packed", 20, False)) == "tiles"
+    for kind in ("plain", "right", "left", "packed", "holes"):
+        assert chosen(window, layout(kind, 20, True)) == "short"
+    monkeypatch.setattr(short_band, "KEYS", 19)
     for kind in ("plain", "right", "left", "packed"):
         tokens = layout(kind, 20, True)
         contiguous = kind != "packed" or bool(tokens.valid.all())

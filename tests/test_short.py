@@ -5,7 +5,7 @@ import torch
 
 import attention_zoo as zoo
 from attention_zoo import Tokens
-from attention_zoo.ops.pattern import facts, short
+from attention_zoo.ops.pattern import facts, short, short_band
 from attention_zoo.ops.pattern.short import FEW, KEYS
 from tests.count_reads import Count
 
@@ -206,7 +206,7 @@ def test_global_tokens_of_a_short_band_have_their_own_projections():
     torch.testing.assert_close(*found, atol=1e-12, rtol=1e-12)
 
 
-def test_which_calls_of_a_band_are_short():
+def test_which_calls_of_a_band_are_short(monkeypatch):
     def reason(L, tokens=None, dtype=torch.float64, causal=False, **options):
         qkv = [x.detach().to(dtype) for x in operands(L, L)]
         layer = build("longformer", causal=causal, **options)
@@ -226,8 +226,12 @@ def test_which_calls_of_a_band_are_short():
     assert f"at most {KEYS}" in reason(KEYS + 1, window=900)
     assert reason(100, window=2, dtype=torch.bfloat16) is None
     assert "round the bias" in reason(100, window=2, dtype=torch.bfloat16, positions="alibi")
-    assert "columns are not positions" in reason(100, Tokens.of(padded), window=2)
+    assert reason(100, Tokens.of(padded), window=2) is None
+    assert reason(100, Tokens.of(whole, some), window=2) is None
+    monkeypatch.setattr(short_band, "CELLS", 2 * 2 * 100 * 100 - 1)
+    assert "batch rows differ" in reason(100, Tokens.of(padded), window=2)
     assert "batch rows differ" in reason(100, Tokens.of(whole, some), window=2)
+    assert reason(100, window=2) is None
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from attention_zoo.layout.host import Host
 from attention_zoo.layout.kernel import triton_reason
 from attention_zoo.layout.reach import Anywhere, Band, Blocks
 from attention_zoo.ops.pattern.call import Pattern, PatternCall
@@ -160,17 +162,6 @@ def consecutive(call: PatternCall) -> str | None:
     return None if call.aligned else "columns are not positions here (holes, or forgotten keys)"
 
 
-def from_zero(call: PatternCall) -> str | None:
-    """One document a row, from position 0 in column 0."""
-    if call.starts_at_zero:
-        return None
-    return "columns are not positions here (padding on the left, holes, documents, or forgotten keys)"
-
-
-def no_padding(call: PatternCall) -> str | None:
-    return None if call.all_valid else "columns are not positions here (padding)"
-
-
 def globals_alike(call: PatternCall) -> str | None:
     alike = call.queries.globals_alike and call.keys.globals_alike
     return None if alike else "batch rows differ in their global tokens"
@@ -180,9 +171,9 @@ def window_holds_all(call: PatternCall) -> str | None:
     reach = call.pattern.reach
     if not isinstance(reach, Band):
         return None
-    if call.k.shape[2] - 1 > reach.farthest:
+    if max(_last(each.host) for each in (call.queries, call.keys)) > reach.farthest:
         return "there are keys beyond the window"
-    return from_zero(call)
+    return None
 
 
 def mask_is_small(call: PatternCall) -> str | None:
@@ -212,6 +203,11 @@ def unmasked(call: PatternCall) -> str | None:
     if L != S:
         return "a causal mask with earlier keys is not square"
     return None if call.starts_at_zero else "a causal mask cannot hide padding on the left or in holes"
+
+
+def _last(tokens: Host) -> int:
+    """The last position of any document, at least 0."""
+    return int(np.where(tokens.valid, tokens.position, 0).max(initial=0))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -112,6 +112,7 @@ def _run(call: PatternCall) -> Tensor:
         return run_sdpa(call)
     # the fused call wants channels side by side
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (call.q, call.k, call.v))
+    q, k, v = (x.to(_exact(call)) for x in (q, k, v))
     size = ROWS if causal else L
     found = []
     for start in range(0, L, size):
@@ -119,7 +120,12 @@ def _run(call: PatternCall) -> Tensor:
         columns = slice(0, rows.stop + S - L if causal else S)
         bias = _bias(call, where, table, rows, columns)
         found.append(fused(q[:, :, rows], k[:, :, columns], v[:, :, columns], bias, scale=call.scale))
-    return call.blank(found[0] if len(found) == 1 else torch.cat(found, 2))
+    return call.blank((found[0] if len(found) == 1 else torch.cat(found, 2)).to(call.q.dtype))
+
+
+def _exact(call: PatternCall) -> torch.dtype:
+    """Half precision would round what links add."""
+    return torch.promote_types(call.q.dtype, torch.float32)
 
 
 SHORT: Kernel[PatternCall] = Kernel(
@@ -128,7 +134,6 @@ SHORT: Kernel[PatternCall] = Kernel(
     (
         facts.on_cpu,
         facts.no_sink,
-        facts.exact_bias,
         facts.queries_within_keys,
         facts.own_keys,
         facts.bias_is_fixed,
@@ -145,7 +150,7 @@ def _table(call: PatternCall, where: _Where) -> Float[Tensor, "#H C_n n"] | None
 
     None: it hides and weighs nothing but the future. Kept from call to call: links are costly for so few tokens.
     """
-    reach, n, dtype = call.blocks, where.blocks, call.q.dtype
+    reach, n, dtype = call.blocks, where.blocks, _exact(call)
 
     def make() -> Tensor | None:
         counts = torch.from_numpy(where.counts if reach.knows_length else np.full(1, n))[:, None]
@@ -194,7 +199,7 @@ def _bias(
 def _of_links(call: PatternCall, where: _Where, table: Tensor | None, rows: slice, columns: slice) -> Tensor:
     """What links say, [b, H|1, l, s], fresh; without a table all zeros."""
     if table is None:
-        return call.q.new_zeros(1, 1, 1, 1)
+        return call.q.new_zeros(1, 1, 1, 1, dtype=_exact(call))
     row, column = where.rows[:, rows], where.columns[:, columns]
     if where.same_columns:
         table = table.index_select(2, where.columns[0, columns])

@@ -2,8 +2,8 @@
 
 Where a window holds about half of the keys, or where there are few keys, going through tiles costs more than
 multiplying by all of them: at 256 tokens, 8 heads of 64 and a window of 64 a side, 1.4 times. The bias depends on the
-distance alone, so that it is computed once for each distance and spread. For backward L x S numbers are kept, one for
-all batch rows, hence `KEYS`.
+distance alone, so that it is computed once for each distance and spread; with padding, holes or documents it is the
+definition of each batch row. For backward L x S numbers are kept, for each row that differs, hence `KEYS` and `CELLS`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ KEYS = 1024
 """Most keys: bounds the bias."""
 TILES = 4
 """So many tiles of keys are always few: 256."""
+CELLS = 1 << 24
+"""Most numbers of the bias where batch rows differ: 64 MiB in float32."""
 
 
 def _is_few(call: PatternCall) -> str | None:
@@ -28,20 +30,37 @@ def _is_few(call: PatternCall) -> str | None:
     window = call.band.farthest // max(call.band.strides)
     # causal tiles leave out the future, which a bias does not
     most = min(KEYS, max(TILES * pattern.tile, 0 if pattern.causal else 2 * window + pattern.tile))
+    if not _is_even(call):
+        most = min(most, TILES * pattern.tile)  # tiles leave out other documents, too
+        rows = 1 if _rows_alike(call) else len(call.q)
+        if rows * call.q.shape[1] * call.q.shape[2] * S > CELLS:
+            return f"batch rows differ, and their biases would be too large (at most {CELLS} numbers)"
     return None if most >= S else f"{S} keys are no short call at this window (at most {most})"
+
+
+def _is_even(call: PatternCall) -> bool:
+    """Whether columns are positions, and all batch rows are alike."""
+    return call.starts_at_zero and call.all_valid and facts.globals_alike(call) is None
+
+
+def _rows_alike(call: PatternCall) -> bool:
+    return call.rows_alike and facts.globals_alike(call) is None
 
 
 def _run(call: PatternCall) -> Tensor:
     # the fused call wants channels side by side
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (call.q, call.k, call.v))
-    return fused(q, k, v, _bias(call).to(q.dtype), scale=call.scale)
+    bias = _bias(call).to(q.dtype)
+    if not _is_even(call):  # padding sees everything, so that its weights are finite
+        bias = bias.masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0)
+    return call.blank(fused(q, k, v, bias, scale=call.scale))
 
 
 def _bias(call: PatternCall) -> Tensor:
-    """[1, H|1, L, S]. A query sees itself, so something."""
-    if call.any_global_key or call.any_global_query:
-        first = slice(0, 1)  # batch rows are alike
-        return call.pattern.full_bias(call.queries.cut(slice(None), first), call.keys.cut(slice(None), first))
+    """[B|1, H|1, L, S]. A query sees itself, so something."""
+    if call.any_global_key or call.any_global_query or not _is_even(call):
+        rows = slice(0, 1 if _rows_alike(call) else None)
+        return call.pattern.full_bias(call.queries.cut(slice(None), rows), call.keys.cut(slice(None), rows))
     L, S = call.q.shape[2], call.k.shape[2]
     keys = Layout.plain(1, L + S - 1, call.q.device)
     query = keys.cut(slice(S - 1, S))
@@ -61,9 +80,6 @@ SHORT_BAND: Kernel[PatternCall] = Kernel(
         facts.queries_within_keys,
         facts.bias_is_fixed,
         facts.exact_position_bias,
-        facts.from_zero,
-        facts.no_padding,
-        facts.globals_alike,
     ),
     f"up to {KEYS} keys: torch's fused attention on all of them, a bias",
     (facts.is_band,),
