@@ -246,7 +246,15 @@ class _Short(torch.autograd.Function):
             share[0].zero_()
             bias, shape = pairs.bias(step), pairs.shape(step, mine.q)[:3]
             partial_backward(
-                mine, key, value, bias, scale=plan.scale, into=tuple(share), shape=shape, scratch=scratch, fresh=True
+                mine,
+                key,
+                value,
+                bias,
+                scale=plan.scale,
+                into=(share[0], share[1], share[2]),
+                shape=shape,
+                scratch=scratch,
+                fresh=True,
             )
             step.of(dq, step.rows).copy_(share[0])
             for total, part in ((dk, share[1]), (dv, share[2])):
