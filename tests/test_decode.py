@@ -12,7 +12,7 @@ from recorded import RECORDED
 from attention_zoo import Tokens
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon, none
-from attention_zoo.model.state import state_bytes
+from attention_zoo.model.state import reserve, state_bytes
 from attention_zoo.testing.case import Case, close, piece, ragged, run
 from attention_zoo.testing.decoding import Touched, context, cost_of_steps, last_rows, steps
 
@@ -81,6 +81,21 @@ def test_steps_equal_the_whole_prefix(name, options):
     if name == "bigbird":
         assert state.ledger.steady
         assert "_listed" in vars(state.ledger.fields), "steps read the listed global tokens alone"
+
+
+def test_steps_behind_a_padded_piece_close_its_holes():
+    """The last piece of right-padded prompts leaves some: the second step is one of consecutive columns again."""
+    layer = Case.of("bigbird").build(causal=True)
+    x, valid = Case.of("bigbird").data(2, 220), torch.ones(2, 220, dtype=torch.bool)
+    valid[1, 205:210] = False
+    tokens = Tokens.of(valid)
+    state = run(layer, x[:, :200], piece(tokens, 0, 200), state=reserve(layer.initial_state(2), 400)).state
+    state = run(layer, x[:, 200:210], piece(tokens, 200, 210), state=state).state
+    assert not state.ledger.steady
+    found, state = steps(layer, x, tokens, state, 210, 212)
+    assert state.ledger.steady
+    found, state = steps(layer, x, tokens, state, 212, 220)
+    close(found[:, -1], run(layer, x, tokens).hidden[:, -1], "behind the holes")
 
 
 # --- what a step costs ------------------------------------------------------------------------------------------------

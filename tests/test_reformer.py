@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from attention_zoo.attention.reformer import Reformer
 from attention_zoo.contract import Tokens, Unsupported
 from attention_zoo.measure.memory import peak_memory
-from attention_zoo.ops.lsh import chunks, hashing
+from attention_zoo.ops.lsh import call, chunks, hashing, short
 from attention_zoo.ops.softmax.dense import dense
 
 DIM, HEADS = 12, 3
@@ -58,18 +58,20 @@ def gradients(layer: Reformer, x: Tensor, hidden: Tensor, valid: Tensor) -> list
     return list(torch.autograd.grad(loss, [x, *layer.parameters()], materialize_grads=True))
 
 
-def assert_equals_reference(layer: Reformer, length: int, but: Container[str] = ()) -> None:
+def assert_equals_reference(layer: Reformer, length: int, *others: Reformer, but: Container[str] = ()) -> None:
+    """Of this layer, and of others with the same options and weights."""
     for name, tokens in layouts(length):
         if name in but:
             continue
         x = data(len(tokens.valid), length).requires_grad_()
-        out = layer(x, tokens)
         slow = reference(layer, x, tokens)
-        assert bool((out.hidden[~tokens.valid] == 0).all()), name
-        torch.testing.assert_close(out.hidden, slow, atol=1e-12, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-        fast_gradients = gradients(layer, x, out.hidden, tokens.valid)
-        for fast, expected in zip(fast_gradients, gradients(layer, x, slow, tokens.valid)):
-            torch.testing.assert_close(fast, expected, atol=1e-11, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        slow_gradients = gradients(layer, x, slow, tokens.valid)
+        for each in (layer, *others):
+            out, where = each(x, tokens), f"{name}, kernel={each.kernel}"
+            assert bool((out.hidden[~tokens.valid] == 0).all()), where
+            torch.testing.assert_close(out.hidden, slow, atol=1e-12, rtol=0, msg=lambda m, n=where: f"{n}: {m}")
+            for fast, expected in zip(gradients(each, x, out.hidden, tokens.valid), slow_gradients):
+                torch.testing.assert_close(fast, expected, atol=1e-11, rtol=0, msg=lambda m, n=where: f"{n}: {m}")
 
 
 # --- the definition --------------------------------------------------------------------------------------------------
@@ -106,7 +108,9 @@ def test_equals_reference(length: int, causal: bool):
 )
 def test_options_equal_reference(options: dict, causal: bool):
     """Those that say which keys are seen."""
-    assert_equals_reference(build(causal=causal, **options), 14, but=["documents"])
+    # so short a call does not go through chunks by itself
+    others = [] if "kernel" in options else [build(causal=causal, kernel="chunks", **options)]
+    assert_equals_reference(build(causal=causal, **options), 14, *others, but=["documents"])
 
 
 @pytest.mark.parametrize(
@@ -127,15 +131,51 @@ def test_options_equal_reference(options: dict, causal: bool):
 )
 def test_other_options_equal_reference(options: dict, causal: bool):
     """Of hashes and scores, which know neither layout nor side: of these the telling ones."""
-    assert_equals_reference(build(causal=causal, **options), 14, but=["whole", "padded right", "holes", "documents"])
+    others = [build(causal=causal, kernel="chunks", **options)]
+    but = ["whole", "padded right", "holes", "documents"]
+    assert_equals_reference(build(causal=causal, **options), 14, *others, but=but)
 
 
 def test_many_steps_and_blocks_of_heads(monkeypatch: pytest.MonkeyPatch):
     """Lengths that a test can afford fit into one step; this forces many, and one head at a time."""
     monkeypatch.setitem(chunks._SCORES, "cpu", 64)
     monkeypatch.setitem(chunks._SLOTS, "cpu", 1)
-    assert_equals_reference(build(), 29)
-    assert_equals_reference(build(causal=False, wrap="reference"), 19)
+    monkeypatch.setattr(call, "WORTH", 100)
+    assert_equals_reference(build(kernel="short"), 29, build(kernel="chunks"))
+    options = {"causal": False, "wrap": "reference"}
+    assert_equals_reference(build(kernel="short", **options), 19, build(kernel="chunks", **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"correct_duplicates": True}, {"fill": 12, "look_back": 2}], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_short_documents_equal_their_chunks(monkeypatch: pytest.MonkeyPatch, causal: bool, options: dict):
+    """Several lots of rows of each document; also behind a state, where a few tokens alone are asked for."""
+    monkeypatch.setattr(short, "ROWS", 8)
+    monkeypatch.setattr(call, "WORTH", 100)
+    ours, theirs = (build(causal=causal, rounds=8, kernel=kernel, **options) for kernel in ("short", "chunks"))
+    for name, tokens in layouts(23):
+        x = data(len(tokens.valid), 23).requires_grad_()
+        outs = [layer(x, tokens).hidden for layer in (ours, theirs)]
+        torch.testing.assert_close(*outs, atol=1e-12, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        for pair in zip(*(gradients(layer, x, out, tokens.valid) for layer, out in zip((ours, theirs), outs))):
+            torch.testing.assert_close(*pair, atol=1e-11, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        if causal:
+            parts = []
+            for layer in (ours, theirs):
+                state = layer(x[:, :16], tokens.cut(slice(0, 16)), state=layer.initial_state(len(x))).state
+                parts.append(layer(x[:, 16:], tokens.cut(slice(16, 23)), state=state).hidden)
+            torch.testing.assert_close(*parts, atol=1e-12, rtol=0, msg=lambda m, n=name: f"{n}, state: {m}")
+
+
+def test_what_is_short_is_said():
+    """By pairs: a short document in a batch with a long one is none."""
+    layer = build(dim=192, chunk=64, rounds=4)
+    for length, expected in ((32, None), (512, None), (4096, "documents are too long")):
+        reason = dict(layer.explain_kernels(length, torch.device("cpu"), torch.float32))["short"]
+        assert reason is None if expected is None else expected in reason
+    inside = build(chunk=64, attend_across_buckets=False)
+    reasons = dict(inside.explain_kernels(32, torch.device("cpu"), torch.float32))
+    assert "it tells no buckets apart" in str(reasons["short"])
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -364,9 +404,9 @@ def test_training_draws_from_the_default_generator():
 def test_checkpointing_replays_the_rotations():
     layer, x = build().train(), data(1, 29).requires_grad_()
     found = []
-    for call in (lambda x: layer(x).hidden, lambda x: checkpoint(lambda y: layer(y).hidden, x, use_reentrant=False)):
+    for run in (lambda x: layer(x).hidden, lambda x: checkpoint(lambda y: layer(y).hidden, x, use_reentrant=False)):
         torch.manual_seed(4)
-        found.append(gradients(layer, x, call(x), torch.ones(1, 29, dtype=torch.bool)))
+        found.append(gradients(layer, x, run(x), torch.ones(1, 29, dtype=torch.bool)))
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 

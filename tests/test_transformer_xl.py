@@ -20,6 +20,7 @@ from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns
 from attention_zoo.measure.memory import peak_memory
 from attention_zoo.ops.relative import chunks
+from attention_zoo.ops.relative.call import KERNELS, RelativeCall
 from attention_zoo.ops.softmax.dense import dense
 
 DIM, HEADS = 12, 3
@@ -164,6 +165,27 @@ def test_absorbed_projections_equal_the_loop(bias: bool, same_length: bool) -> N
                 assert_close(out[tokens.valid], expected[tokens.valid], f"{layout}, {length} at once", 1e-12)
     with pytest.raises(Unsupported, match="kernel=absorbed is not supported: absorbed: it gives no gradients;"):
         layer(x, tokens)
+
+
+def test_queries_are_few_beside_their_keys() -> None:
+    """A short call without a state projects its keys, with gradients or without; a step never does."""
+    layer, device = build(512, 512, head_width=64), torch.device("cpu")
+    for queries, keys, few in ((1, 1, True), (8, 8, False), (16, 16, False), (8, 1024, True), (64, 1024, False)):
+        reason = KERNELS[0].needs[0](RelativeCall(queries, keys, layer.head_width, device, torch.float32))
+        assert (reason is None) is few, (queries, keys)
+
+
+def test_a_step_copies_no_states_for_heads_and_no_matrix_for_rows() -> None:
+    """What the largest result of a step is, for more rows and heads than one."""
+    layer = build(16, 16, torch.float32, heads=2, head_width=8)
+    rows, held = 5, 24
+    x, tokens = torch.randn(rows, held + 1, layer.dim), Tokens.all_valid(rows, held + 1)
+    with torch.no_grad():
+        state = layer(x[:, :-1], tokens.cut(slice(0, held)), state=layer.initial_state(rows)).state
+        with torch.profiler.profile(record_shapes=True) as profile:
+            layer(x[:, -1:], tokens.cut(slice(held, held + 1)), state=state)
+    copied = [e for e in profile.events() if e.name == "aten::bmm" and e.input_shapes[0][0] == rows * layer.heads]
+    assert not copied, "heads and rows are batches of one product: either was broadcast"
 
 
 def test_decoding_does_not_project_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
