@@ -9,7 +9,7 @@ from attention_zoo.ops.pattern import local
 from attention_zoo.ops.pattern.mild import MILD, mild_rows
 
 L, HEADS, D = 90, 4, 8
-OPTIONS = {"longformer": {"window": 7}, "bigbird": {"block": 8, "random": 1}}
+OPTIONS = {"longformer": {"window": 7}, "bigbird": {"block": 8, "random": 1, "kernel": "blocks"}}
 CASES = [(name, causal, kv_heads) for name in OPTIONS for causal in (True, False) for kv_heads in (HEADS, 2)]
 
 
@@ -17,7 +17,7 @@ def layer(name, causal, kv_heads=HEADS, **more):
     torch.manual_seed(0)
     options = {**OPTIONS[name], "kv_heads": kv_heads, **more}
     built = zoo.build(name, dim=HEADS * D, heads=HEADS, causal=causal, **options)
-    built.tile = 16  # no short call, which knows no mild rows
+    built.tile = 16  # no short call of a window, which knows no mild rows
     return built
 
 

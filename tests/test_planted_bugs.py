@@ -23,7 +23,7 @@ from attention_zoo.ops.lsh import chunks, hashing
 from attention_zoo.ops.lsh import layout as lsh_layout
 from attention_zoo.ops.pattern import call as pattern_call
 from attention_zoo.ops.pattern import globals as globals_
-from attention_zoo.ops.pattern import local
+from attention_zoo.ops.pattern import local, short, short_band
 from attention_zoo.ops.pattern.call import PatternCall
 from attention_zoo.ops.pattern.mild import mild_rows
 from attention_zoo.ops.softmax import tiles
@@ -126,7 +126,14 @@ def test_a_global_key_that_only_the_first_tile_sees(monkeypatch: pytest.MonkeyPa
     caught(Longformer, "fast_equals_slow_over_many_tiles")
 
 
+def no_short_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few keys are no matter for tiles else."""
+    for module in (short, short_band):
+        monkeypatch.setattr(module, "KEYS", 0)
+
+
 def test_a_gradient_that_is_a_little_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_short_calls(monkeypatch)
     right = tiles.partial_backward
 
     def wrong(*operands: Any, into: tuple[Tensor, Tensor, Tensor], **more: Any) -> Tensor:
@@ -140,6 +147,7 @@ def test_a_gradient_that_is_a_little_wrong(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_padding_that_is_run_like_a_query(monkeypatch: pytest.MonkeyPatch) -> None:
     """It sees keys that nobody bounded its scores by, overflows, and poisons gradients: forward all is right."""
+    no_short_calls(monkeypatch)
     right = tiles.run_tiles
     for module in (local, globals_):
         monkeypatch.setattr(module, "run_tiles", lambda *operands, asked, **more: right(*operands, **more))

@@ -57,7 +57,11 @@ def agree(
     hidden, expected = slow
     close(fast[tokens.valid].double(), hidden[tokens.valid], f"{where} hidden", TOLERANCE[x.dtype])
     for name, grad in found.items():
-        close(grad.double(), expected[name], f"{where} gradient of {name}", TOLERANCE[x.dtype])
+        tolerance = TOLERANCE[x.dtype]
+        if name.endswith("to_k.bias") and (queries := name.replace("to_k", "to_q")) in expected:
+            # it moves all scores of a query alike: true is zero, and what is found the rounding of what cancels there
+            tolerance *= max(1.0, float(expected[queries].abs().max()))
+        close(grad.double(), expected[name], f"{where} gradient of {name}", tolerance)
 
 
 @check()

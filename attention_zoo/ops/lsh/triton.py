@@ -44,14 +44,9 @@ class _Still(NamedTuple):
     slot: Int[Tensor, "R M"]
 
 
-def _order(plan: HashedPlan) -> Int[Tensor, "H R M"]:
-    if plan.order is None:
-        raise ValueError("tokens are sorted for this kernel: the plan must hold their order")
-    return plan.order
-
-
 def _still(plan: HashedPlan) -> _Still:
-    layout, order = plan.layout, _order(plan)
+    layout, order = plan.layout, plan.order
+    assert order is not None
     (H, R, M), device, kept = order.shape, order.device, layout.kept
     if (H, plan.causal) not in kept:
         per_round = layout.neighbours.shape[0] // R * layout.chunk
@@ -87,12 +82,13 @@ class _Sorted(NamedTuple):
 
 def _sorted(plan: HashedPlan) -> _Sorted:
     """Tokens of a document come in the order of time, so that a row's number is its time."""
-    still, order = _still(plan), _order(plan).long()
+    assert plan.order is not None
+    still, order = _still(plan), plan.order.long()
     _, R, M = order.shape
     rows = F.pad(order, (0, 1)).flatten(1).index_select(1, still.inverse).int()
     slots = order.new_empty(order.shape).scatter_(-1, order, still.slot.expand_as(order))
     lists = replace(still.lists, q_rows=rows, k_rows=rows, q_time=rows, k_time=rows)
-    if plan.buckets is not None:
+    if plan.inside and plan.buckets is not None:
         # numbered through the rounds: buckets of two rounds are never the same
         buckets = plan.buckets + torch.arange(R, device=order.device)[:, None] * (plan.buckets.amax() + 1)
         label = torch.zeros_like(rows).scatter_(1, slots.flatten(1), buckets.flatten(1).int())
@@ -109,7 +105,7 @@ def _sorted(plan: HashedPlan) -> _Sorted:
 
 def hashed_attention(q: Float[Tensor, "M H D"], v: Float[Tensor, "M H D"], plan: HashedPlan) -> Float[Tensor, "m H D"]:
     """As `lsh_attention` of ops/lsh/chunks.py."""
-    out: Tensor = _Hashed.apply(q, v, plan)
+    out: Tensor = _Hashed.apply(q, v, plan.sorted())
     return out if plan.asked is None else out[plan.asked]
 
 

@@ -27,10 +27,11 @@ KEYS = 1024
 """Most keys."""
 CELLS = 1 << 24
 """Most numbers of the bias where batch rows differ: 64 MiB in float32."""
-FEW = 512
-"""So many keys are always few: multiplying by all of them costs less than gathering, whatever blocks and batch are."""
+TILES = 8
+"""So many tiles of keys are always few, 512: multiplying by all of them costs less than gathering, whatever blocks and
+batch are."""
 WORTH = {False: 1.7, True: 3.0}
-"""Beyond `FEW`, most keys for each that a query is linked to, two-sided and causal (which leaves out half of all
+"""Beyond, most keys for each that a query is linked to, two-sided and causal (which leaves out half of all
 pairs); with more the blocks kernel is faster. At 1,024 tokens and blocks of 64 two-sided by a tenth, at blocks of 16
 twice."""
 PAIRS = 1 << 18
@@ -53,7 +54,8 @@ def _is_few(call: PatternCall) -> str | None:
 
 def _links_are_many(call: PatternCall) -> str | None:
     linked = call.blocks.most * call.blocks.size + int(call.keys.host.is_global[:1].sum())
-    most, S = max(FEW, int(WORTH[call.pattern.causal] * linked)), call.k.shape[2]
+    few = TILES * call.pattern.tile
+    most, S = max(few, int(WORTH[call.pattern.causal] * linked)), call.k.shape[2]
     return f"{S} keys are no short call where a query sees {linked} (at most {most})" if most < S else None
 
 
