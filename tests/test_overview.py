@@ -53,6 +53,16 @@ def test_what_shortens_a_stack_has_a_page_too(name: str, capsys: pytest.CaptureF
         assert f"| {option} | {default} | {form.MEANINGS[option]} |" in page
 
 
+@pytest.mark.parametrize("name", ["reformer.local", "memory_compressed.local"])
+def test_what_stands_beside_a_mechanism_in_a_hybrid_has_a_page_too(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["about", name, "--markdown"]) == 0
+    page = capsys.readouterr().out
+    assert page.startswith(f"# {name}\n")
+    assert "## Options" in page
+
+
 def test_own_options_come_first_with_their_meaning() -> None:
     rows = overview.option_rows("longformer")
     assert rows[0] == ("window", "256", "tokens per side; at least 1.")

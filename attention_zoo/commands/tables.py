@@ -31,7 +31,7 @@ def run(what: str, words: Sequence[str], program: str) -> None:
         parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     given = parser.parse_args(words)
     if what == "about":
-        tasks, mechanisms = catalogue.names(), [*registry.available(), *registry.wrappers(), *FORMS]
+        tasks, mechanisms = catalogue.names(), [*registry.available(), *registry.wrappers(), *FORMS, *_companions()]
         if given.name not in (*tasks, *mechanisms):
             known = [*mechanisms, *tasks]
             raise ValueError(
@@ -53,6 +53,10 @@ def run(what: str, words: Sequence[str], program: str) -> None:
     else:
         columns, found = ("backend", "kernel", "here"), overview.kernel_rows(given.length, given.device)
         print(overview.markdown(columns, found)) if given.markdown else _draw(columns, found)
+
+
+def _companions() -> list[str]:
+    return [f"{name}.{part}" for name in registry.available() for part in registry.recipe(name)[0].companions]
 
 
 def _draw(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
