@@ -80,7 +80,7 @@ class Machine:
 
     @staticmethod
     def here() -> Machine:
-        """Measured."""
+        """Measured, anew each time: a shared machine is another one a minute later."""
         much = torch.zeros(2**26)
         return Machine(matmul_rate(), 2 * much.nbytes / seconds(much.clone))
 
