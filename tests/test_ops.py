@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import attention_zoo as zoo
+from attention_zoo.ops.softmax import fused as fused_module
 from attention_zoo.ops.softmax import tiles as tiles_module
 from attention_zoo.ops.softmax.dense import dense
 from attention_zoo.ops.softmax.pages import LEAST, PAGE, large_pages
@@ -207,6 +208,32 @@ def test_half_precision_is_summed_in_float32():
     naive = dense(*half, scale=SCALE)
     assert got.dtype == torch.bfloat16
     assert (got - want).abs().max() <= 2 * (naive - want).abs().max()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_half_precision_that_trains_goes_through_float32_where_the_processor_is_slow(monkeypatch, biased):
+    """By what the processor says of itself; forward alone stays as it is, and values are those of the definition."""
+    q, k, v = operands(L=64, S=64, dtype=torch.float32)
+    bias = torch.randn(1, 1, 64, 64) if biased else None
+    want = dense(*(x.double() for x in (q, k, v)), None if bias is None else bias.double(), scale=SCALE)
+    given = []
+    right = torch.nn.functional.scaled_dot_product_attention
+
+    def seen(q, k, v, **more):
+        given.append((q.dtype, None if more["attn_mask"] is None else more["attn_mask"].dtype))
+        return right(q, k, v, **more)
+
+    monkeypatch.setattr(fused_module.F, "scaled_dot_product_attention", seen)
+    for capability, grad, expected in (("AVX2", True, torch.float32), ("AVX2", False, torch.bfloat16),
+                                       ("AVX512", True, torch.bfloat16)):  # fmt: skip
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        half = [x.detach().bfloat16().requires_grad_(grad) for x in (q, k, v)]
+        got = fused_module.fused(*half, None if bias is None else bias.bfloat16(), scale=SCALE)
+        assert given.pop() == (expected, expected if biased else None)
+        assert got.dtype == torch.bfloat16
+        assert (got - want).abs().max() <= 0.03 * want.abs().max()
+        if grad:
+            assert all(x.dtype == torch.bfloat16 for x in torch.autograd.grad(got.sum(), half))
 
 
 @pytest.mark.parametrize("name", ["longformer", "bigbird", "transformer_xl", "reformer"])

@@ -50,6 +50,21 @@ def test_whatever_differs_beside_the_seed_is_a_line_of_its_own_and_is_not_ranked
     assert ", then " not in sentence
 
 
+def test_what_nearly_all_have_in_common_is_said_of_the_others_alone():
+    """Of four at least three; of two or three that differ it is said of all."""
+
+    def said(*depths):
+        names = ("bigbird", "full", "longformer", "reformer")
+        rows = [trained(name, 0, model={"depth": depth}) for name, depth in zip(names, depths)]
+        (task,) = learnt.tasks(rows)
+        assert "do not rank (model.depth)" in " ".join(task.obstacles())
+        return sorted(each.label for each in task.learnt)
+
+    assert said(2, 2, 2, 4) == ["bigbird", "full", "longformer", "reformer (model.depth=4)"]
+    assert said(2, 2, 4) == ["bigbird (model.depth=2)", "full (model.depth=2)", "longformer (model.depth=4)"]
+    assert said(2, 2, 4, 4)[0] == "bigbird (model.depth=2)"
+
+
 def test_options_of_the_task_and_other_data_make_another_task():
     def one(pairs, digest):
         row = trained("full", 0, str(pairs) + digest, "mqar", task={"_target_": "tasks.Mqar", "pairs": pairs})

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from count_reads import Count
 
 import attention_zoo as zoo
 from attention_zoo import Tokens
 from attention_zoo.ops.pattern import facts, short, short_band
 from attention_zoo.ops.pattern.short import KEYS
-from tests.count_reads import Count
 
 
 @pytest.fixture

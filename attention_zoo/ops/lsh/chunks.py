@@ -71,18 +71,13 @@ class HashedPlan(NamedTuple):
         return self._replace(order=sort_tokens(self.buckets, self.layout.document).int())
 
 
-def lsh_attention(
-    q: Float[Tensor, "M H D"], v: Float[Tensor, "M H D"], plan: HashedPlan, block: type[HeadBlock] | None = None
-) -> Float[Tensor, "m H D"]:
+def lsh_attention(q: Float[Tensor, "M H D"], v: Float[Tensor, "M H D"], plan: HashedPlan) -> Float[Tensor, "m H D"]:
     """Attention of tokens to those that share a window of sorted chunks with them; keys are normalised queries.
 
     A token attends to itself only where it sees nothing else in any round; then its output is its value. Linear memory,
     backward recomputes.
-
-    Args:
-        block: what runs a few heads at a time; default `HeadBlock`, another may do it by kernels of its own.
     """
-    out: Tensor = _Chunks.apply(q, v, plan.sorted(), block or HeadBlock)
+    out: Tensor = _Chunks.apply(q, v, plan.sorted())
     return out
 
 
@@ -301,44 +296,44 @@ def _sum_rounds(
     return total
 
 
-def _blocks(plan: HashedPlan, kind: type[HeadBlock], H: int) -> Iterator[HeadBlock]:
+def _blocks(plan: HashedPlan, H: int) -> Iterator[HeadBlock]:
     limit = _SLOTS.get(plan.layout.slot.device.type, _SLOTS_GPU)
     size = max(1, limit // (plan.layout.neighbours.shape[0] * plan.layout.chunk))
     for start in range(0, H, size):
-        yield kind(plan, slice(start, min(start + size, H)))
+        yield HeadBlock(plan, slice(start, min(start + size, H)))
 
 
 class _Chunks(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, q: Tensor, v: Tensor, plan: HashedPlan, kind: type[HeadBlock]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, v: Tensor, plan: HashedPlan) -> Tensor:
         asked = slice(None) if plan.asked is None else plan.asked
         out = large_pages(torch.empty_like(q[asked]))
         lse = out.new_empty(out.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-        for block in _blocks(plan, kind, q.shape[1]):
+        for block in _blocks(plan, q.shape[1]):
             heads = block.heads
             part, total = block.forward(q[:, heads], v[:, heads])
             alone = (total == -torch.inf).T[..., None]
             out[:, heads] = torch.where(alone, v[asked, heads], part.transpose(0, 1).to(q.dtype))
             lse[:, heads] = total.T
         ctx.save_for_backward(q, v, out, lse)
-        ctx.plan, ctx.kind = plan if plan.inside else plan._replace(buckets=None), kind
+        ctx.plan = plan if plan.inside else plan._replace(buckets=None)
         return out
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (q, v, out, lse), plan = saved, ctx.plan
         asked = slice(None) if plan.asked is None else plan.asked
         dq, dv = large_pages(torch.empty_like(q)), large_pages(torch.empty_like(v))
-        for block in _blocks(plan, ctx.kind, q.shape[1]):
+        for block in _blocks(plan, q.shape[1]):
             heads = block.heads
             mine = (q[:, heads], v[:, heads], grad[:, heads], out[:, heads], lse[:, heads])
             part_q, part_v = block.backward(*mine)
             alone = (lse[:, heads] == -torch.inf)[..., None]
             part_v[:, asked] += torch.where(alone, grad[:, heads], 0).transpose(0, 1)
             dq[:, heads], dv[:, heads] = part_q.transpose(0, 1), part_v.transpose(0, 1)
-        return dq, dv, None, None
+        return dq, dv, None
 
 
 def dense_attention(q: Tensor, v: Tensor, plan: HashedPlan) -> Tensor:
