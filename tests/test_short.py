@@ -234,6 +234,16 @@ def test_which_calls_of_a_band_are_short(monkeypatch):
     assert reason(100, window=2) is None
 
 
+def test_half_precision_rounds_the_result_alone(always_worth_it):
+    layer, flags = build("bigbird", causal=True, block=8, positions="alibi"), torch.ones(2, 60, dtype=torch.bool)
+    qkv = [x.detach().bfloat16() for x in operands(60, 60)]
+    got, wide = (
+        layer.attend(*some, Tokens.of(flags), Tokens.of(flags), kernel="short")
+        for some in (qkv, [x.float() for x in qkv])
+    )
+    assert torch.equal(got, wide.bfloat16())
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_how_many_blocks_are_linked_is_told(options):
     layer = build("bigbird", **{"block": 11, **options})

@@ -50,10 +50,8 @@ def _rows_alike(call: PatternCall) -> bool:
 def _run(call: PatternCall) -> Tensor:
     # the fused call wants channels side by side
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (call.q, call.k, call.v))
-    bias = _bias(call).to(q.dtype)
-    if not _is_even(call):  # padding sees everything, so that its weights are finite
-        bias = bias.masked_fill((bias == -torch.inf).all(-1, keepdim=True), 0)
-    return call.blank(fused(q, k, v, bias, scale=call.scale))
+    # padding may see nothing, for which torch gives zeros
+    return call.blank(fused(q, k, v, _bias(call).to(q.dtype), scale=call.scale))
 
 
 def _bias(call: PatternCall) -> Tensor:
