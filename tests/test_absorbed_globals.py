@@ -13,12 +13,14 @@ OPTIONS = [
     {"causal": True, "kv_heads": 2, "sink_logit": True, "positions": "alibi"},
     {"causal": False, "kv_heads": 2, "sink_logit": True},
     {"causal": True, "positions": "rotary"},
+    {"causal": False, "kv_heads": 2, "sink_logit": True, "positions": "rotary"},
+    {"causal": True, "window": 40},  # it hides nothing
 ]
 
 
 def layer(**options):
     torch.manual_seed(0)
-    made = zoo.build("longformer", dim=48, heads=4, head_width=32, window=5, **options).double()
+    made = zoo.build("longformer", dim=48, heads=4, head_width=32, **{"window": 5, **options}).double()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(std=0.3)  # the second projections begin as copies of the first

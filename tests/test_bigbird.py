@@ -504,3 +504,22 @@ def test_the_released_plans_equal_hugging_face(block: int, random: int, length: 
 def test_what_it_refuses(options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build(**options)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_one_token_more_than_whole_blocks_costs_no_copy_of_the_keys(causal: bool) -> None:
+    """Biases keep their call until backward: not with the keys that were filled up, beside those that they became."""
+    layer = zoo.build("bigbird", dim=256, heads=2, causal=causal)
+
+    def bytes_a_token(length: int) -> float:
+        x = torch.randn(1, length, 256, requires_grad=True)
+
+        def step() -> None:
+            layer(x).hidden.sum().backward()
+            layer.zero_grad()
+            x.grad = None
+
+        step()  # plans
+        return peak_memory(step).peak_bytes / length
+
+    assert bytes_a_token(2049) < 1.05 * bytes_a_token(2048)

@@ -54,9 +54,9 @@ from attention_zoo.attention.pattern import PatternAttention, hide
 from attention_zoo.constants import constant
 from attention_zoo.contract import Abilities, Tokens, Unsupported
 from attention_zoo.layout.reach import Band
-from attention_zoo.ops.pattern.absorbed import absorbed_rows, is_worth_it, put_rows
+from attention_zoo.ops.pattern.absorbed import is_worth_it, with_absorbed_rows
 from attention_zoo.ops.pattern.call import PatternCall
-from attention_zoo.ops.pattern.globals import dense_global_rows, global_columns, global_rows, put_global_rows
+from attention_zoo.ops.pattern.globals import dense_global_rows, global_rows, put_global_rows
 from attention_zoo.options import Natural, Positive
 from attention_zoo.rules import OneOf
 
@@ -142,15 +142,14 @@ class Longformer(PatternAttention):
         """With rows of global queries by the second projection; only computed where there are some."""
         if not (self.computes_apart and call.queries.any_global):
             return out
-        to_q, to_k, to_v = self.to_q_global, self.to_k_global, self.to_v_global
-        if self.kernel != "dense" and is_worth_it(call, to_k, to_v):
-            columns, queries = global_columns(call.queries)
-            some = x.gather(1, columns[..., None].expand(-1, -1, x.shape[2]))
-            plain = self._heads(to_q(some))
-            q = self.scheme.rotate(plain, queries.position)
-            turned = None if q is plain else self.scheme.rotate(self._heads(to_k(x)), call.queries.position)
-            return put_rows(call, out, absorbed_rows(call, q, x, to_k if turned is None else turned, to_v))
-        q, k, v = (self._heads(project(x)) for project in (to_q, to_k, to_v))
+        projections = self.to_q_global, self.to_k_global, self.to_v_global
+        if self.kernel != "dense" and is_worth_it(call, *projections):
+            turned: dict[str, Any] = {}
+            if self.scheme.rotates:
+                keys = self.scheme.rotate(self._heads(self.to_k_global(x)), call.queries.position)
+                turned = {"turn": self.scheme.rotate, "keys": keys}
+            return with_absorbed_rows(call, out, x, projections, scale=self.scale, **turned)
+        q, k, v = (self._heads(project(x)) for project in projections)
         q, k = self.scheme.rotate(q, call.queries.position), self.scheme.rotate(k, call.queries.position)
         if earlier := call.k.shape[2] - x.shape[1]:
             # a global query's document begins in its call (checked before): it sees none of the keys before that

@@ -55,9 +55,10 @@ from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon
 from attention_zoo.layout.visible import first_columns, runs_of
 from attention_zoo.ops.relative.call import KERNELS, RelativeCall
-from attention_zoo.ops.relative.chunks import ChunkPlan, chunk_borders, plan_chunks, relative_attention
+from attention_zoo.ops.relative.chunks import ChunkPlan, chunk_borders, plan_chunks
 from attention_zoo.ops.relative.few import few_of
 from attention_zoo.ops.relative.projections import streams
+from attention_zoo.ops.relative.short import short_or_chunked
 from attention_zoo.ops.softmax.function import watch, zeros_for
 from attention_zoo.options import Natural, Positive
 from attention_zoo.rules import OneOf, Unsupported
@@ -245,15 +246,19 @@ class TransformerXL(RelativeAttention):
             hidden = max(0, plan.distances - len(r))  # distances of hidden pairs
             r = nn.functional.pad(r[: plan.distances], (0, 0, 0, 0, 0, hidden))
         own = (k.detach(), v.detach())
-        return relative_attention(q, k, v, *own, r, self.u, self.v, plan, scale=self.scale)
+        return short_or_chunked(q, k, v, *own, r, self.u, self.v, plan, scale=self.scale)
 
     def _chunked(self, q: Tensor, hidden: Tensor, keys: Layout, kernel: str) -> Float[Tensor, "B H L D"]:
         """Project all keys, then attend in chunks of queries."""
         plan = self._plan(keys, q.shape[2], kernel)
-        k, k_own = (self._heads(stream) for stream in streams(self.to_k, hidden))
-        v, v_own = (self._heads(stream) for stream in streams(self.to_v, hidden))
+        if plan.apart:
+            k, k_own = (self._heads(stream) for stream in streams(self.to_k, hidden))
+            v, v_own = (self._heads(stream) for stream in streams(self.to_v, hidden))
+        else:
+            k, v = self._heads(self.to_k(hidden)), self._heads(self.to_v(hidden))
+            k_own, v_own = k.detach(), v.detach()
         r = rearrange(self.to_r(self._waves(plan.distances)), "n (h d) -> n h d", h=self.heads)
-        return relative_attention(q, k, v, k_own, v_own, r, self.u, self.v, plan, scale=self.scale)
+        return short_or_chunked(q, k, v, k_own, v_own, r, self.u, self.v, plan, scale=self.scale)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -34,6 +34,7 @@ class Rotary(AttentionPositions):
         original_length: tokens of the training before stretching.
     """
 
+    rotates = True
     options = ("base", "scaling", "factor", "low_freq_factor", "high_freq_factor", "original_length")
 
     def __init__(

@@ -16,6 +16,7 @@ class AttentionPositions(nn.Module):
     """No positions. Subclasses override `rotate`, or `bias`; both must depend on position differences alone."""
 
     has_bias = False
+    rotates = False
     options: ClassVar[tuple[str, ...]] = ()
     """What may be given beside the name; all with defaults."""
 

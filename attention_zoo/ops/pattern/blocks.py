@@ -118,9 +118,9 @@ class Laid:
         """Keys and values in the grid's columns, so that a link is one contiguous run."""
         call = self.call
         k, v = (packed(self.grid.pack(x)) for x in (call.k, call.v))
-        if not self.moved and k.shape[2] == call.k.shape[2]:
-            return replace(call, k=k, v=v)
-        return replace(call, k=k, v=v, keys=self.grid.keys)
+        stays = not self.moved and k.shape[2] == call.k.shape[2]
+        # without the columns that they came from: biases keep the call until backward
+        return replace(call, k=k, v=v, columns=None, keys=call.keys if stays else self.grid.keys)
 
     def back(self, out: Tensor) -> Tensor:
         """Outputs at the queries' own columns; zeros at padding."""

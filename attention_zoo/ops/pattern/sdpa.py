@@ -42,7 +42,6 @@ SDPA: Kernel[PatternCall] = Kernel(
         facts.fused_engine,
         facts.no_position_bias,
         facts.no_sink,
-        facts.every_row,
         facts.mask_is_small,
     ),
     "torch's fused scaled_dot_product_attention on every key: O(L²) time, O(L) memory",

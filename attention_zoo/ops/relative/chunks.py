@@ -80,6 +80,11 @@ class ChunkPlan(NamedTuple):
     valid: Bool[Tensor, "B S"] | None
     triton: Any = None
 
+    @property
+    def apart(self) -> bool:
+        """Whether some pair may lie in two segments; else both streams get the same gradient."""
+        return self.triton is not None or any(chunk.all_own > chunk.low for chunk in self.chunks)
+
 
 def chunk_borders(length: int, segment: int, phase: int) -> list[int]:
     """Cut queries into chunks of at most `ROWS`, on segment borders where it can, so that none reads a key in vain.
@@ -204,9 +209,7 @@ class _Relative(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, r, u, w, *_ = saved
-        # without a memory all pairs are of own segments: both streams get the same gradient
-        own = ctx.needs_input_grad[3:5]
-        apart = any(chunk.all_own > chunk.low for chunk in ctx.plan.chunks)
+        own, apart = ctx.needs_input_grad[3:5], ctx.plan.apart
         # its working memory is gone by the time that the table of distances is turned round, which takes a copy
         dq, dk, dv, dk_own, dv_own, dtable, du, dw = _backward(
             saved, grad, (own[0] and apart, own[1] and apart), ctx.plan, ctx.scale
@@ -215,8 +218,8 @@ class _Relative(torch.autograd.Function):
             dk_own, dv_own = (each if wanted else None for each, wanted in zip((dk, dv), own))
         dr = dtable[:, :-1].flip(1).transpose(0, 1)
         gradients = (dq.mul_(ctx.scale), dk, dv, dk_own, dv_own, dr, du.mul_(ctx.scale), dw.mul_(ctx.scale))
-        dtypes = (q, k, v, k, v, r, u, w)
-        found = (None if grad is None else grad.to(like.dtype) for grad, like in zip(gradients, dtypes))
+        likes = (q, k, v, k, v, r, u, w)
+        found = (None if grad is None else grad.to(like.dtype) for grad, like in zip(gradients, likes))
         return *found, None, None
 
 
@@ -304,18 +307,18 @@ class Shift:
         H, B = queries.shape[:2]
         product = scratch("product", (H, B * self.rows, self.columns + 1), table)
         torch.bmm(queries.flatten(1, 2), table.transpose(1, 2), out=product)
-        return self._view(product, B)
+        return self.view(product, B)
 
     def gradient(self, dweights: Tensor, weights: Tensor, scratch: Scratch) -> tuple[Tensor, Float[Tensor, "H Bl n"]]:
         """dweights · weights, and the same as the gradient of the product with the table. In the scratch."""
-        H, B = weights.shape[:2]
-        product = scratch("product", (H, B * self.rows, self.columns + 1), weights)
+        H, B = dweights.shape[:2]
+        product = scratch("product", (H, B * self.rows, self.columns + 1), dweights)
         corners = product.view(H, B, -1)
         corners[..., : self.rows - 1] = 0
         corners[..., -1] = 0
-        return torch.mul(dweights, weights, out=self._view(product, B)), product
+        return torch.mul(dweights, weights, out=self.view(product, B)), product
 
-    def _view(self, product: Float[Tensor, "H Bl s_and_one"], B: int) -> Float[Tensor, "H B l s"]:
+    def view(self, product: Float[Tensor, "H Bl s_and_one"], B: int) -> Float[Tensor, "H B l s"]:
         l, s = self.rows, self.columns
         return product.as_strided((len(product), B, l, s), (B * l * (s + 1), l * (s + 1), s, 1), l - 1)
 
