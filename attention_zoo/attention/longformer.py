@@ -148,10 +148,10 @@ class Longformer(PatternAttention):
             some = x.gather(1, columns[..., None].expand(-1, -1, x.shape[2]))
             plain = self._heads(to_q(some))
             q = self.scheme.rotate(plain, queries.position)
-            turned = None if q is plain else self.scheme.rotate(self._heads(to_k(x)), call.queries.position)
+            turned = None if q is plain else self.scheme.turn(self._heads(to_k(x)), call.queries)
             return put_rows(call, out, absorbed_rows(call, q, x, to_k if turned is None else turned, to_v))
         q, k, v = (self._heads(project(x)) for project in (to_q, to_k, to_v))
-        q, k = self.scheme.rotate(q, call.queries.position), self.scheme.rotate(k, call.queries.position)
+        q, k = self.scheme.turn(q, call.queries), self.scheme.turn(k, call.queries)
         if earlier := call.k.shape[2] - x.shape[1]:
             # a global query's document begins in its call (checked before): it sees none of the keys before that
             k, v = (nn.functional.pad(y, (0, 0, earlier, 0)) for y in (k, v))
