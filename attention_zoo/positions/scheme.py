@@ -14,7 +14,7 @@ from attention_zoo.options import Heads, Positive, checked
 
 
 class AttentionPositions(nn.Module):
-    """No positions. Subclasses override `rotate` and `turn`, or `bias`; all must depend on position differences alone."""
+    """No positions. Subclasses override `rotate` and `turn`, or `bias`; each must depend on differences alone."""
 
     has_bias = False
     options: ClassVar[tuple[str, ...]] = ()
