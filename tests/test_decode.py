@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from recorded import RECORDED
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention_zoo import Tokens
 from attention_zoo.layout.layout import Layout
@@ -156,3 +157,42 @@ def test_a_reserved_cache_never_moves():
         state = run(layer, x, Tokens.of(one, start=at), state=state).state
         assert all(mine is first for mine, first in zip(state.buffers, buffers))
     assert state.ledger.room == 500
+
+
+class Gathered(TorchDispatchMode):
+    """Counts operators, and the rows that are picked out of buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = self.picked = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operators += 1
+        found = function(*args, **(kwargs or {}))
+        if "index_select" in str(function):
+            self.picked += len(found)
+        return found
+
+
+def counted_step(layer, length: int) -> Gathered:
+    state = context(layer, length, room=length + 50)
+    x, one = torch.randn(1, 1, layer.dim), torch.ones(1, 1, dtype=torch.bool)
+    for at in range(length, length + 3):
+        state = run(layer, x, Tokens.of(one, start=at), state=state).state
+    with Gathered() as seen:
+        run(layer, x, Tokens.of(one, start=length + 3), state=state)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["full", "longformer", "bigbird", "transformer_xl"])
+def test_a_step_takes_as_many_operators_behind_any_context(name):
+    layer = Case.of(name).build(causal=True, dtype=torch.float32)
+    assert counted_step(layer, 1024).operators == counted_step(layer, 8192).operators
+
+
+def test_bigbird_picks_no_key_where_all_are_seen():
+    """And never more than each head is linked to."""
+    layer = Case.of("bigbird").build(causal=True, dtype=torch.float32, block=16, random=2)
+    assert counted_step(layer, 8).picked == 0
+    assert counted_step(layer, 40).picked == 0
+    assert 0 < counted_step(layer, 1024).picked <= 2 * layer.heads * 16 * (1 + 2 + 2)

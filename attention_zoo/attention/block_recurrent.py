@@ -48,7 +48,6 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -190,7 +189,7 @@ class BlockRecurrent(Attention):
             far = far if layout.asked is None else far.masked_fill(~layout.asked, 0)
         else:
             far = attend_to_one_of(q, k, v, order.which, block=self.window, scale=self.scale, asked=layout.asked)
-        hidden = self.to_out(torch.cat([rearrange(part, "b h l d -> b l (h d)") for part in (near, far)], -1))
+        hidden = self.to_out(torch.cat([part.transpose(1, 2).flatten(2) for part in (near, far)], -1))
         if state is None:
             return Output(hidden)
         return Output(watch(hidden, columns.tokens), self._after(state, order, columns, layout, (vectors, k, v)))
@@ -281,11 +280,11 @@ class Window(PatternAttention):
     def look(self, x: Tensor, layout: Layout, held: Columns | None) -> tuple[Float[Tensor, "B H L D"], Columns]:
         """What tokens see of the window, and the columns that it was seen in."""
         q, k, v = (self._heads(to(x)) for to in (self.to_q, self.to_k, self.to_v))
-        turned = self.scheme.rotate(k, layout.position)
+        turned = self.scheme.turn(k, layout)
         new = (turned, v, k) if self.rotates else (k, v)
         columns = Columns.of(layout, *new) if held is None else held.append(layout, *new, horizon=self._horizon)
         keys, values, *_ = columns.held
-        q = self.scheme.rotate(q, layout.position)
+        q = self.scheme.turn(q, layout)
         call = PatternCall(self, q, keys, values, layout, columns.tokens, self.scale, columns=columns)
         return self._run(call, self.kernel), columns
 

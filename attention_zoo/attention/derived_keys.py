@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -95,7 +94,7 @@ class DerivedKeys(Attention):
         out = self.answer(q, layout, held, self.scale)
         if state is not None:
             out = watch(out, held.tokens)
-        return Output(self.to_out(rearrange(out, "b h l d -> b l (h d)")), state)
+        return Output(self.to_out(out.transpose(1, 2).flatten(2)), state)
 
     def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Any) -> Any:
         """See `Attention`: keys and values alone."""

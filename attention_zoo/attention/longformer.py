@@ -146,11 +146,11 @@ class Longformer(PatternAttention):
         if self.kernel != "dense" and is_worth_it(call, *projections):
             turned: dict[str, Any] = {}
             if self.scheme.rotates:
-                keys = self.scheme.rotate(self._heads(self.to_k_global(x)), call.queries.position)
+                keys = self.scheme.turn(self._heads(self.to_k_global(x)), call.queries)
                 turned = {"turn": self.scheme.rotate, "keys": keys}
             return with_absorbed_rows(call, out, x, projections, scale=self.scale, **turned)
         q, k, v = (self._heads(project(x)) for project in projections)
-        q, k = self.scheme.rotate(q, call.queries.position), self.scheme.rotate(k, call.queries.position)
+        q, k = self.scheme.turn(q, call.queries), self.scheme.turn(k, call.queries)
         if earlier := call.k.shape[2] - x.shape[1]:
             # a global query's document begins in its call (checked before): it sees none of the keys before that
             k, v = (nn.functional.pad(y, (0, 0, earlier, 0)) for y in (k, v))

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -96,7 +95,10 @@ class PatternAttention(Attention):
     @property
     def kernels(self) -> tuple[Kernel[PatternCall], ...]:
         """Those that the pattern has, fastest first: they follow from its reach."""
-        return kernels_of(KERNELS, self)
+        known: tuple[Reach, tuple[Kernel[PatternCall], ...]] | None = self.__dict__.get("_kernels")
+        if known is None or known[0] is not self.reach:
+            known = self.__dict__["_kernels"] = self.reach, kernels_of(KERNELS, self)
+        return known[1]
 
     # --- what a pattern says about itself --------------------------------------------------------------------------
 
@@ -265,12 +267,12 @@ class PatternAttention(Attention):
         q, turned = self._heads(self.to_q(x)), None
         layout = self._marked(layout)
         if isinstance(state, ByHeads):
-            return self._attended_by_heads(x, self.scheme.rotate(q, layout.position), layout, state)
+            return self._attended_by_heads(x, self.scheme.turn(q, layout), layout, state)
         if self.cross:
             new = held = self._source_keys(state, source)
         else:
             turned = turned_queries(self.reach, q, layout.position, self.scheme.rotate)
-            q = self.scheme.rotate(q, layout.position)
+            q = self.scheme.turn(q, layout)
             k, v = self._own_keys(x, layout)
             new = held = Columns.of(layout, k, v) if state is None else self._append(state, layout, k, v)
         call = self._on(self, q, layout, held, sink=self.sink, turned=turned)
@@ -278,7 +280,7 @@ class PatternAttention(Attention):
         if state is not None:
             out = watch(out, call.keys)
             new = held if self.cross else held.settle(layout, horizon=self._horizon)[0]
-        hidden = self.to_out(rearrange(out, "b h l d -> b l (h d)"))
+        hidden = self.to_out(out.transpose(1, 2).flatten(2))
         return Output(hidden, None if state is None else new, self.losses())
 
     def _on(self, pattern: Any, q: Tensor, layout: Layout, held: Columns, **more: Tensor | None) -> PatternCall:
@@ -293,7 +295,7 @@ class PatternAttention(Attention):
         for pattern, some, part in zip(patterns, split(q, groups), held.parts):
             call = self._on(pattern, some, layout, part, sink=pattern.of(self.sink))
             outs.append(watch(self._run(call, self.kernel), call.keys))
-        hidden = self.to_out(rearrange(merge(outs, groups), "b h l d -> b l (h d)"))
+        hidden = self.to_out(merge(outs, groups).transpose(1, 2).flatten(2))
         new = held.settle(layout, horizons=[self._horizon_of(pattern.reach) for pattern in patterns])
         return Output(hidden, new, self.losses())
 
@@ -323,10 +325,10 @@ class PatternAttention(Attention):
         return layout if type(self).mark is PatternAttention.mark else layout.marked(self.mark)
 
     def _own_keys(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        return self.scheme.rotate(self._heads(self.to_k(x)), layout.position), self._heads(self.to_v(x))
+        return self.scheme.turn(self._heads(self.to_k(x)), layout), self._heads(self.to_v(x))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        return x.view(*x.shape[:2], x.shape[2] // self.head_width, self.head_width).transpose(1, 2)
 
     def _source_keys(self, state: Columns | None, source: Source | None) -> Columns:
         """Keys and values of the source, or those that the state has of it."""

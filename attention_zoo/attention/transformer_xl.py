@@ -162,7 +162,7 @@ class TransformerXL(RelativeAttention):
         else:
             out = self._chunked(q, hidden, keys, kernel)
         out = out if state is None else watch(out, keys)
-        out = self.to_out(rearrange(out, "b h l d -> b l (h d)"))
+        out = self.to_out(out.transpose(1, 2).flatten(2))
         return Output(out, None if state is None else self._settled(columns, layout))
 
     def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Columns) -> Columns:

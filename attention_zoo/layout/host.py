@@ -84,6 +84,8 @@ def tensor_of(array: Array, device: torch.device | str = "cpu") -> Tensor:
     """The array as a tensor there, which nobody writes to; on the CPU without a copy where torch can do without."""
     if not array.flags.writeable or any(step < 0 for step in array.strides):
         array = np.array(array)  # torch takes no broadcast, and no read-only, array without a warning
+    if not torch.is_inference_mode_enabled():
+        return torch.from_numpy(array).to(device)
     with torch.inference_mode(False):  # it may outlive the call
         return torch.from_numpy(array).to(device)
 

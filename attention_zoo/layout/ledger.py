@@ -156,11 +156,13 @@ def _append(ledger: Ledger, layout: Layout, horizon: Horizon) -> tuple[Step, Led
     loose = into.loose + added if into.loose or not plain else 0
     if loose and plain:
         loose = into.filled + added  # tokens go on behind holes, as steps of decoding do: worth closing them now
-    host = into.fields.host
-    for field, news, here, more in zip(into.fields, layout, host, layout.host):
-        field.narrow(1, into.filled, added).copy_(news)
-        here[:, into.filled : into.filled + added] = more
     filled = into.filled + added
+    host = into.fields.host
+    for here, more in zip(host, layout.host):
+        here[:, into.filled : filled] = more
+    if host.valid.ctypes.data != into.fields.valid.data_ptr():  # on the CPU they are the same memory
+        for field, news in zip(into.fields, layout):
+            field.narrow(1, into.filled, added).copy_(news)
     set_written(into.fields.valid, filled)
     return step, into._replace(filled=filled, loose=loose, steady=into.steady and not loose)
 
@@ -196,9 +198,7 @@ def _moved(ledger: Ledger, horizon: Horizon, added: int) -> Step:
     for here, field in zip(host, kept):
         here[:, :count] = field
     device = ledger.fields.valid.device
-    with torch.inference_mode(False):  # a later call may be made outside of it
-        # clones: on the CPU a tensor that shares the array's memory would be written to twice
-        fields = Layout(*(tensor.clone() for tensor in host.on(device)))._with(host)
+    fields = Layout.known(host, device)
     steady = is_steady(kept)
     set_written(fields.valid, count)
     made = Ledger(fields, count, True, 0, steady, ledger.reserve)

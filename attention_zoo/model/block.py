@@ -120,7 +120,7 @@ class Branch(Layer):
         choices: tuple[Any, ...] | None = None,
     ) -> Output:
         out = self.undropped(x, tokens, state=state, source=source, choices=choices)
-        total = x + self.dropout(out.hidden)
+        total = x + (self.dropout(out.hidden) if self.dropout.p else out.hidden)
         if not self.pre_norm:
             total = self._normed(total, tokens)
         return out._replace(hidden=total)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from attention_zoo.layout.host import Array, tensor_of
+from attention_zoo.layout.host import Array, Host, tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Ledger
 from attention_zoo.layout.number import numbered
@@ -55,8 +55,11 @@ class Running(_Running):
         return Running._at(layers, Clock(zero, zero, zero), device)
 
     @staticmethod
-    def _at(layers: Any, clock: Clock, device: Any) -> Running:
-        made = Running(layers, *(tensor_of(field, device) for field in clock))
+    def _at(layers: Any, clock: Clock, device: Any, before: Running | None = None) -> Running:
+        """At this time; tensors of what is no other than `before` are the same."""
+        old = [(None, None)] * 3 if before is None else zip(before.clock, before[1:])
+        fields = (was if now is then else tensor_of(now, device) for now, (then, was) in zip(clock, old))
+        made = Running(layers, *fields)
         made.__dict__["clock"] = clock
         return made
 
@@ -106,10 +109,11 @@ class Running(_Running):
             start = np.where(anew, 0, start)
             offset = np.where(anew, current - first, offset)
         if given is None:
-            document = np.broadcast_to(current[:, None], shape)
-            placed = numbered(valid, np.zeros(shape, bool), None, start)._replace(document=document)
-            clock = Clock(start + shape[1], current, offset)
-            return Layout.known(placed, device), Running._at(self.layers, clock, device)
+            after = start + shape[1]
+            document, length = (np.broadcast_to(each[:, None], shape) for each in (current, after))
+            placed = Host(start[:, None] + np.arange(shape[1]), valid, np.zeros(shape, bool), document, length)
+            clock = Clock(after, current, offset)
+            return Layout.known(placed, device), Running._at(self.layers, clock, device, self)
         occupied, document = valid.any(1), given.document + offset[:, None]
         if bool((fallen := occupied & (first + offset < current)).any()):
             row = int(fallen.argmax())

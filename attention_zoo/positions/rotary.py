@@ -12,9 +12,11 @@ import math
 from typing import Annotated
 
 import torch
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from attention_zoo.layout.layout import Layout
 from attention_zoo.options import LARGEST, Finite
 from attention_zoo.positions.scheme import AttentionPositions
 from attention_zoo.rules import OneOf
@@ -65,13 +67,19 @@ class Rotary(AttentionPositions):
         self.original_length = original_length
 
     def rotate(self, x: Tensor, position: Tensor) -> Tensor:
+        return _turned(x, *self.angles(position, x.dtype))
+
+    def turn(self, x: Tensor, layout: Layout) -> Tensor:
+        key = "angles", self.head_width, self.base, self.scaling, self.factor, self.turns, self.original_length, x.dtype
+        return _turned(x, *layout.plan(key, lambda: self.angles(layout.position, x.dtype)))
+
+    def angles(self, position: Int[Tensor, "B L"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each pair's angle, [B, L, D/2]."""
         # angles in float32 at least: bfloat16 cannot count past 256
-        exact = torch.promote_types(x.dtype, torch.float32)
-        angle = position.to(exact)[..., None] * self.steps(x.device, exact)
-        angle = angle.view(position.shape[0], *[1] * (x.ndim - 3), position.shape[1], self.head_width // 2)
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        a, b = x.chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        exact = torch.promote_types(dtype, torch.float32)
+        with torch.inference_mode(False):  # they may outlive the call
+            angle = position.to(exact)[..., None] * self.steps(position.device, exact)
+            return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def steps(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[D/2], the angle in radians by which each pair turns from one position to the next."""
@@ -85,3 +93,10 @@ class Rotary(AttentionPositions):
         turns = self.original_length / (2 * math.pi / step)
         share = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 - share) * step / self.factor + share * step
+
+
+def _turned(x: Float[Tensor, "B ... L D"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B ... L D"]:
+    shape = len(cos), *[1] * (x.ndim - 3), *cos.shape[1:]
+    cos, sin = cos.view(shape), sin.view(shape)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

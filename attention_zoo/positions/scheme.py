@@ -9,11 +9,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attention_zoo.contract import Tokens
+from attention_zoo.layout.layout import Layout
 from attention_zoo.options import Heads, Positive, checked
 
 
 class AttentionPositions(nn.Module):
-    """No positions. Subclasses override `rotate`, or `bias`; both must depend on position differences alone."""
+    """No positions. Subclasses override `rotate` and `turn`, or `bias`; each must depend on differences alone."""
 
     has_bias = False
     rotates = False
@@ -31,6 +32,10 @@ class AttentionPositions(nn.Module):
         self.heads, self.head_width = heads, head_width
 
     def rotate(self, x: Float[Tensor, "B ... L D"], position: Int[Tensor, "B L"]) -> Float[Tensor, "B ... L D"]:
+        return x
+
+    def turn(self, x: Float[Tensor, "B ... L D"], layout: Layout) -> Float[Tensor, "B ... L D"]:
+        """`rotate` by the positions of a call's tokens; what follows from these alone is found once for all layers."""
         return x
 
     def bias(self, queries: Tokens, keys: Tokens, dtype: torch.dtype) -> Float[Tensor, "B H L S"]:

@@ -11,9 +11,10 @@ from attention_zoo.ops.pattern.blocks import BLOCKS
 from attention_zoo.ops.pattern.call import PatternCall
 from attention_zoo.ops.pattern.first import turned_bias, with_first_keys, without_first
 from attention_zoo.ops.pattern.flex import FLEX
+from attention_zoo.ops.pattern.linked_row import LINKED_ROW
 from attention_zoo.ops.pattern.local import run_local
 from attention_zoo.ops.pattern.near import near_tiles
-from attention_zoo.ops.pattern.row import LINKED_ROW, ROW
+from attention_zoo.ops.pattern.row import ROW
 from attention_zoo.ops.pattern.sdpa import SDPA
 from attention_zoo.ops.pattern.short import SHORT
 from attention_zoo.ops.pattern.short_band import SHORT_BAND

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -59,24 +58,31 @@ def absorbed(
         biases: added to the queries before they meet keys and distances (the paper's u and v).
         waves: of the distances 0, 1, ...: few.distances of them.
     """
-    exact, (B, H, L, _) = q.dtype, q.shape
-    to_k, to_r, to_v = (rearrange(layer.weight.to(exact), "(h d) e -> h d e", h=H) for layer in projections)
+    exact, (B, H, L, D) = q.dtype, q.shape
+    to_k, to_r, to_v = (layer.weight.to(exact).view(H, D, -1) for layer in projections)
     states = states.to(exact)
     # one product each, a matrix serving all rows and hidden states all heads: broadcast, they would be copied for each
+    by_head = q.transpose(0, 1)
     to_keys, to_distances = (
-        rearrange(q + bias[:, None], "b h l d -> h (b l) d") @ weight for bias, weight in zip(biases, (to_k, to_r))
+        torch.bmm((by_head + bias[:, None, None]).reshape(H, B * L, D), weight)
+        for bias, weight in zip(biases, (to_k, to_r))
     )
     # the bias of keys adds the same to all scores of a query: softmax does not see it
-    content = rearrange(to_keys, "h (b l) e -> b (h l) e", b=B) @ states.transpose(1, 2)
-    place = rearrange(to_distances.flatten(0, 1) @ waves.to(exact).T, "(h b l) n -> b h l n", h=H, b=B)
-    content = content.unflatten(1, (H, L))
+    content = torch.bmm(_rows(to_keys, B), states.transpose(1, 2)).view(B, H, L, -1)
+    place = (to_distances.flatten(0, 1) @ waves.to(exact).T).view(H, B, L, -1).transpose(0, 1)
     scores = (content + place.gather(-1, few.distance.expand_as(content))) * scale
     if few.hidden is not None:
         scores = scores.masked_fill(few.hidden, -torch.inf)
     weights = scores.softmax(-1)
     if few.hidden is not None:
         weights = weights.masked_fill(few.hidden, 0)  # padding sees nothing: softmax gives NaN
-    found = rearrange(weights.flatten(1, 2) @ states, "b (h l) e -> h (b l) e", h=H) @ to_v.transpose(1, 2)
-    out = rearrange(found, "h (b l) d -> b h l d", b=B)
+    found = torch.bmm(weights.flatten(1, 2), states).view(B, H, L, -1).transpose(0, 1)
+    out = torch.bmm(found.reshape(H, B * L, -1), to_v.transpose(1, 2)).view(H, B, L, D).transpose(0, 1)
     bias = projections[2].bias
-    return out if bias is None else out + rearrange(bias, "(h d) -> h 1 d", h=H)
+    return out if bias is None else out + bias.view(H, 1, D)
+
+
+def _rows(x: Float[Tensor, "H BL E"], B: int) -> Float[Tensor, "B HL E"]:
+    """Each batch row with its queries of all heads."""
+    H, rows, E = x.shape
+    return x.view(H, B, rows // B, E).transpose(0, 1).reshape(B, -1, E)
