@@ -36,7 +36,7 @@ def without_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GridExecutor, "__call__", lambda *_, **__: None)
     monkeypatch.setattr(JITFunction, "run", lambda *_, **__: None)
     monkeypatch.setattr(facts, "on_cuda", lambda call: None)
-    monkeypatch.setattr(flex, "_attend", lambda q, k, v, *_: (q + (k.sum() + v.sum()) * 0, q.new_zeros(q.shape[:3])))
+    monkeypatch.setattr(flex, "attend", lambda q, k, v, *_: (q + (k.sum() + v.sum()) * 0, q.new_zeros(q.shape[:3])))
 
 
 def counted(make) -> tuple[int, int]:

@@ -121,7 +121,7 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def _attend(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -166,20 +166,21 @@ def _run(call: PatternCall) -> Tensor:
     distance_bias = _by_distance(call)
     lists = both_sides(call, BLOCK, Lb // BLOCK, Sb // BLOCK)
     functions = pair_functions(call, queries, keys, distance_bias, use_pattern=True)
-    q, k, v = _filled(call.q, Lb), _filled(call.k, Sb), _filled(call.v, Sb)
-    out, lse = _attend(q, k, v, lists, functions, call.scale)
+    q, k, v = filled(call.q, Lb), filled(call.k, Sb), filled(call.v, Sb)
+    out, lse = attend(q, k, v, lists, functions, call.scale)
     if call.any_global_key:
         index, chosen, lists = call.keys.plan(("flex globals", BLOCK, Lb), lambda: _global_places(call, Lb))
         functions = pair_functions(call, queries, chosen, distance_bias, use_pattern=False)
         k, v = taken(call.k, index), taken(call.v, index)
-        more, more_lse = _attend(q, k, v, lists, functions, call.scale)
+        more, more_lse = attend(q, k, v, lists, functions, call.scale)
         out, lse = _merge(out, lse, more, more_lse)
     if call.sink is not None:
         out, _ = _merge(out, lse, out.new_zeros(()), call.sink[:, None])
     return with_global_rows(call, out[:, :, :L], in_one=True)
 
 
-def _filled(x: Tensor, rows: int) -> Tensor:
+def filled(x: Tensor, rows: int) -> Tensor:
+    """With rows of zeros behind it."""
     return x if x.shape[2] == rows else F.pad(x, (0, 0, 0, rows - x.shape[2]))
 
 
@@ -231,21 +232,21 @@ def _has_compiler(call: PatternCall) -> str | None:
     return "triton is not installed" if importlib.util.find_spec("triton") is None else None
 
 
-def _takes_dtype(call: PatternCall) -> str | None:
-    known = (torch.float32, torch.float16, torch.bfloat16)
-    return None if call.q.dtype in known else f"it has no kernel in {call.q.dtype}".replace("torch.", "")
+def refuse(q: Tensor) -> str | None:
+    """Why it cannot run these queries, or None."""
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it has no kernel in {q.dtype}".replace("torch.", "")
+    if q.shape[3] < 16:
+        return f"heads must be 16 wide at least, not {q.shape[3]}"
+    return None if q.shape[2] >= BLOCK else f"fewer than {BLOCK} queries are no work for it"
 
 
-def _is_wide(call: PatternCall) -> str | None:
-    return None if call.q.shape[3] >= 16 else f"heads must be 16 wide at least, not {call.q.shape[3]}"
+def _takes_queries(call: PatternCall) -> str | None:
+    return refuse(call.q)
 
 
 def _sums_in_order(call: PatternCall) -> str | None:
     return "the pattern has learned weights, which it would sum in no fixed order" if call.learned else None
-
-
-def _is_long(call: PatternCall) -> str | None:
-    return None if call.q.shape[2] >= BLOCK else f"fewer than {BLOCK} queries are no work for it"
 
 
 def _heads_alike(call: PatternCall) -> str | None:
@@ -253,7 +254,7 @@ def _heads_alike(call: PatternCall) -> str | None:
     return None if call.pattern.bias(*one).shape[1] == 1 else "heads have patterns of their own"
 
 
-FITS = (_takes_dtype, _is_wide, _sums_in_order, _is_long, _heads_alike)
+FITS = (_takes_queries, _sums_in_order, _heads_alike)
 """What it needs on any device."""
 FLEX: Kernel[PatternCall] = Kernel(
     "flex",
