@@ -37,6 +37,7 @@ class Plan(NamedTuple):
         low, high: columns that each query sees of each set, up to two ranges; of P none.
         lists: blocks to visit.
         weight: [B, S], added to the scores; None: nothing.
+        filler: zeros, to stand behind the keys of all sets and behind the values.
     """
 
     part: Int[Tensor, "B S"]
@@ -44,6 +45,7 @@ class Plan(NamedTuple):
     high: Int[Tensor, "r B P+1 L"]
     lists: Sides
     weight: Float[Tensor, "B S"] | None
+    filler: Float[Tensor, "B K n D"]
 
 
 def refuse(q: Tensor, sets: Sequence[Keys]) -> str | None:
@@ -71,7 +73,7 @@ def run(
     key = ("several", sizes, q.dtype, *map(id, kept))
     # the plan keeps what the key's ids are of
     plan: Plan = queries.plan(key, lambda: (_plan(q, queries, sets, seen), kept))[0]
-    part, low, high, lists, weight = plan
+    part, low, high, lists, weight, filler = plan
 
     def shown(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         of = part[b, j]
@@ -81,10 +83,9 @@ def run(
     def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return value if weight is None else value + weight[b, j]
 
-    rows, columns = flex.bucket(L), part.shape[1]
-    k, v = (flex.filled(torch.cat([x[n] for x in sets], 2), columns) for n in (0, 1))
+    k, v = (torch.cat([*(each[n] for each in sets), filler], 2) for n in (0, 1))
     functions = shown, None if weight is None else score
-    out, _ = flex.attend(flex.filled(q, rows), k, v, lists, functions, scale)
+    out, _ = flex.attend(flex.filled(q, flex.bucket(L)), k, v, lists, functions, scale)
     return out[:, :, :L]
 
 
@@ -109,7 +110,10 @@ def _plan(q: Tensor, queries: Layout, sets: Sequence[Keys], seen: Sequence[Seque
         weight = torch.cat([*(x.to(exact) for x in weights), q.new_zeros(B, columns - starts[-1], dtype=exact)], 1)
     padded = np.pad(asks, ((0, 0), (0, rows - L)))
     lists = _lists(low, high, padded, part < len(sets), block, device)
-    return Plan(tensor_of(part, device), tensor_of(low, device), tensor_of(high, device), lists, weight)
+    shape = list(sets[0].k.shape)
+    shape[2] = columns - int(starts[-1])
+    filler = sets[0].k.new_zeros(()).expand(shape)
+    return Plan(tensor_of(part, device), tensor_of(low, device), tensor_of(high, device), lists, weight, filler)
 
 
 def _lists(low: Array, high: Array, asks: Array, there: Array, block: int, device: torch.device) -> Sides:
