@@ -84,9 +84,11 @@ def pair_functions(call: PatternCall, q: Places, k: Places, tables: Tables, beyo
     q_position, q_length, q_document = q
     k_position, k_length, k_document = k
 
-    def bias(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        if tables.pattern is not None:
-            return at(tables.pattern, b, h, i, j)
+    fixed = None if tables.pattern is None else tables.pattern.detach()  # torch's masks know no gradients
+
+    def bias(b: Tensor, h: Tensor, i: Tensor, j: Tensor, table: Tensor | None = fixed) -> Tensor:
+        if table is not None:
+            return at(table, b, h, i, j)
         queries = _one(q_position[b, i], q_length[b, i], q_document[b, i])
         keys = _one(k_position[b, j], k_length[b, j], k_document[b, j])
         return pattern.bias(queries, keys).reshape(())
@@ -108,7 +110,7 @@ def pair_functions(call: PatternCall, q: Places, k: Places, tables: Tables, beyo
 
     def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if weighs:
-            more = bias(b, h, i, j).clamp(min=torch.finfo(torch.float32).min)  # -inf is the mask's to say
+            more = bias(b, h, i, j, tables.pattern).clamp(min=torch.finfo(torch.float32).min)  # -inf is the mask's to say
             value = value + torch.where(j < beyond, more, 0)
         return value if tables.position is None else value + at(tables.position, b, h, i, j)
 
