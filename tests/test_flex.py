@@ -93,6 +93,24 @@ def test_equals_the_definition(name: str, options: dict, layout: str) -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("layout", ["all", "left"])
+def test_spans_that_heads_learn_are_one_call(layout: str, causal: bool) -> None:
+    layer = zoo.build("adaptive_span", dim=32, heads=2, causal=causal, limit=100, ramp=8)
+    layer.span.data = torch.tensor([0.02, 0.3])
+    tokens = tokens_of(layout, 61)
+    q, k, v = (torch.randn(2, 2, 61, 16, requires_grad=True) for _ in range(3))
+    call = layer._call(q, k, v, tokens, tokens, None)
+    inside = tokens.valid[:, None, :, None]
+    weight, inputs = torch.randn_like(q) * inside, (q, k, v, layer.span)
+    want = layer.attend(q, k, v, tokens, tokens, kernel="dense")
+    got = flex.FLEX.run(call)
+    torch.testing.assert_close(got * inside, want * inside, atol=2e-5, rtol=2e-5)
+    grads = [torch.autograd.grad((out * weight).sum(), inputs) for out in (got, want)]
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("L", "S"), [(1, 1), (16, 16), (61, 61), (17, 90), (130, 130)])
 def test_lists_hold_every_pair_that_is_seen_and_are_no_wider_than_needed(L: int, S: int, causal: bool) -> None:
     layer = zoo.build("longformer", dim=16, heads=1, window=20, causal=causal)

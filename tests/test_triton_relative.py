@@ -34,15 +34,16 @@ def definition(q, k, v, k_own, v_own, r, u, w, first, own, scale) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("B", "H", "L", "M", "D", "dtype"),
+    ("B", "H", "L", "M", "D", "dtype", "reach"),
     [
-        (1, 1, 1, 20, 16, torch.float32),
-        (2, 1, 37, 11, 6, torch.float32),
-        (1, 2, 16, 0, 16, torch.float32),
-        (1, 1, 19, 4, 8, torch.float16),
+        (1, 1, 1, 20, 16, torch.float32, 5),
+        (2, 1, 37, 11, 6, torch.float32, 5),
+        (1, 2, 16, 0, 16, torch.float32, 5),
+        (1, 1, 19, 4, 8, torch.float16, 5),
+        (1, 1, 37, 48, 16, torch.float32, 60),  # with tiles that are seen whole
     ],
 )
-def test_equals_the_definition(monkeypatch, on_triton, B, H, L, M, D, dtype) -> None:
+def test_equals_the_definition(monkeypatch, on_triton, B, H, L, M, D, dtype, reach) -> None:
     from attention_zoo.ops.relative import triton
 
     monkeypatch.setattr(triton, "TILE", 16)
@@ -50,7 +51,7 @@ def test_equals_the_definition(monkeypatch, on_triton, B, H, L, M, D, dtype) -> 
     S, segment = L + M, 8
     column = torch.arange(M, S).expand(B, -1).clone()
     own = (column - M) // segment * segment + M
-    first = (own - 5).clamp(min=0)
+    first = (own - reach).clamp(min=0)
     if B > 1:  # a row whose first third is padding
         third = L // 3
         first[1], own[1] = first[1].clamp(min=M + third), own[1].clamp(min=M + third)

@@ -41,6 +41,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
@@ -100,10 +101,11 @@ class HTransformer1D(DerivedKeys):
         """See `DerivedKeys`: of near keys and of the means of far ones."""
         (k, v), keys = held.held, held.tokens
         sets = [Keys(k, v, keys, seen=self._near(queries, keys))]
+        both = torch.cat([k, v], 1)
         for number, level in self._up(keys):
-            k, v = level.mean(k), level.mean(v)
+            both = level.mean(both)
             seen = self._far(queries, level.groups, number + 1)
-            sets.append(Keys(k, v, level.groups, weight=level.log_count, seen=seen))
+            sets.append(Keys(*both.chunk(2, 1), level.groups, weight=level.log_count, seen=seen))
         return attend_to_several(q, queries, sets, scale=scale, causal=self.causal)
 
     def _up(self, keys: Layout) -> Any:

@@ -154,15 +154,16 @@ class MemoryCompressed(DerivedKeys):
 
     def _compressed(self, k: Tensor, v: Tensor, groups: Pooled) -> Columns:
         """Keys and values of groups, [B, K, G, D]."""
-        return Columns.of(groups.groups, self._convolved(k, groups), self._convolved(v, groups))
+        return Columns.of(groups.groups, *self._convolved(torch.cat([k, v], 1), groups))
 
-    def _convolved(self, x: Float[Tensor, "B K L D"], groups: Pooled) -> Float[Tensor, "B K G D"]:
-        """The strided convolution as one product a head."""
-        members = rearrange(groups.take(x.transpose(1, 2)), "b g c k d -> k (b g) (d c)")
-        weight = rearrange(self.compress.weight, "(k e) d c -> k (d c) e", k=self.kv_heads)
+    def _convolved(self, x: Float[Tensor, "B 2*K L D"], groups: Pooled) -> Float[Tensor, "2 B K G D"]:
+        """The strided convolution of keys and values, as one product a head."""
+        K = self.kv_heads
+        members = rearrange(groups.take(x.transpose(1, 2)), "b g c (n k) d -> k (n b g) (d c)", k=K)
+        weight = rearrange(self.compress.weight, "(k e) d c -> k (d c) e", k=K)
         assert self.compress.bias is not None
-        found = members @ weight + self.compress.bias.view(self.kv_heads, 1, -1)
-        return rearrange(found, "k (b g) e -> b k g e", b=len(x))
+        found = torch.baddbmm(self.compress.bias.view(K, 1, -1), members, weight)
+        return rearrange(found, "k (n b g) e -> n b k g e", n=2, b=len(x))
 
     def _ends(self, groups: Layout) -> Layout:
         """Groups at the positions of their last tokens."""

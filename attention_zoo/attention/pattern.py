@@ -27,7 +27,16 @@ from attention_zoo.layout.reach import BEFORE, Anywhere, Band, Reach
 from attention_zoo.ops.pattern.call import PatternCall, seen
 from attention_zoo.ops.pattern.choose import KERNELS
 from attention_zoo.ops.pattern.first import position_bias_in_cache, turned_queries
-from attention_zoo.ops.pattern.heads import SomeHeads, apart, groups_of, merge, query_heads, reach_by_head, split
+from attention_zoo.ops.pattern.heads import (
+    SomeHeads,
+    apart,
+    groups_of,
+    merge,
+    query_heads,
+    reach_by_head,
+    runs_whole,
+    split,
+)
 from attention_zoo.ops.softmax.function import watch, zeros_for
 from attention_zoo.place import place_of
 from attention_zoo.positions import ATTENTION_LEVEL
@@ -341,7 +350,7 @@ class PatternAttention(Attention):
     def _run(self, call: PatternCall, kernel: str) -> Float[Tensor, "B H L D"]:
         if not (call.q.numel() and call.k.numel()):
             return zeros_for(call.q, [x for x in (call.q, call.k, call.v, call.sink) if x is not None])
-        parts = None if kernel == "dense" else apart(call)
+        parts = None if kernel == "dense" or runs_whole(self.kernels, kernel, call) else apart(call)
         if parts is None:
             return choose(self.name, self.kernels, kernel, call).run(call)
         return merge([choose(self.name, self.kernels, kernel, each).run(each) for each in parts[0]], parts[1])

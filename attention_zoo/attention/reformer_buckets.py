@@ -85,9 +85,8 @@ class HashedAttention(Attention):
         choices: Int[Tensor, "B H R L 1"] | None,
     ) -> Int[Tensor, "H R M"]:
         """Remembered, replayed, or hashed with as many buckets as the token's document has now."""
-        device = qk.device
+        device, missing = qk.device, np.ones_like(is_new)
         buckets = torch.zeros(self.heads, self.rounds, len(qk), dtype=torch.int32, device=device)
-        missing = np.ones_like(is_new)
         if state is not None and self._remembers(state, layout):
             held = _bucket_rows(state.columns.held[2], state.columns.tokens)
             _put_at(buckets, ~is_new, held)
@@ -98,22 +97,27 @@ class HashedAttention(Attention):
         kinds: dict[tuple[int, ...], int] = {}
         kind = np.array([kinds.setdefault(self.factors_for(n), len(kinds)) for n in documents.slots.tolist()], int)
         kind = kind.repeat(documents.sizes)
-        for factors, number in kinds.items():
-            chosen = missing & (kind == number)
-            if not bool(chosen.any()):
-                continue
-            shape = (self.heads, self.rounds, self.head_width, factors)
-            if self._draws:
-                rotations = hashing.fresh_rotations(*shape, qk)
-            elif self.hash_seed is not None:
-                rotations = hashing.released_rotations(self.hash_seed, *shape, qk.dtype)
-            else:
-                rotations = hashing.seeded_rotations(self.seed, *shape)
-            if bool(chosen.all()):
-                return hashing.hash_tokens(qk, rotations, factors)
-            tokens = qk.index_select(0, tensor_of(chosen.nonzero()[0], device))
-            _put_at(buckets, chosen, hashing.hash_tokens(tokens, rotations, factors))
+        chosen = {factors: missing & (kind == number) for factors, number in kinds.items()}
+        rotations = {factors: self._rotations(factors, qk) for factors, mask in chosen.items() if bool(mask.any())}
+        if len(rotations) > 1 and bool(missing.all()) and hashing.hashes_at_once(qk, rotations):
+            # on the device once for a layout: layers hash the same tokens
+            which = layout.plan(("hashed kind", kind.tobytes()), lambda: tensor_of(kind, device))
+            return hashing.hash_kinds(qk, list(rotations.values()), which)
+        for factors, drawn in rotations.items():
+            mask = chosen[factors]
+            if bool(mask.all()):
+                return hashing.hash_tokens(qk, drawn, factors)
+            tokens = qk.index_select(0, tensor_of(mask.nonzero()[0], device))
+            _put_at(buckets, mask, hashing.hash_tokens(tokens, drawn, factors))
         return buckets
+
+    def _rotations(self, factors: tuple[int, ...], like: Tensor) -> Sequence[Tensor]:
+        shape = (self.heads, self.rounds, self.head_width, factors)
+        if self._draws:
+            return hashing.fresh_rotations(*shape, like)
+        if self.hash_seed is not None:
+            return hashing.released_rotations(self.hash_seed, *shape, like.dtype)
+        return hashing.seeded_rotations(self.seed, *shape)
 
     def _remembers(self, state: Hashed, layout: Layout) -> bool:
         """Whether the state's buckets are those that its tokens have in this call."""

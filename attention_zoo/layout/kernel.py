@@ -31,6 +31,7 @@ class Kernel(Generic[Call]):
         needs: facts about the call, without which it is not exact.
         about: one line for people.
         fits: facts about the mechanism, known when it is built: one that they exclude does not have this kernel.
+        whole: whether heads that reach differently far cost what they see in one call, so that none need run apart.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Kernel(Generic[Call]):
     needs: tuple[Fact, ...]
     about: str
     fits: tuple[Fact, ...] = ()
+    whole: bool = False
 
     def refuse(self, call: Call) -> str | None:
         """Every reason why it cannot run the call exactly, in one line, or None."""

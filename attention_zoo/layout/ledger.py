@@ -287,7 +287,9 @@ class Columns(NamedTuple):
 
     @property
     def held(self) -> tuple[Tensor, ...]:
-        """[B, ..., filled, D], views."""
+        """[B, ..., filled, D], views, or the buffers themselves where they are full."""
+        if all(buffer.shape[-2] == self.filled for buffer in self.buffers):
+            return self.buffers
         return tuple(buffer.narrow(-2, 0, self.filled) for buffer in self.buffers)
 
     @property

@@ -37,9 +37,11 @@ class Level(NamedTuple):
 
     def mean(self, x: Float[Tensor, "B K S D"]) -> Float[Tensor, "B K G D"]:
         """Of each group's tokens, from those of the level below."""
-        share = self.share.to(x.dtype)[:, None, :, None]
+        share = self.groups.plan(("share", x.dtype), lambda: self.share.to(x.dtype)[:, None, :, None])
         more = share.shape[2] - x.shape[2]  # or less
-        both = nn.functional.pad(x, (0, 0, 0, more)) if self.paired else taken(x, self.halves)
+        both = x if self.paired else taken(x, self.halves)
+        if self.paired and more:
+            both = nn.functional.pad(x, (0, 0, 0, more))
         return (both * share).unflatten(2, (-1, 2)).sum(3)
 
 

@@ -8,7 +8,7 @@ Letters: M tokens, H heads, R rounds, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -80,12 +80,12 @@ def hash_tokens(
     M, H, D = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
     rounds = rotations[0].shape[2]
-    buckets = torch.zeros(H, rounds, M, dtype=torch.int32, device=q.device)
     some = max(1, AT_ONCE // max(1, M * rounds * max(factors)))
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         turns = [turn[..., : count // 2].to(q.device, exact) for turn, count in zip(rotations, factors)]
         if triton_reason(q.device) is None:
             return _at_once(q.transpose(0, 1).to(exact), turns, factors)
+        buckets = torch.zeros(H, rounds, M, dtype=torch.int32, device=q.device)
         for start in range(0, H, some):
             heads = range(start, min(start + some, H))
             vectors, radix = [q[:, head].to(exact) for head in heads], 1
@@ -105,8 +105,27 @@ def _at_once(q: Float[Tensor, "H M D"], turns: Sequence[Tensor], factors: Sequen
     found, radix = None, 1
     for turn, count in zip(turns, factors):
         y = torch.bmm(q, turn.flatten(2)).unflatten(-1, turn.shape[2:])
-        best = torch.cat([y, -y], -1).argmax(-1) * radix
-        found = best if found is None else found + best
+        best = torch.cat([y, -y], -1).argmax(-1)
+        found = best if found is None else found + best * radix
         radix *= count
     assert found is not None
     return found.transpose(1, 2).int()
+
+
+def hashes_at_once(q: Tensor, rotations: Mapping[tuple[int, ...], Sequence[Tensor]]) -> bool:
+    """Whether one product may hash tokens of several kinds: on a GPU, each kind by one factor."""
+    return triton_reason(q.device) is None and all(len(factors) == 1 for factors in rotations)
+
+
+def hash_kinds(
+    q: Float[Tensor, "M H D"], rotations: Sequence[Sequence[Tensor]], kind: Int[Tensor, " M"]
+) -> Int[Tensor, "H R M"]:
+    """As `hash_tokens`, of tokens each of which has rotations of its own: all are turned by all, in one product."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        turns = torch.cat([turn.to(q.device, exact) for (turn,) in rotations], -1)
+        y = torch.bmm(q.transpose(0, 1).to(exact), turns.flatten(2)).unflatten(-1, turns.shape[2:])
+        some = y.split([turn.shape[-1] for (turn,) in rotations], -1)
+        found = torch.stack([torch.cat([each, -each], -1).argmax(-1) for each in some])
+        index = kind[None, None, :, None].expand(1, *found.shape[1:])
+        return found.gather(0, index)[0].transpose(1, 2).int()

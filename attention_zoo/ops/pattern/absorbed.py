@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.call import PatternCall
 from attention_zoo.ops.pattern.globals import everyone_seen, global_columns
 from attention_zoo.ops.relative.projections import is_plain
@@ -28,7 +29,12 @@ Turn = Callable[[Tensor, Tensor], Tensor]
 
 
 def is_worth_it(call: PatternCall, *projections: nn.Module) -> bool:
-    """Whether the global queries are so few that it costs less than half of projecting all tokens, and can be done."""
+    """Whether the global queries are so few that it costs less than half of projecting all tokens, and can be done.
+
+    Not on CUDA, where the many small products cost the host more than two large ones cost the device.
+    """
+    if facts.on_cuda(call) is None:
+        return False
     rows, (_, K, _, D) = global_columns(call.queries)[0].shape[1], call.k.shape
     return 2 * rows * call.q.shape[1] <= K * D and all(map(is_plain, projections))
 

@@ -2,8 +2,12 @@
 
 The pattern's own `bias` is the mask, evaluated on chip from the positions of the two tokens. Which blocks of 128 x 128
 it is evaluated in is told by `near`, or by plain arithmetic where columns are positions, and blocks that are seen whole
-are taken without it (flex_lists.py). Padding, documents, causality and position biases
-are honoured in all layouts; global keys are a second call, merged by log-sum-exp, global queries a few rows more.
+are taken without it (flex_lists.py). Where a pattern's bias is a function of the distance, it is a table by head, and
+heads visit what they reach themselves. Padding, documents, causality and position biases are honoured in all layouts;
+global keys are copied behind the others, global queries are a few rows more.
+
+Sums are taken in a fixed order, but for the gradient of a table that learns: where deterministic algorithms are asked
+for, torch's switch, such a pattern is refused. float32 is exact.
 
 torch compiles the kernel for each shape: lengths and widths of the lists are rounded up to a few sizes an octave. Rows
 and columns that only fill up are in no list, so that they cost no time.
@@ -24,10 +28,12 @@ from torch.nn import functional as F
 
 from attention_zoo.layout.grid import taken
 from attention_zoo.layout.kernel import Kernel
+from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.reach import Band
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.band import by_distance
 from attention_zoo.ops.pattern.call import PatternCall
-from attention_zoo.ops.pattern.flex_lists import Sides, both_sides, everything
+from attention_zoo.ops.pattern.flex_lists import Sides, both_sides
 from attention_zoo.ops.pattern.globals import global_columns, with_global_rows
 from attention_zoo.tokens import Tokens
 
@@ -68,40 +74,59 @@ def bucket(length: int) -> int:
 # --- what a pair is --------------------------------------------------------------------------------------------------
 
 
-def pair_functions(
-    call: PatternCall, q: Places, k: Places, distance_bias: Tensor | None, *, use_pattern: bool
-) -> tuple[Mod, Mod | None]:
-    """Whether a pair is seen, and what is added to its score; of tensors that the compiler captures."""
+def pair_functions(call: PatternCall, q: Places, k: Places, tables: Tables, beyond: int) -> tuple[Mod, Mod | None]:
+    """Whether a pair is seen, and what is added to its score; of tensors that the compiler captures.
+
+    Args:
+        beyond: keys from this column on are those that the pattern does not concern, the global ones.
+    """
     pattern, causal = call.pattern, call.pattern.causal
     q_position, q_length, q_document = q
     k_position, k_length, k_document = k
 
-    def bias(b: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    fixed = None if tables.pattern is None else tables.pattern.detach()  # torch's masks know no gradients
+
+    def bias(b: Tensor, h: Tensor, i: Tensor, j: Tensor, table: Tensor | None = fixed) -> Tensor:
+        if table is not None:
+            return at(table, b, h, i, j)
         queries = _one(q_position[b, i], q_length[b, i], q_document[b, i])
         keys = _one(k_position[b, j], k_length[b, j], k_document[b, j])
         return pattern.bias(queries, keys).reshape(())
+
+    def at(table: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        n = table.shape[1] // 2
+        return table[h, (k_position[b, j] - q_position[b, i] + n).clamp(0, 2 * n - 1)]
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         found = q_document[b, i] == k_document[b, j]
         if causal:
             found = found & (k_position[b, j] <= q_position[b, i])
-        if use_pattern:
-            found = found & (bias(b, i, j) > -torch.inf)
-        return found
+        near = bias(b, h, i, j) > -torch.inf
+        return found & (near if beyond == k_position.shape[1] else near | (j >= beyond))
 
-    weighs = use_pattern and pattern.reach.weights != "uniform"
-    if distance_bias is None and not weighs:
+    weighs = pattern.reach.weights != "uniform"
+    if tables.position is None and not weighs:
         return seen, None
 
     def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if weighs:
-            value = value + bias(b, i, j).clamp(min=torch.finfo(torch.float32).min)  # -inf is the mask's to say
-        if distance_bias is not None:
-            n = distance_bias.shape[1] // 2
-            value = value + distance_bias[h, (k_position[b, j] - q_position[b, i] + n).clamp(0, 2 * n - 1)]
-        return value
+            more = bias(b, h, i, j, tables.pattern).clamp(min=torch.finfo(torch.float32).min)  # -inf is the mask's to say
+            value = value + torch.where(j < beyond, more, 0)
+        return value if tables.position is None else value + at(tables.position, b, h, i, j)
 
     return seen, score
+
+
+class Tables(NamedTuple):
+    """What is added for a key d positions after the query, [H, 2n] at d + n; None: nothing, or no table says it.
+
+    Fields:
+        pattern: by a pattern whose bias is a function of the distance; it may learn.
+        position: by the position scheme.
+    """
+
+    pattern: Tensor | None
+    position: Tensor | None
 
 
 def _one(position: Tensor, length: Tensor, document: Tensor) -> Tokens:
@@ -121,7 +146,7 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def _attend(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -162,55 +187,53 @@ def _attend(
 def _run(call: PatternCall) -> Tensor:
     L, S = call.lengths
     Lb, Sb = bucket(L), bucket(S)
-    queries, keys = _places(call, Lb, Sb)
-    distance_bias = _by_distance(call)
-    lists = both_sides(call, BLOCK, Lb // BLOCK, Sb // BLOCK)
-    functions = pair_functions(call, queries, keys, distance_bias, use_pattern=True)
-    q, k, v = _filled(call.q, Lb), _filled(call.k, Sb), _filled(call.v, Sb)
-    out, lse = _attend(q, k, v, lists, functions, call.scale)
-    if call.any_global_key:
-        index, chosen, lists = call.keys.plan(("flex globals", BLOCK, Lb), lambda: _global_places(call, Lb))
-        functions = pair_functions(call, queries, chosen, distance_bias, use_pattern=False)
-        k, v = taken(call.k, index), taken(call.v, index)
-        more, more_lse = _attend(q, k, v, lists, functions, call.scale)
-        out, lse = _merge(out, lse, more, more_lse)
+    index, queries, keys = _places(call, Lb, Sb)
+    lists = both_sides(call, BLOCK, Lb // BLOCK, Sb // BLOCK, (keys.position.shape[1] - Sb) // BLOCK)
+    functions = pair_functions(call, queries, keys, Tables(_of_pattern(call), _by_distance(call)), Sb)
+    k, v = filled(call.k, Sb), filled(call.v, Sb)
+    if index is not None:
+        k, v = (torch.cat([x, taken(x, index)], 2) for x in (k, v))
+    out, lse = attend(filled(call.q, Lb), k, v, lists, functions, call.scale)
     if call.sink is not None:
-        out, _ = _merge(out, lse, out.new_zeros(()), call.sink[:, None])
+        # one more key, whose value is zero; a row that sees nothing else stays zero, with finite gradients
+        share = (lse.clamp(min=-1e30) - call.sink[:, None]).sigmoid()[..., None]
+        out = (out * share).to(out.dtype)
     return with_global_rows(call, out[:, :, :L], in_one=True)
 
 
-def _filled(x: Tensor, rows: int) -> Tensor:
+def filled(x: Tensor, rows: int) -> Tensor:
+    """With rows of zeros behind it."""
     return x if x.shape[2] == rows else F.pad(x, (0, 0, 0, rows - x.shape[2]))
 
 
-def _places(call: PatternCall, rows: int, columns: int) -> tuple[Places, Places]:
-    """Of queries and keys, found once for a layout; global keys are left to a part of their own."""
+def _places(call: PatternCall, rows: int, columns: int) -> tuple[Tensor | None, Places, Places]:
+    """Of queries and keys, found once for a layout; global keys stand behind the others, from these columns."""
 
     def queries() -> Places:
         return Places.of(call.queries, call.queries.valid, -2, rows)
 
-    def keys() -> Places:
-        there = call.keys.valid & ~call.keys.is_global if call.any_global_key else call.keys.valid
-        return Places.of(call.keys, there, -1, columns)
+    def keys() -> tuple[Tensor | None, Places]:
+        if not call.any_global_key:
+            return None, Places.of(call.keys, call.keys.valid, -1, columns)
+        index, chosen = global_columns(call.keys)
+        count = bucket(index.shape[1])
+        plain = Places.of(call.keys, call.keys.valid & ~call.keys.is_global, -1, columns)
+        marked = Places.of(chosen, chosen.valid, -1, count)
+        return F.pad(index, (0, count - index.shape[1])), Places(*(torch.cat(x, 1) for x in zip(plain, marked)))
 
-    return call.queries.plan(("flex queries", rows), queries), call.keys.plan(("flex keys", columns), keys)
-
-
-def _global_places(call: PatternCall, rows: int) -> tuple[Tensor, Places, Sides]:
-    """Columns of the global keys, filled up, what they are, and the lists by which all see them."""
-    columns, chosen = global_columns(call.keys)
-    count = bucket(columns.shape[1])
-    lists = everything(rows // BLOCK, count // BLOCK, call.q.device)
-    index = F.pad(columns, (0, count - columns.shape[1]))
-    return index, Places.of(chosen, chosen.valid, -1, count), lists
+    index, places = call.keys.plan(("flex keys", BLOCK, columns), keys)
+    return index, call.queries.plan(("flex queries", rows), queries), places
 
 
-def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two parts over disjoint keys; rows that see nothing in both stay zero, with finite gradients."""
-    least = -1e30
-    lse, more_lse = lse.clamp(min=least), more_lse.clamp(min=least)
-    share = (lse - more_lse).sigmoid()[..., None]
-    return (out * share + more * (1 - share)).to(out.dtype), torch.logaddexp(lse, more_lse)
+def _of_pattern(call: PatternCall) -> Tensor | None:
+    """The pattern's bias of a key d positions after the query, [H, 2n] at d + n, n in few sizes."""
+    reach = call.pattern.reach
+    if reach.weights != "distance":
+        return None
+    n = bucket((reach.farthest or 0) + 2)  # beyond it is as at its ends: -inf
+    token = Layout.plain(1, 1, call.q.device, start=n)
+    found = call.pattern.bias(token, Layout.plain(1, 2 * n, call.q.device))[0, :, 0]
+    return found.expand(call.q.shape[1], -1)
 
 
 def _by_distance(call: PatternCall) -> Tensor | None:
@@ -231,29 +254,38 @@ def _has_compiler(call: PatternCall) -> str | None:
     return "triton is not installed" if importlib.util.find_spec("triton") is None else None
 
 
-def _takes_dtype(call: PatternCall) -> str | None:
-    known = (torch.float32, torch.float16, torch.bfloat16)
-    return None if call.q.dtype in known else f"it has no kernel in {call.q.dtype}".replace("torch.", "")
+def refuse(q: Tensor) -> str | None:
+    """Why it cannot run these queries, or None."""
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it has no kernel in {q.dtype}".replace("torch.", "")
+    if q.shape[3] < 16:
+        return f"heads must be 16 wide at least, not {q.shape[3]}"
+    return None if q.shape[2] >= BLOCK else f"fewer than {BLOCK} queries are no work for it"
 
 
-def _is_wide(call: PatternCall) -> str | None:
-    return None if call.q.shape[3] >= 16 else f"heads must be 16 wide at least, not {call.q.shape[3]}"
+def _takes_queries(call: PatternCall) -> str | None:
+    return refuse(call.q)
 
 
 def _sums_in_order(call: PatternCall) -> str | None:
-    return "the pattern has learned weights, which it would sum in no fixed order" if call.learned else None
-
-
-def _is_long(call: PatternCall) -> str | None:
-    return None if call.q.shape[2] >= BLOCK else f"fewer than {BLOCK} queries are no work for it"
+    if call.learned and torch.are_deterministic_algorithms_enabled():
+        return "the pattern has learned weights, whose gradient it sums in no fixed order"
+    if call.learned and call.pattern.reach.weights != "distance":
+        return "the pattern has learned weights that are no function of the distance"
+    return None
 
 
 def _heads_alike(call: PatternCall) -> str | None:
+    reach = call.pattern.reach
+    if reach.weights == "distance":
+        return None
+    if reach.weights == "uniform" and isinstance(reach, Band) and reach.same_for_all and isinstance(reach.stride, int):
+        return None  # the reach says it all
     one = (tokens.cut(slice(0, 1)) for tokens in (call.queries, call.keys))
     return None if call.pattern.bias(*one).shape[1] == 1 else "heads have patterns of their own"
 
 
-FITS = (_takes_dtype, _is_wide, _sums_in_order, _is_long, _heads_alike)
+FITS = (_takes_queries, _sums_in_order, _heads_alike)
 """What it needs on any device."""
 FLEX: Kernel[PatternCall] = Kernel(
     "flex",
@@ -261,4 +293,5 @@ FLEX: Kernel[PatternCall] = Kernel(
     (_on_cuda, _has_compiler, *FITS),
     "torch's FlexAttention, compiled: any layout, of patterns that are a function of two positions",
     (facts.is_one_function, facts.first_in_text),
+    whole=True,
 )

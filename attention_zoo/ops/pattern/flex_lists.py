@@ -5,24 +5,27 @@ Lists are made on the host, once for a layout and pattern, as wide as the longes
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from attention_zoo.layout.host import Array, Host, tensor_of
 from attention_zoo.layout.reach import Anywhere, Band
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.heads import SomeHeads, reach_by_head
 from attention_zoo.ops.pattern.near import needed_pairs
 
 Device = torch.device | str
 
 
 class BlockLists(NamedTuple):
-    """For each row of blocks the blocks to visit: how many, [1, 1, n], and which, [1, 1, n, W]."""
+    """For each row of blocks the blocks to visit: how many, [1, #H, n], and which, [1, #H, n, W]."""
 
     number: Tensor
     blocks: Tensor
@@ -49,20 +52,46 @@ def lists_of_pairs(row: Array, column: Array, rows: int, device: Device = "cpu")
     return BlockLists(*(tensor_of(x, device) for x in (count[None, None].astype(np.int32), index[None, None])))
 
 
-def both_sides(call: PatternCall, size: int, rows: int, columns: int) -> Sides:
-    """Of the call's blocks of `size`; `rows` and `columns` count fillers, which are in no list."""
-    key = ("flex lists", call.pattern.reach, call.pattern.causal, id(call.queries), size, rows, columns)
+def both_sides(call: PatternCall, size: int, rows: int, columns: int, more: int = 0) -> Sides:
+    """Of the call's blocks of `size`; `rows` and `columns` count fillers, which are in no list.
+
+    Args:
+        more: blocks of keys behind these, which all queries visit.
+    """
+    key = ("flex lists", call.pattern.reach, call.pattern.causal, id(call.queries), size, rows, columns, more)
     # the plan keeps what the key's id is of
-    return call.keys.plan(key, lambda: (_both_sides(call, size, rows, columns), call.queries))[0]
+    return call.keys.plan(key, lambda: (_both_sides(call, size, rows, columns, more), call.queries))[0]
 
 
-def _both_sides(call: PatternCall, size: int, rows: int, columns: int) -> Sides:
+def _both_sides(call: PatternCall, size: int, rows: int, columns: int, more: int) -> Sides:
+    back = reach_by_head(call.pattern.reach)
+    if back is None:
+        return _sides(call, size, rows, columns, more)
+    found = {}
+    for far in set(back):
+        heads = tuple(head for head, other in enumerate(back) if other == far)
+        found[far] = _sides(replace(call, pattern=SomeHeads(call.pattern, heads)), size, rows, columns, more)
+    return Sides(*(_by_head([found[far][n] for far in back]) for n in range(len(Sides._fields))))
+
+
+def _by_head(lists: list[BlockLists]) -> BlockLists:
+    """One of each head, as wide as the widest."""
+    widest = max(one.blocks.shape[-1] for one in lists)
+    blocks = [F.pad(one.blocks, (0, widest - one.blocks.shape[-1])) for one in lists]
+    return BlockLists(torch.cat([one.number for one in lists], 1), torch.cat(blocks, 1))
+
+
+def _sides(call: PatternCall, size: int, rows: int, columns: int, more: int) -> Sides:
     row, column = _pairs(call, size, rows, columns)
     whole, device = seen_whole(call, row, column, size), call.q.device
+    asking = -(-call.lengths[0] // size)
+    row = np.concatenate([row, np.arange(asking).repeat(more)])
+    column = np.concatenate([column, columns + np.tile(np.arange(more), asking)])
+    whole = np.concatenate([whole, np.zeros(asking * more, bool)])
     lists = []
     for some in (~whole, whole):
         lists.append(lists_of_pairs(row[some], column[some], rows, device))
-        lists.append(lists_of_pairs(column[some], row[some], columns, device))
+        lists.append(lists_of_pairs(column[some], row[some], columns + more, device))
     return Sides(*lists)
 
 
@@ -107,13 +136,3 @@ def _ends(tokens: Host, size: int) -> tuple[Int[np.ndarray, "B n"], ...]:
         return blocks.min(-1), blocks.max(-1)
 
     return *ends(tokens.position, 0), *ends(np.where(tokens.valid, tokens.document, -1), -1)
-
-
-def everything(rows: int, columns: int, device: Device) -> Sides:
-    """Every block of queries with every block of keys, each in part."""
-
-    def lists(n: int, m: int, count: int) -> BlockLists:
-        number = torch.full((1, 1, n), count, dtype=torch.int32, device=device)
-        return BlockLists(number, torch.arange(m, dtype=torch.int32, device=device).repeat(1, 1, n, 1))
-
-    return Sides(lists(rows, columns, columns), lists(columns, rows, rows), lists(rows, 1, 0), lists(columns, 1, 0))

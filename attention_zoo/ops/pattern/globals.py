@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attention_zoo.layout.host import Host, tensor_of
 from attention_zoo.layout.layout import Layout
+from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.call import PatternCall
 from attention_zoo.ops.softmax.dense import dense
 from attention_zoo.ops.softmax.fused import fused
@@ -188,7 +189,7 @@ def global_rows(call: PatternCall, *, in_one: bool = False) -> Tensor:
     """
     columns, queries = global_columns(call.queries)
     q = call.q.gather(2, columns[:, None, :, None].expand(-1, call.q.shape[1], -1, call.q.shape[3]))
-    if (in_one or q.is_cuda) and not call.has_position_bias and call.sink is None:
+    if (in_one or facts.on_cuda(call) is None) and not call.has_position_bias and call.sink is None:
         return fused_rows(call, q, queries)
     tiles = _everyone_tiles(call, queries)
     asked = queries.valid[:, None, :, None]
@@ -207,16 +208,23 @@ def fused_rows(call: PatternCall, q: Tensor, queries: Layout) -> Tensor:
     found = []
     for start in range(0, q.shape[2], FUSED_ROWS):
         some = slice(start, start + FUSED_ROWS)
-        # a filler sees everything: it is thrown away, and must only be finite
-        seen = call.seen(queries.cut(some), call.keys) | ~queries.valid[:, None, some, None]
-        bias = torch.zeros((), dtype=q.dtype, device=q.device).where(seen, -torch.inf)
+        key = ("fused rows", id(call.queries), call.pattern.causal, q.dtype, start)
+        # the plan keeps what the key's id is of
+        bias = call.keys.plan(key, lambda some=some: (_seen_by_rows(call, queries, some), call.queries))[0]
         found.append(fused(q[:, :, some], call.k, call.v, bias, scale=call.scale))
-    return torch.cat(found, 2)
+    return found[0] if len(found) == 1 else torch.cat(found, 2)
+
+
+def _seen_by_rows(call: PatternCall, queries: Layout, some: slice) -> Tensor:
+    """What is added to the scores of some of them; a filler sees everything: it is thrown away, must only be finite."""
+    seen = call.seen(queries.cut(some), call.keys) | ~queries.valid[:, None, some, None]
+    return torch.zeros((), dtype=call.q.dtype, device=call.q.device).where(seen, -torch.inf)
 
 
 def put_global_rows(call: PatternCall, out: Tensor, rows: Tensor) -> Tensor:
     """Global rows put over what the pattern alone gave them."""
     columns, chosen = global_columns(call.queries)
     index = columns[:, None, :, None].expand_as(rows)
-    fresh = torch.where(chosen.valid[:, None, :, None], rows, out.gather(2, index))
-    return out.scatter(2, index, fresh)
+    if not chosen.dense:
+        rows = torch.where(chosen.valid[:, None, :, None], rows, out.gather(2, index))
+    return out.scatter(2, index, rows)

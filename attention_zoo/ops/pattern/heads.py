@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attention_zoo.constants import constant
+from attention_zoo.layout.kernel import Kernel
 from attention_zoo.layout.reach import Band, Reach
 from attention_zoo.ops.pattern.call import Pattern, PatternCall
 from attention_zoo.tokens import Tokens
@@ -68,6 +69,14 @@ def merge(parts: Sequence[Tensor], groups: Sequence[Heads]) -> Tensor:
         place = sorted(range(len(order)), key=order.__getitem__)
         whole = whole.index_select(2, constant(place, like=whole, dtype=torch.long))
     return whole.transpose(1, 2)
+
+
+def runs_whole(kernels: Sequence[Kernel[PatternCall]], wanted: str, call: PatternCall) -> bool:
+    """Whether heads differ, and a kernel that may be taken runs them in one call at no more cost."""
+    if reach_by_head(call.pattern.reach) is None:
+        return False
+    able = (each for each in kernels if each.whole and wanted in ("auto", each.name))
+    return any(all(fact(call) is None for fact in each.needs) for each in able)
 
 
 def apart(call: PatternCall) -> tuple[list[PatternCall], list[Heads]] | None:

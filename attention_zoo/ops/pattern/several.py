@@ -2,7 +2,8 @@
 
 Each set is a part: its scores are computed by themselves and merged by log-sum-exp, forward and backward, so that
 nothing is ever L x S. O(L · keys that are seen) time, O(L·D) memory. Without gradients the sets stay where they are, so
-that a step of decoding reads what a state holds and copies none of it; with gradients they are put together first.
+that a step of decoding reads what a state holds and copies none of it; with gradients they are put together first. On
+CUDA FlexAttention runs what it can (several_flex.py), so that the host is not asked for each tile.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from attention_zoo.layout.host import tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.reach import Anywhere, Band, Reach
 from attention_zoo.layout.visible import Seen, Visible, columns_of, visible
+from attention_zoo.ops.pattern import several_flex
 from attention_zoo.ops.pattern.globals import cuts
 from attention_zoo.ops.softmax.partial import Scratch, Sums, fold
 from attention_zoo.ops.softmax.parts import Bias, Part
@@ -62,7 +64,10 @@ def attend_to_several(
         raise ValueError("sets must hold at least one set of keys, got none")
     for each in sets:
         _check(each)
-    seen, tiles = [_seen(each, queries, causal) for each in sets], []
+    seen: list[Sequence[Seen | None]] = [_seen(each, queries, causal) for each in sets]
+    if several_flex.refuse(q, sets) is None:
+        return several_flex.run(q, queries, sets, seen, scale)
+    tiles = []
     for a in range(0, q.shape[2], ROWS):
         rows = slice(a, min(a + ROWS, q.shape[2]))
         tiles.append((rows, list(_pieces(q, queries, sets, seen, rows))))

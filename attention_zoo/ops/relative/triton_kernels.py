@@ -1,7 +1,6 @@
 """The device code of ops/relative/triton.py: tiles of N queries and N keys, with 2N of the distances between them.
 
-Scores are kept in powers of two: `factor` is `scale` with log2(e) folded in; log-sum-exps that leave or enter are
-natural ones. `FAR` says that an offset passes 31 bits; else offsets are 32 bits wide, which spares registers.
+Most tiles are seen whole: they are not asked which of their pairs are seen. `factor` is `scale` with log2(e) folded in.
 """
 
 from __future__ import annotations
@@ -9,40 +8,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from attention_zoo.ops.triton.device import LOG2E, ended, load_rows, running, save_rows, statistics
 
 
 @triton.jit
 def _load(at, row, stride, limit, D: tl.constexpr, BD: tl.constexpr, FAR: tl.constexpr):
     """[rows, D] of a matrix of `limit` rows; zeros outside."""
-    d = tl.arange(0, BD)
-    inside = ((row >= 0) & (row < limit))[:, None] & (d < D)[None, :]
-    if FAR:
-        row = row.to(tl.int64)
-    return tl.load(at + row[:, None] * stride + d[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _save(at, row, stride, limit, value, D: tl.constexpr, BD: tl.constexpr, FAR: tl.constexpr):
-    d = tl.arange(0, BD)
-    inside = ((row >= 0) & (row < limit))[:, None] & (d < D)[None, :]
-    if FAR:
-        row = row.to(tl.int64)
-    tl.store(at + row[:, None] * stride + d[None, :], value.to(at.dtype.element_ty), mask=inside)
+    return load_rows(at, row, stride, (row >= 0) & (row < limit), D, BD, FAR)
 
 
 @triton.jit
 def _vector(at, D: tl.constexpr, BD: tl.constexpr):
     d = tl.arange(0, BD)
     return tl.load(at + d, mask=d < D, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _statistics(lse, delta, row, limit):
-    """Of queries, the log-sum-exp in powers of two, and delta; a row that sees nothing weighs nothing."""
-    base = tl.load(lse + row, mask=row < limit, other=float("inf"))
-    base = tl.where(base == -float("inf"), float("inf"), base)
-    return base * LOG2E, tl.load(delta + row, mask=row < limit, other=0.0)
 
 
 @triton.jit
@@ -59,6 +37,11 @@ def _from_diagonals(scores, N: tl.constexpr):
     j = t - (N - 1) + i
     inside = (j >= 0) & (j < N)
     return tl.where(inside, tl.gather(scores, tl.where(inside, j, 0), 1), 0.0)
+
+
+@triton.jit
+def _seen(oldest, column, key):
+    return (key[None, :] >= oldest[:, None]) & (key[None, :] <= column[:, None])
 
 
 @triton.jit
@@ -79,6 +62,7 @@ def forward(
     row = m * N + tl.arange(0, N)
     column = row + (S - L)
     oldest = tl.load(first + b * f_b + row, mask=row < L, other=S)
+    newest = tl.max(oldest, 0)
     queries = _load(q + b * q_b + h * q_h, row, q_n, L, D, BD, FAR)
     to_keys = (queries.to(tl.float32) + _vector(u + h * D, D, BD)[None, :]).to(q.dtype.element_ty)
     to_distances = (queries.to(tl.float32) + _vector(w + h * D, D, BD)[None, :]).to(q.dtype.element_ty)
@@ -94,29 +78,23 @@ def forward(
         farthest = T - 1 - (m * N + (S - L) + N - 1 - start)
         table = _load(r + h * r_h, farthest + tl.arange(0, 2 * N), r_n, T, D, BD, FAR)
         scores = _scores(to_keys, to_distances, keys, table, factor, N)
-        seen = (key[None, :] >= oldest[:, None]) & (key[None, :] <= column[:, None])
-        scores = tl.where(seen, scores, -float("inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        anchor = tl.where(higher == -float("inf"), 0.0, higher)
-        shrink = tl.exp2(top - anchor)
-        weights = tl.exp2(scores - anchor[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        mixed = mixed * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        top = higher
-    some = total > 0
-    safe = tl.where(some, total, 1.0)
-    _save(out + b * o_b + h * o_h, row, o_n, L, mixed / safe[:, None], D, BD, FAR)
-    tl.store(lse + z * L + row, tl.where(some, (top + tl.log2(safe)) / LOG2E, -float("inf")), mask=row < L)
+        if (start < newest) | (start + N > m * N + (S - L) + 1):
+            scores = tl.where(_seen(oldest, column, key), scores, -float("inf"))
+        top, total, mixed = running(top, total, mixed, scores, values)
+    mixed, found = ended(top, total, mixed)
+    save_rows(out + b * o_b + h * o_h, row, o_n, row < L, mixed, D, BD, FAR)
+    tl.store(lse + z * L + row, found, mask=row < L)
 
 
 @triton.jit
 def _tile_gradients(
-    to_keys, to_distances, keys, values, table, grads, base, shift, oldest, column, key, scale, N: tl.constexpr
+    to_keys, to_distances, keys, values, table, grads, base, shift, masked, oldest, column, key, scale, N: tl.constexpr
 ):
     """Weights and the gradient of the scores (before `scale`) of one tile; `scale` is for powers of two here."""
     scores = _scores(to_keys, to_distances, keys, table, scale, N)
-    seen = (key[None, :] >= oldest[:, None]) & (key[None, :] <= column[:, None])
-    weights = tl.where(seen, tl.exp2(scores - base[:, None]), 0.0)
+    weights = tl.exp2(scores - base[:, None])
+    if masked:
+        weights = tl.where(_seen(oldest, column, key), weights, 0.0)
     dweights = tl.dot(grads, tl.trans(values), input_precision="ieee")
     return weights, weights * (dweights - shift[:, None])
 
@@ -132,9 +110,10 @@ def backward_q(
     row = m * N + tl.arange(0, N)
     column = row + (S - L)
     oldest = tl.load(first + b * f_b + row, mask=row < L, other=S)
+    newest = tl.max(oldest, 0)
     queries = _load(q + b * q_b + h * q_h, row, q_n, L, D, BD, FAR)
     grads = _load(grad + b * g_b + h * g_h, row, g_n, L, D, BD, FAR)
-    base, shift = _statistics(lse + z * L, delta + z * L, row, L)
+    base, shift = statistics(lse + z * L, delta + z * L, row, row < L)
     to_keys = (queries.to(tl.float32) + _vector(u + h * D, D, BD)[None, :]).to(q.dtype.element_ty)
     to_distances = (queries.to(tl.float32) + _vector(w + h * D, D, BD)[None, :]).to(q.dtype.element_ty)
     factor = scale * LOG2E
@@ -146,12 +125,13 @@ def backward_q(
         values = _load(v + b * v_b + h * v_h, key, v_n, S, D, BD, FAR)
         farthest = T - 1 - (m * N + (S - L) + N - 1 - start)
         table = _load(r + h * r_h, farthest + tl.arange(0, 2 * N), r_n, T, D, BD, FAR)
+        masked = (start < newest) | (start + N > m * N + (S - L) + 1)
         _, dscores = _tile_gradients(
-            to_keys, to_distances, keys, values, table, grads, base, shift, oldest, column, key, factor, N
+            to_keys, to_distances, keys, values, table, grads, base, shift, masked, oldest, column, key, factor, N
         )
         for_keys += tl.dot(dscores.to(keys.dtype), keys, input_precision="ieee")
         for_distances += tl.dot(_from_diagonals(dscores, N).to(table.dtype), table, input_precision="ieee")
-    _save(dq + b * o_b + h * o_h, row, o_n, L, (for_keys + for_distances) * scale, D, BD, FAR)
+    save_rows(dq + b * o_b + h * o_h, row, o_n, row < L, (for_keys + for_distances) * scale, D, BD, FAR)
     # of u and w each program leaves its share, to be summed outside
     d = tl.arange(0, BD)
     share = (z * tl.num_programs(0) + m) * D + d
@@ -184,13 +164,14 @@ def backward_kv(
         border = tl.load(own + b * own_b + row, mask=row < L, other=S)
         queries = _load(q + b * q_b + h * q_h, row, q_n, L, D, BD, FAR)
         grads = _load(grad + b * g_b + h * g_h, row, g_n, L, D, BD, FAR)
-        base, shift = _statistics(lse + z * L, delta + z * L, row, L)
+        base, shift = statistics(lse + z * L, delta + z * L, row, row < L)
         to_keys = (queries.to(tl.float32) + _vector(u + h * D, D, BD)[None, :]).to(q.dtype.element_ty)
         to_distances = (queries.to(tl.float32) + _vector(w + h * D, D, BD)[None, :]).to(q.dtype.element_ty)
         farthest = T - 1 - (start + (S - L) + N - 1 - n * N)
         table = _load(r + h * r_h, farthest + tl.arange(0, 2 * N), r_n, T, D, BD, FAR)
+        masked = (n * N < tl.max(oldest, 0)) | (n * N + N > start + (S - L) + 1)
         weights, dscores = _tile_gradients(
-            to_keys, to_distances, keys, values, table, grads, base, shift, oldest, column, key, factor, N
+            to_keys, to_distances, keys, values, table, grads, base, shift, masked, oldest, column, key, factor, N
         )
         inside = key[None, :] >= border[:, None]
         every_k += tl.dot(tl.trans(dscores.to(queries.dtype)), to_keys, input_precision="ieee")
@@ -199,10 +180,10 @@ def backward_kv(
         own_k += tl.dot(tl.trans(gains.to(queries.dtype)), to_keys, input_precision="ieee")
         own_v += tl.dot(tl.trans(mine.to(grads.dtype)), grads, input_precision="ieee")
     to = b * o_b + h * o_h
-    _save(dk + to, key, o_n, S, every_k * scale, D, BD, FAR)
-    _save(dv + to, key, o_n, S, every_v, D, BD, FAR)
-    _save(dk_own + to, key, o_n, S, own_k * scale, D, BD, FAR)
-    _save(dv_own + to, key, o_n, S, own_v, D, BD, FAR)
+    save_rows(dk + to, key, o_n, key < S, every_k * scale, D, BD, FAR)
+    save_rows(dv + to, key, o_n, key < S, every_v, D, BD, FAR)
+    save_rows(dk_own + to, key, o_n, key < S, own_k * scale, D, BD, FAR)
+    save_rows(dv_own + to, key, o_n, key < S, own_v, D, BD, FAR)
 
 
 @triton.jit
@@ -220,14 +201,13 @@ def backward_r(
     total = tl.zeros([N, BD], tl.float32)
     for start in range(piece * rows, tl.minimum(piece * rows + rows, L), N):
         row = start + tl.arange(0, N)
-        column = row + (S - L)
         oldest = tl.load(first + b * f_b + row, mask=row < L, other=S)
         # distance T - 1 - falling of query `column` is the key column - (T - 1) + falling: 2N neighbours for the tile
         leftmost = start + (S - L) - (T - 1) + t * N
         if (leftmost + 2 * N > tl.min(oldest, 0)) & (leftmost < S):
             queries = _load(q + b * q_b + h * q_h, row, q_n, L, D, BD, FAR)
             grads = _load(grad + b * g_b + h * g_h, row, g_n, L, D, BD, FAR)
-            base, shift = _statistics(lse + z * L, delta + z * L, row, L)
+            base, shift = statistics(lse + z * L, delta + z * L, row, row < L)
             to_keys = (queries.to(tl.float32) + _vector(u + h * D, D, BD)[None, :]).to(q.dtype.element_ty)
             to_distances = (queries.to(tl.float32) + _vector(w + h * D, D, BD)[None, :]).to(q.dtype.element_ty)
             wide = leftmost + tl.arange(0, 2 * N)
@@ -237,10 +217,10 @@ def backward_r(
             i, j = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
             content = tl.gather(tl.dot(to_keys, tl.trans(keys), input_precision="ieee"), i + j, 1)
             scores = (content + tl.dot(to_distances, tl.trans(table), input_precision="ieee")) * factor
-            key = leftmost + i + j
-            seen = (key >= oldest[:, None]) & (key <= column[:, None]) & (falling < T)[None, :]
-            weights = tl.where(seen, tl.exp2(scores - base[:, None]), 0.0)
+            weights = tl.exp2(scores - base[:, None])
+            if (leftmost < tl.max(oldest, 0)) | (t * N + N > T):
+                weights = tl.where((leftmost + i + j >= oldest[:, None]) & (falling < T)[None, :], weights, 0.0)
             dweights = tl.gather(tl.dot(grads, tl.trans(values), input_precision="ieee"), i + j, 1)
             dscores = weights * (dweights - shift[:, None])
             total += tl.dot(tl.trans(dscores.to(queries.dtype)), to_distances, input_precision="ieee")
-    _save(dr + (z * tl.num_programs(1) + piece) * T * D, falling, D, T, total * scale, D, BD, FAR)
+    save_rows(dr + (z * tl.num_programs(1) + piece) * T * D, falling, D, falling < T, total * scale, D, BD, FAR)

@@ -1,10 +1,7 @@
 """The device code of ops/softmax/triton.py: what a program does with one block and its list of others.
 
 A list has those blocks in front that are seen whole, whose pairs need no mask; the rest decides by labels and times. Of
-both a program runs a loop of its own. Scores are kept in powers of two (exp2 is what the hardware has): `scale` comes
-with log2(e) folded in here, log-sum-exps that leave or enter are natural ones.
-
-`FAR` says that an offset passes 31 bits; else offsets are 32 bits wide, which spares registers.
+both a program runs a loop of its own. Functions of one step get `scale` with log2(e) folded in.
 """
 
 from __future__ import annotations
@@ -12,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from attention_zoo.ops.triton.device import LOG2E, ended, load_rows, running, save_rows, statistics
 
 
 @triton.jit
@@ -31,43 +28,16 @@ def _slots(rows, times, labels, block, first, C: tl.constexpr, BC: tl.constexpr,
 
 @triton.jit
 def _seen(q_time, q_label, k_time, k_label, CAUSAL: tl.constexpr, STRICT: tl.constexpr):
-    seen = q_label[:, None] == k_label[None, :]
+    """Of slots as a column and as a row."""
+    seen = q_label == k_label
     if CAUSAL:
         if STRICT:  # noqa: SIM108
-            seen = seen & (k_time[None, :] < q_time[:, None])
+            seen = seen & (k_time < q_time)
         else:
-            seen = seen & (k_time[None, :] <= q_time[:, None])
+            seen = seen & (k_time <= q_time)
     elif STRICT:
-        seen = seen & (k_time[None, :] != q_time[:, None])
+        seen = seen & (k_time != q_time)
     return seen
-
-
-@triton.jit
-def _places(row, stride, BD: tl.constexpr, FAR: tl.constexpr):
-    if FAR:
-        row = row.to(tl.int64)
-    return row[:, None] * stride + tl.arange(0, BD)[None, :]
-
-
-@triton.jit
-def _gather(at, row, stride, ok, D: tl.constexpr, BD: tl.constexpr, FAR: tl.constexpr):
-    """[rows, D] of a matrix; zeros where not ok."""
-    inside = ok[:, None] & (tl.arange(0, BD) < D)[None, :]
-    return tl.load(at + _places(row, stride, BD, FAR), mask=inside, other=0.0)
-
-
-@triton.jit
-def _put(at, row, stride, ok, value, D: tl.constexpr, BD: tl.constexpr, FAR: tl.constexpr):
-    inside = ok[:, None] & (tl.arange(0, BD) < D)[None, :]
-    tl.store(at + _places(row, stride, BD, FAR), value.to(at.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _statistics(lse, delta, row, asks):
-    """Of the rows of queries, the log-sum-exp in powers of two, and delta; a row that sees nothing weighs nothing."""
-    base = tl.load(lse + row, mask=asks, other=float("inf"))
-    base = tl.where(base == -float("inf"), float("inf"), base)
-    return base * LOG2E, tl.load(delta + row, mask=asks, other=0.0)
 
 
 @triton.jit
@@ -78,21 +48,15 @@ def _mix(
 ):  # fmt: skip
     """The running softmax, one block of keys later."""
     k_row, k_when, k_name = _slots(k_rows, k_time, k_label, other, 0, C, BC, HAS_ROWS)
-    keys = _gather(k, k_row, k_n, k_name >= 0, D, BD, FAR)
-    values = _gather(v, k_row, v_n, k_name >= 0, D, BD, FAR)
+    keys = load_rows(k, k_row, k_n, k_name >= 0, D, BD, FAR)
+    values = load_rows(v, k_row, v_n, k_name >= 0, D, BD, FAR)
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
     if HAS_WEIGHT:
         scores += tl.load(weight + link) * LOG2E
     if MASKED:
-        scores = tl.where(_seen(time, label, k_when, k_name, CAUSAL, STRICT), scores, -float("inf"))
-    higher = tl.maximum(top, tl.max(scores, 1))
-    anchor = tl.where(higher == -float("inf"), 0.0, higher)  # a row that has seen nothing yet
-    shrink = tl.exp2(top - anchor)
-    weights = tl.exp2(scores - anchor[:, None])
-    total = total * shrink + tl.sum(weights, 1)
-    mixed = mixed * shrink[:, None]
-    mixed = tl.dot(weights.to(values.dtype), values, mixed, input_precision="ieee")
-    return higher, total, mixed
+        seen = _seen(time[:, None], label[:, None], k_when[None, :], k_name[None, :], CAUSAL, STRICT)
+        scores = tl.where(seen, scores, -float("inf"))
+    return running(top, total, mixed, scores, values)
 
 
 @triton.jit
@@ -110,7 +74,7 @@ def forward(
         q_rows + b * q_slots, q_time + b * q_slots, q_label + b * q_slots, n, first, C, BC, HAS_ROWS
     )
     asks = label >= 0
-    queries = _gather(q + b * q_b + h * q_h, row, q_n, asks, D, BD, FAR)
+    queries = load_rows(q + b * q_b + h * q_h, row, q_n, asks, D, BD, FAR)
     k, v = k + b * k_b + g * k_h, v + b * v_b + g * v_h
     k_rows, k_time, k_label = k_rows + b * k_slots, k_time + b * k_slots, k_label + b * k_slots
     links, weight = links + (z * N + n) * W, weight + (z * N + n) * W
@@ -131,14 +95,11 @@ def forward(
             top, total, mixed, queries, time, label, tl.load(links + entry), entry, k, v, weight, k_rows, k_time,
             k_label, k_n, v_n, factor, C, D, BC, BD, CAUSAL, STRICT, HAS_ROWS, HAS_WEIGHT, FAR, True,
         )  # fmt: skip
-    some = total > 0
-    safe = tl.where(some, total, 1.0)
-    mixed = mixed / safe[:, None]
-    found = tl.where(some, (top + tl.log2(safe)) / LOG2E, -float("inf"))
+    mixed, found = ended(top, total, mixed)
     if HAS_ROWS:
         row = n * C + tl.arange(0, BC)  # results of gathered rows stay in slots: a row may stand in several
         asks = tl.arange(0, BC) < C
-    _put(out + b * o_b + h * o_h, row, o_n, asks, mixed, D, BD, FAR)
+    save_rows(out + b * o_b + h * o_h, row, o_n, asks, mixed, D, BD, FAR)
     tl.store(lse + b * l_b + h * l_h + row, found, mask=asks)
 
 
@@ -151,14 +112,15 @@ def _pull(
 ):  # fmt: skip
     """The gradient of the queries (before `scale`), one block of keys later."""
     k_row, k_when, k_name = _slots(k_rows, k_time, k_label, other, 0, C, BC, HAS_ROWS)
-    keys = _gather(k, k_row, k_n, k_name >= 0, D, BD, FAR)
-    values = _gather(v, k_row, v_n, k_name >= 0, D, BD, FAR)
+    keys = load_rows(k, k_row, k_n, k_name >= 0, D, BD, FAR)
+    values = load_rows(v, k_row, v_n, k_name >= 0, D, BD, FAR)
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
     if HAS_WEIGHT:
         scores += tl.load(weight + link) * LOG2E
     weights = tl.exp2(scores - base[:, None])
     if MASKED:
-        weights = tl.where(_seen(time, label, k_when, k_name, CAUSAL, STRICT), weights, 0.0)
+        seen = _seen(time[:, None], label[:, None], k_when[None, :], k_name[None, :], CAUSAL, STRICT)
+        weights = tl.where(seen, weights, 0.0)
     dweights = tl.dot(grads, tl.trans(values), input_precision="ieee")
     dscores = weights * (dweights - shift[:, None])
     return tl.dot(dscores.to(keys.dtype), keys, total, input_precision="ieee")
@@ -179,9 +141,9 @@ def backward_q(
         q_rows + b * q_slots, q_time + b * q_slots, q_label + b * q_slots, n, first, C, BC, HAS_ROWS
     )
     asks = label >= 0
-    queries = _gather(q + b * q_b + h * q_h, row, q_n, asks, D, BD, FAR)
-    grads = _gather(grad + b * g_b + h * g_h, row, g_n, asks, D, BD, FAR)
-    base, shift = _statistics(lse + b * l_b + h * l_h, delta + b * l_b + h * l_h, row, asks)
+    queries = load_rows(q + b * q_b + h * q_h, row, q_n, asks, D, BD, FAR)
+    grads = load_rows(grad + b * g_b + h * g_h, row, g_n, asks, D, BD, FAR)
+    base, shift = statistics(lse + b * l_b + h * l_h, delta + b * l_b + h * l_h, row, asks)
     k, v = k + b * k_b + g * k_h, v + b * v_b + g * v_h
     k_rows, k_time, k_label = k_rows + b * k_slots, k_time + b * k_slots, k_label + b * k_slots
     links, weight = links + (z * N + n) * W, weight + (z * N + n) * W
@@ -203,7 +165,7 @@ def backward_q(
     if HAS_ROWS:
         row = n * C + tl.arange(0, BC)
         asks = tl.arange(0, BC) < C
-    _put(dq + b * o_b + h * o_h, row, o_n, asks, total * scale, D, BD, FAR)
+    save_rows(dq + b * o_b + h * o_h, row, o_n, asks, total * scale, D, BD, FAR)
 
 
 @triton.jit
@@ -217,21 +179,23 @@ def _push(
     """The gradients of keys (before `scale`) and values, one block of queries later."""
     row, time, label = _slots(q_rows, q_time, q_label, (entry // W) % N, first, C, BC, HAS_ROWS)
     asks = label >= 0
-    queries = _gather(q, row, q_n, asks, D, BD, FAR)
-    grads = _gather(grad, row, g_n, asks, D, BD, FAR)
-    base, shift = _statistics(lse, delta, row, asks)
-    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+    queries = load_rows(q, row, q_n, asks, D, BD, FAR)
+    grads = load_rows(grad, row, g_n, asks, D, BD, FAR)
+    base, shift = statistics(lse, delta, row, asks)
+    # keys are the rows here: what is multiplied next is then in the place where it is needed
+    scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale
     if HAS_WEIGHT:
         scores += tl.load(weight + entry) * LOG2E
-    weights = tl.exp2(scores - base[:, None])
+    weights = tl.exp2(scores - base[None, :])
     if MASKED:
-        weights = tl.where(_seen(time, label, k_when, k_name, CAUSAL, STRICT), weights, 0.0)
+        seen = _seen(time[None, :], label[None, :], k_when[:, None], k_name[:, None], CAUSAL, STRICT)
+        weights = tl.where(seen, weights, 0.0)
     if FOR_V:
-        for_values = tl.dot(tl.trans(weights.to(grads.dtype)), grads, for_values, input_precision="ieee")
+        for_values = tl.dot(weights.to(grads.dtype), grads, for_values, input_precision="ieee")
     if FOR_K:
-        dweights = tl.dot(grads, tl.trans(values), input_precision="ieee")
-        dscores = weights * (dweights - shift[:, None])
-        for_keys = tl.dot(tl.trans(dscores.to(queries.dtype)), queries, for_keys, input_precision="ieee")
+        dweights = tl.dot(values, tl.trans(grads), input_precision="ieee")
+        dscores = weights * (dweights - shift[None, :])
+        for_keys = tl.dot(dscores.to(queries.dtype), queries, for_keys, input_precision="ieee")
     return for_keys, for_values
 
 
@@ -254,10 +218,10 @@ def backward_kv(
     k_row, k_when, k_name = _slots(
         k_rows + b * k_slots, k_time + b * k_slots, k_label + b * k_slots, block % M, 0, C, BC, HAS_ROWS
     )
-    keys = _gather(k + b * k_b + g * k_h, k_row, k_n, k_name >= 0, D, BD, FAR)
+    keys = load_rows(k + b * k_b + g * k_h, k_row, k_n, k_name >= 0, D, BD, FAR)
     values = keys
     if FOR_K:
-        values = _gather(v + b * v_b + g * v_h, k_row, v_n, k_name >= 0, D, BD, FAR)
+        values = load_rows(v + b * v_b + g * v_h, k_row, v_n, k_name >= 0, D, BD, FAR)
     q, grad = q + b * q_b + h * q_h, grad + b * g_b + h * g_h
     lse, delta = lse + b * l_b + h * l_h, delta + b * l_b + h * l_h
     q_rows, q_time, q_label = q_rows + b * q_slots, q_time + b * q_slots, q_label + b * q_slots
@@ -308,6 +272,6 @@ def sum_pieces(
             total += tl.load(at + lane[:, None] * D + d[None, :], mask=inside, other=0.0)
             at += C * D
     row = m * C + lane
-    _put(
+    save_rows(
         out + b.to(tl.int64) * o_b + g.to(tl.int64) * o_h, row, o_n, (lane < C) & (row < S), total, D, BD, True
     )  # fmt: skip

@@ -6,19 +6,22 @@
 The launching code itself runs, on CPU tensors, with a driver of Triton that knows an architecture and nothing else, and
 with launches replaced by "compile and note": so constants, hints and warps are those of real launches. What does not
 fit its architecture's cards with two stages, or spills, is compiled with one stage, too. Rows that the file has are
-left out, so that a run that was stopped goes on; `card.py` says what a row holds.
+left out, so that a run that was stopped goes on; those of other device code (`digest`) or another release of Triton are
+made again, and stand until then. `card.py` says what a row holds.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ from attention_zoo.ops.triton.card import SPILLED, Compiled, read
 
 CARDS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Shared bytes that a program may ask for on the cards of each architecture (CUDA programming guide, table 30)."""
-ORDER = (90, 80, 100, 89, 86, 120)
+ORDER = (90, 80, 100, 120, 89, 86)
 FAMILIES = {blocks.kernels.__name__: "block", relative.kernels.__name__: "relative"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TABLE = Path(__file__).with_name("compiled.csv")
@@ -68,10 +71,10 @@ class Notes:
     def __init__(self, path: Path, wanted: Callable[[str], bool]):
         self.path, self.wanted = path, wanted
         self.elsewhere, self.size = Elsewhere(), (0, 0, 0, 0, 0)
-        self.known: dict[tuple[Any, ...], Compiled] = {}
+        self.rows: dict[tuple[Any, ...], Compiled] = {}
         if path.exists():
             with path.open() as lines:
-                self.known = {row.what: row for row in read(lines) if row.triton == triton.__version__}
+                self.rows = {row.what: row for row in read(lines)}
 
     def launched(self, kernel: JITFunction[Any], *args: Any, grid: Any, warmup: Any = None, **constants: Any) -> None:
         """In the place of a launch."""
@@ -91,19 +94,27 @@ class Notes:
             self.elsewhere.arch, name, constants.get("N", block), width, itemsize, causal, gathered,
             constants["num_warps"], constants["num_stages"],
         )  # fmt: skip
-        if what in self.known:
-            return self.known[what]
+        made = triton.__version__, digest(kernel)
+        known = self.rows.get(what)
+        if known is not None and known[-2:] == made:
+            return known
         before = sum(os.times()[:4])
         compiled: Any = _LAUNCH(kernel, *args, grid=None, warmup=True, **constants)
         needs = compiled.metadata.shared, *_used(compiled.asm["cubin"])
-        row = Compiled(*what, *needs, round(sum(os.times()[:4]) - before, 1), triton.__version__)
-        self.known[what] = row
-        fresh = not self.path.exists() or not self.path.stat().st_size
-        with self.path.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([Compiled._fields, row] if fresh else [row])
+        row = Compiled(*what, *needs, round(sum(os.times()[:4]) - before, 1), *made)
+        # with other numbers of warps or stages it was the same other kernel
+        self.rows = {key: old for key, old in self.rows.items() if old.launch != row.launch or old[-2:] == made}
+        self.rows[what] = row
+        self._write()
         print(*row, flush=True)
         return row
+
+    def _write(self) -> None:
+        """All rows, in their order, at once: who stops a run finds a whole table."""
+        unfinished = self.path.with_suffix(".unfinished")
+        with unfinished.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([Compiled._fields, *sorted(self.rows.values())])
+        unfinished.replace(self.path)
 
     def run(self, arch: int, block: int, width: int, dtype: torch.dtype, causal: bool, gathered: bool | None) -> None:
         """Forward and backward of one size; gathered None: of relative attention."""
@@ -116,6 +127,21 @@ class Notes:
 
 
 _LAUNCH = JITFunction.run
+
+
+@cache
+def digest(kernel: JITFunction[Any]) -> str:
+    """Of the source of a kernel and of all device functions that it calls."""
+    found: dict[str, str] = {}
+    waiting = [kernel]
+    while waiting:
+        function = waiting.pop()
+        name = f"{function.__module__}.{function.__name__}"
+        if name not in found:
+            found[name] = function.src
+            names = function.fn.__code__.co_names
+            waiting += [x for x in map(function.fn.__globals__.get, names) if isinstance(x, JITFunction)]
+    return hashlib.sha256("".join(found[name] for name in sorted(found)).encode()).hexdigest()[:8]
 
 
 def _used(cubin: bytes) -> tuple[int, int]:

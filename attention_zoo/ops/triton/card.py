@@ -34,6 +34,7 @@ class Compiled(NamedTuple):
         registers, stack: of a thread; bytes of stack are registers that did not fit.
         seconds: processor time of the compilation.
         triton: release that compiled it.
+        source: digest of the device code (`ahead.digest`): of another one, a row is compiled again.
     """
 
     arch: int
@@ -50,16 +51,22 @@ class Compiled(NamedTuple):
     stack: int
     seconds: float
     triton: str
+    source: str
 
     @property
     def what(self) -> tuple[int | str, ...]:
         """All that was asked for, without what came of it."""
         return self[:9]
 
+    @property
+    def launch(self) -> tuple[int | str, ...]:
+        """The same whatever the numbers of warps and stages."""
+        return self[:7]
+
 
 def read(lines: Iterable[str]) -> list[Compiled]:
     """Rows of a table."""
-    kinds = {"kernel": str, "seconds": float, "triton": str}
+    kinds = {"kernel": str, "seconds": float, "triton": str, "source": str}
     return [
         Compiled(**{name: kinds.get(name, int)(text) for name, text in row.items()}) for row in csv.DictReader(lines)
     ]

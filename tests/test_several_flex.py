@@ -1,0 +1,103 @@
+"""One softmax over several sets of keys by FlexAttention, uncompiled on a CPU, against the definition in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_several import layouts, reference
+from torch import Tensor
+from torch.nn.attention import flex_attention as torch_flex
+
+import attention_zoo as zoo
+from attention_zoo.layout import kernel
+from attention_zoo.layout.pooled import pooled
+from attention_zoo.layout.reach import Anywhere, Band
+from attention_zoo.ops.pattern import flex, several_flex
+from attention_zoo.ops.pattern.several import Keys, attend_to_several
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_cuda.py runs it compiled"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # of torch, that this way is slow
+]
+pytest.importorskip("triton", reason="triton is not installed")
+B, H, K, D = 3, 4, 2, 16
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "BLOCK", 16)
+    monkeypatch.setattr(kernel, "TRITON_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Each call that it ran."""
+    found: list[object] = []
+    run = several_flex.run
+    monkeypatch.setattr(several_flex, "run", lambda *given: found.append(given) or run(*given))
+    return found
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_equals_the_definition(runs: list[object], causal: bool) -> None:
+    """A window of tokens, and groups of four that count for four, in every layout."""
+    for number, layout in enumerate(layouts(61)):
+        torch.manual_seed(number)
+        fours = pooled(layout, 4).ends
+        G = fours.valid.shape[1]
+        shapes = [(B, H, 61, D), *[(B, K, 61, D)] * 2, *[(B, K, G, D)] * 2]
+        given = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+        grad = torch.randn(shapes[0], dtype=torch.float64)
+        found = []
+        for dtype, attend in ((torch.float64, reference), (torch.float32, attend_to_several)):
+            q, *keys = mine = [x.to(dtype).requires_grad_() for x in given]
+            count = torch.full((B, G), math.log(4), dtype=dtype)
+            sets = [Keys(*keys[:2], layout, Band(20)), Keys(*keys[2:], fours, Anywhere(weights="uniform"), count)]
+            out = (
+                reference(q, layout, sets, causal, 0.7)
+                if attend is reference
+                else attend(q, layout, sets, scale=0.7, causal=causal)
+            )
+            found.append((out, *torch.autograd.grad(out, mine, grad.to(dtype))))
+        for a, b in zip(*found):
+            torch.testing.assert_close(b.double(), a, atol=2e-4, rtol=2e-4)
+    assert len(runs) == number + 1
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", ["h_transformer_1d", "memory_compressed"])
+def test_layers_equal_themselves_in_tiles(
+    monkeypatch: pytest.MonkeyPatch, runs: list[object], name: str, causal: bool
+) -> None:
+    options = {"block": 4} if name == "h_transformer_1d" else {}
+    layer = zoo.build(name, dim=32, heads=2, causal=causal, **options)
+    for layout in layouts(75)[::3]:
+        x = torch.randn(B, 75, 32, requires_grad=True)
+        weight, found = torch.randn(B, 75, 32) * layout.valid[..., None], []
+        for devices in (("cuda", "cpu"), ("cuda",)):
+            monkeypatch.setattr(kernel, "TRITON_DEVICES", devices)
+            out = layer(x, zoo.Tokens(*layout)).hidden
+            grads = torch.autograd.grad((out * weight).sum(), [x, *layer.parameters()])
+            found.append((out * layout.valid[..., None], *grads))
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert runs
+
+
+def test_it_refuses_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = layouts(61)[0]
+    q, k = torch.zeros(B, H, 61, D), torch.zeros(B, K, 61, D)
+
+    def reason(q: Tensor, weight: Tensor | None = None) -> str | None:
+        return several_flex.refuse(q, [Keys(k, k, layout, weight=weight)])
+
+    assert reason(q) is None
+    assert "weights learn" in str(reason(q, torch.zeros(B, 61, requires_grad=True)))
+    assert "float64" in str(reason(q.double()))
+    assert "fewer than 16" in str(reason(q[:, :, :15]))
+    monkeypatch.setattr(kernel, "TRITON_DEVICES", ("cuda",))
+    assert "it runs on CUDA, not on cpu" in str(reason(q))
