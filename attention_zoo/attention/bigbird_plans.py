@@ -72,7 +72,9 @@ class Uniform:
         head = torch.arange(self.heads, device=row.device)
         shape = *torch.broadcast_shapes(count.shape, head.shape), 0
         ranks, sorted_ = count.new_empty(shape), count.new_empty(shape)
-        for draw in range(self.random):
+        # a short text has fewer blocks than may be drawn; an accelerator is not asked how many
+        draws = min(self.random, int(count.max())) if count.is_cpu and count.numel() else self.random
+        for draw in range(draws):
             # a rank among what earlier draws left; stepping over theirs makes it one among all. The i-th of them, in
             # order, is stepped over by a rank of at least its own less i: these bounds grow, so all are compared at once
             left, at = count - draw, torch.arange(draw + 1, device=row.device)
@@ -81,6 +83,7 @@ class Uniform:
             rank = rank + steps
             ranks = torch.cat([ranks, torch.where(left[..., None] > 0, rank, count[..., None])], -1)
             sorted_ = torch.where(at < steps, pad(sorted_, (0, 1)), pad(sorted_, (1, 0))).where(at != steps, rank)
+        ranks = torch.cat([ranks, count[..., None].expand(*shape[:-1], self.random - draws)], -1)
         rank, below, beyond, count = ranks, below[..., None], beyond[..., None], count[..., None]
         block = torch.where(rank < below, self.ends + rank, beyond + rank - below)
         return torch.where(rank < count, block, -1)
