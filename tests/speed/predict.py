@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention_zoo.attention.block_recurrent import BlockRecurrent
-from attention_zoo.contract import Attention
+from attention_zoo.contract import Attention, Tokens
 from attention_zoo.measure.flops import attention_flops, count_pairs
 from attention_zoo.model.state import state_bytes
 from attention_zoo.model.wrapper import Wrapper
@@ -169,4 +169,5 @@ TURNS = 16
 def _state(layer: Attention, setting: Setting) -> int:
     with torch.no_grad():
         x = torch.zeros(1, setting.length, layer.dim, dtype=getattr(torch, setting.dtype))
-        return setting.batch * state_bytes(layer(x, state=layer.initial_state(1)).state)
+        tokens = Tokens.all_valid(1, setting.length)
+        return setting.batch * state_bytes(layer(x, tokens, state=layer.initial_state(1)).state)
