@@ -76,7 +76,7 @@ class Uniform:
         draws = min(self.random, int(count.max())) if count.is_cpu and count.numel() else self.random
         for draw in range(draws):
             # a rank among what earlier draws left; stepping over theirs makes it one among all. The i-th of them, in
-            # order, is stepped over by a rank of at least its own less i: these bounds grow, so all are compared at once
+            # order, is stepped over by a rank of at least its own less i: these bounds grow, so one look compares all
             left, at = count - draw, torch.arange(draw + 1, device=row.device)
             rank = (_draw(self.seed, head, row, draw) % left.clamp(min=1))[..., None]
             steps = (sorted_ - at[:-1] <= rank).sum(-1, keepdim=True)
