@@ -90,10 +90,10 @@ class Machine:
         return Machine(2 * much.nbytes / seconds(much.clone), len(some) / seconds(some.exp2_))
 
     def products(self, *shape: int) -> float:
-        """FLOPs a second of [n, m] by [m, k], the worse of this and of its transposed shapes, as gradients have them."""
+        """FLOPs a second of [n, m] by [m, k], the worst of these and its transposed shapes, as in backward."""
         if shape not in self.rates:
             n, m, k = shape
-            took = [seconds(partial_product(*each)) for each in ((n, m, k), (n, k, m), (m, n, k))]
+            took = [seconds(_product(*each)) for each in ((n, m, k), (n, k, m), (m, n, k))]
             self.rates[shape] = 2 * n * m * k * BATCH / max(took)
         return self.rates[shape]
 
@@ -127,7 +127,7 @@ TILE, BATCH = 64, 4
 """Rows of the products whose rate is measured, and how many are done at once."""
 
 
-def partial_product(n: int, m: int, k: int) -> Callable[[], object]:
+def _product(n: int, m: int, k: int) -> Callable[[], object]:
     """A few products [n, m] by [m, k]."""
     a, b = torch.zeros(BATCH, n, m), torch.zeros(BATCH, m, k)
     out = torch.empty(BATCH, n, k)
