@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 from speed.predict import counted
-from speed.setting import Setting, neighbours
+from speed.setting import PHASES, Phase, Setting, build, neighbours, work
 
 import attention_zoo as zoo
 
@@ -28,3 +28,14 @@ def test_a_small_change_costs_little(name: str, batch: int, length: int) -> None
         if found.bytes > 3 * share * base.bytes:
             problems.append(f"{what}: {found.bytes:,} bytes beside {base.bytes:,}")
     assert not problems
+
+
+@pytest.mark.parametrize("name", zoo.available())
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_phase_is_drawn_and_runs(name: str, phase: Phase) -> None:
+    """Whatever is refused is drawn again, so that a phase that always fails would never be timed."""
+    setting = Setting(name, phase=phase, batch=2, length=9, heads=2, width=16, documents=2)
+    call = work(setting, build(setting))
+    call()
+    call()
+    assert counted(setting).operators > 0

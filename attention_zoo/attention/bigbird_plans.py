@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 OLD_LENGTHS = (1024, 3072, 4096)
 OLD_DRAWN, OLD_REACHED = 4096, 1024
@@ -69,15 +70,21 @@ class Uniform:
         above = torch.zeros_like(below) if self.causal else (blocks[..., None] - self.ends - beyond).clamp(min=0)
         count = below + above
         head = torch.arange(self.heads, device=row.device)
-        ranks: list[Tensor] = []
-        for draw in range(self.random):
-            # a rank among what earlier draws left; stepping over theirs, in order, makes it one among all
-            left = count - draw
-            rank = _draw(self.seed, head, row, draw) % left.clamp(min=1)
-            for earlier in torch.stack(ranks, -1).sort(-1).values.unbind(-1) if ranks else ():
-                rank = rank + (rank >= earlier)
-            ranks.append(torch.where(left > 0, rank, count))
-        rank, below, beyond, count = torch.stack(ranks, -1), below[..., None], beyond[..., None], count[..., None]
+        shape = *torch.broadcast_shapes(count.shape, head.shape), 0
+        ranks, sorted_ = count.new_empty(shape), count.new_empty(shape)
+        # a short text has fewer blocks than may be drawn; an accelerator is not asked how many
+        draws = min(self.random, int(count.max())) if count.is_cpu and count.numel() else self.random
+        for draw in range(draws):
+            # a rank among what earlier draws left; stepping over theirs makes it one among all. The i-th of them, in
+            # order, is stepped over by a rank of at least its own less i: these bounds grow, so one look compares all
+            left, at = count - draw, torch.arange(draw + 1, device=row.device)
+            rank = (_draw(self.seed, head, row, draw) % left.clamp(min=1))[..., None]
+            steps = (sorted_ - at[:-1] <= rank).sum(-1, keepdim=True)
+            rank = rank + steps
+            ranks = torch.cat([ranks, torch.where(left[..., None] > 0, rank, count[..., None])], -1)
+            sorted_ = torch.where(at < steps, pad(sorted_, (0, 1)), pad(sorted_, (1, 0))).where(at != steps, rank)
+        ranks = torch.cat([ranks, count[..., None].expand(*shape[:-1], self.random - draws)], -1)
+        rank, below, beyond, count = ranks, below[..., None], beyond[..., None], count[..., None]
         block = torch.where(rank < below, self.ends + rank, beyond + rank - below)
         return torch.where(rank < count, block, -1)
 

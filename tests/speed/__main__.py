@@ -10,6 +10,7 @@ import argparse
 import random
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -78,21 +79,23 @@ def main() -> int:
     torch.set_num_threads(given.threads)
     warnings.filterwarnings("ignore")
     rng, found, tried = random.Random(given.seed), [], 0
+    phases: Counter[str] = Counter()
     for number in tqdm(range(given.tries), unit="setting", disable=None):
         machine = Machine.here()
         for _ in range(DRAWS):
             setting = draw(rng, given.only[number % len(given.only)], given.most)
             try:
                 here = outliers(setting, machine, given.beyond)
-            except ValueError:  # sizes that do not go together, or what this mechanism does not do
+            except (ValueError, zoo.Unsupported):  # sizes that do not go together, or what this mechanism does not do
                 continue
             tried += 1
+            phases[setting.phase] += 1
             found += here
             for line in here:
                 tqdm.write(f"{line['times']:7.1f} x  {line['setting']}  beside {line['beside']}", file=sys.stdout)
             break
     found.sort(key=lambda line: -line["times"])
-    print(f"{tried} settings, {len(found)} outliers beyond {given.beyond:g}")
+    print(f"{tried} settings ({dict(phases)}), {len(found)} outliers beyond {given.beyond:g}")
     if given.output:
         write_json(given.output, {"outliers": found, "settings": tried, "environment": environment()})
     return bool(found)

@@ -152,17 +152,23 @@ def work(setting: Setting, layer: Attention) -> Callable[[], object]:
 
         return train
 
+    tokens = tokens or zoo.Tokens.all_valid(setting.batch, setting.length)
+
     def prefill() -> Any:
         with torch.no_grad():
             return layer(x, tokens, state=layer.initial_state(setting.batch)).state
 
     if setting.phase == "prefill":
         return prefill
-    after: list[Any] = [prefill()]
+    after, at = prefill(), tokens.next_position
     one: Tensor = torch.randn(setting.batch, 1, layer.dim, dtype=dtype)
+    there = torch.ones(setting.batch, 1, dtype=torch.bool)
+    document = torch.full((setting.batch, 1), setting.documents - 1)
 
     def step() -> None:
+        nonlocal after, at
         with torch.no_grad():
-            after[0] = layer(one, state=after[0]).state
+            after = layer(one, zoo.Tokens.of(there, document=document, start=at), state=after).state
+        at = at + 1
 
     return step
