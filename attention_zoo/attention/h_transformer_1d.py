@@ -105,7 +105,8 @@ class HTransformer1D(DerivedKeys):
         for number, level in self._up(keys):
             both = level.mean(both)
             seen = self._far(queries, level.groups, number + 1)
-            sets.append(Keys(*both.chunk(2, 1), level.groups, weight=level.log_count, seen=seen))
+            k, v = both.chunk(2, 1)
+            sets.append(Keys(k, v, level.groups, weight=level.log_count, seen=seen))
         return attend_to_several(q, queries, sets, scale=scale, causal=self.causal)
 
     def _up(self, keys: Layout) -> Any:

@@ -192,6 +192,4 @@ class Longformer(PatternAttention):
         if not (out.numel() and call.queries.any_global):
             return out
         rows = PatternCall(self, q, k, v, call.queries, call.keys, scale, call.learned, sink=call.sink)
-        if kernel == "dense":
-            return put_global_rows(rows, out, dense_global_rows(rows))
-        return put_rows(rows, out, global_rows(rows))
+        return put_global_rows(rows, out, (dense_global_rows if kernel == "dense" else global_rows)(rows))

@@ -57,8 +57,10 @@ class Running(_Running):
     @staticmethod
     def _at(layers: Any, clock: Clock, device: Any, before: Running | None = None) -> Running:
         """At this time; tensors of what is no other than `before` are the same."""
-        old = [(None, None)] * 3 if before is None else zip(before.clock, before[1:])
-        fields = (was if now is then else tensor_of(now, device) for now, (then, was) in zip(clock, old))
+        fields = [
+            before[1 + n] if before is not None and now is before.clock[n] else tensor_of(now, device)
+            for n, now in enumerate(clock)
+        ]
         made = Running(layers, *fields)
         made.__dict__["clock"] = clock
         return made

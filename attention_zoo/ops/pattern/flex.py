@@ -110,7 +110,8 @@ def pair_functions(call: PatternCall, q: Places, k: Places, tables: Tables, beyo
 
     def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if weighs:
-            more = bias(b, h, i, j, tables.pattern).clamp(min=torch.finfo(torch.float32).min)  # -inf is the mask's to say
+            # -inf is the mask's to say
+            more = bias(b, h, i, j, tables.pattern).clamp(min=torch.finfo(torch.float32).min)
             value = value + torch.where(j < beyond, more, 0)
         return value if tables.position is None else value + at(tables.position, b, h, i, j)
 

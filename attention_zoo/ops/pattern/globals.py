@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -210,9 +211,13 @@ def fused_rows(call: PatternCall, q: Tensor, queries: Layout) -> Tensor:
         some = slice(start, start + FUSED_ROWS)
         key = ("fused rows", id(call.queries), call.pattern.causal, q.dtype, start)
         # the plan keeps what the key's id is of
-        bias = call.keys.plan(key, lambda some=some: (_seen_by_rows(call, queries, some), call.queries))[0]
+        bias, _ = call.keys.plan(key, partial(_fused_bias, call, queries, some))
         found.append(fused(q[:, :, some], call.k, call.v, bias, scale=call.scale))
     return found[0] if len(found) == 1 else torch.cat(found, 2)
+
+
+def _fused_bias(call: PatternCall, queries: Layout, some: slice) -> tuple[Tensor, Layout]:
+    return _seen_by_rows(call, queries, some), call.queries
 
 
 def _seen_by_rows(call: PatternCall, queries: Layout, some: slice) -> Tensor:

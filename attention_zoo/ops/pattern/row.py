@@ -33,6 +33,7 @@ def _run(call: PatternCall) -> Tensor:
     else:
         bias = _bias(call)
     if call.turned is not None:
+        assert bias is not None
         bias = bias + turned_bias(call)
     return _blanked(call, attend_to(call.q, call.k, call.v, bias, call.scale, call.sink))
 

@@ -83,7 +83,7 @@ def run(
     def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return value if weight is None else value + weight[b, j]
 
-    k, v = (torch.cat([*(each[n] for each in sets), filler], 2) for n in (0, 1))
+    k, v = torch.cat([*(each.k for each in sets), filler], 2), torch.cat([*(each.v for each in sets), filler], 2)
     functions = shown, None if weight is None else score
     out, _ = flex.attend(flex.filled(q, flex.bucket(L)), k, v, lists, functions, scale)
     return out[:, :, :L]
@@ -124,7 +124,8 @@ def _lists(low: Array, high: Array, asks: Array, there: Array, block: int, devic
     first = np.where(some, low, there.shape[1]).reshape(rows).min((1, 4))
     last = np.where(some, high - 1, -1).reshape(rows).max((1, 4))
     low, high = low.reshape(rows).max((1, 4)), high.reshape(rows).min((1, 4))
-    full = asks.reshape(len(asks), n, block).all((0, 2))[:, None] & there.reshape(len(there), m, block).all((0, 2))
+    asked, held = (np.atleast_1d(x.reshape(len(x), -1, block).all((0, 2))) for x in (asks, there))
+    full = asked[:, None] & held
     begin = np.arange(m) * block
     visited = ((first[..., None] < begin + block) & (last[..., None] >= begin)).any((0, 1))
     whole = full & ((low[..., None] <= begin) & (high[..., None] >= begin + block)).any((0, 1))
