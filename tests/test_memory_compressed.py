@@ -15,7 +15,8 @@ from attention_zoo.attention.memory_compressed_local import LocalBlocks
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.pooled import pooled
 from attention_zoo.model.state import state_bytes
-from attention_zoo.ops.pattern.several import Keys, attend_to_several
+from attention_zoo.ops.pattern.key_set import Keys
+from attention_zoo.ops.pattern.several import attend_to_several
 from attention_zoo.testing import contract_checks
 from attention_zoo.testing.case import close, feed
 

@@ -14,7 +14,8 @@ from attention_zoo.layout.ledger import behind
 from attention_zoo.layout.pooled import pooled
 from attention_zoo.layout.reach import Anywhere, Band
 from attention_zoo.measure.memory import peak_memory
-from attention_zoo.ops.pattern.several import Keys, attend_to_several
+from attention_zoo.ops.pattern.key_set import Keys
+from attention_zoo.ops.pattern.several import attend_to_several
 from attention_zoo.testing.case import close
 
 B, H, K, D = 3, 4, 2, 8

@@ -15,7 +15,8 @@ from attention_zoo.layout import kernel
 from attention_zoo.layout.pooled import pooled
 from attention_zoo.layout.reach import Anywhere, Band
 from attention_zoo.ops.pattern import flex, several_flex
-from attention_zoo.ops.pattern.several import Keys, attend_to_several
+from attention_zoo.ops.pattern.key_set import Keys
+from attention_zoo.ops.pattern.several import attend_to_several
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="tests/test_cuda.py runs it compiled"),

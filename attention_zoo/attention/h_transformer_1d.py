@@ -52,7 +52,8 @@ from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns
 from attention_zoo.layout.levels import levels
 from attention_zoo.layout.visible import Visible, between
-from attention_zoo.ops.pattern.several import Keys, attend_to_several
+from attention_zoo.ops.pattern.key_set import Keys
+from attention_zoo.ops.pattern.several import attend_to_several
 from attention_zoo.options import LARGEST
 
 

@@ -53,7 +53,8 @@ from attention_zoo.layout.host import Array, tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Ledger, behind, chosen
 from attention_zoo.layout.pooled import Pooled, pooled
-from attention_zoo.ops.pattern.several import Keys, attend_to_several
+from attention_zoo.ops.pattern.key_set import Keys
+from attention_zoo.ops.pattern.several import attend_to_several
 
 
 class Compressed(NamedTuple):

@@ -22,7 +22,8 @@ from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens
 from attention_zoo.layout.host import tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon
-from attention_zoo.ops.pattern.several import Keys, attend_to_several
+from attention_zoo.ops.pattern.key_set import Keys
+from attention_zoo.ops.pattern.several import attend_to_several
 from attention_zoo.options import SegmentLength
 
 

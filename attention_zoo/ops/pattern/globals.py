@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from attention_zoo.layout.layout import Layout
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.call import PatternCall
 from attention_zoo.ops.softmax.dense import dense
+from attention_zoo.ops.softmax.function import differentiable_once
 from attention_zoo.ops.softmax.fused import fused
 from attention_zoo.ops.softmax.parts import Part
 from attention_zoo.ops.softmax.tiles import Rows, Tile, run_tiles, scores_at_once
@@ -229,7 +231,21 @@ def _seen_by_rows(call: PatternCall, queries: Layout, some: slice) -> Tensor:
 def put_global_rows(call: PatternCall, out: Tensor, rows: Tensor) -> Tensor:
     """Global rows put over what the pattern alone gave them."""
     columns, chosen = global_columns(call.queries)
-    index = columns[:, None, :, None].expand_as(rows)
-    if not chosen.dense:
-        rows = torch.where(chosen.valid[:, None, :, None], rows, out.gather(2, index))
-    return out.scatter(2, index, rows)
+    return _Put.apply(out, rows, columns[:, None, :, None], chosen.valid[:, None, :, None])
+
+
+class _Put(torch.autograd.Function):
+    """Some rows in the place of others, in one copy each way."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, rows: Tensor, columns: Tensor, valid: Tensor) -> Tensor:
+        index = columns.expand_as(rows)
+        ctx.save_for_backward(index, valid)
+        return out.clone().scatter_(2, index, rows.where(valid, out.gather(2, index)))
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        index, valid = saved
+        rows = grad.gather(2, index)
+        return grad.clone().scatter_(2, index, rows.masked_fill(valid, 0)), rows.masked_fill(~valid, 0), None, None

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from attention_zoo.layout.host import tensor_of
 from attention_zoo.layout.layout import Layout
-from attention_zoo.layout.reach import Anywhere, Band, Reach
-from attention_zoo.layout.visible import Seen, Visible, columns_of, visible
+from attention_zoo.layout.reach import Anywhere, Band
+from attention_zoo.layout.visible import Seen, columns_of, visible
 from attention_zoo.ops.pattern import several_flex
 from attention_zoo.ops.pattern.globals import cuts
+from attention_zoo.ops.pattern.key_set import Keys
 from attention_zoo.ops.softmax.partial import Scratch, Sums, fold
 from attention_zoo.ops.softmax.parts import Bias, Part
 from attention_zoo.ops.softmax.tiles import Tile, run_tiles, scores_at_once
@@ -29,27 +30,6 @@ ROWS = 128
 """Queries of a tile."""
 ALL_SEE = 256
 """Columns that are worth a part of their own, without a mask, where all queries of a tile see them."""
-
-
-class Keys(NamedTuple):
-    """One set of keys.
-
-    Fields:
-        k, v: [B, K, S, D]; K is the same for all sets.
-        layout: of the S columns. Positions count the same tokens as those of the queries: a group of tokens stands
-            where its last one does (`layout.pooled.Pooled.ends`). None: they are no tokens (a null key, learned ones),
-            and every query sees them, whatever its document.
-        reach: which of them a query sees: a contiguous `Band`, or `Anywhere`.
-        weight: [B, S], added to the scores: log n of a key that counts for n; default 0.
-        seen: ranges of the columns that each query sees, which do not overlap; default what `reach` says.
-    """
-
-    k: Float[Tensor, "B K S D"]
-    v: Float[Tensor, "B K S D"]
-    layout: Layout | None
-    reach: Reach = Anywhere(weights="uniform")
-    weight: Float[Tensor, "B S"] | None = None
-    seen: Visible | None = None
 
 
 def attend_to_several(

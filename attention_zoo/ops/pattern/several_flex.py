@@ -8,7 +8,7 @@ takes does not depend on its length, nor on how many ranges there are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +21,7 @@ from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.visible import Seen
 from attention_zoo.ops.pattern import flex
 from attention_zoo.ops.pattern.flex_lists import Sides, lists_of_pairs
-
-if TYPE_CHECKING:
-    from attention_zoo.ops.pattern.several import Keys
+from attention_zoo.ops.pattern.key_set import Keys
 
 RANGES = 2
 """Of one set, that a query may see."""
