@@ -1,0 +1,51 @@
+// Puts everything in its place.
+(() => {
+  const read = id => JSON.parse(zoo.by(id).textContent);
+  const {palette, first, live} = read('settings');
+  zoo.palette = palette;
+  zoo.first = first;
+  zoo.load(read('runs'));
+  zoo.columns.load();
+
+  // Of what a change of the state concerns.
+  const quiet = ['run', 'sort', 'cols', 'pin', 'vs', 'rows', 'theme'];
+  zoo.state.listen(() => zoo.select.renew()); // before all other listeners
+  zoo.redraw = () => {
+    zoo.select.renew();
+    zoo.facets.draw();
+    zoo.table_of_runs.draw();
+    zoo.legend.draw();
+    zoo.charts.renew();
+    zoo.pictures.draw();
+    zoo.details.render();
+  };
+
+  zoo.theme.start(() => {
+    zoo.legend.draw();
+    zoo.table_of_runs.draw();
+    zoo.charts.renew();
+    zoo.pictures.draw();
+  });
+  zoo.facets.start(zoo.by('facets'));
+  zoo.legend.start(zoo.by('legend'));
+  zoo.table_of_runs.start(zoo.by('table-tools'), zoo.by('table'));
+  zoo.charts.start(zoo.by('charts'));
+  zoo.pictures.start(zoo.by('pictures'));
+  zoo.details.start(zoo.by('details'));
+  zoo.diff.start(zoo.by('diff'));
+  zoo.state.listen(changed => {
+    const loud = [...changed].some(name => !quiet.includes(name));
+    if (loud) {
+      zoo.legend.draw();
+      zoo.pictures.draw();
+    }
+    if (loud || changed.has('run')) zoo.charts.renew();
+  });
+  addEventListener('keydown', event => {
+    if (event.key !== '/' || event.target.matches('input, textarea, select')) return;
+    zoo.by('search').focus();
+    event.preventDefault();
+  });
+  if (live) zoo.live.start();
+  document.body.dataset.ready = 'yes';
+})();
