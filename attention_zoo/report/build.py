@@ -12,12 +12,12 @@ from typing import Any
 
 from attention_zoo.files import write_atomic
 from attention_zoo.measure.identity import source_digest
-from attention_zoo.report import frame, page, rivals, units
+from attention_zoo.report import costs, frame, page, rivals, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.cells import Table
 from attention_zoo.report.data import dashboard
-from attention_zoo.report.groups import shortening
-from attention_zoo.report.quality import Task, metric_words, spoken, value_words
+from attention_zoo.report.extract import trainings_table
+from attention_zoo.report.quality import Task
 from attention_zoo.report.rows import LeftOut, Rows
 from attention_zoo.report.summary import Findings, headline, labels, summary
 from attention_zoo.results.row import Row
@@ -140,7 +140,21 @@ def _summary(found: Findings) -> str:
     sets = {task.main: None for task in found.tasks if task.main}
     judged = "What was learnt is told by " + ", ".join(f"{task.judged} ({task.title})" for task in found.tasks) + "."
     note = " ".join([note, *([judged] if sets else []), *(f"{mark}." for mark in table.notes)])
-    return page.summary_table(table) + page.paragraph(f"{setting} {note}", "note")
+    return page.summary_table(table) + page.paragraph(f"{setting} {note}", "note") + _gaps(found)
+
+
+def _gaps(found: Findings) -> str:
+    """What a reader of the charts must know is not there: lengths that were not planned, settings without a figure."""
+    said = []
+    for setting in costs.settings(found.rows):
+        many = costs.lines(found.rows, setting)
+        if not any(results.ok(row) for series in many for row in series.rows.values()):
+            said.append(f"No cell finished: {setting.words()}.")
+        longest = max(length for series in many for length in series.rows)
+        short = [f"{series.label} only to {max(series.rows):,}" for series in many if max(series.rows) < longest]
+        if short:
+            said.append(f"Not planned at every length ({setting.words()}): {', '.join(short)} tokens.")
+    return page.bullets(said, "note") if said else ""
 
 
 def _peers(rows: list[Row]) -> str:
@@ -172,52 +186,8 @@ def _learning(tasks: list[Task]) -> str:
         parts.append(page.warning("", [f"{o[0].upper()}{o[1:]}." for o in task.obstacles()]))
         shortened = task.shortened()
         parts += [page.paragraph(shortened, "note")] if shortened else []
-        parts.append(page.table(_runs(task)))
+        parts.append(page.table(trainings_table(task)))
     return "".join(parts)
-
-
-def _runs(task: Task) -> Table:
-    """What each group of runs took and reached: where they differ, from the least to the most."""
-    sets = [f"{metric_words(task.metric)}: {spoken(name)}" for name in task.sets]
-    further = [metric_words(name) for name in task.further]
-    headers = [
-        "",
-        "seeds",
-        "steps",
-        "tokens seen",
-        "training",
-        "one step",
-        "parameters",
-        "carries state",
-        *sets,
-        *further,
-    ]
-    cells = []
-    for each in task.learnt:
-        if not each.rows:
-            cells.append([each.label, *[units.NONE] * (len(headers) - 2), each.words()])
-            continue
-        seeds = str(each.seeds) + (f", {len(each.failed)} without figure" if each.failed else "")
-        scores = [value_words(each.on(name), task.metric) for name in task.sets]
-        scores += [value_words(each.also(name), name) for name in task.further]
-        cells.append(
-            [each.label, seeds, each.span("steps", units.count), each.span(_seen, units.count),
-             each.span("train_seconds", units.seconds), each.span("step_seconds", units.seconds),
-             each.span("parameters", units.millions), each.span("carries_state", lambda yes: "yes" if yes else "no"),
-             *scores]
-        )  # fmt: skip
-    trivial: dict[str, list[str]] = {}
-    for name, found in task.further.items():
-        for rule, value in found.items():
-            line = trivial.setdefault(f"({spoken(rule)})", [units.NONE] * (len(headers) - 1))
-            line[headers.index(metric_words(name)) - 1] = value_words(value, name)
-    return Table(headers, cells + [[rule, *line] for rule, line in trivial.items()])
-
-
-def _seen(row: Row) -> int | None:
-    if shortening(row) and row.get("tokens_per_second") and row.get("train_seconds"):
-        return round(row["tokens_per_second"] * row["train_seconds"])  # rows may be narrower than seq_len
-    return row["steps"] * row["batch"] * row["seq_len"] if row.get("batch") else None
 
 
 def _abilities(rows: list[Row], names: dict[int, str]) -> str:

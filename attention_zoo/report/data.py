@@ -6,7 +6,7 @@ Curves are thinned to what a chart can show and figures to five digits; results.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from attention_zoo.measure.identity import source_digest
@@ -32,7 +32,7 @@ FIGURES = (
 CURVES = ("curve", "quality_curve", "loss_by_position")
 
 
-def dashboard(found: Findings, running: Iterable[Row] = ()) -> dict[str, Any]:
+def dashboard(found: Findings, running: Sequence[Row] = ()) -> dict[str, Any]:
     """The value that the page's scripts read.
 
     Args:
@@ -48,6 +48,7 @@ def dashboard(found: Findings, running: Iterable[Row] = ()) -> dict[str, Any]:
     names = labels(found.rows)
     fields, mine = Fields(), source_digest()
     task_of = {id(row): task for task in found.tasks for each in task.learnt for row in [*each.rows, *each.failed]}
+    begun = {row["task"]: _titles(found, row["task"]) for row in running if row.get("task")}
     runs, keys = [], set[str]()
     for number, row in enumerate(rows):
         label = names.get(id(row)) or (rivals.named(row) if row["kind"] in ("peer", "budget") else row["backend"])
@@ -55,14 +56,16 @@ def dashboard(found: Findings, running: Iterable[Row] = ()) -> dict[str, Any]:
         while key in keys:  # the same work in two files
             key += "+"
         keys.add(key)
-        runs.append(_run(row, key, label, task_of.get(id(row)), fields, mine))
+        task = task_of.get(id(row))
+        title = task.title if task else begun.get(row.get("task"), row.get("task"))
+        runs.append(_run(row, key, label, task, title, fields, mine))
     settings = costs.settings(found.rows)
     beside = [_beside(task, setting, found) for task in found.tasks for setting in settings]
     return {
         "fields": fields.table(),
         "runs": runs,
         "styles": styles({run["label"]: row["backend"] for run, row in zip(runs, rows)}),
-        "tasks": [_task(task) for task in found.tasks],
+        "tasks": [_task(task) for task in [*found.tasks, *_unknown(begun, found)]],
         "settings": [setting.words() for setting in settings],
         "beside": [each for each in beside if each["pairs"]],
         "lost": results.STATUS,
@@ -70,8 +73,22 @@ def dashboard(found: Findings, running: Iterable[Row] = ()) -> dict[str, Any]:
     }
 
 
-def _run(row: Row, key: str, label: str, task: Task | None, fields: Fields, mine: str) -> dict[str, Any]:
-    plain: dict[str, Any] = {"label": label, "task": task.title if task else row.get("task")}
+def _titles(found: Findings, name: str) -> str:
+    """The title of a task of which a training has begun: where several go by its name, that is all there is to say."""
+    known = [task.title for task in found.tasks if task.name == name]
+    return known[0] if len(known) == 1 else name
+
+
+def _unknown(begun: dict[str, str], found: Findings) -> list[Task]:
+    """Tasks of which no training has ended yet."""
+    known = {task.title for task in found.tasks}
+    return [Task(title, 0, "loss", []) for title in dict.fromkeys(begun.values()) if title not in known]
+
+
+def _run(
+    row: Row, key: str, label: str, task: Task | None, title: str | None, fields: Fields, mine: str
+) -> dict[str, Any]:
+    plain: dict[str, Any] = {"label": label, "task": title}
     if row["kind"] == "speed":
         plain["setting"] = costs.setting_of(row).words()
     run: dict[str, Any] = {"key": key, "label": label, "f": fields.add(facts(row, plain)), "n": _figures(row, task)}

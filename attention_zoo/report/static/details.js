@@ -11,7 +11,8 @@ zoo.details = (() => {
     const place = name => zoo.place.get(name) < zoo.first ? 'run' : /^(environment|data)\b/.test(name) ? 'environment' : 'config';
     const figures = Object.entries(run.n).map(([name, value]) => [name, zoo.columns.one(name).words(run)]);
     const of = part => said.filter(([name]) => place(name) === part);
-    return {run: [['key', run.key], ...of('run')], figures, config: of('config'), environment: of('environment')};
+    const sorted = part => of(part).sort(([a], [b]) => zoo.order(a, b));
+    return {run: [['key', run.key], ...of('run')], figures, config: sorted('config'), environment: of('environment')};
   }
 
   function copied(text) {

@@ -103,5 +103,5 @@ zoo.facets = (() => {
     });
   }
 
-  return {start, draw: () => bar && draw(), toggle};
+  return {start, draw, toggle};
 })();

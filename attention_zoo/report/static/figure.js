@@ -12,6 +12,9 @@ zoo.charts = (() => {
     charts.push({key, title, build, height, wide, spec: null, seen: false, drawn: false});
   }
 
+  // Of a series among plotly's nodes.
+  const name = (chart, number) => `${chart.key}-${number}`;
+
   function axis(given, {grid, muted}) {
     const {title, log, ...rest} = given;
     return {gridcolor: grid, linecolor: grid, tickcolor: grid, zeroline: false, automargin: true,
@@ -35,7 +38,7 @@ zoo.charts = (() => {
     return chart.spec.series.flatMap((series, number) => {
       const color = zoo.theme.color(series.style), [, , marker, dash] = series.style ?? [];
       const line = {color, width: series.width ?? 2, dash: series.dash ?? dash ?? 'solid', shape: series.shape};
-      const uid = `${chart.key}-${number}`.replace(/[^\w-]/g, '-');
+      const uid = name(chart, number);
       const main = {
         type: 'scatter', uid, x: series.x, y: series.y, mode: series.mode ?? 'lines+markers', line,
         marker: {color, symbol: series.marker ?? marker, size: series.size ?? 8, line: {width: 1.5, color}},
@@ -166,7 +169,7 @@ zoo.charts = (() => {
       return {group: spec.heat.groups[line], keys: spec.heat.keys[line][column] ?? []};
     }
     const uid = point.data.uid;
-    const series = spec.series.find((each, number) => `${chart.key}-${number}`.replace(/[^\w-]/g, '-') === uid);
+    const series = spec.series.find((each, number) => name(chart, number) === uid);
     return series && series.group !== undefined ? {group: series.group, keys: series.keys?.[point.pointIndex ?? point.pointNumber] ?? []} : null;
   }
 
@@ -183,11 +186,11 @@ zoo.charts = (() => {
     const there = Boolean(what) && chart.spec.series.some(series => series.group === what.group);
     chart.card.dataset.linked = there ? what.group : '';
     chart.spec.series.forEach((series, number) => {
-      const uid = `${chart.key}-${number}`.replace(/[^\w-]/g, '-');
+      const uid = name(chart, number);
       const mine = !there || series.group === undefined || (series.group === what.group
         && !(series.alone && what.keys.length && !what.keys.includes(series.alone)));
       for (const end of ['', '-low', '-high']) {
-        for (const node of chart.plot.querySelectorAll(`.trace${CSS.escape(uid + end)}, .trace${CSS.escape(uid + end)} *`)) {
+        for (const node of chart.plot.querySelectorAll(`.trace${CSS.escape(uid + end)}`)) {
           node.classList.toggle('faint', !mine);
         }
       }

@@ -73,7 +73,7 @@ zoo.gather = (() => {
             range: [Math.log10(shown[0]) - 0.06, Math.log10(shown[shown.length - 1]) + 0.06]};
   };
 
-  const share = title => ({title, range: [-0.03, 1.05], tickvals: [0, 0.25, 0.5, 0.75, 1], ticktext: ['0 %', '25 %', '50 %', '75 %', '100 %']});
+  const share = title => ({title, tickangle: 0, range: [-0.03, 1.05], tickvals: [0, 0.25, 0.5, 0.75, 1], ticktext: ['0 %', '25 %', '50 %', '75 %', '100 %']});
 
   return {means, curves, logAxis, lengths, share};
 })();

@@ -21,16 +21,30 @@
   zoo.charts.add({key: 'quality', title: 'Quality over seeds', build: () => {
     const {task, choices} = chosen();
     if (!task) return null;
-    const series = zoo.select.drawn(known(task)).map(group => ({
-      group: group.name, name: group.name, style: group.style, mode: 'markers', size: 10, x: group.runs.map(() => group.name.slice(0, 40)),
-      y: group.runs.map(run => run.n.score), keys: group.runs.map(run => [run.key]),
-      said: group.runs.map(run => `${group.name}\n${told(task)(run.n.score)} ${task.words}\n${seed(run)}`)}));
+    const most = innerWidth < 700 ? 18 : 40, short = new Set(), place = name => {
+      let text = name.length > most ? `${name.slice(0, most - 1)}…` : name;
+      while (short.has(text)) text += ' ';
+      short.add(text);
+      return text;
+    };
+    const series = zoo.select.drawn(known(task)).map(group => {
+      const at = place(group.name);
+      return {group: group.name, name: group.name, style: group.style, mode: 'markers', size: 10, y: group.runs.map(() => at),
+        x: group.runs.map(run => run.n.score), keys: group.runs.map(run => [run.key]),
+        said: group.runs.map(run => `${group.name}\n${told(task)(run.n.score)} ${task.words}\n${seed(run)}`)};
+    });
     if (!series.length) return null;
-    const bars = Object.entries(task.bars);
-    const note = `${task.title}: ${task.judged}, a mark for each run.${bars.length ? ` Dotted: ${bars.map(([name, value]) =>
-      `${name} ${told(task)(value)}`).join(', ')}.` : ''}${caution(task)}`;
-    return {note, choices, series, say: told(task), x: {title: zoo.state.get().by === 'label' ? '' : zoo.state.get().by, type: 'category'}, y: yOf(task, better(task)),
-      shapes: bars.map(([, value]) => ({xref: 'paper', x0: 0, x1: 1, y0: value, y1: value}))};
+    // bars that are far from all runs would squeeze them into a corner: those are told, not drawn
+    const scores = series.flatMap(each => each.x), [low, high] = [Math.min(...scores), Math.max(...scores)];
+    const bars = Object.entries(task.bars), room = Math.max(high - low, 0.02 * Math.abs(high), 1e-6);
+    const near = bars.filter(([, value]) => task.share || (value > low - room && value < high + room));
+    const ends = [...scores, ...near.map(([, value]) => value)];
+    const range = [Math.min(...ends) - 0.08 * room, Math.max(...ends) + 0.08 * room];
+    const note = `${task.title}: ${task.judged}, a mark for each run.${bars.length ? ` Needs no model: ${bars.map(([name, value]) =>
+      `${name} ${told(task)(value)}`).join(', ')}${near.length ? ' (dotted)' : ''}.` : ''}${caution(task)}`;
+    return {note, choices, series, say: String, sayX: told(task), height: Math.min(900, 90 + 24 * series.length),
+      y: {title: '', type: 'category', autorange: 'reversed'}, x: task.share ? zoo.gather.share(better(task)) : {title: better(task), range},
+      shapes: near.map(([, value]) => ({yref: 'paper', y0: 0, y1: 1, x0: value, x1: value}))};
   }});
 
   // Costs of the lines that stand beside a task's groups, at the longest length that all of them reach.
@@ -86,7 +100,7 @@
     }
     const bare = [...new Set(runs.map(run => run.label))].filter(label => !drawn.has(label));
     const note = `${task.title}: ${task.judged}, beside one call of one layer at ${words.count(found.length)} tokens (${found.setting}).`
-      + `${bare.length ? ` Not drawn, since no cost of theirs was measured there: ${bare.join(', ')}.` : ''}${caution(task)}`;
+      + `${bare.length ? ` Not drawn, since no cost of theirs was measured there: ${bare.join(', ')}.` : ''}${found.ranked ? '' : ' No front is drawn, since nothing may be ranked here.'}`;
     return {note, choices, series, say: told(task), sayX: say, y: yOf(task, better(task)),
       x: zoo.gather.logAxis(`${unit} (lower is better)`, points.map(([x]) => x), say, {binary, room: 0.12})};
   }

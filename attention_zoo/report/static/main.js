@@ -13,22 +13,22 @@
   zoo.redraw = () => {
     zoo.select.renew();
     zoo.facets.draw();
-    zoo.table_of_runs.draw();
+    zoo.runsTable.again();
     zoo.legend.draw();
     zoo.charts.renew();
-    zoo.pictures.draw();
+    zoo.pictures.again();
     zoo.details.render();
   };
 
   zoo.theme.start(() => {
     zoo.legend.draw();
-    zoo.table_of_runs.draw();
+    zoo.runsTable.draw();
     zoo.charts.renew();
     zoo.pictures.draw();
   });
   zoo.facets.start(zoo.by('facets'));
   zoo.legend.start(zoo.by('legend'));
-  zoo.table_of_runs.start(zoo.by('table-tools'), zoo.by('table'));
+  zoo.runsTable.start(zoo.by('table-tools'), zoo.by('table'));
   zoo.charts.start(zoo.by('charts'));
   zoo.pictures.start(zoo.by('pictures'));
   zoo.details.start(zoo.by('details'));

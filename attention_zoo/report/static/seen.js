@@ -2,7 +2,7 @@
 zoo.pictures = (() => {
   const kinds = ['not seen', 'seen without gradient', 'seen'];
   const cell = 4;
-  let box, outer;
+  let box, outer, painted = '';
 
   function numbers(pairs) {
     const length = pairs.length, seen = pairs.map(line => [...line].map((kind, j) => kind === '0' ? -1 : j).filter(j => j >= 0));
@@ -46,6 +46,9 @@ zoo.pictures = (() => {
   function draw() {
     const groups = zoo.select.drawn(run => run.pairs);
     outer.hidden = !groups.length;
+    const said = JSON.stringify([zoo.theme.dark(), groups.map(group => [group.name, group.runs.map(run => run.index)])]);
+    if (said === painted) return;
+    painted = said;
     box.replaceChildren(...groups.flatMap(group => group.runs.map(run => picture(group.name, run))));
     mark(zoo.link.now());
   }
@@ -65,5 +68,9 @@ zoo.pictures = (() => {
     draw();
   }
 
-  return {start, draw};
+  const again = () => {
+    painted = '';
+    draw();
+  };
+  return {start, draw, again};
 })();

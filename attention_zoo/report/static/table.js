@@ -1,6 +1,6 @@
 // The table of runs: sorted, searched, with pinned columns. Of many rows only those in sight are in the document.
-zoo.table_of_runs = (() => {
-  const height = 31, spare = 12, letter = 7.4;
+zoo.runsTable = (() => {
+  const height = 31, spare = 12, letter = 7.4, known = new Map();
   let box, body, head, table, columns = [], lines = [], widths = [];
 
   const pinned = () => new Set(['label', ...zoo.state.get().pin]);
@@ -22,12 +22,17 @@ zoo.table_of_runs = (() => {
     columns = [...columns.filter(each => pin.has(each.name)), ...columns.filter(each => !pin.has(each.name))];
     const runs = ordered(zoo.select.shown());
     lines = zoo.state.get().rows ? grouped(runs) : runs.map(run => ({run}));
-    widths = columns.map(column => {
-      let most = column.title.length + 4;
-      for (const run of runs) most = Math.max(most, String(column.words(run)).length);
-      return Math.round(Math.min(most, column.name === 'label' ? 38 : 26) * letter + 22);
-    });
+    widths = columns.map(width);
     if (innerWidth < 700) widths[0] = Math.min(widths[0], 170);
+  }
+
+  // As wide as the longest words of all runs, shown or not: a filter moves no column.
+  function width(column) {
+    if (!known.has(column.name)) {
+      const most = Math.max(column.title.length + 4, ...zoo.runs.map(run => String(column.words(run)).length));
+      known.set(column.name, Math.round(Math.min(most, column.name === 'label' ? 38 : 26) * letter + 22));
+    }
+    return known.get(column.name);
   }
 
   function grouped(runs) {
@@ -214,5 +219,9 @@ zoo.table_of_runs = (() => {
     draw();
   }
 
-  return {start, draw: () => box && draw()};
+  const again = () => {
+    known.clear();
+    draw();
+  };
+  return {start, draw, again};
 })();
