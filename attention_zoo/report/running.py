@@ -41,12 +41,11 @@ def _row(folder: Path) -> Row | None:
         return None
     what, _, name = folder.name.rpartition("-")
     task, _, backend = what.partition("-")
-    rate = next(
-        (line["train/tokens_per_second"] for line in reversed(lines) if "train/tokens_per_second" in line), None
-    )
+    rates = [line["train/tokens_per_second"] for line in lines if "train/tokens_per_second" in line]
     return {
         "kind": "quality", "status": RUNNING, "backend": backend or folder.name, "task": task or None,
-        "id": name or folder.name, "curve": curve, "steps": curve[-1][0], "tokens_per_second": rates[-1] if rates else None,
+        "id": name or folder.name, "curve": curve, "steps": curve[-1][0],
+        "tokens_per_second": rates[-1] if rates else None,
         "error": f"step {curve[-1][0]:,}, loss {curve[-1][1]:.4g}", "config": {"folder": str(folder)},
     }  # fmt: skip
 
