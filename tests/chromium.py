@@ -156,8 +156,14 @@ class Browser:
         self.settle()
 
     def settle(self) -> None:
-        """Let two frames pass."""
+        """Let two frames pass, and wait until all charts in sight are drawn."""
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
+        self.until("document.body.dataset.drawn !== undefined")
+
+    def cpu_seconds(self) -> float:
+        """Processor time of the page's own thread so far: what others do on the machine does not count."""
+        self.call("Performance.enable", timeDomain="threadTicks")
+        return {each["name"]: each["value"] for each in self.call("Performance.getMetrics")["metrics"]}["ThreadTime"]
 
     def downloaded(self, name: str) -> bytes:
         """A file that the page saved, once it is whole."""

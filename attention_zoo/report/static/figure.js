@@ -3,13 +3,13 @@
 // A chart's `build()` returns null where there is nothing to draw, or {note, x, y, series, shapes, choices}. A series is
 // {group, name, style, x, y, low, high, keys, said, mode, band, marker, dash, rows}: `keys[i]` are the runs behind point i.
 zoo.charts = (() => {
-  const charts = [], waiting = new Set();
+  const charts = [];
   const font = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif";
   const faded = (hex, share) => hex + Math.round(255 * share).toString(16).padStart(2, '0');
   let observer, frame = 0;
 
   function add({key, title, build, height = 340, wide = false}) {
-    charts.push({key, title, build, height, wide, spec: null, seen: false, drawn: false});
+    charts.push({key, title, build, height, wide, spec: null, seen: false, drawn: false, stale: true, waits: false});
   }
 
   // Of a series among plotly's nodes.
@@ -112,17 +112,31 @@ zoo.charts = (() => {
     zoo.save(`${chart.key}.png`, new Blob([bytes], {type: 'image/png'}));
   }
 
-  // Work out what each chart shows; draw those in sight, one in a frame.
+  // Work out again what each chart shows, one in a frame, those in sight first: whoever types is never kept waiting.
   function renew() {
+    for (const chart of charts) chart.stale = true;
+    delete document.body.dataset.drawn;
+    pump();
+  }
+
+  function pump() {
     cancelAnimationFrame(frame);
     frame = requestAnimationFrame(() => {
-      for (const chart of charts) prepare(chart);
+      const next = charts.find(chart => chart.seen && (chart.stale || chart.waits)) ?? charts.find(chart => chart.stale);
+      if (!next) {
+        document.body.dataset.drawn = charts.filter(chart => chart.drawn && chart.spec).length;
+        return;
+      }
+      if (next.stale) prepare(next);
+      if (next.seen && next.spec) draw(next);
       pump();
     });
   }
 
   function prepare(chart) {
     chart.spec = chart.build();
+    chart.stale = false;
+    chart.waits = Boolean(chart.spec);
     chart.card.hidden = !chart.spec;
     if (!chart.spec) return;
     chart.note.textContent = chart.spec.note ?? '';
@@ -130,21 +144,10 @@ zoo.charts = (() => {
     chart.height = chart.spec.height ?? chart.height;
     chart.plot.style.height = `${chart.height}px`;
     chart.refill();
-    waiting.add(chart);
-  }
-
-  function pump() {
-    const next = [...waiting].find(chart => chart.seen);
-    if (!next) {
-      document.body.dataset.drawn = charts.filter(chart => chart.drawn && chart.spec).length;
-      return;
-    }
-    waiting.delete(next);
-    draw(next);
-    frame = requestAnimationFrame(pump);
   }
 
   function draw(chart) {
+    chart.waits = false;
     Plotly.react(chart.plot, traces(chart), layout(chart), {responsive: true, displayModeBar: false});
     if (!chart.drawn) {
       chart.drawn = true;
@@ -216,8 +219,10 @@ zoo.charts = (() => {
     charts.forEach(chart => observer.observe(chart.plot));
     zoo.link.listen(what => charts.forEach(chart => mark(chart, what)));
     addEventListener('beforeprint', () => {
-      for (const chart of charts) if (chart.spec) draw(chart);
-      waiting.clear();
+      for (const chart of charts) {
+        if (chart.stale) prepare(chart);
+        if (chart.spec) draw(chart);
+      }
     });
     renew();
   }

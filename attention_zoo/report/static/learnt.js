@@ -7,19 +7,22 @@
   const better = task => `${task.words} (${task.lower ? 'lower' : 'higher'} is better)`;
   const seed = run => `seed ${zoo.ask(run, 'seed') ?? '?'}`;
 
-  // The task that the charts are of, and a choice where there are several.
-  function chosen() {
-    const {value, left} = zoo.select.task();
-    const task = value && zoo.select.taskOf(value);
-    const choices = left.length < 2 ? [] : [zoo.choice('Task', left.map(each => [each, each]), value, task => zoo.state.change({task}))];
-    return {task, choices};
+  // The task that a chart is of: the chosen one, or the first that holds what it draws; and a choice where several do.
+  function chosen(holds) {
+    const {left} = zoo.select.task(), wanted = zoo.state.get().task;
+    const runs = zoo.select.shown().filter(holds);
+    const able = left.filter(title => runs.some(run => zoo.ask(run, 'task') === title));
+    const value = left.includes(wanted) ? able.find(title => title === wanted) : able[0];
+    if (!value) return {};
+    const choices = able.length < 2 ? [] : [zoo.choice('Task', able.map(each => [each, each]), value, task => zoo.state.change({task}))];
+    return {task: zoo.select.taskOf(value), choices};
   }
 
   const yOf = (task, title) => task.share ? zoo.gather.share(title) : {title};
   const caution = task => task.obstacles.length ? ` Not ranked: ${task.obstacles.join('; ')}.` : '';
 
   zoo.charts.add({key: 'quality', title: 'Quality over seeds', build: () => {
-    const {task, choices} = chosen();
+    const {task, choices} = chosen(run => run.n.score !== undefined);
     if (!task) return null;
     const most = innerWidth < 700 ? 18 : 40, short = new Set(), place = name => {
       let text = name.length > most ? `${name.slice(0, most - 1)}…` : name;
@@ -76,7 +79,7 @@
   }
 
   function pareto(figure, unit, binary) {
-    const {task, choices} = chosen();
+    const {task, choices} = chosen(run => run.n.score !== undefined);
     const found = task && priced(task, figure);
     if (!found) return null;
     const say = words.of(figure), series = [], points = [], drawn = new Set();
@@ -128,7 +131,7 @@
   }
 
   zoo.charts.add({key: 'learning', title: 'Training curves', build: () => {
-    const {task, choices} = chosen();
+    const {task, choices} = chosen(run => run.curve || run.quality_curve);
     if (!task) return null;
     const held = name => zoo.select.drawn(run => ofTask(task)(run) && run[name]?.[0]?.length);
     const kinds = [['curve', 'training loss'], ['quality_curve', `${task.words} while training`]].filter(([name]) => held(name).length);
@@ -144,7 +147,7 @@
   }});
 
   zoo.charts.add({key: 'position', title: 'Loss by position', build: () => {
-    const {task, choices} = chosen();
+    const {task, choices} = chosen(run => run.loss_by_position);
     const runs = task ? zoo.select.drawn(run => ofTask(task)(run) && run.loss_by_position?.[0]?.length) : [];
     if (!runs.length) return null;
     const bits = task.metric === 'bits_per_byte', factor = bits ? 1 / log2 : 1;
@@ -164,7 +167,7 @@
   }
 
   zoo.charts.add({key: 'distance', title: 'Accuracy by length and distance', wide: true, build: () => {
-    const {task, choices} = chosen();
+    const {task, choices} = chosen(run => run.groups || Object.keys(run.sets ?? {}).length > 1);
     const kinds = task ? maps(task) : [];
     if (!kinds.length) return null;
     const wanted = zoo.state.get().grouping, [name, title] = kinds.find(([each]) => each === wanted) ?? kinds[0];
@@ -197,7 +200,7 @@
   }});
 
   zoo.charts.add({key: 'spans', title: 'What models say of themselves', build: () => {
-    const {task, choices} = chosen();
+    const {task, choices} = chosen(run => run.readings);
     const runs = task ? zoo.select.drawn(run => ofTask(task)(run) && run.readings) : [];
     if (!runs.length) return null;
     const last = name => name.split('.').pop();

@@ -8,7 +8,6 @@ zoo.legend = (() => {
     const buttons = groups.slice(0, most).map(group => zoo.button('', () => {
       const now = zoo.state.get().off;
       zoo.state.change({off: now.includes(group.name) ? now.filter(name => name !== group.name) : [...now, group.name]});
-      box.querySelector(`[data-group="${CSS.escape(group.name)}"]`)?.focus();
     }, {'aria-pressed': String(!off.includes(group.name)), data: {group: group.name}}));
     buttons.forEach((button, number) => {
       const group = groups[number];
@@ -17,7 +16,9 @@ zoo.legend = (() => {
       for (const name of ['pointerenter', 'focus']) button.addEventListener(name, point);
       for (const name of ['pointerleave', 'blur']) button.addEventListener(name, leave);
     });
+    const held = box.contains(document.activeElement) && document.activeElement.dataset.group;
     box.replaceChildren(...buttons, groups.length > most ? zoo.el('span', {class: 'note'}, `and ${groups.length - most} more groups`) : '');
+    if (held) box.querySelector(`[data-group="${CSS.escape(held)}"]`)?.focus();
     mark(zoo.link.now());
   }
 
