@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
+from importlib import resources
 from typing import Any
 
-from attention_zoo.report import groups
-from attention_zoo.report.groups import MECHANISM
+from omegaconf import OmegaConf
+
+from attention_zoo.report.groups import SILENT
 from attention_zoo.results.row import Row
 
-GROUPS = ("model", "optimizer", "schedule", "trainer", "task")
+GROUPS = ("optimizer", "schedule", "trainer")
+"""Groups of a training's config that stand in no other; a task brings settings of the model and of the training too."""
+DEFAULTS = {"model": "tiny", "optimizer": "adamw", "schedule": "cosine", "trainer": "default", "task": "text"}
 _CELL = ("variant", "batch", "heads", "head_width", "causal", "device", "dtype", "threads")
+_APART = ("tracker", "backend", "attention", "hybrid", "retry", "force")
 
 
 def command_of(row: Row) -> str:
-    """The command line of the same work in words of `train` or `benchmark`; "" where none does it.
+    """The command line of the same work in words of `train` or `benchmark`; "" for what neither does.
 
-    A training's is that of its mechanism and task with every setting of theirs, so that later defaults change nothing;
-    what a preset names is left to `config`, which stands beside it.
+    A training's names the mechanism, the task and the groups that are nearest to its config, and then whatever differs
+    from them.
     """
     config = row.get("config") or {}
     if row["kind"] == "speed":
-        words = list(_cell(row, config))
-        return shlex.join(["python", "-m", "experiments.benchmark", *words])
+        return shlex.join(["python", "-m", "experiments.benchmark", *_cell(row, config)])
     if row["kind"] == "quality" and isinstance(config.get("task"), dict):
         return shlex.join(["python", "-m", "experiments.train", *_training(row, config)])
     return ""
@@ -36,41 +42,104 @@ def _cell(row: Row, config: dict[str, Any]) -> Iterator[str]:
     yield f"phases=[{row['phase']}]"
     yield "baselines=false"
     yield "quadratic_up_to=null"
-    yield from (f"{key}={_word(row[key])}" for key in _CELL if row.get(key) is not None)
-    for key, value in groups.flat(config.get("options") or {}):
-        yield f"+options.{row['backend']}.{key}={value}"
+    yield from (f"{key}={word(row[key])}" for key in _CELL if row.get(key) is not None)
+    if config.get("options"):
+        yield f"options={word({row['backend']: config['options']})}"
+    if config.get("model"):
+        yield f"models=[{word(config['model'])}]"
 
 
 def _training(row: Row, config: dict[str, Any]) -> Iterator[str]:
-    attention = config.get("attention")
-    if config.get("hybrid"):
-        yield f"hybrid={_word(config['hybrid'])}"
-    elif isinstance(attention, dict) and attention.get("name"):
-        yield f"attention={attention['name']}"
-        yield from _leaves("attention", attention, ("name",))
-    yield f"task={row.get('task')}"
-    for name in GROUPS:
-        if isinstance(config.get(name), dict):
-            yield from _leaves(name, config[name])
+    attention, hybrid = config.get("attention"), config.get("hybrid")
+    name = attention.get("name") if isinstance(attention, dict) else None
+    if hybrid:
+        yield f"hybrid={word(hybrid)}"
+    elif name:
+        yield f"attention={name}"
+    if config.get("backend") not in (None, name) and not hybrid:
+        yield f"backend={word(config['backend'])}"
+    base = {key: value for key, value in _yaml("", "train").items() if key not in ("defaults", "hydra")}
+    task, brought = _nearest("task", config["task"], str(row.get("task")))
+    yield f"task={task}" if task else f"task={row.get('task')}"
+    model, sizes = _nearest("model", config.get("model"), "tiny")
+    base |= {"model": sizes, "attention": _yaml("attention", str(name)) if name else {}}
+    if model not in (None, DEFAULTS["model"]):
+        yield f"model={model}"
+    for group in GROUPS:
+        chosen, base[group] = _nearest(group, config.get(group), DEFAULTS[group])
+        if chosen not in (None, DEFAULTS[group]):
+            yield f"{group}={chosen}"
+    base = _over(base, brought)
+    mine = {key: value for key, value in config.items() if key not in (*_APART, "output")}
+    if name and not hybrid and isinstance(attention, dict):
+        mine["attention"] = {key: value for key, value in attention.items() if key != "name"}
+    yield from _differing(mine, base)
+
+
+def _nearest(group: str, config: Any, usual: str) -> tuple[str | None, dict[str, Any]]:
+    """The choice of a group from which a config differs least, and what it sets; of a task its own and all else."""
+    if not isinstance(config, dict):
+        return None, {}
+    found = []
+    for name in _names(group):
+        held = _yaml(group, name)
+        own = held.get("task", {}) if group == "task" else held
+        if str(own.get("_target_")) == str(config.get("_target_")) or group == "trainer":
+            found.append((len(list(_differing(config, own))), name != usual, name, held))
+    if not found:
+        return None, {}
+    *_, name, held = min(found, key=lambda each: each[:3])
+    return name, held
+
+
+def _differing(config: dict[str, Any], base: dict[str, Any], path: str = "") -> Iterator[str]:
+    """Overrides for what a config says otherwise than its base; nothing where neither says anything."""
     for key, value in config.items():
-        if key not in (*MECHANISM, *GROUPS, "tracker") and not isinstance(value, dict):
-            yield f"{key}={_word(value)}"
+        dotted, given = f"{path}{key}", base.get(key)
+        if key.startswith("_") or dotted in SILENT - {"seed"}:
+            continue
+        if isinstance(value, dict) and (isinstance(given, dict) or given is None):
+            yield from _differing(value, given or {}, f"{dotted}.")
+        elif value != given:
+            yield f"{dotted}={word(value)}"
 
 
-def _leaves(name: str, group: dict[str, Any], without: tuple[str, ...] = ()) -> Iterator[str]:
-    for key, value in group.items():
-        if not key.startswith("_") and key not in without:
-            yield f"{name}.{key}={_word(value)}"
+def _over(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """One config over another."""
+    both = dict(base)
+    for key, value in more.items():
+        both[key] = _over(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
+    return both
 
 
-def _word(value: Any) -> str:
+@cache
+def _names(group: str) -> tuple[str, ...]:
+    files = resources.files("attention_zoo.conf").joinpath(group).iterdir()
+    return tuple(sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml")))
+
+
+@cache
+def _yaml(group: str, name: str) -> dict[str, Any]:
+    """What a file of the shipped configs says; nothing where there is none."""
+    file = resources.files("attention_zoo.conf").joinpath(group, f"{name}.yaml")
+    if not file.is_file():
+        return {}
+    found = OmegaConf.to_container(OmegaConf.create(file.read_text("utf-8")))
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
+def word(value: Any) -> str:
     """A value in Hydra's grammar of overrides."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(map(_word, value))}]"
+        return f"[{','.join(map(word, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{_word(inner)}' for key, inner in value.items())}}}"
+        return f"{{{','.join(f'{key}:{word(inner)}' for key, inner in value.items())}}}"
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z_][\w./-]*", value):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
     return str(value)
