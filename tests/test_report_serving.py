@@ -1,4 +1,4 @@
-"""The report by its command: a page that follows a running sweep, tables as files, and the command that repeats a row."""
+"""The report by its command: a page that follows a sweep, tables as files, and the command that repeats a row."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def latex(table: Table) -> str:
     columns = list(zip(*table.cells))
     sides = "".join("l" if not place or _wordy(column) else "r" for place, column in enumerate(columns))
     head, *lines = [" & ".join(map(_escaped, line)) + r" \\" for line in [table.headers, *table.cells]]
-    notes = [f"% {note}" for note in table.notes]
+    notes = [f"% {' '.join(note.split())}" for note in table.notes]
     inner = [r"\toprule", head, r"\midrule", *lines, r"\bottomrule"]
     return "\n".join([*notes, rf"\begin{{tabular}}{{{sides}}}", *inner, r"\end{tabular}"]) + "\n"
 

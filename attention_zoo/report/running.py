@@ -52,5 +52,6 @@ def _row(folder: Path) -> Row | None:
 
 def _point(line: dict[str, Any], name: str) -> list[float] | None:
     step, value = line.get("step"), line.get(name)
-    good = isinstance(step, int) and isinstance(value, int | float) and not isinstance(value, bool)
-    return [step, value] if good else None
+    if not isinstance(step, int) or not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return [step, value]
