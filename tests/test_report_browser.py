@@ -133,7 +133,10 @@ def test_the_table_sorts_pins_and_shows_what_is_in_sight(opened: Browser) -> Non
     opened.run("zoo.by('table').scrollLeft = 200")
     assert opened.run(left) == before
     opened.run("zoo.state.change({rows: 'groups'})")
-    assert opened.run("document.querySelector('.runs tr.group').textContent").count("ø") >= 1
+    assert "ø 2.526" in opened.run("document.querySelector('.runs tr.group').textContent")
+    opened.run("zoo.state.change({where: {}})")
+    groups = "[...document.querySelectorAll('.runs tr.group')].map(line => line.textContent)"
+    assert not any("ø 2.526" in line for line in opened.run(groups)), "no mean over two tasks"
 
 
 def test_what_is_pointed_at_and_chosen_shows_everywhere(opened: Browser) -> None:

@@ -150,11 +150,11 @@ def test_runs_that_are_no_folders_are_refused(given: str, capsys: pytest.Capture
 
 
 def test_latex_is_escaped_and_flushed() -> None:
-    table = Table(["", "time", "why"], [["a_b & c%", "1.5 s", "{~^\\}"], ["#$<", "≈ 2", "–"]], ["marks\nsay"])
+    table = Table(["", "time", "why"], [["a_b & c%", "1.5 s", "{~^\\}"], ["#$<", "≈ 2", "so"]], ["marks\nsay"])
     lines = latex(table).splitlines()
     assert lines[:2] == ["% marks say", r"\begin{tabular}{lrl}"]
     assert lines[5] == r"a\_b \& c\% & 1.5 s & \{\textasciitilde{}\textasciicircum{}\textbackslash{}\} \\"
-    assert lines[6] == r"\#\$\textless{} & $\approx$ 2 & -- \\"
+    assert lines[6] == r"\#\$\textless{} & $\approx$ 2 & so \\"
     assert csv_text(Table(["=a"], [["-1"], ["+x"]])) == "'=a\n'-1\n'+x\n"
     held = tables(Findings.of([unfinished(speed("full", "sdpa", 256), "oom", "killed")]))
     assert list(held) == ["summary"]

@@ -70,6 +70,7 @@ zoo.charts = (() => {
 
   function card(chart) {
     const numbers = zoo.el('div');
+    chart.heading = zoo.el('h3', {}, chart.title);
     chart.note = zoo.el('p', {class: 'note'});
     chart.choices = zoo.el('div', {class: 'choices'});
     chart.plot = zoo.el('div', {class: 'plot', role: 'img', 'aria-label': chart.title, data: {figure: chart.key}, style: {height: `${chart.height}px`}});
@@ -77,7 +78,7 @@ zoo.charts = (() => {
     const fill = () => numbers.replaceChildren(zoo.table(...points(chart, true)));
     chart.refill = () => { if (chart.details.open) fill(); };
     chart.card = zoo.el('figure', {class: chart.wide ? 'card wide' : 'card', data: {chart: chart.key}, hidden: true},
-      zoo.el('figcaption', {}, zoo.el('div', {class: 'caption'}, zoo.el('h3', {}, chart.title), zoo.el('span', {class: 'tools'},
+      zoo.el('figcaption', {}, zoo.el('div', {class: 'caption'}, chart.heading, zoo.el('span', {class: 'tools'},
         zoo.button('CSV', () => zoo.saveCsv(chart.key, [points(chart)[0], ...points(chart)[1]]), {'aria-label': `Download the points of “${chart.title}” as CSV`}),
         zoo.button('PNG', () => png(chart), {'aria-label': `Download “${chart.title}” as PNG`}))),
       chart.choices, chart.note), chart.plot, chart.details);
@@ -106,7 +107,7 @@ zoo.charts = (() => {
 
   async function png(chart) {
     const {width} = chart.plot.getBoundingClientRect();
-    const image = await Plotly.toImage({data: traces(chart), layout: {...layout(chart), title: {text: zoo.plain(chart.title), font: {size: 15}},
+    const image = await Plotly.toImage({data: traces(chart), layout: {...layout(chart), title: {text: zoo.plain(chart.spec.title ?? chart.title), font: {size: 15}},
       margin: {l: 8, r: 12, t: 40, b: 8}}, }, {format: 'png', width: Math.max(640, Math.round(width)), height: chart.height + 40, scale: 2});
     const bytes = Uint8Array.from(atob(image.split(',')[1]), letter => letter.charCodeAt(0));
     zoo.save(`${chart.key}.png`, new Blob([bytes], {type: 'image/png'}));
@@ -139,6 +140,7 @@ zoo.charts = (() => {
     chart.waits = Boolean(chart.spec);
     chart.card.hidden = !chart.spec;
     if (!chart.spec) return;
+    chart.heading.textContent = chart.spec.title ?? chart.title;
     chart.note.textContent = chart.spec.note ?? '';
     chart.choices.replaceChildren(...(chart.spec.choices ?? []));
     chart.height = chart.spec.height ?? chart.height;

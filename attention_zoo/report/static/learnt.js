@@ -191,6 +191,7 @@
     const flat = z.flat().filter(value => value !== null), doubled = y.map((text, i) => y.indexOf(text) === i ? text : `${text} (${line(i)})`);
     function line(i) { return lines[i].task.title; }
     return {choices: [...choices, ...(kinds.length > 1 ? [zoo.choice('By', kinds, name, grouping => zoo.state.change({grouping}))] : [])],
+      title: `${task.lower ? 'Loss' : name === '(set)' ? `${task.words[0].toUpperCase()}${task.words.slice(1)}` : 'Accuracy'} by ${several ? 'length and ' : ''}${title}`,
       note: `${task.name}: ${task.lower ? (task.bits ? 'loss in bits' : 'loss in nats') : name === '(set)' ? task.words : 'accuracy'} by ${title}, the mean over seeds. A column is the largest of its group.`,
       height: Math.min(640, 110 + 26 * lines.length), say, x: {title, type: 'category'}, y: {title: '', type: 'category', automargin: true}, series: [],
       heat: {x: x.map(at => typeof at === 'number' ? words.count(at) : at), y: doubled, z, min: task.lower ? Math.min(...flat) : 0, max: task.lower ? Math.max(...flat) : 1,

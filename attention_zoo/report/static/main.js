@@ -54,5 +54,5 @@
     event.preventDefault();
   });
   if (live) zoo.live.start();
-  document.body.dataset.ready = 'yes';
+  if (/=/.test(location.hash)) zoo.by('runs-section').scrollIntoView(); // a view that somebody shared
 })();

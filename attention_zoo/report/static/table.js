@@ -88,11 +88,12 @@ zoo.runsTable = (() => {
     return zoo.el('tr', {class: 'group', 'aria-rowindex': place + 2, data: {group}},
       columns.map((column, number) => {
         if (number === 0) return cell('th', column, 0, {scope: 'row'}, `${group} (${runs.length})`);
-        const values = column.figure ? runs.map(run => run.n[column.name]).filter(value => value !== undefined) : [];
-        const tasks = new Set(runs.map(run => zoo.ask(run, 'task')));
-        if (!values.length || (column.name === 'score' && tasks.size > 1)) return cell('td', column, number, {});
+        const held = column.figure ? runs.filter(run => run.n[column.name] !== undefined) : [];
+        // no mean over what cannot be compared
+        const alike = new Set(held.map(run => ['task', 'length', 'setting'].map(name => zoo.ask(run, name)).join('\n')));
+        if (alike.size !== 1) return cell('td', column, number, {});
+        const values = held.map(run => run.n[column.name]);
         const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
-        const held = runs.filter(run => run.n[column.name] !== undefined);
         const said = column.said(mean, held);
         const ends = [Math.min(...values), Math.max(...values)].map(value => column.said(value, held));
         return cell('td', column, number, {title: `mean; ${ends[0]} to ${ends[1]}`}, `ø ${said}`);
@@ -184,7 +185,7 @@ zoo.runsTable = (() => {
     box = node;
     head = zoo.el('thead');
     body = zoo.el('tbody');
-    table = zoo.el('table', {class: 'runs', 'aria-label': 'Runs'}, zoo.el('colgroup'), head, body);
+    table = zoo.el('table', {class: 'runs', role: 'grid', 'aria-label': 'Runs: arrow keys move, Enter opens one, Space marks it for comparison'}, zoo.el('colgroup'), head, body);
     box.append(table);
     tools.append(chooser(),
       zoo.el('label', {class: 'check'}, zoo.el('input', {type: 'checkbox', id: 'grouped', checked: zoo.state.get().rows === 'groups',
