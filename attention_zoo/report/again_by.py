@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 
 from attention_zoo.report.groups import SILENT
 from attention_zoo.results.row import Row
+from attention_zoo.training.config import TrainConfig
 
 GROUPS = ("optimizer", "schedule", "trainer")
 """Groups of a training's config that stand in no other; a task brings settings of the model and of the training too."""
@@ -58,7 +60,7 @@ def _training(row: Row, config: dict[str, Any]) -> Iterator[str]:
         yield f"attention={name}"
     if config.get("backend") not in (None, name) and not hybrid:
         yield f"backend={word(config['backend'])}"
-    base = {key: value for key, value in _yaml("", "train").items() if key not in ("defaults", "hydra")}
+    base = _over(asdict(TrainConfig()), _yaml("", "train"))
     task, brought = _nearest("task", config["task"], str(row.get("task")))
     yield f"task={task}" if task else f"task={row.get('task')}"
     model, sizes = _nearest("model", config.get("model"), "tiny")

@@ -1,14 +1,31 @@
 // Columns of the table of runs: words of a field, or a figure.
 zoo.columns = (() => {
   const first = ['label', 'task', 'length', 'seed', 'status'];
-  const titles = {label: 'run', score: 'score', peak_bytes: 'peak memory', seconds: 'time of a call',
-                  tokens_per_second: 'tokens/s', train_seconds: 'training', floor_ratio: '× floor'};
-  const usual = ['score', 'seconds', 'peak_bytes', 'parameters', 'train_seconds', 'tokens_per_second', 'time_ratio',
-                 'memory_ratio'];
+  const titles = {
+    label: 'run',
+    score: 'score',
+    peak_bytes: 'peak memory',
+    seconds: 'time of a call',
+    tokens_per_second: 'tokens/s',
+    train_seconds: 'training',
+    floor_ratio: '× floor',
+  };
+  const usual = [
+    'score',
+    'seconds',
+    'peak_bytes',
+    'parameters',
+    'train_seconds',
+    'tokens_per_second',
+    'time_ratio',
+    'memory_ratio',
+  ];
 
   const field = name => ({
-    name, title: titles[name] ?? name.replace(/_/g, ' '), figure: false,
-    get: run => name === 'label' ? zoo.title(run) : zoo.ask(run, name),
+    name,
+    title: titles[name] ?? name.replace(/_/g, ' '),
+    figure: false,
+    get: run => (name === 'label' ? zoo.title(run) : zoo.ask(run, name)),
     words: run => {
       if (name === 'label') return run.label + (run.against ? ` against ${run.against}` : '');
       if (name === 'status') return `${run.why ?? zoo.ask(run, name)}${run.stale ? ', stale' : ''}`;
@@ -24,16 +41,20 @@ zoo.columns = (() => {
   };
 
   const figure = name => ({
-    name, title: titles[name] ?? name.replace(/^metrics\./, '').replace(/_/g, ' '), figure: true,
+    name,
+    title: titles[name] ?? name.replace(/^metrics\./, '').replace(/_/g, ' '),
+    figure: true,
     get: run => run.n[name] ?? null,
-    words: run => run.n[name] === undefined ? zoo.words.none : words(name, run, run.n[name]),
+    words: run => (run.n[name] === undefined ? zoo.words.none : words(name, run, run.n[name])),
     said: (value, runs) => words(name, runs[0], value),
   });
 
   let figures = [];
-  const load = () => { figures = [...new Set(zoo.runs.flatMap(run => Object.keys(run.n)))]; };
+  const load = () => {
+    figures = [...new Set(zoo.runs.flatMap(run => Object.keys(run.n)))];
+  };
   const all = () => [...zoo.data.fields.map(([name]) => field(name)), ...figures.map(figure)];
-  const one = name => figures.includes(name) ? figure(name) : zoo.place.has(name) ? field(name) : null;
+  const one = name => (figures.includes(name) ? figure(name) : zoo.place.has(name) ? field(name) : null);
 
   // What was asked for, or else what most shown runs can fill.
   function shown() {
@@ -42,8 +63,16 @@ zoo.columns = (() => {
     const runs = zoo.select.shown();
     const said = first.filter(name => name === 'label' || zoo.varying.includes(name));
     const held = usual.filter(name => runs.some(run => run.n[name] !== undefined));
-    return [...new Set([...said, ...held, ...Object.keys(where).filter(name => zoo.varying.includes(name)),
-                        ...zoo.state.get().facets])].map(one).filter(Boolean);
+    return [
+      ...new Set([
+        ...said,
+        ...held,
+        ...Object.keys(where).filter(name => zoo.varying.includes(name)),
+        ...zoo.state.get().facets,
+      ]),
+    ]
+      .map(one)
+      .filter(Boolean);
   }
 
   return {load, all, one, shown};

@@ -22,21 +22,40 @@ zoo.facets = (() => {
   function options(field) {
     const mine = zoo.state.get().where[field] ?? [];
     const counts = zoo.select.counts(field);
-    const line = ([value, count]) => zoo.el('label', {class: count ? 'option' : 'option none'},
-      zoo.el('input', {type: 'checkbox', checked: mine.includes(value), data: {field, value},
-        onchange: () => toggle(field, value)}),
-      zoo.el('span', {}, value === '' ? '(none)' : value), zoo.el('small', {}, count));
+    const line = ([value, count]) =>
+      zoo.el(
+        'label',
+        {class: count ? 'option' : 'option none'},
+        zoo.el('input', {
+          type: 'checkbox',
+          checked: mine.includes(value),
+          data: {field, value},
+          onchange: () => toggle(field, value),
+        }),
+        zoo.el('span', {}, value === '' ? '(none)' : value),
+        zoo.el('small', {}, count),
+      );
     const lines = counts.slice(0, most).map(line);
-    if (counts.length > most) lines.push(zoo.el('p', {class: 'note'}, `${counts.length - most} more: search for them`));
+    if (counts.length > most)
+      lines.push(zoo.el('p', {class: 'note'}, `${counts.length - most} more: search for them`));
     return lines;
   }
 
   function facet(field) {
     const box = zoo.el('div', {class: 'options', role: 'group', 'aria-label': words(field)});
     const summary = zoo.el('summary', {});
-    const details = zoo.el('details', {class: 'facet', data: {field}, ontoggle: () => {
-      if (details.open) box.replaceChildren(...options(field));
-    }}, summary, box);
+    const details = zoo.el(
+      'details',
+      {
+        class: 'facet',
+        data: {field},
+        ontoggle: () => {
+          if (details.open) box.replaceChildren(...options(field));
+        },
+      },
+      summary,
+      box,
+    );
     details.refresh = () => {
       const mine = zoo.state.get().where[field] ?? [];
       const one = mine.length === 1 ? `: ${mine[0] || '(none)'}` : mine.length ? `: ${mine.length}` : '';
@@ -58,18 +77,40 @@ zoo.facets = (() => {
 
   function draw() {
     const shown = fields();
-    const more = zoo.data.fields.map(([name]) => name).filter(name => !shown.includes(name) && zoo.varying.includes(name));
+    const more = zoo.data.fields
+      .map(([name]) => name)
+      .filter(name => !shown.includes(name) && zoo.varying.includes(name));
     bar.replaceChildren(
-      zoo.el('label', {class: 'search'}, zoo.el('span', {class: 'quiet'}, 'Search runs'),
-        zoo.el('input', {type: 'search', id: 'search', placeholder: 'Search runs (press /)', value: zoo.state.get().q,
-          oninput: event => zoo.state.change({q: event.target.value})})),
+      zoo.el(
+        'label',
+        {class: 'search'},
+        zoo.el('span', {class: 'quiet'}, 'Search runs'),
+        zoo.el('input', {
+          type: 'search',
+          id: 'search',
+          placeholder: 'Search runs (press /)',
+          value: zoo.state.get().q,
+          oninput: event => zoo.state.change({q: event.target.value}),
+        }),
+      ),
       ...shown.map(facet),
-      more.length ? zoo.choice('Filter by', [['', 'more …'], ...more.map(name => [name, name])], '', field => {
-        if (field) zoo.state.change({facets: [...zoo.state.get().facets, field]});
-      }, {id: 'more'}) : '',
+      more.length
+        ? zoo.choice(
+            'Filter by',
+            [['', 'more …'], ...more.map(name => [name, name])],
+            '',
+            field => {
+              if (field) zoo.state.change({facets: [...zoo.state.get().facets, field]});
+            },
+            {id: 'more'},
+          )
+        : '',
       zoo.choice('Group by', groupings(), zoo.state.get().by, by => zoo.state.change({by, off: []}), {id: 'by'}),
-      zoo.button('Reset', () => zoo.state.change({...zoo.state.blank(), theme: zoo.state.get().theme}), {id: 'reset'}),
-      said);
+      zoo.button('Reset', () => zoo.state.change({...zoo.state.blank(), theme: zoo.state.get().theme}), {
+        id: 'reset',
+      }),
+      said,
+    );
     bar.dataset.fields = shown.join('\n');
     refresh();
   }

@@ -1,7 +1,8 @@
 // What is pointed at or chosen in one place shows in all: tables, charts, pictures, legend.
 zoo.link = (() => {
   const listeners = [];
-  let pointed = null, frame = 0;
+  let pointed = null,
+    frame = 0;
 
   // A pointed place: {group, keys}, or null for none.
   function point(what) {
@@ -22,7 +23,9 @@ zoo.link = (() => {
     return run ? {group: zoo.select.groupOf(run), keys: [run.key]} : null;
   }
 
-  const listen = listener => { listeners.push(listener); };
+  const listen = listener => {
+    listeners.push(listener);
+  };
   const again = () => listeners.forEach(listener => listener(now()));
   return {point, choose, now, listen, again};
 })();

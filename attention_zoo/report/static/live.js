@@ -6,7 +6,10 @@ zoo.live = (() => {
   async function ask() {
     const said = zoo.by('live');
     try {
-      const answer = await fetch('data.json', {headers: version ? {'If-None-Match': version} : {}, cache: 'no-store'});
+      const answer = await fetch('data.json', {
+        headers: version ? {'If-None-Match': version} : {},
+        cache: 'no-store',
+      });
       if (answer.status === 200) {
         const next = answer.headers.get('ETag');
         const {data, sections} = await answer.json();

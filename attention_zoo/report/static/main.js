@@ -33,13 +33,15 @@
   zoo.pictures.start(zoo.by('pictures'));
   zoo.details.start(zoo.by('details'));
   zoo.diff.start(zoo.by('diff'));
-  let frame = 0, asked = false;
+  let frame = 0,
+    asked = false;
   zoo.state.listen(changed => {
     const loud = [...changed].some(name => !quiet.includes(name));
     if (!loud && !changed.has('run')) return;
     asked ||= loud;
     cancelAnimationFrame(frame);
-    frame = requestAnimationFrame(() => { // the table has answered already; what is large follows
+    frame = requestAnimationFrame(() => {
+      // the table has answered already; what is large follows
       if (asked) {
         zoo.legend.draw();
         zoo.pictures.draw();

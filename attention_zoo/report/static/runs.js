@@ -8,7 +8,7 @@ zoo.load = data => {
   zoo.varying = data.fields.map(([name]) => name).filter(name => zoo.distinct(name) > 1);
 
   function searched(run) {
-    const said = run.f.map((value, place) => value < 0 ? '' : data.fields[place][1][value]);
+    const said = run.f.map((value, place) => (value < 0 ? '' : data.fields[place][1][value]));
     return [run.key, run.why, run.error, run.against, ...said].join('\n').toLowerCase();
   }
 };
@@ -37,7 +37,11 @@ zoo.order = (a, b) => {
 
 zoo.title = run => {
   const words = [run.label];
-  for (const [name, said] of [['task', ''], ['seed', 'seed '], ['length', '']]) {
+  for (const [name, said] of [
+    ['task', ''],
+    ['seed', 'seed '],
+    ['length', ''],
+  ]) {
     const value = zoo.ask(run, name);
     if (value !== null && !(name === 'length' && zoo.ask(run, 'task'))) {
       words.push(name === 'length' ? `${zoo.words.count(value)} tokens` : `${said}${value}`);

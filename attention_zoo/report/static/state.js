@@ -1,7 +1,18 @@
 // The state of the view, in the address: what one sees can be shared, and goes back with the browser's button.
 zoo.state = (() => {
-  const plain = {q: '', by: 'label', sort: '', run: '', setting: '', task: '', learning: '', grouping: '', theme: '',
-                 rows: '', attend: ''};
+  const plain = {
+    q: '',
+    by: 'label',
+    sort: '',
+    run: '',
+    setting: '',
+    task: '',
+    learning: '',
+    grouping: '',
+    theme: '',
+    rows: '',
+    attend: '',
+  };
   const many = ['off', 'cols', 'pin', 'vs', 'facets'];
   const listeners = [];
   let now = read();
@@ -22,7 +33,8 @@ zoo.state = (() => {
 
   function written(state) {
     const said = new URLSearchParams();
-    for (const [field, values] of Object.entries(state.where)) for (const value of values) said.append(`f.${field}`, value);
+    for (const [field, values] of Object.entries(state.where))
+      for (const value of values) said.append(`f.${field}`, value);
     for (const name of Object.keys(plain)) if (state[name] !== plain[name]) said.append(name, state[name]);
     for (const name of many) for (const value of state[name]) said.append(name, value);
     return said.toString();

@@ -1,18 +1,28 @@
 // The table of runs: sorted, searched, with pinned columns. Of many rows only those in sight are in the document.
 zoo.runsTable = (() => {
-  const height = 31, spare = 12, letter = 7.4, known = new Map();
-  let box, body, head, table, columns = [], lines = [], widths = [];
+  const height = 31,
+    spare = 12,
+    letter = 7.4,
+    known = new Map();
+  let box,
+    body,
+    head,
+    table,
+    columns = [],
+    lines = [],
+    widths = [];
 
   const pinned = () => new Set(['label', ...zoo.state.get().pin]);
 
   function ordered(runs) {
     const {sort} = zoo.state.get();
     if (!sort) return runs;
-    const column = zoo.columns.one(sort.replace(/^-/, '')), sign = sort.startsWith('-') ? -1 : 1;
+    const column = zoo.columns.one(sort.replace(/^-/, '')),
+      sign = sort.startsWith('-') ? -1 : 1;
     if (!column) return runs;
     const keyed = runs.map(run => [column.get(run), run]);
     // who says nothing stands below, whichever way
-    keyed.sort(([a], [b]) => a === null || b === null ? zoo.order(a, b) : sign * zoo.order(a, b));
+    keyed.sort(([a], [b]) => (a === null || b === null ? zoo.order(a, b) : sign * zoo.order(a, b)));
     return keyed.map(([, run]) => run);
   }
 
@@ -56,60 +66,111 @@ zoo.runsTable = (() => {
   function cell(tag, column, number, given, ...children) {
     const held = pinned().has(column.name) && (innerWidth >= 700 || number === 0);
     const classes = [column.figure ? 'figure' : '', held ? 'pinned' : ''].join(' ').trim();
-    return zoo.el(tag, {class: classes || null, style: held ? {left: `${offset(number)}px`} : {}, ...given}, ...children);
+    return zoo.el(
+      tag,
+      {class: classes || null, style: held ? {left: `${offset(number)}px`} : {}, ...given},
+      ...children,
+    );
   }
 
   function heading(column, number) {
     const {sort, pin} = zoo.state.get();
     const way = sort === column.name ? 'ascending' : sort === `-${column.name}` ? 'descending' : null;
     const fixed = pin.includes(column.name);
-    return cell('th', column, number, {scope: 'col', 'aria-sort': way ?? 'none', data: {column: column.name}},
-      zoo.button(`${column.title}${way === 'ascending' ? ' ▲' : way ? ' ▼' : ''}`, () => sortBy(column.name),
-        {class: 'sort', title: `Sort by ${column.name}`}),
-      column.name === 'label' ? null : zoo.button(fixed ? '◆' : '◇', () => zoo.state.change(
-        {pin: fixed ? pin.filter(name => name !== column.name) : [...pin, column.name]}),
-        {class: 'pin', 'aria-pressed': String(fixed), 'aria-label': `Pin ${column.title}`, title: 'Pin this column'}));
+    return cell(
+      'th',
+      column,
+      number,
+      {scope: 'col', 'aria-sort': way ?? 'none', data: {column: column.name}},
+      zoo.button(`${column.title}${way === 'ascending' ? ' ▲' : way ? ' ▼' : ''}`, () => sortBy(column.name), {
+        class: 'sort',
+        title: `Sort by ${column.name}`,
+      }),
+      column.name === 'label'
+        ? null
+        : zoo.button(
+            fixed ? '◆' : '◇',
+            () => zoo.state.change({pin: fixed ? pin.filter(name => name !== column.name) : [...pin, column.name]}),
+            {
+              class: 'pin',
+              'aria-pressed': String(fixed),
+              'aria-label': `Pin ${column.title}`,
+              title: 'Pin this column',
+            },
+          ),
+    );
   }
 
   function runLine({run}, place) {
     const {vs} = zoo.state.get();
     const look = zoo.select.looks()[zoo.select.groupOf(run)];
-    return zoo.el('tr', {'aria-rowindex': place + 2, tabindex: '-1', class: run.stale ? 'stale' : null,
-      data: {key: run.key, group: zoo.select.groupOf(run)}},
-    columns.map((column, number) => number === 0
-      ? cell('th', column, 0, {scope: 'row', title: zoo.title(run)},
-        zoo.el('input', {type: 'checkbox', checked: vs.includes(run.key), data: {vs: run.key}, tabindex: '-1',
-          'aria-label': `Compare ${zoo.title(run)}`}),
-        zoo.swatch(look), column.words(run))
-      : cell('td', column, number, {title: column.words(run)}, column.words(run))));
+    return zoo.el(
+      'tr',
+      {
+        'aria-rowindex': place + 2,
+        tabindex: '-1',
+        class: run.stale ? 'stale' : null,
+        data: {key: run.key, group: zoo.select.groupOf(run)},
+      },
+      columns.map((column, number) =>
+        number === 0
+          ? cell(
+              'th',
+              column,
+              0,
+              {scope: 'row', title: zoo.title(run)},
+              zoo.el('input', {
+                type: 'checkbox',
+                checked: vs.includes(run.key),
+                data: {vs: run.key},
+                tabindex: '-1',
+                'aria-label': `Compare ${zoo.title(run)}`,
+              }),
+              zoo.swatch(look),
+              column.words(run),
+            )
+          : cell('td', column, number, {title: column.words(run)}, column.words(run)),
+      ),
+    );
   }
 
   function groupLine({group, runs}, place) {
-    return zoo.el('tr', {class: 'group', 'aria-rowindex': place + 2, data: {group}},
+    return zoo.el(
+      'tr',
+      {class: 'group', 'aria-rowindex': place + 2, data: {group}},
       columns.map((column, number) => {
         if (number === 0) return cell('th', column, 0, {scope: 'row'}, `${group} (${runs.length})`);
         const held = column.figure ? runs.filter(run => run.n[column.name] !== undefined) : [];
         // no mean over what cannot be compared
-        const alike = new Set(held.map(run => ['task', 'length', 'setting'].map(name => zoo.ask(run, name)).join('\n')));
+        const alike = new Set(
+          held.map(run => ['task', 'length', 'setting'].map(name => zoo.ask(run, name)).join('\n')),
+        );
         if (alike.size !== 1) return cell('td', column, number, {});
         const values = held.map(run => run.n[column.name]);
         const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
         const said = column.said(mean, held);
         const ends = [Math.min(...values), Math.max(...values)].map(value => column.said(value, held));
         return cell('td', column, number, {title: `mean; ${ends[0]} to ${ends[1]}`}, `ø ${said}`);
-      }));
+      }),
+    );
   }
 
   // The rows in sight, between two rows that hold the room of the others.
   function rows(every = false) {
     const from = every ? 0 : Math.max(0, Math.floor(box.scrollTop / height) - spare);
     const to = every ? lines.length : Math.min(lines.length, from + Math.ceil(box.clientHeight / height) + 2 * spare);
-    const room = count => zoo.el('tr', {class: 'room', 'aria-hidden': 'true'},
-      zoo.el('td', {colspan: columns.length, style: {height: `${count * height}px`}}));
+    const room = count =>
+      zoo.el(
+        'tr',
+        {class: 'room', 'aria-hidden': 'true'},
+        zoo.el('td', {colspan: columns.length, style: {height: `${count * height}px`}}),
+      );
     const active = document.activeElement?.dataset?.key;
-    body.replaceChildren(...(from ? [room(from)] : []),
+    body.replaceChildren(
+      ...(from ? [room(from)] : []),
       ...lines.slice(from, to).map((line, number) => (line.run ? runLine : groupLine)(line, from + number)),
-      ...(to < lines.length ? [room(lines.length - to)] : []));
+      ...(to < lines.length ? [room(lines.length - to)] : []),
+    );
     table.setAttribute('aria-rowcount', lines.length + 1);
     (body.querySelector('tr[data-key]') ?? body).setAttribute('tabindex', '0');
     if (active) row(active)?.focus({preventScroll: true});
@@ -122,15 +183,20 @@ zoo.runsTable = (() => {
     prepare();
     head.replaceChildren(zoo.el('tr', {'aria-rowindex': 1}, columns.map(heading)));
     table.style.width = `${offset(widths.length)}px`;
-    table.querySelector('colgroup').replaceChildren(
-      ...widths.map(width => zoo.el('col', {style: {width: `${width}px`}})));
+    table
+      .querySelector('colgroup')
+      .replaceChildren(...widths.map(width => zoo.el('col', {style: {width: `${width}px`}})));
     rows();
   }
 
   function mark(what) {
-    const keys = new Set(what?.keys ?? []), chosen = zoo.state.get().run;
+    const keys = new Set(what?.keys ?? []),
+      chosen = zoo.state.get().run;
     for (const line of body.querySelectorAll('tr[data-key]')) {
-      line.classList.toggle('linked', Boolean(what) && (keys.size ? keys.has(line.dataset.key) : line.dataset.group === what.group));
+      line.classList.toggle(
+        'linked',
+        Boolean(what) && (keys.size ? keys.has(line.dataset.key) : line.dataset.group === what.group),
+      );
       line.classList.toggle('chosen', line.dataset.key === chosen);
       line.setAttribute('aria-selected', String(line.dataset.key === chosen));
     }
@@ -146,10 +212,12 @@ zoo.runsTable = (() => {
     if (!line || event.target.matches('button')) return;
     const step = {ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10}[event.key];
     if (step) {
-      const runs = lines.filter(each => each.run), at = runs.findIndex(each => each.run.key === line.dataset.key);
+      const runs = lines.filter(each => each.run),
+        at = runs.findIndex(each => each.run.key === line.dataset.key);
       const next = runs[Math.min(Math.max(at + step, 0), runs.length - 1)].run.key;
       const place = lines.findIndex(each => each.run?.key === next);
-      const top = place * height, room = box.clientHeight - 2 * height;
+      const top = place * height,
+        room = box.clientHeight - 2 * height;
       if (top < box.scrollTop || top > box.scrollTop + room) {
         box.scrollTop = top - room / 2;
         rows();
@@ -165,33 +233,86 @@ zoo.runsTable = (() => {
     }
   }
 
-  const saved = () => [['key', ...columns.map(column => column.name)],
-    ...ordered(zoo.select.shown()).map(run => [run.key, ...columns.map(column => column.name === 'label' ? run.label : column.get(run))])];
+  const saved = () => [
+    ['key', ...columns.map(column => column.name)],
+    ...ordered(zoo.select.shown()).map(run => [
+      run.key,
+      ...columns.map(column => (column.name === 'label' ? run.label : column.get(run))),
+    ]),
+  ];
 
   function chooser() {
     const names = () => new Set(columns.map(column => column.name));
     const list = zoo.el('div', {class: 'options', role: 'group', 'aria-label': 'columns'});
-    return zoo.el('details', {class: 'facet', id: 'columns', ontoggle: event => {
-      if (!event.target.open) return;
-      list.replaceChildren(...zoo.columns.all().filter(each => each.name !== 'label').map(each => zoo.el('label', {class: 'option'},
-        zoo.el('input', {type: 'checkbox', checked: names().has(each.name), onchange: change => {
-          const cols = [...names()].filter(name => name !== each.name && name !== 'label');
-          zoo.state.change({cols: change.target.checked ? [...cols, each.name] : cols});
-        }}), zoo.el('span', {}, each.name))));
-    }}, zoo.el('summary', {}, 'Columns'), list);
+    return zoo.el(
+      'details',
+      {
+        class: 'facet',
+        id: 'columns',
+        ontoggle: event => {
+          if (!event.target.open) return;
+          list.replaceChildren(
+            ...zoo.columns
+              .all()
+              .filter(each => each.name !== 'label')
+              .map(each =>
+                zoo.el(
+                  'label',
+                  {class: 'option'},
+                  zoo.el('input', {
+                    type: 'checkbox',
+                    checked: names().has(each.name),
+                    onchange: change => {
+                      const cols = [...names()].filter(name => name !== each.name && name !== 'label');
+                      zoo.state.change({cols: change.target.checked ? [...cols, each.name] : cols});
+                    },
+                  }),
+                  zoo.el('span', {}, each.name),
+                ),
+              ),
+          );
+        },
+      },
+      zoo.el('summary', {}, 'Columns'),
+      list,
+    );
   }
 
   function start(tools, node) {
     box = node;
     head = zoo.el('thead');
     body = zoo.el('tbody');
-    table = zoo.el('table', {class: 'runs', role: 'grid', 'aria-label': 'Runs: arrow keys move, Enter opens one, Space marks it for comparison'}, zoo.el('colgroup'), head, body);
+    table = zoo.el(
+      'table',
+      {
+        class: 'runs',
+        role: 'grid',
+        'aria-label': 'Runs: arrow keys move, Enter opens one, Space marks it for comparison',
+      },
+      zoo.el('colgroup'),
+      head,
+      body,
+    );
     box.append(table);
-    tools.append(chooser(),
-      zoo.el('label', {class: 'check'}, zoo.el('input', {type: 'checkbox', id: 'grouped', checked: zoo.state.get().rows === 'groups',
-        onchange: event => zoo.state.change({rows: event.target.checked ? 'groups' : ''})}), ' group rows'),
+    tools.append(
+      chooser(),
+      zoo.el(
+        'label',
+        {class: 'check'},
+        zoo.el('input', {
+          type: 'checkbox',
+          id: 'grouped',
+          checked: zoo.state.get().rows === 'groups',
+          onchange: event => zoo.state.change({rows: event.target.checked ? 'groups' : ''}),
+        }),
+        ' group rows',
+      ),
       zoo.button('Download CSV', () => zoo.saveCsv('runs', saved()), {id: 'csv'}),
-      zoo.button('Compare two', () => zoo.diff.open(), {id: 'compare', title: 'Tick two runs, then see in what they differ'}));
+      zoo.button('Compare two', () => zoo.diff.open(), {
+        id: 'compare',
+        title: 'Tick two runs, then see in what they differ',
+      }),
+    );
     let frame = 0;
     box.addEventListener('scroll', () => {
       cancelAnimationFrame(frame);
@@ -213,7 +334,12 @@ zoo.runsTable = (() => {
     addEventListener('resize', draw);
     zoo.link.listen(mark);
     zoo.state.listen(changed => {
-      if ([...changed].every(name => ['run', 'off', 'theme', 'setting', 'task', 'learning', 'grouping', 'attend'].includes(name))) mark(zoo.link.now());
+      if (
+        [...changed].every(name =>
+          ['run', 'off', 'theme', 'setting', 'task', 'learning', 'grouping', 'attend'].includes(name),
+        )
+      )
+        mark(zoo.link.now());
       else draw();
       zoo.by('grouped').checked = zoo.state.get().rows === 'groups';
     });
