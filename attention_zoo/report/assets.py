@@ -6,10 +6,10 @@ from functools import cache
 
 from attention_zoo.report.library import STATIC
 
-STYLES = ("page", "dashboard", "narrow", "paper")
+STYLES = ("page", "dashboard", "panel", "narrow", "paper")
 SCRIPTS = (
-    "dom", "words", "runs", "state", "select", "link", "look", "facets", "columns", "table", "gather", "figure",
-    "costs", "tasks", "learnt", "courses", "distance", "seen", "details", "legend", "live", "main",
+    "dom", "words", "runs", "state", "select", "link", "look", "facets", "columns", "table", "gather", "points",
+    "figure", "costs", "tasks", "learnt", "courses", "distance", "seen", "details", "legend", "live", "main",
 )  # fmt: skip
 """In the order in which they need each other."""
 

@@ -59,7 +59,8 @@
     const notes = [`${setting[0].toUpperCase()}${setting.slice(1)}. Both axes logarithmic.`];
     if (series.some(each => each.dash === 'dot' && each.marker?.endsWith('-open-dot'))) {
       notes.push(
-        'Hollow with a dot: by the resident set of the process, since calls of that length are not observed tensor by tensor; not to be compared with the rest.',
+        'Hollow with a dot: by the resident set of the process, since calls of that length are ' +
+          'not observed tensor by tensor; not to be compared with the rest.',
       );
     }
     if (failing.length)

@@ -79,7 +79,9 @@
         say,
         x: {title: 'step'},
         y: loss ? {title: unit} : yOf(task, unit),
-        note: `${task.title}: the mean over seeds, the band from the least to the most. Long curves are thinned; results.jsonl holds all.`,
+        note:
+          `${task.title}: the mean over seeds, the band from the least to the most. ` +
+          'Long curves are thinned; results.jsonl holds all.',
         choices: [
           ...choices,
           ...(kinds.length > 1 ? [zoo.choice('Curve', kinds, name, learning => zoo.state.change({learning}))] : []),
@@ -108,7 +110,9 @@
         x: {title: 'tokens read before'},
         y: {title: bits ? 'loss in bits per byte' : 'loss in nats'},
         say: words.fixed,
-        note: `${task.title}: loss by how much of the text came before. A mechanism that carries state reads on over segments; the others start each segment afresh.`,
+        note:
+          `${task.title}: loss by how much of the text came before. ` +
+          'A mechanism that carries state reads on over segments; the others start each segment afresh.',
       };
     },
   });

@@ -17,6 +17,12 @@ zoo.details = (() => {
     return {run: [['key', run.key], ...of('run')], figures, config: sorted('config'), environment: of('environment')};
   }
 
+  // What sets a run of a group apart.
+  const brief = run => {
+    const length = zoo.ask(run, 'task') ? '' : `, ${zoo.ask(run, 'length')} tokens`;
+    return `seed ${zoo.ask(run, 'seed') ?? '?'}${length}`;
+  };
+
   function copied(text) {
     const done = zoo.button('Copy', async () => {
       await navigator.clipboard?.writeText(text).catch(() => {});
@@ -67,14 +73,7 @@ zoo.details = (() => {
             'Of the same group: ',
             alike
               .slice(0, 24)
-              .flatMap(other => [
-                zoo.button(
-                  `seed ${zoo.ask(other, 'seed') ?? '?'}${zoo.ask(other, 'task') ? '' : `, ${zoo.ask(other, 'length')} tokens`}`,
-                  () => zoo.link.choose(other.key),
-                  {class: 'plain'},
-                ),
-                ' ',
-              ]),
+              .flatMap(other => [zoo.button(brief(other), () => zoo.link.choose(other.key), {class: 'plain'}), ' ']),
           )
         : null,
       run.command

@@ -60,13 +60,15 @@
       function line(i) {
         return lines[i].task.title;
       }
+      const what = name === '(set)' ? task.words : task.lower ? 'loss' : 'accuracy';
+      const unit = what !== 'loss' ? '' : task.bits ? ' in bits' : ' in nats';
       return {
         choices: [
           ...choices,
           ...(kinds.length > 1 ? [zoo.choice('By', kinds, name, grouping => zoo.state.change({grouping}))] : []),
         ],
-        title: `${task.lower ? 'Loss' : name === '(set)' ? `${task.words[0].toUpperCase()}${task.words.slice(1)}` : 'Accuracy'} by ${several ? 'length and ' : ''}${title}`,
-        note: `${task.name}: ${task.lower ? (task.bits ? 'loss in bits' : 'loss in nats') : name === '(set)' ? task.words : 'accuracy'} by ${title}, the mean over seeds. A column is the largest of its group.`,
+        title: `${what[0].toUpperCase()}${what.slice(1)} by ${several ? 'length and ' : ''}${title}`,
+        note: `${task.name}: ${what}${unit} by ${title}, the mean over seeds. A column is the largest of its group.`,
         height: Math.min(640, 110 + 26 * lines.length),
         say,
         x: {title, type: 'category'},
@@ -121,9 +123,12 @@
                 x: steps,
                 y: values,
                 keys: steps.map(() => [run.key]),
-                said: values.map(
-                  (value, i) =>
-                    `${group.name}, ${seed(run)}\nlayer ${layer + 1}, head ${head + 1}\nstep ${words.count(steps[i])}: ${words.fixed(value)}`,
+                said: values.map((value, i) =>
+                  [
+                    `${group.name}, ${seed(run)}`,
+                    `layer ${layer + 1}, head ${head + 1}`,
+                    `step ${words.count(steps[i])}: ${words.fixed(value)}`,
+                  ].join('\n'),
                 ),
               }),
             ),
@@ -134,7 +139,7 @@
         series,
         x: {title: 'step'},
         y: {title: what.replace(/_/g, ' ')},
-        note: `${task.title}: ${what.replace(/_/g, ' ')}, one line for each head of each layer, as read at the evaluations.`,
+        note: `${task.title}: ${what.replace(/_/g, ' ')}, a line for each head of each layer, read at the evaluations.`,
         choices: [
           ...choices,
           ...(kinds.length > 1

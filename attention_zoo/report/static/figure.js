@@ -1,7 +1,8 @@
-// The frame of a chart: title, note, plot, its numbers as a table, CSV and PNG. Drawn when in sight, the last state alone.
+// The frame of a chart: title, note, plot, its numbers as a table, CSV and PNG. Drawn when in sight.
 //
-// A chart's `build()` returns null where there is nothing to draw, or {note, x, y, series, shapes, choices}. A series is
-// {group, name, style, x, y, low, high, keys, said, mode, band, marker, dash, rows}: `keys[i]` are the runs behind point i.
+// A chart's `build()` returns null where there is nothing to draw, or {note, x, y, series, shapes, choices}.
+// A series is {group, name, style, x, y, low, high, keys, said, mode, band, marker, dash}: `keys[i]` are the runs
+// behind point i, and from `low` to `high` goes a bar, or with `band` an area.
 zoo.charts = (() => {
   const charts = [];
   const font = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif";
@@ -172,7 +173,7 @@ zoo.charts = (() => {
       zoo.el('summary', {}, 'Numbers'),
       numbers,
     );
-    const fill = () => numbers.replaceChildren(zoo.table(...points(chart, true)));
+    const fill = () => numbers.replaceChildren(zoo.table(...zoo.points(chart.spec, true)));
     chart.refill = () => {
       if (chart.details.open) fill();
     };
@@ -189,9 +190,17 @@ zoo.charts = (() => {
           zoo.el(
             'span',
             {class: 'tools'},
-            zoo.button('CSV', () => zoo.saveCsv(chart.key, [points(chart)[0], ...points(chart)[1]]), {
-              'aria-label': `Download the points of “${chart.title}” as CSV`,
-            }),
+            zoo.button(
+              'CSV',
+              () =>
+                zoo.saveCsv(
+                  chart.key,
+                  zoo.points(chart.spec).flatMap((part, i) => (i ? part : [part])),
+                ),
+              {
+                'aria-label': `Download the points of “${chart.title}” as CSV`,
+              },
+            ),
             zoo.button('PNG', () => png(chart), {'aria-label': `Download “${chart.title}” as PNG`}),
           ),
         ),
@@ -202,45 +211,6 @@ zoo.charts = (() => {
       chart.details,
     );
     return chart.card;
-  }
-
-  // The points of a chart as a table; in words for readers, in numbers for a file.
-  function points(chart, words = false) {
-    const {spec} = chart;
-    if (spec.heat) {
-      const {x, y, z, say} = spec.heat;
-      return [
-        ['', ...x],
-        y.map((name, line) => [
-          name,
-          ...z[line].map(value => (value === null ? (words ? zoo.words.none : null) : words ? say(value) : value)),
-        ]),
-      ];
-    }
-    const say = value => (typeof value === 'number' ? (spec.say ?? zoo.words.fixed)(value) : String(value));
-    const range = spec.series.some(series => series.low);
-    const many = spec.series.flatMap(series =>
-      series.x.map((x, i) => {
-        const figures = [series.y[i], ...(range ? [series.low?.[i] ?? null, series.high?.[i] ?? null] : [])];
-        const at = words && typeof x === 'number' ? (spec.sayX ?? zoo.words.count)(x) : x;
-        const told = series.lost
-          ? [series.lost, ...figures.slice(1).map(() => '')]
-          : words
-            ? figures.map(value => (value === null ? zoo.words.none : say(value)))
-            : figures;
-        return [
-          series.name,
-          at,
-          ...told,
-          words ? (series.said?.[i] ?? '').split('\n').slice(2).join('; ') : (series.keys?.[i] ?? []).join(' '),
-        ];
-      }),
-    );
-    const most = words ? 400 : Infinity;
-    return [
-      ['', spec.x.title, spec.y.title, ...(range ? ['from', 'to'] : []), words ? '' : 'runs'],
-      many.slice(0, most),
-    ];
   }
 
   async function png(chart) {

@@ -122,7 +122,8 @@
         ...(mine.length > 1 ? {low: [Math.min(...scores)], high: [Math.max(...scores)]} : {}),
         keys: [[...mine.map(run => run.key), key]],
         said: [
-          `${name}\n${say(value)}\n${told(task)(mean)} ${task.words}${mine.length > 1 ? `, mean of ${mine.length} seeds` : ''}`,
+          `${name}\n${say(value)}\n${told(task)(mean)} ${task.words}` +
+            (mine.length > 1 ? `, mean of ${mine.length} seeds` : ''),
         ],
       });
     }
@@ -142,8 +143,10 @@
     }
     const bare = [...new Set(runs.map(run => run.label))].filter(label => !drawn.has(label));
     const note =
-      `${task.title}: ${task.judged}, beside one call of one layer at ${words.count(found.length)} tokens (${found.setting}).` +
-      `${bare.length ? ` Not drawn, since no cost of theirs was measured there: ${bare.join(', ')}.` : ''}${found.ranked ? '' : ' No front is drawn, since nothing may be ranked here.'}`;
+      `${task.title}: ${task.judged}, beside one call of one layer at ${words.count(found.length)} ` +
+      `tokens (${found.setting}).` +
+      (bare.length ? ` Not drawn, since no cost of theirs was measured there: ${bare.join(', ')}.` : '') +
+      (found.ranked ? '' : ' No front is drawn, since nothing may be ranked here.');
     return {
       note,
       choices,

@@ -27,8 +27,9 @@ zoo.live = (() => {
     zoo.load(data);
     zoo.columns.load();
     for (const [key, html] of Object.entries(sections)) {
+      // of our own server, escaped as the page itself
       const section = zoo.by(key === 'lead' ? key : `${key}-content`);
-      if (section && section.innerHTML !== html) section.innerHTML = html; // of our own server, escaped as the page itself
+      if (section && section.innerHTML !== html) section.innerHTML = html;
     }
     zoo.redraw();
   }

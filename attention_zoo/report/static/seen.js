@@ -94,7 +94,8 @@ zoo.pictures = (() => {
       zoo.el(
         'p',
         {class: 'note'},
-        'Found by asking each layer: one input token is changed, and every output that moves has seen it. Rows are queries, columns keys; one head, causal, ' +
+        'Found by asking each layer: one input token is changed, and every output that moves has seen it. ' +
+          'Rows are queries, columns keys; one head, causal, ' +
           `at small options so that borders show. Coloured: ${kinds[2]}; grey: ${kinds[1]} (detached memory).`,
       ),
       box,
