@@ -119,14 +119,24 @@ class Browser:
             time.sleep(0.03)
         return value
 
-    def place(self, selector: str) -> tuple[float, float]:
-        """The middle of an element, scrolled into sight."""
+    def show(self, selector: str) -> None:
+        """Scroll to an element."""
         found = self.run(
-            f"(() => {{ const node = document.querySelector({json.dumps(selector)}); if (!node) return null; "
-            "node.scrollIntoView({block: 'center', behavior: 'instant'}); const box = node.getBoundingClientRect(); "
-            "return [box.x + box.width / 2, box.y + box.height / 2]; })()"
+            f"document.querySelector({json.dumps(selector)})?.scrollIntoView({{block: 'center', behavior: 'instant'}}) "
+            "?? document.querySelector(" + json.dumps(selector) + ") !== null"
         )
         assert found, f"nothing is {selector}"
+
+    def place(self, selector: str) -> tuple[float, float]:
+        """The middle of an element, scrolled into sight; nothing moves any more when it is told."""
+        for _ in range(2):  # what comes into sight is drawn, and may move what is below
+            self.settle()
+            self.show(selector)
+        self.settle()
+        found = self.run(
+            f"(() => {{ const box = document.querySelector({json.dumps(selector)}).getBoundingClientRect(); "
+            "return [box.x + box.width / 2, box.y + box.height / 2]; })()"
+        )
         return found[0], found[1]
 
     def point(self, selector: str) -> None:

@@ -111,8 +111,13 @@ def test_the_page_follows_a_sweep_and_the_reader_stays_where_they_are(tmp_path: 
         tab.open(f"http://127.0.0.1:{port}/")
         tab.run("zoo.state.change({by: 'mechanism', sort: 'score'})")
         tab.until("zoo.by('live').textContent.startsWith('live')")
+        tab.click("#search")
+        tab.write("text")
         begin(runs / "text-longformer-0123456789abcdef", 5.0, 4.0, 3.5)
         tab.until("zoo.runs.length === 2")
+        tab.write(" seed")
+        assert tab.run("zoo.by('search').value") == "text seed", "new runs take nobody's focus away"
+        tab.run("zoo.state.change({q: ''})")
         assert "running" in tab.run("zoo.by('table').innerText")
         write_json(runs / "text-longformer-0123456789abcdef" / "result.json", quality("longformer", "text"))
         tab.until("zoo.runs.every(run => zoo.ask(run, 'status') === 'ok')")

@@ -76,7 +76,9 @@ zoo.facets = (() => {
   }
 
   function draw() {
-    const shown = fields();
+    const shown = fields(),
+      held = bar.contains(document.activeElement) ? document.activeElement : null;
+    const open = [...bar.querySelectorAll('.facet[open]')].map(details => details.dataset.field);
     const more = zoo.data.fields
       .map(([name]) => name)
       .filter(name => !shown.includes(name) && zoo.varying.includes(name));
@@ -100,7 +102,8 @@ zoo.facets = (() => {
             [['', 'more …'], ...more.map(name => [name, name])],
             '',
             field => {
-              if (field) zoo.state.change({facets: [...zoo.state.get().facets, field]});
+              zoo.state.change({facets: [...zoo.state.get().facets, field]});
+              bar.querySelector(`.facet[data-field="${CSS.escape(field)}"]`).open = true;
             },
             {id: 'more'},
           )
@@ -112,6 +115,13 @@ zoo.facets = (() => {
       said,
     );
     bar.dataset.fields = shown.join('\n');
+    // whoever was typing or choosing goes on, though new runs came in
+    for (const details of bar.querySelectorAll('.facet')) details.open = open.includes(details.dataset.field);
+    if (held?.id) {
+      const again = zoo.by(held.id);
+      again?.focus();
+      if (held.id === 'search') again.setSelectionRange(held.selectionStart, held.selectionEnd);
+    }
     refresh();
   }
 
