@@ -7,13 +7,13 @@ import json
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from report_page import ask, drawn
 from rich.console import Console
 
 from attention_zoo.jobs.benchmark import benchmark
 from attention_zoo.measure.config import BenchmarkConfig, register
 from attention_zoo.report import rivals
 from attention_zoo.report import rows as results
-from attention_zoo.report.palette import styles
 
 GRIDS = ("peers", "short", "growth", "cuda", "long_core", "long_layer")
 QUICK = {"heads": 2, "head_width": 8, "threads": 1, "device": "cpu", "repeats": 1, "budget_s": 0.01}
@@ -88,10 +88,12 @@ def test_a_chart_of_ratios_holds_every_pair_that_was_timed():
         "config": {"options": {}},
     }  # fmt: skip
     many = [row, {**row, "against": "hf_bigbird", "title": "HF BigBird"}, {**row, "length": 2048, "time_ratio": None}]
-    (chart,) = rivals.ratios(many, styles(["bigbird"]))
-    assert [list(trace.y) for trace in chart.figure.data] == [[12.0], [12.0]]
-    assert chart.table.cells == [["bigbird", title, "12.0×", "0.500×"] for title in ("HF BigBird", "SDPA")]
-    assert "1,024 tokens" in chart.note
+    data = drawn(many)
+    timed = [run for run in data["runs"] if "time_ratio" in run["n"]]
+    assert [(run["label"], run["against"], run["n"]["time_ratio"], run["n"]["memory_ratio"]) for run in timed] == [
+        ("bigbird", title, 12.0, 0.5) for title in ("SDPA", "HF BigBird")
+    ]
+    assert ask(data, timed[0], "length") == "1024"
 
 
 def test_a_peer_that_is_not_installed_is_a_line_that_says_how():

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from attention_zoo.report.learning import read, readings
-from attention_zoo.report.palette import styles
-from attention_zoo.report.quality import tasks
+from report_page import drawn
+
 from attention_zoo.training.config import compose_training
 from attention_zoo.training.run import run_training
 
@@ -26,8 +25,6 @@ def test_spans_are_clamped_logged_kept_and_drawn(tmp_path: Path) -> None:
         assert all(len(point) == 3 and all(0 <= span <= 64 for span in point[1:]) for point in points)
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert any(f"readings/{names[0]}/1" in str(line) for line in logged)
-    (task,) = tasks([dict(row)])
-    assert read(task) == ["span"]
-    chart = readings(task, styles(["adaptive_span"]), "span")
-    assert chart is not None
-    assert len(chart.figure.data) == 4, "a line for each head of each layer"
+    (run,) = drawn([dict(row)])["runs"]
+    lines = [heads for _, *heads in run["readings"].values()]
+    assert [len(heads) for heads in lines] == [2, 2], "a line for each head of each layer"

@@ -4,50 +4,25 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
 
 import pytest
+from report_page import ask, data_of, drawn, page_of, text_of
 from report_rows import LENGTHS, LOSSES, made_up, portrait, quality, speed, unfinished
 from rich.console import Console
 
-from attention_zoo.report import Findings, build_report, charts, costs, headline, rich_table, write_csv
+from attention_zoo.report import Findings, build_report, costs, headline, rich_table, write_csv
 from attention_zoo.report import quality as learnt
 from attention_zoo.report.costs import MEMORY, TIME
-from attention_zoo.report.palette import DARK, place, styles
+from attention_zoo.report.palette import INK, KNOWN, PAIRS, place, styles
 from attention_zoo.report.summary import summary
 from attention_zoo.report.units import log_ticks, millions, seconds, significant, size, whole
 
 
-def page_of(rows, tmp_path) -> str:
-    return build_report(rows, tmp_path / "report.html").read_text()
-
-
-def text_of(page: str) -> str:
-    """What a reader sees: the body without scripts and tags."""
-    body = page[page.index("<body>") : page.index('<script id="figures"')]
-    return re.sub(r"<[^>]+>", " ", body).replace("\u00a0", " ")
-
-
-def figures_of(page: str) -> dict:
-    found = re.search(r'<script id="figures" type="application/json">(.*?)</script>', page, re.S)
-    assert found
-    return json.loads(found.group(1))
-
-
-def test_decoding_is_drawn_as_tokens_a_second_and_the_state_that_is_carried():
-    changes = {"phase": "decode", "seconds": 0.002, "tokens_per_second": 500.0, "state_bytes": 2**20}
-    rows = [speed("longformer", "auto", length, **changes) for length in LENGTHS]
-    [(_, _, drawn)] = charts.all_costs(rows, styles(["longformer"]))
-    assert [chart.title for chart in drawn] == ["State against context", "Speed against context"]
-    assert [set(chart.table.cells[0][1:]) for chart in drawn] == [{"1.00 MiB"}, {"500"}]
-    assert all(list(chart.figure.data[0].x) == list(LENGTHS) for chart in drawn)
-
-
 def test_page_holds_every_section_and_loads_nothing(tmp_path):
     page = page_of(made_up(), tmp_path)
-    for key in ("summary", "cost", "pareto", "learning", "patterns", "abilities", "method", "missing"):
+    for key in ("summary", "runs-section", "learning", "abilities", "method", "missing"):
         assert f'<section id="{key}">' in page
     shell = page[: page.index("<script>")]  # what comes before plotly.js
     assert not re.search(r'(?:src|href)="(?!#|data:)', shell)
@@ -166,17 +141,16 @@ def test_everything_that_failed_is_listed_with_its_reason_and_marked_in_the_char
         "full (materialised), layer forward + backward, 16,384 tokens", "predicted out of memory, not run",
     ):  # fmt: skip
         assert said in text
-    marks = [t for t in figures_of(page)["cost0-seconds"]["data"] if t["marker"]["symbol"] == "x-thin"]
-    assert {(mark["legendgroup"], tuple(mark["x"])) for mark in marks} == {
-        ("reformer", (16384,)), ("full (materialised)", (16384,)),
-    }  # fmt: skip
-    assert "picture-bigbird" not in figures_of(page)
+    data = data_of(page)
+    lost = {(run["label"], ask(data, run, "kind")): run for run in data["runs"] if "why" in run}
+    assert lost["reformer", "cost"]["error"] == "not through within 60 s"
+    assert lost["full (materialised)", "cost"]["why"] == "predicted out of memory, not run"
+    assert "pairs" not in lost["bigbird", "picture"]
 
 
 def test_lengths_that_were_not_planned_are_said(tmp_path):
     text = text_of(page_of(made_up(), tmp_path))
-    assert "Not planned at every length: full (fused) only to 4,096 tokens" in text
-    assert "not planned" in text
+    assert re.search(r"Not planned at every length \(layer.*\): full \(fused\) only to 4,096 tokens", text)
 
 
 def test_rows_of_other_code_are_called_stale(tmp_path):
@@ -194,12 +168,13 @@ def test_rows_of_two_machines_are_called_out(tmp_path):
     assert "different machines (Another CPU; Made-up CPU)" in text_of(page_of(rows, tmp_path))
 
 
-def test_settings_that_differ_never_share_a_chart(tmp_path):
+def test_settings_that_differ_never_share_a_chart():
     rows = [speed("full", "sdpa", n) for n in LENGTHS]
     rows += [speed("full", "sdpa", n, dtype="bfloat16", id=f"half-{n}") for n in LENGTHS[:2]]
-    figures = figures_of(page_of(rows, tmp_path))
-    assert {"cost0-seconds", "cost0-peak_bytes", "cost1-seconds", "cost1-peak_bytes"} <= figures.keys()
-    assert figures["cost1-seconds"]["data"][0]["x"] == list(LENGTHS[:2])
+    data = drawn(rows)
+    assert len(data["settings"]) == 2
+    halves = [run for run in data["runs"] if ask(data, run, "setting") == data["settings"][1]]
+    assert [ask(data, run, "length") for run in halves] == list(map(str, LENGTHS[:2]))
 
 
 def test_option_sets_of_one_backend_are_lines_of_their_own():
@@ -210,34 +185,6 @@ def test_option_sets_of_one_backend_are_lines_of_their_own():
     assert [each.label for each in Findings.of(rows).series] == ["longformer (window=256)", "longformer (window=64)"]
 
 
-def test_every_chart_has_title_legend_units_and_a_table(tmp_path):
-    page = page_of(made_up(), tmp_path)
-    figures = figures_of(page)
-    assert len(figures) == 14, sorted(figures)
-    blocks = re.findall(r"<figure.*?</figure>", page, re.S)
-    assert len(blocks) == len(figures)
-    for block in blocks:
-        key = re.search(r'class="plot" data-figure="([^"]+)"', block)
-        assert key
-        assert re.search(r"<h3>[^<]+</h3>", block)
-        assert re.search(r'<div class="legend">.+?</div>', block, re.S)
-        assert re.search(r"<details><summary>Numbers</summary>.*<td", block, re.S)
-        layout = figures[key.group(1)]["layout"]
-        assert layout["xaxis"]["title"]["text"]
-        assert layout["yaxis"]["title"]["text"]
-
-
-def test_log_axes_have_explicit_ticks_and_both_baselines(tmp_path):
-    figures = figures_of(page_of(made_up(), tmp_path))
-    for key in ("cost0-seconds", "cost0-peak_bytes"):
-        layout = figures[key]["layout"]
-        assert layout["xaxis"]["tickvals"] == list(LENGTHS)
-        ticks = layout["yaxis"]["ticktext"]
-        assert 3 <= len(ticks) == len(set(ticks))
-        names = {trace["legendgroup"] for trace in figures[key]["data"]}
-        assert {"full (materialised)", "full (fused)"} <= names
-
-
 def test_text_of_rows_cannot_break_out_of_the_page(tmp_path):
     row = unfinished(speed("full", "sdpa", 256), "failed", "</script><script>alert(1)</script>")
     page = page_of([row, speed("full", "sdpa", 1024)], tmp_path)
@@ -246,7 +193,7 @@ def test_text_of_rows_cannot_break_out_of_the_page(tmp_path):
 
 def test_reports_of_single_kinds_are_drawn(tmp_path):
     for rows in ([speed("full", "sdpa", 256)], [quality("full", "text")], [portrait("full")]):
-        assert figures_of(page_of(rows, tmp_path))
+        assert len(data_of(page_of(rows, tmp_path))["runs"]) == 1
     lost = [unfinished(speed("full", "sdpa", 256), "oom", "killed")]
     assert "No cell finished" in text_of(page_of(lost, tmp_path))
     with pytest.raises(ValueError, match="rows must hold at least one result"):
@@ -277,14 +224,44 @@ def test_terminal_table_fits_eighty_columns():
     assert "…" not in said, "nothing is cut off"
 
 
-def test_colours_depend_on_the_name_alone():
-    names = ["bigbird", "longformer", "reformer", "transformer_xl"]
-    assert sorted(map(place, names)) == [0, 1, 2, 3], "the shipped ones take the most distinct places"
-    alone, together = styles(["longformer"]), styles([*names, "full"])
-    assert alone["longformer"] == together["longformer"]
-    many = styles([f"mechanism_{n}" for n in range(12)])
-    assert len(set(many.values())) == 13, "twelve and full are all told apart"
-    assert all(style.color in DARK for style in many.values())
+def test_colours_belong_to_the_name_whatever_stands_beside_it():
+    assert len(set(KNOWN.values())) == len(KNOWN) == len(PAIRS), "no shipped mechanism shares a colour"
+    names = ["of_my_own", "bigbird", "longformer", "reformer", "transformer_xl"]
+    for name in names:
+        alone = styles({name: name})[name]
+        sweep = {f"{name} (window={n})": name for n in range(20)} | {other: other for other in names} | {"full": "full"}
+        together = styles(sweep)
+        assert together[name] == alone
+        assert {together[f"{name} (window={n})"].color for n in range(20)} == {alone.color}
+        assert len({style[2:] for line, style in together.items() if line.startswith(name)}) == 21
+    assert styles({"full": "full"})["full"].color == INK[0]
+    assert place("of_my_own") == place("of_my_own") < len(PAIRS)
+
+
+def test_what_runs_say_is_kept_once_and_found_by_its_name():
+    rows = made_up(2)
+    data = drawn(rows)
+    assert len(data["runs"]) == len(rows)
+    assert len({run["key"] for run in data["runs"]}) == len(rows)
+    names = [name for name, _ in data["fields"]]
+    assert len(set(names)) == len(names)
+    assert all(len(set(values)) == len(values) for _, values in data["fields"])
+    text = next(run for run in data["runs"] if run["key"] == "longformer-text-1")
+    assert [ask(data, text, name) for name in ("mechanism", "task", "seed", "attention.name")] == [
+        "longformer", "text, 512 tokens", "1", "longformer",
+    ]  # fmt: skip
+    assert text["n"]["score"] == pytest.approx(LOSSES["longformer"] + 0.004 / math.log(2), 1e-4)
+    assert ask(data, text, "environment.cpu") == "Made-up CPU"
+    assert text["curve"][0][-1] == 300
+
+
+def test_long_curves_are_thinned_to_the_means_of_neighbours():
+    row = quality("full", "text", curve=[[step, float(step % 2)] for step in range(1, 4001)])
+    (run,) = drawn([row])["runs"]
+    steps, values = run["curve"]
+    assert len(steps) == 160
+    assert steps[-1] == 4000
+    assert set(values[:-1]) <= {0.48, 0.52, 0.5}
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,12 @@
 from typing import Any
 
 import pytest
+from report_page import drawn
 from report_rows import made_up, quality
 
-from attention_zoo.report import Findings, build_report, markdown_table, palette
-from attention_zoo.report.learning import by_group
+from attention_zoo.report import Findings, build_report, markdown_table
 from attention_zoo.report.quality import tasks
 from attention_zoo.report.summary import headline
-
-LOOK = palette.styles(["longformer"])
 
 
 def judged(*values: float, **row: Any) -> Any:
@@ -66,21 +64,13 @@ def test_a_task_is_judged_by_its_own_metric() -> None:
     assert tasks([{**row, "metric": "accuracy"}])[0].metric == "accuracy"
 
 
-def test_a_chart_by_group_holds_the_mean_over_seeds() -> None:
+def test_groups_of_answers_and_bars_are_drawn() -> None:
     groups = {"distance": [[1, 1.0, 0.1, 50], [4, 0.5, 1.0, 50]]}
-    task, rows = judged(0.99, 0.5, better="higher", by_group=groups)
-    rows[1]["by_group"] = {"distance": [[1, 0.5, 0.1, 50], [4, 0.0, 1.0, 50]]}
-    chart = by_group(tasks(rows)[0], LOOK, "distance")
-    assert chart is not None
-    assert chart.table.cells[0] == ["full", "1: 75.0 %; 4: 25.0 %"]
-    assert by_group(task, LOOK, "depth") is None
-
-
-def test_the_page_draws_groups(tmp_path: Any) -> None:
-    _, rows = judged(0.99, 0.5, better="higher", chance=0.1, by_group={"distance": [[1, 1.0, 0.1, 50]]})
-    page = build_report(rows, tmp_path / "report.html", title="t").read_text()
-    assert "By distance" in page
-    assert "(chance)" in page
+    task, rows = judged(0.99, 0.5, better="higher", by_group=groups, chance=0.1)
+    data = drawn(rows)
+    assert [run["groups"] for run in data["runs"]] == [groups] * 4
+    assert data["tasks"][0]["bars"] == {"chance": 0.1}
+    assert data["tasks"][0]["obstacles"] == task.obstacles()
 
 
 def test_further_metrics_have_columns_and_baselines_of_their_own(tmp_path: Any) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from report_page import html_of
 from report_rows import LENGTHS, quality, speed, unfinished
 
-from attention_zoo.report import Findings, build_report, learning
+from attention_zoo.report import Findings, build_report
 from attention_zoo.report import quality as learnt
-from attention_zoo.report.build import draw
-from attention_zoo.report.costs import TIME
+from attention_zoo.report.beside import pairs
 from attention_zoo.report.groups import shortening
-from attention_zoo.report.palette import styles
 from attention_zoo.report.summary import summary
 
 HEAD = {"method": "head", "budget": 512}
@@ -58,20 +57,20 @@ def test_who_reads_less_is_named_beside_another_mechanism_that_reads_all() -> No
 
 
 def test_the_page_says_what_was_kept() -> None:
-    body, _ = draw(both())
+    body = html_of(both())
     kept = "25.0\u00a0% of bytes kept, 3,000 of 4,000 documents shortened"
     where = "Text was shortened where a name says so: "
     assert f"{where}chunks 256 chunk=64, {kept}; head 512, {kept}." in body
-    assert "Text was shortened" not in draw([trained("full", 0)])[0]
-    alike, _ = draw([trained(backend, 0, HEAD) for backend in ("full", "longformer")])
+    assert "Text was shortened" not in html_of([trained("full", 0)])
+    alike = html_of([trained(backend, 0, HEAD) for backend in ("full", "longformer")])
     assert "Text was shortened: head 512" in alike
     assert "compress=" not in alike, "what is the same for all is in no name"
-    most, _ = draw([trained("full", 0, {"method": "extractive", "budget": 9})])
+    most = html_of([trained("full", 0, {"method": "extractive", "budget": 9})])
     assert "extractive 9, at most 25.0" in most
 
 
 def test_tokens_that_were_seen_are_those_of_the_shortened_rows() -> None:
-    body, _ = draw([trained("full", 0, HEAD) | {"tokens_per_second": 100.0, "train_seconds": 7.0}, trained("full", 0)])
+    body = html_of([trained("full", 0, HEAD) | {"tokens_per_second": 100.0, "train_seconds": 7.0}, trained("full", 0)])
     assert "<td>700</td>" in body
     assert f"<td>{300 * 16 * 64:,}</td>" in body
 
@@ -93,7 +92,7 @@ def test_text_whose_bytes_are_predicted_is_another_task_and_says_what_was_kept()
         row["config"] = {"attention": {"name": "full"}, "task": {"_target_": "tasks.Text", "compress": how}}
         row["data"] = data
     assert [task.variation for task in learnt.tasks([whole, less])] == ["data=a", "data=b, compress=head 512"]
-    assert "Text was shortened: head 512, 12.0" in draw([whole, less])[0]
+    assert "Text was shortened: head 512, 12.0" in html_of([whole, less])
 
 
 def test_the_bar_is_the_best_that_rules_reach_on_what_any_of_them_read() -> None:
@@ -106,11 +105,9 @@ def test_the_bar_is_the_best_that_rules_reach_on_what_any_of_them_read() -> None
 def test_costs_at_whole_lengths_are_not_those_of_who_reads_less(tmp_path) -> None:
     rows = [speed("longformer", "auto", n) for n in LENGTHS] + both()
     found = Findings.of(rows)
-    chart = learning.pareto(found.tasks[0], found.series, LENGTHS[-1], styles(["longformer"]), TIME)
-    assert chart is not None
-    assert [cells[0] for cells in chart.table.cells] == ["longformer"]
-    assert "Not drawn, since no cost of theirs was measured there: full, " in chart.note
-    assert "longformer (compress=head 512)" in chart.note
+    assert [(learnt.label, line.label) for learnt, line in pairs(found.tasks[0], found.series)] == [
+        ("longformer", "longformer")
+    ]
     assert summary(found).names == ["longformer", *(name for name in NAMES if name != "longformer")]
     assert "longformer (compress=head 512)" in build_report(rows, tmp_path / "report.html").read_text()
 

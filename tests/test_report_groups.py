@@ -6,12 +6,13 @@ import csv
 import io
 
 import pytest
+from report_page import drawn, html_of
 from report_rows import ENVIRONMENT, LENGTHS, made_up, quality, speed, unfinished
 from rich.console import Console
 
-from attention_zoo.report import Findings, build_report, charts, headline, learning, rich_table, write_csv
+from attention_zoo.report import Findings, build_report, headline, rich_table, write_csv
 from attention_zoo.report import quality as learnt
-from attention_zoo.report.build import draw
+from attention_zoo.report.beside import pairs
 from attention_zoo.report.costs import MEMORY, TIME
 from attention_zoo.report.palette import styles
 from attention_zoo.report.summary import labels, summary
@@ -100,12 +101,9 @@ def test_a_sweep_over_an_option_is_told_apart_everywhere(tmp_path):
     console = Console(width=160, file=io.StringIO(), record=True)
     console.print(rich_table(found))
     assert console.export_text().count("(window=") == 3
-    body, drawn = draw(rows)
-    curve = next(chart for chart in drawn if chart.key.startswith("curve"))
-    colors = {trace.legendgroup: trace.line.color for trace in curve.figure.data}
-    assert set(colors) == {"full", *names}
-    assert len(set(colors.values())) == 4
-    assert all(f'data-group="{name}"' in body for name in names)
+    data = drawn(rows)
+    assert {run["label"] for run in data["runs"] if "curve" in run} == {"full", *names}
+    assert len({tuple(style) for style in data["styles"].values()}) == 4
     with open(write_csv(rows, tmp_path / "rows.csv"), newline="") as file:
         assert [line["label"] for line in csv.DictReader(file)] == [
             *(name for window in (32, 64, 128) for name in [f"longformer (window={window})"] * 2), "full", "full",
@@ -155,14 +153,13 @@ def test_two_files_stand_side_by_side_and_compare_within_themselves():
     assert not any("laptop" in sentence and "server" in sentence for sentence in said[:-1])
     assert "full (laptop)" in said[-1]
     assert "do not rank" in said[-1]
-    (_, _, drawn), *_ = charts.all_costs(found.rows, styles(labels(found.rows).values()))
-    looks = {(trace.line.color, trace.marker.symbol, trace.line.dash) for trace in drawn[0].figure.data}
-    assert len(looks) == 4
+    data = drawn(found.rows)
+    assert len({tuple(data["styles"][each.label]) for each in found.series}) == 4
 
 
 def test_runs_of_different_lengths_show_the_range():
     rows = [quality("full", "text", 0, steps=100, train_seconds=10.0), quality("full", "text", 1, steps=300)]
-    body, _ = draw(rows)
+    body = html_of(rows)
     for said in ("<td>100 to 300</td>", "<td>10.0\u00a0s to 45.0\u00a0s</td>", "<td>819,200 to 2,457,600</td>"):
         assert said in body
 
@@ -178,9 +175,8 @@ def test_the_set_that_a_figure_is_of_is_named_everywhere():
     console = Console(width=80, file=io.StringIO(), record=True)
     console.print(rich_table(found))
     assert "validation" in console.export_text()
-    body, drawn = draw(rows)
-    by_position = next(chart for chart in drawn if chart.key.startswith("loss_by_position"))
-    assert "loss on the validation set" in by_position.note
+    body = html_of(rows)
+    assert drawn(rows)["tasks"][0]["judged"] == "bits per byte on the validation set"
     assert "held-out text" not in body
     assert "bits per byte: held out" in body
 
@@ -189,15 +185,16 @@ def test_memory_by_resident_set_is_drawn_and_marked():
     rows = [speed("longformer", "auto", n) for n in LENGTHS[:2]]
     rows.append(speed("longformer", "auto", 65536, peak_bytes=None, resident_bytes=2**31, peak_method="none"))
     rows.append(unfinished(speed("longformer", "auto", 16384), "oom_predicted", "") | {"predicted_bytes": 2**34})
-    ((_, (series,), drawn),) = charts.all_costs(rows, styles(["longformer"]))
+    (series,) = Findings.of(rows).series
     assert series.values(MEMORY).keys() == {256, 1024}
-    chart = next(chart for chart in drawn if chart.key.endswith("peak_bytes"))
-    points = {x: (y, trace.marker.symbol) for trace in chart.figure.data for x, y in zip(trace.x, trace.y)}
-    assert points[65536] == (2**31, f"{styles(['longformer'])['longformer'].marker}-open-dot")
-    assert chart.table.cells[0][-2:] == ["≈ 16.0 GiB (predicted out of memory, not run)", "2.00 GiB*"]
-    assert len(chart.table.notes) == 2
-    body, _ = draw(rows)
-    assert "by resident set" in body
+    assert [series.said(MEMORY, length) for length in (16384, 65536)] == [
+        "≈ 16.0 GiB (predicted out of memory, not run)", "2.00 GiB*",
+    ]  # fmt: skip
+    runs = drawn(rows)["runs"]
+    assert runs[2]["n"]["resident_bytes"] == 2**31
+    assert "peak_bytes" not in runs[2]["n"]
+    assert (runs[3]["n"]["predicted_bytes"], runs[3]["why"]) == (2**34, "predicted out of memory, not run")
+    assert "by the resident set of the process" in html_of(rows)
     found = Findings.of([rows[2]])
     assert summary(found).cells[0].count("2.00 GiB*") == 2
     assert not any("peaks at" in sentence for sentence in headline(found)), "it is compared with no peak"
@@ -211,14 +208,12 @@ def test_quality_stands_beside_the_cost_of_its_own_options():
     for n in LENGTHS:
         rows.append(speed("longformer", "auto", n, id=f"w-{n}", config={"options": {"window": 32}}))
     found = Findings.of([*rows, *windows()])
-    chart = learning.pareto(found.tasks[0], found.series, LENGTHS[-1], styles(["longformer"]), TIME)
-    assert [cells[0] for cells in chart.table.cells] == ["longformer (window=32)"]
-    assert "Not drawn, since no cost of theirs was measured there: longformer (window=128)" in chart.note
+    paired = pairs(found.tasks[0], found.series)
+    assert [(learnt.label, line.label) for learnt, line in paired] == [("longformer (window=32)",) * 2]
 
 
 def test_no_two_lines_of_a_report_look_alike():
-    many = styles([f"longformer (window={n})" for n in range(30)])
-    assert len(set(many.values())) == 31
-    few = styles([f"longformer (window={n})" for n in range(8)])
-    assert len({style.color for style in few.values()}) == 9
+    many = styles({f"longformer (window={n})": "longformer" for n in range(30)})
+    assert len(set(many.values())) == 30
+    assert len({style.color for style in many.values()}) == 1
     assert len(labels(Findings.of(made_up(2)).rows)) == len(made_up(2))

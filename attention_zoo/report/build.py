@@ -1,22 +1,24 @@
-"""The report: rows in, one HTML file out. Opens from disk without a network, on a phone and on a wide screen."""
+"""The report: rows in, one HTML file out. Opens from disk without a network, on a phone and on a wide screen.
+
+What may be said of the rows stands in sections, written here; what is looked for is found in the dashboard, which
+`static` draws from the same rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from attention_zoo.files import write_atomic
 from attention_zoo.measure.identity import source_digest
-from attention_zoo.report import charts, learning, page, rivals, units
+from attention_zoo.report import costs, frame, page, rivals, units
 from attention_zoo.report import rows as results
-from attention_zoo.report.charts import Chart, Table
-from attention_zoo.report.costs import MEMORY, TIME, Series, Setting
-from attention_zoo.report.groups import shortening
-from attention_zoo.report.palette import Style, pick, styles
-from attention_zoo.report.quality import SETS, SHARES, Task, metric_words, spoken, value_words
-from attention_zoo.report.rows import BASELINES, LeftOut, Rows
+from attention_zoo.report.cells import Table
+from attention_zoo.report.data import dashboard
+from attention_zoo.report.extract import trainings_table
+from attention_zoo.report.quality import Task
+from attention_zoo.report.rows import LeftOut, Rows
 from attention_zoo.report.summary import Findings, headline, labels, summary
 from attention_zoo.results.row import Row
 
@@ -39,63 +41,49 @@ def build_report(rows: Iterable[Row], path: str | Path, *, title: str = TITLE) -
         ValueError: for no rows at all that can be drawn.
         OSError: naming the path, where it cannot be written.
     """
-    body, drawn = draw(rows, title)
-    return write_atomic(path, page.page(results.clean(title), body, drawn))
+    found = findings(rows)
+    return write_atomic(path, document(found, title, dashboard(found)))
 
 
-def draw(rows: Iterable[Row], title: str = TITLE) -> tuple[str, list[Chart]]:
-    """What stands on the page, and its charts; see `build_report`."""
+def findings(rows: Iterable[Row]) -> Findings:
+    """What the rows say, of which the page is made.
+
+    Raises:
+        ValueError: for no rows at all that can be drawn.
+    """
     rows = results.sift(rows)
     if not rows:
         first = f": {rows.left_out[0]}" if rows.left_out else ""
         raise ValueError(f"rows must hold at least one result, got none{first}")
-    found = Findings.of(rows)
-    names = labels(rows)
-    look = _look(rows, names)
-    drawn: list[Chart] = []
-
-    def show(*many: Chart | None) -> str:
-        kept = []
-        for each in filter(None, many):
-            taken = sum(other.key == each.key or other.key.startswith(f"{each.key}~") for other in drawn)
-            kept.append(replace(each, key=f"{each.key}~{taken}") if taken else each)
-            drawn.append(kept[-1])
-        return page.charts(kept)
-
-    cost = charts.all_costs(rows, look)
-    sections = [
-        ("summary", "Summary", _summary(found)),
-        ("cost", "Memory and time against length", _costs(cost, show)),
-        ("peers", "Against other implementations", _peers(rows, look, show)),
-        ("budget", "The longest length within a memory", _budget(rows)),
-        ("pareto", "Quality against cost", _pareto(found, look, show)),
-        ("learning", "What they learnt", _learning(found.tasks, look, show)),
-        ("patterns", "What each token sees", _pictures(rows, names, look, show)),
-        ("abilities", "Abilities", _abilities(rows, names)),
-        ("method", "How this was measured", _method(rows)),
-        ("missing", "What is missing or old", _missing(rows, names)),
-        ("left-out", "Rows left out", _left_out(rows.left_out)),
-    ]
-    sections = [each for each in sections if each[2]]
-    links = "".join(f'<a href="#{key}">{heading}</a>' for key, heading, _ in sections)
-    body = (
-        f"<h1>{page.escape(results.clean(title))}</h1>"
-        + page.bullets(headline(found), "lead")
-        + _warnings(rows, found)
-        + f"<nav>{links}</nav>"
-        + "".join(page.section(key, heading, content) for key, heading, content in sections)
-        + "<footer>Drawn by attention_zoo from result rows alone; every figure can be read in results.jsonl.</footer>"
-    )
-    return body, drawn
+    return Findings.of(rows)
 
 
-def _look(rows: list[Row], names: dict[int, str]) -> dict[str, Style]:
-    """A style for the name of every line that is drawn; the baselines have theirs."""
-    lines = [name for name in names.values() if name not in BASELINES.values()]
-    peers = {(row["backend"], rivals.named(row)) for row in results.of(rows, "peer")}
-    several = [backend for backend, _ in peers]
-    lines += [name if several.count(backend) > 1 else backend for backend, name in peers]
-    return styles([*lines, *(row["backend"] for row in results.of(rows, "budget"))])
+def document(found: Findings, title: str, data: dict[str, Any], *, live: bool = False) -> str:
+    """The whole page as HTML.
+
+    Args:
+        data: what the dashboard is drawn from.
+        live: whether it asks its server for what is new.
+    """
+    title = results.clean(title)
+    return page.page(title, frame.body(title, sections(found), live=live), data, live=live)
+
+
+def sections(found: Findings) -> dict[str, str]:
+    """What stands on the page in words: HTML by key, without the sections that would be empty."""
+    rows, names = found.rows, labels(found.rows)
+    many = {
+        "lead": page.bullets(headline(found), "lead") + _warnings(rows, found),
+        "summary": _summary(found),
+        "peers": _peers(rows),
+        "budget": _budget(rows),
+        "learning": _learning(found.tasks),
+        "abilities": _abilities(rows, names),
+        "method": _method(rows),
+        "missing": _missing(rows, names),
+        "left-out": _left_out(rows.left_out),
+    }
+    return {key: html for key, html in many.items() if html}
 
 
 def _left_out(many: list[LeftOut]) -> str:
@@ -152,28 +140,28 @@ def _summary(found: Findings) -> str:
     sets = {task.main: None for task in found.tasks if task.main}
     judged = "What was learnt is told by " + ", ".join(f"{task.judged} ({task.title})" for task in found.tasks) + "."
     note = " ".join([note, *([judged] if sets else []), *(f"{mark}." for mark in table.notes)])
-    return page.summary_table(table) + page.paragraph(f"{setting} {note}", "note")
+    return page.summary_table(table) + page.paragraph(f"{setting} {note}", "note") + _gaps(found)
 
 
-def _costs(cost: list[tuple[Setting, list[Series], list[Chart]]], show: Any) -> str:
-    parts = []
-    for setting, many, two in cost:
-        parts.append(show(*two))
-        planned = sorted({length for series in many for length in series.rows})
-        short = [f"{s.label} only to {max(s.rows):,}" for s in many if max(s.rows) < planned[-1]]
+def _gaps(found: Findings) -> str:
+    """What a reader of the charts must know is not there: lengths that were not planned, settings without a figure."""
+    said = []
+    for setting in costs.settings(found.rows):
+        many = costs.lines(found.rows, setting)
+        if not any(results.ok(row) for series in many for row in series.rows.values()):
+            said.append(f"No cell finished: {setting.words()}.")
+        longest = max(length for series in many for length in series.rows)
+        short = [f"{series.label} only to {max(series.rows):,}" for series in many if max(series.rows) < longest]
         if short:
-            parts.append(page.paragraph(f"Not planned at every length: {', '.join(short)} tokens.", "note"))
-        if not two:
-            parts.append(page.paragraph(f"No cell finished: {setting.words()}.", "note"))
-    return "".join(parts)
+            said.append(f"Not planned at every length ({setting.words()}): {', '.join(short)} tokens.")
+    return page.bullets(said, "note") if said else ""
 
 
-def _peers(rows: list[Row], look: dict[str, Style], show: Any) -> str:
+def _peers(rows: list[Row]) -> str:
     if not results.of(rows, "peer"):
         return ""
     return (
         page.paragraph(rivals.FAIR, "note")
-        + show(*rivals.ratios(rows, look))
         + page.table(rivals.peers_table(rows), "text")
         + page.bullets(rivals.fairness(rows), "note")
         + "<h3>Figures to reach</h3>"
@@ -188,20 +176,7 @@ def _budget(rows: list[Row]) -> str:
     return page.paragraph(rivals.BUDGET, "note") + page.table(rivals.budgets_table(rows), "text")
 
 
-def _pareto(found: Findings, look: dict[str, Style], show: Any) -> str:
-    if found.length is None or not found.tasks:
-        return ""
-    task = found.tasks[0]
-    two = [learning.pareto(task, found.series, found.length, look, key) for key in (MEMORY, TIME)]
-    note = (
-        f"Quality is that of the models trained here ({task.judged}); cost is that of one layer at the longest length "
-        "that all finished. Full attention stands twice: its two kernels compute the same and differ in cost alone."
-    )
-    drawn = show(*two)
-    return page.paragraph(note, "note") + drawn if drawn else ""
-
-
-def _learning(tasks: list[Task], look: dict[str, Style], show: Any) -> str:
+def _learning(tasks: list[Task]) -> str:
     parts = []
     for task in tasks:
         if not any(each.rows for each in task.learnt):
@@ -211,90 +186,8 @@ def _learning(tasks: list[Task], look: dict[str, Style], show: Any) -> str:
         parts.append(page.warning("", [f"{o[0].upper()}{o[1:]}." for o in task.obstacles()]))
         shortened = task.shortened()
         parts += [page.paragraph(shortened, "note")] if shortened else []
-        parts.append(page.table(_runs(task)))
-        share = task.metric in SHARES
-        told = dict.fromkeys(name for each in task.learnt for row in each.rows for name in row.get("by_group") or {})
-        main = task.main or "the main evaluation set"
-        during = SETS["validation"] if "validation" in task.sets else main
-        parts.append(
-            show(
-                learning.accuracy(task, look),
-                *(learning.by_group(task, look, name) for name in told),
-                learning.trajectory(
-                    task, look, "loss_by_position", x="tokens read before", title="Loss by position",
-                    note=f"{task.title}: loss on {main} by how much of the text came before. A mechanism that carries "
-                    "state reads on over segments; the others start each segment afresh.",
-                ),
-                learning.trajectory(
-                    task, look, "quality_curve", x="step", metric=True,
-                    title=f"{metric_words(task.metric).capitalize()} while training",
-                    note=f"{task.title}: on {during}.",
-                ) if share else None,
-                *(learning.readings(task, look, name) for name in learning.read(task)),
-                learning.trajectory(
-                    task, look, "curve", x="step", title="Learning curve",
-                    note=f"{task.title}: training loss, each point the mean since the point before.",
-                ),
-            )
-        )  # fmt: skip
+        parts.append(page.table(trainings_table(task)))
     return "".join(parts)
-
-
-def _runs(task: Task) -> Table:
-    """What each group of runs took and reached: where they differ, from the least to the most."""
-    sets = [f"{metric_words(task.metric)}: {spoken(name)}" for name in task.sets]
-    further = [metric_words(name) for name in task.further]
-    headers = [
-        "",
-        "seeds",
-        "steps",
-        "tokens seen",
-        "training",
-        "one step",
-        "parameters",
-        "carries state",
-        *sets,
-        *further,
-    ]
-    cells = []
-    for each in task.learnt:
-        if not each.rows:
-            cells.append([each.label, *[units.NONE] * (len(headers) - 2), each.words()])
-            continue
-        seeds = str(each.seeds) + (f", {len(each.failed)} without figure" if each.failed else "")
-        scores = [value_words(each.on(name), task.metric) for name in task.sets]
-        scores += [value_words(each.also(name), name) for name in task.further]
-        cells.append(
-            [each.label, seeds, each.span("steps", units.count), each.span(_seen, units.count),
-             each.span("train_seconds", units.seconds), each.span("step_seconds", units.seconds),
-             each.span("parameters", units.millions), each.span("carries_state", lambda yes: "yes" if yes else "no"),
-             *scores]
-        )  # fmt: skip
-    trivial: dict[str, list[str]] = {}
-    for name, found in task.further.items():
-        for rule, value in found.items():
-            line = trivial.setdefault(f"({spoken(rule)})", [units.NONE] * (len(headers) - 1))
-            line[headers.index(metric_words(name)) - 1] = value_words(value, name)
-    return Table(headers, cells + [[rule, *line] for rule, line in trivial.items()])
-
-
-def _seen(row: Row) -> int | None:
-    if shortening(row) and row.get("tokens_per_second") and row.get("train_seconds"):
-        return round(row["tokens_per_second"] * row["train_seconds"])  # rows may be narrower than seq_len
-    return row["steps"] * row["batch"] * row["seq_len"] if row.get("batch") else None
-
-
-def _pictures(rows: list[Row], names: dict[int, str], look: dict[str, Style], show: Any) -> str:
-    portraits = [row for row in results.of(rows, "portrait") if results.ok(row)]
-    if not portraits:
-        return ""
-    note = (
-        "Found by asking each layer: one input token is changed, and every output that moves has seen it. One head, "
-        "causal, at small options so that borders show. What is read without gradient (detached memory) is grey."
-    )
-    return page.paragraph(note, "note") + show(
-        *(charts.picture(row, pick(look, names[id(row)], row["backend"]), names[id(row)]) for row in portraits)
-    )
 
 
 def _abilities(rows: list[Row], names: dict[int, str]) -> str:

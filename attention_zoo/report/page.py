@@ -1,37 +1,24 @@
-"""HTML pieces: escaping, tables, charts with their legends, and the frame of the page."""
+"""HTML pieces: escaping, tables, and the frame of the page."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape as _escape
+from typing import Any
 
-from plotly.offline import get_plotlyjs
-
-from attention_zoo.report.assets import SCRIPT, STYLE
-from attention_zoo.report.charts import Chart, Table
-from attention_zoo.report.palette import DARK, Style
+from attention_zoo.report.assets import script, style
+from attention_zoo.report.cells import Table
+from attention_zoo.report.fields import PLAIN
+from attention_zoo.report.library import plotly_script
+from attention_zoo.report.palette import PAIRS
 from attention_zoo.report.summary import Summary
 
 # Nothing may be loaded from anywhere: the browser itself refuses, were the page ever to ask.
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; font-src data:"
 )
-
-_SHAPES = {
-    "circle": '<circle cx="14" cy="7" r="4"/>',
-    "square": '<rect x="10" y="3" width="8" height="8"/>',
-    "diamond": '<path d="M14 2l5 5-5 5-5-5z"/>',
-    "triangle-up": '<path d="M14 2.5l5 8.5H9z"/>',
-    "triangle-down": '<path d="M14 11.5l5-8.5H9z"/>',
-    "hexagon": '<path d="M14 2.2l4.3 2.4v4.8L14 11.8 9.7 9.4V4.6z"/>',
-    "star": '<path d="M14 2l1.4 3.4 3.6.3-2.8 2.3.9 3.6-3.1-2-3.1 2 .9-3.6L9 5.7l3.6-.3z"/>',
-    "cross": '<path d="M12.4 2.5h3.200v2.900h2.900v3.200h-2.900v2.900h-3.200V8.600H9.500V5.400h2.900z"/>',
-    "x-thin": '<path d="M10 3l8 8M18 3l-8 8" stroke="currentColor" stroke-width="2"/>',
-    "none": "",
-}
-_DASHES = {"solid": "", "dash": "5 3", "dot": "1.5 2.5", "dashdot": "5 2 1.5 2"}
 
 
 def escape(text: str) -> str:
@@ -98,60 +85,27 @@ def summary_table(content: Summary) -> str:
     )
 
 
-def swatch(style: Style) -> str:
-    """The sign of a line in a legend: its dash and its marker."""
-    line = ""
-    if style.dash != "none":
-        line = f'<path d="M1 7h26" stroke="currentColor" stroke-width="2" stroke-dasharray="{_DASHES[style.dash]}"/>'
-    hollow = "-open" in style.marker
-    fill = 'fill="var(--paper)" stroke="currentColor" stroke-width="1.6"' if hollow else 'fill="currentColor"'
-    shape = _SHAPES[style.marker.partition("-open")[0]]
-    if style.marker.endswith("-dot"):
-        shape += '<circle cx="14" cy="7" r="1" fill="currentColor"/>'
-    return (
-        f'<svg width="28" height="14" aria-hidden="true" data-color="{style.color}">{line}<g {fill}>{shape}</g></svg>'
-    )
+def page(title: str, body: str, data: Mapping[str, Any], *, live: bool = False) -> str:
+    """The whole document: style, chart library, runs and scripts inlined.
 
-
-def chart(content: Chart) -> str:
-    """A figure with title, note, legend, plot and its numbers."""
-    if content.square:
-        legend = "".join(f"<span>{swatch(style)}{escape(label)}</span>" for label, style in content.legend)
-    else:
-        legend = "".join(
-            f'<button type="button" aria-pressed="true" data-figure="{_escape(content.key)}" '
-            f'data-group="{_escape(label)}">{swatch(style)}{escape(label)}</button>'
-            for label, style in content.legend
-        )
-    return (
-        f"<figure{_class('square' if content.square else '')}><figcaption><h3>{escape(content.title)}</h3>"
-        f"{paragraph(content.note)}</figcaption>"
-        f'<div class="legend">{legend}</div>'
-        f'<div class="plot" data-figure="{_escape(content.key)}" role="img" aria-label="{escape(content.title)}"></div>'
-        f"<details><summary>Numbers</summary>{table(content.table)}</details></figure>"
-    )
-
-
-def charts(many: Sequence[Chart]) -> str:
-    """Charts side by side where the screen is wide."""
-    kind = "pictures" if many and all(each.square for each in many) else "charts"
-    return f'<div class="{kind}">{"".join(chart(each) for each in many)}</div>' if many else ""
-
-
-def page(title: str, body: str, drawn: Sequence[Chart]) -> str:
-    """The whole document: style, plotly.js, figures and script inlined."""
-    figures = ",".join(f"{json.dumps(each.key)}:{each.figure.to_json()}" for each in drawn)
+    Args:
+        body: what stands in it.
+        data: what the scripts draw, see `data.dashboard`.
+        live: whether it asks its server for what is new.
+    """
+    policy = f"{POLICY}; connect-src {chr(39)}self{chr(39)}" if live else POLICY
+    settings = {"palette": PAIRS, "first": len(PLAIN), "live": live}
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>{body}</main>\n"
-        f'<script id="figures" type="application/json">{_safe("{" + figures + "}")}</script>\n'
-        f'<script id="dark" type="application/json">{_safe(json.dumps(DARK))}</script>\n'
-        f"<script>{get_plotlyjs()}</script>\n<script>{SCRIPT}</script></body></html>\n"
+        f"<title>{escape(title)}</title><style>{style()}</style></head>\n<body>{body}\n"
+        f"{_json('runs', data)}{_json('settings', settings)}"
+        f"<script>{plotly_script()}</script>\n<script>{script()}</script></body></html>\n"
     )
 
 
-def _safe(text: str) -> str:
+def _json(key: str, value: Any) -> str:
     """JSON that cannot end the script element it stands in."""
-    return text.replace("<", "\\u003c")
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return f'<script id="{key}" type="application/json">{text}</script>\n'

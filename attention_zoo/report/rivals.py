@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from attention_zoo.measure.peers.figures import verdicts
-from attention_zoo.report import charts, units
 from attention_zoo.report import rows as results
-from attention_zoo.report.charts import Chart, Table
-from attention_zoo.report.palette import MUTED, Style
+from attention_zoo.report import units
+from attention_zoo.report.cells import Table
 from attention_zoo.report.rows import FROM
 from attention_zoo.report.units import NONE
 from attention_zoo.results.row import Row
@@ -77,44 +76,6 @@ def _busy(row: Row) -> str:
     wall, cpu = row.get("time_ratio"), row.get("cpu_time_ratio")
     apart = row["device"] == "cpu" and wall and cpu and not 0.8 < wall / cpu < 1.25
     return f" (CPU {_times(cpu)})" if apart else ""
-
-
-def ratios(rows: Iterable[Row], styles: dict[str, Style]) -> list[Chart]:
-    """For each setting that peers were met in: how many times faster and smaller ours is than each."""
-    groups: dict[str, list[Row]] = {}
-    for row in sorted(results.of(rows, "peer"), key=_order):
-        if results.ok(row) and row.get("time_ratio") and row.get("memory_ratio"):
-            what = setting(row).removeprefix("causal, ").removeprefix("two-sided, ")
-            groups.setdefault(f"{what}, {row['length']:,} tokens", []).append(row)
-    return [_ratio_chart(what, many, styles, number) for number, (what, many) in enumerate(groups.items())]
-
-
-def _ratio_chart(what: str, many: list[Row], styles: dict[str, Style], number: int) -> Chart:
-    figure = charts.blank_figure("times less memory than theirs", "times faster than theirs")
-    for update, key in ((figure.update_xaxes, "memory_ratio"), (figure.update_yaxes, "time_ratio")):
-        values = [1.0, *(row[key] for row in many)]
-        charts.log_axis(update, [*values, 1.5 * max(values)], _times, binary=False, pad=0.12)
-    figure.add_hline(y=1, line={"color": MUTED, "width": 1, "dash": "dot"})
-    figure.add_vline(x=1, line={"color": MUTED, "width": 1, "dash": "dot"})
-    legend: dict[str, Style] = {}
-    for row in many:
-        label = named(row) if named(row) in styles else row["backend"]
-        style = styles[label]
-        legend[label] = Style(style.color, style.marker, "none")
-        direction = "causal" if row["causal"] else "two-sided"
-        said = f"{named(row)}, {direction}, against {row['title']}"
-        figure.add_scatter(
-            x=[row["memory_ratio"]], y=[row["time_ratio"]], mode="markers+text", text=[charts.hover(row["title"])],
-            textposition="top center", textfont={"size": 10}, marker=charts.marker_of(style, 10),
-            name=label, legendgroup=label, hoverinfo="text", cliponaxis=False,
-            hovertext=[
-                charts.hover(said, f"{_times(row['time_ratio'])} faster, {_times(row['memory_ratio'])} less memory")
-            ],
-        )  # fmt: skip
-    cells = [[named(row), row["title"], _times(row["time_ratio"]), _times(row["memory_ratio"])] for row in many]
-    note = f"{what[0].upper()}{what[1:]}. To the right and above the dotted lines ours is smaller and faster."
-    table = Table(["", "against", "times faster", "times less memory"], cells)
-    return Chart(f"peers-{number}", "Ours and theirs", note, figure, table, list(legend.items()))
 
 
 def fairness(rows: Iterable[Row]) -> list[str]:

@@ -350,12 +350,13 @@ def write_csv(rows: Iterable[Row], path: str | Path) -> Path:
     columns = first + sorted({key for row in flat for key in row} - set(first))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(map(_cell, columns))
-    writer.writerows([_cell(row.get(column)) for column in columns] for row in flat)
+    writer.writerow(map(spreadsheet, columns))
+    writer.writerows([spreadsheet(row.get(column)) for column in columns] for row in flat)
     return write_atomic(path, out.getvalue())
 
 
-def _cell(value: Any) -> Any:
+def spreadsheet(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: such text stands behind an apostrophe; numbers stay numbers."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 

@@ -12,7 +12,7 @@ from attention_zoo.measure.config import BASELINES
 from attention_zoo.measure.derived import Efficiency, costs, efficiency_length, growth_exponent
 from attention_zoo.overview import markdown
 from attention_zoo.report import rivals, units
-from attention_zoo.report.charts import Table
+from attention_zoo.report.cells import Table
 from attention_zoo.results.row import Row
 
 

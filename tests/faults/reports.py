@@ -17,8 +17,10 @@ from typing import Any
 from report_rows import made_up, portrait, quality, speed, unfinished
 from rich.console import Console
 
-from attention_zoo.report import Findings, headline, read, rich_table, write_csv
-from attention_zoo.report.build import draw
+from attention_zoo.report import Findings, frame, headline, read, rich_table, write_csv
+from attention_zoo.report.build import sections
+from attention_zoo.report.data import dashboard
+from attention_zoo.report.extract import csv_text, latex, tables
 from attention_zoo.report.rows import Rows, sift
 from attention_zoo.report.summary import remarks
 
@@ -179,17 +181,18 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def shown(rows: Rows) -> str:
-    """Everything that a report shows, in one text: page, terminal, CSV."""
-    body, charts = draw(rows)
+    """Everything that a report shows, in one text: page, terminal, tables, and what its scripts draw."""
     found = Findings.of(rows)
+    body = frame.body("A report", sections(found)).replace("\n", " ")
+    data = json.dumps(dashboard(found), allow_nan=False)
+    files = "".join(csv_text(table) + latex(table) for table in tables(found).values())
     terminal = Console(width=100, file=io.StringIO(), record=True)
     terminal.print(rich_table(found))
     for line in [*headline(found), *remarks(found)]:
         terminal.print(line, markup=False, highlight=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as place:
         cells = write_csv(rows, Path(place) / "results.csv").read_text()
-    figures = "".join(chart.figure.to_json() for chart in charts)
-    return "\n".join((body, terminal.export_text(), cells, figures)).encode().decode()
+    return "\n".join((body, terminal.export_text(), cells, files, data)).encode().decode()
 
 
 def judge(page: str, rows: Rows) -> Iterator[tuple[str, str]]:
