@@ -20,7 +20,7 @@ from attention_zoo.commands.help import page
 from attention_zoo.commands.job import Job
 from attention_zoo.commands.launch import DEBUG, OK, say
 from attention_zoo.commands.refusals import choices, flags, of_hydra, of_sweep
-from attention_zoo.commands.sweeps import Sweep, Sweeping
+from attention_zoo.commands.sweeps import Dry, Sweep, Sweeping
 from attention_zoo.commands.work import COMMANDS
 from attention_zoo.searchpath import register
 from attention_zoo.settings import one_line, said_of
@@ -39,19 +39,21 @@ def run(name: str, words: Sequence[str], program: str) -> int:
     Returns:
         the exit code: the first of 1 and 2 that a job ended with, else 0.
     """
-    words = flags(words)
+    command, words = f"{program} {shlex.join(words)}", flags(words)
     COMMANDS[name].register()
     register()
     if "--help" in words or "-h" in words:
         print(page(name, [word for word in words if not word.startswith("-")], program))
         return OK
     job = Job(name, os.environ.get(DEBUG) == "1")
-    sweep = Sweep(job, f"{program} {shlex.join(words)}")
+    sweep = Sweep(job, command)
     overrides = [word for word in words if not word.startswith("-")]
     choices(overrides)
     with _raising(), _swept(sweep), _replaced(sys, argv=[program, *words]):
         try:
             hydra.main(config_path=CONF, config_name=name, version_base="1.3")(job)()
+        except Dry:
+            return OK
         except Exception as error:
             line = of_hydra(error) or one_line(error)
             if line is None:

@@ -77,25 +77,25 @@ class Job:
 
         cell = make(composed, hydra).within(control.places.get(" ".join(hydra.overrides.task)))
         try:
-            row = cell.work(control.since, _trainings(), threads=control.threads, patient=self.patient, look=look)
+            row = cell.work(control.since, nursery(), threads=control.threads, patient=self.patient, look=look)
         except stopping.Stopped as stop:
             return Outcome(stop.code, state="stopped")
         return Outcome(state="busy") if row is None else Outcome.of(row, cell.folder)
 
 
 @cache
-def _trainings() -> Any:
-    """Of this process: the cells that come to it share the imports."""
-    from attention_zoo.jobs.alone import Trainings
+def nursery() -> Any:
+    """Of this process: all cells that come to it share the imports."""
+    from attention_zoo.measure.nursery import Nursery
 
-    return Trainings()
+    return Nursery()
 
 
-def end_trainings() -> None:
+def end_nursery() -> None:
     """Where no further cell will come."""
-    if _trainings.cache_info().currsize:
-        _trainings().close()
-        _trainings.cache_clear()
+    if nursery.cache_info().currsize:
+        nursery().__exit__(None, None, None)
+        nursery.cache_clear()
 
 
 def _leave_stopping_to(control: Control) -> None:

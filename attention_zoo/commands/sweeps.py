@@ -7,8 +7,8 @@ came to therefore lies in its folder, and is read there.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,15 +22,15 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from attention_zoo import stopping
-from attention_zoo.commands.job import Control, Job, end_trainings
+from attention_zoo.commands.job import Control, Job, end_nursery, nursery
 from attention_zoo.commands.launch import FAILED, ending
 from attention_zoo.commands.work import COMMANDS, Outcome
+from attention_zoo.measure.environment import usable_cores
 
 Words = tuple[str, ...]
 """The overrides of one job."""
 TRIES = 3
 """How often a cell is begun whose process somebody ends, and a launcher that brings nothing back."""
-LOOK_S = 0.3
 
 
 class Dry(Exception):
@@ -46,7 +46,7 @@ class Sweep:
     """
 
     def __init__(self, job: Job, command: str):
-        self.job, self.command = job, command
+        self.job, self.command, self.folder = job, command, Path()
         self.outcomes: dict[Words, Outcome] = {}
         self.cells: dict[Words, Any] = {}
         self.names: dict[Words, str] = {}
@@ -60,8 +60,9 @@ class Sweep:
             return
         import torch
 
-        folder = Path(str(config.hydra.sweep.dir)).absolute()
-        control = Control(time.time(), torch.get_num_threads(), folder / f".stop.{secrets.token_hex(4)}")
+        place = Path(str(config.hydra.sweep.dir)).absolute()
+        self.folder = place / _digest(jobs)
+        control = Control(time.time(), torch.get_num_threads(), place / f".stop.{secrets.token_hex(4)}")
         for words in jobs:
             with suppress(ValueError):  # the job itself says what is wrong with its config
                 composed = context.config_loader.load_sweep_config(config, list(words))
@@ -69,6 +70,40 @@ class Sweep:
                 control.places[key_of(composed.hydra)] = str(cell.folder)
         self.job.control = control
         self._settle(jobs)
+
+    def announce(self, launcher: DictConfig, jobs: Sequence[Words], at_once: int, *, dry: bool) -> None:
+        """Say what all will take, and leave a plan by which others can tell how far it is.
+
+        Raises:
+            Dry: if that was all.
+        """
+        if self.job.control is None:
+            return
+        from attention_zoo.jobs.needs import needs, summary
+        from attention_zoo.jobs.plan import Planned, write_plan
+
+        threads = self.job.control.threads
+        parallel, here = at_a_time(launcher, at_once)
+        left = [
+            words for words, cell in self.cells.items()
+            if words not in self.outcomes and not cell.refused
+        ]  # fmt: skip
+        cells = [self.cells[words] for words in left]
+        found = dict(zip(left, needs(cells, self.folder.parent, nursery(), threads=threads, timing=here)))
+        if here and cells:  # more at a time than there are cores for make each slower
+            parallel = max(1, min(parallel, usable_cores() // max(cell.config["threads"] or threads for cell in cells)))
+        line = summary(list(found.values()), len(jobs), len(self.outcomes), parallel)
+        print(f"{line}; {self.folder.parent.parent}", flush=True)
+        if dry:
+            raise Dry
+        planned = []
+        for words, cell in self.cells.items():
+            need, config = found.get(words), cell.config
+            planned.append(Planned(
+                self.names[words], "training", str(cell.folder), steps=config["steps"],
+                tokens=config["batch"] * config["seq_len"], seconds=need and need.seconds,
+            ))  # fmt: skip
+        write_plan(self.folder, self.command, planned, parallel=parallel)
 
     def launch(self, inner: Launcher, jobs: Sequence[Words], at_once: int) -> None:
         """Have every job done that is not.
@@ -79,11 +114,11 @@ class Sweep:
         if self.job.control is None:
             self._rounds(inner, jobs, at_once, lambda: None)
             return
-        with stopping.graceful() as asked, _Watch(self, jobs, asked):
-            try:
-                self._rounds(inner, jobs, at_once, asked)
-            finally:
-                end_trainings()
+        from attention_zoo.commands.watch import Watch
+
+        left = {self.names[words]: cell for words, cell in self.cells.items() if words not in self.outcomes}
+        with stopping.graceful() as asked, Watch(left, len(jobs), self.folder, self.job.control.stop, asked):
+            self._rounds(inner, jobs, at_once, asked)
 
     def _rounds(self, inner: Launcher, jobs: Sequence[Words], at_once: int, asked: Callable[[], Any]) -> None:
         fruitless = 0
@@ -151,35 +186,37 @@ class Sweeping(Launcher):
         if any(words not in self.sweep.outcomes for words in asked):
             batches = self.batches() or [job_overrides]
             jobs = [tuple(words) for batch in batches for words in batch]
-            self.sweep.of(self.context, self.config, jobs)
-            self.sweep.launch(self.inner, jobs, len(batches[0]))
+            try:
+                self.sweep.of(self.context, self.config, jobs)
+                dry = bool(self.config.get("dry"))
+                self.sweep.announce(self.config.hydra.launcher, jobs, len(batches[0]), dry=dry)
+                self.sweep.launch(self.inner, jobs, len(batches[0]))
+            finally:
+                end_nursery()
         return [_returned(words, self.sweep.outcomes[words]) for words in asked]
 
 
-class _Watch:
-    """Beside a launcher that works: tells its workers when to stop, and the user which cells have ended. A context."""
+def at_a_time(launcher: DictConfig, at_once: int) -> tuple[int, bool]:
+    """How many jobs a launcher runs at a time, and whether on this machine.
 
-    def __init__(self, sweep: Sweep, jobs: Sequence[Words], asked: Callable[[], Any]):
-        self.sweep, self.jobs, self.asked = sweep, jobs, asked
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True, name="watch the sweep")
+    Args:
+        launcher: its config.
+        at_once: jobs that it is given at a time.
+    """
+    if "array_parallelism" in launcher:  # Slurm
+        return min(at_once, launcher.array_parallelism), False
+    if "n_jobs" in launcher:  # joblib
+        return min(at_once, launcher.n_jobs if launcher.n_jobs > 0 else usable_cores()), True
+    if "ray" in launcher:
+        return min(at_once, usable_cores()), launcher.ray.init.get("address") is None
+    return (at_once if "submitit_folder" in launcher else 1), True
 
-    def __enter__(self) -> None:
-        self.thread.start()
 
-    def __exit__(self, *error: object) -> None:
-        self.over.set()
-        self.thread.join()
-        assert self.sweep.job.control is not None
-        self.sweep.job.control.stop.unlink(missing_ok=True)
-
-    def _run(self) -> None:
-        control = self.sweep.job.control
-        assert control is not None
-        while not self.over.wait(LOOK_S):
-            if self.asked():
-                with suppress(OSError):  # the disk is full: those in this process's group have heard it themselves
-                    control.stop.touch()
+def _digest(jobs: Sequence[Words]) -> str:
+    """The same for all calls that are about the same jobs, whoever does them and how."""
+    said = ("retry=", "force=", "dry=", "hydra")
+    kept = sorted(" ".join(sorted(word for word in words if not word.lstrip("+").startswith(said))) for words in jobs)
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:16]
 
 
 def told_apart(jobs: Sequence[Words]) -> list[str]:

@@ -104,6 +104,13 @@ def _report(composed: DictConfig) -> Outcome:
     return Outcome()
 
 
+def _status(composed: DictConfig) -> Outcome:
+    from attention_zoo.jobs.status import status
+
+    status(settings(composed))
+    return Outcome()
+
+
 def _convert(composed: DictConfig) -> Outcome:
     from attention_zoo.integrations.weights.commands import run_convert
 
@@ -172,6 +179,12 @@ def _register_report() -> None:
     register()
 
 
+def _register_status() -> None:
+    from attention_zoo.jobs.status import register
+
+    register()
+
+
 def _register_weights() -> None:
     from attention_zoo.integrations.weights.commands import register
 
@@ -183,6 +196,7 @@ COMMANDS = {
     "benchmark": Command("measure time and memory over lengths, or beside peers", _register_benchmark, _benchmark),
     "compare": Command("measure and train every mechanism: one report", _register_compare, _compare),
     "report": Command("draw a report from results, without running anything", _register_report, _report),
+    "status": Command("show how far sweeps are, and how to go on", _register_status, _status),
     "convert": Command(
         "turn a pretrained checkpoint into a model of ours, perhaps a long one", _register_weights, _convert
     ),

@@ -1,27 +1,27 @@
-"""One training of a sweep, which several processes may want to do: exactly one does, and whose owner dies is taken over.
+"""One training of a sweep, which several processes may want to do: exactly one does, and a dead one's is taken over.
 
-A cell is a folder. `result.json` in it is how it ended; a claim (`locks.CLAIMS`) says that somebody sees to it; the lock
-of the folder (`locks.WRITES`) that a process trains; and what is there without any of these was lost on the way.
+A cell is a folder. `result.json` in it is how it ended; a claim (`locks.CLAIMS`) says that somebody sees to it; the
+lock of the folder (`locks.WRITES`) that a process trains; and what is there without any of these was lost on the way.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from attention_zoo.jobs.alone import Trainings
+from attention_zoo.jobs.alone import train_alone
 from attention_zoo.jobs.trainings import finished
 from attention_zoo.locks import CLAIMS, Busy, owner, owning
+from attention_zoo.measure.nursery import Nursery
 from attention_zoo.results.row import Row
 from attention_zoo.training.config import check, plain
 from attention_zoo.training.records import RESULT
-from attention_zoo.training.run import run_folder
+from attention_zoo.training.run import run_folder, run_training
 
 WAIT_S = 0.5
 """Between two looks at a cell that somebody else does."""
@@ -34,10 +34,12 @@ class Cell:
     Fields:
         config: composed conf/train.yaml as plain values.
         folder: of this run alone; the same for all who may do it.
+        refused: whether the config cannot be meant: the run says so in its row, and takes no time.
     """
 
     config: Mapping[str, Any]
     folder: Path
+    refused: bool = False
 
     def within(self, folder: str | None) -> Cell:
         """The same in the folder that was planned for it; None: in its own."""
@@ -59,16 +61,16 @@ class Cell:
         return finished(config, self.folder)
 
     def work(
-        self, since: float, trainings: Trainings, *, threads: int, patient: bool, look: Callable[[], None]
+        self, since: float, nursery: Nursery, *, threads: int, patient: bool, look: Callable[[], None]
     ) -> Row | None:
         """Do it, unless it is done; None where somebody else does it.
 
         Args:
             since: see `result`.
-            trainings: by which it is trained.
+            nursery: of the process that it is trained in.
             threads: of torch, where the config leaves them to the machine.
             patient: wait for whoever does it, and take over if that ends without a result.
-            look: see `Trainings.train`.
+            look: see `Nursery.call`.
 
         Raises:
             OSError: where nothing can be written, naming the folder.
@@ -78,8 +80,10 @@ class Cell:
             look()
             try:
                 with owning(self.folder, names=CLAIMS):
+                    if self.refused:
+                        return run_training(self.config, self.folder)
                     row = self.result(since)
-                    return row or trainings.train(self.config, self.folder, threads=threads, look=look)
+                    return row or train_alone(nursery, self.config, self.folder, threads=threads, look=look)
             except Busy:
                 if not patient:
                     return None
@@ -102,6 +106,7 @@ def cell_of(composed: Any, hydra: Any) -> Cell:
     """
     config = plain(composed, hydra)
     folder = run_folder(config).absolute()
-    with suppress(ValueError):  # the run refuses it, in its row
-        config = check(config)
-    return Cell(config, folder)
+    try:
+        return Cell(check(config), folder)
+    except ValueError:
+        return Cell(config, folder, refused=True)
