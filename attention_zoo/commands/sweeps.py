@@ -101,7 +101,7 @@ class Sweep:
             need, config = found.get(words), cell.config
             planned.append(Planned(
                 self.names[words], "training", str(cell.folder), steps=config["steps"],
-                tokens=config["batch"] * config["seq_len"], seconds=need and need.seconds,
+                tokens=config["batch"] * config["seq_len"], seconds=need.seconds if need else None,
             ))  # fmt: skip
         write_plan(self.folder, self.command, planned, parallel=parallel)
 

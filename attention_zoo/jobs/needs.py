@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,11 @@ def summary(found: Sequence[Need | None], total: int, finished: int, parallel: i
     parts = [
         f"about {units.seconds(max(sum(seconds) / parallel, *seconds))} with {min(parallel, len(found))} at a time"
     ]
-    peaks, disks = [each.peak_bytes for each in known], [each.disk_bytes for each in known]
-    if all(peaks):
+    peaks = [each.peak_bytes for each in known if each.peak_bytes is not None]
+    disks = [each.disk_bytes for each in known if each.disk_bytes is not None]
+    if peaks:
         parts.append(f"{units.size(max(peaks))} of memory each at most")
-    if all(disks):
+    if len(disks) == len(known):
         parts.append(f"{units.size(sum(disks))} of disk")
     sources = [each.source for each in known]
     words = {"measured": "measured before", "timed": "from a timed step", "guessed": "taken to be like the others"}
@@ -103,12 +104,12 @@ def _alike(cell: Cell, threads: int) -> str:
     return identity(plain(config), device="", threads=cell.config.get("threads") or threads)
 
 
-def _need(cell: Cell, timed: dict[str, Any] | None, seconds_of: Callable[[int], float] | None) -> Need | None:
+def _need(cell: Cell, timed: dict[str, Any] | None, step_seconds: float | None) -> Need | None:
     steps, peak, disk = cell.config["steps"], None, None
     if timed:
         peak, disk = timed["peak_bytes"], timed["disk_bytes"]
-    if seconds_of is not None:
-        return Need(seconds_of(steps), peak, disk, "measured")
+    if step_seconds is not None:
+        return Need(steps * step_seconds, peak, disk, "measured")
     if not timed:
         return None
     trainer = cell.config["trainer"]
@@ -117,14 +118,13 @@ def _need(cell: Cell, timed: dict[str, Any] | None, seconds_of: Callable[[int], 
     return Need(min(seconds, trainer["max_seconds"] or seconds), peak, disk, "timed")
 
 
-def _measured(folders: set[Path], threads: int) -> Iterator[tuple[str, Callable[[int], float]]]:
-    """Seconds of so many steps, by what is alike, of the runs that have ended well there."""
+def _measured(folders: set[Path], threads: int) -> Iterator[tuple[str, float]]:
+    """Seconds of a step, evaluations included, by what is alike, of the runs that have ended well there."""
     for path in (path for folder in folders for path in folder.glob(f"*/{RESULT}")):
         try:
             row = read_row(path)
             if row["status"] == "ok" and number(row.get("wall_seconds")) and row["steps"] > 0:
-                a_step = row["wall_seconds"] / row["steps"]
-                yield _alike(Cell(row["config"], path.parent), threads), lambda steps, a_step=a_step: steps * a_step
+                yield _alike(Cell(row["config"], path.parent), threads), row["wall_seconds"] / row["steps"]
         except (Damaged, FileNotFoundError, TypeError):  # the report names what cannot be read
             continue
 

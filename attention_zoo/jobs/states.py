@@ -132,7 +132,7 @@ def _figures(path: Path) -> Iterator[tuple[int, float]]:
     for line in read_jsonl(path):
         if number(line.get("step")):
             rate = line.get("train/tokens_per_second")
-            yield int(line["step"]), float(rate) if number(rate) else 0.0
+            yield int(line["step"]), rate if isinstance(rate, int | float) else 0.0
 
 
 def _who(by: dict[str, object] | None) -> str:

@@ -83,7 +83,8 @@ def status(config: StatusConfig, console: Console | None = None) -> list[Job]:
     folders = _folders(config.runs)
     jobs = look(folders)
     if not config.watch:
-        console.print(page(jobs, everything=config.all))
+        for part in page(jobs, everything=config.all).renderables:
+            console.print(part, soft_wrap=isinstance(part, Line))  # a command is to be copied whole
         return jobs
     with Live(page(jobs, everything=config.all), console=console, auto_refresh=False) as live:
         while any(set(job.count()) & {"running", "lost", "waiting"} for job in jobs):
@@ -139,7 +140,7 @@ def _is_run(folder: Path) -> bool:
     return (folder / RESULT).exists() or (folder / METRICS).exists()
 
 
-def page(jobs: Iterable[Job], *, everything: bool = False) -> RenderableType:
+def page(jobs: Iterable[Job], *, everything: bool = False) -> Group:
     """What is shown: for each plan its cells, a line that sums them up, and the commands that would go on."""
     parts: list[RenderableType] = []
     for job in jobs:
@@ -167,8 +168,7 @@ def summary(job: Job) -> str:
 
 
 def _typed(what: str, command: str) -> Line:
-    said = f"{what}: {command}" if command else f"{what} the command that began them"
-    return Line(said, no_wrap=True, overflow="ignore")  # to be copied whole
+    return Line(f"{what}: {command}" if command else f"{what} the command that began them")
 
 
 def _table(job: Job, everything: bool) -> Table:
