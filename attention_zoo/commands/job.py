@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 import traceback
 from dataclasses import dataclass, field
 from functools import cache
@@ -68,7 +70,9 @@ class Job:
         assert make is not None
         beneath = os.getppid() == control.parent
         if os.getpid() != control.parent:
-            _leave_stopping_to(control)
+            _leave_stopping_to_parent()
+        if beneath:
+            _end_after(control.parent)
 
         def look() -> None:
             # a worker whose parent was killed would go on for ever, with nobody who wants what it does
@@ -77,7 +81,8 @@ class Job:
 
         cell = make(composed, hydra).within(control.places.get(" ".join(hydra.overrides.task)))
         try:
-            row = cell.work(control.since, nursery(), threads=control.threads, patient=self.patient, look=look)
+            with _WORKING:
+                row = cell.work(control.since, nursery(), threads=control.threads, patient=self.patient, look=look)
         except stopping.Stopped as stop:
             return Outcome(stop.code, state="stopped")
         return Outcome(state="busy") if row is None else Outcome.of(row, cell.folder)
@@ -98,13 +103,29 @@ def end_nursery() -> None:
         nursery.cache_clear()
 
 
-def _leave_stopping_to(control: Control) -> None:
+def _leave_stopping_to_parent() -> None:
     """In a worker: a terminal's Ctrl-C comes to all, and the parent says when to stop. Handlers that a launcher has set
     stay: some requeue the job."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         stopping.install()
+
+
+_WORKING = threading.Lock()
+
+
+@cache
+def _end_after(parent: int) -> None:
+    """End this worker when its parent is gone and the cell in hand is saved: a launcher's pool would wait for more."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        with _WORKING:
+            os._exit(stopping.REQUEUE)
+
+    threading.Thread(target=watch, daemon=True, name="end with the sweep").start()
 
 
 def _given(composed: DictConfig) -> None:
