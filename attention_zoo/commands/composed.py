@@ -45,8 +45,8 @@ def run(name: str, words: Sequence[str], program: str) -> int:
     if "--help" in words or "-h" in words:
         print(page(name, [word for word in words if not word.startswith("-")], program))
         return OK
-    job = Job(name, os.environ.get(DEBUG) == "1")
-    sweep = Sweep(job, command)
+    job = Job(name, os.environ.get(DEBUG) == "1", command)
+    sweep = Sweep(job)
     overrides = [word for word in words if not word.startswith("-")]
     choices(overrides)
     with _raising(), _swept(sweep), _replaced(sys, argv=[program, *words]):

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from attention_zoo import stopping
 from attention_zoo.commands.launch import ending
 from attention_zoo.commands.work import COMMANDS, Outcome
+from attention_zoo.jobs.plan import COMMAND
 
 
 @dataclass
@@ -42,19 +43,25 @@ class Control:
 class Job:
     """It never raises an error of the job: the others of a sweep go on.
 
+    Args:
+        name: of the command.
+        debug: show the traceback of every error.
+        command: as it was typed.
+
     Attributes:
         control: of a sweep whose jobs are cells.
         patient: whether to wait for what somebody else does.
         outcomes: of the jobs that were done in this process.
     """
 
-    def __init__(self, name: str, debug: bool):
-        self.name, self.debug = name, debug
+    def __init__(self, name: str, debug: bool, command: str):
+        self.name, self.debug, self.command = name, debug, command
         self.control: Control | None = None
         self.patient = False
         self.outcomes: list[Outcome] = []
 
     def __call__(self, composed: DictConfig) -> Outcome:
+        COMMAND.set(self.command)
         try:
             _given(composed)
             outcome = COMMANDS[self.name].run(composed) if self.control is None else self._cell(composed, self.control)

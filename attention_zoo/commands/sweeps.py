@@ -42,11 +42,10 @@ class Sweep:
 
     Args:
         job: what a launcher calls with the config of each.
-        command: as it was typed, for the plan.
     """
 
-    def __init__(self, job: Job, command: str):
-        self.job, self.command, self.folder = job, command, Path()
+    def __init__(self, job: Job):
+        self.job, self.folder = job, Path()
         self.outcomes: dict[Words, Outcome] = {}
         self.cells: dict[Words, Any] = {}
         self.names: dict[Words, str] = {}
@@ -103,7 +102,7 @@ class Sweep:
                 self.names[words], "training", str(cell.folder), steps=config["steps"],
                 tokens=config["batch"] * config["seq_len"], seconds=need.seconds if need else None,
             ))  # fmt: skip
-        write_plan(self.folder, self.command, planned, parallel=parallel)
+        write_plan(self.folder, self.job.command, planned, parallel=parallel)
 
     def launch(self, inner: Launcher, jobs: Sequence[Words], at_once: int) -> None:
         """Have every job done that is not.

@@ -22,7 +22,7 @@ def run(what: str, words: Sequence[str], program: str) -> None:
     Raises:
         ValueError: for a flag or value that is not understood.
     """
-    parser = Flags(prog=program, description=f"{PLAIN[what].capitalize()}.")
+    parser = Flags(prog=program, description=f"{PLAIN[what].about.capitalize()}.")
     parser.add_argument("--markdown", action="store_true", help="print Markdown instead of drawing")
     if what == "about":
         parser.add_argument("name", help="of a mechanism or a task")

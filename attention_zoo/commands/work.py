@@ -73,6 +73,11 @@ def _train(composed: DictConfig) -> Outcome:
 
     config = plain(composed, HydraConfig.get())
     folder = run_folder(config)
+    if config["dry"]:
+        from attention_zoo.jobs.ahead import one_ahead
+
+        print(one_ahead(config, folder))
+        return Outcome()
     row = run_training(config, folder)
     show(row, folder)
     return Outcome.of(row, folder, told=True)
@@ -85,16 +90,24 @@ def _cell(composed: DictConfig, hydra: Any) -> Any:
 
 
 def _benchmark(composed: DictConfig) -> Outcome:
-    from attention_zoo.jobs.benchmark import benchmark
+    from attention_zoo.jobs.benchmark import ahead, benchmark
 
-    return _outcome(benchmark(settings(composed)))
+    config = settings(composed)
+    if config.dry:
+        print(ahead(config))
+        return Outcome()
+    return _outcome(benchmark(config))
 
 
 def _compare(composed: DictConfig) -> Outcome:
     from attention_zoo.files import read_jsonl
-    from attention_zoo.jobs.compare import compare
+    from attention_zoo.jobs.compare import ahead, compare
 
-    return _outcome(read_jsonl(compare(settings(composed)).with_name("results.jsonl")))
+    config = settings(composed)
+    if config.dry:
+        print(ahead(config))
+        return Outcome()
+    return _outcome(read_jsonl(compare(config).with_name("results.jsonl")))
 
 
 def _report(composed: DictConfig) -> Outcome:

@@ -44,18 +44,18 @@ class Need:
 
 
 def needs(
-    cells: Sequence[Cell], kept: Path, nursery: Nursery, *, threads: int, timing: bool = True
+    cells: Sequence[Cell], kept: Path | None, nursery: Nursery, *, threads: int, timing: bool = True
 ) -> list[Need | None]:
     """What each cell will take; None where nothing is known.
 
     Args:
-        kept: folder in which timed steps are kept.
+        kept: folder in which timed steps are kept; None: nothing is written.
         nursery: of the processes that steps are timed in.
         threads: of torch, where a config leaves them to the machine.
         timing: whether a step may be timed here: no, where the cells will run elsewhere.
     """
     alike = [_alike(cell, threads) for cell in cells]
-    timed = _timed(dict(zip(alike, cells)) if timing else {}, kept / KEPT, nursery)
+    timed = _timed(dict(zip(alike, cells)) if timing else {}, kept and kept / KEPT, nursery)
     measured = dict(_measured({cell.folder.parent for cell in cells}, threads))
     found = [_need(cell, timed.get(name), measured.get(name)) for name, cell in zip(alike, cells)]
     known = [each for each in found if each is not None]
@@ -129,10 +129,10 @@ def _measured(folders: set[Path], threads: int) -> Iterator[tuple[str, float]]:
             continue
 
 
-def _timed(cells: dict[str, Cell], path: Path, nursery: Nursery) -> dict[str, dict[str, Any]]:
+def _timed(cells: dict[str, Cell], path: Path | None, nursery: Nursery) -> dict[str, dict[str, Any]]:
     """What a step takes of each, timed where it is not kept."""
     try:
-        known = read_json(path)
+        known = {} if path is None else read_json(path)
     except (Damaged, FileNotFoundError):
         known = {}
     began, new = time.monotonic(), False
@@ -144,6 +144,6 @@ def _timed(cells: dict[str, Cell], path: Path, nursery: Nursery) -> dict[str, di
         if isinstance(found, Ended) or "error" in found:
             continue  # the run will say so, in its row
         known[name], new = {**found, "step_seconds": found["seconds"][-1]}, True
-    if new:
+    if new and path is not None:
         write_json(path, plain(known))
     return {name: known[name] for name in cells if isinstance(known.get(name), dict)}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,8 +12,12 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from attention_zoo.files import Damaged, plain, read_json, write_json
+from attention_zoo.measure.cell import SpeedCell
+from attention_zoo.measure.progress import named
 
 PLAN = "plan.json"
+COMMAND: ContextVar[str] = ContextVar("command", default="")
+"""As it was typed, of the work that goes on here; empty where nobody typed one."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,15 @@ def write_plan(folder: str | Path, command: str, cells: Sequence[Planned], *, pa
     kept = [{**asdict(each), "place": os.path.relpath(each.place, folder)} for each in cells]
     plan = {"command": command, "where": os.getcwd(), "cells": kept, "parallel": parallel}
     return write_json(folder / PLAN, plain(plan))
+
+
+def planned_cells(cells: Iterable[SpeedCell], folder: Path) -> list[Planned]:
+    """Cells to measure, shortest first, as `measure.cells.run_cells` does them."""
+    found = []
+    for cell in sorted(cells, key=lambda cell: cell.length):
+        name = cell.identity()
+        found.append(Planned(named(cell), "cell", str(folder.absolute() / "cells" / f"{name}.json"), id=name))
+    return list(dict.fromkeys(found))
 
 
 def read_plan(path: str | Path) -> Plan:

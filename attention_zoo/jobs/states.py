@@ -70,17 +70,30 @@ def states(folder: str | Path, cells: Sequence[Planned]) -> list[State]:
 
 def remaining_s(found: Iterable[State], parallel: int) -> float | None:
     """Seconds until all are through with so many at a time; None where one cannot tell."""
-    left = [_left(state) for state in found if state.kind not in ("done", "failed")]
+    found = list(found)
+    usual = _usual(found)
+    left = [_left(state, usual) for state in found if state.kind not in ("done", "failed")]
     if any(each is None for each in left):
         return None
     known = [each for each in left if each is not None]
     return max(sum(known) / max(parallel, 1), max(known, default=0.0))
 
 
-def _left(state: State) -> float | None:
-    if state.left_s is not None or state.planned.seconds is None:
+def _left(state: State, usual: dict[str, float]) -> float | None:
+    if state.left_s is not None:
         return state.left_s
-    return state.planned.seconds * (1 - state.share)
+    seconds = state.planned.seconds if state.planned.seconds is not None else usual.get(state.planned.kind)
+    return None if seconds is None else seconds * (1 - state.share)
+
+
+def _usual(found: Iterable[State]) -> dict[str, float]:
+    """What one cell of each kind took, of those that are through."""
+    took: dict[str, list[float]] = {}
+    for state in found:
+        seconds = (state.row or {}).get("wall_seconds")
+        if isinstance(seconds, int | float):
+            took.setdefault(state.planned.kind, []).append(seconds)
+    return {kind: sum(each) / len(each) for kind, each in took.items()}
 
 
 def _of_training(planned: Planned, folder: Path) -> State:
