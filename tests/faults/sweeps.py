@@ -29,7 +29,7 @@ from .cells import ROOT, _left, _marked, _orphans, _send
 from .kills import left_by
 
 TITLE = "sweeps in this process and in local ones, with one parent or two: any process killed at random moments"
-SMALL, LARGE = 2, 40
+SMALL, LARGE = 1, 40
 PATIENCE_S = 240.0
 CELLS = 3
 WORDS = (
