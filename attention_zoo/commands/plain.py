@@ -27,19 +27,19 @@ def _generate() -> Run:
     return generate.run
 
 
-def _table(name: str) -> Callable[[], Run]:
+def _table(name: str, about: str) -> Plain:
     def run() -> Run:
         from attention_zoo.commands import tables
 
-        return lambda words, program: tables.run(name, words, program)
+        return lambda words, program: tables.run(name, about, words, program)
 
-    return run
+    return Plain(about, run)
 
 
 PLAIN = {
     "generate": Plain("continue a prompt with a trained model", _generate),
-    "abilities": Plain("what each mechanism can do", _table("abilities")),
-    "kernels": Plain("what would run here, and why", _table("kernels")),
-    "tasks": Plain("what can be learned here, and how it is judged", _table("tasks")),
-    "about": Plain("paper, released code, ours: one mechanism, or one task, on a page", _table("about")),
+    "abilities": _table("abilities", "what each mechanism can do"),
+    "kernels": _table("kernels", "what would run here, and why"),
+    "tasks": _table("tasks", "what can be learned here, and how it is judged"),
+    "about": _table("about", "paper, released code, ours: one mechanism, or one task, on a page"),
 }
