@@ -47,7 +47,6 @@ def blank_row(config: Mapping[str, Any]) -> TrainingRow:
         "batch": config.get("batch"),
         "parameters": None,
         "train_seconds": None,
-        "wall_seconds": None,
         "step_seconds": None,
         "tokens_per_second": None,
         "peak_bytes": None,
@@ -69,6 +68,7 @@ def blank_row(config: Mapping[str, Any]) -> TrainingRow:
         "data": None,
         "model_sha256": None,
         "refused": False,
+        "wall_seconds": None,
     }
 
 
