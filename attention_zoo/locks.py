@@ -8,12 +8,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
 from attention_zoo.files import Damaged, read_json, write_json
 
-LOCK, OWNER = ".lock", ".owner.json"
+
+class Names(NamedTuple):
+    """The files of a lock: itself, and who has it."""
+
+    lock: str
+    owner: str
+
+
+WRITES = Names(".lock", ".owner.json")
+"""Of who writes in a folder."""
+CLAIMS = Names(".claim", ".claimer.json")
+"""Of who sees to it that the work of a folder is done, by whatever process: it is taken before there is a writer."""
+PEEK_S = 0.2
+"""Who only looks whether there is an owner has the lock for a moment: so long is tried before a folder is busy."""
 
 
 class Busy(ValueError):
@@ -21,11 +35,14 @@ class Busy(ValueError):
 
 
 @contextmanager
-def owning(folder: str | Path, *, wait_s: float = 0.0, notice: Callable[[str], None] = print) -> Iterator[Path]:
+def owning(
+    folder: str | Path, *, names: Names = WRITES, wait_s: float = 0.0, notice: Callable[[str], None] = print
+) -> Iterator[Path]:
     """Own a folder, which is made, for the length of a `with`.
 
     Args:
         folder: whose files nobody else shall write.
+        names: of the lock.
         wait_s: how long to wait for an owner to end; infinity: as long as it takes.
         notice: told once that it waits, and for whom.
 
@@ -36,46 +53,46 @@ def owning(folder: str | Path, *, wait_s: float = 0.0, notice: Callable[[str], N
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK, is_singleton=False)
+        lock = FileLock(folder / names.lock, is_singleton=False)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=PEEK_S, poll_interval=PEEK_S / 10)
         except Timeout:
             if wait_s <= 0:
-                raise Busy(_said(folder)) from None
-            notice(f"{_said(folder)}; waiting for it")
+                raise Busy(_said(folder, names)) from None
+            notice(f"{_said(folder, names)}; waiting for it")
             try:
                 lock.acquire(timeout=wait_s if wait_s < float("inf") else -1)
             except Timeout:
-                raise Busy(_said(folder)) from None
+                raise Busy(_said(folder, names)) from None
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
     try:
-        write_json(folder / OWNER, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
+        write_json(folder / names.owner, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()})
         yield folder
     finally:
-        (folder / OWNER).unlink(missing_ok=True)
+        (folder / names.owner).unlink(missing_ok=True)
         lock.release()
 
 
-def owner(folder: str | Path) -> dict[str, object] | None:
+def owner(folder: str | Path, names: Names = WRITES) -> dict[str, object] | None:
     """Who owns a folder now, as pid, host and since (seconds since 1970); None where nobody does."""
     folder = Path(folder)
-    if not (folder / LOCK).is_file():
+    if not (folder / names.lock).is_file():
         return None
-    lock = FileLock(folder / LOCK, is_singleton=False)
+    lock = FileLock(folder / names.lock, is_singleton=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         try:
-            return dict(read_json(folder / OWNER))
+            return dict(read_json(folder / names.owner))
         except (Damaged, FileNotFoundError):  # it has the lock and has not said its name yet
             return {"pid": None, "host": None, "since": None}
     lock.release()
     return None
 
 
-def _said(folder: Path) -> str:
-    found = owner(folder)
+def _said(folder: Path, names: Names) -> str:
+    found = owner(folder, names)
     if found is None or found["pid"] is None:
         return f"another process works in {folder}"
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(str(found["since"]))))

@@ -286,7 +286,7 @@ SWEEP = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
 def test_a_sweep_in_other_processes_tells_what_failed(launcher: str) -> None:
     words = [*SWEEP, f"hydra/launcher={launcher}", "-m", "model.heads=3,2"]
     if launcher == "submitit_local":

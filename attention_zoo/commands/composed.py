@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import hydra
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from attention_zoo.commands.help import page
-from attention_zoo.commands.launch import DEBUG, FAILED, OK, ending, say
+from attention_zoo.commands.job import Job
+from attention_zoo.commands.launch import DEBUG, OK, say
 from attention_zoo.commands.refusals import choices, flags, of_hydra, of_sweep
-from attention_zoo.commands.work import COMMANDS, Outcome
+from attention_zoo.commands.sweeps import Dry, Sweep, Sweeping
+from attention_zoo.commands.work import COMMANDS
 from attention_zoo.searchpath import register
 from attention_zoo.settings import one_line, said_of
 
@@ -37,25 +39,27 @@ def run(name: str, words: Sequence[str], program: str) -> int:
     Returns:
         the exit code: the first of 1 and 2 that a job ended with, else 0.
     """
-    words = flags(words)
+    command, words = f"{program} {shlex.join(words)}", flags(words)
     COMMANDS[name].register()
     register()
     if "--help" in words or "-h" in words:
         print(page(name, [word for word in words if not word.startswith("-")], program))
         return OK
-    job = Job(name, os.environ.get(DEBUG) == "1")
+    job = Job(name, os.environ.get(DEBUG) == "1", command)
+    sweep = Sweep(job)
     overrides = [word for word in words if not word.startswith("-")]
     choices(overrides)
-    returned: list[Outcome] = []
-    with _raising(), _recorded(returned), _replaced(sys, argv=[program, *words]):
+    with _raising(), _swept(sweep), _replaced(sys, argv=[program, *words]):
         try:
             hydra.main(config_path=CONF, config_name=name, version_base="1.3")(job)()
+        except Dry:
+            return OK
         except Exception as error:
             line = of_hydra(error) or one_line(error)
             if line is None:
                 raise
             raise ValueError(said_of(of_sweep(line, overrides), overrides)) from error
-    outcomes = returned or job.outcomes
+    outcomes = list(sweep.outcomes.values()) or job.outcomes
     for outcome in outcomes:
         # a job in another process or on another machine told it there, if anywhere
         if outcome.line and not (outcome.told and job.outcomes):
@@ -64,32 +68,6 @@ def run(name: str, words: Sequence[str], program: str) -> int:
     if wrong and len(outcomes) > 1:
         say(f"{len(wrong)} of {len(outcomes)} runs failed")
     return min(wrong, default=OK)
-
-
-class Job:
-    """What Hydra calls with the config of one job, in this process or another. It never raises an error of the job:
-    the others of a sweep go on."""
-
-    def __init__(self, name: str, debug: bool):
-        self.name, self.debug = name, debug
-        self.outcomes: list[Outcome] = []
-
-    def __call__(self, composed: DictConfig) -> Outcome:
-        try:
-            _given(composed)
-            outcome = COMMANDS[self.name].run(composed)
-        except Exception as error:
-            if self.debug:
-                traceback.print_exception(error)
-            outcome = Outcome(*ending(error))
-        self.outcomes.append(outcome)
-        return outcome
-
-
-def _given(composed: DictConfig) -> None:
-    """Refuse a config in which something is still to be given, naming all of it."""
-    if missing := sorted(OmegaConf.missing_keys(composed)):
-        raise ValueError(f"{' and '.join(missing)} must be given, got ???")
 
 
 @contextmanager
@@ -119,32 +97,22 @@ def _replaced(owner: Any, **values: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded(returned: list[Outcome]) -> Iterator[None]:
-    """Keep what every job of a sweep returned: Hydra hands it to the sweeper alone, which drops it."""
-    instantiate = Plugins.instantiate_launcher
+def _swept(sweep: Sweep) -> Iterator[None]:
+    """Whatever launcher is asked for, it works for the sweep: Hydra hands what jobs returned to the sweeper alone."""
+    launcher, sweeper = Plugins.instantiate_launcher, Plugins.instantiate_sweeper
+    made: list[Any] = []
 
-    def recording(self: Plugins, *args: Any, **kwargs: Any) -> Launcher:
-        return _Recording(instantiate(self, *args, **kwargs), returned)
-
-    with _replaced(Plugins, instantiate_launcher=recording):
-        yield
-
-
-class _Recording(Launcher):
-    """A launcher that keeps the outcome of each job, and tells the sweeper that all went well, so that it goes on."""
-
-    def __init__(self, inner: Launcher, returned: list[Outcome]):
-        self.inner, self.returned = inner, returned
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Was done by whoever made the inner one."""
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        found = self.inner.launch(job_overrides, initial_job_idx)
-        for job in found:
-            if job.status != JobStatus.COMPLETED:
-                failure = job._return_value
-                job.return_value = Outcome(*ending(failure)) if isinstance(failure, Exception) else Outcome(FAILED)
-                job.status = JobStatus.COMPLETED
-            self.returned.append(job.return_value)
+    def keeping(self: Plugins, **given: Any) -> Sweeper:
+        made.append(None)
+        found = sweeper(self, **given)
+        made[-1] = found
         return found
+
+    def sweeping(
+        self: Plugins, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> Launcher:
+        inner = launcher(self, hydra_context, task_function, config)
+        return Sweeping(inner, sweep, hydra_context, config, lambda: getattr(made[-1], "overrides", None))
+
+    with _replaced(Plugins, instantiate_launcher=sweeping, instantiate_sweeper=keeping):
+        yield

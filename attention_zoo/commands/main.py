@@ -33,15 +33,8 @@ def _dispatch(words: list[str], program: str | None) -> int:
         from attention_zoo.commands import composed
 
         return composed.run(name, rest, program)
-    if name == "generate":
-        from attention_zoo.commands import generate
-
-        generate.run(rest, program)
-        return OK
     if name in PLAIN:
-        from attention_zoo.commands import tables
-
-        tables.run(name, rest, program)
+        PLAIN[name].run()(rest, program)
         return OK
     known = [*COMMANDS, *PLAIN]
     near = difflib.get_close_matches(name, known, 1)
@@ -53,7 +46,7 @@ def _dispatch(words: list[str], program: str | None) -> int:
 def _overview() -> str:
     from attention_zoo.commands.work import COMMANDS
 
-    about = {name: command.about for name, command in COMMANDS.items()} | PLAIN
+    about = {name: command.about for name, command in (COMMANDS | PLAIN).items()}
     lines = [f"  {name:11}{text}" for name, text in about.items()]
     return "\n".join([
         "Compare, trust and take home long-context attention.", "",

@@ -13,11 +13,13 @@ from hydra.errors import OverrideParseException
 
 EXTRAS = {
     "sweep": ("hydra_plugins", "joblib", "submitit"),
+    "ray": ("ray",),
     "huggingface": ("transformers", "tokenizers"),
     "peers": ("reformer_pytorch", "local_attention", "memory_compressed_attention", "compressive_transformer_pytorch"),
 }
 """Which extra of this package brings what is not there, by the name that is imported."""
-LAUNCHERS = ("joblib", "submitit_local", "submitit_slurm")
+LAUNCHERS = {"joblib": "sweep", "submitit_local": "sweep", "submitit_slurm": "sweep", "ray": "ray"}
+"""Hydra's launchers, and which extra brings each."""
 
 
 def of_hydra(error: BaseException) -> str | None:
@@ -45,8 +47,8 @@ def of_hydra(error: BaseException) -> str | None:
     if given := re.match(r"Could not override '([^']*)'\.\s*No match in the defaults list", text):
         return f"{given[1]} is no group of this command: --help lists its groups and their choices"
     missing = getattr(error, "missing_cfg_file", None)
-    if missing and str(missing).partition("hydra/launcher/")[2] in LAUNCHERS:
-        return f"hydra/launcher={missing.rpartition('/')[2]} needs pip install '{_extra('sweep')}'"
+    if missing and (launcher := str(missing).partition("hydra/launcher/")[2]) in LAUNCHERS:
+        return f"hydra/launcher={launcher} needs pip install '{_extra(LAUNCHERS[launcher])}'"
     return one_line(error) or text.splitlines()[0]
 
 

@@ -10,19 +10,24 @@ from rich.table import Table
 
 from attention_zoo import overview, registry
 from attention_zoo.commands.flags import Flags
-from attention_zoo.commands.plain import PLAIN
 from attention_zoo.model.shorten import FORMS
 from attention_zoo.rules import near
 from attention_zoo.tasks import catalogue
 
 
-def run(what: str, words: Sequence[str], program: str) -> None:
+def run(what: str, about: str, words: Sequence[str], program: str) -> None:
     """Print a table or a page.
+
+    Args:
+        what: the command.
+        about: what it is for, in a line.
+        words: of the command line, after the command.
+        program: how the command was called, for its help.
 
     Raises:
         ValueError: for a flag or value that is not understood.
     """
-    parser = Flags(prog=program, description=f"{PLAIN[what].capitalize()}.")
+    parser = Flags(prog=program, description=f"{about.capitalize()}.")
     parser.add_argument("--markdown", action="store_true", help="print Markdown instead of drawing")
     if what == "about":
         parser.add_argument("name", help="of a mechanism or a task")

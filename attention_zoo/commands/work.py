@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 
@@ -21,11 +22,29 @@ class Outcome:
         code: the exit code that it alone would give.
         line: what went wrong, in one line; empty where nothing did.
         told: whether the line was written to standard error where the job ran.
+        state: "ended"; or what another try may change: "busy" with somebody else, "lost" to who killed it, "stopped".
     """
 
     code: int = OK
     line: str = ""
     told: bool = False
+    state: Literal["ended", "busy", "lost", "stopped"] = "ended"
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], folder: Path, *, told: bool = False) -> Outcome:
+        """Of a training.
+
+        Args:
+            row: what it came to.
+            folder: where.
+            told: see above.
+        """
+        from attention_zoo.training.run import report_line
+
+        if row["status"] == "ok":
+            return cls()
+        code = REFUSED if row.get("refused") else FAILED
+        return cls(code, report_line(row, folder), told, "lost" if row["status"] == "lost" else "ended")
 
 
 @dataclass(frozen=True)
@@ -36,44 +55,72 @@ class Command:
         about: what it is for, in a line.
         register: makes its schema known to Hydra.
         run: does it, with the composed config.
+        cell: describes what one job of a sweep does (`jobs.cell.Cell`), from its config and Hydra's, where several
+            processes may share the sweep; None: a job is run as it would be alone.
     """
 
     about: str
     register: Callable[[], None]
     run: Callable[[DictConfig], Outcome]
+    cell: Callable[[DictConfig, Any], Any] | None = None
 
 
 def _train(composed: DictConfig) -> Outcome:
     from hydra.core.hydra_config import HydraConfig
 
     from attention_zoo.training.config import plain
-    from attention_zoo.training.run import report_line, run_folder, run_training, show
+    from attention_zoo.training.run import run_folder, run_training, show
 
     config = plain(composed, HydraConfig.get())
     folder = run_folder(config)
-    row = run_training(config, folder)
-    if show(row, folder):
+    if config["dry"]:
+        from attention_zoo.jobs.ahead import one_ahead
+
+        print(one_ahead(config, folder))
         return Outcome()
-    return Outcome(REFUSED if row.get("refused") else FAILED, report_line(row, folder), told=True)
+    row = run_training(config, folder)
+    show(row, folder)
+    return Outcome.of(row, folder, told=True)
+
+
+def _cell(composed: DictConfig, hydra: Any) -> Any:
+    from attention_zoo.jobs.cell import cell_of
+
+    return cell_of(composed, hydra)
 
 
 def _benchmark(composed: DictConfig) -> Outcome:
-    from attention_zoo.jobs.benchmark import benchmark
+    from attention_zoo.jobs.benchmark import ahead, benchmark
 
-    return _outcome(benchmark(settings(composed)))
+    config = settings(composed)
+    if config.dry:
+        print(ahead(config))
+        return Outcome()
+    return _outcome(benchmark(config))
 
 
 def _compare(composed: DictConfig) -> Outcome:
     from attention_zoo.files import read_jsonl
-    from attention_zoo.jobs.compare import compare
+    from attention_zoo.jobs.compare import ahead, compare
 
-    return _outcome(read_jsonl(compare(settings(composed)).with_name("results.jsonl")))
+    config = settings(composed)
+    if config.dry:
+        print(ahead(config))
+        return Outcome()
+    return _outcome(read_jsonl(compare(config).with_name("results.jsonl")))
 
 
 def _report(composed: DictConfig) -> Outcome:
     from attention_zoo.report.again import report
 
     report(settings(composed))
+    return Outcome()
+
+
+def _status(composed: DictConfig) -> Outcome:
+    from attention_zoo.jobs.status import status
+
+    status(settings(composed))
     return Outcome()
 
 
@@ -145,6 +192,12 @@ def _register_report() -> None:
     register()
 
 
+def _register_status() -> None:
+    from attention_zoo.jobs.status import register
+
+    register()
+
+
 def _register_weights() -> None:
     from attention_zoo.integrations.weights.commands import register
 
@@ -152,10 +205,11 @@ def _register_weights() -> None:
 
 
 COMMANDS = {
-    "train": Command("train one model, or with -m a sweep of them", _register_train, _train),
+    "train": Command("train one model, or with -m a sweep of them", _register_train, _train, _cell),
     "benchmark": Command("measure time and memory over lengths, or beside peers", _register_benchmark, _benchmark),
     "compare": Command("measure and train every mechanism: one report", _register_compare, _compare),
     "report": Command("draw a report from results, without running anything", _register_report, _report),
+    "status": Command("show how far sweeps are, and how to go on", _register_status, _status),
     "convert": Command(
         "turn a pretrained checkpoint into a model of ours, perhaps a long one", _register_weights, _convert
     ),

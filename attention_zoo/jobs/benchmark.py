@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from attention_zoo.files import plain, write_atomic
+from attention_zoo.jobs.ahead import cells_ahead, in_words
+from attention_zoo.jobs.plan import COMMAND, planned_cells, write_plan
 from attention_zoo.locks import owning
 from attention_zoo.measure.budget import longest_trainable, parse_bytes
 from attention_zoo.measure.cell import SpeedCell
@@ -56,6 +58,23 @@ def benchmark(config: BenchmarkConfig, console: Console | None = None) -> list[R
         job.write()
         job.say(f"wrote results.jsonl, results.csv, report.html and figures.md in {job.folder}")
     return job.rows
+
+
+def ahead(config: BenchmarkConfig) -> str:
+    """What it would take, in one line.
+
+    Raises:
+        ValueError: as `benchmark`.
+    """
+    job = _Job(config, Console(quiet=True))
+    if config.peers:
+        return in_words([f"{len(job.matches)} matches"], [None])
+    how = config.how()
+    with Nursery() as nursery:
+        said, seconds = cells_ahead(
+            job.cells, job.folder, nursery, budget_s=how["budget_s"], retry=how["retry"], force=how["force"]
+        )
+    return in_words([said], [seconds]) + f"; {job.folder}"
 
 
 class _Job:
@@ -107,6 +126,7 @@ class _Job:
 
     def _measure(self) -> None:
         config, cells = self.config, self.cells
+        write_plan(self.folder, COMMAND.get(), planned_cells(cells, self.folder))
         with CellProgress(self.console) as progress:
 
             def note(event: CellEvent) -> None:

@@ -20,6 +20,8 @@ from rich.console import Console
 
 from attention_zoo import registry
 from attention_zoo.files import plain, write_atomic
+from attention_zoo.jobs.ahead import cells_ahead, in_words, planned_runs, trainings_ahead
+from attention_zoo.jobs.plan import COMMAND, planned_cells, write_plan
 from attention_zoo.jobs.progress import TrainingProgress
 from attention_zoo.jobs.refused import refused
 from attention_zoo.jobs.steps import equal_steps
@@ -97,6 +99,7 @@ class CompareConfig:
         parallel: trainings at a time.
         retry: failed: do again what failed, ran out of memory or timed out; null keeps such rows. What was ended from
             outside is always done again.
+        dry: say how many cells and trainings there are and what they will take, and run nothing.
         small: backend -> options at which a few dozen tokens show its pattern, for the pictures; default the class's.
         picture_length: tokens of the pictures.
         title: on top of the report.
@@ -110,6 +113,7 @@ class CompareConfig:
     seeds: list[SeedOfRun] = field(default_factory=lambda: [0])
     parallel: Annotated[int, Field(ge=1, le=1024)] = 2
     retry: Annotated[str, OneOf("failed")] | None = None
+    dry: bool = False
     small: dict[str, Any] = field(default_factory=dict)
     picture_length: Annotated[int, Field(ge=1, le=4096)] = 96
     title: Text = TITLE
@@ -281,6 +285,27 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
     return path
 
 
+def ahead(config: CompareConfig) -> str:
+    """What it would take, in one line.
+
+    Raises:
+        ValueError: as `compare`.
+    """
+    folder = output_folder(config.output)
+    config.measure.backends, config.measure.output = config.measured(), config.output
+    how, cells, plans = config.measure.how(), config.measure.cells(), config.planned()
+    retry = config.retry or config.measure.retry
+    timed = {name: (config.trainings[name].seconds, runs) for name, runs in plans.items()}
+    with Nursery() as nursery:
+        measured, first = cells_ahead(
+            cells, folder, nursery, budget_s=how["budget_s"], retry=retry, force=how["force"]
+        )  # fmt: skip
+        trained, second, further = trainings_ahead(
+            timed, folder / "training", nursery, parallel=config.parallel, retry=config.retry
+        )
+    return in_words([measured, trained], [first, second], further) + f"; {folder}"
+
+
 class _Job:
     """What is asked for, with the rows that there are so far."""
 
@@ -291,6 +316,10 @@ class _Job:
 
     def run(self, cells: list[SpeedCell], runs: list[Run]) -> None:
         config, console = self.config, self.console
+        write_plan(
+            self.folder, COMMAND.get(), [*planned_cells(cells, self.folder), *planned_runs(runs, self.folder)],
+            parallel=config.parallel,
+        )  # fmt: skip
         console.print("1/4 what each token sees", style="bold")
         self._picture()
         console.print("2/4 time and memory", style="bold")

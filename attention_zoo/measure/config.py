@@ -53,6 +53,7 @@ class BenchmarkConfig:
         force: measure finished cells again.
         retry: failed: measure again what failed, ran out of memory or timed out; null keeps such rows. A cell whose
             process was ended from outside is always measured again.
+        dry: say how many cells there are and what they will take, and measure nothing.
         profile: write a Chrome trace of one call of each cell into <output>/traces.
         peers: run ours and its peers in turns instead of measuring cells; see `peers.contest`.
         against: these peers alone; null takes all.
@@ -83,6 +84,7 @@ class BenchmarkConfig:
     memory_limit_gib: Annotated[float, Field(gt=0, le=2**30, allow_inf_nan=False)] | None = None
     force: bool = False
     retry: Annotated[str, OneOf("failed")] | None = None
+    dry: bool = False
     profile: bool = False
     peers: bool = False
     against: list[Text] | None = None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, cast
@@ -18,6 +21,7 @@ from attention_zoo.results.row import SpeedRow
 
 GRACE_S = 5.0
 """After its time a process ends by itself; this long after it, it is ended."""
+LOOK_S = 0.1
 WIDER = 1.1
 """A limit read off free memory wanders; so much more is another one."""
 
@@ -71,13 +75,18 @@ class Nursery:
         found = self.call("attention_zoo.measure.cell:run_described", given, timeout_s=timeout_s)
         return blank_row(cell, *found) if isinstance(found, Ended) else cast(SpeedRow, found)
 
-    def call(self, function: str, given: dict[str, Any], *, timeout_s: float) -> dict[str, Any] | Ended:
+    def call(
+        self, function: str, given: dict[str, Any], *, timeout_s: float, look: Callable[[], None] | None = None,
+        leave_s: float = 0.0,
+    ) -> dict[str, Any] | Ended:  # fmt: skip
         """What a function returns in a fresh process, or how that ended.
 
         Args:
             function: "module:name"; returns a mapping that `files.plain` can hold.
             given: its keyword arguments, plain.
             timeout_s: then the process is ended; infinity: never.
+            look: called a few times a second meanwhile; what it raises ends the process, and is raised again.
+            leave_s: what a process that is no longer wanted may take from its SIGTERM to its end.
         """
         asked = {"function": function, "given": given, "seconds": None if timeout_s == float("inf") else timeout_s}
         kills = oom_kills()
@@ -90,7 +99,7 @@ class Nursery:
                 return gone.ended
         started = time.monotonic()
         try:
-            code = server.hear(timeout_s + GRACE_S)["exit"]
+            code = _heard(server, timeout_s + GRACE_S, look)["exit"]
         except TimeoutError:  # it does not end by itself
             code = -signal.SIGALRM
             self._discard(child)
@@ -98,7 +107,11 @@ class Nursery:
             self._discard(child)
             return gone.ended
         except BaseException:  # interrupted: nobody else would end what the child has started
-            self._discard(child)
+            try:
+                if leave_s:
+                    _leave(server, child, leave_s)
+            finally:
+                self._discard(child)
             raise
         if code == -signal.SIGALRM and time.monotonic() - started > 0.9 * timeout_s:
             return Ended("timeout", f"not through within {timeout_s:g} s")
@@ -134,3 +147,24 @@ class Nursery:
         if self._server is not None:
             self._server.kill()
             self._server = None
+
+
+def _heard(server: Server, timeout_s: float, look: Callable[[], None] | None) -> dict[str, Any]:
+    """The next thing that a server says, looking around while it says nothing."""
+    if look is None:
+        return server.hear(timeout_s)
+    until = time.monotonic() + timeout_s
+    while True:
+        look()
+        try:
+            return server.hear(min(LOOK_S, max(0.0, until - time.monotonic())))
+        except TimeoutError:
+            if time.monotonic() >= until:
+                raise
+
+
+def _leave(server: Server, child: int, leave_s: float) -> None:
+    """Ask a child to end, and wait until it has."""
+    with suppress(ProcessLookupError, TimeoutError, Gone):
+        os.kill(child, signal.SIGTERM)
+        server.hear(leave_s)

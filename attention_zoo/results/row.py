@@ -265,6 +265,7 @@ class Trained(TypedDict):
     steps: NotRequired[Count | None]
     parameters: NotRequired[Count | None]
     train_seconds: NotRequired[Amount | None]
+    wall_seconds: NotRequired[Amount | None]
     step_seconds: NotRequired[Amount | None]
     tokens_per_second: NotRequired[Amount | None]
     peak_bytes: NotRequired[Count | None]
@@ -290,6 +291,7 @@ class TrainingRow(Common, Trained):
     """One training.
 
     Keys that need a word:
+        train_seconds, wall_seconds: in steps alone; evaluations on the way included.
         model_sha256: of model.safetensors, by which a later call knows that it is still whole.
         final: False where something in the run's surroundings failed (its folder, the disk), so that the next call
             tries again.

@@ -143,6 +143,7 @@ class TrainConfig:
         threads: of torch on the CPU; null leaves torch's.
         force: run again although finished, and from the start.
         retry: null | failed: run again what ended as failed, oom or timeout.
+        dry: say what it will take, and run nothing.
         output: folder of all runs.
     """
 
@@ -168,6 +169,7 @@ class TrainConfig:
     threads: Threads | None = None
     force: bool = False
     retry: Annotated[str, OneOf("failed")] | None = None
+    dry: bool = False
     output: Text = "runs"
 
 

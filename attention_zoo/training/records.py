@@ -68,6 +68,7 @@ def blank_row(config: Mapping[str, Any]) -> TrainingRow:
         "data": None,
         "model_sha256": None,
         "refused": False,
+        "wall_seconds": None,
     }
 
 
@@ -93,6 +94,7 @@ def trained(
         "steps": steps,
         "parameters": parameters,
         "train_seconds": history.train_seconds,
+        "wall_seconds": history.seconds,
         "step_seconds": history.train_seconds / steps,
         "tokens_per_second": history.tokens / history.train_seconds,
         "peak_bytes": history.peak_bytes,

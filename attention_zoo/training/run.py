@@ -80,7 +80,7 @@ def run_folder(config: Mapping[str, Any]) -> Path:
     return Path(config["output"]) / f"{what}-{name}"
 
 
-def run_training(config: Mapping[str, Any], folder: str | Path) -> Row:
+def run_training(config: Mapping[str, Any], folder: str | Path, *, wait_s: float = 0.0) -> Row:
     """Train and evaluate one model.
 
     Whatever the run sets for the whole process (threads, generators, torch's defaults) is as before when it returns.
@@ -88,6 +88,7 @@ def run_training(config: Mapping[str, Any], folder: str | Path) -> Row:
     Args:
         config: composed conf/train.yaml as plain values, see `compose_training`.
         folder: of this run alone.
+        wait_s: how long to wait for another process that works in it.
 
     Returns:
         the result row, kind "quality". Its status is "ok", "oom", "unsupported" or "failed", with the reason in one
@@ -97,7 +98,7 @@ def run_training(config: Mapping[str, Any], folder: str | Path) -> Row:
     folder, row = Path(folder), blank_row(config)
     with contained():
         try:
-            with owning(folder):
+            with owning(folder, wait_s=wait_s):
                 remove_leftovers(folder)
                 return _Run(config, folder, row).recorded()
         except (OSError, ValueError, NotImplementedError) as error:  # no lock: busy, read-only, no folder, no flock

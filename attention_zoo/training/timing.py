@@ -1,48 +1,80 @@
-"""How long a training step of a run takes, before the run is begun."""
+"""What a run takes, before it is begun: seconds of a step and of an evaluation, memory, disk."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from attention_zoo.training.assembly import assemble
+from attention_zoo.training.assembly import Assembly, assemble
 from attention_zoo.training.building import build
 from attention_zoo.training.config import check, options_of
 from attention_zoo.training.models import mechanism_of
 from attention_zoo.training.seed import contained, seed_all
 
 WARMUP = 1
+EVALUATION_S = 20.0
+CHECKPOINTS = 2
+"""That are on the disk at a time: one is there while the next is written."""
 
 
-def timed_steps(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
+def timed_steps(config: Mapping[str, Any], steps: int, *, wholly: bool = False) -> dict[str, Any]:
     """Seconds of each of a run's first steps after `WARMUP`; nothing is written.
 
     Args:
         config: composed conf/train.yaml as plain values.
         steps: how many to time.
+        wholly: also evaluate, for `EVALUATION_S` at most, and look at what was used.
 
     Returns:
-        {"seconds": [...]}, or {"error": why there are none}.
+        {"seconds": [...]}, or {"error": why there are none}. Wholly: also "start_seconds" of building everything,
+        "evaluation_seconds" (None where it takes longer than that), "peak_bytes" (of device memory, on the CPU
+        resident), and "disk_bytes" that the run will leave.
     """
     with contained():
         try:
+            began = time.perf_counter()
             options = options_of(check(config))
             if options.threads is not None:
                 torch.set_num_threads(options.threads)
             seed_all(options.seed)
             task = build(options.task, "task")
             task.check(options.seq_len)
-            trainer = assemble(options, mechanism_of(options), task).trainer
-            seconds = []
+            parts = assemble(options, mechanism_of(options), task)
+            trainer, seconds = parts.trainer, []
+            started = time.perf_counter() - began
             for _ in range(WARMUP + steps):
                 began = time.perf_counter()
                 trainer.step()
                 if trainer.device != "cpu":
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - began)
-            return {"seconds": seconds[WARMUP:]}
+            found: dict[str, Any] = {"seconds": seconds[WARMUP:]}
+            if wholly:
+                began = time.perf_counter()
+                result = parts.score(parts.main, lambda: time.perf_counter() - began > EVALUATION_S)
+                took = None if result is None else time.perf_counter() - began
+                found |= {"start_seconds": started, "evaluation_seconds": took}
+                found |= {"peak_bytes": _peak_bytes(trainer.device), "disk_bytes": _disk_bytes(parts)}
+            return found
         except (ValueError, ArithmeticError, NotImplementedError, RuntimeError) as error:  # the run will say so
             return {"error": " ".join(str(error).split())}
+
+
+def _peak_bytes(device: str) -> int:
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _disk_bytes(parts: Assembly) -> int:
+    """Of the model and its checkpoints."""
+    model = sum(each.numel() * each.element_size() for each in parts.model.state_dict().values())
+    tensors = [each for each in tree_leaves(parts.trainer.state_dict()) if isinstance(each, torch.Tensor)]
+    return model + CHECKPOINTS * sum(each.numel() * each.element_size() for each in tensors)

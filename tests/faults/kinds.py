@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from . import Counts, cells, disk, fuzz, kills, odd, reports, scores, torn, wandb_server
+from . import Counts, cells, disk, fuzz, kills, odd, reports, scores, sweeps, torn, wandb_server
 
 
 class Kind(Protocol):
@@ -27,6 +27,7 @@ KINDS: dict[str, Kind] = {
     "fuzz": fuzz,
     "kills": kills,
     "cells": cells,
+    "sweeps": sweeps,
     "torn": torn,
     "disk": disk,
     "odd": odd,

@@ -1,0 +1,149 @@
+"""What trainings will take: minutes, memory and disk, from rows of their like, or from a step that is timed now.
+
+Runs that differ in seed and steps alone are alike. What a step took is kept beside the sweep, so that nobody waits for
+it twice.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attention_zoo.files import Damaged, plain, read_json, write_json
+from attention_zoo.jobs.cell import Cell
+from attention_zoo.measure.ends import Ended
+from attention_zoo.measure.identity import identity
+from attention_zoo.measure.kept import number
+from attention_zoo.measure.nursery import Nursery
+from attention_zoo.report import units
+from attention_zoo.training.records import RESULT, read_row
+
+KEPT = "needs.json"
+BUDGET_S = 60.0
+"""After which no further step is timed: what is left is taken to be like the others."""
+PATIENCE_S = 60.0
+"""For one of them."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Of one training.
+
+    Fields:
+        source: "measured" (a row of its like), "timed" (a step) or "guessed" (the mean of the others).
+    """
+
+    seconds: float
+    peak_bytes: int | None
+    disk_bytes: int | None
+    source: str
+
+
+def needs(
+    cells: Sequence[Cell], kept: Path | None, nursery: Nursery, *, threads: int, timing: bool = True
+) -> list[Need | None]:
+    """What each cell will take; None where nothing is known.
+
+    Args:
+        kept: folder in which timed steps are kept; None: nothing is written.
+        nursery: of the processes that steps are timed in.
+        threads: of torch, where a config leaves them to the machine.
+        timing: whether a step may be timed here: no, where the cells will run elsewhere.
+    """
+    alike = [_alike(cell, threads) for cell in cells]
+    timed = _timed(dict(zip(alike, cells)) if timing else {}, kept and kept / KEPT, nursery)
+    measured = dict(_measured({cell.folder.parent for cell in cells}, threads))
+    found = [_need(cell, timed.get(name), measured.get(name)) for name, cell in zip(alike, cells)]
+    known = [each for each in found if each is not None]
+    if not known:
+        return found
+    mean = sum(each.seconds for each in known) / len(known)
+    most = max((each.peak_bytes for each in known if each.peak_bytes), default=None)
+    disk = max((each.disk_bytes for each in known if each.disk_bytes), default=None)
+    return [each or Need(mean, most, disk, "guessed") for each in found]
+
+
+def summary(found: Sequence[Need | None], total: int, finished: int, parallel: int) -> str:
+    """How many cells there are and what those that are left will take, in one line.
+
+    Args:
+        found: of those that are left.
+        total, finished: how many there are, and how many of these are finished.
+        parallel: at a time.
+    """
+    said = f"{total} {'cell' if total == 1 else 'cells'}"
+    if finished:
+        said += f", {finished} of them finished"
+    known = [each for each in found if each is not None]
+    if not found:
+        return f"{said}: nothing is left to do"
+    if len(known) < len(found):
+        return f"{said}; what they will take is not known before the first is through"
+    seconds = [each.seconds for each in known]
+    parts = [
+        f"about {units.seconds(max(sum(seconds) / parallel, *seconds))} with {min(parallel, len(found))} at a time"
+    ]
+    peaks = [each.peak_bytes for each in known if each.peak_bytes is not None]
+    disks = [each.disk_bytes for each in known if each.disk_bytes is not None]
+    if peaks:
+        parts.append(f"{units.size(max(peaks))} of memory each at most")
+    if len(disks) == len(known):
+        parts.append(f"{units.size(sum(disks))} of disk")
+    sources = [each.source for each in known]
+    words = {"measured": "measured before", "timed": "from a timed step", "guessed": "taken to be like the others"}
+    how = ", ".join(f"{sources.count(key)} {word}" for key, word in words.items() if key in sources)
+    return f"{said}: {', '.join(parts)} ({how})"
+
+
+def _alike(cell: Cell, threads: int) -> str:
+    config = {key: value for key, value in cell.config.items() if key not in ("seed", "steps", "threads")}
+    return identity(plain(config), device="", threads=cell.config.get("threads") or threads)
+
+
+def _need(cell: Cell, timed: dict[str, Any] | None, step_seconds: float | None) -> Need | None:
+    steps, peak, disk = cell.config["steps"], None, None
+    if timed:
+        peak, disk = timed["peak_bytes"], timed["disk_bytes"]
+    if step_seconds is not None:
+        return Need(steps * step_seconds, peak, disk, "measured")
+    if not timed:
+        return None
+    trainer = cell.config["trainer"]
+    evaluations = steps // trainer["eval_every"] + 2  # the last one, and the one on the test set
+    seconds = timed["start_seconds"] + steps * timed["step_seconds"] + evaluations * (timed["evaluation_seconds"] or 0)
+    return Need(min(seconds, trainer["max_seconds"] or seconds), peak, disk, "timed")
+
+
+def _measured(folders: set[Path], threads: int) -> Iterator[tuple[str, float]]:
+    """Seconds of a step, evaluations included, by what is alike, of the runs that have ended well there."""
+    for path in (path for folder in folders for path in folder.glob(f"*/{RESULT}")):
+        try:
+            row = read_row(path)
+            if row["status"] == "ok" and number(row.get("wall_seconds")) and row["steps"] > 0:
+                yield _alike(Cell(row["config"], path.parent), threads), row["wall_seconds"] / row["steps"]
+        except (Damaged, FileNotFoundError, TypeError):  # the report names what cannot be read
+            continue
+
+
+def _timed(cells: dict[str, Cell], path: Path | None, nursery: Nursery) -> dict[str, dict[str, Any]]:
+    """What a step takes of each, timed where it is not kept."""
+    try:
+        known = {} if path is None else read_json(path)
+    except (Damaged, FileNotFoundError):
+        known = {}
+    began, new = time.monotonic(), False
+    for name, cell in cells.items():
+        if name in known or time.monotonic() - began > BUDGET_S:
+            continue
+        given = {"config": json.loads(json.dumps(plain(cell.config))), "steps": 1, "wholly": True}
+        found = nursery.call("attention_zoo.training.timing:timed_steps", given, timeout_s=PATIENCE_S)
+        if isinstance(found, Ended) or "error" in found:
+            continue  # the run will say so, in its row
+        known[name], new = {**found, "step_seconds": found["seconds"][-1]}, True
+    if new and path is not None:
+        write_json(path, plain(known))
+    return {name: known[name] for name in cells if isinstance(known.get(name), dict)}

@@ -1,0 +1,359 @@
+"""Sweeps: who does which cell, what is launched again, what is said before, and what is told of them meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from attention_zoo import stopping
+from attention_zoo.commands.job import Job
+from attention_zoo.commands.main import main
+from attention_zoo.commands.refusals import of_hydra
+from attention_zoo.commands.sweeps import Sweep, at_a_time, told_apart
+from attention_zoo.commands.work import Outcome
+from attention_zoo.files import Damaged, write_json
+from attention_zoo.jobs.alone import train_alone
+from attention_zoo.jobs.cell import Cell
+from attention_zoo.jobs.needs import Need, needs, summary
+from attention_zoo.jobs.plan import PLAN, Plan, Planned, read_plan, write_plan
+from attention_zoo.jobs.states import remaining_s, states
+from attention_zoo.jobs.status import StatusConfig, status
+from attention_zoo.locks import CLAIMS, Busy, owner, owning
+from attention_zoo.measure.ends import Ended
+from attention_zoo.measure.nursery import Nursery
+from attention_zoo.training.config import check, compose_training
+from attention_zoo.training.records import RESULT, blank_row
+
+Words = tuple[str, ...]
+A, B, C = ("seed=0", "x=1"), ("seed=1", "x=1"), ("seed=2", "x=1")
+TINY = [
+    "task=mqar", "task.pairs=2", "task.test_examples=4", "device=cpu", "threads=1", "steps=4", "batch=2", "seq_len=16",
+    "model.dim=16", "tracker=none", "trainer.progress=none",
+]  # fmt: skip
+
+
+def config(*words: str) -> dict[str, Any]:
+    return check(compose_training([*TINY, *words]))
+
+
+class Fake:
+    """A launcher that does what a script says: an outcome for each job, or an error for all of a call."""
+
+    def __init__(self, *script: dict[Words, Outcome] | Exception):
+        self.script, self.calls = list(script), list[list[Words]]()
+
+    def launch(self, jobs: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
+        self.calls.append([tuple(words) for words in jobs])
+        said = self.script.pop(0)
+        if isinstance(said, Exception):
+            raise said
+        found = [JobReturn(status=JobStatus.COMPLETED) for _ in jobs]
+        for words, each in zip(self.calls[-1], found):
+            each.return_value = said[words]
+        return found
+
+
+def swept(launcher: Fake, jobs: Sequence[Words] = (A, B), at_once: int = 10) -> Sweep:
+    sweep = Sweep(Job("report", False, "attention-zoo report"))
+    sweep.launch(launcher, jobs, at_once)  # type: ignore[arg-type]
+    return sweep
+
+
+OK, BUSY, LOST = Outcome(), Outcome(state="busy"), Outcome(1, "lost", state="lost")
+
+
+def test_what_somebody_else_does_is_asked_for_again_with_patience() -> None:
+    launcher = Fake({A: BUSY, B: OK}, {A: OK})
+    sweep = swept(launcher)
+    assert launcher.calls == [[A, B], [A]]
+    assert sweep.outcomes == {A: OK, B: OK}
+    assert sweep.job.patient
+
+
+def test_what_is_killed_again_and_again_ends_as_lost() -> None:
+    launcher = Fake({A: LOST, B: OK}, {A: LOST}, {A: LOST})
+    assert swept(launcher).outcomes[A] == LOST
+    assert launcher.calls == [[A, B], [A], [A]]
+
+
+def test_a_launcher_is_given_no_more_at_once_than_it_was_asked_to() -> None:
+    launcher = Fake({A: OK, B: BUSY}, {C: OK}, {B: OK})
+    swept(launcher, (A, B, C), at_once=2)
+    assert launcher.calls == [[A, B], [C], [B]], "what is free goes before what is busy"
+
+
+def test_a_launcher_that_cannot_launch_is_not_tried_again() -> None:
+    launcher = Fake(RuntimeError("no such queue"))
+    with pytest.raises(RuntimeError, match="no such queue"):
+        swept(launcher)
+
+
+def test_after_a_dead_worker_the_rest_is_launched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: dict[str, Any] = {}
+    cells = {words: SimpleNamespace(folder=tmp_path / words[0], result=lambda since, w=words: rows.get(w[0]))
+             for words in (A, B)}  # fmt: skip
+    launcher = Fake(RuntimeError("a worker died"), {B: OK})
+
+    class Dying(Fake):
+        def launch(self, jobs: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
+            cells[A].folder.mkdir(exist_ok=True)
+            rows["seed=0"] = blank_row({"backend": "full"})
+            return launcher.launch(jobs, first)
+
+    sweep = Sweep(Job("train", False, ""))
+    sweep.cells = dict(cells)
+    sweep.names = {A: "seed=0", B: "seed=1"}
+    sweep.job.control = SimpleNamespace(since=0.0, stop=tmp_path / ".stop")  # type: ignore[assignment]
+    sweep._rounds(Dying(), (A, B), 10, lambda: None)  # type: ignore[arg-type]
+    assert launcher.calls == [[A, B], [B]], "what the dead worker had finished stays so"
+    assert set(sweep.outcomes) == {A, B}
+
+
+def test_a_cell_is_claimed_by_one_and_taken_over_from_the_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Path] = []
+    row = blank_row({"backend": "full"})
+
+    def train(nursery: Any, config: Any, folder: Path, **rest: Any) -> Any:
+        assert owner(folder, CLAIMS) is not None
+        done.append(folder)
+        return row
+
+    monkeypatch.setattr("attention_zoo.jobs.cell.train_alone", train)
+    monkeypatch.setattr("attention_zoo.jobs.cell.torch.set_num_threads", lambda threads: None)
+    cell = Cell(config(), tmp_path / "a")
+    how: Any = {"nursery": None, "threads": 1, "look": lambda: None}
+    with owning(cell.folder, names=CLAIMS):
+        assert cell.work(0.0, patient=False, **how) is None
+        assert cell.busy()
+    assert not done
+    child = os.fork()
+    if child == 0:
+        with owning(cell.folder, names=CLAIMS):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (cell.folder / CLAIMS.owner).exists()
+    assert cell.work(0.0, patient=False, **how) == row
+    assert done == [cell.folder]
+
+
+def test_who_waits_stops_when_asked(tmp_path: Path) -> None:
+    looks: list[int] = []
+
+    def look() -> None:
+        looks.append(1)
+        if len(looks) > 1:
+            raise stopping.Stopped(signal.SIGTERM)
+
+    cell = Cell(config(), tmp_path)
+    with owning(tmp_path, names=CLAIMS), pytest.raises(stopping.Stopped):
+        cell.work(0.0, None, threads=1, patient=True, look=look)  # type: ignore[arg-type]
+
+
+def test_what_a_sweep_has_done_is_not_forced_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("attention_zoo.jobs.cell.finished", lambda config, folder: asked.append(config))
+    cell = Cell(config("force=true", "retry=failed"), tmp_path)
+    write_json(tmp_path / RESULT, {})
+    for since in (0.0, time.time() + 60):
+        cell.result(since)
+    assert [(each["force"], each["retry"]) for each in asked] == [(False, None), (True, "failed")]
+
+
+@pytest.mark.parametrize(
+    ("ended", "kept"),
+    [
+        (Ended("oom", "the kernel ended it"), True),
+        (Ended("failed", "SIGSEGV"), True),
+        (Ended("lost", "SIGKILL"), False),
+    ],
+)
+def test_how_a_process_ended_is_a_result_unless_it_was_killed(ended: Ended, kept: bool, tmp_path: Path) -> None:
+    nursery: Any = SimpleNamespace(call=lambda *given, **how: ended)
+    given = config()
+    row = train_alone(nursery, given, tmp_path / "a", threads=1, look=lambda: None)
+    assert (row["status"], row["error"]) == ended
+    assert (tmp_path / "a" / RESULT).exists() == kept
+    if kept:
+        assert Cell(given, tmp_path / "a").result(0.0) is not None, "the next call does not repeat it"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_saves_and_goes_on(tmp_path: Path) -> None:
+    given = config("steps=100000", "trainer.log_every=1", "trainer.checkpoint_every=100000")
+
+    def look() -> None:
+        if (tmp_path / "a" / "metrics.jsonl").exists():
+            raise stopping.Stopped(signal.SIGTERM)
+
+    with Nursery() as nursery:
+        with pytest.raises(stopping.Stopped):
+            train_alone(nursery, given, tmp_path / "a", threads=1, look=look)
+        assert (tmp_path / "a" / "checkpoint.pt").exists()
+        assert owner(tmp_path / "a") is None
+        (found,) = states(tmp_path, [Planned("a", "training", "a", steps=100000)])
+        assert (found.kind, found.share > 0) == ("lost", True)
+        # the same nursery, or another, does the next
+        row = train_alone(nursery, config(), tmp_path / "b", threads=1, look=lambda: None)
+    assert row["status"] == "ok", row["error"]
+    assert row["wall_seconds"] >= row["train_seconds"] > 0
+
+
+def test_looking_at_a_folder_keeps_nobody_from_it(tmp_path: Path) -> None:
+    with owning(tmp_path):
+        assert owner(tmp_path, CLAIMS) is None
+        with pytest.raises(Busy):
+            owning(tmp_path).__enter__()
+        with owning(tmp_path, names=CLAIMS):
+            assert owner(tmp_path, CLAIMS) == owner(tmp_path, CLAIMS)
+    assert owner(tmp_path) is None
+
+
+# --- said before -----------------------------------------------------------------------------------------------------
+
+
+def test_jobs_are_told_apart_by_the_words_that_differ() -> None:
+    jobs = [("task=mqar", "seed=0", "hydra.a=1"), ("task=mqar", "seed=1", "hydra.a=2")]
+    assert told_apart(jobs) == ["seed=0", "seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "expected"),
+    [({}, (1, True)), ({"n_jobs": 3}, (3, True)), ({"n_jobs": 64}, (8, True)), ({"submitit_folder": "x"}, (8, True)),
+     ({"submitit_folder": "x", "array_parallelism": 4}, (4, False)), ({"ray": {"init": {"address": "a:1"}}}, None)],
+)  # fmt: skip
+def test_how_many_cells_run_at_a_time(launcher: dict[str, Any], expected: tuple[int, bool] | None) -> None:
+    found = at_a_time(OmegaConf.create(launcher), 8)
+    assert found == expected if expected else found[1] is False
+
+
+def test_the_line_before_a_sweep() -> None:
+    need = Need(60.0, 2**30, 2**20, "measured")
+    said = summary([need, need, Need(240.0, 2**31, 2**20, "timed")], 5, 2, 2)
+    assert said == (
+        "5 cells, 2 of them finished: about 4.00 min with 2 at a time, 2.00 GiB of memory each at most, 3.00 MiB of "
+        "disk (2 measured before, 1 from a timed step)"
+    )
+    assert summary([], 2, 2, 1) == "2 cells, 2 of them finished: nothing is left to do"
+    assert "not known before" in summary([need, None], 2, 0, 1)
+
+
+def test_needs_come_from_rows_of_their_like_else_from_a_timed_step(tmp_path: Path) -> None:
+    timed = {"seconds": [0.5], "start_seconds": 1.0, "evaluation_seconds": 2.0, "peak_bytes": 7, "disk_bytes": 9}
+    nursery: Any = SimpleNamespace(call=lambda *given, **how: timed)
+    cells = [Cell(config(f"seed={seed}", "steps=10"), tmp_path / f"a{seed}") for seed in range(2)]
+    assert needs(cells, tmp_path, nursery, threads=1) == [Need(1 + 10 * 0.5 + 2 * 2.0, 7, 9, "timed")] * 2
+    nursery.call = lambda *given, **how: pytest.fail("timed twice")
+    row = blank_row(dict(cells[0].config)) | {"id": "x", "steps": 5, "train_seconds": 5.0, "wall_seconds": 10.0}
+    write_json(tmp_path / "a0" / RESULT, row)
+    assert needs(cells[1:], tmp_path, nursery, threads=1) == [Need(20.0, 7, 9, "measured")]
+
+
+@pytest.mark.parametrize("words", [["-m", "seed=0,1"], []])
+def test_a_dry_call_says_it_and_begins_nothing(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timed = {"seconds": [0.5], "start_seconds": 1.0, "evaluation_seconds": 2.0, "peak_bytes": 7, "disk_bytes": 9}
+    monkeypatch.setattr(Nursery, "call", lambda self, function, given, **how: timed)
+    assert main(["train", *TINY, f"output={tmp_path}", "dry=true", *words]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("2 cells: about " if words else "1 cell: about 7.00 s with 1 at a time, 7.00 B of memory")
+    assert "from a timed step" in said
+    assert not list(tmp_path.glob("mqar-*"))
+
+
+# --- told meanwhile --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    """A sweep with a cell in each state but running."""
+    row = blank_row({"backend": "full"}) | {"id": "x", "steps": 10, "train_seconds": 4.0, "wall_seconds": 5.0}
+    write_json(tmp_path / "done" / RESULT, row | {"metrics": {"accuracy": 0.5}})
+    write_json(tmp_path / "failed" / RESULT, row | {"status": "failed", "error": "boom"})
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "metrics.jsonl").write_text('{"step": 5, "train/tokens_per_second": 100}\n')
+    (tmp_path / "stale").mkdir()
+    write_json(tmp_path / "stale" / RESULT, row)
+    names = ("done", "failed", "lost", "waiting", "going")
+    cells = [Planned(name, "training", str(tmp_path / name), steps=10, tokens=20) for name in names]
+    cells.append(Planned("stale", "training", str(tmp_path / "stale"), id="y"))
+    write_plan(tmp_path / "sweep" / "x", "attention-zoo train -m seed=0,1 dry=true", cells, parallel=2)
+    return tmp_path
+
+
+def test_the_states_of_cells_are_read_from_their_folders(plan: Path) -> None:
+    folder = plan / "sweep" / "x"
+    with owning(plan / "going", names=CLAIMS):
+        found = states(folder, read_plan(folder / PLAN).cells)
+    assert [state.kind for state in found] == ["done", "failed", "lost", "waiting", "running", "waiting"]
+    assert found[2].share == 0.5
+    assert str(os.getpid()) in found[4].who
+    assert remaining_s(found, 2) == pytest.approx((2.5 + 5 + 5 + 5) / 2), "as long as the one that is through took"
+    moved = folder.parent / "moved"
+    folder.rename(moved)
+    assert states(moved, read_plan(moved / PLAN).cells)[0].kind == "done"
+
+
+def test_status_lists_them_and_says_how_to_go_on(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", f"runs={plan}"]) == 0
+    said = capsys.readouterr().out
+    assert "6 cells: 1 done, 3 waiting, 1 failed, 1 lost; about" in said
+    assert "goes on with: attention-zoo train -m seed=0,1\n" in said
+    assert "failed ones again with: attention-zoo train -m seed=0,1 retry=failed\n" in said
+    assert "boom" in said
+    assert "accuracy 0.500" in said
+
+
+def test_status_shows_runs_without_a_plan_and_refuses_what_holds_none(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    (job,) = status(StatusConfig(str(tmp_path)), Console(quiet=True))
+    assert [state.kind for state in job.found] == ["lost"]
+    for runs, said in ((str(tmp_path / "no"), "must name folders"), ([], "must be a folder"), (3, "must be a folder")):
+        with pytest.raises(ValueError, match=said):
+            status(StatusConfig(runs), Console(quiet=True))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="runs must hold sweeps"):
+        status(StatusConfig(str(tmp_path / "empty")), Console(quiet=True))
+
+
+def test_watching_ends_when_nothing_is_left_to_do(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sleep(seconds: float) -> None:
+        assert seconds == 0.5
+        for name in ("lost", "waiting", "going"):
+            write_json(plan / name / RESULT, json.loads((plan / "done" / RESULT).read_text()))
+        write_json(plan / "stale" / RESULT, json.loads((plan / "done" / RESULT).read_text()) | {"id": "y"})
+
+    monkeypatch.setattr("attention_zoo.jobs.status.time.sleep", sleep)
+    (job,) = status(StatusConfig(str(plan), watch=True, every=0.5), Console(quiet=True))
+    assert job.count() == {"done": 5, "failed": 1}
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"command": 3}', '{"command": "", "where": "", "cells": [{}]}'])
+def test_a_damaged_plan_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / PLAN).write_text(content)
+    with pytest.raises(Damaged, match=r"plan\.json"):
+        read_plan(tmp_path / PLAN)
+
+
+def test_the_command_that_goes_on_can_be_typed_anywhere() -> None:
+    assert Plan("zoo train", os.getcwd(), []).again("retry=failed") == "zoo train retry=failed"
+    assert Plan("zoo train retry=failed", "/x", []).again("retry=failed") == "cd /x && zoo train retry=failed"
+    assert Plan("", "/x", []).again() == ""
+
+
+def test_a_launcher_of_ray_names_its_extra() -> None:
+    error: Any = type("MissingConfigException", (Exception,), {"__module__": "hydra.errors"})("no")
+    error.missing_cfg_file = "hydra/launcher/ray"
+    assert of_hydra(error) == "hydra/launcher=ray needs pip install 'attention-zoo[ray]'"
