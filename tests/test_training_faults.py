@@ -149,7 +149,8 @@ def test_figures_stand_until_the_run_can_be_had_again(config: dict[str, Any], tm
     """Model gone and checkpoint damaged: what to do is said, and the row of the finished run is not replaced."""
     whole = run_training(config, tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    for name in ("checkpoint.pt", "checkpoint.before.pt"):
+        (tmp_path / name).write_bytes(b"damaged")
     told = run_training(config, tmp_path)
     assert told["status"] == "failed"
     assert "force=true" in told["error"]
@@ -214,6 +215,50 @@ def test_a_finished_run_has_its_model(
         assert len(again["notices"]) == 1
     assert again["status"] == "ok"
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "foreign", "gone"])
+def test_a_torn_checkpoint_costs_the_steps_since_the_one_before(
+    damage: str, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at step 11, after checkpoints at 5 and 10, and again at 7. What had been logged since is unsaid."""
+    run_training(config, tmp_path / "whole")
+    step, folder, at = Trainer.step, tmp_path / "cut", [11]
+
+    def killed(self: Trainer) -> Any:
+        if self.done in at:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(config, folder)
+    path, body = folder / "checkpoint.pt", (folder / "checkpoint.pt").read_bytes()
+    path.write_bytes({
+        "empty": b"", "cut": body[: len(body) // 2], "flipped": body[:-9] + b"?" + body[-8:], "foreign": b"PK\x03\x04",
+        "gone": body,
+    }[damage])  # fmt: skip
+    if damage == "gone":
+        path.unlink()
+    at[:] = [7]
+    with pytest.raises(KeyboardInterrupt):  # once more, before it can write another
+        run_training(config, folder)
+    monkeypatch.undo()
+    row = run_training(config, folder)
+    assert row["resumed_at"] == 5
+    assert left_by(folder)[1:] == left_by(tmp_path / "whole")[1:]
+
+
+def test_a_torn_checkpoint_is_told_in_one_line(config: dict[str, Any], tmp_path: Path) -> None:
+    whole = run_training(config, tmp_path)
+    (tmp_path / "result.json").unlink()
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    row = run_training(config, tmp_path)
+    assert row["notices"] == [
+        f"{tmp_path}/checkpoint.pt is no attention_zoo checkpoint; checkpoint.before.pt, the one before, "
+        "is taken: goes on after step 10"
+    ]
+    assert (row["model_sha256"], row["metrics"]) == (whole["model_sha256"], whole["metrics"])
 
 
 FOREIGN = {
