@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -176,20 +176,22 @@ def finished(
     except Damaged as error:
         on_bad(f"{error}; trained again")
         return None
-    identity = _identity(config)
+    identity = identity_of(config)
     if config.get("force") or identity is None:
         return None
-    return kept_row(folder, identity, _data_of(config), retry=retry or config.get("retry"), notice=on_bad)
+    return kept_row(folder, identity, data_of(config), retry=retry or config.get("retry"), notice=on_bad)
 
 
-def _identity(config: dict[str, Any]) -> str | None:
+def identity_of(config: Mapping[str, Any]) -> str | None:
+    """The name of a run's result; None where its config has none."""
     try:
         return run_identity(config)
     except (ValueError, TypeError):  # a device that is not there, a value that is none: the run says so
         return None
 
 
-def _data_of(config: dict[str, Any]) -> Any:
+def data_of(config: Mapping[str, Any]) -> Any:
+    """What its task says of its data; None where the task cannot be built."""
     try:
         return _data(json.dumps(config["task"]), config["seq_len"])
     except Exception:  # data that are not there, or a task that cannot be built: the run says so, in its row
@@ -241,7 +243,7 @@ def _result(child: _Child) -> Row | None:
         return _unfinished(child, _how_it_ended(child, code))
     except Damaged as error:
         return _unfinished(child, Ended("failed", str(error)))
-    return {**row, "task": row.get("task") or _task_name(child.run)}
+    return {**row, "task": row.get("task") or task_name(child.run.config)}
 
 
 def _how_it_ended(child: _Child, code: int) -> Ended:
@@ -256,13 +258,14 @@ def _how_it_ended(child: _Child, code: int) -> Ended:
 def _unfinished(child: _Child, ended: Ended) -> Row:
     """The row of a run that has left none."""
     config = child.run.config
-    row = lost_row(config, _identity(config), ended, task=_task_name(child.run), data=_data_of(config))
+    row = lost_row(config, identity_of(config), ended, task=task_name(config), data=data_of(config))
     keep_row(child.folder / RESULT, row)
     return row
 
 
-def _task_name(run: Run) -> str:
-    return str(run.config["task"]["_target_"]).rpartition(".")[2].lower()
+def task_name(config: Mapping[str, Any]) -> str:
+    """Of a run whose task said none."""
+    return str(config["task"]["_target_"]).rpartition(".")[2].lower()
 
 
 def _share(child: _Child) -> float:
