@@ -10,7 +10,9 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +364,50 @@ def test_a_full_disk_is_one_line_and_older_files_stay(
     again = run_training(config, tmp_path)
     assert again["status"] == "ok"
     assert again["id"] != first["id"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of two megabytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", place], capture_output=True).returncode:
+        pytest.skip("only root may mount one; the test before patches the writes instead")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("left", [0, 40_000], ids=["nothing", "less than a checkpoint"])
+def test_a_disk_that_is_full_and_then_is_not(
+    left: int, config: dict[str, Any], small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_training(config, tmp_path / "whole")
+    step, folder = Trainer.step, small_disk / "run"
+
+    def killed(self: Trainer) -> Any:
+        if self.done == 7:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(config, folder)
+    monkeypatch.undo()
+    before = (folder / "checkpoint.pt").read_bytes()
+    assert len(before) > left
+    with suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    assert shutil.disk_usage(small_disk).free == 0
+    os.truncate(small_disk / "filler", (small_disk / "filler").stat().st_size - left)
+    row = run_training(config, folder)
+    assert (row["status"], row["final"]) == ("failed", False)
+    assert row["error"].startswith(f"{folder}/")
+    assert row["error"].endswith(": No space left on device")
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    (small_disk / "filler").unlink()
+    assert run_training(config, folder)["resumed_at"] == 5
+    assert left_by(folder) == left_by(tmp_path / "whole")
 
 
 def test_an_output_that_is_a_file_is_one_line(config: dict[str, Any], tmp_path: Path) -> None:

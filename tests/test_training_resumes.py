@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import attention_zoo as zoo
 from attention_zoo import registry, stopping
 from attention_zoo.files import read_jsonl
 from attention_zoo.jobs.space import word_of
 from attention_zoo.registry import recipe
+from attention_zoo.tasks.task import Batch
+from attention_zoo.training.ahead import drawn_ahead
 from attention_zoo.training.config import compose_training
 from attention_zoo.training.run import run_training
 from attention_zoo.training.trainer import Trainer
@@ -118,6 +121,63 @@ def test_it_goes_on_from_any_step_to_the_same_bits(
     assert row["resumed_at"], "it was ended on the way"
     assert left_by(tmp_path / "cut") == left_by(tmp_path / "whole")
     assert zoo.load(tmp_path / "cut") is not None
+
+
+@pytest.mark.parametrize("words", [["attention=transformer_xl", *TEXT], ["task=mqar", "task.test_examples=4"]])
+def test_batches_that_are_drawn_ahead_are_the_same(
+    words: list[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed with some lying ready, and gone on with by another number of them."""
+    text = [] if words[0] == "task=mqar" else [f"task.path={source}"]
+    config = compose_training([*SMALL, *words, *text])
+    whole = run_training(config, tmp_path / "whole")
+    assert whole["status"] == "ok", whole["error"]
+    step = Trainer.step
+
+    def killed(self: Trainer) -> Any:
+        if self.done == 5:
+            raise Killed
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", killed)
+    with pytest.raises(Killed):
+        run_training({**config, "trainer": {**config["trainer"], "ahead": 3}}, tmp_path / "cut")
+    monkeypatch.undo()
+    row = run_training({**config, "trainer": {**config["trainer"], "ahead": 1}}, tmp_path / "cut")
+    assert (row["status"], row["error"], row["resumed_at"], row["id"]) == ("ok", None, 4, whole["id"])
+    (_, *ours), (_, *expected) = left_by(tmp_path / "cut"), left_by(tmp_path / "whole")
+    assert ours == expected
+    assert row["metrics"] == whole["metrics"]
+    assert row["curve"] == whole["curve"]
+
+
+class Wrong:
+    """Batches of which the third cannot be drawn."""
+
+    def __init__(self) -> None:
+        self.place = 0
+
+    def __next__(self) -> Any:
+        self.place += 1
+        if self.place == 3:
+            raise ValueError("line 3 is no text")
+        return Batch(torch.full((1, 2), self.place), torch.zeros(1, 2, dtype=torch.long), None, torch.tensor([True]))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+
+
+def test_an_error_in_drawing_comes_where_the_batch_would(handlers: None) -> None:
+    before = torch.random.get_rng_state()
+    batches = drawn_ahead(Wrong(), 4)
+    assert [int(next(batches).ids[0, 0]) for _ in range(2)] == [1, 2]
+    assert batches.state_dict() == {"place": 2}
+    with pytest.raises(ValueError, match="line 3 is no text"):
+        next(batches)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def left_by(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], bytes]:
