@@ -7,13 +7,19 @@ out, not of those that lie ready, so that a run goes on to the same bits with an
 from __future__ import annotations
 
 import pickle
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from attention_zoo import stopping
 from attention_zoo.tasks.task import Batch, Batches
+
+
+LEAVE_S = 20
+"""How long the process goes on when it is told to stop: it is told by others, too, than by who needs its batches."""
 
 
 def drawn_ahead(batches: Batches, ahead: int) -> Batches:
@@ -44,6 +50,7 @@ class _Ahead:
                 num_workers=1,
                 prefetch_factor=self.ahead,
                 collate_fn=_as_it_is,
+                worker_init_fn=_patient,
                 generator=torch.Generator(),  # a seed is drawn for the process: not from the run's own numbers
             )
             self.drawn = iter(loader)
@@ -56,8 +63,12 @@ class _Ahead:
     def state_dict(self) -> dict[str, Any]:
         return self.state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def close(self) -> None:
+        """End the process; the next batch begins another."""
         self.drawn = None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.close()
         self.batches.load_state_dict(state)
         self.state = self.batches.state_dict()
 
@@ -90,6 +101,12 @@ def _handed_over(error: Exception) -> bytes:
     except Exception:  # of a kind that does not travel
         return pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), None))
     return said
+
+
+def _patient(_worker: int) -> None:
+    """A terminal and a scheduler tell every process to stop; the training, which saves first, still needs batches."""
+    for number in stopping.SIGNALS:
+        signal.signal(number, lambda *_: signal.alarm(LEAVE_S))
 
 
 def _as_it_is(drawn: Any) -> Any:

@@ -128,6 +128,9 @@ class _Run:
             raise
         except (Exception, SystemExit) as error:  # whatever goes wrong is this run's result, not the end of a sweep
             self._failed(error)
+        finally:
+            if self.trainer is not None:
+                self.trainer.close()
         self._write()
         if self.follower is None:
             self.follower = self._follow_failure()
