@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from attention_zoo import stopping
 from attention_zoo.tasks.task import Batch, Batches
 
-
 LEAVE_S = 20
 """How long the process goes on when it is told to stop: it is told by others, too, than by who needs its batches."""
 
