@@ -66,8 +66,9 @@ def options_of(composed: DictConfig) -> SearchOptions:
     """
     if composed.force:
         raise ValueError("force is of single trainings; another sampler_seed or output begins another search")
-    own = OmegaConf.to_container(OmegaConf.masked_copy(composed, list(OWN)))
-    found: SearchOptions = settings(OmegaConf.merge(OmegaConf.structured(SearchOptions), own))
+    own: Any = OmegaConf.to_container(OmegaConf.masked_copy(composed, list(OWN)))
+    merged: Any = OmegaConf.merge(OmegaConf.structured(SearchOptions), own)
+    found: SearchOptions = settings(merged)
     return found
 
 

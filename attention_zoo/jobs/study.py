@@ -66,7 +66,7 @@ class Study:
                     grace_period=STALE * options.heartbeat,
                     heartbeat_stale_trial_callback=self.retry,
                 )
-                direction = "maximize" if better == "higher" else "minimize"
+                direction: Literal["maximize", "minimize"] = "maximize" if better == "higher" else "minimize"
                 optuna.create_study(storage=self.storage, study_name=name, direction=direction, load_if_exists=True)
                 if options.retry == "failed":
                     for trial in self.standing():

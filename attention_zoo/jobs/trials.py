@@ -1,7 +1,7 @@
 """Search for the options with which a model learns best: each trial is a training in a process of its own.
 
 A trial is judged by the task's main metric on the set that is looked at during training, never on the test set. Its
-folder is as one of experiments.train; a trial that is taken up again goes on from its checkpoint.
+folder is as that of any training; a trial that is taken up again goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Search:
         self.base = compose_training(words)
         task = build(self.base["task"], "task")
         self.metric, self.better = task.metric, task.better
-        what = {"base": self.base, "space": [str(each) for each in given], "sampler": options.sampler}
+        what: dict[str, Any] = {"base": self.base, "space": [str(each) for each in given], "sampler": options.sampler}
         what |= {"sampler_seed": options.sampler_seed, "pruner": options.pruner}
         name = identity(what, device=device_name(device_of(self.base["device"])), threads=self.base["threads"])
         label = safe_name(f"search-{task.name}-{self.base['backend']}", NAME_LIMIT)
@@ -247,7 +247,8 @@ class _Watch:
         with suppress(FileNotFoundError, Damaged):  # not begun, or the training says what is wrong
             rows = list(read_jsonl(self.place / METRICS))
         for row in rows:
-            step, value = row.get("step"), row.get(self.key)
+            step: Any = row.get("step")
+            value: Any = row.get(self.key)
             if not number(step) or not number(value) or not self.reported < step < self.steps:
                 continue
             self.reported = step
