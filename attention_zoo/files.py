@@ -60,8 +60,11 @@ def _text(value: Any) -> str:
     return str(value).encode(errors="backslashreplace").decode()
 
 
-def write_atomic(path: str | Path, content: str | bytes) -> Path:
+def write_atomic(path: str | Path, content: str | bytes, *, before: str | Path | None = None) -> Path:
     """Write beside the target, then rename over it; parent folders are made.
+
+    Args:
+        before: a name beside it under which what the target held is kept; None: it goes.
 
     Raises:
         OSError: naming the target, which then holds what it held before: a full disk, a folder in its place, ...
@@ -76,6 +79,8 @@ def write_atomic(path: str | Path, content: str | bytes) -> Path:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
+            if before is not None and path.is_file():
+                os.replace(path, before)  # killed here, the file is whole under that name
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -10,7 +10,9 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +151,8 @@ def test_figures_stand_until_the_run_can_be_had_again(config: dict[str, Any], tm
     """Model gone and checkpoint damaged: what to do is said, and the row of the finished run is not replaced."""
     whole = run_training(config, tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    for name in ("checkpoint.pt", "checkpoint.before.pt"):
+        (tmp_path / name).write_bytes(b"damaged")
     told = run_training(config, tmp_path)
     assert told["status"] == "failed"
     assert "force=true" in told["error"]
@@ -214,6 +217,50 @@ def test_a_finished_run_has_its_model(
         assert len(again["notices"]) == 1
     assert again["status"] == "ok"
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "foreign", "gone"])
+def test_a_torn_checkpoint_costs_the_steps_since_the_one_before(
+    damage: str, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at step 11, after checkpoints at 5 and 10, and again at 7. What had been logged since is unsaid."""
+    run_training(config, tmp_path / "whole")
+    step, folder, at = Trainer.step, tmp_path / "cut", [11]
+
+    def killed(self: Trainer) -> Any:
+        if self.done in at:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(config, folder)
+    path, body = folder / "checkpoint.pt", (folder / "checkpoint.pt").read_bytes()
+    path.write_bytes({
+        "empty": b"", "cut": body[: len(body) // 2], "flipped": body[:-9] + b"?" + body[-8:], "foreign": b"PK\x03\x04",
+        "gone": body,
+    }[damage])  # fmt: skip
+    if damage == "gone":
+        path.unlink()
+    at[:] = [7]
+    with pytest.raises(KeyboardInterrupt):  # once more, before it can write another
+        run_training(config, folder)
+    monkeypatch.undo()
+    row = run_training(config, folder)
+    assert row["resumed_at"] == 5
+    assert left_by(folder)[1:] == left_by(tmp_path / "whole")[1:]
+
+
+def test_a_torn_checkpoint_is_told_in_one_line(config: dict[str, Any], tmp_path: Path) -> None:
+    whole = run_training(config, tmp_path)
+    (tmp_path / "result.json").unlink()
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    row = run_training(config, tmp_path)
+    assert row["notices"] == [
+        f"{tmp_path}/checkpoint.pt is no attention_zoo checkpoint; checkpoint.before.pt, the one before, "
+        "is taken: goes on after step 10"
+    ]
+    assert (row["model_sha256"], row["metrics"]) == (whole["model_sha256"], whole["metrics"])
 
 
 FOREIGN = {
@@ -317,6 +364,50 @@ def test_a_full_disk_is_one_line_and_older_files_stay(
     again = run_training(config, tmp_path)
     assert again["status"] == "ok"
     assert again["id"] != first["id"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of two megabytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", place], capture_output=True).returncode:
+        pytest.skip("only root may mount one; the test before patches the writes instead")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("left", [0, 40_000], ids=["nothing", "less than a checkpoint"])
+def test_a_disk_that_is_full_and_then_is_not(
+    left: int, config: dict[str, Any], small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_training(config, tmp_path / "whole")
+    step, folder = Trainer.step, small_disk / "run"
+
+    def killed(self: Trainer) -> Any:
+        if self.done == 7:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(config, folder)
+    monkeypatch.undo()
+    before = (folder / "checkpoint.pt").read_bytes()
+    assert len(before) > left
+    with suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    assert shutil.disk_usage(small_disk).free == 0
+    os.truncate(small_disk / "filler", (small_disk / "filler").stat().st_size - left)
+    row = run_training(config, folder)
+    assert (row["status"], row["final"]) == ("failed", False)
+    assert row["error"].startswith(f"{folder}/")
+    assert row["error"].endswith(": No space left on device")
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    (small_disk / "filler").unlink()
+    assert run_training(config, folder)["resumed_at"] == 5
+    assert left_by(folder) == left_by(tmp_path / "whole")
 
 
 def test_an_output_that_is_a_file_is_one_line(config: dict[str, Any], tmp_path: Path) -> None:

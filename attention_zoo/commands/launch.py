@@ -24,11 +24,12 @@ DEBUG = "HYDRA_FULL_ERROR"
 """Set to 1 in the environment it shows the traceback of every error, Hydra's and ours alike."""
 
 
-def launch(work: Callable[[], Any]) -> int:
+def launch(work: Callable[[], Any], again: str = "the same command") -> int:
     """Do the work of a command; returns its exit code.
 
     Args:
         work: returns an exit code, or None for 0. An exception of it is told in one line on standard error.
+        again: what goes on where this was stopped.
     """
     for stream in (sys.stdout, sys.stderr):  # a name may hold what the terminal's encoding does not
         if hasattr(stream, "reconfigure"):
@@ -39,7 +40,7 @@ def launch(work: Callable[[], Any]) -> int:
             sys.stdout.flush()
     except KeyboardInterrupt as asked:
         stop = asked if isinstance(asked, stopping.Stopped) else stopping.Stopped()
-        say(f"{stop}; what is finished is kept: the same command goes on from there")
+        say(f"{stop}; what is finished is kept, and this goes on from there: {again}")
         return stop.code
     except SystemExit as ended:  # the parsers of others end so, having told why
         if isinstance(ended.code, str):

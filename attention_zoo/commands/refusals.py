@@ -14,6 +14,7 @@ from hydra.errors import OverrideParseException
 EXTRAS = {
     "sweep": ("hydra_plugins", "joblib", "submitit"),
     "ray": ("ray",),
+    "search": ("optuna", "sqlalchemy"),
     "huggingface": ("transformers", "tokenizers"),
     "peers": ("reformer_pytorch", "local_attention", "memory_compressed_attention", "compressive_transformer_pytorch"),
 }

@@ -138,6 +138,18 @@ def _evaluate(composed: DictConfig) -> Outcome:
     return Outcome()
 
 
+def _search(composed: DictConfig) -> Outcome:
+    from hydra.core.hydra_config import HydraConfig
+
+    from attention_zoo.jobs.search import options_of, words_of
+
+    options = options_of(composed)
+    from attention_zoo.jobs.trials import search
+
+    wrong = search(options, words_of(list(HydraConfig.get().overrides.task)))
+    return Outcome(FAILED, wrong) if wrong else Outcome()
+
+
 def _outcome(rows: Iterable[Mapping[str, Any]]) -> Outcome:
     rows = list(rows)
     words = failures(rows)
@@ -198,6 +210,12 @@ def _register_status() -> None:
     register()
 
 
+def _register_search() -> None:
+    from attention_zoo.jobs.search import register
+
+    register()
+
+
 def _register_weights() -> None:
     from attention_zoo.integrations.weights.commands import register
 
@@ -208,6 +226,7 @@ COMMANDS = {
     "train": Command("train one model, or with -m a sweep of them", _register_train, _train, _cell),
     "benchmark": Command("measure time and memory over lengths, or beside peers", _register_benchmark, _benchmark),
     "compare": Command("measure and train every mechanism: one report", _register_compare, _compare),
+    "search": Command("search for the options with which a model learns best", _register_search, _search),
     "report": Command("draw a report from results, without running anything", _register_report, _report),
     "status": Command("show how far sweeps are, and how to go on", _register_status, _status),
     "convert": Command(

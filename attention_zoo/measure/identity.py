@@ -17,19 +17,8 @@ from typing import Any
 import torch
 
 COSMETIC = frozenset(
-    {
-        "tracker",
-        "progress",
-        "out",
-        "output",
-        "output_dir",
-        "folder",
-        "force",
-        "retry",
-        "dry",
-        "hydra",
-        "trainer.progress",
-    }
+    {"tracker", "progress", "out", "output", "output_dir", "folder", "force", "retry", "dry", "hydra"}
+    | {"trainer.progress", "trainer.ahead"}
 )
 """Keys (dotted where nested) that change where a result goes or how it is shown, never what it is."""
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from attention_zoo.model.norm import BatchNorm
 from attention_zoo.tasks.task import Batch, Task
+from attention_zoo.training.ahead import drawn_ahead
 from attention_zoo.training.building import build
 from attention_zoo.training.checking import check_batch, figure
 from attention_zoo.training.config import DecodeConfig, TrainConfig, device_of
@@ -97,7 +98,7 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
         model,
         optimizer=build(options.optimizer, "optimizer", model=model),
         schedule=build(options.schedule, "schedule", steps=options.steps),
-        batches=task.train_batches(options.batch, options.seq_len, options.seed),
+        batches=drawn_ahead(task.train_batches(options.batch, options.seq_len, options.seed), options.trainer.ahead),
         accumulate=options.trainer.accumulate,
         clip=options.trainer.clip,
         precision=precision,

@@ -2,7 +2,8 @@
 
 A checkpoint is one file: a line that says what it is, the SHA-256 of the rest, the rest (`torch.save`, read back with
 `weights_only=True`). The digest finds every damaged byte, where a zip archive alone would load damaged tensors. It is
-written beside its target and renamed over it: killed at any moment, the file is the old one or the new one.
+written beside its target and renamed over it: killed at any moment, the file is the old one or the new one. The one
+before stays beside it, for a newest one that a disk has torn.
 """
 
 from __future__ import annotations
@@ -33,12 +34,16 @@ class OtherRun(CheckpointError):
     """A sound checkpoint, but of another config, other code, another torch, device or thread count."""
 
 
-def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write `content`: nested dicts and lists of tensors and plain values."""
+def save_checkpoint(path: str | Path, content: dict[str, Any], *, before: str | Path | None = None) -> None:
+    """Write `content`: nested dicts and lists of tensors and plain values.
+
+    Args:
+        before: a name beside it under which the file that was there is kept; None: it goes.
+    """
     buffer = io.BytesIO()
     torch.save(content, buffer)
     body = buffer.getvalue()
-    write_atomic(path, HEADER + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    write_atomic(path, HEADER + hashlib.sha256(body).hexdigest().encode() + b"\n" + body, before=before)
 
 
 def load_checkpoint(path: str | Path, identity: str) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class TrainerConfig:
         stop_at: value of the main metric at which to stop; null never.
         max_seconds: time budget of training, evaluations included; null is none.
         progress: auto | bar | lines | none.
+        ahead: batches that a process of its own draws ahead of the training, the same ones; 0: the training draws them.
     """
 
     precision: Annotated[str, OneOf(*PRECISIONS)] = "float32"
@@ -76,6 +77,7 @@ class TrainerConfig:
     stop_at: Finite | None = None
     max_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False, description=POSITIVE)] | None = None
     progress: Annotated[str, OneOf(*KINDS)] = "auto"
+    ahead: Annotated[int, Field(ge=0, le=1024)] = 0
 
 
 @dataclass

@@ -19,9 +19,10 @@ from attention_zoo.training.checking import figure
 from attention_zoo.training.evaluate import Evaluation
 from attention_zoo.training.fit import History
 
-RESULT, METRICS, CHECKPOINT, MODEL, ERROR = (
-    "result.json", "metrics.jsonl", "checkpoint.pt", "model.safetensors", "error.txt",
+RESULT, METRICS, CHECKPOINT, BEFORE, MODEL, ERROR = (
+    "result.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.before.pt", "model.safetensors", "error.txt",
 )  # fmt: skip
+FILES = (RESULT, METRICS, CHECKPOINT, BEFORE, MODEL, ERROR)
 KEPT = ("ok", "unsupported", "oom", "timeout", "failed")
 """Statuses that another try would only repeat. A run that was `lost` (killed from outside) is trained again."""
 RETRIED = ("oom", "timeout", "failed")
@@ -198,7 +199,7 @@ def check_places(folder: str | Path) -> None:
     Raises:
         Damaged: naming it and how to go on.
     """
-    for name in (RESULT, METRICS, CHECKPOINT, MODEL, ERROR):
+    for name in FILES:
         path = Path(folder) / name
         if os.path.lexists(path) and not path.is_file():
             kind = "a folder" if path.is_dir() else "no regular file"
@@ -212,7 +213,7 @@ def clear(folder: str | Path, notice: Callable[[str], None]) -> None:
         folder: of the run; its lock must be held.
         notice: told in one line about what was moved aside.
     """
-    for name in (RESULT, METRICS, CHECKPOINT, MODEL, ERROR):
+    for name in FILES:
         path = Path(folder) / name
         if path.is_dir() and not path.is_symlink():
             aside = next(p for n in range(1, 10**6) if not os.path.lexists(p := path.with_name(f"{name}.aside-{n}")))

@@ -2,9 +2,10 @@
 
     row = run_training(compose_training(["attention=longformer", "task=mqar"]), "runs/my-run")
 
-The folder holds result.json (the row), metrics.jsonl, checkpoint.pt, model.safetensors (for `zoo.load`) and, where it
-went wrong, error.txt with the traceback. A run that has finished is not run again, one that was cut off goes on from
-its checkpoint and ends with the same weights, bit for bit on a CPU. One process works in a folder at a time.
+The folder holds result.json (the row), metrics.jsonl, checkpoint.pt and the one before it, model.safetensors (for
+`zoo.load`) and, where it went wrong, error.txt with the traceback. A run that has finished is not run again, one that
+was cut off goes on from its checkpoint and ends with the same weights, bit for bit on a CPU. One process works in a
+folder at a time.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from attention_zoo.training.fit import History, fit
 from attention_zoo.training.models import mechanism_of, name_of
 from attention_zoo.training.progress import Progress
 from attention_zoo.training.records import (
+    BEFORE,
     CHECKPOINT,
     ERROR,
     MODEL,
@@ -127,6 +129,9 @@ class _Run:
             raise
         except (Exception, SystemExit) as error:  # whatever goes wrong is this run's result, not the end of a sweep
             self._failed(error)
+        finally:
+            if self.trainer is not None:
+                self.trainer.close()
         self._write()
         if self.follower is None:
             self.follower = self._follow_failure()
@@ -196,14 +201,15 @@ class _Run:
         return None
 
     def _train(self, options: TrainConfig, task: Task) -> Trained:
-        row, progress, path = self.row, self.progress, self.folder / CHECKPOINT
+        row, progress = self.row, self.progress
+        paths = (self.folder / CHECKPOINT, self.folder / BEFORE)
         seed_all(options.seed)
         mechanism = mechanism_of(options)
         row["backend"] = options.backend or name_of(mechanism)
         progress.label = f"{row['backend']} {task.name}"
         parts, history, known = assemble(options, mechanism, task), History(), (str(row["id"]), row["data"])
         self.trainer = parts.trainer
-        step, lines = resume(path, *known, parts.trainer, history, steps=options.steps, progress=progress)
+        step, lines = resume(paths, *known, parts.trainer, history, steps=options.steps, progress=progress)
         row["resumed_at"] = step
         JsonlTracker.rewind(self.folder, step or 0, lines, on_bad=progress.warn)
         figures = JsonlTracker(self._info())
@@ -214,7 +220,7 @@ class _Run:
 
         def save_all() -> None:
             history.peak_bytes = _peak_bytes(history, parts.device)
-            save(path, *known, parts.trainer, history, figures.lines)
+            save(paths, *known, parts.trainer, history, figures.lines)
 
         with progress, graceful() as asked:
             last = fit(

@@ -143,6 +143,11 @@ class Trainer:
             "carried": [pack(stream.state) for stream in self.streams],
         }
 
+    def close(self) -> None:
+        """End what draws the batches, where that is a process of its own."""
+        if (close := getattr(self.batches, "close", None)) is not None:
+            close()
+
     def parameters_by_index(self) -> list[torch.Tensor]:
         """The optimizer's parameters in the order by which its state names them."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
