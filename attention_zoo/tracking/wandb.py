@@ -96,7 +96,7 @@ class WandbTracker(Tracker):
         self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._said: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._process: Beside | None = None
-        self._started = self._through = False
+        self._started = self._offline = self._through = False
         self._ended = threading.Event()
         self._closing = threading.Lock()
         self._closed = False
@@ -150,8 +150,11 @@ class WandbTracker(Tracker):
         self._tell()
 
     def _cure(self) -> str:
-        written = f"{self.info.folder}/wandb has what it wrote down (wandb sync), "
-        return f"{'' if not self._started else written}metrics.jsonl has every figure"
+        """How what W&B did not take reaches it later."""
+        online = "" if self._offline else "--include-online "
+        place = f"{self.info.folder}/wandb/{'offline-' if self._offline else ''}run-*"
+        later = f"wandb sync {online}{place} sends what it wrote down, " if self._started else ""
+        return f"{later}metrics.jsonl has every figure"
 
     def _send(self, message: dict[str, Any]) -> None:
         if not self._ended.is_set():
@@ -199,7 +202,7 @@ class WandbTracker(Tracker):
             if "imported" in answer:
                 answer = process.answer(LOCAL_SECONDS if mode == "offline" else self.init_timeout)
             if "started" in answer:
-                self._started = True
+                self._started, self._offline = True, bool((answer["started"] or {}).get("offline"))
                 return process if answer["started"] is not None else None
             process.end(0.0)
             problem = answer.get("problem", "no answer in time")

@@ -150,8 +150,7 @@ def _open(wandb: Any, start: Mapping[str, Any]) -> Any:
     settings = wandb.Settings(
         silent=True, console="off", x_disable_stats=True, finish_timeout_raises=True, **limits
     )  # fmt: skip
-    if mode != "offline":
-        shared["resume"] = "allow"
+    shared["resume"] = "allow"  # offline, too: parts of a run that are synced later are the same run
     if os.environ.get("WANDB_SWEEP_ID"):
         del shared["id"]  # an agent of a sweep has given it one, under which the sweep knows it
     run = wandb.init(mode=mode, settings=settings, **shared)
