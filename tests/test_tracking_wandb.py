@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from faults.wandb_server import Server, follow
 from rich.console import Console
 
@@ -21,6 +22,7 @@ from attention_zoo.measure.config import BenchmarkConfig
 from attention_zoo.tracking.naming import differing, flat, run_name
 from attention_zoo.tracking.tables import pictures
 from attention_zoo.tracking.tables import tables as tables_of
+from attention_zoo.tracking.workspace import workspace
 from attention_zoo.training.config import compose_training
 from attention_zoo.training.run import run_training
 
@@ -185,3 +187,21 @@ def test_nothing_is_followed_where_nothing_is_asked_for(tmp_path: Path) -> None:
     assert followed({**wandb, "group": "mine"}, tmp_path)["group"] == "mine"  # type: ignore[index]
     with pytest.raises(ValueError, match=r"tracker.finish_timeout must be a positive number of seconds, got -1"):
         followed({**wandb, "finish_timeout": -1}, tmp_path)
+
+
+def test_the_sweep_of_agents_is_made_of_words_that_train_takes() -> None:
+    sweep = yaml.safe_load((Path(__file__).parents[1] / "experiments" / "wandb_sweep.yaml").read_text())
+    assert sweep["command"][-1] == "${args_no_hyphens}"
+    words = [f"{key}={given.get('value') or given['values'][-1]}" for key, given in sweep["parameters"].items()]
+    config = compose_training([*words, sweep["command"][-2]])
+    assert (config["backend"], config["optimizer"]["lr"], config["seed"]) == ("transformer_xl", 0.004, 2)
+    assert config["tracker"]["mode"] == "online"
+    assert sweep["metric"]["name"] == "final/bits_per_byte"
+
+
+def test_the_workspace_is_code() -> None:
+    pytest.importorskip("wandb_workspaces")
+    made = workspace("team")
+    assert (made.entity, made.project) == ("team", "attention-zoo")
+    panels = [panel for section in made.sections for panel in section.panels]
+    assert {panel.x for panel in panels if hasattr(panel, "x")} == {"step", "tokens", "seq_len"}
