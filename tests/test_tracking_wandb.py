@@ -199,6 +199,7 @@ def test_the_sweep_of_agents_is_made_of_words_that_train_takes() -> None:
     assert sweep["metric"]["name"] == "final/bits_per_byte"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of that package
 def test_the_workspace_is_code() -> None:
     pytest.importorskip("wandb_workspaces")
     made = workspace("team")

@@ -77,6 +77,13 @@ def _report(composed: DictConfig) -> Outcome:
     return Outcome()
 
 
+def _inspect(composed: DictConfig) -> Outcome:
+    from attention_zoo.inspect.command import inspect
+
+    print(f"wrote {inspect(settings(composed))}")
+    return Outcome()
+
+
 def _convert(composed: DictConfig) -> Outcome:
     from attention_zoo.integrations.weights.commands import run_convert
 
@@ -145,6 +152,12 @@ def _register_report() -> None:
     register()
 
 
+def _register_inspect() -> None:
+    from attention_zoo.inspect.command import register
+
+    register()
+
+
 def _register_weights() -> None:
     from attention_zoo.integrations.weights.commands import register
 
@@ -156,6 +169,7 @@ COMMANDS = {
     "benchmark": Command("measure time and memory over lengths, or beside peers", _register_benchmark, _benchmark),
     "compare": Command("measure and train every mechanism: one report", _register_compare, _compare),
     "report": Command("draw a report from results, without running anything", _register_report, _report),
+    "inspect": Command("show what trained runs attend to on a text", _register_inspect, _inspect),
     "convert": Command(
         "turn a pretrained checkpoint into a model of ours, perhaps a long one", _register_weights, _convert
     ),
