@@ -36,7 +36,7 @@ def figures(call: Call, *, window: int, sinks: int, blocks: int, exact: int) -> 
     pooled = pooled / torch.bincount(home, minlength=count)[:, None]
     mass = found[..., count]
     entropy = outside = distance = None
-    if L <= exact:
+    if exact >= L:
         entropy, outside, distance = (each.mean(1).tolist() for each in _token_by_token(call, window))
     elif call.layer.causal:
         distance = (place * mass - found[..., count + 2] * L).mean(1).tolist()
