@@ -17,6 +17,7 @@ from attention_zoo.contract import Unsupported
 from attention_zoo.inspect.command import InspectConfig, inspect
 from attention_zoo.inspect.figures import figures
 from attention_zoo.inspect.probe import Call, calls_of
+from attention_zoo.inspect.rows import is_plain, rows
 from attention_zoo.layout.layout import Layout
 from attention_zoo.model.saved import save
 from attention_zoo.model.transformer import Transformer
@@ -99,7 +100,19 @@ def test_weights_and_figures_are_those_of_the_definition(name: str, options: Any
     if layer.causal:  # the cheap way of long texts
         cheap = figures(call, window=3, sinks=2, blocks=8, exact=0)
         assert cheap["distance"] == pytest.approx(found["distance"], abs=1e-4)
-        assert (cheap["entropy"], cheap["outside"]) == (None, None)
+        by_rows = definition is by_pattern
+        assert cheap["entropy"] == (pytest.approx(found["entropy"], abs=1e-9) if by_rows else None)
+        assert cheap["outside"] == (pytest.approx(found["outside"], abs=1e-9) if by_rows else None)
+
+
+@torch.no_grad()
+def test_rows_of_rotated_and_grouped_patterns_are_those_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attention_zoo.inspect.rows.AT_ONCE", 2 * L * 5)
+    layer = layer_of("longformer", positions="rotary", kv_heads=1)
+    call = Call("it", layer, torch.randn(1, L, 16, dtype=torch.float64), None)
+    found = torch.cat([weights for _, weights in rows(call)], 1)
+    torch.testing.assert_close(found, call.weights(torch.eye(L)), rtol=0, atol=1e-11)
+    assert not is_plain(Call("it", layer_of("full", sink_logit=True), call.x, None))
 
 
 @pytest.mark.parametrize("name", ["memory_compressed", "compressive", "block_recurrent"])
@@ -108,15 +121,19 @@ def test_what_is_no_weighted_mean_of_tokens_is_refused(name: str) -> None:
         Call("it", layer_of(name), torch.randn(1, L, 16, dtype=torch.float64), None)
 
 
-def test_long_texts_stay_in_blocks() -> None:
+def test_long_texts_stay_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attention_zoo.inspect.rows.AT_ONCE", 2**20)
     torch.manual_seed(0)
-    length = 16_384
+    length = 4096
     model = Transformer(attention="longformer", vocab=256, dim=16, heads=1, depth=1)
     (call,) = calls_of(model, torch.randint(0, 256, (1, length)))
-    found = figures(call, window=64, sinks=4, blocks=64, exact=2048)
-    assert torch.tensor(found["blocks"]).shape == (1, 64, 64)
-    assert torch.tensor(found["blocks"]).sum(-1).allclose(torch.ones(1, 64), atol=1e-4)
-    assert max(x.numel() for x in (call.x, call.weights(torch.ones(length, 3)))) < length * 64
+    found = figures(call, window=256, sinks=4, blocks=64, exact=64)
+    blocks = torch.tensor(found["blocks"])
+    assert blocks.shape == (1, 64, 64)
+    assert blocks.sum(-1).allclose(torch.ones(1, 64), atol=1e-4)
+    assert found["outside"][0] == pytest.approx(0.0, abs=1e-6), "its window"
+    assert 0 < found["entropy"][0] < math.log2(257)
+    assert all(weights.numel() <= 2**20 for _, weights in rows(call)), "never all pairs"
 
 
 def test_runs_are_compared_in_files(tmp_path: Path) -> None:

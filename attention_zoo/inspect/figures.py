@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attention_zoo.inspect.probe import Call
+from attention_zoo.inspect.rows import is_plain, rows
 
 
 def figures(call: Call, *, window: int, sinks: int, blocks: int, exact: int) -> dict[str, Any]:
@@ -19,7 +21,7 @@ def figures(call: Call, *, window: int, sinks: int, blocks: int, exact: int) -> 
         sinks: first tokens of the text that count as sinks.
         blocks: at most so many on each side of the pooled weights.
         exact: texts up to so many tokens are asked token by token; of longer ones entropy and the share beyond the
-            window are null, since they need every single weight.
+            window, which need every single weight, are null, but for patterns, whose definition gives them by rows.
 
     Returns:
         blocks [H][query block][key block], mean weight of a query on a block; mass, share on tokens at all; sinks;
@@ -36,7 +38,9 @@ def figures(call: Call, *, window: int, sinks: int, blocks: int, exact: int) -> 
     pooled = pooled / torch.bincount(home, minlength=count)[:, None]
     mass = found[..., count]
     entropy = outside = distance = None
-    if exact >= L:
+    if is_plain(call):
+        entropy, outside, distance = (each.mean(1).tolist() for each in _row_by_row(call, window))
+    elif exact >= L:
         entropy, outside, distance = (each.mean(1).tolist() for each in _token_by_token(call, window))
     elif call.layer.causal:
         distance = (place * mass - found[..., count + 2] * L).mean(1).tolist()
@@ -51,6 +55,17 @@ def figures(call: Call, *, window: int, sinks: int, blocks: int, exact: int) -> 
     }
 
 
+def _row_by_row(call: Call, window: int) -> tuple[Float[Tensor, "H L"], ...]:
+    """As `_token_by_token`, from some queries at a time."""
+    place, found = torch.arange(call.length), list[tuple[Tensor, ...]]()
+    for some, weights in rows(call):
+        weights = weights.cpu()
+        far = (place[some, None] - place).abs().to(weights)
+        bits = -torch.special.xlogy(weights, weights).sum(-1) / math.log(2)
+        found.append((bits, (weights * (far > window)).sum(-1), (weights * far).sum(-1)))
+    return tuple(torch.cat(parts, 1).double() for parts in zip(*found))
+
+
 def _token_by_token(call: Call, window: int) -> tuple[Float[Tensor, "H L"], ...]:
     """Entropy, share beyond the window and mean distance of each query, from a few columns of weights at a time."""
     L, width = call.length, call.layer.head_width
@@ -60,7 +75,7 @@ def _token_by_token(call: Call, window: int) -> tuple[Float[Tensor, "H L"], ...]
         some = place[a : a + width]
         weights = call.weights((place[:, None] == some).float()).double().cpu().clamp(min=0)
         far = (place[:, None] - some).abs()
-        sums[0] -= torch.special.xlogy(weights, weights).sum(-1) / torch.log(torch.tensor(2.0))
+        sums[0] -= torch.special.xlogy(weights, weights).sum(-1) / math.log(2)
         sums[1] += (weights * (far > window)).sum(-1)
         sums[2] += (weights * far).sum(-1)
     return tuple(sums)
