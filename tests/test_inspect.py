@@ -21,6 +21,7 @@ from attention_zoo.inspect.rows import is_plain, rows
 from attention_zoo.layout.layout import Layout
 from attention_zoo.model.saved import save
 from attention_zoo.model.transformer import Transformer
+from attention_zoo.tracking import NoTracker
 
 L = 37
 
@@ -136,13 +137,27 @@ def test_long_texts_stay_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(weights.numel() <= 2**20 for _, weights in rows(call)), "never all pairs"
 
 
+PICTURES: list[str] = []
+
+
+class Ear(NoTracker):
+    """Hears of pictures."""
+
+    def figure(self, name: str, figure: Any) -> None:
+        assert len(figure["data"][0]["z"]) == 64
+        PICTURES.append(name)
+
+
 def test_runs_are_compared_in_files(tmp_path: Path) -> None:
     torch.manual_seed(0)
     for name in ("full", "longformer"):
         save(Transformer(attention=name, vocab=256, dim=16, heads=2, depth=2), tmp_path / name / "model.safetensors")
     (tmp_path / "text").write_bytes(b"<b>a text & more" * 4)
     runs = [str(tmp_path / name) for name in ("full", "longformer")]
-    path = inspect(InspectConfig(run=runs, text=f"@{tmp_path}/text", output=str(tmp_path / "seen")))
+    tracker = {"_target_": f"{__name__}.Ear", "_partial_": True}
+    path = inspect(InspectConfig(run=runs, text=f"@{tmp_path}/text", output=str(tmp_path / "seen"), tracker=tracker))
+    assert len(PICTURES) == 2 * 2 * 2
+    assert PICTURES[-1] == "attention/longformer_layer_1_head_1"
     found = json.loads(path.read_text())
     assert [run["name"] for run in found["runs"]] == ["full", "longformer"]
     assert found["tokens"] == 64

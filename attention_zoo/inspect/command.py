@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,11 @@ from attention_zoo.inspect.probe import calls_of
 from attention_zoo.model.saved import load
 from attention_zoo.options import Natural, Positive, Text, check_fields
 from attention_zoo.schemas import store
+from attention_zoo.tracking import Guarded, RunInfo
+from attention_zoo.tracking.naming import run_name
+from attention_zoo.tracking.tables import heat_map
+from attention_zoo.training.building import build
+from attention_zoo.training.config import check_tracker
 
 
 @dataclass
@@ -29,6 +36,7 @@ class InspectConfig:
         sinks: first tokens that count as sinks.
         blocks: at most so many on each side of the pooled weights.
         exact: up to so many tokens are asked one by one; see `figures`.
+        tracker: which of conf/tracker gets the weights as pictures, in a run of their own; null: none.
         output: folder of the files; null: the first run's.
     """
 
@@ -38,6 +46,7 @@ class InspectConfig:
     sinks: Natural = 4
     blocks: Positive = 64
     exact: Natural = 2048
+    tracker: Any = None
     output: Text | None = None
 
 
@@ -54,6 +63,8 @@ def inspect(config: InspectConfig) -> Path:
         OSError: for a file that cannot be read or written, naming it.
     """
     check_fields(InspectConfig, config)
+    if config.tracker:
+        check_tracker(config.tracker)
     folders = [Path(each) for each in ([config.run] if isinstance(config.run, str) else config.run)]
     if not folders:
         raise ValueError("run must be the folder of a finished run, or a list of them, got none")
@@ -69,7 +80,25 @@ def inspect(config: InspectConfig) -> Path:
     picture = png(runs)
     write_atomic(output / "attention.png", picture)
     write_atomic(output / "attention.html", section(runs, picture))
-    return write_atomic(output / "attention.json", json.dumps(plain(found), allow_nan=False))
+    path = write_atomic(output / "attention.json", json.dumps(plain(found), allow_nan=False))
+    if config.tracker:
+        _send(found, output, config.tracker)
+    return path
+
+
+def _send(found: Mapping[str, Any], output: Path, tracker: Mapping[str, Any]) -> None:
+    """Show the weights in a dashboard; the same runs and text give the same run there."""
+    names = [run["name"] for run in found["runs"]]
+    identity = hashlib.sha256(json.dumps([names, found["text"], found["tokens"]]).encode()).hexdigest()[:16]
+    name = run_name("attention", *names, identity=identity)
+    info = RunInfo(output, name, identity, "attention", output.name, {"runs": names}, print, {"task": "attention"})
+    follower = Guarded(build(tracker, "tracker", info=info), info.notice)
+    for run in found["runs"]:
+        for layer in run["layers"]:
+            for head, blocks in enumerate(layer["blocks"]):
+                title = f"{run['name']} {layer['layer']} head {head}"
+                follower.figure(f"attention/{title.replace(' ', '_')}", heat_map(blocks, title=title))
+    follower.finish(failed=False)
 
 
 def _of(folder: Path, text: bytes, config: InspectConfig) -> dict[str, Any]:

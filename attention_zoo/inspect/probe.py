@@ -100,4 +100,5 @@ def calls_of(model: Any, ids: Tensor) -> list[Call]:
     for name, layer, x, _ in given:
         if x.shape[1] != ids.shape[1]:
             raise Unsupported(layer.name, "inspect", f"{name} sees {x.shape[1]} columns", "a model without shorten")
-    return [Call(*each) for each in given]
+    # the places of layers in a model's own structure say nothing to a reader
+    return [Call(f"layer {number}", *each[1:]) for number, each in enumerate(given)]
