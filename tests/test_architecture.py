@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("results",),
     ("tasks", "measure", "tracking"),
     ("training",),
-    ("report", "integrations", "overview"),
+    ("report", "integrations", "overview", "inspect"),
     ("jobs",),
     ("commands",),
 )

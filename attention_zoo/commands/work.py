@@ -124,6 +124,13 @@ def _status(composed: DictConfig) -> Outcome:
     return Outcome()
 
 
+def _inspect(composed: DictConfig) -> Outcome:
+    from attention_zoo.inspect.command import inspect
+
+    print(f"wrote {inspect(settings(composed))}")
+    return Outcome()
+
+
 def _convert(composed: DictConfig) -> Outcome:
     from attention_zoo.integrations.weights.commands import run_convert
 
@@ -216,6 +223,12 @@ def _register_search() -> None:
     register()
 
 
+def _register_inspect() -> None:
+    from attention_zoo.inspect.command import register
+
+    register()
+
+
 def _register_weights() -> None:
     from attention_zoo.integrations.weights.commands import register
 
@@ -229,6 +242,7 @@ COMMANDS = {
     "search": Command("search for the options with which a model learns best", _register_search, _search),
     "report": Command("draw a report from results, without running anything", _register_report, _report),
     "status": Command("show how far sweeps are, and how to go on", _register_status, _status),
+    "inspect": Command("show what trained runs attend to on a text", _register_inspect, _inspect),
     "convert": Command(
         "turn a pretrained checkpoint into a model of ours, perhaps a long one", _register_weights, _convert
     ),

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from attention_zoo.files import plain, write_atomic
 from attention_zoo.jobs.ahead import cells_ahead, in_words
+from attention_zoo.jobs.following import followed, send_cells, send_report
 from attention_zoo.jobs.plan import COMMAND, planned_cells, write_plan
 from attention_zoo.locks import owning
 from attention_zoo.measure.budget import longest_trainable, parse_bytes
@@ -56,6 +57,7 @@ def benchmark(config: BenchmarkConfig, console: Console | None = None) -> list[R
                 job.write()
             raise
         job.write()
+        job.follow()
         job.say(f"wrote results.jsonl, results.csv, report.html and figures.md in {job.folder}")
     return job.rows
 
@@ -83,6 +85,7 @@ class _Job:
     def __init__(self, config: BenchmarkConfig, console: Console):
         self.config, self.console = config, console
         self.folder = output_folder(config.output)
+        self.tracker = followed(config.tracker, self.folder)
         self.rows: list[Row] = []
         self._told: set[str] = set()
         self.matches = config.matches() if config.peers else []
@@ -114,6 +117,12 @@ class _Job:
         ]
         build_report(everything, self.folder / "report.html", title=TITLE)
         write_atomic(self.folder / "figures.md", figures_page(everything))
+
+    def follow(self) -> None:
+        """Tell a tracker of the cells and the report."""
+        if self.tracker is not None:
+            send_cells(self.rows, self.folder, self.tracker, say=self.say)
+            send_report(self.rows, self.folder / "report.html", self.tracker, title=TITLE, say=self.say)
 
     def say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)

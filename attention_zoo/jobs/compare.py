@@ -21,6 +21,7 @@ from rich.console import Console
 from attention_zoo import registry
 from attention_zoo.files import plain, write_atomic
 from attention_zoo.jobs.ahead import cells_ahead, in_words, planned_runs, trainings_ahead
+from attention_zoo.jobs.following import followed, send_cells, send_report
 from attention_zoo.jobs.plan import COMMAND, planned_cells, write_plan
 from attention_zoo.jobs.progress import TrainingProgress
 from attention_zoo.jobs.refused import refused
@@ -55,7 +56,7 @@ class TrainingPlan:
     Fields:
         task: which of conf/task.
         model: which of conf/model.
-        tracker: which of conf/tracker.
+        tracker: which of conf/tracker; null: that of the comparison.
         set: values of conf/train.yaml that differ, nested as there: {steps: 200, trainer: {max_seconds: 60}}.
         options: backend -> its own options; a backend without an entry keeps its defaults.
         seconds: how long all of its trainings may take together: every backend is then trained for the same number of
@@ -64,7 +65,7 @@ class TrainingPlan:
 
     task: Text = "text"
     model: Text = "tiny"
-    tracker: Text = "none"
+    tracker: Text | None = None
     set: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False, description="a positive number or null")] | None = None
@@ -103,6 +104,8 @@ class CompareConfig:
         small: backend -> options at which a few dozen tokens show its pattern, for the pictures; default the class's.
         picture_length: tokens of the pictures.
         title: on top of the report.
+        tracker: which of conf/tracker hears of every training, of the cells once they are measured, and of the report;
+            null: none.
         output: folder of everything.
     """
 
@@ -117,6 +120,7 @@ class CompareConfig:
     small: dict[str, Any] = field(default_factory=dict)
     picture_length: Annotated[int, Field(ge=1, le=4096)] = 96
     title: Text = TITLE
+    tracker: Any = None
     output: Text = "runs/compare"
 
     def __post_init__(self) -> None:
@@ -145,6 +149,10 @@ class CompareConfig:
                 registry.recipe(name, option="backends")
         return given
 
+    def followed(self) -> dict[str, Any] | None:
+        """The tracker, if anything is followed; a ValueError for one that cannot be."""
+        return followed(self.tracker, Path(self.output))
+
     def measured(self) -> list[str]:
         """Those of `names` that are backends."""
         return [name for name in self.names() if name not in self.variants]
@@ -168,6 +176,8 @@ class CompareConfig:
         for task, plan in self.trainings.items():
             _check_options(f"trainings.{task}.options", plan.options, self.variants)
             shared = _shared(task, plan)
+            if plan.tracker is None and (tracker := self.followed()) is not None:
+                shared["tracker"] = tracker
             if plan.seconds is not None and "steps" in plan.set:
                 raise ValueError(
                     f"trainings.{task}.seconds chooses the number of steps, got set.steps={plan.set['steps']} as well"
@@ -206,7 +216,7 @@ def _plan(kind: type[Made], name: str, given: Any, example: str) -> Made:
 
 def _shared(name: str, plan: TrainingPlan) -> dict[str, Any]:
     """What the trainings of a plan have in common; a key that conf/train.yaml does not know is refused."""
-    chosen = [f"task={plan.task}", f"model={plan.model}", f"tracker={plan.tracker}", "trainer.progress=none"]
+    chosen = [f"task={plan.task}", f"model={plan.model}", f"tracker={plan.tracker or 'none'}", "trainer.progress=none"]
     return _with(compose_training(chosen), plan.set, f"trainings.{name}")
 
 
@@ -281,6 +291,8 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
             console.print(f"{job.again} of {total} results were finished before and are drawn only")
         path = write_results(job.rows, folder, title=config.title)
         show(job.rows, path, console)
+        if (tracker := config.followed()) is not None:
+            send_report(job.rows, path, tracker, title=config.title, say=job.say)
         console.print(f"done in {units.seconds(time.monotonic() - began)}", highlight=False)
     return path
 
@@ -329,6 +341,8 @@ class _Job:
                 cells, self.folder, on_event=self._noting(measuring), on_bad=measuring.say, **config.measure.how()
             )
         self.rows = [*before, *measured]
+        if (tracker := config.followed()) is not None:
+            send_cells(measured, self.folder, tracker, say=measuring.say)
         console.print("3/4 training", style="bold")
         before = list(self.rows)
         with TrainingProgress(console) as training:
@@ -338,6 +352,9 @@ class _Job:
             )  # fmt: skip
         self.rows = [*before, *trained]
         self.again = measuring.kinds["skipped"] + training.skipped
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def equal_steps(self) -> dict[str, int]:
         """The steps of those plans that have seconds instead."""

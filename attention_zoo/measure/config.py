@@ -60,6 +60,7 @@ class BenchmarkConfig:
         rounds: calls of each side, and ratios of each pair.
         peer_python: peer -> the Python of an environment that holds it, peer_python.hf_bigbird_4_57=/there/bin/python.
         budget: a memory, such as 8GiB: find the longest length that trains within it, besides the cells.
+        tracker: which of conf/tracker hears of the cells, once they are measured, and of the report; null: none.
         output: folder of cells/, results.jsonl and results.csv.
     """
 
@@ -91,6 +92,7 @@ class BenchmarkConfig:
     rounds: Positive = 3
     peer_python: dict[str, str] = field(default_factory=dict)
     budget: Text | None = None
+    tracker: Any = None
     output: Text = "runs/benchmark"
 
     def cells(self) -> list[SpeedCell]:

@@ -20,6 +20,8 @@ class RunInfo(NamedTuple):
         sweep: what groups runs that belong together.
         config: plain nested values.
         notice: shows one line to the user.
+        facts: what the run is of in plain values, such as its task: for filters.
+        more: whether another run is followed at once when this one has finished.
     """
 
     folder: Path
@@ -29,18 +31,29 @@ class RunInfo(NamedTuple):
     sweep: str
     config: Mapping[str, Any]
     notice: Callable[[str], None]
+    facts: Mapping[str, Any] = {}
+    more: bool = False
 
 
 class Tracker:
     """Follows one run, from its construction to `finish`. Constructor: (info, **own options)."""
 
     def log(self, metrics: Mapping[str, float | None], step: int) -> None:
-        """Take figures of one step; names are `group/metric`."""
+        """Take figures of one step; names are `group/metric`, and `tokens` is how many were read so far."""
         raise NotImplementedError
 
     def result(self, row: Mapping[str, Any]) -> None:
         """Take a result row: a finished run, or a cell of a measurement, whose x-axis is its length."""
         raise NotImplementedError
+
+    def model(self, path: Path) -> None:
+        """Take the file of the trained model, which stays where it is."""
+
+    def page(self, path: Path) -> None:
+        """Take a report: an HTML file."""
+
+    def figure(self, name: str, figure: Mapping[str, Any]) -> None:
+        """Take a picture: a plotly figure as plain values; `name` is `group/name`."""
 
     def finish(self, *, failed: bool) -> None:
         """Close. Exactly one of `finish` and `stop` is called, once, whatever happened."""
@@ -82,6 +95,18 @@ class Trackers(Tracker):
         for tracker in self.trackers:
             tracker.result(row)
 
+    def model(self, path: Path) -> None:
+        for tracker in self.trackers:
+            tracker.model(path)
+
+    def page(self, path: Path) -> None:
+        for tracker in self.trackers:
+            tracker.page(path)
+
+    def figure(self, name: str, figure: Mapping[str, Any]) -> None:
+        for tracker in self.trackers:
+            tracker.figure(name, figure)
+
     def finish(self, *, failed: bool) -> None:
         for tracker in self.trackers:
             tracker.finish(failed=failed)
@@ -107,6 +132,15 @@ class Guarded(Tracker):
 
     def result(self, row: Mapping[str, Any]) -> None:
         self._try(lambda: self.tracker.result(row))
+
+    def model(self, path: Path) -> None:
+        self._try(lambda: self.tracker.model(path))
+
+    def page(self, path: Path) -> None:
+        self._try(lambda: self.tracker.page(path))
+
+    def figure(self, name: str, figure: Mapping[str, Any]) -> None:
+        self._try(lambda: self.tracker.figure(name, figure))
 
     def finish(self, *, failed: bool) -> None:
         self._try(lambda: self.tracker.finish(failed=failed))

@@ -9,19 +9,14 @@
 W&B lives in a process of its own (wandb_process.py), which a thread of this one feeds. A server that never answers, a
 W&B process that is stopped or crashes, whatever W&B raises or waits for: the run goes on, W&B is given its time and is
 then ended, with all that it has started. Whatever goes wrong online, the run goes on offline, with one line that says
-so. The group is the sweep, the job type is the backend; speed and memory are drawn over `seq_len`, the rest over
-`step`.
+so. The group is the sweep, the job type is the backend, the config is flat; speed and memory are drawn over `seq_len`,
+the rest over `step` or `tokens`. Its id is the run's identity: a run that goes on later is the same run there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import queue
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -33,6 +28,9 @@ from pydantic import Field
 from attention_zoo.files import plain
 from attention_zoo.options import Text, checked
 from attention_zoo.rules import OneOf
+from attention_zoo.tracking.beside import Beside, park, parked
+from attention_zoo.tracking.naming import flat
+from attention_zoo.tracking.tables import tables
 from attention_zoo.tracking.tracker import RunInfo, Tracker, figures
 
 MODES = ("auto", "online", "offline")
@@ -42,10 +40,6 @@ EXIT_SECONDS = 1.0
 """What W&B may take to go when it has said that it is through."""
 STOP_SECONDS = 5.0
 """What W&B is given when the run was asked to stop: schedulers kill soon after they ask."""
-FOREIGN = ("WANDB_SERVICE",)
-"""Set where a W&B process of somebody else is running: ours is our own, since it may have to be ended."""
-MISLEADING = ("WANDB_MODE", "WANDB_BASE_URL")
-"""Not for a process that goes on offline: one of these may be why."""
 Timeout = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False, description="a positive number of seconds")]
 """Seconds, at most a day."""
 
@@ -63,6 +57,7 @@ class WandbTracker(Tracker):
         init_timeout: seconds to wait for the server at the start, while the run goes on.
         finish_timeout: seconds that the run's end waits in all, for a start that is still to come and for uploads; what
             is not uploaded by then stays in the folder.
+        artifacts: whether a trained model is uploaded, as an artifact of type "model".
     """
 
     @checked(prefix="tracker.")
@@ -77,8 +72,9 @@ class WandbTracker(Tracker):
         tags: Sequence[Text] = (),
         init_timeout: Timeout = 20.0,
         finish_timeout: Timeout = 60.0,
+        artifacts: bool = False,
     ):
-        self.info, self.mode = info, mode
+        self.info, self.mode, self.artifacts = info, mode, artifacts
         self.init_timeout, self.finish_timeout = init_timeout, finish_timeout
         folder = Path(info.folder).absolute()
         self._start = {
@@ -91,15 +87,16 @@ class WandbTracker(Tracker):
                 "group": group or info.sweep,
                 "job_type": info.backend,
                 "tags": list(tags),
-                "config": plain(info.config),
+                "config": plain({**flat(info.config), **info.facts, "backend": info.backend}),
             },
             "init_timeout": init_timeout,
             "finish_timeout": 0.8 * finish_timeout,  # then it can say itself what it could not do
+            "more": info.more,
         }
         self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._said: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._process: _Process | None = None
-        self._started = False
+        self._process: Beside | None = None
+        self._started = self._offline = self._through = False
         self._ended = threading.Event()
         self._closing = threading.Lock()
         self._closed = False
@@ -113,6 +110,19 @@ class WandbTracker(Tracker):
         self._send({"log": figures(row)})
         summary = {"status": row["status"], "error": row.get("error")}
         self._send({"summary": summary | {f"final/{k}": v for k, v in row.get("metrics", {}).items()}})
+        for name, table in tables(row).items():
+            self._send({"table": {"name": name, **table._asdict()}})
+
+    def model(self, path: Path) -> None:
+        if self.artifacts:
+            name = f"{self.info.backend}-{self.info.identity}"
+            self._send({"artifact": {"name": name, "path": str(Path(path).absolute())}})
+
+    def page(self, path: Path) -> None:
+        self._send({"page": {"name": Path(path).stem, "path": str(Path(path).absolute())}})
+
+    def figure(self, name: str, figure: Mapping[str, Any]) -> None:
+        self._send({"figure": {"name": name, "figure": figure}})
 
     def finish(self, *, failed: bool) -> None:
         self._close(int(failed), self.finish_timeout)
@@ -133,13 +143,18 @@ class WandbTracker(Tracker):
         finally:
             with self._closing:
                 self._closed = True
-                if self._process is not None:
+                if self._process is not None and self._through and self.info.more:
+                    park(self._process)
+                elif self._process is not None:
                     self._process.end(EXIT_SECONDS if self._ended.is_set() else 0.0)
         self._tell()
 
     def _cure(self) -> str:
-        written = f"{self.info.folder}/wandb has what it wrote down (wandb sync), "
-        return f"{'' if not self._started else written}metrics.jsonl has every figure"
+        """How what W&B did not take reaches it later."""
+        online = "" if self._offline else "--include-online "
+        place = f"{self.info.folder}/wandb/{'offline-' if self._offline else ''}run-*"
+        later = f"wandb sync {online}{place} sends what it wrote down, " if self._started else ""
+        return f"{later}metrics.jsonl has every figure"
 
     def _send(self, message: dict[str, Any]) -> None:
         if not self._ended.is_set():
@@ -170,21 +185,24 @@ class WandbTracker(Tracker):
         finally:
             self._ended.set()
 
-    def _begin(self) -> _Process | None:
+    def _begin(self) -> Beside | None:
         """A process with a started run: as asked, or offline; None where there is none."""
-        for mode in dict.fromkeys((self.mode, "offline")):
+        waiting = parked()
+        for mode in dict.fromkeys((waiting.mode if waiting else self.mode, "offline")):
             with self._closing:
                 if self._closed:
+                    if waiting is not None:
+                        waiting.end(0.0)
                     return None
-                drop = MISLEADING if mode == "offline" else ()
-                self._process = process = _Process(drop)
+                self._process = process = waiting or Beside(mode)
+                waiting = None
             with contextlib.suppress(OSError):  # it has ended already, which is its answer
                 process.send(self._start | {"mode": mode})
             answer = process.answer(LOCAL_SECONDS)
             if "imported" in answer:
                 answer = process.answer(LOCAL_SECONDS if mode == "offline" else self.init_timeout)
             if "started" in answer:
-                self._started = True
+                self._started, self._offline = True, bool((answer["started"] or {}).get("offline"))
                 return process if answer["started"] is not None else None
             process.end(0.0)
             problem = answer.get("problem", "no answer in time")
@@ -195,67 +213,13 @@ class WandbTracker(Tracker):
                 self._say(f"W&B: {problem}; this run goes on offline ({sync})")
         return None
 
-    def _heard(self, process: _Process, wait_s: float | None) -> bool:
+    def _heard(self, process: Beside, wait_s: float | None) -> bool:
         """Take what W&B has to say, for good where `wait_s` is None; whether more is to come."""
         while answer := process.answer(wait_s):
             if "finished" in answer:
+                self._through = True
                 return False
             self._say(f"W&B {answer['problem']}; {self._cure()}")
             if "over" in answer:
                 return False
         return True
-
-
-class _Process:
-    """A running wandb_process.py, with everything that it starts.
-
-    Args:
-        drop: environment variables that it shall not see.
-    """
-
-    def __init__(self, drop: tuple[str, ...]):
-        env = {name: value for name, value in os.environ.items() if name not in (*FOREIGN, *drop)}
-        env.setdefault("WANDB_PROGRAM", sys.argv[0] or "python")
-        script = Path(__file__).with_name("wandb_process.py")
-        # -P: this folder has a wandb.py of its own. A session of its own: Ctrl-C is for the run, one kill for them all
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(script)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, start_new_session=True,
-        )  # fmt: skip
-        self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._over = threading.Event()
-        threading.Thread(target=self._read, daemon=True, name="wandb answers").start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for text in self._process.stdout:
-            if text.endswith(b"\n"):  # else it died over it
-                self._answers.put(json.loads(text))
-        self._process.stdout.close()
-        self._answers.put({"problem": "has ended", "over": True})
-        self._over.set()
-
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Send a message; waits where it is not read."""
-        assert self._process.stdin is not None
-        self._process.stdin.write((json.dumps(message) + "\n").encode())
-        self._process.stdin.flush()
-
-    def answer(self, wait_s: float | None) -> dict[str, Any]:
-        """The next answer; an empty one where none comes in time. None waits for good."""
-        try:
-            return self._answers.get(block=wait_s != 0, timeout=wait_s)
-        except queue.Empty:
-            return {}
-
-    def end(self, wait_s: float) -> None:
-        """Let it end by itself for a while; whatever is left of it then ends now."""
-        if self._process.returncode is not None:
-            return
-        self._over.wait(wait_s)
-        with contextlib.suppress(ProcessLookupError):  # all gone
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # what was not sent has nobody to go to
-            self._process.stdin.close()

@@ -1,9 +1,10 @@
 """The process in which W&B lives, beside the run that it follows.
 
 Started by its path and made of W&B and the standard library alone, so that it is there in seconds and takes little. It
-reads one JSON object a line from standard input: first the start, then {"log": figures}, {"summary": values} and
-{"finish": exit code}. It answers in the same way: "imported", "started", "finished", each once, and a "problem"
-wherever W&B fails. W&B's own process stays in the group of this one, so that one kill ends both; when the run is gone,
+reads one JSON object a line from standard input: first the start, then {"log": figures}, {"summary": values}, tables,
+figures, pages and artifacts, and {"finish": exit code}; where the start says that there will be more, another start
+follows. It answers in the same way: "imported", "started", "finished", each once a run, and a "problem" wherever W&B
+fails. W&B's own process stays in the group of this one, so that one kill ends both; when the run is gone,
 both end by themselves.
 """
 
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 PROBE_SECONDS = 3.0
+AXES = {"step": ("train/*", "evaluate/*", "readings/*"), "tokens": (), "seq_len": ("speed/*", "memory/*")}
+"""What charts may have across, and the figures that have it by default."""
 GONE_SECONDS = 5.0
 """What W&B is given to write down its last figures when the run that it follows has died."""
 
@@ -53,19 +56,21 @@ def main() -> None:
 
     messages: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=_read, args=(messages,), daemon=True).start()
-    start = messages.get()
-    try:
-        import wandb
+    more = True
+    while more and "init" in (start := messages.get()):
+        try:
+            import wandb
 
-        answer(imported=True)
-        run = _open(wandb, start)
-    except BaseException as error:  # W&B raises more than it documents, SystemExit included
-        answer(problem=line(error))
-        return
-    answer(started=None if run is None else {"offline": run.offline})
-    if run is None:
-        return
-    _serve(run, messages, answer)
+            answer(imported=True)
+            run = _open(wandb, start)
+        except BaseException as error:  # W&B raises more than it documents, SystemExit included
+            answer(problem=line(error))
+            return
+        answer(started=None if run is None else {"offline": run.offline})
+        if run is None:
+            return
+        more = _serve(wandb, run, messages, answer) and start["more"]
+        answer(finished=True)
     with contextlib.suppress(Exception):
         wandb.teardown()
 
@@ -80,11 +85,16 @@ def _read(messages: queue.Queue[dict[str, Any]]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _serve(run: Any, messages: queue.Queue[dict[str, Any]], answer: Callable[..., None]) -> None:
-    """Do as told until the run has finished; the first failure is the last try but for finishing."""
+def _serve(wandb: Any, run: Any, messages: queue.Queue[dict[str, Any]], answer: Callable[..., None]) -> bool:
+    """Do as told until the run has finished; the first failure is the last try but for finishing. Whether all went
+    well."""
     does: dict[str, tuple[Callable[[Any], Any], str]] = {
         "log": (run.log, "takes no more figures"),
         "summary": (run.summary.update, "takes no summary"),
+        "table": (lambda given: _table(wandb, run, **given), "takes no table"),
+        "figure": (lambda given: _figure(wandb, run, **given), "takes no figure"),
+        "page": (lambda given: _page(wandb, run, **given), "takes no report"),
+        "artifact": (lambda given: _artifact(wandb, run, **given), "takes no artifact"),
         "finish": (lambda code: run.finish(exit_code=code), "does not finish"),
     }
     works = True
@@ -98,8 +108,30 @@ def _serve(run: Any, messages: queue.Queue[dict[str, Any]], answer: Callable[...
                 works = False
                 answer(problem=f"{what}: {line(error)}")
         if kind == "finish":
-            answer(finished=True)
-            return
+            return works
+
+
+def _table(wandb: Any, run: Any, name: str, columns: list[str], data: list[list[Any]]) -> None:
+    table = wandb.Table(columns=columns, data=data, allow_mixed_types=True)
+    # bound by hand it is a file of the run; else W&B makes an artifact of it, and for each row that is logged another
+    table.bind_to_run(run, name, run.step)
+    run.log({name: table})
+
+
+def _figure(wandb: Any, run: Any, name: str, figure: Mapping[str, Any]) -> None:
+    import plotly.graph_objects
+
+    run.log({name: wandb.Plotly(plotly.graph_objects.Figure(figure))})
+
+
+def _page(wandb: Any, run: Any, name: str, path: str) -> None:
+    run.log({name: wandb.Html(Path(path).read_text(encoding="utf-8"), inject=False)})
+
+
+def _artifact(wandb: Any, run: Any, name: str, path: str) -> None:
+    artifact = wandb.Artifact(name, type="model")
+    artifact.add_file(path)
+    run.log_artifact(artifact)
 
 
 def _open(wandb: Any, start: Mapping[str, Any]) -> Any:
@@ -118,10 +150,11 @@ def _open(wandb: Any, start: Mapping[str, Any]) -> Any:
     settings = wandb.Settings(
         silent=True, console="off", x_disable_stats=True, finish_timeout_raises=True, **limits
     )  # fmt: skip
-    if mode != "offline":
-        shared["resume"] = "allow"
+    shared["resume"] = "allow"  # offline, too: parts of a run that are synced later are the same run
+    if os.environ.get("WANDB_SWEEP_ID"):
+        del shared["id"]  # an agent of a sweep has given it one, under which the sweep knows it
     run = wandb.init(mode=mode, settings=settings, **shared)
-    for axis, names in (("step", ("train/*", "evaluate/*")), ("seq_len", ("speed/*", "memory/*"))):
+    for axis, names in AXES.items():
         run.define_metric(axis, hidden=True)
         for name in names:
             run.define_metric(name, step_metric=axis)

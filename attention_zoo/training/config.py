@@ -343,6 +343,11 @@ def _check_mechanisms(config: Mapping[str, Any]) -> None:
         _check_entries("attention", chosen)
 
 
+def check_tracker(node: Any) -> None:
+    """A tracker's config: what its `_target_` is, and its options. Raises a ValueError naming what is wrong."""
+    _check_group("tracker", node, OWN["tracker"])
+
+
 def _check_entries(key: str, chosen: Any) -> None:
     """One mechanism or a list of them, each a name or a mapping with a name and options."""
     try:

@@ -165,7 +165,8 @@ def _note(
         history.recent.clear()
         extra = {f"train/{name}": value for name, value in step.auxiliary.items()}
         figures = {"loss": loss, "lr": step.lr, "gradient_norm": step.gradient_norm, "tokens_per_second": rate}
-        tracker.log({f"train/{name}": value for name, value in figures.items()} | extra, done)
+        named = {f"train/{name}": value for name, value in figures.items()}
+        tracker.log({"tokens": history.tokens, **named, **extra}, done)
 
 
 def _judge(
@@ -184,7 +185,8 @@ def _judge(
         beside = f", beside {others}" if others else ""
         raise NotFinite(f"{task.metric} on the evaluation set became {value} at step {step}{beside}: stopped")
     history.quality.append([step, value])
-    said = {f"evaluate/{name}": metric for name, metric in found.metrics.items()}
+    said: dict[str, float | None] = {"tokens": history.tokens}
+    said |= {f"evaluate/{name}": metric for name, metric in found.metrics.items()}
     for name, numbers in found.readings.items():
         history.readings.setdefault(name, []).append([step, *numbers])
         said |= {f"readings/{name}" + (f"/{i}" if len(numbers) > 1 else ""): x for i, x in enumerate(numbers)}

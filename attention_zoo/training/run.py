@@ -32,6 +32,7 @@ from attention_zoo.results.row import Row, Status, Trained, TrainingRow
 from attention_zoo.stopping import Stopped, graceful
 from attention_zoo.tasks.task import Task
 from attention_zoo.tracking import Guarded, JsonlTracker, NoTracker, RunInfo, Tracker, Trackers
+from attention_zoo.tracking.naming import run_name
 from attention_zoo.training.assembly import assemble
 from attention_zoo.training.building import build
 from attention_zoo.training.checking import check_task
@@ -136,6 +137,8 @@ class _Run:
         if self.follower is None:
             self.follower = self._follow_failure()
         self.follower.result(self.row)
+        if self.row["status"] == "ok":
+            self.follower.model(self.folder / MODEL)
         self.follower.finish(failed=self.row["status"] != "ok")
         if self.progress.warnings != self.row["notices"]:
             self._write()
@@ -256,14 +259,18 @@ class _Run:
     def _info(self) -> RunInfo:
         row = self.row
         unnamed = hashlib.sha256(json.dumps(plain(self.config), sort_keys=True).encode()).hexdigest()[:16]
+        task, backend, identity = row["task"] or "refused", str(row["backend"]), row["id"] or unnamed
+        attention = self.config.get("attention")
+        options = attention if isinstance(attention, Mapping) and not self.config.get("hybrid") else {}
         return RunInfo(
             folder=self.folder,
-            name=f"{row['task'] or 'refused'}-{row['backend']}-s{row['seed']}",
-            identity=row["id"] or unnamed,
-            backend=str(row["backend"]),
-            sweep=f"{row['task'] or 'refused'}-{row['seq_len']}",
+            name=run_name(backend, task, row["seq_len"], f"s{row['seed']}", identity=identity, options=options),
+            identity=identity,
+            backend=backend,
+            sweep=f"{Path(str(self.config.get('output', 'runs'))).name}/{task}",
             config=self.config,
             notice=self.progress.warn,
+            facts={"task": task, "seq_len": row["seq_len"], "seed": row["seed"]},
         )
 
     def _follow(self) -> Tracker:

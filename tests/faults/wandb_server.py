@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -45,10 +46,17 @@ class Server:
 
     Attributes:
         stream: the bodies of the file stream: history rows and summaries as they arrived.
+        runs: by id what was said of a run first: displayName, groupName, jobType, config, ...
+        history: by id its rows, summaries: by id the last of them; as a run has them that is continued.
+        files: uploaded files by their names in the run, or in an artifact.
+        artifacts: the inputs of artifacts that were made.
     """
 
     def __init__(self, fault: str | None = None, begins: str = "start"):
         self.fault, self.begins, self.stream = fault, begins, list[str]()
+        self.runs, self.artifacts = dict[str, dict[str, Any]](), list[dict[str, Any]]()
+        self.history, self.summaries = dict[str, list[dict[str, Any]]](), dict[str, dict[str, Any]]()
+        self.files, self._names = dict[str, bytes](), dict[str, str]()
         self.over = threading.Event()
         outer = self
 
@@ -63,6 +71,9 @@ class Server:
                 streaming = "file_stream" in self.path
                 if streaming:
                     outer.stream.append(body.decode())
+                    outer.take(self.path.split("/")[-2], json.loads(body).get("files") or {})
+                elif self.command == "PUT":
+                    outer.files[outer._names.get(self.path, self.path)] = body
                 if outer.fault and (outer.begins == "start" or streaming or len(outer.stream) > 0):
                     outer.misbehave(self)
                     return
@@ -83,6 +94,14 @@ class Server:
         self.over.set()
         self.http.shutdown()
         self.http.server_close()
+
+    def take(self, run: str, files: dict[str, Any]) -> None:
+        """What a run has streamed: rows from an offset on, and its summary."""
+        known = self.history.setdefault(run, [])
+        if rows := files.get("wandb-history.jsonl"):
+            known[rows["offset"] :] = map(json.loads, rows["content"])
+        for line in files.get("wandb-summary.json", {}).get("content", []):
+            self.summaries[run] = json.loads(line)
 
     def send(self, request: BaseHTTPRequestHandler, code: int, body: bytes) -> None:
         request.send_response(code)
@@ -115,21 +134,68 @@ class Server:
     def reply(self, path: str, body: bytes) -> dict[str, Any]:
         if "graphql" not in path:
             return {"exitcode": None, "limits": {}}
-        query = json.loads(body)["query"]
+        asked = json.loads(body)
+        query, given = asked["query"], asked.get("variables") or {}
+        found = re.search(r"(?:query|mutation)\s+(\w+)", query)
+        answer = getattr(self, f"_{found[1]}", None) if found else None
+        return {"data": answer(given) if answer else {"model": None, "project": None, "serverInfo": None}}
+
+    def _UpsertBucket(self, given: dict[str, Any]) -> dict[str, Any]:
+        self.runs.setdefault(given["name"], given)
         run = {
-            "id": "UnVu", "name": "run", "displayName": "run", "description": "", "config": "{}", "sweepName": None,
-            "historyLineCount": 0, "project": {"id": "UHI=", "name": "p", "entity": {"id": "RW4=", "name": "e"}},
+            "id": f"id-{given['name']}", "name": given["name"], "displayName": given["displayName"], "description": "",
+            "config": "{}", "sweepName": None, "historyLineCount": 0,
+            "project": {"id": "UHI=", "name": "p", "entity": {"id": "RW4=", "name": "e"}},
         }  # fmt: skip
-        if "UpsertBucket" in query or "upsertBucket" in query:
-            return {"data": {"upsertBucket": {"bucket": run, "inserted": True}}}
-        if "createRunFiles" in query or "CreateRunFiles" in query:
-            names = json.loads(body).get("variables", {}).get("files", [])
-            files = [{"name": name, "uploadUrl": f"{self.url}/files/{number}"} for number, name in enumerate(names)]
-            return {"data": {"createRunFiles": {"runID": "UnVu", "uploadHeaders": [], "files": files}}}
-        if "viewer" in query.lower():
-            viewer = {"id": "VXNlcg==", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}
-            return {"data": {"viewer": viewer}}
-        return {"data": {"model": None, "project": None, "serverInfo": None}}
+        return {"upsertBucket": {"bucket": run, "inserted": True}}
+
+    def _RunResumeStatus(self, given: dict[str, Any]) -> dict[str, Any]:
+        name = given["name"]
+        if name not in self.runs:
+            return {"model": {"id": "UHI=", "name": "p", "entity": {"id": "RW4=", "name": "e"}, "bucket": None}}
+        rows = self.history.get(name, [])
+        bucket = {
+            "id": f"id-{name}", "name": name, "displayName": self.runs[name]["displayName"], "logLineCount": 0,
+            "summaryMetrics": json.dumps(self.summaries.get(name, {})), "historyLineCount": len(rows),
+            "historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]), "eventsLineCount": 0, "eventsTail": "[]",
+            "config": "{}", "tags": [], "notes": "", "wandbConfig": json.dumps({"t": 1}),
+        }  # fmt: skip
+        return {"model": {"id": "UHI=", "name": "p", "entity": {"id": "RW4=", "name": "e"}, "bucket": bucket}}
+
+    def _Viewer(self, given: dict[str, Any]) -> dict[str, Any]:
+        return {"viewer": {"id": "VXNlcg==", "entity": "e", "username": "u", "flags": "{}", "teams": {"edges": []}}}
+
+    def _url(self, name: str) -> str:
+        path = f"/files/{len(self._names)}"
+        self._names[path] = name
+        return f"{self.url}{path}"
+
+    def _CreateRunFiles(self, given: dict[str, Any]) -> dict[str, Any]:
+        files = [{"name": name, "uploadUrl": self._url(name)} for name in given["files"]]
+        return {"createRunFiles": {"runID": "UnVu", "uploadHeaders": [], "files": files}}
+
+    def _CreateArtifact(self, given: dict[str, Any]) -> dict[str, Any]:
+        self.artifacts.append(given["input"])
+        return {"createArtifact": {"artifact": {"id": "QQ==", "state": "PENDING", "artifactSequence": {"id": "Uw=="}}}}
+
+    def _CreateArtifactManifest(self, given: dict[str, Any]) -> dict[str, Any]:
+        file = {"id": "Rg==", "name": "m", "displayName": "m", "uploadUrl": self._url("manifest"), "uploadHeaders": []}
+        return {"createArtifactManifest": {"artifactManifest": {"id": "TQ==", "file": file}}}
+
+    def _CreateArtifactFiles(self, given: dict[str, Any]) -> dict[str, Any]:
+        artifact = {"id": "QQ=="}
+        nodes = [
+            {"node": {
+                "id": "Rg==", "name": each["name"], "displayName": each["name"], "uploadUrl": self._url(each["name"]),
+                "uploadHeaders": [], "artifact": artifact, "storagePath": each["name"], "uploadMultipartUrls": None,
+            }}
+            for each in given.get("artifactFiles") or given["input"]["artifactFiles"]
+        ]  # fmt: skip
+        return {"createArtifactFiles": {"files": {"edges": nodes}}}
+
+    def _CommitArtifact(self, given: dict[str, Any]) -> dict[str, Any]:
+        self.artifacts.append({"committed": True})
+        return {"commitArtifact": {"artifact": {"id": "QQ==", "digest": ""}}}
 
 
 FOLLOWED = """
@@ -148,7 +214,8 @@ began = time.monotonic()
 for step in range(5):
     tracker.log({"train/loss": 1.0 / (step + 1)}, step)
 logged = time.monotonic() - began
-tracker.result({"kind": "quality", "status": "ok", "seq_len": 64, "step_seconds": 0.1, "metrics": {"loss": 2.0}})
+tracker.result({"kind": "quality", "status": "ok", "seq_len": 64, "step_seconds": 0.1, "metrics": {"loss": 2.0},
+                "loss_by_position": [[0, 3.0], [32, 2.0]]})
 tracker.finish(failed=False)
 print(json.dumps({"logged": logged, "finished": time.monotonic() - began, "notices": notices}), flush=True)
 """

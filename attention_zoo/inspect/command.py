@@ -1,0 +1,111 @@
+"""What the command `inspect` does: trained runs and a text in, attention.json, attention.png and attention.html out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attention_zoo.files import plain, read_json, write_atomic
+from attention_zoo.inspect.figures import figures
+from attention_zoo.inspect.picture import png, section
+from attention_zoo.inspect.probe import calls_of
+from attention_zoo.model.saved import load
+from attention_zoo.options import Natural, Positive, Text, check_fields
+from attention_zoo.schemas import store
+from attention_zoo.tracking import Guarded, RunInfo
+from attention_zoo.tracking.naming import run_name
+from attention_zoo.tracking.tables import heat_map
+from attention_zoo.training.building import build
+from attention_zoo.training.config import check_tracker
+
+
+@dataclass
+class InspectConfig:
+    """conf/inspect.yaml.
+
+    Fields:
+        run: folder of a finished run, or a list of them to be compared.
+        text: what they read, or @FILE.
+        window: tokens beyond which a token counts as far.
+        sinks: first tokens that count as sinks.
+        blocks: at most so many on each side of the pooled weights.
+        exact: up to so many tokens are asked one by one; see `figures`.
+        tracker: which of conf/tracker gets the weights as pictures, in a run of their own; null: none.
+        output: folder of the files; null: the first run's.
+    """
+
+    run: Any = field(default_factory=list)
+    text: Text = ""
+    window: Positive = 64
+    sinks: Natural = 4
+    blocks: Positive = 64
+    exact: Natural = 2048
+    tracker: Any = None
+    output: Text | None = None
+
+
+def register() -> None:
+    """Make the schema known to Hydra, which conf/inspect.yaml names first."""
+    store("inspect_schema", InspectConfig)
+
+
+def inspect(config: InspectConfig) -> Path:
+    """Inspect; returns the path of attention.json.
+
+    Raises:
+        ValueError: for no run or text, a model that reads no bytes, or a mechanism whose weights cannot be asked for.
+        OSError: for a file that cannot be read or written, naming it.
+    """
+    check_fields(InspectConfig, config)
+    if config.tracker:
+        check_tracker(config.tracker)
+    folders = [Path(each) for each in ([config.run] if isinstance(config.run, str) else config.run)]
+    if not folders:
+        raise ValueError("run must be the folder of a finished run, or a list of them, got none")
+    text = Path(config.text[1:]).read_bytes() if config.text.startswith("@") else config.text.encode()
+    if not text:
+        raise ValueError("text must be at least one byte, or @FILE, got none")
+    runs = [_of(folder, text, config) for folder in folders]
+    output = folders[0] if config.output is None else Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    sizes = {"window": config.window, "sinks": config.sinks, "tokens": len(text)}
+    start = text[:200].decode(errors="replace")
+    found = {"kind": "attention", "text": start, **sizes, "runs": runs}
+    picture = png(runs)
+    write_atomic(output / "attention.png", picture)
+    write_atomic(output / "attention.html", section(runs, picture))
+    path = write_atomic(output / "attention.json", json.dumps(plain(found), allow_nan=False))
+    if config.tracker:
+        _send(found, output, config.tracker)
+    return path
+
+
+def _send(found: Mapping[str, Any], output: Path, tracker: Mapping[str, Any]) -> None:
+    """Show the weights in a dashboard; the same runs and text give the same run there."""
+    names = [run["name"] for run in found["runs"]]
+    identity = hashlib.sha256(json.dumps([names, found["text"], found["tokens"]]).encode()).hexdigest()[:16]
+    name = run_name("attention", *names, identity=identity)
+    info = RunInfo(output, name, identity, "attention", output.name, {"runs": names}, print, {"task": "attention"})
+    follower = Guarded(build(tracker, "tracker", info=info), info.notice)
+    for run in found["runs"]:
+        for layer in run["layers"]:
+            for head, blocks in enumerate(layer["blocks"]):
+                title = f"{run['name']} {layer['layer']} head {head}"
+                follower.figure(f"attention/{title.replace(' ', '_')}", heat_map(blocks, title=title))
+    follower.finish(failed=False)
+
+
+def _of(folder: Path, text: bytes, config: InspectConfig) -> dict[str, Any]:
+    model = load(folder)
+    if getattr(model, "vocab", None) != 256:
+        raise ValueError(f"{folder}: inspect reads bytes and needs a model over them (task=text)")
+    row = read_json(folder / "result.json") if (folder / "result.json").exists() else {}
+    how = {"window": config.window, "sinks": config.sinks, "blocks": config.blocks, "exact": config.exact}
+    layers = [figures(call, **how) for call in calls_of(model, torch.tensor([list(text)]))]
+    return {"name": folder.name, "backend": row.get("backend"), "id": row.get("id"), "layers": layers}
