@@ -401,7 +401,8 @@ def test_the_help_says_a_word_on_each_option(name: str, capsys: pytest.CaptureFi
     for group, names in groups.items():
         assert f"  {group}: {', '.join(names)}" in text
     leaves = {key.partition(".")[0] for key, _, _ in found}
-    assert leaves == {str(key) for key in composed if key != "hydra" and composed._get_node(key) is not None}
+    keys = {str(key) for key in composed if key != "hydra" and composed._get_node(key) is not None}
+    assert leaves | set(groups) == keys | set(groups), "a group's choice may have no options"
     for key, value, word in found:
         assert word, f"{key} of {name} is not described where it is defined"
         assert f"  {key}={'...' if value == 'must be given' else value}" in text

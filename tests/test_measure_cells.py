@@ -321,4 +321,6 @@ def test_misspelt_and_mistyped_settings_are_refused_by_name(override):
 def test_the_defaults_of_the_yaml_are_those_of_the_schema():
     register()
     with initialize_config_module("attention_zoo.conf", version_base="1.3"):
-        assert OmegaConf.to_object(compose("benchmark")) == BenchmarkConfig()
+        composed = compose("benchmark")
+    assert composed.tracker._target_ == "attention_zoo.tracking.NoTracker"
+    assert OmegaConf.to_object(OmegaConf.merge(composed, {"tracker": None})) == BenchmarkConfig()

@@ -25,7 +25,7 @@ from attention_zoo.training.config import check
 
 
 def cells_ahead(
-    cells: Sequence[SpeedCell], folder: Path, nursery: Nursery, *, budget_s: float, retry: str | None, force: bool
+    cells: Sequence[SpeedCell], folder: Path, nursery: Nursery, budget_s: float, *, retry: str | None, force: bool
 ) -> tuple[str, float | None]:
     """How many cells there are to measure, in words, and the seconds that these will take; None where unknown.
 

@@ -309,9 +309,7 @@ def ahead(config: CompareConfig) -> str:
     retry = config.retry or config.measure.retry
     timed = {name: (config.trainings[name].seconds, runs) for name, runs in plans.items()}
     with Nursery() as nursery:
-        measured, first = cells_ahead(
-            cells, folder, nursery, budget_s=how["budget_s"], retry=retry, force=how["force"]
-        )  # fmt: skip
+        measured, first = cells_ahead(cells, folder, nursery, how["budget_s"], retry=retry, force=how["force"])
         trained, second, further = trainings_ahead(
             timed, folder / "training", nursery, parallel=config.parallel, retry=config.retry
         )
@@ -328,10 +326,8 @@ class _Job:
 
     def run(self, cells: list[SpeedCell], runs: list[Run]) -> None:
         config, console = self.config, self.console
-        write_plan(
-            self.folder, COMMAND.get(), [*planned_cells(cells, self.folder), *planned_runs(runs, self.folder)],
-            parallel=config.parallel,
-        )  # fmt: skip
+        planned = [*planned_cells(cells, self.folder), *planned_runs(runs, self.folder)]
+        write_plan(self.folder, COMMAND.get(), planned, parallel=config.parallel)
         console.print("1/4 what each token sees", style="bold")
         self._picture()
         console.print("2/4 time and memory", style="bold")
