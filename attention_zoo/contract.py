@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -307,6 +307,13 @@ class Attention(Layer):
 
     def choices_shape(self, batch: int, length: int) -> tuple[int, ...] | None:
         """Shape of `Output.choices`, int32, where the mechanism makes some."""
+        return None
+
+    def made_of(self, tokens: Layout) -> Int[Tensor, "S m"] | None:
+        """The tokens of which each of the S columns is made that a call without state attends to, for inspection.
+
+        Of one row; -1: no more. None: its columns are its tokens.
+        """
         return None
 
     def pairs(self, length: int) -> float | None:
