@@ -138,12 +138,8 @@ class Layer(nn.Module):
         Raises:
             Unsupported: unless the layer says what its state is.
         """
-        raise Unsupported(
-            type(self).__name__,
-            "state",
-            "it has no initial_state, hence keeps none",
-            "state=None and all tokens at once",
-        )
+        reason = "it has no initial_state, hence keeps none"
+        raise Unsupported(type(self).__name__, "state", reason, "state=None and all tokens at once")
 
     def forward(
         self,
@@ -310,10 +306,7 @@ class Attention(Layer):
         return None
 
     def made_of(self, tokens: Layout) -> Int[Tensor, "S m"] | None:
-        """The tokens of which each of the S columns is made that a call without state attends to, for inspection.
-
-        Of one row; -1: no more. None: its columns are its tokens.
-        """
+        """The tokens of one row that each column attended to is made of alike, -1: no more. None: it is one token."""
         return None
 
     def pairs(self, length: int) -> float | None:

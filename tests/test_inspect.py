@@ -13,7 +13,6 @@ from references.reformer import reference as reformer_reference
 from torch import Tensor
 
 from attention_zoo import registry
-from attention_zoo.contract import Unsupported
 from attention_zoo.inspect.command import InspectConfig, inspect
 from attention_zoo.inspect.figures import figures
 from attention_zoo.inspect.probe import Call, calls_of
@@ -114,12 +113,6 @@ def test_rows_of_rotated_and_grouped_patterns_are_those_of_the_kernel(monkeypatc
     found = torch.cat([weights for _, weights in rows(call)], 1)
     torch.testing.assert_close(found, call.weights(torch.eye(L)), rtol=0, atol=1e-11)
     assert not is_plain(Call.of(layer_of("full", sink_logit=True), call.parts[0].given.x))
-
-
-@pytest.mark.parametrize("name", ["memory_compressed", "compressive", "block_recurrent"])
-def test_what_is_no_weighted_mean_of_tokens_is_refused(name: str) -> None:
-    with pytest.raises(Unsupported, match="inspect"):
-        Call.of(layer_of(name), torch.randn(1, L, 16, dtype=torch.float64))
 
 
 def test_long_texts_stay_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

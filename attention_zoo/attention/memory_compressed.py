@@ -107,7 +107,8 @@ class MemoryCompressed(DerivedKeys):
     def made_of(self, tokens: Layout) -> Int[Tensor, "G c"]:
         """See `Attention`: groups."""
         groups = pooled(tokens, self.compression, partial=not self.causal)
-        return groups.members[0] if groups.missing is None else groups.members[0].masked_fill(groups.missing[0, ..., 0], -1)
+        members, missing = groups.members[0], groups.missing
+        return members if missing is None else members.masked_fill(missing[0, ..., 0], -1)
 
     def core(self, batch: int, length: int) -> Operands:
         """See `Attention`: compression is part of the call."""

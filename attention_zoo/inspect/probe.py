@@ -4,7 +4,8 @@ name their tokens put out the weights.
     values v_j = 1 where j is in a set, else 0   ->   what query i puts out = its weight on the set
 
 A value made of n tokens is named by their mean: each has 1/n of its weight. What no token has made (a null value, a
-memory, a state) names none, and what it puts out of its own is taken off; the weights then sum to less than 1.
+memory, a state) names none, and what it puts out of its own is taken off; the weights then sum to less than 1. Of a
+layer of two attentions (`hierarchical.segments` with summaries) it is the one to the layer's own columns.
 
 Each call answers for as many sets as a head is wide, at the cost of a call: O(L) memory for any number of sets.
 """
