@@ -20,6 +20,7 @@ from attention_zoo.inspect.rows import is_plain, rows
 from attention_zoo.layout.layout import Layout
 from attention_zoo.model.saved import save
 from attention_zoo.model.transformer import Transformer
+from attention_zoo.report.inspected import inspected
 from attention_zoo.tracking import NoTracker
 
 L = 37
@@ -158,6 +159,8 @@ def test_runs_are_compared_in_files(tmp_path: Path) -> None:
         assert len(run["layers"]) == 2
         assert all(len(layer["blocks"]) == 2 for layer in run["layers"])
     assert path.with_name("attention.png").read_bytes().startswith(b"\x89PNG")
+    seen = inspected([tmp_path])
+    assert (seen.inspections, seen.left_out) == ([("seen", found)], []), "what the dashboard reads"
     page = path.with_name("attention.html").read_text()
     assert page.count("<tr>") == 1 + 2 * 2 * 2
     with pytest.raises(ValueError, match="text must be at least one byte"):

@@ -14,6 +14,7 @@ from attention_zoo.contract import Output, Unsupported
 from attention_zoo.inspect.figures import figures
 from attention_zoo.inspect.probe import Call, calls_of
 from attention_zoo.layout.layout import Layout
+from attention_zoo.measure.memory import peak_memory
 from attention_zoo.model.encoder_decoder import EncoderDecoder
 from attention_zoo.model.transformer import Transformer
 from attention_zoo.model.wrapper import Wrapper
@@ -235,3 +236,37 @@ def test_what_is_refused_says_why() -> None:
     encoder, decoder = model_of("full", causal=False, depth=1, head="hidden"), model_of("full", depth=1, cross=True)
     with pytest.raises(Unsupported, match="it reads two texts"):
         calls_of(EncoderDecoder(encoder=encoder, decoder=decoder), ids_of())
+
+
+LONG: dict[str, dict[str, Any]] = {
+    "longformer": {"attention": "longformer"},
+    "reformer": {"attention": "reformer"},
+    "transformer_xl": {"attention": "transformer_xl"},
+    "compressive": {"attention": "compressive"},
+    "memory_compressed": {"attention": "memory_compressed"},
+    "h_transformer_1d": {"attention": "h_transformer_1d"},
+    "memory_tokens": {"attention": {"name": "memory_tokens", "segment_length": 512}},
+    "hierarchical": {"attention": {"name": "hierarchical", "layout": "S"}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG)
+def test_memory_grows_as_the_text_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attention_zoo.inspect.rows.AT_ONCE", 2**18)
+    torch.manual_seed(0)
+    model = Transformer(**{"vocab": 256, "dim": 16, "heads": 1, "depth": 1, **LONG[name]})
+
+    def peak(length: int) -> int:
+        ids = torch.randint(0, 256, (1, length))
+
+        def look() -> None:
+            for call in calls_of(model, ids):
+                figures(call, window=256, sinks=4, blocks=64, exact=64)
+
+        return peak_memory(look).peak_bytes
+
+    peak(1024)  # what is made once
+    short, long = peak(4096), peak(8192)
+    assert long < 2.2 * short
+    assert long < 8192 * 8192 * 4 / 4, "far from all pairs"

@@ -53,8 +53,6 @@ class Call:
         self.length = len(parts[0].at.asks)
         if not (hasattr(layer, "to_v") and hasattr(layer, "to_out")):
             raise self._refused("its heads do not weigh values of the tokens")
-        if layer.cross and any(part.at.source is None for part in parts):
-            raise self._refused("its keys are another text's")
         nothing = torch.zeros(self.length, 1)
         self._own = [self._put_out(part, nothing) for part in parts]
         every = self.weights(torch.ones(self.length, 1))
@@ -92,9 +90,11 @@ class Call:
         """What the heads put out in a call whose values name these sets."""
         layer: Any = self.layer
         x, tokens, source = part.given
-        columns, keys = (part.at.source, source.tokens) if layer.cross else (part.at.keys, layout_of(x, tokens))
+        columns = part.at.source if layer.cross else part.at.keys
+        if columns is None:
+            raise self._refused("its keys are another text's")
         names = mean_of(sets.to(x.dtype), columns)
-        made_of = layer.made_of(keys)
+        made_of = layer.made_of(layout_of(x, source.tokens if layer.cross else tokens))
         if made_of is not None:
             names = mean_of(names, made_of.cpu())
         named = x.new_zeros(len(names), layer.head_width)

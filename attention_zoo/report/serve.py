@@ -62,9 +62,9 @@ class Watched:
             found = Findings.of(read([str(path) for path in self.paths]))
         except ValueError:  # nothing has ended yet
             found = Findings.of(Rows())
-        seen = inspected(self.paths)
-        found.rows.left_out += seen.left_out
-        data = dashboard(found, running(self.paths), seen.inspections)
+        attention = inspected(self.paths)
+        found.rows.left_out += attention.left_out
+        data = dashboard(found, running(self.paths), attention.inspections)
         self._data = json.dumps({"data": data, "sections": sections(found)}).encode()
         self._findings, self._seen = found, seen
 
