@@ -233,9 +233,15 @@ def test_what_is_refused_says_why() -> None:
         calls_of(model_of({"name": "hierarchical", "layout": "S D", "segment_length": 8}, depth=2), ids_of())
     with pytest.raises(Unsupported, match="neither tokens nor its own"):
         calls_of(Mixing(inner=model_of("full", depth=1).stack, dim=16, heads=2), x)
+
+
+@torch.no_grad()
+def test_of_an_encoder_and_a_decoder_the_encoder_reads_the_text() -> None:
     encoder, decoder = model_of("full", causal=False, depth=1, head="hidden"), model_of("full", depth=1, cross=True)
-    with pytest.raises(Unsupported, match="it reads two texts"):
-        calls_of(EncoderDecoder(encoder=encoder, decoder=decoder), ids_of())
+    (call,), (wanted,) = (
+        calls_of(each, ids_of()) for each in (EncoderDecoder(encoder=encoder, decoder=decoder), encoder)
+    )
+    torch.testing.assert_close(call.weights(torch.eye(L)), wanted.weights(torch.eye(L)), rtol=0, atol=0)
 
 
 LONG: dict[str, dict[str, Any]] = {

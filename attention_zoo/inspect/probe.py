@@ -161,11 +161,14 @@ INSTEAD = (
 def calls_of(model: Any, ids: Tensor) -> list[Call]:
     """Every attention layer of a model with what it was called with on some ids [1, L].
 
+    Of an encoder and a decoder those of the encoder: the text is what it reads, and what the decoder says of it is not
+    there.
+
     Raises:
-        Unsupported: for a model that reads two texts, and for what `Call` refuses.
+        Unsupported: for what `Call` refuses, and for columns that cannot be followed.
     """
     if isinstance(model, EncoderDecoder):
-        raise Unsupported("encoder_decoder", "inspect", "it reads two texts, and here is one", "a model of one stack")
+        model = model.encoder
     found: list[tuple[Attention, list[Part]]] = []
     hooks = []
     with followed(model, ids.shape[1]) as now:

@@ -169,7 +169,7 @@
         depth = Math.max(0, ...runs.map(run => run.layers.length));
       outer.hidden = !depth;
       const wanted = Number(zoo.state.get().layer) || 0,
-        layer = Math.min(wanted, depth - 1);
+        layer = Math.max(0, Math.min(wanted, depth - 1));
       const told = JSON.stringify([zoo.theme.dark(), at, layer, runs.map(run => [run.key, run.group, run.style])]);
       if (!depth || told === painted) return;
       painted = told;
