@@ -31,19 +31,23 @@ class Origins(NamedTuple):
 
     Fields:
         keys: [S, m], the tokens that each column is made of alike; -1: none.
-        asks: [L], the column whose query is each token's; -1: none in this call.
+        length: L.
+        asking: [n], the tokens that have a query in the call.
+        columns: [n], the columns of these queries.
         source: as `keys`, of the columns of the call's source; None: it has none that is of this text.
     """
 
     keys: Int[Tensor, "S m"]
-    asks: Int[Tensor, " L"]
+    length: int
+    asking: Int[Tensor, " n"]
+    columns: Int[Tensor, " n"]
     source: Int[Tensor, "S m"] | None = None
 
 
 def plain(length: int) -> Origins:
     """Columns that are the tokens."""
     place = torch.arange(length)
-    return Origins(place[:, None], place)
+    return Origins(place[:, None], length, place, place)
 
 
 def mean_of(x: Float[Tensor, "L n"], members: Int[Tensor, "S m"]) -> Float[Tensor, "S n"]:
@@ -59,13 +63,21 @@ def _picked(x: Int[Tensor, "n ..."], index: Tensor) -> Tensor:
     return found.masked_fill((index < 0).view(*index.shape, *[1] * (x.ndim - 1)), -1)
 
 
+def _inside(outer: Origins, members: Tensor, column: Int[Tensor, " S"], source: Tensor | None = None) -> Origins:
+    """Columns made of others: `members` [S2, m] of each, and `column`, which of them asks for each of the others."""
+    keys = _picked(outer.keys, members)
+    columns = column[outer.columns]
+    there = columns >= 0
+    return Origins(keys.flatten(1), outer.length, outer.asking[there], columns[there], source)
+
+
 def of_groups(level: Level, tokens: Layout, outer: Origins) -> Origins:
     """What is inside of a level: its groups, and those that were to be grouped as its source."""
     at = windows(tokens, level.size, causal=level.causal, reach=level.reach)
     # columns of [0 | lead before | tokens] and of [0 | past before | groups]: see `Windows`
     members = (at.members[0] - 1 - at.last.shape[1]).clamp(min=-1).cpu()
     own = (at.own[0] - 1 - at.latest.shape[1]).clamp(min=-1).cpu()
-    return Origins(_picked(outer.keys, members).flatten(1), _picked(own, outer.asks), outer.keys)
+    return _inside(outer, members, own, outer.keys)
 
 
 def of_columns(wrapper: Wrapper, x: Tensor, tokens: Any, outer: Origins) -> list[Origins]:
@@ -84,7 +96,7 @@ def of_columns(wrapper: Wrapper, x: Tensor, tokens: Any, outer: Origins) -> list
         token = torch.where(is_token, one[:, 0].long() - 1, -1).cpu()
         column = torch.full((x.shape[1],), -1)
         column[token[token >= 0]] = (token >= 0).nonzero()[:, 0]
-        found.append(Origins(_picked(outer.keys, token), _picked(column, outer.asks)))
+        found.append(_inside(outer, token[:, None], column))
     return found
 
 

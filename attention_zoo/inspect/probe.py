@@ -50,7 +50,7 @@ class Call:
 
     def __init__(self, name: str, layer: Attention, parts: Sequence[Part]):
         self.name, self.layer, self.parts = name, layer, parts
-        self.length = len(parts[0].at.asks)
+        self.length = parts[0].at.length
         if not (hasattr(layer, "to_v") and hasattr(layer, "to_out")):
             raise self._refused("its heads do not weigh values of the tokens")
         nothing = torch.zeros(self.length, 1)
@@ -68,7 +68,11 @@ class Call:
     def of_tokens(self) -> bool:
         """Whether its columns are the tokens, all in one call."""
         (first, *more), place = self.parts, torch.arange(self.length)
-        return not more and torch.equal(first.at.keys, place[:, None]) and torch.equal(first.at.asks, place)
+        return (
+            not more
+            and torch.equal(first.at.keys, place[:, None])
+            and all(torch.equal(each, place) for each in (first.at.asking, first.at.columns))
+        )
 
     def weights(self, sets: Float[Tensor, "L n"]) -> Float[Tensor, "H L n"]:
         """The weight of each head's queries on each set, given by 1 for its tokens and 0 for the others."""
@@ -81,8 +85,7 @@ class Call:
         found = x.new_zeros(self.layer.heads, self.length, count)
         for part, own in zip(self.parts, self._own):
             made = (self._put_out(part, sets) - own)[..., :count].transpose(0, 1)
-            there = part.at.asks >= 0
-            found[:, there] = made[:, part.at.asks[there]]
+            found[:, part.at.asking] = made[:, part.at.columns]
         return found
 
     @torch.no_grad()
@@ -170,17 +173,20 @@ def calls_of(model: Any, ids: Tensor) -> list[Call]:
     if isinstance(model, EncoderDecoder):
         model = model.encoder
     found: list[tuple[Attention, list[Part]]] = []
+    asked: dict[Attention, Tensor] = {}
     hooks = []
     with followed(model, ids.shape[1]) as now:
 
         def keep(layer: Any, args: tuple[Any, ...], words: Any) -> None:
             part = Part(given_to(args, words), now())
-            mine = [parts for each, parts in found if each is layer]
+            before = asked.get(layer)
             # calls that ask for other tokens are of one pass over the text
-            if mine and not any(bool(((part.at.asks >= 0) & (each.at.asks >= 0)).any()) for each in mine[-1]):
-                mine[-1].append(part)
+            if before is not None and not bool(before[part.at.asking].any()):
+                next(parts for each, parts in reversed(found) if each is layer).append(part)
             else:
+                asked[layer] = torch.zeros(part.at.length, dtype=torch.bool)
                 found.append((layer, [part]))
+            asked[layer][part.at.asking] = True
 
         for layer in model.modules():
             if isinstance(layer, Attention) and not layer.wraps:
