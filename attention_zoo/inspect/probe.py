@@ -68,11 +68,8 @@ class Call:
     def of_tokens(self) -> bool:
         """Whether its columns are the tokens, all in one call."""
         (first, *more), place = self.parts, torch.arange(self.length)
-        return (
-            not more
-            and torch.equal(first.at.keys, place[:, None])
-            and all(torch.equal(each, place) for each in (first.at.asking, first.at.columns))
-        )
+        alike = torch.equal(first.at.keys, place[:, None]) and torch.equal(first.at.asking, place)
+        return not more and alike and torch.equal(first.at.columns, place)
 
     def weights(self, sets: Float[Tensor, "L n"]) -> Float[Tensor, "H L n"]:
         """The weight of each head's queries on each set, given by 1 for its tokens and 0 for the others."""

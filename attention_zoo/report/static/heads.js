@@ -130,12 +130,12 @@
         'figcaption',
         {},
         run.key === null
-          ? zoo.el('span', {}, run.label)
+          ? zoo.el('span', {class: 'name'}, run.label)
           : zoo.button(run.label, () => zoo.link.choose(run.key), {class: 'plain'}),
         zoo.button('PNG', save, {'aria-label': `Download the weights of ${run.label}, ${place}`}),
       ),
       canvas,
-      zoo.el('p', {class: 'note'}, `head ${head}, largest ${words.significant(layer.maps[head][0])}`),
+      zoo.el('p', {class: 'note'}, `${place}, largest ${words.significant(layer.maps[head][0])}`),
       zoo.el('details', {}, zoo.el('summary', {}, 'Numbers'), zoo.table(['', place], numbers)),
     );
   }
@@ -176,7 +176,8 @@
       const blocks = runs[0].layers[0]?.maps[0]?.[1].length ?? 0;
       note.textContent =
         `“${inspection.title}”, ${words.count(inspection.tokens)} tokens in ${blocks} blocks a side, as each run's ` +
-        'own kernels weigh them. Rows are queries, columns keys; darker is more, each head by its own largest weight.';
+        'own kernels weigh them. Rows are queries, columns keys; the stronger the colour the more, each head by its ' +
+        'own largest weight.';
       choices.replaceChildren(
         ...which(at),
         zoo.choice(
@@ -190,19 +191,24 @@
       const here = runs.filter(run => run.layers[layer]);
       const heads = Math.max(0, ...here.map(run => run.layers[layer].maps.length));
       box.replaceChildren(
-        // head by head, so that those of the runs stand beside each other
+        // a line for each head, in which those of the runs stand beside each other
         ...Array.from({length: heads}, (_, head) =>
-          here
-            .filter(run => run.layers[layer].maps[head])
-            .map(run => picture(run, run.layers[layer], layer, head)),
-        ).flat(),
+          zoo.el(
+            'div',
+            {class: 'pictures', data: {head}},
+            here
+              .filter(run => run.layers[layer].maps[head])
+              .map(run => picture(run, run.layers[layer], layer, head)),
+          ),
+        ),
       );
       mark(zoo.link.now());
     }
 
     function mark(what) {
-      const there = [...box.children].some(figure => figure.dataset.group === what?.group);
-      for (const figure of box.children)
+      const pictures = [...box.querySelectorAll('.picture')];
+      const there = pictures.some(figure => figure.dataset.group === what?.group);
+      for (const figure of pictures)
         figure.classList.toggle('faint', there && figure.dataset.group !== what.group);
     }
 
@@ -210,7 +216,7 @@
       outer = node;
       note = zoo.el('p', {class: 'note'});
       choices = zoo.el('div', {class: 'choices'});
-      box = zoo.el('div', {class: 'pictures'});
+      box = zoo.el('div');
       outer.append(zoo.el('h3', {}, 'What heads attend to'), note, choices, box);
       zoo.link.listen(mark);
       draw();
