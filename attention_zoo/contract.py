@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -138,12 +138,8 @@ class Layer(nn.Module):
         Raises:
             Unsupported: unless the layer says what its state is.
         """
-        raise Unsupported(
-            type(self).__name__,
-            "state",
-            "it has no initial_state, hence keeps none",
-            "state=None and all tokens at once",
-        )
+        reason = "it has no initial_state, hence keeps none"
+        raise Unsupported(type(self).__name__, "state", reason, "state=None and all tokens at once")
 
     def forward(
         self,
@@ -307,6 +303,10 @@ class Attention(Layer):
 
     def choices_shape(self, batch: int, length: int) -> tuple[int, ...] | None:
         """Shape of `Output.choices`, int32, where the mechanism makes some."""
+        return None
+
+    def made_of(self, tokens: Layout) -> Int[Tensor, "S m"] | None:
+        """The tokens of one row that each column attended to is made of alike, -1: no more. None: it is one token."""
         return None
 
     def pairs(self, length: int) -> float | None:

@@ -13,7 +13,6 @@ from references.reformer import reference as reformer_reference
 from torch import Tensor
 
 from attention_zoo import registry
-from attention_zoo.contract import Unsupported
 from attention_zoo.inspect.command import InspectConfig, inspect
 from attention_zoo.inspect.figures import figures
 from attention_zoo.inspect.probe import Call, calls_of
@@ -21,6 +20,7 @@ from attention_zoo.inspect.rows import is_plain, rows
 from attention_zoo.layout.layout import Layout
 from attention_zoo.model.saved import save
 from attention_zoo.model.transformer import Transformer
+from attention_zoo.report.inspected import inspected
 from attention_zoo.tracking import NoTracker
 
 L = 37
@@ -82,7 +82,7 @@ CASES = [
 @torch.no_grad()
 def test_weights_and_figures_are_those_of_the_definition(name: str, options: Any, definition: Any) -> None:
     layer, x = layer_of(name, **options), torch.randn(1, L, 16, dtype=torch.float64)
-    call, wanted = Call("it", layer, x, None), definition(layer, x)
+    call, wanted = Call.of(layer, x), definition(layer, x)
     torch.testing.assert_close(call.weights(torch.eye(L)), wanted, rtol=0, atol=1e-11)
     found = figures(call, window=3, sinks=2, blocks=8, exact=L)
     place = torch.arange(L)
@@ -110,16 +110,10 @@ def test_weights_and_figures_are_those_of_the_definition(name: str, options: Any
 def test_rows_of_rotated_and_grouped_patterns_are_those_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attention_zoo.inspect.rows.AT_ONCE", 2 * L * 5)
     layer = layer_of("longformer", positions="rotary", kv_heads=1)
-    call = Call("it", layer, torch.randn(1, L, 16, dtype=torch.float64), None)
+    call = Call.of(layer, torch.randn(1, L, 16, dtype=torch.float64))
     found = torch.cat([weights for _, weights in rows(call)], 1)
     torch.testing.assert_close(found, call.weights(torch.eye(L)), rtol=0, atol=1e-11)
-    assert not is_plain(Call("it", layer_of("full", sink_logit=True), call.x, None))
-
-
-@pytest.mark.parametrize("name", ["memory_compressed", "compressive", "block_recurrent"])
-def test_what_is_no_weighted_mean_of_tokens_is_refused(name: str) -> None:
-    with pytest.raises(Unsupported, match="inspect"):
-        Call("it", layer_of(name), torch.randn(1, L, 16, dtype=torch.float64), None)
+    assert not is_plain(Call.of(layer_of("full", sink_logit=True), call.parts[0].given.x))
 
 
 def test_long_texts_stay_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +159,8 @@ def test_runs_are_compared_in_files(tmp_path: Path) -> None:
         assert len(run["layers"]) == 2
         assert all(len(layer["blocks"]) == 2 for layer in run["layers"])
     assert path.with_name("attention.png").read_bytes().startswith(b"\x89PNG")
+    seen = inspected([tmp_path])
+    assert (seen.inspections, seen.left_out) == ([("seen", found)], []), "what the dashboard reads"
     page = path.with_name("attention.html").read_text()
     assert page.count("<tr>") == 1 + 2 * 2 * 2
     with pytest.raises(ValueError, match="text must be at least one byte"):

@@ -50,7 +50,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attention_zoo.attention.compressive_functions import LEARNED, Compression, picked, queries_of, with_frozen
@@ -68,7 +68,7 @@ from attention_zoo.ops.relative.projections import streams
 from attention_zoo.ops.relative.segments import segment_attention
 from attention_zoo.ops.softmax.function import watch, zeros_for
 from attention_zoo.options import Natural, NonNegative, Positive
-from attention_zoo.rules import OneOf
+from attention_zoo.rules import OneOf, Unsupported
 from attention_zoo.tokens import Tokens
 
 KERNELS: tuple[Kernel[RelativeCall], ...] = (
@@ -148,6 +148,18 @@ class Compressive(RelativeAttention):
         memory = self._sizes.memory_from(position // self.segment_length)
         slots = (memory // self.ratio).clip(max=self.compressed_length)
         return 1.5 * float((position - memory + 1 + slots).sum())
+
+    def made_of(self, tokens: Layout) -> Int[Tensor, "G m"]:
+        """See `Attention`: what compressed states are made of, then the tokens."""
+        if self.compression == "most_used":
+            raise Unsupported(
+                self.name, "compression=most_used", "which states are kept is known to a call alone", "compression=mean"
+            )
+        before = tokens.plan("no slots", lambda: none(1, tokens.valid.device).layout)
+        slots = slots_of(tokens, before, self._sizes, LEARNED.get(self.compression, 1))
+        taps = slots.taps[0] if slots.missing is None else slots.taps[0].masked_fill(slots.missing[0], -1)
+        place = torch.arange(tokens.valid.shape[1], device=taps.device)[:, None]
+        return torch.cat([taps, nn.functional.pad(place, (0, taps.shape[1] - 1), value=-1)])
 
     def core(self, batch: int, length: int) -> Operands:
         """See `Attention`: a document from its beginning, its compressed states, and keys of distances."""

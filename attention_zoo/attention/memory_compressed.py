@@ -43,7 +43,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -103,6 +103,12 @@ class MemoryCompressed(DerivedKeys):
         c = self.compression
         groups = sum((i + 1) // c for i in range(length)) if self.causal else length * -(-length // c)
         return float(groups + length + length * self.head_width * self.kv_heads / self.heads)
+
+    def made_of(self, tokens: Layout) -> Int[Tensor, "G c"]:
+        """See `Attention`: groups."""
+        groups = pooled(tokens, self.compression, partial=not self.causal)
+        members, missing = groups.members[0], groups.missing
+        return members if missing is None else members.masked_fill(missing[0, ..., 0], -1)
 
     def core(self, batch: int, length: int) -> Operands:
         """See `Attention`: compression is part of the call."""

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attention_zoo.attention.pattern import PatternAttention
+from attention_zoo.inspect.origins import layout_of
 from attention_zoo.inspect.probe import Call
 from attention_zoo.layout.layout import Layout
 
@@ -25,6 +26,8 @@ def is_plain(call: Call) -> bool:
     """Whether the formula above is all that there is: no projections of tokens that see everything, no sinks without a
     value or in a cache."""
     layer: Any = call.layer
+    if layer.cross or not call.of_tokens:
+        return False
     if not isinstance(layer, PatternAttention) or layer.sink is not None or getattr(layer.reach, "in_cache", False):
         return False
     return not (layer.computes_apart and layer.mark(_tokens(call)).is_global.any())
@@ -34,10 +37,10 @@ def is_plain(call: Call) -> bool:
 def rows(call: Call) -> Iterator[tuple[slice, Float[Tensor, "H n L"]]]:
     """Chunks of queries with their weights on all keys, in float64 where the call is, else in float32."""
     layer: Any = call.layer
-    tokens, L = _tokens(call), call.length
-    exact = torch.promote_types(call.x.dtype, torch.float32)
+    tokens, L, x = _tokens(call), call.length, call.parts[0].given.x
+    exact = torch.promote_types(x.dtype, torch.float32)
     q, k = (
-        layer.scheme.rotate(rearrange(to(call.x), "b l (h d) -> b h l d", d=layer.head_width), tokens.position)
+        layer.scheme.rotate(rearrange(to(x), "b l (h d) -> b h l d", d=layer.head_width), tokens.position)
         for to in (layer.to_q, layer.to_k)
     )
     k = k.repeat_interleave(layer.heads // layer.kv_heads, 1)[0].to(exact)
@@ -49,4 +52,4 @@ def rows(call: Call) -> Iterator[tuple[slice, Float[Tensor, "H n L"]]]:
 
 
 def _tokens(call: Call) -> Layout:
-    return Layout.plain(1, call.length, call.x.device) if call.tokens is None else Layout.of(call.tokens)
+    return layout_of(call.parts[0].given.x, call.parts[0].given.tokens)

@@ -13,6 +13,7 @@ from rich.console import Console
 from attention_zoo.options import Text, check_fields
 from attention_zoo.report import build_report, read, write_csv
 from attention_zoo.report.extract import write_tables
+from attention_zoo.report.inspected import inspected
 from attention_zoo.report.serve import HOST, Watched, server
 from attention_zoo.report.summary import Findings, show
 from attention_zoo.rules import shown
@@ -63,11 +64,12 @@ def report(config: ReportConfig) -> Path | None:
     if config.serve:
         _serve(Watched([str(path) for path in paths], config.title), config.port, Console())
         return None
-    rows = read(paths)
+    rows, seen = read(paths), inspected(paths)
+    rows.left_out += seen.left_out
     first = Path(paths[0])
     beside = first if first.is_dir() else first.parent
     folder = beside if config.output is None else Path(config.output)
-    path = build_report(rows, folder / "report.html", title=config.title)
+    path = build_report(rows, folder / "report.html", title=config.title, attention=seen.inspections)
     write_csv(rows, folder / "results.csv")
     write_tables(Findings.of(rows), folder / "tables")
     show(rows, path, Console())

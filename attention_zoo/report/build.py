@@ -6,7 +6,7 @@ What may be said of the rows stands in sections, written here; what is looked fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from attention_zoo.report import rows as results
 from attention_zoo.report.cells import Table
 from attention_zoo.report.data import dashboard
 from attention_zoo.report.extract import trainings_table
+from attention_zoo.report.inspected import Inspection
 from attention_zoo.report.quality import Task
 from attention_zoo.report.rows import LeftOut, Rows
 from attention_zoo.report.summary import Findings, headline, labels, summary
@@ -25,7 +26,9 @@ from attention_zoo.results.row import Row
 TITLE = "Which attention, at what cost?"
 
 
-def build_report(rows: Iterable[Row], path: str | Path, *, title: str = TITLE) -> Path:
+def build_report(
+    rows: Iterable[Row], path: str | Path, *, title: str = TITLE, attention: Sequence[tuple[str, Inspection]] = ()
+) -> Path:
     """Draw the report.
 
     Args:
@@ -33,6 +36,7 @@ def build_report(rows: Iterable[Row], path: str | Path, *, title: str = TITLE) -
             is not what a row must be is named on the page, and the others are drawn.
         path: of the HTML file; parent folders are made, an older file is replaced whole.
         title: on top of the page.
+        attention: what trained models attend to, see `report.inspected`.
 
     Returns:
         the path.
@@ -42,7 +46,7 @@ def build_report(rows: Iterable[Row], path: str | Path, *, title: str = TITLE) -
         OSError: naming the path, where it cannot be written.
     """
     found = findings(rows)
-    return write_atomic(path, document(found, title, dashboard(found)))
+    return write_atomic(path, document(found, title, dashboard(found, attention=attention)))
 
 
 def findings(rows: Iterable[Row]) -> Findings:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from attention_zoo.measure.identity import source_digest
-from attention_zoo.report import costs, groups, rivals
+from attention_zoo.report import costs, groups, inspected, rivals
 from attention_zoo.report import rows as results
 from attention_zoo.report.again_by import command_of
 from attention_zoo.report.beside import pairs, ranked
@@ -32,17 +32,20 @@ FIGURES = (
 CURVES = ("curve", "quality_curve", "loss_by_position")
 
 
-def dashboard(found: Findings, running: Sequence[Row] = ()) -> dict[str, Any]:
+def dashboard(
+    found: Findings, running: Sequence[Row] = (), attention: Sequence[tuple[str, inspected.Inspection]] = ()
+) -> dict[str, Any]:
     """The value that the page's scripts read.
 
     Args:
         found: in rows that were sifted.
         running: trainings that have not ended, as rows of status "running" with the curves that they have so far.
+        attention: what was inspected, see `inspected`.
 
     Returns:
         fields: [name, values] of words, see `Fields`; runs: each with `f`, its values by their place, `n`, its figures,
         and its curves; styles: of each label; tasks and settings: what is known of them, in the order of importance;
-        lost: statuses in words.
+        lost: statuses in words; attention: see `inspected.drawn`.
     """
     rows = [*found.rows, *running]
     names = labels(found.rows)
@@ -59,17 +62,24 @@ def dashboard(found: Findings, running: Sequence[Row] = ()) -> dict[str, Any]:
         task = task_of.get(id(row))
         title = task.title if task else begun.get(row.get("task"), row.get("task"))
         runs.append(_run(row, key, label, task, title, fields, mine))
+    lines = {run["label"]: row["backend"] for run, row in zip(runs, rows)}
+    known = {run["key"]: run["label"] for run in runs}
+    for _, inspection in attention:
+        for each in inspection["runs"]:
+            label = inspected.label_of(each, known)
+            lines.setdefault(label, each["backend"] or label)
     settings = costs.settings(found.rows)
     beside = [_beside(task, setting, found) for task in found.tasks for setting in settings]
     return {
         "fields": fields.table(),
         "runs": runs,
-        "styles": styles({run["label"]: row["backend"] for run, row in zip(runs, rows)}),
+        "styles": styles(lines),
         "tasks": [_task(task) for task in [*found.tasks, *_unknown(begun, found)]],
         "settings": [setting.words() for setting in settings],
         "beside": [each for each in beside if each["pairs"]],
         "lost": results.STATUS,
         "learnt": LEARNT,
+        "attention": inspected.drawn(attention, known),
     }
 
 

@@ -23,6 +23,7 @@ DASHBOARD = """
 <div id="table-tools" class="bar"></div>
 <div id="table" class="table" role="region" aria-label="All runs"></div>
 <div id="pictures"></div>
+<div id="heads"></div>
 """
 NONE = '<noscript><p class="warn">Charts and the table of runs need JavaScript; all else stands below.</p></noscript>'
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from attention_zoo.report.build import document, sections
 from attention_zoo.report.data import dashboard
+from attention_zoo.report.inspected import ATTENTION, inspected
 from attention_zoo.report.rows import Rows
 from attention_zoo.report.running import METRICS, running
 from attention_zoo.report.sources import KEPT, RESULT, TABLE, read
@@ -61,7 +62,9 @@ class Watched:
             found = Findings.of(read([str(path) for path in self.paths]))
         except ValueError:  # nothing has ended yet
             found = Findings.of(Rows())
-        data = dashboard(found, running(self.paths))
+        attention = inspected(self.paths)
+        found.rows.left_out += attention.left_out
+        data = dashboard(found, running(self.paths), attention.inspections)
         self._data = json.dumps({"data": data, "sections": sections(found)}).encode()
         self._findings, self._seen = found, seen
 
@@ -81,7 +84,8 @@ def _files(folder: Path) -> Iterator[Path]:
         inner[:] = [name for name in inner if not name.startswith(".")]
         kept = Path(place).name in KEPT
         for name in names:
-            if name in (TABLE, RESULT, METRICS) or (kept and name.endswith(".json") and not name.startswith(".")):
+            single = kept and name.endswith(".json") and not name.startswith(".")
+            if single or name in (TABLE, RESULT, METRICS, ATTENTION):
                 yield Path(place) / name
 
 

@@ -17,6 +17,7 @@
     zoo.legend.draw();
     zoo.charts.renew();
     zoo.pictures.again();
+    zoo.heads.again();
     zoo.details.render();
   };
 
@@ -25,12 +26,14 @@
     zoo.runsTable.draw();
     zoo.charts.renew();
     zoo.pictures.draw();
+    zoo.heads.draw();
   });
   zoo.facets.start(zoo.by('facets'));
   zoo.legend.start(zoo.by('legend'));
   zoo.runsTable.start(zoo.by('table-tools'), zoo.by('table'));
   zoo.charts.start(zoo.by('charts'));
   zoo.pictures.start(zoo.by('pictures'));
+  zoo.heads.start(zoo.by('heads'));
   zoo.details.start(zoo.by('details'));
   zoo.diff.start(zoo.by('diff'));
   let frame = 0,
@@ -45,6 +48,7 @@
       if (asked) {
         zoo.legend.draw();
         zoo.pictures.draw();
+        zoo.heads.draw();
       }
       asked = false;
       zoo.charts.renew();

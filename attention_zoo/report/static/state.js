@@ -12,6 +12,9 @@ zoo.state = (() => {
     theme: '',
     rows: '',
     attend: '',
+    seen: '',
+    look: '',
+    layer: '',
   };
   const many = ['off', 'cols', 'pin', 'vs', 'facets'];
   const listeners = [];
