@@ -201,8 +201,8 @@ class Sweeping(Launcher):
 
 
 def _start(inner: Launcher) -> None:
-    """Start Ray here rather than in its launcher: it takes SIGTERM for itself, in C++ even, and would abort this process
-    three seconds later, whatever is being saved."""
+    """Start Ray here before its launcher does: it takes SIGTERM for itself, in C++ even, and would abort this process
+    within three seconds, whatever is being saved."""
     if type(inner).__name__ != "RayLauncher":
         return
     import ray
