@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 REQUEUE = 75
@@ -53,6 +54,42 @@ def install() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _on_signal)
+
+
+@contextmanager
+def beside() -> Iterator[None]:
+    """A stretch in a process of somebody else's in which signals raise `Stopped`: first comes the handler that was
+    there, which may raise something of its own to requeue the job. Nothing is changed outside of the main thread."""
+    before: dict[int, Any] = {}
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if callable(before[number]):
+            before[number](number, frame)
+        raise Stopped(signal.Signals(number))
+
+    if threading.current_thread() is threading.main_thread():
+        before = {each: signal.getsignal(each) for each in SIGNALS}
+        before = {each: found for each, found in before.items() if found not in (None, signal.SIG_IGN)}
+    for each in before:
+        signal.signal(each, on_signal)
+    try:
+        yield
+    finally:
+        for each, found in before.items():
+            signal.signal(each, found)
+
+
+@contextmanager
+def ctrl_c_here_alone() -> Iterator[None]:
+    """A stretch in which processes that this thread starts never hear of a terminal's Ctrl-C, which comes to all of a
+    terminal's. Another thread must be there that hears of it for this process."""
+    masked = getattr(signal, "pthread_sigmask", None)
+    before = masked(signal.SIG_BLOCK, [signal.SIGINT]) if masked else None
+    try:
+        yield
+    finally:
+        if masked:
+            masked(signal.SIG_SETMASK, before)
 
 
 def _on_signal(number: int, _frame: FrameType | None) -> None:

@@ -289,8 +289,10 @@ SWEEP = [
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "ray"])
 def test_a_sweep_in_other_processes_tells_what_failed(launcher: str) -> None:
     words = [*SWEEP, f"hydra/launcher={launcher}", "-m", "model.heads=3,2"]
-    if launcher == "submitit_local":
-        words.append("hydra.launcher.timeout_min=2")
+    words += {
+        "submitit_local": ["hydra.launcher.timeout_min=2"],
+        "ray": ["+hydra.launcher.ray.init.include_dashboard=false"],
+    }.get(launcher, [])
     done = subprocess.run(
         [sys.executable, "-m", "attention_zoo", "train", *words],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,

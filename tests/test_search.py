@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from rich.console import Console
 
 from attention_zoo import stopping
 from attention_zoo.commands.main import main
 from attention_zoo.files import append_jsonl
 from attention_zoo.jobs.space import check_space, dimensions, word_of
+from attention_zoo.jobs.status import StatusConfig, status
 from attention_zoo.jobs.trainings import Run, RunEvent
 from attention_zoo.report import read
 from attention_zoo.training.config import compose_training
@@ -162,6 +164,9 @@ def test_it_draws_the_same_again_and_goes_on(
     assert row["config"]["optimizer"]["lr"] == config["optimizer"]["lr"] == whole[best][1]["optimizer.lr"]
     assert row["quality_curve"][-1][1] == whole[best][2]
     assert len(read(tmp_path / "whole")) == 3, "a report takes its rows"
+    (job,) = status(StatusConfig(str(tmp_path / "whole")), Console(quiet=True))
+    assert job.count() == {"done": 3}
+    assert job.plan.again().startswith("attention-zoo search")
 
 
 def test_a_trial_that_fails_is_told_and_the_others_go_on(
@@ -215,6 +220,8 @@ def test_what_is_worse_than_half_of_the_others_is_ended_early(tmp_path: Path, mo
     assert [state for state, _, _ in found] == ["COMPLETE"] * 6 + ["PRUNED"]
     (row,) = (json.loads(path.read_text()) for path in tmp_path.glob("search-*/trial-*/result.json"))
     assert (row["status"], row["error"]) == ("timeout", "pruned after step 1 of 4, at accuracy 0.1000")
+    (job,) = status(StatusConfig(str(tmp_path)), Console(quiet=True))
+    assert [state.kind for state in job.found][-1] == "done", "no failure that could be tried again"
 
 
 def test_who_is_asked_to_stop_has_the_trial_gone_on_with(

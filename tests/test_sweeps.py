@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -194,6 +197,9 @@ def test_a_run_that_is_stopped_saves_and_goes_on(tmp_path: Path) -> None:
 
     def look() -> None:
         if (tmp_path / "a" / "metrics.jsonl").exists():
+            # a scheduler tells all processes at once
+            assert nursery._server is not None
+            os.kill(nursery._server._process.pid, signal.SIGTERM)
             raise stopping.Stopped(signal.SIGTERM)
 
     with Nursery() as nursery:
@@ -207,6 +213,53 @@ def test_a_run_that_is_stopped_saves_and_goes_on(tmp_path: Path) -> None:
         row = train_alone(nursery, config(), tmp_path / "b", threads=1, look=lambda: None)
     assert row["status"] == "ok", row["error"]
     assert row["wall_seconds"] >= row["train_seconds"] > 0
+
+
+@pytest.mark.parametrize("requeues", [False, True])
+def test_a_worker_saves_on_signals_that_its_launcher_passes_over_or_requeues_by(requeues: bool) -> None:
+    heard: list[int] = []
+
+    def theirs(number: int, frame: object) -> None:
+        heard.append(number)
+        if requeues:
+            raise SystemExit(144)
+
+    before = signal.signal(signal.SIGTERM, theirs)
+    usual = signal.getsignal(signal.SIGUSR1)
+    try:
+        with pytest.raises(SystemExit if requeues else stopping.Stopped), stopping.beside():
+            _sent(signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+        with pytest.raises(stopping.Stopped, match="SIGUSR1"), stopping.beside():
+            _sent(signal.SIGUSR1)
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == (theirs, usual)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _sent(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(10)
+
+
+def test_children_never_hear_of_ctrl_c_and_this_process_does() -> None:
+    over = threading.Event()
+    threading.Thread(target=over.wait, daemon=True).start()
+    before = signal.signal(signal.SIGINT, stopping._on_signal)
+    try:
+        with suppress(stopping.Stopped), stopping.graceful() as asked:
+            with stopping.ctrl_c_here_alone():
+                child = subprocess.Popen(["sleep", "60"])
+                child.send_signal(signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+                while asked() is None:
+                    time.sleep(0.01)
+            child.terminate()
+            assert child.wait() == -signal.SIGTERM
+            assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        signal.signal(signal.SIGINT, before)
+        over.set()
 
 
 def test_looking_at_a_folder_keeps_nobody_from_it(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -76,8 +77,6 @@ class Job:
         make, hydra = COMMANDS[self.name].cell, HydraConfig.get()
         assert make is not None
         beneath = os.getppid() == control.parent
-        if os.getpid() != control.parent:
-            _leave_stopping_to_parent()
         if beneath:
             _end_after(control.parent)
 
@@ -88,7 +87,7 @@ class Job:
 
         cell = make(composed, hydra).within(control.places.get(" ".join(hydra.overrides.task)))
         try:
-            with _WORKING:
+            with _WORKING, nullcontext() if os.getpid() == control.parent else _stopped_by_parent():
                 row = cell.work(control.since, nursery(), threads=control.threads, patient=self.patient, look=look)
         except stopping.Stopped as stop:
             return Outcome(stop.code, state="stopped")
@@ -110,13 +109,11 @@ def end_nursery() -> None:
         nursery.cache_clear()
 
 
-def _leave_stopping_to_parent() -> None:
-    """In a worker: a terminal's Ctrl-C comes to all, and the parent says when to stop. Handlers that a launcher has set
-    stay: some requeue the job."""
+def _stopped_by_parent() -> AbstractContextManager[None]:
+    """In a worker: a terminal's Ctrl-C comes to all, and the parent says when to stop. Other signals are for it."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        stopping.install()
+    return stopping.beside()
 
 
 _WORKING = threading.Lock()

@@ -2,7 +2,7 @@
 
 | state | what lies there |
 |---|---|
-| done | a row that is "ok", or of a cell that was measured to its limits |
+| done | a row that is "ok", of a trial that was pruned, or of a cell that was measured to its limits |
 | failed | a row that says why not |
 | running | somebody has a lock |
 | lost | traces of somebody who is gone: the next call does it again by itself |
@@ -100,7 +100,8 @@ def _of_training(planned: Planned, folder: Path) -> State:
     by = owner(folder) or owner(folder, CLAIMS)
     row = None if by else _row(folder / RESULT, "quality", planned.id)
     if row is not None and row["status"] != "lost":
-        return State(planned, "done" if row["status"] == "ok" else "failed", 1.0, 0.0, row)
+        through = row["status"] == "ok" or row.get("stopped")  # by a search on purpose: no failure
+        return State(planned, "done" if through else "failed", 1.0, 0.0, row)
     step, tokens_per_second = _progress(folder)
     steps, tokens = planned.steps or 0, planned.tokens or 0
     share = min(step / steps, 1.0) if steps else 0.0

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attention_zoo.files import Damaged, read_jsonl, safe_name
+from attention_zoo.jobs.plan import COMMAND, Planned, write_plan
 from attention_zoo.jobs.search import SearchOptions
 from attention_zoo.jobs.space import Dimension, check_space, dimensions
 from attention_zoo.jobs.study import Failed, Study, original
@@ -82,6 +83,7 @@ class Search:
         label = safe_name(f"search-{task.name}-{self.base['backend']}", NAME_LIMIT)
         self.folder = Path(self.base["output"]) / f"{label}-{name}"
         self.study = Study(self.folder, name, self.better, options)
+        self.command = COMMAND.get()  # threads have none
         self.error: BaseException | None = None
 
     def run(self, asked: Callable[[], Any]) -> None:
@@ -136,6 +138,7 @@ class Search:
         place = self.folder / f"trial-{number:04d}"
         trial.set_user_attr("words", chosen)
         try:
+            self._plan()
             if (twin := self._twin(trial)) is not None:
                 trial.set_user_attr("same_as", original(twin))
                 assert twin.value is not None
@@ -156,7 +159,7 @@ class Search:
         except optuna.TrialPruned as pruned:
             _say(f"{label}: {pruned}")
             if not (place / RESULT).is_file():
-                self._record(config, place, Ended("timeout", str(pruned)))
+                self._record(config, place, Ended("timeout", str(pruned)), stopped="pruned")
             raise
         except Stopped:
             self.study.again(trial)
@@ -168,6 +171,20 @@ class Search:
         value = float(row["quality_curve"][-1][1])
         _say(f"{label}: {self.metric} {value:.4f}")
         return value
+
+    def _plan(self) -> None:
+        """Leave word for `status` of the trials that there are, and of those that are still to be drawn."""
+        steps, tokens = self.base["steps"], self.base["batch"] * self.base["seq_len"]
+        named = {
+            f"trial-{trial.user_attrs.get('same_as', original(trial)):04d}": " ".join(trial.user_attrs.get("words", []))
+            for trial in self.study.standing()
+        }
+        named |= {f"trial-next-{index}": "to be drawn" for index in range(self.options.trials - len(named))}
+        cells = [
+            Planned(f"{name[6:]}: {words}", "training", str(self.folder / name), steps=steps, tokens=tokens)
+            for name, words in named.items()
+        ]
+        write_plan(self.folder, self.command, cells, parallel=self.options.workers)
 
     def _twin(self, trial: optuna.Trial) -> FrozenTrial | None:
         """A trial of the same values that has ended well."""
@@ -192,9 +209,9 @@ class Search:
             self._record(config, place, ended)
         return Failed(ended.reason)
 
-    def _record(self, config: Mapping[str, Any], place: Path, ended: Ended) -> None:
+    def _record(self, config: Mapping[str, Any], place: Path, ended: Ended, **more: Any) -> None:
         """The row of a trial whose training has left none."""
-        row = lost_row(config, identity_of(config), ended, task=task_name(config), data=data_of(config))
+        row = lost_row(config, identity_of(config), ended, task=task_name(config), data=data_of(config)) | more
         place.mkdir(exist_ok=True)
         keep_row(place / RESULT, row)
 

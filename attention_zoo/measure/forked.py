@@ -23,8 +23,10 @@ STEP_S = 0.01
 
 
 def link_to_parent() -> Link:
-    """To the process that started this one by `servers.Server`. Ctrl-C is the parent's to deal with."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """To the process that started this one by `servers.Server`. Being asked to stop is the parent's to deal with: who
+    asks all processes at once, as schedulers do, would else take the children's time to save from them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     return Link(socket.socket(fileno=int(sys.argv[1])))
 
 

@@ -1,4 +1,4 @@
-"""Sweeps whose processes are killed at any moment, parents, workers and cells alike, and that two parents share.
+"""Sweeps whose processes are killed or asked to stop at any moment, one of them or all, and that two parents share.
 
 The next call makes everything whole: the same rows and figures as of a sweep that nobody disturbed, nothing done again
 that was done, nothing left behind.
@@ -28,8 +28,11 @@ from . import Counts
 from .cells import ROOT, _left, _marked, _orphans, _send
 from .kills import left_by
 
-TITLE = "sweeps in this process and in local ones, with one parent or two: any process killed at random moments"
+TITLE = "sweeps in this process, joblib and submitit, with one parent or two: processes killed or asked to stop"
 SMALL, LARGE = 1, 40
+ENDS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+CODES = {signal.SIGKILL: -9, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
+LAUNCHERS = {"basic": (), "joblib": (), "submitit_local": ("hydra.sweeper.max_batch_size=2",)}
 PATIENCE_S = 240.0
 CELLS = 3
 WORDS = (
@@ -42,7 +45,7 @@ Found = Iterator[tuple[str, str]]
 
 
 def run(count: int, seed: int) -> Counts:
-    """Kill `count` processes."""
+    """Disturb `count` sweeps."""
     found = Counts()
     with tempfile.TemporaryDirectory() as place:
         whole = Path(place) / "whole"
@@ -58,18 +61,21 @@ def run(count: int, seed: int) -> Counts:
 
 
 def _throw(rng: random.Random, folder: Path, expected: dict[str, Any]) -> Found:
-    launcher, parents = rng.choice(("basic", "joblib")), rng.choice((1, 2))
-    case = f"{parents} parents, {launcher}"
+    launcher, parents, by = rng.choice(list(LAUNCHERS)), rng.choice((1, 2)), rng.choice(ENDS)
+    case = f"{parents} parents, {launcher}, {by.name}"
     with _marked() as mark:
         jobs = [_start(folder, launcher) for _ in range(parents)]
         until = time.monotonic() + PATIENCE_S
         while not list(folder.glob("*/.claim")) and time.monotonic() < until and jobs[0].poll() is None:
             time.sleep(0.05)
         time.sleep(rng.uniform(0, 6))
-        victim = rng.choice([*_left(mark), jobs[0].pid])
-        case += f", killed {'a parent' if victim in [job.pid for job in jobs] else 'another'}"
+        whom = [jobs[0].pid]
+        if rng.random() < 0.5:  # a terminal's Ctrl-C comes to all, and so does what a scheduler says
+            whom = [rng.choice([*_left(mark), jobs[0].pid])] if by == signal.SIGKILL else _left(mark)
+        case += f" to {'a parent' if whom == [jobs[0].pid] else f'{len(whom)} processes'}"
         before = _finished(folder)
-        _send(victim, signal.SIGKILL)
+        for each in whom:
+            _send(each, by)
         for job in jobs:
             try:
                 said = job.communicate(timeout=PATIENCE_S)[0]
@@ -78,9 +84,10 @@ def _throw(rng: random.Random, folder: Path, expected: dict[str, Any]) -> Found:
                 continue
             if "Traceback" in said:
                 yield "raw", f"{case}: {said[-500:]}"
-            # who was not killed itself goes on without the dead; its last cells may have been the dead's to the end
-            if job.pid != victim and job.returncode != 0:
-                yield "lost", f"{case}: a parent that lives ended with {job.returncode}: {said[-500:]}"
+            # who was not ended itself goes on without the dead; its last cells may have been the dead's to the end
+            wanted = (CODES[by], -by, 0) if job.pid in whom else (0,)
+            if job.returncode not in wanted:
+                yield "lost", f"{case}: a parent ended with {job.returncode}: {said[-500:]}"
         yield from _orphans(mark, case)
     done = {**before, **_finished(folder)}
     code, told = _here(folder)
@@ -95,7 +102,7 @@ def _throw(rng: random.Random, folder: Path, expected: dict[str, Any]) -> Found:
 
 
 def _start(folder: Path, launcher: str) -> subprocess.Popen[str]:
-    words = [*WORDS, f"output={folder}", f"hydra/launcher={launcher}", "-m"]
+    words = [*WORDS, f"output={folder}", f"hydra/launcher={launcher}", *LAUNCHERS[launcher], "-m"]
     return subprocess.Popen(
         [sys.executable, "-m", "attention_zoo", "train", *words], text=True, errors="replace", cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
