@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from attention_zoo.layout.host import Array, Host
 from attention_zoo.layout.layout import Layout
-from attention_zoo.layout.pooled import Pooled, pooled
+from attention_zoo.layout.pooled import pooled
 
 
 class Turns(NamedTuple):

@@ -251,7 +251,12 @@ class _Look:
             into[heads, queries].baddbmm_(self.weights(self.q[heads, queries], heads), self.v[heads], beta=0)
 
     def backward(
-        self, dfound: Tensor, delta: Tensor, dqueries: Tensor, dk: Float[Tensor, "b K m D"], dv: Float[Tensor, "b K m D"]
+        self,
+        dfound: Tensor,
+        delta: Tensor,
+        dqueries: Tensor,
+        dk: Float[Tensor, "b K m D"],
+        dv: Float[Tensor, "b K m D"],
     ) -> None:
         """Gradients of queries, keys and values, into their places."""
         grad, gap, dq, scale = self.rows(dfound), self.rows(delta), self.rows(dqueries), self.run.course.scale
@@ -332,8 +337,7 @@ class _Back:
 
     def weights(self) -> Weights:
         """Gradients of the weights: products over all states, and over all blocks."""
-        run, w = self.run, self.run.weights
-        dprojected, draw = self.dprojected.flatten(0, 1), self.draw.flatten(0, 1)
+        w, dprojected, draw = self.run.weights, self.dprojected.flatten(0, 1), self.draw.flatten(0, 1)
         return Weights(
             self.dprojected.sum(0) @ w.into,
             dprojected.T @ self.seen.flatten(0, 1),
@@ -345,7 +349,9 @@ class _Back:
 
     def _of_keep(self, gate: Float[Tensor, " E"]) -> Float[Tensor, " E"]:
         run, first = self.run, self.run.first
-        followed = [first + np.arange(count) + run.blocks(turn).start for turn, count in enumerate(run.course.counts[1:])]
+        followed = [
+            first + np.arange(count) + run.blocks(turn).start for turn, count in enumerate(run.course.counts[1:])
+        ]
         numbers = tensor_of(np.concatenate([run.course.start, *followed]), gate.device)
         # before - left = (1 - g) · (before - z): z itself is not needed
         apart = self.vectors.index_select(0, numbers).sub_(self.vectors[first:])
