@@ -40,7 +40,8 @@ class Pieces(NamedTuple):
         keys: [n, W], the keys, as rows of [B · T]; any where there is none.
         there: [n, W], where there is one; None: everywhere.
         runs: of each piece, its keys as runs; None: too many to be worth it.
-        own: how many of the last columns are in the queries' own segment.
+        own: how many of the last columns are in the queries' own segment, at most.
+        near: [n, own], which of these are; None: all.
     """
 
     starts: tuple[int, ...] | None
@@ -50,6 +51,7 @@ class Pieces(NamedTuple):
     there: Bool[Tensor, "n W"] | None
     runs: tuple[tuple[Run, ...], ...] | None
     own: int
+    near: Bool[Tensor, "n own"] | None
 
 
 class PiecePlan(NamedTuple):
@@ -59,11 +61,13 @@ class PiecePlan(NamedTuple):
         groups: pieces that are alike.
         distances: how many distances, from 0 on, the table of distance keys must hold.
         whole: whether every row of [B · L] is a query.
+        together: whether as much as fits runs at once, filled up: few operators, rather than few scores.
     """
 
     groups: tuple[Pieces, ...]
     distances: int
     whole: bool
+    together: bool
 
 
 def segment_attention(
@@ -202,15 +206,17 @@ class _Part:
 class _Tile:
     """Some pieces of a group, and the parts in which they are computed: the last rows of some heads first."""
 
-    def __init__(self, group: Pieces, pieces: slice, heads: list[slice]):
+    def __init__(self, group: Pieces, pieces: slice, heads: list[slice], rows: int):
         self.rows, self.keys, self.own = group.rows[pieces], group.keys[pieces], group.own
-        self.asked, self.there = (None if x is None else x[pieces] for x in (group.asked, group.there))
+        self.asked, self.there, self.near = (
+            None if x is None else x[pieces] for x in (group.asked, group.there, group.near)
+        )
         self.runs = None if group.runs is None else group.runs[pieces]
         self.R, self.W = self.rows.shape[1], self.keys.shape[1]
         first = () if group.starts is None else group.starts[pieces]
         self.alone = slice(first[0], first[0] + self.R) if len(first) == 1 else None
-        starts = range(0, self.R, ROWS)[::-1]
-        self.parts = [_Part(self, some, start, min(start + ROWS, self.R)) for some in heads for start in starts]
+        starts = range(0, self.R, rows)[::-1]
+        self.parts = [_Part(self, some, start, min(start + rows, self.R)) for some in heads for start in starts]
 
     def rows_of(self, x: Float[Tensor, "B L H D"], name: str, like: Tensor, scratch: Scratch) -> Tensor:
         """The queries' rows, [H, n, R, D], in the scratch."""
@@ -245,9 +251,11 @@ class _Tile:
         found, first = found.permute(1, 2, 0, 3), self.W - self.own
         if self.runs is None:
             found = found if self.there is None else found.masked_fill(~self.there[..., None, None], 0)
-            every.index_add_(0, self.keys.flatten(), found.flatten(0, 1))
+            _add_rows(every, self.keys, found)
             if own is not None:
-                own.index_add_(0, self.keys[:, first:].flatten(), found[:, first:].flatten(0, 1))
+                found = found[:, first:]
+                found = found if self.near is None else found.masked_fill(~self.near[..., None, None], 0)
+                _add_rows(own, self.keys[:, first:], found)
             return
         for runs, piece in zip(self.runs, found):
             for start, at, count in runs:
@@ -260,15 +268,24 @@ class _Tile:
 def _tiles(plan: PiecePlan, q: Tensor) -> Iterator[_Tile]:
     """The largest pieces first, so that scratch never grows; as many pieces, or else heads, as `TILE` allows."""
     # on a CPU more at once than chunks do: rows are whole, so that a part takes few passes, and starting them costs
-    H, limit = q.shape[2], TILE["cuda"] if q.is_cuda else 4 * TILE["cpu"]
+    H, limit = q.shape[2], TILE["cuda"] if plan.together or q.is_cuda else 4 * TILE["cpu"]
     for group in sorted(plan.groups, key=lambda group: -group.rows.shape[1] * group.keys.shape[1]):
-        scores = min(ROWS, group.rows.shape[1]) * group.keys.shape[1]
+        rows = min(group.rows.shape[1], limit if plan.together else ROWS)
+        scores = rows * group.keys.shape[1]
         together = min(H, max(1, limit // scores))
         together = -(-H // -(-H // together))  # alike many in each part
         heads = [slice(head, head + together) for head in range(0, H, together)]
         count = max(1, limit // (scores * together))
         for piece in range(0, len(group.rows), count):
-            yield _Tile(group, slice(piece, piece + count), heads)
+            yield _Tile(group, slice(piece, piece + count), heads, rows)
+
+
+def _add_rows(into: Float[Tensor, "BT H D"], rows: Int[Tensor, "n W"], found: Float[Tensor, "n W H D"]) -> None:
+    """In a fixed order, which `index_add_` has on a CPU alone."""
+    if into.is_cuda:
+        into.index_put_((rows,), found, accumulate=True)
+    else:
+        into.index_add_(0, rows.flatten(), found.flatten(0, 1))
 
 
 def _flat(x: Tensor) -> Float[Tensor, "BL H D"]:
