@@ -234,7 +234,7 @@ def _pieces(keys: Layout, slots: Layout, queries: int, sizes: Sizes, together: b
         token = tokens(*mine, np.where(back < width, last - back, -1))
         before = summaries(*mine, np.where((back >= width) & (back < width + count), group, -1))
         columns = np.where(token < 0, before, token + G)
-        groups.append(_group(mine[0], asked, columns, queries, G + N, own, together, device))
+        groups.append(_group(mine[0], asked, columns, queries, G + N, own, together, len(host.valid) * queries, device))
     whole = len(row) > 0 and bool(host.valid[:, N - queries :].all())
     return PiecePlan(tuple(groups), int((shapes[:, 1] + shapes[:, 2]).max(initial=1)), whole, together)
 
@@ -255,22 +255,25 @@ def _alike(shapes: Int[np.ndarray, "n 4"], together: bool) -> list[Array]:
 
 
 def _group(
-    row: Array, asked: Array, columns: Array, queries: int, table: int, own: Array, together: bool, device: torch.device
-) -> Pieces:
+    row: Array, asked: Array, columns: Array, queries: int, table: int, own: Array, together: bool, every: int,
+    device: torch.device,
+) -> Pieces:  # fmt: skip
     here, there = asked >= 0, columns >= 0
     apart = -2 - 2 * np.arange(columns.shape[1])  # what is not there goes on with nothing
     runs = () if together else tuple(map(_runs, np.where(there, columns + row * table, apart)))
     follow = not together and bool((here & (asked - asked[:, :1] == np.arange(asked.shape[1]))).all())
-    near = np.arange(int(own.max()))[::-1] < own
+    far = ~there[:, -int(own.max()) :] | (np.arange(int(own.max()))[::-1] >= own)
+    rows = asked + row * queries
     return Pieces(
-        tuple((asked + row * queries)[:, 0].tolist()) if follow else None,
-        tensor_of((asked + row * queries).clip(min=0), device),
-        None if bool(here.all()) else tensor_of(here, device),
+        tuple(rows[:, 0].tolist()) if follow else None,
+        tensor_of(rows.clip(min=0), device),
+        None if bool(here.all()) else tensor_of(~here[..., None], device),
+        tensor_of(np.where(here, rows, every), device),
         tensor_of(np.where(there, columns + row * table, 0), device),
-        None if bool(there.all()) else tensor_of(there, device),
+        None if bool(there.all()) else tensor_of(~there[:, None], device),
         runs if runs and max(map(len, runs)) <= FEW_RUNS else None,
-        near.shape[1],
-        None if bool(near.all()) else tensor_of(near, device),
+        far.shape[1],
+        tensor_of(far[..., None, None], device) if bool(far.any()) else None,
     )
 
 
