@@ -58,13 +58,13 @@ class _Blocks(NamedTuple):
     """Complete blocks, row after row, document after document.
 
     Fields:
-        row, document, index: [n]; which block of its document each is.
+        row, document, number: [n]; which block of its document each is.
         members: [n, size], columns of its row.
     """
 
     row: Int[np.ndarray, " n"]
     document: Int[np.ndarray, " n"]
-    index: Int[np.ndarray, " n"]
+    number: Int[np.ndarray, " n"]
     members: Int[np.ndarray, "n w"]
 
     @property
@@ -113,7 +113,7 @@ def turns(tokens: Layout, keys: Layout, held: Host, size: int, keeps: bool) -> T
     start = np.where(blocks.document[lanes] == known[blocks.row[lanes], 0], 1 + blocks.row[lanes], 0)
     return Turns(
         (blocks.members + blocks.row[:, None] * S)[order], counts, start,
-        blocks.index[order], _filled(number(*asked), mine.valid, last), last[:, 0],
+        blocks.number[order], _filled(number(*asked), mine.valid, last), last[:, 0],
     )  # fmt: skip
 
 
@@ -136,8 +136,8 @@ def _before(blocks: _Blocks, document: Array, block: Array) -> Array:
     if not len(blocks.row):
         return np.full(document.shape, -1)
     ids = np.union1d(blocks.document, document)
-    stride = int(max(blocks.index.max(initial=0), block.max(initial=0))) + 2
-    known = (blocks.row * len(ids) + np.searchsorted(ids, blocks.document)) * stride + blocks.index  # they rise
+    stride = int(max(blocks.number.max(initial=0), block.max(initial=0))) + 2
+    known = (blocks.row * len(ids) + np.searchsorted(ids, blocks.document)) * stride + blocks.number  # they rise
     wanted = (row * len(ids) + np.searchsorted(ids, document)) * stride + block
     found = np.searchsorted(known, wanted) - 1
     return np.where((found >= 0) & (known[found.clip(min=0)] // stride == wanted // stride), found, -1)
