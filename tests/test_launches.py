@@ -31,10 +31,10 @@ KERNELS = {
 MORE = {"h_transformer_1d": (0, 20), "memory_compressed": (0, 10), "reformer": (10, 0)}
 """More than that, forward and backward: gradients of means level by level; a convolution of keys and values; documents
 with different numbers of buckets among padding."""
-SEGMENTS = {"block_recurrent": (200, 320), "compressive": (90, 190)}
+SEGMENTS = {"block_recurrent": (100, 90), "compressive": (90, 190)}
 """Forward and backward, whatever the length where nothing is recurrent (compressive); of a call without turns where
 states are recurrent by definition (block_recurrent), and for each turn `TURN`."""
-TURN = 80, 160
+TURN = 75, 150
 GLOBAL = 20, 20
 """What tokens of the model's own add to those that a caller marks, for the whole stack."""
 SEGMENT = 30, 30
