@@ -261,13 +261,30 @@ def test_turns_are_counted_by_document() -> None:
     document = torch.tensor([[0] * 5 + [1] * 3, [0] * 8])
     layout = Layout.of(Tokens.of(valid, document=document))
     found = turns(layout, layout, Host.plain(2, 0), 2, keeps=False)
-    # row 0: blocks 0, 1 of the first document, 0 of the second; row 1: blocks 0 and 1, of which the last is not seen
-    assert found.members[0].tolist() == [[0, 1], [2, 3], [5, 6]]
-    assert found.members[1, 0].tolist() == [4, 5]
-    # what turn g leaves in row b is number 1 + 2 g + b
-    assert found.which.tolist() == [[0, 0, 1, 1, 3, 0, 0, 5], [0, 0, 0, 0, 0, 0, 2, 2]]
-    assert found.before[0].tolist() == [0, 1, 0]
-    assert found.before[1, 0] == 0
+    # row 0 has blocks 0 and 1 of its first document, and 0 of its second; row 1 block 0: its last one is not seen
+    assert found.counts.tolist() == [3, 1]
+    assert found.members.tolist() == [[0, 1], [5, 6], [12, 13], [2, 3]]
+    assert found.block.tolist() == [0, 0, 0, 1]
+    assert found.start.tolist() == [0, 0, 0]
+    # number 1 is left by the first of these, and so on; 0 is there from the start
+    assert found.which.tolist() == [[0, 0, 1, 1, 4, 0, 0, 2], [0, 0, 0, 0, 0, 0, 3, 3]]
+
+
+def test_documents_do_not_wait_for_each_other() -> None:
+    """As many turns as the longest document has blocks, in one call and in a later one; holes cost none."""
+    document = torch.arange(96).div(12, rounding_mode="floor").expand(2, -1)
+    valid = torch.ones(2, 96, dtype=torch.bool)
+    for holes, expected in ((1, 2), (3, 1)):
+        valid[:, ::3] = holes == 1
+        tokens = Tokens.of(valid, document=document)
+        layout = Layout.of(tokens)
+        assert turns(layout, layout, Host.plain(2, 0), 4, keeps=False).turns == expected
+    one = Layout.of(Tokens.of(torch.ones(2, 96, dtype=torch.bool), document=document))
+    first, second = one.columns(slice(0, 30)), one.columns(slice(30, 96))
+    found = turns(second, one, first.host, 4, keeps=True)
+    # a row has documents 2, of which one block is left that somebody sees, 3 to 6 with two, and the last with three
+    assert found.counts.tolist() == [12, 10, 2]
+    assert sorted(found.start.tolist()) == [0] * 10 + [1, 2]
 
 
 def test_a_last_block_is_not_gone_through_for_nobody() -> None:

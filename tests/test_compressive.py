@@ -8,8 +8,10 @@ from references.compressive import document, documents, reconstruction, referenc
 
 import attention_zoo as zoo
 from attention_zoo import Tokens
+from attention_zoo.attention import compressive, compressive_plans
 from attention_zoo.measure.core import Shape, core_of
-from attention_zoo.testing.case import Case, close, feed, piece, run
+from attention_zoo.ops.relative import segments
+from attention_zoo.testing.case import Case, close, feed, gradients, piece, run
 
 FUNCTIONS = ("mean", "max", "conv", "dilated", "most_used")
 SIZES = (
@@ -40,6 +42,26 @@ def test_equals_the_loop_over_segments_at_any_cut(function, sizes):
             close(found[tokens.valid], expected[tokens.valid], f"{function} {sizes} {name}")
         for held in (state, after):
             check_slots(layer, x, tokens, held, f"{function} {sizes} {name}")
+
+
+@pytest.mark.parametrize("few", [0, 1 << 22])
+@pytest.mark.parametrize("scores", [1, 1 << 26])
+def test_pieces_of_any_size_together_are_the_same(few, scores, monkeypatch):
+    """As on a GPU: filled up, all at once or by sizes; outputs and gradients, at any cut."""
+    monkeypatch.setattr(compressive, "triton_reason", lambda _: None)
+    monkeypatch.setattr(compressive_plans, "FEW_SCORES", few)
+    monkeypatch.setattr(segments, "TILE", {"cuda": scores, "cpu": 1})
+    here = case(kernel="segments")
+    layer = here.build()
+    for name, tokens in here.layouts(29):
+        x = here.data(3, 29).requires_grad_()
+        fast, slow = layer(x, tokens).hidden, reference(layer, x, tokens)
+        cut = feed(layer, x, tokens, [3, 11, 12])[0]
+        for found in (fast, cut):
+            close(found[tokens.valid], slow[tokens.valid], name)
+        expected = gradients(layer, x, slow, tokens.valid)
+        for of, grad in gradients(layer, x, fast, tokens.valid).items():
+            close(grad, expected[of], f"{name}: gradient of {of}", 1e-11)
 
 
 def check_slots(layer, x, tokens, state, where):

@@ -31,9 +31,16 @@ KERNELS = {
 MORE = {"h_transformer_1d": (0, 20), "memory_compressed": (0, 10), "reformer": (10, 0)}
 """More than that, forward and backward: gradients of means level by level; a convolution of keys and values; documents
 with different numbers of buckets among padding."""
-SEGMENTS = {"block_recurrent": (250, 350), "compressive": (320, 750)}
-"""Forward and backward, of two segments at most: these go over segments on the host, one after the other where states
-are recurrent by definition."""
+SEGMENTS = {"block_recurrent": (100, 90), "compressive": (90, 190)}
+"""Forward and backward, whatever the length where nothing is recurrent (compressive); of a call without turns where
+states are recurrent by definition (block_recurrent), and for each turn `TURN`."""
+TURN = 75, 150
+GLOBAL = 20, 20
+"""What tokens of the model's own add to those that a caller marks, for the whole stack."""
+SEGMENT = 30, 30
+"""What a segment of memory_tokens adds to the two layers that it runs anew."""
+HIERARCHICAL = 450, 600
+"""Of a layer within segments and among summaries, at 300 tokens: its tiles are still asked for one by one."""
 
 
 @pytest.fixture(autouse=True)
@@ -60,18 +67,18 @@ def counted(make: Callable[[], Tensor]) -> tuple[int, int]:
     return forward.operators, backward.operators
 
 
-def added(name: str, **options: object) -> Iterator[tuple[str, int, int]]:
+def added(name: str, length: int = 300, **options: object) -> Iterator[tuple[str, int, int]]:
     """What a layer adds to its projections in each layout that it takes, forward and backward."""
     layer = zoo.build(name, dim=64, heads=4, **options)
-    x = torch.randn(2, 300, 64, requires_grad=True)
+    x = torch.randn(2, length, 64, requires_grad=True)
 
     def count(make: Callable[[], Tensor]) -> tuple[int, int]:
         for each in (x, *layer.parameters()):
             each.grad = None
         return counted(make)
 
-    for what, given in layouts(2, 300):
-        layout = Layout.plain(2, 300) if given is None else Layout.of(zoo.Tokens.of(*given))
+    for what, given in layouts(2, length):
+        layout = Layout.plain(2, length) if given is None else Layout.of(zoo.Tokens.of(*given))
         try:
             layer(x, layout).hidden.sum().backward()  # plans are made
         except zoo.Unsupported:
@@ -98,8 +105,70 @@ def test_a_layer_adds_few_operators_to_its_projections(name: str) -> None:
     assert ("global" in layouts_run) == (name in ("bigbird", "full", "longformer"))
 
 
+@pytest.mark.parametrize("length", [300, 900])
+def test_segments_of_memories_run_together(length: int) -> None:
+    """No more for more segments, whatever their lengths."""
+    for what, forward, backward in added("compressive", length, segment_length=64, memory_length=64, reconstruction=0):
+        assert forward <= SEGMENTS["compressive"][0] + 10, f"{what}: {forward} forward"  # 10: memories are compressed
+        assert backward <= SEGMENTS["compressive"][1], f"{what}: {backward} backward"
+
+
 @pytest.mark.parametrize("name", SEGMENTS)
-def test_a_segment_takes_a_bounded_number(name: str) -> None:
+def test_what_goes_by_segments_runs_few_operators(name: str) -> None:
     for what, forward, backward in added(name):
         assert forward <= SEGMENTS[name][0], f"{what}: {forward} forward"
         assert backward <= SEGMENTS[name][1], f"{what}: {backward} backward"
+
+
+def test_a_turn_of_the_recurrence_takes_a_bounded_number() -> None:
+    """Of all documents at once: turns are those of the longest."""
+    for what, forward, backward in added("block_recurrent", window=20, states=8):
+        turns = 7 if "packed" in what else 14
+        assert forward <= SEGMENTS["block_recurrent"][0] + turns * TURN[0], f"{what}: {forward} forward"
+        assert backward <= SEGMENTS["block_recurrent"][1] + turns * TURN[1], f"{what}: {backward} backward"
+
+
+def of_a_model(length: int = 300, **options: object) -> dict[str, tuple[int, int]]:
+    """Operators of two layers and what stands around them, forward and backward, in each layout that they take."""
+    model = zoo.Transformer(**{"vocab": 256, "dim": 64, "depth": 2, "heads": 4, "positions": "none", **options})
+    found = {}
+    for what, given in layouts(2, length):
+        layout = Layout.plain(2, length) if given is None else Layout.of(zoo.Tokens.of(*given))
+        ids = torch.randint(0, 256, (2, length))
+        try:
+            model(ids, layout).logits.sum().backward()
+        except zoo.Unsupported:
+            continue
+        model.zero_grad()
+        found[what] = counted(lambda ids=ids, layout=layout: model(ids, layout).logits)
+    return found
+
+
+def test_a_models_own_global_tokens_add_little_to_global_ones() -> None:
+    inner = {"name": "longformer", "kernel": "flex"}
+    marked = of_a_model(attention=inner)["global"]
+    found = of_a_model(attention={"name": "global_tokens", "inner": [inner]})
+    assert len(found) >= 5
+    for what, (forward, backward) in found.items():
+        assert forward <= marked[0] + GLOBAL[0], f"{what}: {forward} forward"
+        assert backward <= marked[1] + GLOBAL[1], f"{what}: {backward} backward"
+
+
+@pytest.mark.parametrize("segments", [1, 3, 6])
+def test_a_segment_between_memory_tokens_takes_a_bounded_number(segments: int) -> None:
+    alone = of_a_model(attention="full")
+    each = [max(count[side] for count in alone.values()) + SEGMENT[side] for side in (0, 1)]
+    found = of_a_model(attention={"name": "memory_tokens", "inner": ["full"], "segment_length": 300 // segments})
+    assert len(found) >= 4
+    for what, (forward, backward) in found.items():
+        rounds = segments + 2 * ("packed" in what)  # documents of a row follow one another
+        assert forward <= rounds * each[0], f"{what}: {forward} forward"
+        assert backward <= rounds * each[1], f"{what}: {backward} backward"
+
+
+def test_a_hierarchical_layer_takes_a_bounded_number() -> None:
+    found = of_a_model(attention="hierarchical")
+    assert len(found) >= 4
+    for what, (forward, backward) in found.items():
+        assert forward <= 2 * HIERARCHICAL[0], f"{what}: {forward} forward"
+        assert backward <= 2 * HIERARCHICAL[1], f"{what}: {backward} backward"

@@ -15,7 +15,7 @@ their own. The state is normalised, and an embedding of its own is added to each
 vectors that hold the same can come to hold different things. O(L · (W + S)) time and O(L) memory.
 
 All windows are attended at once, by the kernels of a band, and so is the state by all tokens; only the state itself
-goes from block to block, for all rows at once (ops/recurrence.py).
+goes from block to block, for all documents of all rows at once (layout/blocks.py, ops/recurrence.py).
 
 Paper: §3. W = S = 512, at one layer of twelve (the tenth), T5's relative bias in the window, gradients through the
 eight blocks of a training segment; "skip": the state's direction has no feed-forward layer, which the paper found best.
@@ -214,7 +214,7 @@ class BlockRecurrent(Attention):
             first = torch.cat([first, state.vectors.to(first.dtype)])
         k, v = (self._blocks(each, order) for each in self.local.plain(columns))
         stops = None if self.truncate is None else (order.block + 1) % self.truncate == 0
-        course = Course(order.before, stops, self.scale, keeps=state is not None)
+        course = Course(order.counts, order.start, stops, self.scale, keeps=state is not None)
         k, v, vectors = recur(first, k, v, self._weights(first.dtype), course)
         return vectors, k, v
 
@@ -222,22 +222,20 @@ class BlockRecurrent(Attention):
         gates = () if self.gate == "fixed" else (self.forget_gate, self.input_gate)
         return Weights(
             self.identity.to(dtype),
-            *joined(self.dim, dtype, self.state_k, self.state_v),
-            *joined(self.dim, dtype, self.state_q, self.state_q_of_tokens),
+            *joined(self.dim, dtype, self.state_k, self.state_v, self.state_q, self.state_q_of_tokens),
             *joined(2 * self.heads * self.head_width, dtype, self.state_out, *gates),
             self.keep.to(dtype) if self.gate == "fixed" else None,
         )
 
-    def _blocks(self, x: Tensor, order: Turns) -> Float[Tensor, "B K G W D"]:
-        """The tokens of each turn's block, of all columns [B, K, S, D]; a view where they stand side by side."""
-        members = order.members.reshape(len(order.members), -1)
-        start = int(members[0, 0]) if order.turns else 0
-        if bool((members == np.arange(start, start + members.shape[1])).all()):
-            found = x.narrow(2, start, members.shape[1])
+    def _blocks(self, x: Tensor, order: Turns) -> Float[Tensor, "n K W D"]:
+        """The tokens of the blocks, of all columns [B, K, S, D]; a view where blocks stand side by side in one row."""
+        members = order.members.reshape(-1)
+        start = int(members[0]) if len(members) else 0
+        if len(x) == 1 and bool((members == np.arange(start, start + len(members))).all()):
+            found = x[0].narrow(1, start, len(members)).transpose(0, 1)
         else:
-            index = tensor_of(members, x.device)[:, None, :, None]
-            found = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
-        return found.unflatten(2, (order.turns, self.window))
+            found = x.transpose(1, 2).flatten(0, 1).index_select(0, tensor_of(members, x.device))
+        return found.unflatten(0, (len(order.members), self.window)).transpose(1, 2)
 
     def _after(
         self, state: BlockState, order: Turns, columns: Columns, layout: Layout, states: tuple[Any, Tensor, Tensor]

@@ -59,7 +59,7 @@ from attention_zoo.attention.operator import refuse_export
 from attention_zoo.attention.relative import RelativeAttention
 from attention_zoo.contract import Operands, Output
 from attention_zoo.layout.host import tensor_of
-from attention_zoo.layout.kernel import Kernel, choose
+from attention_zoo.layout.kernel import Kernel, choose, triton_reason
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon, gathered, none
 from attention_zoo.ops.relative.call import KERNELS as RELATIVE
@@ -193,7 +193,7 @@ class Compressive(RelativeAttention):
             few = few_of(keys, slots.layout, L, sizes)
             out = self._absorbed(q.transpose(1, 2), table, few).transpose(1, 2)
         else:
-            plan = pieces_of(keys, slots.layout, L, sizes)
+            plan = pieces_of(keys, slots.layout, L, sizes, together=triton_reason(x.device) is None)
             k, k_own = map(self._heads, streams(self.to_k, table))
             v, v_own = map(self._heads, streams(self.to_v, table))
             r = self._heads(self.to_r(self._waves(plan.distances)))
@@ -319,7 +319,7 @@ class Compressive(RelativeAttention):
             return zeros_for(q, (q, k, v, z, y, r, self.u, self.v))
         keys = Layout.plain(B, L, q.device)
         slots = slots_of(keys, none(B, q.device).layout, self._sizes, LEARNED.get(self.compression, 1))
-        plan = pieces_of(keys, slots.layout, L, self._sizes)
+        plan = pieces_of(keys, slots.layout, L, self._sizes, together=triton_reason(q.device) is None)
         if r.shape[1:] != (H, D) or len(r) < plan.distances:
             raise ValueError(f"r must be [at least {plan.distances}, {H}, {D}], got {tuple(r.shape)}")
         k, v = (torch.cat(pair, 2).transpose(1, 2) for pair in ((z, k), (y, v)))

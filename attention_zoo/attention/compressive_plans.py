@@ -19,6 +19,10 @@ from attention_zoo.layout.pooled import pooled
 from attention_zoo.ops.relative.few import Few
 from attention_zoo.ops.relative.segments import PiecePlan, Pieces, Run
 
+FILLED = 2
+"""Times as many scores as there are pairs that pieces may be filled up to, to run together."""
+FEW_SCORES = 1 << 22
+"""Of a head; so many may be filled up whatever the share."""
 FEW_RUNS = 8
 """A piece's keys are copied run by run up to so many runs, else one by one."""
 
@@ -189,15 +193,20 @@ def _changes(*fields: Array) -> Bool[np.ndarray, " n"]:
     return made
 
 
-def pieces_of(keys: Layout, slots: Layout, queries: int, sizes: Sizes) -> PiecePlan:
+def pieces_of(keys: Layout, slots: Layout, queries: int, sizes: Sizes, *, together: bool = False) -> PiecePlan:
     """The last `queries` columns of the keys as queries; what they see stands in a table of the slots, then the keys.
 
     Made once for the same of all.
+
+    Args:
+        together: whether pieces of different sizes run together, filled up: fewer operators, for a device that waits
+            for the host more than it computes.
     """
-    return keys.plan(("pieces", id(slots), queries, sizes), lambda: (_pieces(keys, slots, queries, sizes), slots))[0]
+    key = ("pieces", id(slots), queries, sizes, together)
+    return keys.plan(key, lambda: (_pieces(keys, slots, queries, sizes, together), slots))[0]
 
 
-def _pieces(keys: Layout, slots: Layout, queries: int, sizes: Sizes) -> PiecePlan:
+def _pieces(keys: Layout, slots: Layout, queries: int, sizes: Sizes, together: bool) -> PiecePlan:
     host, compressed = keys.host, slots.host
     N, G, S = host.valid.shape[1], compressed.valid.shape[1], sizes.segment
     documents = np.union1d(np.union1d(host.document, compressed.document), [0])
@@ -211,36 +220,60 @@ def _pieces(keys: Layout, slots: Layout, queries: int, sizes: Sizes) -> PiecePla
     segment = low // S
     memory = sizes.memory_from(segment)
     seen = (memory // sizes.ratio).clip(max=sizes.slots)
+    # queries, keys among the tokens, compressed ones, keys of the own segment
     shapes = np.stack([high - low + 1, high + 1 - memory, seen, high + 1 - segment * S], 1)
     groups, device = [], keys.valid.device
-    for R, width, count, own in np.unique(shapes, axis=0).tolist():
-        alike = (shapes == [R, width, count, own]).all(1)
-        mine = row[alike][:, None], document[alike][:, None]
-        first, last = memory[alike][:, None], high[alike][:, None] + 1
-        asked = tokens(*mine, last - R + np.arange(R)) - (N - queries)
-        columns = tokens(*mine, last - width + np.arange(width))
-        before = summaries(*mine, first // sizes.ratio - count + np.arange(count))
-        columns = np.concatenate([before, np.where(columns < 0, -1, columns + G)], 1)
-        groups.append(_group(mine[0], asked, columns, queries, G + N, own, device))
+    for alike in _alike(shapes, together):
+        mine, sized = (row[alike][:, None], document[alike][:, None]), shapes[alike]
+        (asks, width, count, own), last = sized.T[..., None], high[alike][:, None]
+        R, W = int(asks.max()), int((width + count).max())
+        back = np.arange(R)[::-1]  # how far before the last one
+        asked = tokens(*mine, np.where(back < asks, last - back, -1)) - (N - queries)
+        back = np.arange(W)[::-1]
+        group = memory[alike][:, None] // sizes.ratio - 1 - (back - width)
+        token = tokens(*mine, np.where(back < width, last - back, -1))
+        before = summaries(*mine, np.where((back >= width) & (back < width + count), group, -1))
+        columns = np.where(token < 0, before, token + G)
+        groups.append(_group(mine[0], asked, columns, queries, G + N, own, together, len(host.valid) * queries, device))
     whole = len(row) > 0 and bool(host.valid[:, N - queries :].all())
-    return PiecePlan(tuple(groups), int((shapes[:, 1] + shapes[:, 2]).max(initial=1)), whole)
+    return PiecePlan(tuple(groups), int((shapes[:, 1] + shapes[:, 2]).max(initial=1)), whole, together)
+
+
+def _alike(shapes: Int[np.ndarray, "n 4"], together: bool) -> list[Array]:
+    """Which pieces run together: those of the same shape; or all; or those of like sizes, where all fill up much."""
+    if not len(shapes):
+        return []
+    classes = shapes
+    if together:
+        large = np.stack([shapes[:, 0], shapes[:, 1] + shapes[:, 2]], 1)
+        filled = len(large) * large.max(0).prod()
+        wasteful = filled > max(FEW_SCORES, FILLED * large.prod(1).sum())
+        classes = np.ceil(np.log2(large)).astype(np.int64) if wasteful else np.zeros_like(large)
+    _, which = np.unique(classes, axis=0, return_inverse=True)
+    which = which.reshape(-1)
+    return [which == n for n in range(which.max() + 1)]
 
 
 def _group(
-    row: Array, asked: Array, columns: Array, queries: int, table: int, own: int, device: torch.device
-) -> Pieces:
+    row: Array, asked: Array, columns: Array, queries: int, table: int, own: Array, together: bool, every: int,
+    device: torch.device,
+) -> Pieces:  # fmt: skip
     here, there = asked >= 0, columns >= 0
     apart = -2 - 2 * np.arange(columns.shape[1])  # what is not there goes on with nothing
-    runs = tuple(map(_runs, np.where(there, columns + row * table, apart)))
-    follow = bool((here & (asked - asked[:, :1] == np.arange(asked.shape[1]))).all())
+    runs = () if together else tuple(map(_runs, np.where(there, columns + row * table, apart)))
+    follow = not together and bool((here & (asked - asked[:, :1] == np.arange(asked.shape[1]))).all())
+    far = ~there[:, -int(own.max()) :] | (np.arange(int(own.max()))[::-1] >= own)
+    rows = asked + row * queries
     return Pieces(
-        tuple((asked + row * queries)[:, 0].tolist()) if follow else None,
-        tensor_of((asked + row * queries).clip(min=0), device),
-        None if bool(here.all()) else tensor_of(here, device),
+        tuple(rows[:, 0].tolist()) if follow else None,
+        tensor_of(rows.clip(min=0), device),
+        None if bool(here.all()) else tensor_of(~here[..., None], device),
+        tensor_of(np.where(here, rows, every), device),
         tensor_of(np.where(there, columns + row * table, 0), device),
-        None if bool(there.all()) else tensor_of(there, device),
-        runs if max(map(len, runs)) <= FEW_RUNS else None,
-        own,
+        None if bool(there.all()) else tensor_of(~there[:, None], device),
+        runs if runs and max(map(len, runs)) <= FEW_RUNS else None,
+        far.shape[1],
+        tensor_of(far[..., None, None], device) if bool(far.any()) else None,
     )
 
 

@@ -1,7 +1,10 @@
 """Which state of a recurrence over blocks each token sees: the one that the blocks before its own have left.
 
-A block is `size` tokens of one document, counted by position (`layout.pooled`). A row's complete blocks are gone
-through in order; a document begins with the initial state, and one that earlier calls began goes on with theirs.
+A block is `size` tokens of one document, counted by position (`layout.pooled`). A document begins with the initial
+state, and one that earlier calls began goes on with theirs. Documents do not wait for each other: each is a *lane*, and
+a turn goes through the next complete block of every lane that has one, whatever row it stands in. So there are as many
+turns as the longest document has blocks. Lanes stand in the order of their lengths, the longest first, so that those of
+a turn are the first ones of the turn before, and nothing is computed for lanes that have ended.
 """
 
 from __future__ import annotations
@@ -13,33 +16,35 @@ from jaxtyping import Int
 
 from attention_zoo.layout.host import Array, Host
 from attention_zoo.layout.layout import Layout
-from attention_zoo.layout.pooled import Pooled, pooled
+from attention_zoo.layout.pooled import pooled
 
 
 class Turns(NamedTuple):
-    """A call's blocks in the order in which they are gone through, G turns for all rows at once.
+    """A call's n complete blocks in the order in which they are gone through, G turns.
 
-    States are numbered: 0 the initial one; 1 + b what row b held, where states are kept; behind these, g · B + b what
-    turn g leaves in row b.
+    States are numbered: 0 the initial one; 1 + b what row b held, where states are kept; behind these, what each block
+    leaves, in the order of the blocks.
 
     Fields:
-        members: [B, G, size], the columns among all keys of each turn's tokens; any where a row has fewer blocks.
-        before: [B, G], the number of the state that each turn begins with.
-        block: [B, G], which block of its document each is.
+        members: [n, size], the columns of each block's tokens, as rows of [B · S] of all keys.
+        counts: [G], how many blocks each turn goes through; they never rise.
+        start: [counts[0]], the number of the state that each lane begins with.
+        block: [n], which block of its document each is.
         which: [B, L], the number of the state that each token sees; any at padding.
         last: [B], the number of the state that the next token of each row's current document sees.
     """
 
-    members: Int[np.ndarray, "B G w"]
-    before: Int[np.ndarray, "B G"]
-    block: Int[np.ndarray, "B G"]
+    members: Int[np.ndarray, "n w"]
+    counts: Int[np.ndarray, " G"]
+    start: Int[np.ndarray, " lanes"]
+    block: Int[np.ndarray, " n"]
     which: Int[np.ndarray, "B L"]
     last: Int[np.ndarray, " B"]
 
     @property
     def turns(self) -> int:
         """G."""
-        return self.members.shape[1]
+        return len(self.counts)
 
     @property
     def held_alone(self) -> bool:
@@ -47,6 +52,30 @@ class Turns(NamedTuple):
         B = len(self.which)
         row = np.arange(B)
         return not self.turns and bool((self.which == 1 + row[:, None]).all() and (self.last == 1 + row).all())
+
+
+class _Blocks(NamedTuple):
+    """Complete blocks, row after row, document after document.
+
+    Fields:
+        row, document, number: [n]; which block of its document each is.
+        members: [n, size], columns of its row.
+    """
+
+    row: Int[np.ndarray, " n"]
+    document: Int[np.ndarray, " n"]
+    number: Int[np.ndarray, " n"]
+    members: Int[np.ndarray, "n w"]
+
+    @property
+    def lane(self) -> Int[np.ndarray, " n"]:
+        """The number of each one's document, from 0 on."""
+        begins = np.ones(len(self.row), bool)
+        begins[1:] = (np.diff(self.row) != 0) | (np.diff(self.document) != 0)
+        return begins.cumsum() - 1
+
+    def some(self, kept: Array) -> _Blocks:
+        return _Blocks(*(field[kept] for field in self))
 
 
 def turns(tokens: Layout, keys: Layout, held: Host, size: int, keeps: bool) -> Turns:
@@ -59,63 +88,75 @@ def turns(tokens: Layout, keys: Layout, held: Host, size: int, keeps: bool) -> T
         size: of a block.
         keeps: whether states are kept: there is one before the call, and one is asked for after it.
     """
-    mine = tokens.host
-    B = len(mine.valid)
-    if held.valid.shape[1] and not bool((mine.valid & ((mine.position + 1) % size == 0)).any()):
-        found = _none(B, size)  # no block ends here, as in most steps of decoding
-    else:
-        found = _complete(pooled(keys, size), held, size)
-    members, document, index, there = found
+    mine, after = tokens.host, keys.host
+    B, S = after.valid.shape
+    blocks = _complete(keys, held, mine, size)
     known, row = held.last_document, np.arange(B)[:, None]
+    asked = mine.document, mine.position // size
+    following = after.last_document, after.next_position[:, None] // size
+    # without blocks whose state nobody sees: such as a document's last one, where no state is kept
+    seen = [_before(blocks, *asked)[mine.valid], *([_before(blocks, *following).reshape(-1)] if keeps else [])]
+    blocks = _needed(blocks, np.concatenate(seen))
+    order, counts = _in_turns(blocks.lane)
     first = 1 + B if keeps else 1
+    place = np.empty(len(order), np.int64)
+    place[order] = first + np.arange(len(order))
 
-    def number(asked: Array, block: Array) -> Array:
+    def number(document: Array, block: Array) -> Array:
         """Of the state that tokens of these documents see in these blocks, [B, n]."""
-        turn = _turn_before(document, index, there, asked, block)
-        begun = (asked == known) & (known >= 0)
-        return np.where(turn >= 0, first + turn * B + row, np.where(begun, 1 + row, 0))
+        found = _before(blocks, document, block)
+        begun = np.where((document == known) & (known >= 0), 1 + row, 0)
+        return np.where(found >= 0, place[found], begun) if len(place) else begun
 
-    after = keys.host
-    last = number(after.last_document, after.next_position[:, None] // size)
-    which = _filled(number(mine.document, mine.position // size), mine.valid, last)
-    asked = [which.reshape(-1), last[:, 0]] if keeps else [which.reshape(-1)]
-    # without turns whose state nobody sees: such as the last block's, where no state is kept
-    needed = slice(0, int(((np.concatenate(asked) - first) // B).max(initial=-1)) + 1)
-    before = np.where(there, number(document, index), 0)
-    return Turns(members[:, needed], before[:, needed], index[:, needed], which, last[:, 0])
-
-
-def _none(B: int, size: int) -> tuple[Array, ...]:
-    nothing = np.zeros((B, 0), np.int64)
-    return np.zeros((B, 0, size), np.int64), nothing, nothing, nothing.astype(bool)
+    last = number(*following)
+    lanes = order[: counts[0]] if len(counts) else order
+    start = np.where(blocks.document[lanes] == known[blocks.row[lanes], 0], 1 + blocks.row[lanes], 0)
+    return Turns(
+        (blocks.members + blocks.row[:, None] * S)[order], counts, start,
+        blocks.number[order], _filled(number(*asked), mine.valid, last), last[:, 0],
+    )  # fmt: skip
 
 
-def _complete(found: Pooled, held: Host, size: int) -> tuple[Array, ...]:
-    """Members, document, index and presence of the complete blocks that no earlier call has gone through."""
-    groups = found.groups.host
-    members = found.members.numpy(force=True)
+def _complete(keys: Layout, held: Host, mine: Host, size: int) -> _Blocks:
+    """The complete blocks that no earlier call has gone through."""
+    if held.valid.shape[1] and not bool((mine.valid & ((mine.position + 1) % size == 0)).any()):
+        nothing = np.zeros(0, np.int64)  # no block ends here, as in most steps of decoding
+        return _Blocks(nothing, nothing, nothing, np.zeros((0, size), np.int64))
+    found = pooled(keys, size)
+    groups, members = found.groups.host, found.members.numpy(force=True)
     past = groups.position < held.next_position[:, None] // size
     gone = (groups.document < held.last_document) | ((groups.document == held.last_document) & past)
     new = groups.valid & ~gone
-    order = np.argsort(~new, axis=1, kind="stable")[:, : int(new.sum(1).max(initial=0))]
-    chosen = groups.take(order)
-    members = np.take_along_axis(members, order[..., None], 1)
-    return members, chosen.document, chosen.position, np.take_along_axis(new, order, 1)
+    return _Blocks(new.nonzero()[0], groups.document[new], groups.position[new], members[new])
 
 
-def _turn_before(document: Array, index: Array, there: Array, asked: Array, block: Array) -> Array:
-    """For each [B, n] block of a document, the last turn of its row that is of that document, before it; -1: none."""
-    row = np.arange(len(there))[:, None]
-    ids = np.union1d(document[there], asked)
-    stride = int(max(index.max(initial=0), block.max(initial=0))) + 2
-    turns = ((row * len(ids) + np.searchsorted(ids, document)) * stride + index)[there]  # they rise, row after row
-    wanted = (row * len(ids) + np.searchsorted(ids, asked)) * stride + block
-    found = np.searchsorted(turns, wanted) - 1
-    if not len(turns):
-        return found
-    own = (found >= 0) & (turns[found.clip(min=0)] // stride == wanted // stride)
-    before = there.sum(1).cumsum()[:, None] - there.sum(1)[:, None]
-    return np.where(own, found - before, -1)
+def _before(blocks: _Blocks, document: Array, block: Array) -> Array:
+    """For each [B, n] block of a document, the last of its row that is of that document, before it; -1: none."""
+    row = np.arange(len(document))[:, None]
+    if not len(blocks.row):
+        return np.full(document.shape, -1)
+    ids = np.union1d(blocks.document, document)
+    stride = int(max(blocks.number.max(initial=0), block.max(initial=0))) + 2
+    known = (blocks.row * len(ids) + np.searchsorted(ids, blocks.document)) * stride + blocks.number  # they rise
+    wanted = (row * len(ids) + np.searchsorted(ids, document)) * stride + block
+    found = np.searchsorted(known, wanted) - 1
+    return np.where((found >= 0) & (known[found.clip(min=0)] // stride == wanted // stride), found, -1)
+
+
+def _needed(blocks: _Blocks, seen: Array) -> _Blocks:
+    """Of each document those up to the last whose state is seen."""
+    seen, lane = seen[seen >= 0], blocks.lane
+    last = np.full(len(lane), -1)
+    np.maximum.at(last, lane[seen], seen)
+    return blocks.some(np.arange(len(lane)) <= last[lane])
+
+
+def _in_turns(lane: Int[np.ndarray, " n"]) -> tuple[Array, Int[np.ndarray, " G"]]:
+    """The order in which blocks of these lanes are gone through, and how many each turn has."""
+    lengths = np.bincount(lane)
+    rank = np.argsort(np.argsort(-lengths, kind="stable"), kind="stable")
+    turn = np.arange(len(lane)) - (lengths.cumsum() - lengths)[lane]
+    return np.lexsort((rank[lane], turn)), np.bincount(turn)
 
 
 def _filled(which: Array, valid: Array, otherwise: Array) -> Array:

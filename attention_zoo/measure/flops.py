@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attention_zoo.attention.pattern import PatternAttention
@@ -43,6 +43,8 @@ class LinearFlops(TorchFunctionMode):
         found = function(*given, **(named or {}))
         if function is torch.cat and all(id(part) in self._matrices for part in given[0]):
             self._matrices[id(found)] = found  # several projections as one
+        if function is Tensor.__getitem__ and id(given[0]) in self._matrices:
+            self._matrices[id(found)] = found  # some of them
         return found
 
 

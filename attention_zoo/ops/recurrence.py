@@ -6,9 +6,11 @@
     fixed gate   c <- c ⊙ g + z ⊙ (1 - g),   g = sigmoid(keep)
     LSTM gate    c <- c ⊙ sigmoid(f + 1) + tanh(z) ⊙ sigmoid(i - 1),   [z; f; i] = W found + b
 
-Hutchins et al. 2022, §3. Turns wait for one another, so each is a few large operations, for all rows at once. Of each
-turn the vectors, their keys and values and what they found are kept; what is cheaper to compute again than to keep
-(normalised vectors, queries, scores) is computed again in backward. O(G·S·E) memory for G turns.
+Hutchins et al. 2022, §3. Turns wait for one another, so each is a few large operations, for all lanes at once; one
+product gives keys, values and queries of what the turn before has left. Of each block the vectors, their keys and
+values and what they found are kept; what is cheaper to compute again than to keep (normalised vectors, queries, scores)
+is computed again in backward, where gradients of weights are products over all blocks, made once at the end.
+O(n·S·E) memory for n blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch.nn import functional as F
 from attention_zoo.layout.host import tensor_of
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 from attention_zoo.ops.softmax.pages import large_pages
-from attention_zoo.ops.softmax.partial import LOG2E, Asked, Scratch, Sums, fold, partial_backward
+from attention_zoo.ops.softmax.partial import Scratch
 from attention_zoo.ops.softmax.tiles import scores_at_once
 
 EPS = 1e-5
@@ -33,23 +35,20 @@ EPS = 1e-5
 
 
 class Weights(NamedTuple):
-    """What vectors are projected and renewed by, in their precision. KV is 2·K·D, Q is 2·H·D.
+    """What vectors are projected and renewed by, in their precision. F is 2·K·D + 2·H·D, Q is 2·H·D.
 
     Fields:
         identity: added to the normalised vectors.
-        keys, keys_bias: into keys and values, K heads of each.
-        queries, queries_bias: into queries to the vectors themselves and to tokens, H heads of each.
+        into, into_bias: into K heads of keys, of values, and H heads of queries to the vectors themselves, to tokens.
         out, out_bias: of what was found: E features for a fixed gate, 3·E (z, f, i) for an LSTM's.
         keep: of a fixed gate; None: the gate is an LSTM's.
     """
 
     identity: Float[Tensor, "S E"]
-    keys: Float[Tensor, "KV E"]
-    keys_bias: Float[Tensor, " KV"] | None
-    queries: Float[Tensor, "Q E"]
-    queries_bias: Float[Tensor, " Q"] | None
-    out: Float[Tensor, "F Q"]
-    out_bias: Float[Tensor, " F"] | None
+    into: Float[Tensor, "F E"]
+    into_bias: Float[Tensor, " F"] | None
+    out: Float[Tensor, "R Q"]
+    out_bias: Float[Tensor, " R"] | None
     keep: Float[Tensor, " E"] | None
 
 
@@ -57,30 +56,32 @@ class Course(NamedTuple):
     """How states follow each other, by their numbers (`layout.blocks.Turns`).
 
     Fields:
-        before: the state that each turn begins with.
-        stops: whether no gradient goes back to the vectors that a turn leaves; None: nowhere.
+        counts: how many blocks each turn goes through: those of the first lanes.
+        start: the state that each lane begins with.
+        stops: whether no gradient goes back to the vectors that a block leaves; None: nowhere.
         scale: factor on scores.
         keeps: whether the vectors are asked for.
     """
 
-    before: Int[np.ndarray, "B G"]
-    stops: Bool[np.ndarray, "B G"] | None
+    counts: Int[np.ndarray, " G"]
+    start: Int[np.ndarray, " lanes"]
+    stops: Bool[np.ndarray, " n"] | None
     scale: float
     keeps: bool
 
 
 def recur(
-    first: Float[Tensor, "n S E"],
-    k: Float[Tensor, "B K G W D"],
-    v: Float[Tensor, "B K G W D"],
+    first: Float[Tensor, "m S E"],
+    k: Float[Tensor, "n K W D"],
+    v: Float[Tensor, "n K W D"],
     weights: Weights,
     course: Course,
 ) -> tuple[Float[Tensor, "N S K D"], Float[Tensor, "N S K D"], Float[Tensor, "N S E"] | None]:
-    """All states, those that turns leave behind those that are there `first`: keys, values and vectors of each.
+    """All states, those that blocks leave behind those that are there `first`: keys, values and vectors of each.
 
     Args:
         first: the vectors that are there before the first turn.
-        k, v: of the tokens of each turn's block.
+        k, v: of the tokens of each block, in the order of turns.
     """
     return _Recur.apply(first, k, v, course, *weights)
 
@@ -91,224 +92,278 @@ class _Recur(torch.autograd.Function):
     def forward(
         ctx: Any, first: Tensor, k: Tensor, v: Tensor, course: Course, *weights: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        run = _Run(len(first), k, v, Weights(*weights), course)
-        vectors, kv, found, lse = run.room(first)
+        run = _Run(first, k, v, Weights(*weights), course)
+        vectors, kv, found = run.room(first)
         vectors[: len(first)] = first
-        run.project_keys(vectors, kv, slice(0, len(first)))
-        for turn in range(run.G):
-            before, left = run.before(vectors, turn), run.left(turn)
-            for look in run.looks(turn, before, kv):
-                look.forward(found[turn], lse[turn])
-            vectors[left] = renewed(before, run.raw(found[turn]), run.weights.keep)
-            run.project_keys(vectors, kv, left)
-        ctx.save_for_backward(k, v, vectors, kv, found, lse, *weights)
+        gate = run.gate()
+        for turn, count in enumerate([*course.counts, 0]):
+            states = run.left(turn - 1)
+            projected = run.project(run.seen(vectors[states])[0], keys_alone=not count)
+            kv[:, states] = run.keys_of(projected)
+            if not count:
+                break
+            before, keys, values = (run.before(x, turn) for x in (vectors, *kv))
+            queries = run.queries_of(run.chosen(projected, turn))
+            blocks = run.blocks(turn)
+            looked = run.scratch("found", tuple(queries.shape), queries)
+            for look in run.looks(queries, (keys, values), blocks):
+                look.forward(looked)
+            run.by_heads(found[blocks]).copy_(looked)
+            renewed(before, run.raw(found[blocks]), gate, into=vectors[run.left(turn)])
+        ctx.save_for_backward(k, v, vectors, kv, found, *weights)
         ctx.course, ctx.first = course, len(first)
-        keys, values = run.heads(kv, run.K).unbind(2)
+        keys, values = kv.transpose(2, 3).unbind(0)
         return keys, values, vectors if course.keeps else None
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Any, ...], *grads: Any) -> tuple[Tensor | None, ...]:
-        k, v, vectors, kv, found, lse, *weights = saved
-        run = _Run(ctx.first, k, v, Weights(*weights), ctx.course)
-        back = _Back(run, vectors, kv, grads)
-        dk, dv = (large_pages(torch.empty_like(x, dtype=vectors.dtype)) for x in (k, v))
-        handed = None
+        k, v, vectors, kv, found, *weights = saved
+        run = _Run(vectors[: ctx.first], k, v, Weights(*weights), ctx.course)
+        back = _Back(run, vectors, found, grads)
+        dkeys, dvalues = (large_pages(vectors.new_empty(x.shape)) for x in (k, v))
         for turn in reversed(range(run.G)):
-            left = run.left(turn)
-            grad = run.stopped(back.through_projections(left, handed), turn)
-            before = run.before(vectors, turn)
-            dbefore, dfound = back.through_gate(grad, before, vectors[left], found[turn])
-            dqueries, dkv = torch.empty_like(dfound), kv.new_empty(run.B, *kv.shape[1:])
-            own, block = run.looks(turn, before, kv)
-            own.backward(dfound, found[turn], lse[turn], dqueries, *run.heads(dkv, run.K).transpose(1, 3).unbind(2))
-            block.backward(dfound, found[turn], lse[turn], dqueries, dk[:, :, turn], dv[:, :, turn])
-            handed = back.hand(turn, (dbefore, dkv, dqueries))
-        dfirst = back.through_projections(slice(0, ctx.first), back.to_first)
-        return dfirst, dk.to(k.dtype), dv.to(v.dtype), None, *back.sums
+            blocks = run.blocks(turn)
+            back.through_projections(turn + 1)
+            before, keys, values = (run.before(x, turn) for x in (vectors, *kv))
+            dfound, delta = back.through_gate(turn, before)
+            queries = run.queries_of(run.project(run.before(back.seen, turn)))
+            dqueries = run.scratch("dqueries", tuple(queries.shape), queries)
+            down = run.scratch("dkv", (2, *keys.shape), queries)
+            own, block = run.looks(queries, (keys, values), blocks)
+            own.backward(dfound, delta, dqueries, *down)
+            block.backward(dfound, delta, dqueries, dkeys[blocks], dvalues[blocks])
+            back.hand(turn, down, dqueries)
+        back.through_projections(0)
+        return back.dvectors[: ctx.first], dkeys.to(k.dtype), dvalues.to(v.dtype), None, *back.weights()
 
 
 class _Run:
-    """One recurrence: G turns of B rows, in which S vectors of E features with H heads meet K heads of keys.
+    """One recurrence: n blocks in G turns, in which S vectors of E features with H heads meet K heads of keys.
 
     States stand one after the other, by their numbers.
     """
 
-    def __init__(self, first: int, k: Tensor, v: Tensor, weights: Weights, course: Course):
-        self.k, self.v, self.weights, self.course, self.first = k, v, weights, course, first
-        (self.B, self.K, self.G, self.W, self.D), self.S = k.shape, len(weights.identity)
-        self.H = len(weights.queries) // (2 * self.D)
+    def __init__(self, first: Tensor, k: Tensor, v: Tensor, weights: Weights, course: Course):
+        self.weights, self.course, self.first = weights, course, len(first)
+        self.k, self.v = k.to(first.dtype), v.to(first.dtype)
+        (self.n, self.K, self.W, self.D), self.S = k.shape, len(weights.identity)
+        self.G, self.KV = len(course.counts), 2 * self.K * self.D
+        self.H = (len(weights.into) - self.KV) // (2 * self.D)
+        self.ends = course.counts.cumsum().tolist()
         self.scratch = Scratch()
 
-    def room(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For vectors, keys and values [N, S, ·], for what turns find [G, B, S, Q], and its log-sum-exps."""
-        N, H = self.first + self.G * self.B, self.H
-        sizes = (
-            (N, *like.shape[1:]), (N, self.S, 2 * self.K * self.D), (self.G, self.B, self.S, 2 * H * self.D),
-            (self.G, 2, self.B, H, self.S, 1),
-        )  # fmt: skip
-        vectors, kv, found, lse = (large_pages(like.new_empty(size)) for size in sizes)
-        return vectors, kv, found, lse
+    def room(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For vectors [N, S, E], keys and values [2, N, K, S, D], and what blocks find [n, S, Q]."""
+        N = self.first + self.n
+        sizes = (N, *like.shape[1:]), (2, N, self.K, self.S, self.D), (self.n, self.S, 2 * self.H * self.D)
+        vectors, kv, found = (large_pages(like.new_empty(size)) for size in sizes)
+        return vectors, kv, found
+
+    def blocks(self, turn: int) -> slice:
+        """The numbers of a turn's blocks."""
+        return slice(self.ends[turn] - int(self.course.counts[turn]), self.ends[turn])
 
     def left(self, turn: int) -> slice:
-        """The numbers of what a turn leaves."""
-        start = self.first + turn * self.B
-        return slice(start, start + self.B)
+        """The numbers of what a turn leaves; -1: of what is there first."""
+        if turn < 0:
+            return slice(0, self.first)
+        blocks = self.blocks(turn)
+        return slice(self.first + blocks.start, self.first + blocks.stop)
 
-    def before(self, states: Float[Tensor, "N S F"], turn: int) -> Float[Tensor, "B S F"]:
+    def chosen(self, left: Float[Tensor, "b *rest"], turn: int) -> Float[Tensor, "c *rest"]:
+        """Of what is there before a turn, what its lanes begin with."""
+        if turn:
+            return left[: self.course.counts[turn]]
+        return left.index_select(0, tensor_of(self.course.start, left.device))
+
+    def before(self, states: Float[Tensor, "N *rest"], turn: int) -> Float[Tensor, "c *rest"]:
         """Those that a turn begins with."""
-        numbers = self.course.before[:, turn]
-        if bool((np.diff(numbers) == 1).all()):
-            return states[numbers[0] : numbers[-1] + 1]
-        return states.index_select(0, tensor_of(numbers, states.device))
+        return self.chosen(states[self.left(turn - 1)], turn)
 
-    def heads(self, x: Float[Tensor, "*rows F"], n: int) -> Float[Tensor, "*rows 2 n D"]:
-        return x.unflatten(-1, (2, n, self.D))
+    def by_heads(self, x: Float[Tensor, "b S Q"]) -> Float[Tensor, "2 b H S D"]:
+        return x.unflatten(-1, (2, -1, self.D)).permute(2, 0, 3, 1, 4)
 
-    def project_keys(self, vectors: Float[Tensor, "N S E"], kv: Float[Tensor, "N S KV"], states: slice) -> None:
-        """Keys and values of these states, into their place."""
-        kv[states] = F.linear(self.seen(vectors[states])[0], self.weights.keys, self.weights.keys_bias)
-
-    def seen(self, vectors: Float[Tensor, "n S E"]) -> tuple[Tensor, Tensor, Tensor]:
+    def seen(self, vectors: Float[Tensor, "b S E"]) -> tuple[Tensor, Tensor, Tensor]:
         """The vectors as projections see them; and mean and deviation of each, for backward."""
         normal, mean, deviation = torch.native_layer_norm(vectors, vectors.shape[-1:], None, None, EPS)
         return normal.add_(self.weights.identity), mean, deviation
 
-    def raw(self, found: Float[Tensor, "B S Q"]) -> Float[Tensor, "B S F"]:
+    def project(self, seen: Float[Tensor, "b S E"], keys_alone: bool = False) -> Float[Tensor, "b S F"]:
+        _, into, bias, *_ = self.weights
+        if keys_alone:
+            into, bias = into[: self.KV], None if bias is None else bias[: self.KV]
+        return F.linear(seen, into, bias)
+
+    def keys_of(self, projected: Float[Tensor, "b S F"]) -> Float[Tensor, "2 b K S D"]:
+        return self.by_heads(projected[..., : self.KV])
+
+    def queries_of(self, projected: Float[Tensor, "b S F"]) -> Float[Tensor, "2 b H S D"]:
+        return self.by_heads(projected[..., self.KV :]).contiguous()
+
+    def raw(self, found: Float[Tensor, "b S Q"]) -> Float[Tensor, "b S R"]:
         return F.linear(found, self.weights.out, self.weights.out_bias)
 
-    def looks(self, turn: int, before: Float[Tensor, "B S E"], kv: Float[Tensor, "N S KV"]) -> tuple[_Look, _Look]:
-        """At the vectors themselves, and at the block."""
-        queries = F.linear(self.seen(before)[0], self.weights.queries, self.weights.queries_bias)
-        own = self.heads(self.before(kv, turn), self.K).transpose(1, 3).unbind(2)
-        block = self.k[:, :, turn], self.v[:, :, turn]
-        to_own, to_block = self.heads(queries, self.H).transpose(1, 3).unbind(2)
-        return _Look(self, 0, to_own, *own), _Look(self, 1, to_block, *block)
+    def gate(self) -> Float[Tensor, " E"] | None:
+        """The share of the old that a fixed gate keeps."""
+        return None if self.weights.keep is None else self.weights.keep.sigmoid()
 
-    def stopped(self, grad: Float[Tensor, "B S E"], turn: int) -> Float[Tensor, "B S E"]:
-        """What goes on to what a turn leaves."""
-        if self.course.stops is None or not self.course.stops[:, turn].any():
-            return grad
-        return grad.masked_fill(tensor_of(self.course.stops[:, turn], grad.device)[:, None, None], 0)
+    def looks(
+        self, queries: Float[Tensor, "2 b H S D"], own: tuple[Tensor, Tensor], blocks: slice
+    ) -> tuple[_Look, _Look]:
+        """At the vectors themselves, and at the block."""
+        return _Look(self, 0, queries, *own), _Look(self, 1, queries, self.k[blocks], self.v[blocks])
 
 
 class _Look:
-    """Attention of a turn's queries [B, H, S, D], all of them to all of some keys [B, K, m, D]."""
+    """Attention of a turn's queries [2, b, H, S, D], of one of the two kinds, to all of some keys [b, K, m, D].
 
-    def __init__(self, run: _Run, place: int, q: Tensor, k: Tensor, v: Tensor):
-        """The first (0) or second (1) of a turn."""
-        self.run, self.place, self.q = run, place, q
-        self.k, self.v = k.flatten(0, 1), v.flatten(0, 1)
+    Query heads of one key head are rows of one product; whole rows of scores at once.
+    """
 
-    def pieces(self) -> Iterator[tuple[slice, slice, slice, bool]]:
-        """Batch rows, their key heads, and queries of one step; whether it is the first to see these keys."""
-        (B, H, S, _), K = self.q.shape, self.run.K
-        limit = scores_at_once(self.q) // (H * self.k.shape[1])
-        rows, queries = max(1, limit // S), min(S, max(1, limit))
-        for b in range(0, B, rows):
-            for at in range(0, S, queries):
-                yield slice(b, b + rows), slice(b * K, (b + rows) * K), slice(at, at + queries), not at
+    def __init__(self, run: _Run, kind: int, queries: Tensor, k: Tensor, v: Tensor):
+        self.run, self.kind = run, kind
+        self.q, self.k, self.v = self.rows(queries), k.flatten(0, 1), v.flatten(0, 1)
 
-    def mine(self, x: Float[Tensor, "B S Q"]) -> Float[Tensor, "B H S D"]:
-        return self.run.heads(x, self.run.H)[:, :, self.place].transpose(1, 2)
+    def rows(self, x: Float[Tensor, "2 b H S d"]) -> Float[Tensor, "bK gS d"]:
+        """A view of a contiguous tensor."""
+        return x[self.kind].view(x.shape[1] * self.run.K, -1, x.shape[-1])
 
-    def forward(self, found: Float[Tensor, "B S Q"], lse: Float[Tensor, "2 B H S 1"]) -> None:
-        into, totals = self.mine(found), lse[self.place]
-        for batch, keys, rows, _ in self.pieces():
-            q = self.q[batch, :, rows]
-            sums = Sums(q, self.run.scratch)
-            sums.add(fold(q, self.run.K), self.k[keys], self.v[keys], scale=self.run.course.scale)
-            totals[batch, :, rows] = sums.end(into[batch, :, rows])[1]
+    def pieces(self) -> Iterator[tuple[slice, slice, bool]]:
+        """Key heads, and queries of one step; whether it is the first to see these keys."""
+        heads, queries, _ = self.q.shape
+        limit = scores_at_once(self.q) // self.k.shape[1]
+        some, rows = max(1, limit // queries), min(queries, max(1, limit))
+        for head in range(0, heads, some):
+            for at in range(0, queries, rows):
+                yield slice(head, head + some), slice(at, at + rows), not at
 
-    def backward(self, dfound: Tensor, found: Tensor, lse: Tensor, dqueries: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """Gradients of queries, keys [B, K, m, D] and values, into their places."""
-        run, K = self.run, self.run.K
-        grad, dq = self.mine(dfound), self.mine(dqueries)
-        delta = (grad * self.mine(found)).sum(-1, keepdim=True).neg_()
-        shift = lse[self.place] * -LOG2E
-        dkeys, dvalues = (run.scratch(name, tuple(self.k.shape), grad) for name in ("dk", "dv"))
-        for batch, keys, rows, fresh in self.pieces():
-            asked = Asked(*(fold(x[batch, :, rows], K) for x in (grad, self.q, delta, shift)))
-            dquery = run.scratch("dq", tuple(asked.q.shape), grad).zero_()
-            partial_backward(
-                asked, self.k[keys], self.v[keys], scale=run.course.scale, into=(dquery, dkeys[keys], dvalues[keys]),
-                scratch=run.scratch, fresh=fresh,
-            )  # fmt: skip
-            dq[batch, :, rows] = dquery.view(dq[batch, :, rows].shape)
-        dk.copy_(dkeys.view(dk.shape))
-        dv.copy_(dvalues.view(dv.shape))
+    def weights(self, q: Float[Tensor, "h l D"], heads: slice) -> Float[Tensor, "h l m"]:
+        """Those of the softmax, in the scratch."""
+        k = self.k[heads]
+        scores, weights = (self.run.scratch(name, (*q.shape[:2], k.shape[1]), q) for name in ("scores", "weights"))
+        scores.baddbmm_(q, k.transpose(1, 2), beta=0, alpha=self.run.course.scale)
+        return torch.softmax(scores, -1, out=weights)
+
+    def forward(self, found: Float[Tensor, "2 b H S D"]) -> None:
+        into = self.rows(found)
+        for heads, queries, _ in self.pieces():
+            into[heads, queries].baddbmm_(self.weights(self.q[heads, queries], heads), self.v[heads], beta=0)
+
+    def backward(
+        self,
+        dfound: Tensor,
+        delta: Tensor,
+        dqueries: Tensor,
+        dk: Float[Tensor, "b K m D"],
+        dv: Float[Tensor, "b K m D"],
+    ) -> None:
+        """Gradients of queries, keys and values, into their places."""
+        grad, gap, dq, scale = self.rows(dfound), self.rows(delta), self.rows(dqueries), self.run.course.scale
+        dk, dv = dk.flatten(0, 1), dv.flatten(0, 1)
+        for heads, queries, fresh in self.pieces():
+            q, dout, beta = self.q[heads, queries], grad[heads, queries], 0 if fresh else 1
+            weights = self.weights(q, heads)
+            dv[heads].baddbmm_(weights.transpose(1, 2), dout, beta=beta)
+            dscores = self.run.scratch("scores", tuple(weights.shape), q).copy_(gap[heads, queries])
+            dscores.baddbmm_(dout, self.v[heads].transpose(1, 2)).mul_(weights)
+            dq[heads, queries].baddbmm_(dscores, self.k[heads], beta=0, alpha=scale)
+            dk[heads].baddbmm_(dscores.transpose(1, 2), q, beta=beta, alpha=scale)
 
 
 class _Back:
-    """What gradients come together on the way back."""
+    """What gradients come together on the way back.
 
-    def __init__(self, run: _Run, vectors: Tensor, kv: Tensor, grads: tuple[Any, ...]):
+    Attributes:
+        seen: [N, S, E], all vectors as projections saw them.
+        dvectors: [N, S, E], of the vectors of each state.
+        dprojected: [N, S, F], of what each state was projected to.
+        draw: [n, S, R], of what was projected out of heads.
+    """
+
+    def __init__(self, run: _Run, vectors: Tensor, found: Tensor, grads: tuple[Any, ...]):
         """`grads`: of keys and values of all states, and of their vectors, where they were asked for."""
-        self.run, self.vectors, self.grads = run, vectors, grads
-        sums: list[Any] = [None if x is None else torch.zeros_like(x) for x in run.weights]
-        self.sums = Weights(*sums)
-        widths = vectors.shape[-1], kv.shape[-1], 2 * run.H * run.D
-        self.to_first = tuple(vectors.new_zeros(run.first, run.S, width) for width in widths)
+        self.run, self.vectors, self.found, self.gate = run, vectors, found, run.gate()
+        dkeys, dvalues, dvectors = grads
+        self.seen, self.mean, self.deviation = run.seen(vectors)
+        self.dvectors = torch.zeros_like(vectors) if dvectors is None else dvectors.clone()
+        self.dprojected = large_pages(vectors.new_zeros(*vectors.shape[:2], len(run.weights.into)))
+        into = self.dprojected[..., : run.KV].unflatten(-1, (2, run.K, run.D))
+        into[:, :, 0], into[:, :, 1] = dkeys, dvalues
+        self.draw = large_pages(vectors.new_empty(*found.shape[:2], len(run.weights.out)))
 
-    def hand(self, turn: int, grads: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """What the states before a turn get of it: the first ones now; returned is what the turn before has left."""
-        run, numbers = self.run, self.run.course.before[:, turn]
-        first = numbers < run.first
-        if not first.any():
-            return grads
-        rows, places = (tensor_of(x, grads[0].device) for x in (np.flatnonzero(first), numbers[first]))
-        for into, grad in zip(self.to_first, grads):
-            into.index_put_((places,), grad[rows], accumulate=True)  # in a fixed order
-        if first.all():
-            return None
-        return tuple(grad.index_fill(0, rows, 0) for grad in grads)
-
-    def through_projections(self, states: slice, handed: tuple[Tensor, ...] | None) -> Float[Tensor, "n S E"]:
-        """The gradient of these states' vectors: of their projections, and what else was handed back to them."""
-        w, sums = self.run.weights, self.sums
-        dkeys, dvalues, *dvectors = (x[states] for x in self.grads if x is not None)
-        dkv = torch.stack([dkeys, dvalues], 2).flatten(2)
-        seen, mean, deviation = self.run.seen(self.vectors[states])
-        if handed is not None:
-            dkv.add_(handed[1])
-        dseen = _product(dkv, seen, w.keys, sums.keys, sums.keys_bias)
-        if handed is not None:
-            dseen.add_(_product(handed[2], seen, w.queries, sums.queries, sums.queries_bias))
-        sums.identity.add_(dseen.sum(0))
-        grad: Tensor = torch.ops.aten.native_layer_norm_backward(
-            dseen, self.vectors[states], dseen.shape[-1:], mean, deviation, None, None, [True, False, False]
+    def through_projections(self, turn: int) -> None:
+        """Of the vectors before a turn: what comes through their projections is added to the rest."""
+        states, width = self.run.left(turn - 1), self.run.KV if turn == self.run.G else None
+        dseen = self.dprojected[states, :, :width] @ self.run.weights.into[:width]
+        vectors, mean, deviation = self.vectors[states], self.mean[states], self.deviation[states]
+        more = torch.ops.aten.native_layer_norm_backward(
+            dseen, vectors, vectors.shape[-1:], mean, deviation, None, None, [True, False, False]
         )[0]
-        for more in (*dvectors, *([] if handed is None else handed[:1])):
-            grad = grad.add_(more)
-        return grad
+        self.dvectors[states] += more
 
-    def through_gate(self, grad: Tensor, before: Tensor, left: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-        """Of what a turn leaves: gradients of the vectors before it, and of what it found."""
-        w, sums = self.run.weights, self.sums
-        if w.keep is not None and sums.keep is not None:
-            kept = w.keep.sigmoid()
-            # before - left = (1 - g) · (before - z): z itself is not needed
-            sums.keep.add_((grad * (before - left)).sum((0, 1)).mul_(kept))
-            dbefore, draw = grad * kept, grad * (1 - kept)
+    def through_gate(self, turn: int, before: Float[Tensor, "c S E"]) -> tuple[Tensor, Tensor]:
+        """Of what a turn found, [2, c, H, S, D], and its sums with that, negative, [2, c, H, S, 1]."""
+        run, blocks = self.run, self.run.blocks(turn)
+        grad, found, stops = self.dvectors[run.left(turn)], self.found[blocks], run.course.stops
+        if stops is not None and stops[blocks].any():
+            grad.masked_fill_(tensor_of(stops[blocks], grad.device)[:, None, None], 0)
+        if self.gate is not None:
+            draw = torch.mul(grad, 1 - self.gate, out=self.draw[blocks])
+            old = grad * self.gate
         else:
             with torch.enable_grad():
-                old, raw = (x.detach().requires_grad_() for x in (before, self.run.raw(found)))
-                dbefore, draw = torch.autograd.grad(renewed(old, raw, None), (old, raw), grad)
-        return dbefore, _product(draw, found, w.out, sums.out, sums.out_bias)
+                held, raw = (x.detach().requires_grad_() for x in (before, run.raw(found)))
+                old, draw = torch.autograd.grad(renewed(held, raw, None), (held, raw), grad)
+            self.draw[blocks] = draw
+        self._add(self.dvectors, turn, old)
+        dfound = draw @ run.weights.out
+        delta = (dfound * found).unflatten(-1, (2, -1, run.D)).sum(-1, keepdim=True).neg_()
+        return run.by_heads(dfound).contiguous(), delta.permute(2, 0, 3, 1, 4).contiguous()
+
+    def hand(self, turn: int, down: Float[Tensor, "2 c K S D"], dqueries: Float[Tensor, "2 c H S D"]) -> None:
+        """What the states before a turn get of it."""
+        both = [x.permute(1, 3, 0, 2, 4).flatten(2) for x in (down, dqueries)]
+        self._add(self.dprojected, turn, torch.cat(both, -1))
+
+    def _add(self, into: Float[Tensor, "N S f"], turn: int, grad: Float[Tensor, "c S f"]) -> None:
+        """To the states that a turn began with."""
+        run = self.run
+        states = into[run.left(turn - 1)]
+        if turn:
+            states[: len(grad)] += grad
+        else:
+            states.index_put_((tensor_of(run.course.start, grad.device),), grad, accumulate=True)  # in a fixed order
+
+    def weights(self) -> Weights:
+        """Gradients of the weights: products over all states, and over all blocks."""
+        w, dprojected, draw = self.run.weights, self.dprojected.flatten(0, 1), self.draw.flatten(0, 1)
+        return Weights(
+            self.dprojected.sum(0) @ w.into,
+            dprojected.T @ self.seen.flatten(0, 1),
+            None if w.into_bias is None else dprojected.sum(0),
+            draw.T @ self.found.flatten(0, 1),
+            None if w.out_bias is None else draw.sum(0),
+            None if self.gate is None else self._of_keep(self.gate),
+        )
+
+    def _of_keep(self, gate: Float[Tensor, " E"]) -> Float[Tensor, " E"]:
+        run, first = self.run, self.run.first
+        followed = [
+            first + np.arange(count) + run.blocks(turn).start for turn, count in enumerate(run.course.counts[1:])
+        ]
+        numbers = tensor_of(np.concatenate([run.course.start, *followed]), gate.device)
+        # before - left = (1 - g) · (before - z): z itself is not needed
+        apart = self.vectors.index_select(0, numbers).sub_(self.vectors[first:])
+        return apart.mul_(self.dvectors[first:]).sum((0, 1)).mul_(gate)
 
 
-def renewed(before: Tensor, raw: Tensor, keep: Tensor | None) -> Float[Tensor, "B S E"]:
-    """Through the gate."""
-    if keep is not None:
-        return torch.lerp(raw, before, keep.sigmoid())
+def renewed(
+    before: Float[Tensor, "b S E"], raw: Float[Tensor, "b S R"], gate: Tensor | None, into: Tensor | None = None
+) -> Float[Tensor, "b S E"]:
+    """Through the gate: a fixed one that keeps so much, or an LSTM's; into a place, where one is given."""
+    if gate is not None:
+        return torch.lerp(raw, before, gate, out=into)
     new, forget, enter = raw.chunk(3, -1)
-    return before * (forget + 1).sigmoid() + new.tanh() * (enter - 1).sigmoid()
-
-
-def _product(grad: Tensor, x: Tensor, weight: Tensor, dweight: Tensor, dbias: Tensor | None) -> Tensor:
-    """The gradient of x in x · weightᵀ + bias; those of weight and bias are added to their sums."""
-    flat = grad.flatten(0, 1)
-    dweight.addmm_(flat.T, x.flatten(0, 1))
-    if dbias is not None:
-        dbias.add_(flat.sum(0))
-    return (flat @ weight).view(*grad.shape[:2], -1)
+    left = before * (forget + 1).sigmoid() + new.tanh() * (enter - 1).sigmoid()
+    return left if into is None else into.copy_(left)

@@ -1,9 +1,9 @@
 """Attention to one of many sets of keys: each query sees the whole of the set that its number names, and no other.
 
-A recurrent state attended to over time is such: a set a block. Queries that follow one another mostly share a set, so a
-tile is a stretch of one set's queries, without any mask; only short stretches are put together, and masked. Where all
-stretches are alike, they are rows of one fused call instead, which is half as fast again (measured on a CPU). O(L · S)
-time for sets of S keys, O(L·D) memory.
+A recurrent state attended to over time is such: a set a block. Queries that follow one another mostly share a set:
+stretches of at most a block are rows of one fused call, without any mask, wherever documents begin and holes are. Only
+where most stretches are much shorter than a block, longer ones are tiles, and short ones are put together, and masked.
+O(L · S) time for sets of S keys, O(L·D) memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attention_zoo.layout.host import tensor_of
+from attention_zoo.layout.host import Array, tensor_of
 from attention_zoo.ops.pattern.globals import cuts, no_bias
 from attention_zoo.ops.softmax.fused import fused
 from attention_zoo.ops.softmax.parts import Part
@@ -24,6 +24,8 @@ from attention_zoo.ops.softmax.tiles import Tile, run_tiles, scores_at_once
 
 SHORT = 32
 """Queries of one set that are worth a tile of their own."""
+FILLED = 2
+"""Times as many rows as there are queries that stretches may be filled up to."""
 MIXED = 128
 """Most queries of several sets in a tile: each of them is multiplied by the keys of all."""
 
@@ -46,35 +48,55 @@ def attend_to_one_of(
         asked: which rows are queries; None: all.
     """
     (B, H, L, _), S = q.shape, k.shape[1]
-    if block < L:
-        more = -L % block
-        alike = np.pad(which, ((0, 0), (0, more)), mode="edge").reshape(-1, block)
-        if bool((alike == alike[:, :1]).all()):
-            return _blockwise(q, k, v, alike[:, 0], block, scale, asked)
+    numbers = which.reshape(-1)
+    starts, counts = _stretches(numbers, block)
+    longest = int(counts.max(initial=1))
+    if len(starts) * longest <= FILLED * B * L:
+        return _by_stretches(q, k, v, numbers[starts], starts, counts, longest, scale, asked)
     flat = q.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]  # a view of what a projection writes
     k, v = (x.flatten(0, 1).transpose(0, 1)[None] for x in (k, v))
     most = max(SHORT, scores_at_once(q) // (H * S))
-    numbers = which.reshape(-1)
     tiles = [_tile(numbers, rows, S, max(S, scores_at_once(q) // (H * most)), q) for rows in _rows(numbers, most)]
     hidden = None if asked is None else asked.reshape(1, 1, B * L, 1)
     out = run_tiles(flat, k, v, tiles, scale=scale, asked=hidden)
     return out[0].transpose(0, 1).unflatten(0, (B, L)).transpose(1, 2)
 
 
-def _blockwise(
-    q: Tensor, k: Tensor, v: Tensor, numbers: Int[np.ndarray, " n"], block: int, scale: float, asked: Tensor | None
-) -> Tensor:
-    """Each block of queries is a row of one fused call, with the keys of its set."""
-    B, _, L, _ = q.shape
-    more, first = -L % block, int(numbers[0])
-    if bool((np.diff(numbers) == 1).all()):
-        k, v = (x.narrow(0, first, len(numbers)) for x in (k, v))
+def _stretches(numbers: Int[np.ndarray, " n"], block: int) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
+    """Where queries of one set begin, at most a block of them, and how many they are."""
+    borders = np.flatnonzero(np.append(True, np.diff(numbers) != 0))
+    lengths = np.diff(np.append(borders, len(numbers)))
+    parts = -(-lengths // block)
+    part = np.arange(parts.sum()) - np.repeat(parts.cumsum() - parts, parts)
+    return np.repeat(borders, parts) + part * block, np.minimum(np.repeat(lengths, parts) - part * block, block)
+
+
+def _by_stretches(
+    q: Tensor, k: Tensor, v: Tensor, sets: Array, starts: Array, counts: Array, longest: int, scale: float,
+    asked: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Each stretch of queries is a row of one fused call, with the keys of its set."""
+    B, H, L, D = q.shape
+    if bool((np.diff(sets) == 1).all()):
+        k, v = (x.narrow(0, int(sets[0]), len(sets)) for x in (k, v))
     else:
-        k, v = (x.index_select(0, tensor_of(numbers, q.device)) for x in (k, v))
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
-    rows = torch.nn.functional.pad(q.transpose(1, 2), (0, 0, 0, 0, 0, more)).reshape(-1, block, *q.shape[1::2])
-    out = fused(rows.transpose(1, 2).to(k.dtype), k, v, scale=scale).transpose(1, 2).to(q.dtype)
-    out = out.reshape(B, L + more, *q.shape[1::2])[:, :L].transpose(1, 2)
+        k, v = (x.index_select(0, tensor_of(sets, q.device)) for x in (k, v))
+    flat, alike = q.transpose(1, 2).reshape(B * L, H, D), bool((counts[:-1] == longest).all())
+    if alike:
+        rows = torch.nn.functional.pad(flat, (0, 0, 0, 0, 0, len(starts) * longest - B * L))
+    else:
+        # behind a short stretch stand others, whose results nobody takes
+        several = (starts[:, None] + np.arange(longest)).clip(max=B * L - 1)
+        rows = flat.index_select(0, tensor_of(several.reshape(-1), q.device))
+    rows = rows.view(-1, longest, H, D).transpose(1, 2).to(k.dtype)
+    out = fused(rows, k.transpose(1, 2), v.transpose(1, 2), scale=scale).transpose(1, 2).to(q.dtype)
+    out = out.reshape(-1, H, D)
+    if alike:
+        out = out[: B * L]
+    else:
+        place = np.arange(B * L) + np.repeat(np.arange(len(starts)) * longest - starts, counts)
+        out = out.index_select(0, tensor_of(place, q.device))
+    out = out.view(B, L, H, D).transpose(1, 2)
     return out if asked is None else out.masked_fill(~asked, 0)
 
 

@@ -36,20 +36,24 @@ class Pieces(NamedTuple):
     Fields:
         starts: of each piece, the row of its first query; None: not everywhere do the others follow on it.
         rows: [n, R], the queries, as rows of [B · L]; any where there is none.
-        asked: [n, R], where there is one; None: everywhere.
+        empty: [n, R, 1], where there is none; None: nowhere.
+        places: [n, R], where their results go: their rows, or behind the last one where there is none.
         keys: [n, W], the keys, as rows of [B · T]; any where there is none.
-        there: [n, W], where there is one; None: everywhere.
+        missing: [n, 1, W], where there is none; None: nowhere.
         runs: of each piece, its keys as runs; None: too many to be worth it.
-        own: how many of the last columns are in the queries' own segment.
+        own: how many of the last columns are in the queries' own segment, at most.
+        far: [n, own, 1, 1], which of these are not, or missing; None: none.
     """
 
     starts: tuple[int, ...] | None
     rows: Int[Tensor, "n R"]
-    asked: Bool[Tensor, "n R"] | None
+    empty: Bool[Tensor, "n R 1"] | None
+    places: Int[Tensor, "n R"]
     keys: Int[Tensor, "n W"]
-    there: Bool[Tensor, "n W"] | None
+    missing: Bool[Tensor, "n 1 W"] | None
     runs: tuple[tuple[Run, ...], ...] | None
     own: int
+    far: Bool[Tensor, "n own 1 1"] | None
 
 
 class PiecePlan(NamedTuple):
@@ -59,11 +63,13 @@ class PiecePlan(NamedTuple):
         groups: pieces that are alike.
         distances: how many distances, from 0 on, the table of distance keys must hold.
         whole: whether every row of [B · L] is a query.
+        together: whether as much as fits runs at once, filled up: few operators, rather than few scores.
     """
 
     groups: tuple[Pieces, ...]
     distances: int
     whole: bool
+    together: bool
 
 
 def segment_attention(
@@ -99,7 +105,7 @@ class _Segments(torch.autograd.Function):
     def forward(ctx: Any, q, k, v, k_own, v_own, r, u, w, plan: PiecePlan, scale: float) -> Tensor:
         exact = torch.promote_types(q.dtype, torch.float32)
         table = falling(r, exact)
-        out = _buffer(q, q.dtype, zero=not plan.whole)
+        out = _buffer(q, q.dtype, zero=not plan.whole, spare=1)
         scratch = Scratch()
         for tile in _tiles(plan, q):
             query = tile.rows_of(q, "query", table, scratch)
@@ -110,6 +116,7 @@ class _Segments(torch.autograd.Function):
                 weights = part.weights(*sides, part.seen(keys), part.shape.cut(table[part.heads]), scratch)
                 _multiply(part.asked(found), weights, part.seen(values), beta=0)
             tile.put(out, found)
+        out = out[:-1]
         ctx.save_for_backward(q, k, v, r, u, w, out)
         ctx.plan, ctx.scale = plan, scale
         return out.view(q.shape)
@@ -121,7 +128,7 @@ class _Segments(torch.autograd.Function):
         plan, scale, exact = ctx.plan, ctx.scale, torch.promote_types(q.dtype, torch.float32)
         table = falling(r, exact)
         dtable, du, dw = torch.zeros_like(table), *(torch.zeros_like(x, dtype=exact) for x in (u, w))
-        dq = _buffer(q, exact, zero=not plan.whole)
+        dq = _buffer(q, exact, zero=not plan.whole, spare=1)
         dk, dv = (_buffer(k, exact, zero=True) for _ in range(2))
         dk_own, dv_own = (_buffer(k, exact, zero=True) if want else None for want in ctx.needs_input_grad[3:5])
         scratch = Scratch()
@@ -154,6 +161,7 @@ class _Segments(torch.autograd.Function):
             tile.put(dq, dquery)
             tile.add(dk, dk_own, dkeys)
             tile.add(dv, dv_own, dvalues)
+        dq = dq[:-1]
         dr = dtable[:, :-1].flip(1).transpose(0, 1)
         gradients = (dq.mul_(scale), dk, dv, dk_own, dv_own, dr, du.mul_(scale), dw.mul_(scale))
         likes = (q, k, v, k, v, r, u, w)
@@ -168,13 +176,17 @@ class _Part:
         self.tile, self.heads, self.rows = tile, heads, slice(start, stop)
         self.columns = tile.W - tile.R + stop
         self.covers_all = stop == tile.R
+        whole = heads == slice(0, tile.heads) and start == 0
+        # nothing is cut where a tile has one part, the same for queries and keys
+        self.cut_rows = None if whole and self.covers_all else (heads, slice(None), self.rows)
+        self.cut_columns = None if whole and self.covers_all else (heads, slice(None), slice(self.columns))
         self.shape = Shift(stop - start, self.columns)
 
     def asked(self, x: Float[Tensor, "H n R D"]) -> Float[Tensor, "h n l D"]:
-        return x[self.heads, :, self.rows]
+        return x if self.cut_rows is None else x[self.cut_rows]
 
     def seen(self, x: Float[Tensor, "H n W D"]) -> Float[Tensor, "h n s D"]:
-        return x[self.heads, :, : self.columns]
+        return x if self.cut_columns is None else x[self.cut_columns]
 
     def sides(self, query: Float[Tensor, "H n R D"], u: Tensor, w: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """What meets keys, and what meets distances, [h, n, l, D]."""
@@ -189,28 +201,31 @@ class _Part:
         scores, weights = (scratch(name, (h, n, l, self.columns), keys) for name in ("scores", "weights"))
         _multiply(scores, to_keys, keys.transpose(-1, -2), beta=0)
         scores += self.shape.scores(to_distances, distances, scratch)
-        there, asked = self.tile.there, self.tile.asked
+        missing, empty = self.tile.missing, self.tile.empty
         if l > 1:
             future = torch.ones(l, l, dtype=torch.bool, device=scores.device).triu(1)
             scores[..., self.columns - l :].masked_fill_(future, -torch.inf)
-        if there is not None:
-            scores.masked_fill_(~there[:, None, : self.columns], -torch.inf)
+        if missing is not None:
+            scores.masked_fill_(missing[..., : self.columns], -torch.inf)
         torch.softmax(scores, -1, out=weights)
-        return weights if asked is None else weights.masked_fill_(~asked[:, self.rows, None], 0)
+        return weights if empty is None else weights.masked_fill_(empty[:, self.rows], 0)
 
 
 class _Tile:
     """Some pieces of a group, and the parts in which they are computed: the last rows of some heads first."""
 
-    def __init__(self, group: Pieces, pieces: slice, heads: list[slice]):
+    def __init__(self, group: Pieces, pieces: slice, heads: list[slice], rows: int):
         self.rows, self.keys, self.own = group.rows[pieces], group.keys[pieces], group.own
-        self.asked, self.there = (None if x is None else x[pieces] for x in (group.asked, group.there))
+        self.places = group.places[pieces]
+        self.empty, self.missing, self.far = (
+            None if x is None else x[pieces] for x in (group.empty, group.missing, group.far)
+        )
         self.runs = None if group.runs is None else group.runs[pieces]
-        self.R, self.W = self.rows.shape[1], self.keys.shape[1]
+        self.R, self.W, self.heads = self.rows.shape[1], self.keys.shape[1], heads[-1].stop
         first = () if group.starts is None else group.starts[pieces]
         self.alone = slice(first[0], first[0] + self.R) if len(first) == 1 else None
-        starts = range(0, self.R, ROWS)[::-1]
-        self.parts = [_Part(self, some, start, min(start + ROWS, self.R)) for some in heads for start in starts]
+        starts = range(0, self.R, rows)[::-1]
+        self.parts = [_Part(self, some, start, min(start + rows, self.R)) for some in heads for start in starts]
 
     def rows_of(self, x: Float[Tensor, "B L H D"], name: str, like: Tensor, scratch: Scratch) -> Tensor:
         """The queries' rows, [H, n, R, D], in the scratch."""
@@ -221,7 +236,7 @@ class _Tile:
     def keys_of(self, x: Float[Tensor, "B T H D"], name: str, like: Tensor, scratch: Scratch) -> Tensor:
         """The keys' rows, [H, n, W, D], in the scratch."""
         flat = _flat(x)
-        if self.runs is None or self.there is not None or len(self.runs) > 1:
+        if self.runs is None or self.missing is not None or len(self.runs) > 1:
             return _by_heads(
                 flat.index_select(0, self.keys.flatten()).unflatten(0, self.keys.shape), name, like, scratch
             )
@@ -235,19 +250,19 @@ class _Tile:
         by_rows = found.permute(1, 2, 0, 3)
         if self.alone is not None:
             into[self.alone] = by_rows[0]
-        elif self.asked is None:
-            into[self.rows] = by_rows.to(into.dtype)
         else:
-            into[self.rows[self.asked]] = by_rows[self.asked].to(into.dtype)
+            into[self.places] = by_rows.to(into.dtype)
 
     def add(self, every: Tensor, own: Tensor | None, found: Float[Tensor, "H n W D"]) -> None:
         """To the gradients of the keys, [BT, H, D]: all, and those of the own segment."""
         found, first = found.permute(1, 2, 0, 3), self.W - self.own
         if self.runs is None:
-            found = found if self.there is None else found.masked_fill(~self.there[..., None, None], 0)
-            every.index_add_(0, self.keys.flatten(), found.flatten(0, 1))
+            found = found if self.missing is None else found.masked_fill(self.missing.transpose(1, 2)[..., None], 0)
+            _add_rows(every, self.keys, found)
             if own is not None:
-                own.index_add_(0, self.keys[:, first:].flatten(), found[:, first:].flatten(0, 1))
+                found = found[:, first:]
+                found = found if self.far is None else found.masked_fill(self.far, 0)
+                _add_rows(own, self.keys[:, first:], found)
             return
         for runs, piece in zip(self.runs, found):
             for start, at, count in runs:
@@ -260,15 +275,24 @@ class _Tile:
 def _tiles(plan: PiecePlan, q: Tensor) -> Iterator[_Tile]:
     """The largest pieces first, so that scratch never grows; as many pieces, or else heads, as `TILE` allows."""
     # on a CPU more at once than chunks do: rows are whole, so that a part takes few passes, and starting them costs
-    H, limit = q.shape[2], TILE["cuda"] if q.is_cuda else 4 * TILE["cpu"]
+    H, limit = q.shape[2], TILE["cuda"] if plan.together or q.is_cuda else 4 * TILE["cpu"]
     for group in sorted(plan.groups, key=lambda group: -group.rows.shape[1] * group.keys.shape[1]):
-        scores = min(ROWS, group.rows.shape[1]) * group.keys.shape[1]
+        rows = min(group.rows.shape[1], limit if plan.together else ROWS)
+        scores = rows * group.keys.shape[1]
         together = min(H, max(1, limit // scores))
         together = -(-H // -(-H // together))  # alike many in each part
-        heads = [slice(head, head + together) for head in range(0, H, together)]
+        heads = [slice(head, min(head + together, H)) for head in range(0, H, together)]
         count = max(1, limit // (scores * together))
         for piece in range(0, len(group.rows), count):
-            yield _Tile(group, slice(piece, piece + count), heads)
+            yield _Tile(group, slice(piece, piece + count), heads, rows)
+
+
+def _add_rows(into: Float[Tensor, "BT H D"], rows: Int[Tensor, "n W"], found: Float[Tensor, "n W H D"]) -> None:
+    """In a fixed order, which `index_add_` has on a CPU alone."""
+    if into.is_cuda:
+        into.index_put_((rows,), found, accumulate=True)
+    else:
+        into.index_add_(0, rows.flatten(), found.flatten(0, 1))
 
 
 def _flat(x: Tensor) -> Float[Tensor, "BL H D"]:
@@ -288,6 +312,8 @@ def _multiply(
     into.baddbmm_(left, right, beta=beta)
 
 
-def _buffer(like: Float[Tensor, "B L H D"], dtype: torch.dtype, zero: bool) -> Float[Tensor, "BL H D"]:
-    made = large_pages(like.new_empty(like.shape[0] * like.shape[1], *like.shape[2:], dtype=dtype))
+def _buffer(
+    like: Float[Tensor, "B L H D"], dtype: torch.dtype, zero: bool, spare: int = 0
+) -> Float[Tensor, "BL_and_spare H D"]:
+    made = large_pages(like.new_empty(like.shape[0] * like.shape[1] + spare, *like.shape[2:], dtype=dtype))
     return made.zero_() if zero else made

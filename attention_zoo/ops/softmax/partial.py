@@ -41,9 +41,10 @@ class Scratch:
         if shape not in views:
             whole, count = self._whole.get(name), math.prod(shape)
             if whole is None or whole.numel() < count:
-                whole = self._whole[name] = like.new_empty(count)
                 views.clear()
-            views[shape] = whole[:count].view(shape)
+                views[shape] = self._whole[name] = like.new_empty(shape)
+            else:
+                views[shape] = whole.view(-1)[:count].view(shape)
         return views[shape]
 
 
