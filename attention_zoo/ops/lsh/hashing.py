@@ -69,6 +69,8 @@ def released_rotations(
     return drawn.split([count // 2 for count in factors], -1)
 
 
+FEW = 64
+"""Tokens that are hashed for all heads in one product, as in a step: operators cost more than what they do there."""
 AT_ONCE = 1 << 16
 """Products of tokens and rotations that are held for several heads at once; more are held for one."""
 
@@ -83,7 +85,7 @@ def hash_tokens(
     some = max(1, AT_ONCE // max(1, M * rounds * max(factors)))
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         turns = [turn[..., : count // 2].to(q.device, exact) for turn, count in zip(rotations, factors)]
-        if triton_reason(q.device) is None:
+        if M <= FEW or triton_reason(q.device) is None:
             return _at_once(q.transpose(0, 1).to(exact), turns, factors)
         buckets = torch.zeros(H, rounds, M, dtype=torch.int32, device=q.device)
         for start in range(0, H, some):
@@ -106,7 +108,7 @@ def _at_once(q: Float[Tensor, "H M D"], turns: Sequence[Tensor], factors: Sequen
     for turn, count in zip(turns, factors):
         y = torch.bmm(q, turn.flatten(2)).unflatten(-1, turn.shape[2:])
         best = torch.cat([y, -y], -1).argmax(-1)
-        found = best if found is None else found + best * radix
+        found = best if found is None else found.add(best, alpha=radix)
         radix *= count
     assert found is not None
     return found.transpose(1, 2).int()

@@ -53,19 +53,22 @@ class Sorted(NamedTuple):
 def windows(
     held: Sorted,
     buckets: Int[Tensor, "B H R S"],
-    fillers: Int[Tensor, " B"],
+    fillers: Int[Tensor, "B 1 1 1"],
     *,
     chunk: int,
     look_back: int,
 ) -> tuple[Int[Tensor, "B H R W"], Bool[Tensor, "B H R W"]]:
-    """Columns in the windows of the last token, and which of them it sees: not itself, nor empty slots."""
+    """Columns in the windows of the last token, and which of them it sees: not itself, nor empty slots.
+
+    Args:
+        fillers: columns at the left that are no tokens.
+    """
     size, columns = held.order.shape[-1], buckets.shape[-1]
     recent, which = buckets[..., size:].sort(dim=-1, stable=True)
     place = torch.arange(columns - size, device=buckets.device)
     rank = held.starts.gather(-1, recent.long() + 1) + place  # of each recent token, in the whole order
-    mine = rank.gather(-1, (which == columns - size - 1).long().argmax(-1, keepdim=True))
+    mine = rank.gather(-1, which.argmax(-1, keepdim=True))  # that of the last to come
 
-    fillers = fillers[:, None, None, None]
     tokens = columns - fillers
     chunks = (tokens + chunk - 1) // chunk
     back = torch.arange(look_back + 1, device=buckets.device)
