@@ -116,7 +116,7 @@ def _read(position: Int[np.ndarray, " B"], columns: Columns, block: int) -> _Rea
         rows.append(tensor_of((first + column[:, None]).ravel(), k.device))
         bias.append(weight[:, used])
     added = tensor_of(np.concatenate(bias, 1)[:, None, None], k.device).to(k.dtype)
-    return _Read(*rows, added, columns.ledger)
+    return _Read(rows[0], rows[1], added, columns.ledger)
 
 
 _Places = tuple[Int[np.ndarray, "B n"], Float[np.ndarray, "B n"]]

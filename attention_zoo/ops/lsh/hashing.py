@@ -79,26 +79,30 @@ def hash_tokens(
     q: Float[Tensor, "M H D"], rotations: Sequence[Tensor], factors: tuple[int, ...]
 ) -> Int[Tensor, "H R M"]:
     """Bucket of each token in each round; with several factors, the mixed-radix number of their buckets."""
-    M, H, D = q.shape
+    M, H, _ = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
     rounds = rotations[0].shape[2]
     some = max(1, AT_ONCE // max(1, M * rounds * max(factors)))
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         turns = [turn[..., : count // 2].to(q.device, exact) for turn, count in zip(rotations, factors)]
-        if M <= FEW or triton_reason(q.device) is None:
+        if triton_reason(q.device) is None:
             return _at_once(q.transpose(0, 1).to(exact), turns, factors)
         buckets = torch.zeros(H, rounds, M, dtype=torch.int32, device=q.device)
         for start in range(0, H, some):
-            heads = range(start, min(start + some, H))
-            vectors, radix = [q[:, head].to(exact) for head in heads], 1
+            heads = slice(start, min(start + some, H))
+            vectors, found, radix = q[:, heads].transpose(0, 1).to(exact), None, 1
             for turn, count in zip(turns, factors):
-                products = [x @ turn[head].reshape(D, -1) for x, head in zip(vectors, heads)]
-                y = torch.stack(products).view(len(products), M, rounds, -1)
+                turned = turn[heads].flatten(2)
+                # one product a head: several at once are slower where there are many tokens
+                y = vectors @ turned if M <= FEW else torch.stack([x @ r for x, r in zip(vectors, turned)])
+                y = y.view(len(y), M, rounds, -1)
                 best = y.abs().argmax(-1, keepdim=True)
                 # argmax [y; -y]: the largest magnitude, and which half it came from
                 best = torch.where(y.gather(-1, best) >= 0, best, best + count // 2)
-                buckets[start : heads.stop] += (best[..., 0] * radix).transpose(1, 2).int()
+                found = best if found is None else found.add_(best, alpha=radix)
                 radix *= count
+            assert found is not None
+            buckets[heads] = found[..., 0].transpose(1, 2)
     return buckets
 
 
@@ -108,7 +112,7 @@ def _at_once(q: Float[Tensor, "H M D"], turns: Sequence[Tensor], factors: Sequen
     for turn, count in zip(turns, factors):
         y = torch.bmm(q, turn.flatten(2)).unflatten(-1, turn.shape[2:])
         best = torch.cat([y, -y], -1).argmax(-1)
-        found = best if found is None else found.add(best, alpha=radix)
+        found = best if found is None else found + best * radix
         radix *= count
     assert found is not None
     return found.transpose(1, 2).int()
