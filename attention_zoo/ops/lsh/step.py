@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from attention_zoo.ops.lsh.chunks import _keys
+from attention_zoo.ops.lsh.chunks import _factor, _keys
 
 RECENT = 1024
 """Tokens that are merged at each step, at most."""
@@ -139,8 +139,9 @@ def attend(
         column = column.clamp(max=room - 1)
     places = ((row * room + column) * H + head).flatten()
     chosen, values = (x.reshape(-1, D).index_select(0, places).view(*column.shape, D) for x in (qk, v))
-    keys, _ = _keys(chosen, epsilon)
-    scores = (keys @ q[..., None].to(keys.dtype))[..., 0] * scale
+    chosen = chosen.to(torch.promote_types(q.dtype, torch.float32))
+    # scores are scaled, not keys: they are D times smaller
+    scores = (chosen @ q[..., None].to(chosen.dtype) * _factor(chosen, epsilon))[..., 0] * scale
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    out = (weights[..., None, :] @ values.to(keys.dtype))[..., 0, :].to(q.dtype)
+    out = (weights[..., None, :] @ values.to(chosen.dtype))[..., 0, :].to(q.dtype)
     return torch.where(seen.any(-1, keepdim=True), out, v[:, last])
