@@ -63,6 +63,8 @@ OPTIONS = [
     ("longformer", {"global_projections": "shared", "window": 9}),
     ("full", {"positions": "rotary", "kv_heads": 1}),
     ("transformer_xl", {"segment_length": 7, "memory_length": 9, "same_length": True}),
+    ("h_transformer_1d", {"block": 6, "kv_heads": 1}),
+    ("memory_compressed", {"compression": 4, "kv_heads": 1}),
 ]
 
 
@@ -79,6 +81,8 @@ def test_steps_equal_the_whole_prefix(name, options):
         close(found[:, end - at - 1], expected, f"{name} {options}, token {end}")
     if name == "reformer":
         assert state.sorted is not None
+    if name == "h_transformer_1d":
+        assert len(state.buffers) == 3, "steps keep the groups beside the tokens"
     if name == "bigbird":
         assert state.ledger.steady
         assert "_listed" in vars(state.ledger.fields), "steps read the listed global tokens alone"
@@ -184,10 +188,21 @@ def counted_step(layer, length: int) -> Gathered:
     return seen
 
 
-@pytest.mark.parametrize("name", ["full", "longformer", "bigbird", "transformer_xl"])
+@pytest.mark.parametrize(
+    "name",
+    ["full", "longformer", "bigbird", "transformer_xl", "adaptive_span", "compressive", "h_transformer_1d", "reformer"],
+)
 def test_a_step_takes_as_many_operators_behind_any_context(name):
     layer = Case.of(name).build(causal=True, dtype=torch.float32)
     assert counted_step(layer, 1024).operators == counted_step(layer, 8192).operators
+
+
+def test_a_step_of_a_hierarchy_reads_a_block_a_level():
+    """Near tokens in two blocks, and at most a block of groups at each level; one group is made."""
+    layer = Case.of("h_transformer_1d").build(causal=True, dtype=torch.float32, block=16)
+    assert counted_step(layer, 12).picked == 2 * layer.kv_heads * 16  # keys and values of 16 tokens that there are
+    for length, levels in ((1024, 6), (8192, 9)):
+        assert 0 < counted_step(layer, length).picked <= layer.kv_heads * 16 * (2 * 2 + levels)
 
 
 def test_bigbird_picks_no_key_where_all_are_seen():

@@ -21,8 +21,9 @@ Here: keys and values alone are coarsened, never queries, so that a causal token
 it costs the logarithm. Any length: the last group of a document may be smaller, and counts for what it holds. Groups
 count the valid tokens of a document. The softmax is one over all levels, by log-sum-exp. No relative positions.
 
-A state keeps the keys and values of the document, O(L), and a step forms its groups anew, O(L): what a token sees of
-its past are block · log L groups, but which ones they are changes from token to token. Forward and backward hold,
+A state keeps the keys and values of the document, O(L). Single-token steps without gradients keep the groups beside
+them, as large again: a step makes one group and reads block · log L keys (attention/h_transformer_1d_step.py). Other
+calls form the groups anew, O(L). Forward and backward hold,
 beside what a window does, tokens and groups of all levels as one set of keys, twice as many as the tokens, and their
 gradients: 98 MiB where longformer has 36 (core, 4,096 tokens, 8 heads of 64, float32).
 
@@ -46,7 +47,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from attention_zoo.attention.derived_keys import DerivedKeys
+from attention_zoo.attention import h_transformer_1d_step as step
+from attention_zoo.attention.derived_keys import DOCUMENT, DerivedKeys
 from attention_zoo.contract import Abilities
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns
@@ -94,12 +96,25 @@ class HTransformer1D(DerivedKeys):
         parts = [self._near(layout, layout), *(self._far(layout, level.groups, n + 1) for n, level in self._up(layout))]
         return float(sum((seen.stop - seen.first).sum() for part in parts for seen in part))
 
+    def keep(
+        self, layout: Layout, k: Float[Tensor, "B K L D"], v: Float[Tensor, "B K L D"], state: Columns | None
+    ) -> tuple[Columns, Columns | None]:
+        """See `DerivedKeys`: keys and values, in steps also the groups that stand beside them."""
+        if state is None:
+            return super().keep(layout, k, v, None)
+        if not self.causal or not step.is_step(layout, state.ledger):
+            return super().keep(layout, k, v, state._replace(buffers=state.buffers[:2]))
+        held = step.append(step.with_groups(state), layout, k, v, DOCUMENT)
+        return held, held
+
     # --- the levels --------------------------------------------------------------------------------------------------
 
     def answer(
         self, q: Float[Tensor, "B H L D"], queries: Layout, held: Columns, scale: float
     ) -> Float[Tensor, "B H L D"]:
         """See `DerivedKeys`: of near keys and of the means of far ones."""
+        if len(held.buffers) == 3:
+            return step.attend(q, queries, held, block=self.block, scale=scale)
         (k, v), keys = held.held, held.tokens
         sets = [Keys(k, v, keys, seen=self._near(queries, keys))]
         both = torch.cat([k, v], 1)

@@ -290,7 +290,8 @@ class Reformer(HashedAttention):
         if known is None or known.is_stale(columns.filled):
             count = max(math.prod(self.factors_for(size)) for size in sizes.tolist())
             known = step.Sorted.of(buckets[..., :-1], keys.valid[:, :-1], count)
-        fillers = keys.plan("fillers", lambda: tensor_of(columns.filled - sizes, buckets.device))
+        left = columns.filled - sizes[:, None, None, None]
+        fillers = keys.plan("fillers", lambda: tensor_of(left, buckets.device))
         column, seen = step.windows(known, buckets, fillers, chunk=self.chunk, look_back=self.look_back)
         if not self.attend_across_buckets:
             seen = seen & (buckets.gather(-1, column) == mine)

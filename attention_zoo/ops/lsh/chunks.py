@@ -273,9 +273,14 @@ class HeadBlock:
 def _keys(q: Float[Tensor, "M h D"], epsilon: float) -> tuple[Float[Tensor, "M h D"], Float[Tensor, "M h 1"]]:
     """Normalised queries, and the factor that made them; without epsilon a zero query makes a zero key."""
     exact = q.to(torch.promote_types(q.dtype, torch.float32))
-    square = exact.square().sum(-1, keepdim=True) + q.shape[-1] * epsilon
-    factor = torch.where(square > 0, square, torch.inf).rsqrt()
+    factor = _factor(exact, epsilon)
     return exact * factor, factor
+
+
+def _factor(q: Float[Tensor, "*rows D"], epsilon: float) -> Float[Tensor, "*rows 1"]:
+    """What makes keys of queries."""
+    square = q.square().sum(-1, keepdim=True) + q.shape[-1] * epsilon
+    return torch.where(square > 0, square, torch.inf).rsqrt()
 
 
 def _rows(table: Float[Tensor, "rows width"], rows: Int[Tensor, "a n"]) -> Float[Tensor, "a n width"]:

@@ -69,6 +69,8 @@ def released_rotations(
     return drawn.split([count // 2 for count in factors], -1)
 
 
+FEW = 64
+"""Tokens that are hashed for all heads in one product, as in a step: operators cost more than what they do there."""
 AT_ONCE = 1 << 16
 """Products of tokens and rotations that are held for several heads at once; more are held for one."""
 
@@ -77,7 +79,7 @@ def hash_tokens(
     q: Float[Tensor, "M H D"], rotations: Sequence[Tensor], factors: tuple[int, ...]
 ) -> Int[Tensor, "H R M"]:
     """Bucket of each token in each round; with several factors, the mixed-radix number of their buckets."""
-    M, H, D = q.shape
+    M, H, _ = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
     rounds = rotations[0].shape[2]
     some = max(1, AT_ONCE // max(1, M * rounds * max(factors)))
@@ -87,16 +89,20 @@ def hash_tokens(
             return _at_once(q.transpose(0, 1).to(exact), turns, factors)
         buckets = torch.zeros(H, rounds, M, dtype=torch.int32, device=q.device)
         for start in range(0, H, some):
-            heads = range(start, min(start + some, H))
-            vectors, radix = [q[:, head].to(exact) for head in heads], 1
+            heads = slice(start, min(start + some, H))
+            vectors, found, radix = q[:, heads].transpose(0, 1).to(exact), None, 1
             for turn, count in zip(turns, factors):
-                products = [x @ turn[head].reshape(D, -1) for x, head in zip(vectors, heads)]
-                y = torch.stack(products).view(len(products), M, rounds, -1)
+                turned = turn[heads].flatten(2)
+                # one product a head: several at once are slower where there are many tokens
+                y = vectors @ turned if M <= FEW else torch.stack([x @ r for x, r in zip(vectors, turned)])
+                y = y.view(len(y), M, rounds, -1)
                 best = y.abs().argmax(-1, keepdim=True)
                 # argmax [y; -y]: the largest magnitude, and which half it came from
                 best = torch.where(y.gather(-1, best) >= 0, best, best + count // 2)
-                buckets[start : heads.stop] += (best[..., 0] * radix).transpose(1, 2).int()
+                found = best if found is None else found.add_(best, alpha=radix)
                 radix *= count
+            assert found is not None
+            buckets[heads] = found[..., 0].transpose(1, 2)
     return buckets
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from attention_zoo.ops.lsh.chunks import _keys
+from attention_zoo.ops.lsh.chunks import _factor, _keys
 
 RECENT = 1024
 """Tokens that are merged at each step, at most."""
@@ -53,19 +53,22 @@ class Sorted(NamedTuple):
 def windows(
     held: Sorted,
     buckets: Int[Tensor, "B H R S"],
-    fillers: Int[Tensor, " B"],
+    fillers: Int[Tensor, "B 1 1 1"],
     *,
     chunk: int,
     look_back: int,
 ) -> tuple[Int[Tensor, "B H R W"], Bool[Tensor, "B H R W"]]:
-    """Columns in the windows of the last token, and which of them it sees: not itself, nor empty slots."""
+    """Columns in the windows of the last token, and which of them it sees: not itself, nor empty slots.
+
+    Args:
+        fillers: columns at the left that are no tokens.
+    """
     size, columns = held.order.shape[-1], buckets.shape[-1]
     recent, which = buckets[..., size:].sort(dim=-1, stable=True)
     place = torch.arange(columns - size, device=buckets.device)
     rank = held.starts.gather(-1, recent.long() + 1) + place  # of each recent token, in the whole order
-    mine = rank.gather(-1, (which == columns - size - 1).long().argmax(-1, keepdim=True))
+    mine = rank.gather(-1, which.argmax(-1, keepdim=True))  # that of the last to come
 
-    fillers = fillers[:, None, None, None]
     tokens = columns - fillers
     chunks = (tokens + chunk - 1) // chunk
     back = torch.arange(look_back + 1, device=buckets.device)
@@ -136,8 +139,9 @@ def attend(
         column = column.clamp(max=room - 1)
     places = ((row * room + column) * H + head).flatten()
     chosen, values = (x.reshape(-1, D).index_select(0, places).view(*column.shape, D) for x in (qk, v))
-    keys, _ = _keys(chosen, epsilon)
-    scores = (keys @ q[..., None].to(keys.dtype))[..., 0] * scale
+    chosen = chosen.to(torch.promote_types(q.dtype, torch.float32))
+    # scores are scaled, not keys: they are D times smaller
+    scores = (chosen @ q[..., None].to(chosen.dtype) * _factor(chosen, epsilon))[..., 0] * scale
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    out = (weights[..., None, :] @ values.to(keys.dtype))[..., 0, :].to(q.dtype)
+    out = (weights[..., None, :] @ values.to(chosen.dtype))[..., 0, :].to(q.dtype)
     return torch.where(seen.any(-1, keepdim=True), out, v[:, last])

@@ -2,8 +2,9 @@
 
 Each set is a part: its scores are computed by themselves and merged by log-sum-exp, forward and backward, so that
 nothing is ever L x S. O(L · keys that are seen) time, O(L·D) memory. Without gradients the sets stay where they are, so
-that a step of decoding reads what a state holds and copies none of it; with gradients they are put together first. On
-CUDA FlexAttention runs what it can (several_flex.py), so that the host is not asked for each tile.
+that a step of decoding reads what a state holds and copies none of it, with all scores in one softmax; with gradients
+they are put together first. On CUDA FlexAttention runs what it can (several_flex.py), so that the host is not asked for
+each tile.
 """
 
 from __future__ import annotations
@@ -47,12 +48,14 @@ def attend_to_several(
     seen: list[Sequence[Seen | None]] = [_seen(each, queries, causal) for each in sets]
     if several_flex.refuse(q, sets) is None:
         return several_flex.run(q, queries, sets, seen, scale)
+    tensors = [q, *(x for each in sets for x in (each.k, each.v, each.weight) if x is not None)]
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if q.shape[2] == 1 and not learns:
+        return _of_one(q, queries, list(_pieces(q, queries, sets, seen, slice(0, 1))), scale)
     tiles = []
     for a in range(0, q.shape[2], ROWS):
         rows = slice(a, min(a + ROWS, q.shape[2]))
         tiles.append((rows, list(_pieces(q, queries, sets, seen, rows))))
-    tensors = [q, *(x for each in sets for x in (each.k, each.v, each.weight) if x is not None)]
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return (_together if learns else _apart)(q, queries, sets, tiles, scale)
 
 
@@ -116,6 +119,34 @@ def _apart(q: Tensor, queries: Layout, sets: Sequence[Keys], tiles: _Tiles, scal
                     shape = (len(query), H, query.shape[2])
                     sums.add(fold(query, keys.k.shape[1]), k, v, bias(batch), scale=scale, shape=shape)
                 sums.end(out[batch, :, rows])
+    return out if queries.asked is None else out.masked_fill_(~queries.asked, 0)
+
+
+def _of_one(q: Tensor, queries: Layout, pieces: list[_Piece], scale: float) -> Tensor:
+    """One query a row, as in decoding: the scores of all pieces in one softmax. They are D times smaller than keys."""
+    B, H, _, D = q.shape
+    if not pieces:
+        return torch.zeros_like(q)
+    exact = torch.promote_types(q.dtype, torch.float32)
+    scores, values, biased = [], [], False
+    with torch.autocast(q.device.type, enabled=False):
+        rows = fold(q.to(exact) * scale, pieces[0].keys.k.shape[1])
+        for keys, columns, bias in pieces:
+            k, v = (x[:, :, columns].flatten(0, 1).to(exact) for x in (keys.k, keys.v))
+            found = torch.bmm(rows, k.transpose(1, 2)).view(B, H, 1, -1)
+            if (added := bias(slice(0, B))) is not None:
+                found, biased = found + added, True
+            scores.append(found)
+            values.append(v)
+        whole = torch.cat(scores, -1)
+        weights = whole.softmax(-1)
+        if biased:  # a query that sees nothing is told zeros
+            weights = weights.masked_fill(whole.amax(-1, keepdim=True) == -torch.inf, 0)
+        parts = weights.view(*rows.shape[:2], -1).split([each.shape[-1] for each in scores], -1)
+        out = torch.bmm(parts[0], values[0])
+        for part, value in zip(parts[1:], values[1:]):
+            out = out.baddbmm_(part, value)
+    out = out.view(B, H, 1, D).to(q.dtype)
     return out if queries.asked is None else out.masked_fill_(~queries.asked, 0)
 
 
