@@ -13,7 +13,8 @@ So a compressed state counts as one column before the memory, as in the paper. h
 memories, earlier states do not. The loss alone teaches f: states and the weights of attention are detached in it.
 attn has no positions: softmax(scale · (W_q h)·(W_k m)) W_v m, heads side by side, not yet projected out.
 
-All segments of a call run at once, since what a loop would hand from one to the next are inputs of this layer.
+All segments of a call run at once, since what a loop would hand from one to the next are inputs of this layer: on a
+CPU those of one size, with Triton's devices of any, in as many operators for many segments as for two.
 O(L·(S + M + C)) time, O(L·E) memory (ops/relative/segments.py). Decoding projects the query, not the keys, and holds
 M + S + c - 1 hidden and C compressed states.
 

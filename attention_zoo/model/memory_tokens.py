@@ -8,7 +8,8 @@ beginning. Segment t goes through whatever stands inside, a document of its own,
     M <- norm(M');  before the first segment M is learned
 
 O(L·(S + 2m)) time and O(L) memory around `full`, less around what is linear itself; a state of m vectors and what the
-inner mechanism keeps of one segment. Segments follow each other: the host loops over them.
+inner mechanism keeps of one segment. Segments follow each other: the host loops over them, and each takes the stack's
+operators once more and up to 30 of its own, forward and backward (tests/test_launches.py); so do documents of a row.
 
 Paper: as above.
 

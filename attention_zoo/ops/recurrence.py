@@ -98,12 +98,12 @@ class _Recur(torch.autograd.Function):
         gate = run.gate()
         for turn, count in enumerate([*course.counts, 0]):
             states = run.left(turn - 1)
-            projected = run.project(run.seen(vectors[states])[0], keys_alone=not count)
-            kv[:, states] = run.keys_of(projected)
+            projected = run.project(run.seen(vectors[states])[0], None if count else slice(run.KV))
+            kv[:, states] = run.by_heads(projected[..., : run.KV])
             if not count:
                 break
             before, keys, values = (run.before(x, turn) for x in (vectors, *kv))
-            queries = run.queries_of(run.chosen(projected, turn))
+            queries = run.by_heads(run.chosen(projected, turn)[..., run.KV :]).contiguous()
             blocks = run.blocks(turn)
             looked = run.scratch("found", tuple(queries.shape), queries)
             for look in run.looks(queries, (keys, values), blocks):
@@ -127,7 +127,7 @@ class _Recur(torch.autograd.Function):
             back.through_projections(turn + 1)
             before, keys, values = (run.before(x, turn) for x in (vectors, *kv))
             dfound, delta = back.through_gate(turn, before)
-            queries = run.queries_of(run.project(run.before(back.seen, turn)))
+            queries = run.by_heads(run.project(run.before(back.seen, turn), slice(run.KV, None))).contiguous()
             dqueries = run.scratch("dqueries", tuple(queries.shape), queries)
             down = run.scratch("dkv", (2, *keys.shape), queries)
             own, block = run.looks(queries, (keys, values), blocks)
@@ -189,17 +189,12 @@ class _Run:
         normal, mean, deviation = torch.native_layer_norm(vectors, vectors.shape[-1:], None, None, EPS)
         return normal.add_(self.weights.identity), mean, deviation
 
-    def project(self, seen: Float[Tensor, "b S E"], keys_alone: bool = False) -> Float[Tensor, "b S F"]:
+    def project(self, seen: Float[Tensor, "b S E"], some: slice | None = None) -> Float[Tensor, "b S f"]:
+        """Into keys, values and queries, or some of these."""
         _, into, bias, *_ = self.weights
-        if keys_alone:
-            into, bias = into[: self.KV], None if bias is None else bias[: self.KV]
+        if some is not None:
+            into, bias = into[some], None if bias is None else bias[some]
         return F.linear(seen, into, bias)
-
-    def keys_of(self, projected: Float[Tensor, "b S F"]) -> Float[Tensor, "2 b K S D"]:
-        return self.by_heads(projected[..., : self.KV])
-
-    def queries_of(self, projected: Float[Tensor, "b S F"]) -> Float[Tensor, "2 b H S D"]:
-        return self.by_heads(projected[..., self.KV :]).contiguous()
 
     def raw(self, found: Float[Tensor, "b S Q"]) -> Float[Tensor, "b S R"]:
         return F.linear(found, self.weights.out, self.weights.out_bias)
