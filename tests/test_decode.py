@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recorded import RECORDED
+from recorded import NEWER, RECORDED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention_zoo import Tokens
@@ -34,7 +34,7 @@ def test_nothing_that_a_graph_needs_is_overwritten():
     assert x.grad[:, 4:8].abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("name", [*RECORDED, *NEWER])
 def test_inference_mode_and_gradients_take_turns(name):
     """States made in one mode go on in another; only what is written in place differs."""
     case = Case.of(name)

@@ -209,7 +209,10 @@ class BlockRecurrent(Attention):
         """All states that somebody sees, in the order of their numbers: vectors [N, S, E], keys and values of them."""
         if order.held_alone:
             assert state is not None
-            return state.vectors, state.k, state.v
+            k, v = state.k, state.v
+            if torch.is_grad_enabled() and k.is_inference():
+                k, v = k.clone(), v.clone()  # autograd saves no tensor of inference mode
+            return state.vectors, k, v
         # sums over many blocks are kept in float32 at least
         first = self.initial.to(torch.promote_types(self.initial.dtype, torch.float32))[None]
         if state is not None:
