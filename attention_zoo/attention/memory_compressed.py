@@ -163,7 +163,7 @@ class MemoryCompressed(DerivedKeys):
         """Keys and values of groups, [B, K, G, D]."""
         return Columns.of(groups.groups, *self._convolved(torch.cat([k, v], 1), groups))
 
-    def _convolved(self, x: Float[Tensor, "B 2*K L D"], groups: Pooled) -> Float[Tensor, "2 B K G D"]:
+    def _convolved(self, x: Float[Tensor, "B KV L D"], groups: Pooled) -> Float[Tensor, "2 B K G D"]:
         """The strided convolution of keys and values, as one product a head."""
         K = self.kv_heads
         members = rearrange(groups.take(x.transpose(1, 2)), "b g c (n k) d -> k (n b g) (d c)", k=K)
