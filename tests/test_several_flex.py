@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from test_several import layouts, reference
@@ -15,6 +16,7 @@ from attention_zoo.layout import kernel
 from attention_zoo.layout.pooled import pooled
 from attention_zoo.layout.reach import Anywhere, Band
 from attention_zoo.ops.pattern import flex, several_flex
+from attention_zoo.ops.pattern.flex_lists import BlockLists
 from attention_zoo.ops.pattern.key_set import Keys
 from attention_zoo.ops.pattern.several import attend_to_several
 
@@ -102,3 +104,34 @@ def test_it_refuses_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "fewer than 16" in str(reason(q[:, :, :15]))
     monkeypatch.setattr(kernel, "TRITON_DEVICES", ("cuda",))
     assert "it runs on CUDA, not on cpu" in str(reason(q))
+
+
+def test_blocks_that_are_left_out_hold_nothing_seen_and_whole_ones_nothing_hidden() -> None:
+    block, n, m, generator = 4, 6, 8, np.random.default_rng(0)
+    for _ in range(50):
+        ends = np.sort(generator.integers(0, m * block + 1, (2, 2, 3, n * block, 2)), -1).astype(np.int32)
+        low, high = ends[..., 0], ends[..., 1]
+        low[:, :, 2], high[:, :, 2] = 0, 0  # fillers
+        high[1], asks, there = low[1], np.ones((2, n * block), bool), np.ones((2, m * block), bool)
+        low[0, :, 0, :block], high[0, :, 0, :block] = block, 3 * block  # two blocks that are seen whole
+        asks[0, -2:], there[1, -3:] = False, False
+        high = np.where(asks[None, :, None], high, low)
+        place = np.arange(m * block)
+        seen = ((low[..., None] <= place) & (place < high[..., None])).any((0, 2)) & there[:, None]
+        tiles = seen.reshape(2, n, block, m, block).swapaxes(2, 3)
+        some, every = tiles.any((0, 3, 4)), tiles.all((0, 3, 4))
+        part, _, whole, _ = several_flex._lists(low, high, asks, there, block, torch.device("cpu"))
+        visited, full = (_pairs(lists, n, m) for lists in (part, whole))
+        assert not (some & ~(visited | full)).any()
+        assert not (full & ~every).any()
+        assert not (visited & full).any()
+        assert full[0, 1]
+        assert full[0, 2]
+
+
+def _pairs(lists: BlockLists, n: int, m: int) -> np.ndarray:
+    found = np.zeros((n, m), bool)
+    count, index = (x[0, 0].numpy() for x in lists)
+    for row in range(n):
+        found[row, index[row, : count[row]]] = True
+    return found
