@@ -629,3 +629,14 @@ def test_given_queries_and_values_make_the_layer_without_its_projections():
         layer.attend(qk, v[:, :, 1:])
     with pytest.raises(ValueError, match=r"tokens must have shape \(2, 21\), got \(2, 20\)"):
         layer.attend(qk, v, tokens.cut(slice(0, 20)))
+
+
+def test_tokens_with_rotations_of_their_own_hash_as_each_kind_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(40, 2, 8, generator=generator, dtype=torch.float64)
+    counts, kind = (4, 10), torch.randint(0, 2, (40,), generator=generator)
+    kinds = [[torch.randn(2, 8, 3, count // 2, generator=generator, dtype=torch.float64)] for count in counts]
+    found = hashing.hash_kinds(q, kinds, kind)
+    for number, (rotations, count) in enumerate(zip(kinds, counts)):
+        some = kind == number
+        assert torch.equal(found[:, :, some], hashing.hash_tokens(q[some], rotations, (count,)))
