@@ -58,3 +58,20 @@ def test_a_sealed_checkpoint_with_a_foreign_value(
         assert (row["status"], row["final"]) == ("failed", False)
         assert "is no checkpoint of this project" in row["error"]
         assert row["error"].endswith("use force=true to start afresh")
+
+
+class Harmful:
+    """What runs code of its own where it is unpickled."""
+
+    def __init__(self, proof: Path):
+        self.proof = proof
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.proof,)
+
+
+def test_no_code_of_a_checkpoint_is_run(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint.pt", {"identity": "x", "gift": Harmful(tmp_path / "proof")})
+    with pytest.raises(ValueError, match="is no checkpoint of this project"):
+        load_checkpoint(tmp_path / "checkpoint.pt", "x")
+    assert not (tmp_path / "proof").exists()
