@@ -259,6 +259,15 @@ class BudgetRow(Common, Call):
 
 
 @with_config(STRICT)
+class OfSet(TypedDict):
+    """How long the rows of an evaluation set are, and what it says by groups and by position."""
+
+    seq_len: NotRequired[Count | None]
+    by_group: NotRequired[dict[str, Groups] | None]
+    loss_by_position: NotRequired[Curve | None]
+
+
+@with_config(STRICT)
 class Trained(TypedDict):
     """What a training came to."""
 
@@ -278,6 +287,8 @@ class Trained(TypedDict):
     metric: NotRequired[Name | None]
     better: NotRequired[Literal["higher", "lower"] | None]
     by_group: NotRequired[dict[str, Groups] | None]
+    by_set: NotRequired[dict[str, OfSet] | None]
+    evaluation_tokens_per_second: NotRequired[Amount | None]
     chance: NotRequired[Number | None]
     baselines: NotRequired[dict[str, Number] | None]
     further_baselines: NotRequired[dict[str, dict[str, Number]] | None]

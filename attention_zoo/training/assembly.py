@@ -92,7 +92,7 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
         )
     carry = bool(options.trainer.carry_state and task.streams and getattr(model, "carries", False))
     if carry:
-        _check_positions(model, options.seq_len, getattr(task, "span", 1))
+        check_positions(model, options.seq_len, getattr(task, "span", 1))
     precision = Precision(options.trainer.precision, device)
     trainer = Trainer(
         model,
@@ -111,7 +111,7 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
     return Assembly(task, model, trainer, sets, precision, carry, device, writing(options.decode))
 
 
-def _check_positions(model: nn.Module, seq_len: int, span: int) -> None:
+def check_positions(model: nn.Module, seq_len: int, span: int) -> None:
     """Refuse rows that go on for more tokens than a table of positions has, before they get there."""
     limit = getattr(getattr(model, "positions", None), "max_length", None)
     if limit is not None and seq_len * span > limit:

@@ -39,6 +39,7 @@ from attention_zoo.rules import OneOf, near, shown
 from attention_zoo.searchpath import of_this_job
 from attention_zoo.searchpath import register as register_searchpath
 from attention_zoo.settings import finite, one_line, plain_values
+from attention_zoo.training.conditions import conditions
 from attention_zoo.training.heard import PAIR, check_heard, trained_for
 from attention_zoo.training.precision import PRECISIONS, check_precision
 from attention_zoo.training.progress import KINDS
@@ -133,6 +134,7 @@ class TrainConfig:
         trainer: its group.
         encoder, decoder: what differs in each half of an encoder-decoder, for tasks whose rows have a source.
         decode: how such a model writes in evaluation.
+        evaluate_at: name -> other conditions that the trained model is scored under, too; see `conditions`.
         init: a model to start from: a folder that `convert` wrote, a finished run's, or a model file. Its mechanisms
             and sizes then stand for `attention` and `model`; what the task needs beside it (a head, more ids, token
             types) starts afresh.
@@ -161,6 +163,7 @@ class TrainConfig:
     encoder: SideConfig = field(default_factory=SideConfig)
     decoder: SideConfig = field(default_factory=SideConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    evaluate_at: dict[str, Any] = field(default_factory=dict)  # EvaluateAt; untyped, so that a word may add one
     init: Text | None = None
     lora: Any = None
     steps: Positive = MISSING
@@ -304,6 +307,7 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
     options = options_of(full)
     if not full["attention"] and not full["init"]:
         raise ValueError("attention must be one mechanism; for a stack of several use 'hybrid=[longformer,full]'")
+    conditions(options.evaluate_at)
     accumulate = options.trainer.accumulate
     if options.batch % accumulate:
         raise ValueError(f"trainer.accumulate must divide batch, got accumulate={accumulate} for batch={options.batch}")

@@ -6,6 +6,7 @@ row counts as right only if all of it is. Its encoder runs once for both.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -34,12 +35,16 @@ class Evaluation(NamedTuple):
         by_group: for each of the batches' `groups`: [group, accuracy, loss in nats, scored answers] in rising order;
             where there are many, a bin is named by its largest member.
         readings: what the model's modules say of themselves; see `following`.
+        seq_len: tokens of the longest rows.
+        tokens_per_second: tokens read, those of a source included, over the time of the whole evaluation.
     """
 
     metrics: dict[str, float]
     loss_by_position: list[list[float]]
     by_group: dict[str, list[list[float]]] = {}
     readings: dict[str, list[float]] = {}
+    seq_len: int = 0
+    tokens_per_second: float = 0.0
 
 
 class _Seen:
@@ -80,13 +85,15 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    stream, seen = Stream(model, carry=carry), _Seen()
+    stream, seen, longest, read, began = Stream(model, carry=carry), _Seen(), 0, 0, time.perf_counter()
     before = torch.zeros(0, dtype=torch.long)
     try:
         for batch in batches:
             if stop():
                 return None
             length = batch.ids.shape[1]
+            longest = max(longest, length if batch.source is None else batch.source.shape[1])
+            read += batch.ids.numel() + (0 if batch.source is None else batch.source.numel())
             before = torch.where(batch.fresh, 0, before) if len(before) == len(batch.fresh) else batch.fresh.long() * 0
             moved = batch.to(device)
             with precision.autocast():
@@ -104,7 +111,8 @@ def evaluate(
             before = before + length
     finally:
         model.train(was_training)
-    return _evaluation(task, seen)._replace(readings=readings_of(model))
+    rate = read / max(time.perf_counter() - began, 1e-9)
+    return _evaluation(task, seen)._replace(readings=readings_of(model), seq_len=longest, tokens_per_second=rate)
 
 
 def _evaluation(task: Task, seen: _Seen) -> Evaluation:

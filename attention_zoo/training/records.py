@@ -13,7 +13,7 @@ from attention_zoo.files import Damaged, read_json
 from attention_zoo.measure.ends import Ended
 from attention_zoo.measure.environment import environment
 from attention_zoo.results.check import wrong_to_keep
-from attention_zoo.results.row import Row, Trained, TrainingRow
+from attention_zoo.results.row import OfSet, Row, Trained, TrainingRow
 from attention_zoo.tasks.task import Task
 from attention_zoo.training.checking import figure
 from attention_zoo.training.evaluate import Evaluation
@@ -60,6 +60,8 @@ def blank_row(config: Mapping[str, Any]) -> TrainingRow:
         "metric": None,
         "better": None,
         "by_group": {},
+        "by_set": {},
+        "evaluation_tokens_per_second": None,
         "chance": None,
         "baselines": {},
         "further_baselines": {},
@@ -108,6 +110,8 @@ def trained(
         "metric": task.metric,
         "better": task.better,
         "by_group": main.by_group,
+        "by_set": {name: _of_set(each) for name, each in evaluations.items()},
+        "evaluation_tokens_per_second": main.tokens_per_second,
         "chance": figure(task, "chance", task.chance(seq_len)),
         "baselines": task.baselines(seq_len),
         "further_baselines": task.further_baselines(seq_len),
@@ -115,6 +119,11 @@ def trained(
         "stopped": history.stopped,
         "model_sha256": model_sha256,
     }
+
+
+def _of_set(found: Evaluation) -> OfSet:
+    """How long its rows are, and what it says by groups and by position."""
+    return {"seq_len": found.seq_len, "by_group": found.by_group, "loss_by_position": found.loss_by_position}
 
 
 def lost_row(config: Mapping[str, Any], identity: str | None, ended: Ended, *, task: str, data: Any) -> TrainingRow:

@@ -15,6 +15,7 @@ import json
 import sys
 import traceback
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from attention_zoo.training.building import build
 from attention_zoo.training.checking import check_task
 from attention_zoo.training.checkpoint import CheckpointError
 from attention_zoo.training.config import TrainConfig, check, device_of, options_of
+from attention_zoo.training.elsewhere import elsewhere, scored
 from attention_zoo.training.fit import History, fit
 from attention_zoo.training.models import mechanism_of, name_of
 from attention_zoo.training.progress import Progress
@@ -211,6 +213,7 @@ class _Run:
         row["backend"] = options.backend or name_of(mechanism)
         progress.label = f"{row['backend']} {task.name}"
         parts, history, known = assemble(options, mechanism, task), History(), (str(row["id"]), row["data"])
+        others = elsewhere(options, parts)
         self.trainer = parts.trainer
         step, lines = resume(paths, *known, parts.trainer, history, steps=options.steps, progress=progress)
         row["resumed_at"] = step
@@ -239,8 +242,8 @@ class _Run:
                 asked=asked,
             )
             evaluations = {parts.main: last}
-            for name in list(parts.sets)[1:]:
-                found = parts.score(name, asked)
+            further = ((name, parts.score(name, asked)) for name in list(parts.sets)[1:])
+            for name, found in chain(further, scored(others, options, parts, asked)):
                 if found is None:
                     by = asked()
                     assert by is not None
