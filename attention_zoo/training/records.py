@@ -60,8 +60,6 @@ def blank_row(config: Mapping[str, Any]) -> TrainingRow:
         "metric": None,
         "better": None,
         "by_group": {},
-        "by_set": {},
-        "evaluation_tokens_per_second": None,
         "chance": None,
         "baselines": {},
         "further_baselines": {},
@@ -72,6 +70,8 @@ def blank_row(config: Mapping[str, Any]) -> TrainingRow:
         "model_sha256": None,
         "refused": False,
         "wall_seconds": None,
+        "by_set": {},
+        "evaluation_tokens_per_second": None,
     }
 
 
