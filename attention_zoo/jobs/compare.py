@@ -24,6 +24,7 @@ from attention_zoo.jobs.ahead import cells_ahead, in_words, planned_runs, traini
 from attention_zoo.jobs.following import followed, send_cells, send_report
 from attention_zoo.jobs.plan import COMMAND, planned_cells, write_plan
 from attention_zoo.jobs.progress import TrainingProgress
+from attention_zoo.jobs.published import published_rows, published_tables
 from attention_zoo.jobs.refused import refused
 from attention_zoo.jobs.steps import equal_steps
 from attention_zoo.jobs.trainings import Run, run_trainings
@@ -101,6 +102,7 @@ class CompareConfig:
         retry: failed: do again what failed, ran out of memory or timed out; null keeps such rows. What was ended from
             outside is always done again.
         dry: say how many cells and trainings there are and what they will take, and run nothing.
+        published: name -> a published table that the trainings stand beside; see `published_tables`.
         small: backend -> options at which a few dozen tokens show its pattern, for the pictures; default the class's.
         picture_length: tokens of the pictures.
         title: on top of the report.
@@ -117,6 +119,7 @@ class CompareConfig:
     parallel: Annotated[int, Field(ge=1, le=1024)] = 2
     retry: Annotated[str, OneOf("failed")] | None = None
     dry: bool = False
+    published: dict[str, Any] = field(default_factory=dict)  # PublishedTable
     small: dict[str, Any] = field(default_factory=dict)
     picture_length: Annotated[int, Field(ge=1, le=4096)] = 96
     title: Text = TITLE
@@ -171,6 +174,7 @@ class CompareConfig:
     def planned(self, steps: Mapping[str, int] | None = None) -> dict[str, list[Run]]:
         """The same by plan."""
         check_fields(CompareConfig, self)
+        published_tables(self.published, self.names())
         found: dict[str, list[Run]] = {}
         _check_options("small", self.small, self.variants)
         for task, plan in self.trainings.items():
@@ -232,7 +236,7 @@ def _with(base: Mapping[str, Any], values: Mapping[str, Any], name: str) -> dict
 
 
 def _check_options(key: str, options: Mapping[str, Any], variants: Mapping[str, Any]) -> None:
-    """Refuse options of what is no backend, and what cannot be options; a backend that takes no part may have some."""
+    """Refuse options of no backend, and what cannot be options; a backend that takes no part may have some."""
     for name in options:
         if name not in variants:
             registry.recipe(name, option=f"a key of {key}")
@@ -248,7 +252,7 @@ def _built(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def register() -> None:
-    """Make the schema known to Hydra, which conf/compare.yaml names first."""
+    """Make the schema known to Hydra."""
     store("compare_schema", CompareConfig)
 
 
@@ -282,7 +286,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
         try:
             job.run(cells, config.runs(job.equal_steps()))
         except KeyboardInterrupt:
-            if any(row["kind"] != "portrait" for row in job.rows):  # else what an earlier call wrote is better
+            if any(row["kind"] not in ("portrait", "published") for row in job.rows):  # else what an earlier call wrote is better
                 write_results(job.rows, folder, title=config.title)
             raise
         console.print("4/4 report", style="bold")
@@ -321,7 +325,7 @@ class _Job:
 
     def __init__(self, config: CompareConfig, folder: Path, console: Console):
         self.config, self.folder, self.console = config, folder, console
-        self.rows: list[Row] = []
+        self.rows: list[Row] = published_rows(published_tables(config.published, config.names()))
         self.again = 0
 
     def run(self, cells: list[SpeedCell], runs: list[Run]) -> None:

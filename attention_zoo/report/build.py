@@ -18,6 +18,7 @@ from attention_zoo.report.cells import Table
 from attention_zoo.report.data import dashboard
 from attention_zoo.report.extract import trainings_table
 from attention_zoo.report.inspected import Inspection
+from attention_zoo.report.published import published
 from attention_zoo.report.quality import Task
 from attention_zoo.report.rows import LeftOut, Rows
 from attention_zoo.report.summary import Findings, headline, labels, summary
@@ -82,6 +83,7 @@ def sections(found: Findings) -> dict[str, str]:
         "peers": _peers(rows),
         "budget": _budget(rows),
         "learning": _learning(found.tasks),
+        "published": _published(rows),
         "abilities": _abilities(rows, names),
         "method": _method(rows),
         "missing": _missing(rows, names),
@@ -192,6 +194,14 @@ def _learning(tasks: list[Task]) -> str:
         parts += [page.paragraph(shortened, "note")] if shortened else []
         parts.append(page.table(trainings_table(task)))
     return "".join(parts)
+
+
+def _published(rows: list[Row]) -> str:
+    """Other people's tables with ours beside."""
+    return "".join(
+        f"<h3>{page.escape(title)}</h3>{page.table(table)}{page.bullets(notes, 'note')}"
+        for title, table, notes in published(rows)
+    )
 
 
 def _abilities(rows: list[Row], names: dict[int, str]) -> str:

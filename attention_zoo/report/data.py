@@ -47,7 +47,7 @@ def dashboard(
         and its curves; styles: of each label; tasks and settings: what is known of them, in the order of importance;
         lost: statuses in words; attention: see `inspected.drawn`.
     """
-    rows = [*found.rows, *running]
+    rows = [*(row for row in found.rows if row["kind"] != "published"), *running]  # those are nobody's runs here
     names = labels(found.rows)
     fields, mine = Fields(), source_digest()
     task_of = {id(row): task for task in found.tasks for each in task.learnt for row in [*each.rows, *each.failed]}

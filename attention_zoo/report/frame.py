@@ -7,6 +7,7 @@ from attention_zoo.report.page import escape, section
 BEFORE = {"summary": "Summary"}
 AFTER = {
     "learning": "What they learnt",
+    "published": "Beside published tables",
     "peers": "Against other implementations",
     "budget": "The longest length within a memory",
     "abilities": "Abilities",

@@ -24,6 +24,7 @@ from attention_zoo.results.row import (
     PeerRow,
     PortraitRow,
     Positive,
+    PublishedRow,
     Row,
     Scores,
     SpeedRow,
@@ -125,6 +126,7 @@ DRAWN: dict[str, tuple[Any, Any]] = {
     "budget": (BudgetRow, BudgetOk),
     "quality": (TrainingRow, TrainingOk),
     "portrait": (PortraitRow, PortraitOk),
+    "published": (PublishedRow, PublishedRow),
 }
 """Kind -> its type, and what one that ended well must hold beside. One without figures needs its description alone."""
 

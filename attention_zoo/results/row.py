@@ -7,6 +7,7 @@
 | budget | the longest length within a memory | `measure.budget` |
 | quality | one training | `training.records` |
 | portrait | what each token sees | `report.patterns` |
+| published | a figure of somebody's paper | `jobs.published` |
 
 A row is a plain dict and one line of JSON. Keys that may be missing (`NotRequired`) are in every new row, but not in
 each of older versions, or of work that ended early; keys that are not named here may hold anything: rows of newer
@@ -27,7 +28,7 @@ Row = Mapping[str, Any]
 # Strict: a figure written as text, a truth value for a number or a list for a mapping is a damaged row, no other form.
 STRICT = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
-Kind = Literal["speed", "peer", "budget", "quality", "portrait"]
+Kind = Literal["speed", "peer", "budget", "quality", "portrait", "published"]
 Status = Literal["ok", "unsupported", "oom", "oom_predicted", "timeout", "failed", "lost", "missing"]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=300)]
 Words = Annotated[str, StringConstraints(max_length=100_000)]
@@ -332,3 +333,27 @@ class PortraitRow(Common):
     length: NotRequired[Positive | None]
     abilities: NotRequired[Nested | None]
     pairs: NotRequired[Pairs | None]
+
+
+# --- published -------------------------------------------------------------------------------------------------------
+
+
+@with_config(STRICT)
+class PublishedRow(Common):
+    """A figure of a published table, which ours stand beside.
+
+    Keys that need a word:
+        table, source: its title, and where it was published.
+        set: the evaluation set of our trainings that it is compared with.
+        value: None where nothing was published.
+        remark: in what ours differ.
+    """
+
+    table: Words
+    source: Words
+    task: Name
+    set: Name
+    value: Number | None
+    metric: NotRequired[Name | None]
+    seq_len: NotRequired[Positive | None]
+    remark: NotRequired[Words | None]
