@@ -228,6 +228,7 @@ def _with(base: Mapping[str, Any], values: Mapping[str, Any], name: str) -> dict
     """A training's config with some values that differ."""
     known = OmegaConf.create(dict(base))
     OmegaConf.set_struct(known, True)
+    OmegaConf.set_struct(known.evaluate_at, False)  # whose keys are names
     try:
         merged = OmegaConf.merge(known, values)
     except OmegaConfBaseException as error:
