@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from chromium import CHROMIUM, browser
 from report_page import ask, drawn
-from report_rows import made_up, quality, speed, unfinished
+from report_rows import LOSSES, made_up, quality, speed, unfinished
 
+from attention_zoo import registry
 from attention_zoo.commands.main import main
 from attention_zoo.files import append_jsonl, write_json
 from attention_zoo.measure.config import BenchmarkConfig
@@ -28,7 +29,7 @@ from attention_zoo.report.extract import csv_text, latex, tables
 from attention_zoo.report.groups import SILENT, flat
 from attention_zoo.report.running import running
 from attention_zoo.report.serve import Watched, server
-from attention_zoo.training.config import compose_training
+from attention_zoo.training.config import TrainConfig, compose_training
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
 
@@ -185,8 +186,21 @@ def test_the_command_of_a_training_composes_its_config(row: dict[str, Any]) -> N
 
     found, meant = told(compose_training(words[3:])), told(row["config"])
     meant.pop("attention.name")
-    found = {key: value for key, value in found.items() if key != "attention"}
+    newer = set(TrainConfig.__dataclass_fields__) - set(row["config"])  # options that the row's code did not have
+    found = {key: value for key, value in found.items() if key not in {"attention", *newer}}
     assert found == meant
+
+
+@pytest.mark.parametrize("name", registry.available())
+def test_the_command_of_a_single_training_names_its_mechanism(name: str) -> None:
+    """Whose config holds a class instead of a name."""
+    words = ["task=mqar", "+model.max_length=99", "+evaluate_at.far.seq_len=128", "device=cpu", "tracker=none"]
+    option = {"longformer": "attention.window=7", "reformer": "attention.chunk=8"}.get(name)
+    config = compose_training([f"attention={name}", *words, *([option] if option else [])])
+    said = shlex.split(command_of({**quality(name if name in LOSSES else "full", "mqar"), "config": config}))[3:]
+    assert f"attention={name}" in said
+    again = compose_training([*said, "tracker=none"])
+    assert {**again, "backend": None} == {**config, "backend": None}
 
 
 def test_the_command_of_a_cell_says_all_that_it_was_measured_with() -> None:

@@ -287,7 +287,9 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
         try:
             job.run(cells, config.runs(job.equal_steps()))
         except KeyboardInterrupt:
-            if any(row["kind"] not in ("portrait", "published") for row in job.rows):  # else what an earlier call wrote is better
+            if any(
+                row["kind"] not in ("portrait", "published") for row in job.rows
+            ):  # else what an earlier call wrote is better
                 write_results(job.rows, folder, title=config.title)
             raise
         console.print("4/4 report", style="bold")

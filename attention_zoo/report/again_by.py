@@ -53,7 +53,7 @@ def _cell(row: Row, config: dict[str, Any]) -> Iterator[str]:
 
 def _training(row: Row, config: dict[str, Any]) -> Iterator[str]:
     attention, hybrid = config.get("attention"), config.get("hybrid")
-    name = attention.get("name") if isinstance(attention, dict) else None
+    name, usual = _mechanism(attention)
     if hybrid:
         yield f"hybrid={word(hybrid)}"
     elif name:
@@ -64,7 +64,7 @@ def _training(row: Row, config: dict[str, Any]) -> Iterator[str]:
     task, brought = _nearest("task", config["task"], str(row.get("task")))
     yield f"task={task}" if task else f"task={row.get('task')}"
     model, sizes = _nearest("model", config.get("model"), "tiny")
-    base |= {"model": sizes, "attention": _yaml("attention", str(name)) if name else {}}
+    base |= {"model": sizes, "attention": usual}
     if model not in (None, DEFAULTS["model"]):
         yield f"model={model}"
     for group in GROUPS:
@@ -76,6 +76,16 @@ def _training(row: Row, config: dict[str, Any]) -> Iterator[str]:
     if name and not hybrid and isinstance(attention, dict):
         mine["attention"] = {key: value for key, value in attention.items() if key != "name"}
     yield from _differing(mine, base)
+
+
+def _mechanism(attention: Any) -> tuple[str | None, dict[str, Any]]:
+    """The choice of conf/attention, and what it sets: by its name, or by the class that it was composed to."""
+    if not isinstance(attention, dict):
+        return None, {}
+    if "_target_" in attention:
+        return _nearest("attention", attention, "full")
+    name = attention.get("name")
+    return name, _yaml("attention", str(name)) if name else {}
 
 
 def _nearest(group: str, config: Any, usual: str) -> tuple[str | None, dict[str, Any]]:
@@ -103,7 +113,7 @@ def _differing(config: dict[str, Any], base: dict[str, Any], path: str = "") -> 
         if isinstance(value, dict) and (isinstance(given, dict) or given is None):
             yield from _differing(value, given or {}, f"{dotted}.")
         elif value != given:
-            yield f"{dotted}={word(value)}"
+            yield f"{'' if key in base else '+'}{dotted}={word(value)}"
 
 
 def _over(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

@@ -43,10 +43,7 @@ def _beside(title: str, source: str, cells: list[Row], trained: list[Row]) -> Be
     columns = list(dict.fromkeys(cell["set"] for cell in cells))
     at = {(cell["backend"], cell["set"]): cell for cell in cells}
     ours = {id(cell): groups.gather(_ours(cell, trained)) for cell in cells}
-    body = [
-        [line, *(_words(at.get((line, column)), ours) for column in columns)]
-        for line in lines
-    ]
+    body = [[line, *(_words(at.get((line, column)), ours) for column in columns)] for line in lines]
     seeds = sorted({len({row["seed"] for row in many}) for found in ours.values() for many in found.values()})
     many = " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]]))) if seeds else "no"
     said = [f"In each cell what was published{APART}ours: the mean over {many} seeds, and its range. Source: {source}."]
