@@ -4,13 +4,13 @@ that differs in more than the seed."""
 import copy
 
 import pytest
+from report_rows import quality
 
 from attention_zoo.jobs.compare import CompareConfig
 from attention_zoo.jobs.published import published_rows, published_tables
 from attention_zoo.report.build import build_report
 from attention_zoo.report.published import published
 from attention_zoo.results.check import wrong_with
-from report_rows import quality
 
 TABLE = {
     "title": "Accuracy by rounds", "source": "Somebody 2020, table 2", "task": "mqar",
