@@ -13,11 +13,12 @@ from attention_zoo.measure.identity import source_digest
 from attention_zoo.report import costs, groups, inspected, rivals
 from attention_zoo.report import rows as results
 from attention_zoo.report.again_by import command_of
-from attention_zoo.report.beside import pairs, ranked
+from attention_zoo.report.beside import pairs
 from attention_zoo.report.fields import Fields, facts
 from attention_zoo.report.palette import styles
 from attention_zoo.report.quality import LEARNT, SHARES, Task, metric_words, missing
 from attention_zoo.report.summary import Findings, labels
+from attention_zoo.report.verdicts import by_label
 from attention_zoo.results.row import Row
 
 POINTS = 160
@@ -161,7 +162,7 @@ def _task(task: Task) -> dict[str, Any]:
     return {
         "title": task.title, "metric": task.metric, "words": metric_words(task.metric), "judged": task.judged,
         "lower": task.lower_is_better, "share": task.metric in SHARES, "bits": task.metric.startswith("bits_"),
-        "bars": task.bars, "obstacles": task.obstacles(),
+        "bars": task.bars, "obstacles": task.obstacles(), "verdicts": dict(by_label(task)),
         "sets": task.sets, "name": groups.words({"task": task.name}, ["task"])[0].partition("=")[2],
     }  # fmt: skip
 
@@ -173,5 +174,4 @@ def _beside(task: Task, setting: costs.Setting, found: Findings) -> dict[str, An
         "task": task.title,
         "setting": setting.words(),
         "pairs": [[learnt.label, series.label] for learnt, series in paired],
-        "ranked": ranked(task, paired) if paired else False,
     }
