@@ -18,7 +18,8 @@ from attention_zoo.report.quality import tasks
 from attention_zoo.report.verdicts import Compared, compared, difference_words
 
 OTHERS = ("longformer", "bigbird", "reformer", "transformer_xl")
-SEEDS = range(7)
+BRIEF = {"curve": [], "quality_curve": [], "loss_by_position": []}
+"""Rows of many draws do without."""
 
 
 def rows_of(scores: dict[str, list[float]], on: str = "text", **changes: Any) -> list[dict[str, Any]]:
@@ -54,21 +55,18 @@ def differs(sentence: str) -> list[str]:
 
 def test_of_a_hundred_reports_of_equal_mechanisms_hardly_any_tells_them_apart() -> None:
     random = np.random.default_rng(0)
-    false = sum(bool(differs(headline(Findings.of(rows_of(drawn_scores(random, [0.0] * 4))))[-1])) for _ in range(100))
-    assert false <= 10
+    said = [headline(Findings.of(rows_of(drawn_scores(random, [0.0] * 4), **BRIEF)))[-1] for _ in range(100)]
+    assert sum(bool(differs(each)) for each in said) <= 10
 
 
 def test_of_a_hundred_reports_of_unequal_ones_most_say_which_is_worse() -> None:
-    """Two standard deviations of the paired differences, one of four mechanisms and all of them."""
+    """Two standard deviations of the paired differences, in two of four mechanisms."""
     random = np.random.default_rng(1)
-    for gaps in ([2.0, 0.0, 0.0, 0.0], [2.0, 2.0, -2.0, 2.0]):
-        found = []
-        for _ in range(100):
-            (sentence,) = headline(Findings.of(rows_of(drawn_scores(random, gaps))))
-            found.append(sentence)
-        assert sum(bool(re.search(r"longformer [\d.]+, worse than full by", each)) for each in found) >= 75
-        if gaps[2]:
-            assert sum(bool(re.search(r"reformer [\d.]+, better than full by", each)) for each in found) >= 75
+    found = [
+        headline(Findings.of(rows_of(drawn_scores(random, [2.0, 0.0, -2.0, 0.0]), **BRIEF)))[-1] for _ in range(100)
+    ]
+    assert sum(bool(re.search(r"longformer [\d.]+, worse than full by", each)) for each in found) >= 75
+    assert sum(bool(re.search(r"; reformer [\d.]+, better than full by", each)) for each in found) >= 75
 
 
 def test_the_page_itself_says_so(tmp_path: Any) -> None:
@@ -131,10 +129,8 @@ def test_seeds_that_one_lacks_are_left_out_and_said() -> None:
     found = one(scores["longformer"][:5], scores["full"])
     assert found.words().endswith("[without 2 seeds that only one of both has]")
     alone = rows_of({"full": scores["full"][:3]}) + [
-        {**row, "seed": row["seed"] + (10 if row["backend"] == "longformer" else 0)}
-        for row in rows_of({"longformer": scores["longformer"][:2], "bigbird": scores["bigbird"][:3]}
-                           if "bigbird" in scores else {"longformer": scores["longformer"][:2]})
-    ]  # fmt: skip
+        {**row, "seed": row["seed"] + 10} for row in rows_of({"longformer": scores["longformer"][:2]})
+    ]
     assert tasks(alone)[0].obstacles() == ["no verdict: one seed shows no difference, 7 are needed"]
 
 
@@ -188,9 +184,9 @@ FALLS = curve(lambda x: 5 - 2 * x)
 
 
 def test_curves_that_still_fall_are_told_by_their_own_fall() -> None:
-    assert still_learning([{"curve": FALLS}]) == pytest.approx(0.4 / 2 * 2 / (2 - 0.4 / 2 / 2), rel=0.3)
-    assert still_learning([{"curve": LEVELS}]) < LEVEL / 10  # type: ignore[operator]
-    assert still_learning([{"curve": curve(lambda x: 2 + x)}]) < 0 or still_learning([{"curve": []}]) is None  # type: ignore[operator]
+    last = [loss for step, loss in FALLS if step > 240]
+    assert still_learning([{"curve": FALLS}]) == pytest.approx(2 * 0.2 / (FALLS[0][1] - sum(last) / len(last)))
+    assert abs(still_learning([{"curve": LEVELS}]) or 1.0) < LEVEL / 10
     for nothing in ([], [[10, 1.0]], [[10, 2.0], [20, 1.0], [30, 1.0]], curve(lambda x: 1.0)):
         assert still_learning([{"curve": nothing}]) is None
     both = [still_learning([{"curve": each}]) for each in (FALLS, LEVELS)]
@@ -276,4 +272,4 @@ def test_verdicts_are_in_tables_and_in_the_data_of_the_page() -> None:
     assert found["text-512-tokens-verdicts"].headers[-1] == "verdict"
     assert [line[0] for line in found["text-512-tokens-verdicts"].cells] == ["bigbird", "longformer"]
     assert drawn(rows)["tasks"][0]["verdicts"]["longformer"] == "worse"
-    assert "<th scope=\"col\">verdict</th>" in html_of(rows)
+    assert '<th scope="col">verdict</th>' in html_of(rows)

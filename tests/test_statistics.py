@@ -30,7 +30,7 @@ NOISES: dict[str, Noise] = {  # of the scores of one mechanism over seeds, all o
 
 
 def differences(noise: Noise, comparisons: int, seeds: int, shift: object = 0.0, key: int = 0) -> np.ndarray:
-    """[DRAWS, k, n] of scores that share what their seed does to all: `noise` of each, full attention's once for all."""
+    """[DRAWS, k, n] of scores that share what their seed does to all: `noise` of each, full attention's once."""
     random = np.random.default_rng([comparisons, seeds, key])
     together = 5 * random.normal(size=(DRAWS, 1, seeds))
     full = noise(random, (DRAWS, 1, seeds)) + together

@@ -87,12 +87,13 @@ def judge(family: Mapping[str, Pairs], margin: float | None, alpha: float = ALPH
     if not family:
         return {}
     many = list(family.values())
-    tested = [len(pairs) >= 2 for pairs in many]
-    p = [float(p_different(pairs.differences)) if yes else 1.0 for pairs, yes in zip(many, tested)]
-    q = [
-        float(p_equivalent(pairs.differences, margin)) if yes and margin is not None else 1.0
-        for pairs, yes in zip(many, tested)
-    ]
+    p, q = np.ones(len(many)), np.ones(len(many))
+    for seeds in {len(pairs) for pairs in many} - {0, 1}:  # those of as many seeds at once
+        alike = [place for place, pairs in enumerate(many) if len(pairs) == seeds]
+        differences = np.array([many[place].differences for place in alike])
+        p[alike] = p_different(differences)
+        if margin is not None:
+            q[alike] = p_equivalent(differences, margin)
     different, equivalent = decide(p, q, alpha)
     steps, _ = levels(len(many), alpha)
     level = steps[min(int(different.sum()), len(many) - 1)]

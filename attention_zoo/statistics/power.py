@@ -28,21 +28,22 @@ def power_of(seeds: int, gap_in_sd: float, level: float) -> float:
     """The probability that a two-sided paired t test at this level finds a gap, with its right sign or not."""
     if seeds < 2:
         return 0.0
-    from scipy import stats
+    from scipy import special  # not stats, which takes a second to import
 
-    critical = float(stats.t.isf(level / 2, seeds - 1))
+    critical = float(special.stdtrit(seeds - 1, 1 - level / 2))
     bound, shift = critical * _spreads(seeds - 1), abs(gap_in_sd) * math.sqrt(seeds)
-    return float((stats.norm.sf(bound - shift) + stats.norm.cdf(-bound - shift)).mean())
+    return float((special.ndtr(shift - bound) + special.ndtr(-bound - shift)).mean())
 
 
 @lru_cache(maxsize=4096)
 def _spreads(freedom: int) -> np.ndarray:
     """Equally likely values of the standard deviation that is found, where it is 1."""
-    from scipy import stats
+    from scipy import special
 
-    return np.sqrt(stats.chi2.ppf((np.arange(_PARTS) + 0.5) / _PARTS, freedom) / freedom)
+    return np.sqrt(special.chdtri(freedom, (np.arange(_PARTS) + 0.5) / _PARTS) / freedom)
 
 
+@lru_cache(maxsize=4096)
 def detectable(seeds: int, level: float, power: float = POWER) -> float | None:
     """The smallest gap, in standard deviations, that so many seeds show with this power; None for a single one."""
     if seeds < 2:
