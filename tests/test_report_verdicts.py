@@ -14,8 +14,9 @@ from report_rows import quality
 from attention_zoo.report import Findings, build_report, headline
 from attention_zoo.report.convergence import LEVEL, still_learning, surely_seen, within_reach
 from attention_zoo.report.extract import tables
+from attention_zoo.report.metrics import difference_words
 from attention_zoo.report.quality import tasks
-from attention_zoo.report.verdicts import Compared, compared, difference_words
+from attention_zoo.report.verdicts import Compared, compared
 
 OTHERS = ("longformer", "bigbird", "reformer", "transformer_xl")
 BRIEF = {"curve": [], "quality_curve": [], "loss_by_position": []}
@@ -273,3 +274,51 @@ def test_verdicts_are_in_tables_and_in_the_data_of_the_page() -> None:
     assert [line[0] for line in found["text-512-tokens-verdicts"].cells] == ["bigbird", "longformer"]
     assert drawn(rows)["tasks"][0]["verdicts"]["longformer"] == "worse"
     assert '<th scope="col">verdict</th>' in html_of(rows)
+
+
+@pytest.mark.parametrize(
+    ("own", "full", "both", "apart"),
+    [
+        ({"steps": 100}, {"steps": 300}, {"regime": "steps"}, "steps"),
+        ({"steps": 100}, {"steps": 300}, {"regime": "flops"}, None),
+        ({"steps": 100}, {"steps": 300}, {"regime": "parameters"}, "steps"),
+        ({"model": {"ff_mult": 2}}, {"model": {"ff_mult": 4}}, {"regime": "parameters"}, None),
+        ({"optimizer": {"lr": 0.1}}, {"optimizer": {"lr": 0.2}}, {}, "optimizer.lr"),
+        ({"optimizer": {"lr": 0.1}}, {"optimizer": {"lr": 0.2}},
+         {"rates": {"tried": [0.1, 0.2], "chosen": 0.1, "judged_on": "validation"}}, None),
+    ],
+)  # fmt: skip
+def test_what_differs_because_something_else_is_equal_keeps_nobody_from_a_verdict(
+    own: dict[str, Any], full: dict[str, Any], both: dict[str, Any], apart: str | None
+) -> None:
+    scores = drawn_scores(np.random.default_rng(12), [8.0])
+    rows = rows_of(scores, **both)
+    for row in rows:
+        row["config"] = {"attention": {"name": row["backend"]}, **(full if row["backend"] == "full" else own)}
+    (task,) = tasks(rows)
+    if apart is None:
+        assert [each.kind for each in compared(task)] == ["worse"]
+    else:
+        assert task.obstacles() == [f"no verdict: the runs differ in more than the mechanism ({apart})"]
+
+
+@pytest.mark.parametrize("stopped", ["stop_at: accuracy reached 0.9990 at step 40", "patience: no better"])
+def test_runs_that_the_set_of_their_result_has_stopped_are_not_compared(stopped: str) -> None:
+    scores = drawn_scores(np.random.default_rng(12), [8.0])
+    rows = rows_of(scores, stopped=stopped)
+    assert tasks(rows)[0].obstacles() == [], "validation stopped them, and test judges them"
+    for row in rows:
+        row["evaluations"] = {"validation": row["metrics"]}
+    assert tasks(rows)[0].obstacles() == ["no verdict: runs were stopped by the set that they are judged by"]
+
+
+def test_the_reference_is_not_the_best_of_several() -> None:
+    rows = rows_of({"full": [2.4, 2.41, 2.4], "longformer": [2.3, 2.3, 2.31]})
+    rows += [{**row, "config": {"attention": {"name": "full", "sink_logit": True}}, "id": f"{row['id']}-sink",
+              "metrics": {"bits_per_byte": 2.2 + 0.001 * row["seed"]}} for row in rows[:3]]  # fmt: skip
+    for row in rows[:3]:
+        row["config"] = {"attention": {"name": "full", "sink_logit": False}}
+    (task,) = tasks(rows)
+    assert task.full is not None
+    assert task.full.label == "full (sink_logit=false)"
+    assert [each.label for each in task.others] == ["full (sink_logit=true)", "longformer"]

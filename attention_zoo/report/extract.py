@@ -11,7 +11,8 @@ from attention_zoo.files import safe_name, write_atomic
 from attention_zoo.report import rivals, units
 from attention_zoo.report.cells import Table
 from attention_zoo.report.groups import shortening
-from attention_zoo.report.quality import Task, metric_words, spoken, value_words
+from attention_zoo.report.metrics import metric_words, spoken, value_words
+from attention_zoo.report.quality import Task
 from attention_zoo.report.summary import Findings, spreadsheet, summary
 from attention_zoo.report.verdicts import verdicts_table
 from attention_zoo.results.row import Row

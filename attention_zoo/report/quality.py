@@ -10,39 +10,13 @@ from typing import Any
 from attention_zoo.report import convergence, groups, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.groups import COMPRESS, Group, shortening
+from attention_zoo.report.metrics import PRIMARY, RESULT, SETS, SHARES, metric_words, seeds_words, spoken, value_words
 from attention_zoo.results.row import Row
-from attention_zoo.statistics import preset_seeds
 
 LEARNT = 0.95
 """Accuracy that full attention must reach before a recall task tells mechanisms apart, and each within its reach."""
 PARITY = 1.10
 """Models whose parameter counts differ by more than this factor are called out."""
-
-PRIMARY = {
-    "bits_per_byte": True, "bits_per_masked_byte": True, "exact_match": False, "accuracy": False, "loss": True
-}  # fmt: skip
-"""Metrics that a task may be judged by where its rows do not say, the preferred first, and whether lower is better."""
-METRIC_WORDS = {
-    "bits_per_byte": "bits per byte", "bits_per_masked_byte": "bits per masked byte", "exact_match": "exact match",
-    "accuracy": "accuracy", "loss": "loss (nats)",
-}  # fmt: skip
-SHARES = ("accuracy", "exact_match")
-"""Metrics that are shares of right answers."""
-RESULT = "test"
-"""The evaluation set that a run's result is of, where it has one; else the first."""
-
-
-SETS = {"validation": "the validation set", "held_out": "the held-out set", "test": "the test set"}
-"""What the evaluation sets of the shipped tasks are; any other stands under its own name."""
-
-
-def spoken(name: str) -> str:
-    """The name of an evaluation set in words."""
-    return name.replace("_", " ")
-
-
-def metric_words(metric: str) -> str:
-    return METRIC_WORDS.get(metric, spoken(metric))
 
 
 @dataclass(frozen=True)
@@ -123,16 +97,6 @@ class Learnt:
 def missing(row: Row) -> str:
     """Why a row holds no figure: how it ended, or that it was scored otherwise."""
     return "not scored by it" if results.ok(row) else results.status(row)
-
-
-def seeds_words(comparisons: int) -> str:
-    """How many seeds it takes."""
-    needed = preset_seeds(comparisons)
-    return f"{needed} are needed" + (f" for {comparisons} comparisons" if comparisons > 1 else "")
-
-
-def value_words(value: float | None, metric: str) -> str:
-    return units.percent(value) if metric.endswith(SHARES) else units.fixed(value, 3)
 
 
 @dataclass(frozen=True)
@@ -257,8 +221,9 @@ class Task:
             found.append("no verdict: no full attention to compare with")
         elif why := self._full_undertrained(full):
             found.append(f"undertrained, no verdict: full attention itself {why}")
+        rows = [row for each in self.learnt for row in each.rows]
         apart = groups.differing([each.group.shared for each in self.learnt if each.rows])
-        if apart:
+        if apart := [key for key in apart if key not in groups.meant(rows)]:
             found.append(f"no verdict: the runs differ in more than the mechanism ({', '.join(apart)})")
         if self.metric not in PRIMARY and self.better is None:
             found.append(f"no verdict: nobody says whether more {metric_words(self.metric)} is better")
@@ -267,6 +232,8 @@ class Task:
             found.append(
                 f"unequal training, no verdict: time was over before the planned steps ({', '.join(cut)} steps)"
             )
+        if any(_stopped_by_its_judge(row) for row in rows):
+            found.append("no verdict: runs were stopped by the set that they are judged by")
         if full is not None and others and not any(full.paired(each) > 1 for each in others):
             found.append(f"no verdict: one seed shows no difference, {seeds_words(len(others))}")
         return found
@@ -309,6 +276,12 @@ class Task:
         return (
             f"{self.title}: parameter counts differ by more than 10 % from {name} ({units.millions(reference)}): {said}"
         )
+
+
+def _stopped_by_its_judge(row: Row) -> bool:
+    """Whether a run ended at its best on the set of its result, which then flatters it; validation is for that."""
+    early = str(row.get("stopped") or "").startswith(("stop_at", "patience"))
+    return early and RESULT not in (row.get("evaluations") or {})
 
 
 def tasks(rows: Iterable[Row]) -> list[Task]:

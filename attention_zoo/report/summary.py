@@ -23,7 +23,8 @@ from attention_zoo.overview import markdown
 from attention_zoo.report import costs, groups, quality, units, verdicts
 from attention_zoo.report import rows as results
 from attention_zoo.report.costs import MEMORY, TIME, Series, Setting
-from attention_zoo.report.quality import Learnt, Task, value_words
+from attention_zoo.report.metrics import value_words
+from attention_zoo.report.quality import Learnt, Task
 from attention_zoo.report.rows import Rows
 from attention_zoo.report.units import NONE
 from attention_zoo.results.row import Row

@@ -12,11 +12,10 @@ from typing import Any
 
 from attention_zoo.report import units
 from attention_zoo.report.cells import Table
-from attention_zoo.report.quality import SHARES, Learnt, Task, metric_words, seeds_words, value_words
+from attention_zoo.report.metrics import difference_words, margin, margin_words, seeds_words, value_words
+from attention_zoo.report.quality import Learnt, Task
 from attention_zoo.statistics import Pairs, Verdict, judge
 
-BITS, SHARE = 0.01, 0.01
-"""Differences below which a mechanism is as good as full attention: bits per byte, and a point of accuracy."""
 UNCERTAIN = (
     "Each mechanism is compared with full attention alone, seed by seed: paired t tests by Holm's steps over all "
     "mechanisms of the task at that length, and as good is what two one-sided tests hold within a margin. Of all "
@@ -128,26 +127,6 @@ def compared(task: Task) -> list[Compared]:
 
 def _by_seed(learnt: Learnt) -> list[tuple[Any, float]]:
     return [(row.get("seed"), value) for row, value in zip(learnt.rows, learnt.values)]
-
-
-def margin(metric: str) -> float | None:
-    """Within which a mechanism is as good; None for metrics of which nobody has said what is little."""
-    return BITS if metric.startswith("bits_") else SHARE if metric.endswith(SHARES) else None
-
-
-def margin_words(metric: str) -> str:
-    return f"{BITS:g} {metric_words(metric)}" if metric.startswith("bits_") else f"{100 * SHARE:g} point"
-
-
-def difference_words(value: float, metric: str, *, signed: bool = False, unit: bool = True) -> str:
-    """A difference of two figures: shares in points."""
-    share = metric.endswith(SHARES)
-    value = 100 * value if share else value
-    places = (1 if abs(value) >= 1 else 2) if share else (3 if abs(value) >= 0.01 else 4)
-    said = f"{abs(value):,.{places}f}"
-    if signed:
-        said = ("−" if value < 0 else "+") + said
-    return f"{said} points" if share and unit else said
 
 
 def sentence(task: Task) -> str:
