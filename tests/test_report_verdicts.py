@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_page import drawn, html_of, text_of
+from report_page import html_of, text_of
 from report_rows import quality
 
 from attention_zoo.report import Findings, build_report, headline
@@ -74,8 +74,8 @@ def test_the_page_itself_says_so(tmp_path: Any) -> None:
     random = np.random.default_rng(2)
     page = build_report(rows_of(drawn_scores(random, [8.0, 0.0, 0.0, -8.0])), tmp_path / "report.html").read_text()
     text = text_of(page)
-    assert re.search(r"longformer [\d.]+, worse than full by 0\.\d+ \(\+0\.\d+ to \+0\.\d+\)", text)
-    assert re.search(r"transformer_xl [\d.]+, better than full by 0\.\d+ \(−0\.\d+ to −0\.\d+\)", text)
+    assert re.search(r"longformer [\d.]+, worse than full by 0\.\d+ \(95 %: \+0\.\d+ to \+0\.\d+\)", text)
+    assert re.search(r"transformer_xl [\d.]+, better than full by 0\.\d+ \(95 %: −0\.\d+ to −0\.\d+\)", text)
     assert "Mechanisms are not compared with one another." in text
     assert "95 % interval" in text
     assert not re.search(r"\brank|, then |≈ longformer", text)
@@ -90,12 +90,12 @@ def test_a_verdict_for_each_case_in_words() -> None:
     def said(shift: float, spread: float) -> str:
         return one([f + shift + spread * e for f, e in zip(full, noise)], full).words()
 
-    assert re.fullmatch(r"worse than full by 0\.100 \(\+0\.09\d to \+0\.10\d\)", said(0.1, 0.005))
-    assert re.fullmatch(r"better than full by 0\.100 \(−0\.10\d to −0\.09\d\)", said(-0.1, 0.005))
+    assert re.fullmatch(r"worse than full by 0\.100 \(95 %: \+0\.09\d to \+0\.10\d\)", said(0.1, 0.005))
+    assert re.fullmatch(r"better than full by 0\.100 \(95 %: −0\.10\d to −0\.09\d\)", said(-0.1, 0.005))
     as_good = said(0.0001, 0.002)
-    assert as_good.startswith("as good as full (within ± 0.01 bits per byte), difference +0.0001 (−0.00")
+    assert as_good.startswith("as good as full (within ± 0.01 bits per byte), difference +0.0001 (95 %: −0.00")
     both = said(0.003, 0.0005)
-    assert both.startswith("worse than full by 0.0030 (")
+    assert both.startswith("worse than full by 0.0030 (95 %: ")
     assert both.endswith("), and yet as good (within ± 0.01 bits per byte)")
     assert re.fullmatch(
         r"no verdict: these 7 seeds could have shown 0\.0\d+; \d+ seeds would show the 0\.010 seen", said(0.0105, 0.02)
@@ -107,7 +107,7 @@ def test_points_of_accuracy() -> None:
     full = [0.99, 0.985, 0.995, 0.98, 0.99, 0.985, 0.99]
     low = one([x - 0.5 - 0.01 * (i % 3) for i, x in enumerate(full)], full, "mqar")
     assert low.kind == "worse"
-    assert re.fullmatch(r"worse than full by 50\.9 points \(−51\.\d to −50\.\d points\)", low.words())
+    assert re.fullmatch(r"worse than full by 50\.9 points \(95 %: −51\.\d to −50\.\d points\)", low.words())
     near = one([x + 0.001 * (i % 3 - 1) for i, x in enumerate(full)], full, "mqar")
     assert near.words().startswith("as good as full (within ± 1 point), difference ")
     assert difference_words(-0.0042, "accuracy", signed=True) == "−0.42 points"
@@ -267,12 +267,11 @@ def test_text_that_does_not_beat_its_trigrams_is_undertrained_whoever_it_is() ->
     assert "full attention itself reached" in task.obstacles()[0]
 
 
-def test_verdicts_are_in_tables_and_in_the_data_of_the_page() -> None:
+def test_verdicts_are_in_tables_of_the_page_and_beside_it() -> None:
     rows = rows_of(drawn_scores(np.random.default_rng(11), [8.0, 0.0]))
     found = tables(Findings.of(rows))
     assert found["text-512-tokens-verdicts"].headers[-1] == "verdict"
     assert [line[0] for line in found["text-512-tokens-verdicts"].cells] == ["bigbird", "longformer"]
-    assert drawn(rows)["tasks"][0]["verdicts"]["longformer"] == "worse"
     assert '<th scope="col">verdict</th>' in html_of(rows)
 
 

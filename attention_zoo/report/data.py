@@ -19,7 +19,6 @@ from attention_zoo.report.metrics import SHARES, metric_words
 from attention_zoo.report.palette import styles
 from attention_zoo.report.quality import LEARNT, Task, missing
 from attention_zoo.report.summary import Findings, labels
-from attention_zoo.report.verdicts import by_label
 from attention_zoo.results.row import Row
 
 POINTS = 160
@@ -163,7 +162,7 @@ def _task(task: Task) -> dict[str, Any]:
     return {
         "title": task.title, "metric": task.metric, "words": metric_words(task.metric), "judged": task.judged,
         "lower": task.lower_is_better, "share": task.metric in SHARES, "bits": task.metric.startswith("bits_"),
-        "bars": task.bars, "obstacles": task.obstacles(), "verdicts": dict(by_label(task)),
+        "bars": task.bars, "obstacles": task.obstacles(),
         "sets": task.sets, "name": groups.words({"task": task.name}, ["task"])[0].partition("=")[2],
     }  # fmt: skip
 

@@ -6,7 +6,6 @@ among them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,14 +72,10 @@ class Compared:
         if self.kind is None:
             return f"no verdict: {self.refusal or self._why()}{self._left_out()}"
         within = f"(within ± {margin_words(metric)})"
-        interval = "" if self.interval == units.NONE else f" ({self.interval})"
+        interval = "" if self.interval == units.NONE else f" (95 %: {self.interval})"
         if self.kind == "as good":
-            interval = f", difference {self.difference}" + (
-                "" if self.interval == units.NONE else f" ({self.interval})"
-            )
-            return f"as good as full {within}{interval}{self._left_out()}"
+            return f"as good as full {within}, difference {self.difference}{interval}{self._left_out()}"
         size = difference_words(abs(pairs.mean or 0.0), metric)
-        interval = "" if self.interval == units.NONE else f" ({self.interval})"
         also = f", and yet as good {within}" if self.verdict.equivalent else ""
         return f"{self.kind} than full by {size}{interval}{also}{self._left_out()}"
 
@@ -152,8 +147,3 @@ def verdicts_table(task: Task) -> Table:
         [[each.learnt.label, value_words(each.learnt.mean, task.metric), str(len(each.verdict.pairs)), each.difference,
           each.interval, each.words()] for each in compared(task)],
     )  # fmt: skip
-
-
-def by_label(task: Task) -> Mapping[str, str | None]:
-    """What each mechanism is: better | worse | as good | None, for the dashboard."""
-    return {each.learnt.label: each.kind for each in compared(task)}
