@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("attention",),
     ("registry", "settings"),
     ("model",),
-    ("results",),
+    ("results", "statistics"),
     ("tasks", "measure", "tracking"),
     ("training",),
     ("report", "integrations", "overview", "inspect"),
@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 """Each part may import those in earlier lines and its own line; `testing` may import all, and nothing imports it."""
 PUBLIC = ("", "__init__")
 """The package itself, which only hands out names: what it imports, everybody may have loaded."""
-LAZY = ("xformers", "triton", "transformers", "wandb", "plotly", "hydra", "attention_zoo.testing")
+LAZY = ("xformers", "triton", "transformers", "wandb", "plotly", "hydra", "scipy", "attention_zoo.testing")
 """What `import attention_zoo` must not load."""
 LONGEST = 400
 """Lines of a file, Triton kernels aside."""

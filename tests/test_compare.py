@@ -54,8 +54,8 @@ def test_smoke_preset_from_start_to_report_and_the_second_call_only_draws(tmp_pa
     recall = next(row for row in rows if row.get("task") == "mqar" and row["backend"] == "transformer_xl")
     assert recall["config"]["attention"]["segment_length"] == 8, "recall is trained at the small options"
     page = (tmp_path / "report.html").read_text()
-    assert "undertrained: do not rank" in page
-    assert "no ranking: one seed" in page
+    assert "undertrained, no verdict" in page
+    assert "no verdict: one seed shows no difference" in page
     assert (tmp_path / "results.csv").read_text().count("\n") == len(rows) + 1
     assert str(tmp_path / "report.html") in first.stdout
     assert "transformer_xl" in first.stdout

@@ -1,4 +1,4 @@
-"""What needs no model stands beside the models: in the table, in what may be ranked, in charts by group."""
+"""What needs no model stands beside the models: in the table, in what may be compared, in charts by group."""
 
 from typing import Any
 
@@ -39,11 +39,11 @@ def test_a_baseline_of_two_tasks_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("full", "bar", "better", "metric", "said"),
     [
-        (2.5, 2.44, "lower", "bits_per_byte", "reached 2.500, n-gram 2.440)"),
+        (2.5, 2.44, "lower", "bits_per_byte", "reached 2.500, n-gram 2.440"),
         (2.4, 2.44, "lower", "bits_per_byte", None),
-        (0.96, 0.97, "higher", "accuracy", "reached 96.0 %, n-gram 97.0 %)"),
+        (0.96, 0.97, "higher", "accuracy", "reached 96.0 %, n-gram 97.0 %"),
         (0.96, 0.5, "higher", "accuracy", None),
-        (0.90, 0.5, "higher", "exact_match", "reached 90.0 %, below 95%)"),
+        (0.90, 0.5, "higher", "exact_match", "reached 90.0 %, below 95%"),
         (0.2, 0.1, "higher", "of_ones_own", None),
     ],
 )  # fmt: skip
@@ -52,7 +52,7 @@ def test_who_does_not_beat_the_bar_is_undertrained(
 ) -> None:
     task, rows = judged(full, full, metric=metric, better=better, baselines={"n-gram": bar})
     found = [line for line in task.obstacles() if "undertrained" in line or "nobody says" in line]
-    said = said and f"undertrained: do not rank (full attention itself {said}"
+    said = said and f"undertrained, no verdict: full attention itself {said}"
     assert found == ([] if said is None else [said])
     assert task.lower_is_better == (better == "lower")
     assert (said or "undertrained") in " ".join(headline(Findings.of(rows))) or said is None

@@ -13,6 +13,7 @@ from attention_zoo.report import quality as learnt
 from attention_zoo.report.beside import pairs
 from attention_zoo.report.groups import shortening
 from attention_zoo.report.summary import summary
+from attention_zoo.report.verdicts import compared
 
 HEAD = {"method": "head", "budget": 512}
 CHUNKS = {"method": "chunks", "budget": 256, "chunk": 64}
@@ -40,13 +41,13 @@ NAMES = ["full", "full (compress=chunks 256 chunk=64)", "full (compress=head 512
          "longformer", "longformer (compress=chunks 256 chunk=64)", "longformer (compress=head 512)"]  # fmt: skip
 
 
-def test_shortened_runs_are_groups_of_the_same_table_and_are_ranked() -> None:
+def test_shortened_runs_are_groups_of_the_same_table_and_are_compared() -> None:
     (task,) = learnt.tasks(both())
     assert task.title == "quote, 64 tokens"
     assert [each.label for each in task.learnt] == NAMES
     assert [each.seeds for each in task.learnt] == [2] * 6
     assert task.obstacles() == []
-    assert task.ranking().startswith("full 99.")
+    assert [each.learnt.label for each in compared(task)] == NAMES[1:]
     assert task.full is not None
     assert task.full.label == "full"
 

@@ -39,16 +39,16 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("one", "two", "said"), CHANGES, ids=[said for *_, said in CHANGES])
-def test_whatever_differs_beside_the_seed_is_a_line_of_its_own_and_is_not_ranked(one, two, said):
+def test_whatever_differs_beside_the_seed_is_a_line_of_its_own_and_has_no_verdict(one, two, said):
     rows = [trained("full", s, name, **change) for name, change in (("", one), ("x", two)) for s in (0, 1)]
     (task,) = learnt.tasks(rows)
     assert sorted(len(each.rows) for each in task.learnt) == [2, 2]
     assert f"full ({said})" in [each.label for each in task.learnt]
     key = said.partition("=")[0]
-    assert f"the runs differ in more than the mechanism: do not rank ({key})" in task.obstacles()
+    assert f"no verdict: the runs differ in more than the mechanism ({key})" in task.obstacles()
     (sentence,) = headline(Findings.of(rows))
-    assert "do not rank" in sentence
-    assert ", then " not in sentence
+    assert "no verdict" in sentence
+    assert "than full" not in sentence
 
 
 def test_what_nearly_all_have_in_common_is_said_of_the_others_alone():
@@ -58,7 +58,7 @@ def test_what_nearly_all_have_in_common_is_said_of_the_others_alone():
         names = ("bigbird", "full", "longformer", "reformer")
         rows = [trained(name, 0, model={"depth": depth}) for name, depth in zip(names, depths)]
         (task,) = learnt.tasks(rows)
-        assert "do not rank (model.depth)" in " ".join(task.obstacles())
+        assert "more than the mechanism (model.depth)" in " ".join(task.obstacles())
         return sorted(each.label for each in task.learnt)
 
     assert said(2, 2, 2, 4) == ["bigbird", "full", "longformer", "reformer (model.depth=4)"]
@@ -96,7 +96,7 @@ def test_a_sweep_over_an_option_is_told_apart_everywhere(tmp_path):
     names = [f"longformer (window={window})" for window in (128, 32, 64)]
     found = Findings.of(rows)
     assert [each.label for each in found.tasks[0].learnt] == ["full", *names]
-    assert "do not rank" not in headline(found)[0], "options of the mechanism are what one compares"
+    assert "differ in more" not in headline(found)[0], "options of the mechanism are what one compares"
     assert summary(found).names == ["full", *names]
     console = Console(width=160, file=io.StringIO(), record=True)
     console.print(rich_table(found))
@@ -152,7 +152,7 @@ def test_two_files_stand_side_by_side_and_compare_within_themselves():
     assert sum(sentence.startswith("laptop: ") for sentence in said) == 3
     assert not any("laptop" in sentence and "server" in sentence for sentence in said[:-1])
     assert "full (laptop)" in said[-1]
-    assert "do not rank" in said[-1]
+    assert "no verdict" in said[-1]
     data = drawn(found.rows)
     assert len({tuple(data["styles"][each.label]) for each in found.series}) == 4
 

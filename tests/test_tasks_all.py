@@ -121,6 +121,13 @@ def test_training_goes_on_where_its_state_was_taken(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected.tensors(), next(again).tensors(), strict=True))
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("_published")])
+def test_training_watches_validation_and_the_result_is_on_test(name: str) -> None:
+    sets = list(task_of(name).evaluation_sets(BATCH, length_of(name)))
+    assert sets[0] == "validation"
+    assert "test" in sets
+
+
 @pytest.mark.parametrize("name", DRAWN)
 def test_no_row_of_a_split_stands_in_another(name: str) -> None:
     task, length = task_of(name), length_of(name)

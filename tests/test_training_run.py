@@ -18,6 +18,7 @@ import torch
 import attention_zoo as zoo
 from attention_zoo.commands.main import main
 from attention_zoo.files import read_jsonl
+from attention_zoo.tasks.text import Text
 from attention_zoo.tracking import JsonlTracker
 from attention_zoo.training.config import check, compose_training
 from attention_zoo.training.run import report_line, run_folder, run_identity, run_training
@@ -213,6 +214,39 @@ def test_early_stops_say_why(config: dict[str, Any], tmp_path: Path) -> None:
     assert timed["steps"] == 1
     assert timed["stopped"] == "time: 1e-09 s were over after step 1 of 12"
     assert timed["status"] == "ok"
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_validation_stops_a_run_and_test_judges_it(
+    config: dict[str, Any], tmp_path: Path, turned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever set the task names first."""
+    given = Text.evaluation_sets
+    if turned:
+        monkeypatch.setattr(Text, "evaluation_sets", lambda *args: dict(reversed(given(*args).items())))
+    trainer = {**config["trainer"], "eval_every": 6}
+    whole = run_training({**config, "trainer": trainer}, tmp_path / "whole")
+    watched, judged = (whole["evaluations"][name]["bits_per_byte"] for name in ("validation", "test"))
+    assert (whole["quality_curve"][-1][1], whole["metrics"]["bits_per_byte"]) == (watched, judged)
+    assert watched != judged
+    between = (watched + judged) / 2  # only one of both gets there
+    first = min(value for _, value in whole["quality_curve"])
+    row = run_training({**config, "trainer": {**trainer, "stop_at": between}}, tmp_path / "stopped")
+    assert row["stopped"].startswith("stop_at: ") == (first <= between)
+    assert row["metrics"] == row["evaluations"]["test"]
+
+
+def test_a_task_with_test_alone_stops_at_nothing_of_it(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = Text.evaluation_sets
+    monkeypatch.setattr(Text, "evaluation_sets", lambda *args: {"test": given(*args)["test"]})
+    assert run_training(config, tmp_path / "whole")["status"] == "ok"
+    for option, value in (("stop_at", 3.0), ("patience", 2)):
+        row = run_training({**config, "trainer": {**config["trainer"], option: value}}, tmp_path / option)
+        assert row["status"] == "failed"
+        said = f"trainer.{option} must be null where a task has no validation set to watch, got {value} for text"
+        assert said in row["error"]
 
 
 def test_nan_is_a_failed_row_with_one_line(config: dict[str, Any], tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ class CompareConfig:
         variants: name -> a backend that is trained under that name with options of its own.
         measure: the cells, as conf/benchmark.yaml; its backends and output are those of the comparison.
         trainings: name -> what to train on.
-        seeds: each training is run with each; two or more allow a ranking.
+        seeds: each training is run with each; seven allow verdicts on four mechanisms beside full attention.
         parallel: trainings at a time.
         retry: failed: do again what failed, ran out of memory or timed out; null keeps such rows. What was ended from
             outside is always done again.

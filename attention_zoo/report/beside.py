@@ -23,8 +23,3 @@ def pairs(task: Task, many: list[Series]) -> list[tuple[Learnt, Series]]:
             mine = [s for s in mine if s.group.options and dict(s.group.options).items() <= own.items()]
         found += [(learnt, series) for series in mine]
     return found
-
-
-def ranked(task: Task, paired: list[tuple[Learnt, Series]]) -> bool:
-    """Whether a front may be drawn: ranking is allowed, and all costs are of one place."""
-    return not task.obstacles() and len({tuple(sorted(series.place.items())) for _, series in paired}) == 1

@@ -22,6 +22,7 @@ from attention_zoo.report.published import published
 from attention_zoo.report.quality import Task
 from attention_zoo.report.rows import LeftOut, Rows
 from attention_zoo.report.summary import Findings, headline, labels, summary
+from attention_zoo.report.verdicts import UNCERTAIN, verdicts_table
 from attention_zoo.results.row import Row
 
 TITLE = "Which attention, at what cost?"
@@ -192,6 +193,8 @@ def _learning(tasks: list[Task]) -> str:
         parts.append(page.warning("", [f"{o[0].upper()}{o[1:]}." for o in task.obstacles()]))
         shortened = task.shortened()
         parts += [page.paragraph(shortened, "note")] if shortened else []
+        if (found := verdicts_table(task)).cells:
+            parts.append(page.table(found, "text"))
         parts.append(page.table(trainings_table(task)))
     return "".join(parts)
 
@@ -245,6 +248,7 @@ def _method(rows: list[Row]) -> str:
             "text that repeats the training's was left out. The held-out set is text of another source. Lines in "
             "parentheses need no model: chance, and trivial rules."
         )
+        said.append(f"Verdicts: {UNCERTAIN}")
     return page.bullets(said) + "<h3>Environment</h3>" + _environment(rows)
 
 

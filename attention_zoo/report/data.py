@@ -13,10 +13,11 @@ from attention_zoo.measure.identity import source_digest
 from attention_zoo.report import costs, groups, inspected, rivals
 from attention_zoo.report import rows as results
 from attention_zoo.report.again_by import command_of
-from attention_zoo.report.beside import pairs, ranked
+from attention_zoo.report.beside import pairs
 from attention_zoo.report.fields import Fields, facts
+from attention_zoo.report.metrics import SHARES, metric_words
 from attention_zoo.report.palette import styles
-from attention_zoo.report.quality import LEARNT, SHARES, Task, metric_words, missing
+from attention_zoo.report.quality import LEARNT, Task, missing
 from attention_zoo.report.summary import Findings, labels
 from attention_zoo.results.row import Row
 
@@ -173,5 +174,4 @@ def _beside(task: Task, setting: costs.Setting, found: Findings) -> dict[str, An
         "task": task.title,
         "setting": setting.words(),
         "pairs": [[learnt.label, series.label] for learnt, series in paired],
-        "ranked": ranked(task, paired) if paired else False,
     }

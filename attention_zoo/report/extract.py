@@ -11,8 +11,10 @@ from attention_zoo.files import safe_name, write_atomic
 from attention_zoo.report import rivals, units
 from attention_zoo.report.cells import Table
 from attention_zoo.report.groups import shortening
-from attention_zoo.report.quality import Task, metric_words, spoken, value_words
+from attention_zoo.report.metrics import metric_words, spoken, value_words
+from attention_zoo.report.quality import Task
 from attention_zoo.report.summary import Findings, spreadsheet, summary
+from attention_zoo.report.verdicts import verdicts_table
 from attention_zoo.results.row import Row
 
 _LATEX = {
@@ -24,13 +26,14 @@ _LATEX = {
 
 
 def tables(found: Findings) -> dict[str, Table]:
-    """The tables of the page by name: "summary", one for each task, "peers", "figures" and "budget"."""
+    """The tables of the page by name: "summary", two for each task, "peers", "figures" and "budget"."""
     whole = summary(found)
     headers = ["mechanism", *(f"{group}: {name}" for group, names in whole.groups for name in names)]
     many = {"summary": Table(headers, [[name, *cells] for name, cells in zip(whole.names, whole.cells)], whole.notes)}
     for task in found.tasks:
         if any(each.rows for each in task.learnt):
-            many[safe_name(task.title.replace(", ", "-").replace(" ", "-"))] = trainings_table(task)
+            name = safe_name(task.title.replace(", ", "-").replace(" ", "-"))
+            many |= {name: trainings_table(task), f"{name}-verdicts": verdicts_table(task)}
     if any(row["kind"] == "peer" for row in found.rows):
         many |= {"peers": rivals.peers_table(found.rows), "figures": rivals.figures_table(found.rows)}
     if any(row["kind"] == "budget" for row in found.rows):

@@ -1,4 +1,4 @@
-"""What the quality rows say: one figure per task and mechanism over its seeds, and whether it may be ranked at all."""
+"""What the quality rows say: one figure per task and mechanism over its seeds, and why none may be compared."""
 
 from __future__ import annotations
 
@@ -7,41 +7,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from attention_zoo.report import groups, units
+from attention_zoo.report import convergence, groups, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.groups import COMPRESS, Group, shortening
+from attention_zoo.report.metrics import PRIMARY, RESULT, SETS, SHARES, metric_words, seeds_words, spoken, value_words
 from attention_zoo.results.row import Row
 
 LEARNT = 0.95
-"""Accuracy that full attention must reach before a recall task tells mechanisms apart."""
+"""Accuracy that full attention must reach before a recall task tells mechanisms apart, and each within its reach."""
 PARITY = 1.10
 """Models whose parameter counts differ by more than this factor are called out."""
-
-PRIMARY = {
-    "bits_per_byte": True, "bits_per_masked_byte": True, "exact_match": False, "accuracy": False, "loss": True
-}  # fmt: skip
-"""Metrics that a task may be judged by where its rows do not say, the preferred first, and whether lower is better."""
-METRIC_WORDS = {
-    "bits_per_byte": "bits per byte", "bits_per_masked_byte": "bits per masked byte", "exact_match": "exact match",
-    "accuracy": "accuracy", "loss": "loss (nats)",
-}  # fmt: skip
-SHARES = ("accuracy", "exact_match")
-"""Metrics that are shares of right answers."""
-RESULT = "test"
-"""The evaluation set that a run's result is of, where it has one; else the first."""
-
-
-SETS = {"validation": "the validation set", "held_out": "the held-out set", "test": "the test set"}
-"""What the evaluation sets of the shipped tasks are; any other stands under its own name."""
-
-
-def spoken(name: str) -> str:
-    """The name of an evaluation set in words."""
-    return name.replace("_", " ")
-
-
-def metric_words(metric: str) -> str:
-    return METRIC_WORDS.get(metric, spoken(metric))
 
 
 @dataclass(frozen=True)
@@ -104,6 +79,10 @@ class Learnt:
     def seeds(self) -> int:
         return len({row.get("seed") for row in self.rows})
 
+    def paired(self, other: Learnt) -> int:
+        """Seeds that both were trained with."""
+        return len({row.get("seed") for row in self.rows} & {row.get("seed") for row in other.rows})
+
     def words(self) -> str:
         """The figure, with the range over seeds where there are several."""
         if not self.rows:
@@ -118,10 +97,6 @@ class Learnt:
 def missing(row: Row) -> str:
     """Why a row holds no figure: how it ended, or that it was scored otherwise."""
     return "not scored by it" if results.ok(row) else results.status(row)
-
-
-def value_words(value: float | None, metric: str) -> str:
-    return units.percent(value) if metric.endswith(SHARES) else units.fixed(value, 3)
 
 
 @dataclass(frozen=True)
@@ -213,40 +188,64 @@ class Task:
 
     @property
     def full(self) -> Learnt | None:
-        """The reference: full attention, where there are several groups of it the best."""
+        """The reference: full attention. Of several groups of it the first that reads whole documents, and not the
+        best, which would be chosen by what it is then compared in."""
         found = [each for each in self.learnt if each.backend == "full" and each.rows]
-        best = min if self.lower_is_better else max
-        return best(found, key=lambda each: each.mean or 0.0) if found else None
+        return min(found, key=lambda each: each.reads_less) if found else None
+
+    @property
+    def others(self) -> list[Learnt]:
+        """All that is compared with the reference, whether or not anything can be said of it: a family."""
+        return [each for each in self.learnt if each.rows and each is not self.full]
+
+    def undertrained(self, each: Learnt) -> str | None:
+        """Why the trainings of a mechanism were too short to tell what it can learn; None where they were not."""
+        value = each.mean
+        if self.bar is not None and self.metric.startswith("bits_") and not self.beats(value, self.bar[1]):
+            return f"reached {value_words(value, self.metric)}, {self.bar[0]} {value_words(self.bar[1], self.metric)}"
+        share = convergence.still_learning(each.rows)
+        if share is not None and share > convergence.LEVEL:
+            of = f"{units.percent(share)} of the whole fall of its loss came in the last fifth of its steps"
+            return f"was still learning: {of}, above {convergence.LEVEL:.0%}"
+        near = convergence.within_reach(each.rows) if self.metric in SHARES else None
+        if near is not None and near[0] < LEARNT:
+            right, far = near
+            return f"reached {units.percent(right)} within the {far} tokens that it surely sees, below {LEARNT:.0%}"
+        return None
 
     def obstacles(self) -> list[str]:
-        """Why the mechanisms must not be ranked on this task; empty when they may be."""
+        """Why nothing may be said of differences between mechanisms on this task; empty where something may."""
         found = []
-        if self.full is None:
-            found.append("no full attention to compare with: do not rank")
-        elif self.bar is not None and not self.beats(self.full.mean, self.bar[1]):
-            name, value = self.bar
-            found.append(
-                f"undertrained: do not rank (full attention itself reached {value_words(self.full.mean, self.metric)}, "
-                f"{name} {value_words(value, self.metric)})"
-            )
-        elif self.metric in SHARES and (self.full.mean or 0.0) < LEARNT:
-            found.append(
-                f"undertrained: do not rank (full attention itself reached {units.percent(self.full.mean)}, "
-                f"below {LEARNT:.0%})"
-            )
+        full, others = self.full, self.others
+        if full is None:
+            found.append("no verdict: no full attention to compare with")
+        elif why := self._full_undertrained(full):
+            found.append(f"undertrained, no verdict: full attention itself {why}")
+        rows = [row for each in self.learnt for row in each.rows]
         apart = groups.differing([each.group.shared for each in self.learnt if each.rows])
-        if apart:
-            found.append(f"the runs differ in more than the mechanism: do not rank ({', '.join(apart)})")
+        if apart := [key for key in apart if key not in groups.meant(rows)]:
+            found.append(f"no verdict: the runs differ in more than the mechanism ({', '.join(apart)})")
         if self.metric not in PRIMARY and self.better is None:
-            found.append(f"nobody says whether more {metric_words(self.metric)} is better: do not rank")
+            found.append(f"no verdict: nobody says whether more {metric_words(self.metric)} is better")
         cut = [f"{each.label} {each.span('steps', units.count)}" for each in self.learnt if each.cut_short]
         if cut:
             found.append(
-                f"unequal training: do not rank (time was over before the planned steps: {', '.join(cut)} steps)"
+                f"unequal training, no verdict: time was over before the planned steps ({', '.join(cut)} steps)"
             )
-        if any(each.seeds < 2 for each in self.learnt if each.rows):
-            found.append("no ranking: one seed")
+        if any(_stopped_by_its_judge(row) for row in rows):
+            found.append("no verdict: runs were stopped by the set that they are judged by")
+        if full is not None and others and not any(full.paired(each) > 1 for each in others):
+            found.append(f"no verdict: one seed shows no difference, {seeds_words(len(others))}")
         return found
+
+    def _full_undertrained(self, full: Learnt) -> str | None:
+        """The same of the reference, which has to beat every trivial rule, and to learn recall nearly whole."""
+        value = full.mean
+        if self.bar is not None and not self.beats(value, self.bar[1]):
+            return f"reached {value_words(value, self.metric)}, {self.bar[0]} {value_words(self.bar[1], self.metric)}"
+        if self.metric in SHARES and (value or 0.0) < LEARNT:
+            return f"reached {units.percent(value)}, below {LEARNT:.0%}"
+        return self.undertrained(full)
 
     def shortened(self) -> str | None:
         """A sentence on documents that were shortened before a model read them, None where none were."""
@@ -254,22 +253,6 @@ class Task:
         some = any(each.reads_less for each in self.learnt)
         where = " where a name says so" if some else ""
         return f"Text was shortened{where}: {'; '.join(found)}." if found else None
-
-    def ranking(self) -> str:
-        """Best first; neighbours whose ranges over seeds overlap share a place."""
-        order = sorted(
-            (each for each in self.learnt if each.rows),
-            key=lambda each: each.mean or 0.0,
-            reverse=not self.lower_is_better,
-        )
-        said = ""
-        for number, each in enumerate(order):
-            if number:
-                before = order[number - 1]
-                overlap = min(max(before.values), max(each.values)) >= max(min(before.values), min(each.values))
-                said += " ≈ " if overlap else ", then "
-            said += f"{each.label} {value_words(each.mean, self.metric)}"
-        return said
 
     def parity(self) -> str | None:
         """A sentence on models of unequal size, None when all are within 10 % of full (or of the smallest)."""
@@ -293,6 +276,12 @@ class Task:
         return (
             f"{self.title}: parameter counts differ by more than 10 % from {name} ({units.millions(reference)}): {said}"
         )
+
+
+def _stopped_by_its_judge(row: Row) -> bool:
+    """Whether a run ended at its best on the set of its result, which then flatters it; validation is for that."""
+    early = str(row.get("stopped") or "").startswith(("stop_at", "patience"))
+    return early and RESULT not in (row.get("evaluations") or {})
 
 
 def tasks(rows: Iterable[Row]) -> list[Task]:

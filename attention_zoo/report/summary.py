@@ -20,10 +20,11 @@ from rich.text import Text
 from attention_zoo.files import write_atomic
 from attention_zoo.measure.derived import Efficiency
 from attention_zoo.overview import markdown
-from attention_zoo.report import costs, groups, quality, units
+from attention_zoo.report import costs, groups, quality, units, verdicts
 from attention_zoo.report import rows as results
 from attention_zoo.report.costs import MEMORY, TIME, Series, Setting
-from attention_zoo.report.quality import Learnt, Task, value_words
+from attention_zoo.report.metrics import value_words
+from attention_zoo.report.quality import Learnt, Task
 from attention_zoo.report.rows import Rows
 from attention_zoo.report.units import NONE
 from attention_zoo.results.row import Row
@@ -175,7 +176,7 @@ def _at(group: str, lines: list[_Line], lengths: Sequence[int | None]) -> Iterat
 
 
 def headline(found: Findings) -> list[str]:
-    """The sentences on top of the report: figures that were measured, and no rank where none may be given."""
+    """The sentences on top of the report: figures that were measured, and no verdict where none may be given."""
     said = []
     for place, many in found.places():
         where = f"{place}: " if place else ""
@@ -187,13 +188,7 @@ def headline(found: Findings) -> list[str]:
     for task in found.tasks:
         if not any(each.rows for each in task.learnt):
             continue
-        obstacles = task.obstacles()
-        figures = task.ranking() if not obstacles else _list(
-            [f"{each.label} {each.words()}" for each in task.learnt if each.rows]
-        )  # fmt: skip
-        tail = f" ({'; '.join(obstacles)})" if obstacles else ""
-        length = f" ({task.seq_len:,} tokens)" if task.seq_len else ""
-        said.append(f"On {task.named}{length}, {task.judged}: {figures}{tail}.")
+        said.append(verdicts.sentence(task))
     return said
 
 
@@ -220,14 +215,14 @@ def _cost_sentence(found: Findings, many: list[Series], length: int, key: str) -
             sum(not each.baseline and length in each.memory() for each in many) - len(order) if key == MEMORY else 0
         )
         why = f"{best} of {len(order)}" if len(order) > 1 else "the only one measured"
-        why = f"too close to call with {_list(rivals)}" if rivals else why
+        why = f"too close to call with {units.listed(rivals)}" if rivals else why
         why += f"; {others} measured by resident set are not compared" if others else ""
         parts.append(f"{order[0].said(key, length)} with {order[0].label} ({why})")
     for kernel in ("sdpa", "dense"):
         baseline = next((each for each in many if (each.backend, each.kernel) == ("full", kernel)), None)
         if baseline is not None and length in baseline.values(key):
             parts.append(f"{baseline.said(key, length)} with {PROSE[kernel]}")
-    return f"At {length:,} tokens one {phase} call {verb} {_list(parts)}." if parts else ""
+    return f"At {length:,} tokens one {phase} call {verb} {units.listed(parts)}." if parts else ""
 
 
 def _overtaking(found: Findings, many: list[Series]) -> list[str]:
@@ -244,9 +239,9 @@ def _overtaking(found: Findings, many: list[Series]) -> list[str]:
         else:
             near = "about " if crossing.why == "interpolated" else "at most "
             faster.append(f"{series.label} from {near}{costs.crossing_words(crossing).removeprefix('≤ ')} tokens")
-    said = f"Faster than fused full attention: {_list(faster)}" if faster else ""
+    said = f"Faster than fused full attention: {units.listed(faster)}" if faster else ""
     if slower:
-        names, lengths = _list([label for label, _ in slower]), sorted({length for _, length in slower})
+        names, lengths = units.listed([label for label, _ in slower]), sorted({length for _, length in slower})
         rest = f"not up to {' or '.join(lengths)} tokens: {names}"
         said = f"{said}; {rest}" if said else f"Faster than fused full attention, {rest}"
     return [f"{said}."] if said else []
@@ -259,10 +254,6 @@ def _overlap(a: Series, b: Series, length: int) -> bool:
     if any(bound is None for bound in bounds):
         return False
     return min(one["seconds_max"], two["seconds_max"]) >= max(one["seconds_min"], two["seconds_min"])
-
-
-def _list(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}" if parts else ""
 
 
 def rich_table(found: Findings) -> RichTable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 NONE = "–"
 """What stands where there is no figure."""
@@ -61,6 +62,11 @@ def millions(value: float | None) -> str:
 def percent(share: float | None) -> str:
     """A share between 0 and 1 with one decimal."""
     return NONE if share is None else f"{100 * share:.1f} %"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """Several in one sentence: a, b and c."""
+    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)
 
 
 def fixed(value: float | None, places: int = 2) -> str:

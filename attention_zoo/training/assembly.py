@@ -14,7 +14,7 @@ from attention_zoo.tasks.task import Batch, Task
 from attention_zoo.training.ahead import drawn_ahead
 from attention_zoo.training.building import build
 from attention_zoo.training.checking import check_batch, figure
-from attention_zoo.training.config import DecodeConfig, TrainConfig, device_of
+from attention_zoo.training.config import DecodeConfig, TrainConfig, TrainerConfig, device_of
 from attention_zoo.training.evaluate import Evaluation, evaluate
 from attention_zoo.training.models import model_of
 from attention_zoo.training.objective import objective_of
@@ -106,9 +106,26 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
         device=device,
         check=partial(check_batch, task),
     )
-    sets = task.evaluation_sets(options.batch, options.seq_len)
+    sets = _watched_first(task.evaluation_sets(options.batch, options.seq_len), task, options.trainer)
     figure(task, "chance", task.chance(options.seq_len))  # what is none is said before training, not after
     return Assembly(task, model, trainer, sets, precision, carry, device, writing(options.decode))
+
+
+def _watched_first(
+    sets: Mapping[str, Iterable[Batch]], task: Task, trainer: TrainerConfig
+) -> Mapping[str, Iterable[Batch]]:
+    """The sets with the one first that is looked at in training: validation wherever there is one, and never test where
+    that ends a run."""
+    if "validation" in sets:
+        return {"validation": sets["validation"], **sets}
+    for option in ("stop_at", "patience"):
+        value = getattr(trainer, option)
+        if next(iter(sets)) == "test" and value is not None:
+            raise ValueError(
+                f"trainer.{option} must be null where a task has no validation set to watch, got {value} for "
+                f"{task.name}: a result on test must not say when to stop"
+            )
+    return sets
 
 
 def check_positions(model: nn.Module, seq_len: int, span: int) -> None:

@@ -78,17 +78,7 @@
     const common = pairs
       .map(([, line]) => [...cost.get(line).keys()])
       .reduce((a, b) => a.filter(each => b.includes(each)));
-    return common.length ? {length: Math.max(...common), pairs, cost, ranked: beside.ranked, setting} : null;
-  }
-
-  // Points that no other beats in both, cheapest first.
-  function front(points, lower) {
-    const kept = [];
-    for (const [x, y] of [...points].sort((a, b) => a[0] - b[0] || (lower ? a[1] - b[1] : b[1] - a[1]))) {
-      const last = kept[kept.length - 1];
-      if (!last || (lower ? y < last[1] : y > last[1])) kept.push([x, y]);
-    }
-    return kept;
+    return common.length ? {length: Math.max(...common), pairs, cost, setting} : null;
   }
 
   function pareto(figure, unit, binary) {
@@ -110,7 +100,7 @@
         mean = scores.reduce((a, b) => a + b, 0) / scores.length;
       const name = label === line || !line.startsWith('full (') ? label : line;
       drawn.add(label);
-      points.push([value, mean]);
+      points.push(value);
       series.push({
         group,
         name,
@@ -128,25 +118,11 @@
       });
     }
     if (!points.length) return null;
-    if (found.ranked) {
-      const edge = front(points, task.lower);
-      series.push({
-        name: 'front',
-        style: null,
-        mode: 'lines',
-        width: 1,
-        shape: 'hv',
-        dash: 'solid',
-        x: edge.map(([x]) => x),
-        y: edge.map(([, y]) => y),
-      });
-    }
     const bare = [...new Set(runs.map(run => run.label))].filter(label => !drawn.has(label));
     const note =
       `${task.title}: ${task.judged}, beside one call of one layer at ${words.count(found.length)} ` +
       `tokens (${found.setting}).` +
-      (bare.length ? ` Not drawn, since no cost of theirs was measured there: ${bare.join(', ')}.` : '') +
-      (found.ranked ? '' : ' No front is drawn, since nothing may be ranked here.');
+      (bare.length ? ` Not drawn, since no cost of theirs was measured there: ${bare.join(', ')}.` : '');
     return {
       note,
       choices,
@@ -156,7 +132,7 @@
       y: yOf(task, better(task)),
       x: zoo.gather.logAxis(
         `${unit} (lower is better)`,
-        points.map(([x]) => x),
+        points,
         say,
         {binary, room: 0.12},
       ),

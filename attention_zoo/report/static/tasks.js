@@ -30,7 +30,7 @@ zoo.tasks = (() => {
   }
 
   const yOf = (task, title) => (task.share ? zoo.gather.share(title) : {title});
-  const caution = task => (task.obstacles.length ? ` Not ranked: ${task.obstacles.join('; ')}.` : '');
+  const caution = task => (task.obstacles.length ? ` Not compared: ${task.obstacles.join('; ')}.` : '');
 
   return {told, ofTask, known, better, seed, chosen, yOf, caution, log2: Math.log(2)};
 })();
