@@ -11,7 +11,8 @@ its constructor (hence from the same distribution), each from a seed of its own.
 
 What is drawn is seen from the outside, so that mechanisms of other packages take part with no word of theirs: a call
 that returns a tensor and moves torch's generator is a draw, and calls in place on its storage belong to it. A copy of a
-parameter (`deepcopy`) stays a copy.
+parameter (`deepcopy`) stays a copy. What is computed from other random tensors (`nn.init.orthogonal_`, `trunc_normal_`)
+stays as it was drawn the first time: from the run's seed, but not from its name alone. None of ours is drawn so.
 """
 
 from __future__ import annotations
@@ -53,12 +54,13 @@ class Draws(TorchFunctionMode):
         self._generator = torch.get_rng_state()
         self._calls: dict[int, list[_Call]] = {}
         self._copies: dict[int, int] = {}
+        self._over = False
         self._held: list[Tensor] = []  # else the place of a tensor that is gone could be given to another
 
     def __torch_function__(self, function: Any, types: Any, given: tuple[Any, ...] = (), named: Any = None) -> Any:
         named = named or {}
         found = function(*given, **named)
-        if not isinstance(found, Tensor) or found.layout != torch.strided or found.is_meta:
+        if self._over or not isinstance(found, Tensor) or found.layout != torch.strided or found.is_meta:
             return found
         now, place = torch.get_rng_state(), _place(found)
         drawn = not torch.equal(now, self._generator)
@@ -83,6 +85,7 @@ class Draws(TorchFunctionMode):
         """
         fresh: dict[int, Tensor] = {}
         copies: list[tuple[Tensor, int]] = []
+        self._over = True
         known, keys = keys_of(model), set[str]()
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.is_meta or tensor.layout != torch.strided or (place := _place(tensor)) in fresh:
