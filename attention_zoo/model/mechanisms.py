@@ -21,7 +21,8 @@ from attention_zoo.options import Seed, check_values
 from attention_zoo.positions import ATTENTION_LEVEL, EMBEDDING_LEVEL
 from attention_zoo.rules import shown
 
-POSITIONS = tuple(dict.fromkeys([*EMBEDDING_LEVEL, *ATTENTION_LEVEL, "relative"]))
+AUTO, USUAL = "auto", "sinusoidal"
+POSITIONS = tuple(dict.fromkeys([*EMBEDDING_LEVEL, *ATTENTION_LEVEL, AUTO, "relative"]))
 """Every word that the option `positions` may be."""
 SHARED = frozenset(inspect.signature(Attention).parameters)
 """Options that every mechanism has; a wrapper's are for the mechanisms inside."""
@@ -148,6 +149,23 @@ def mechanisms(attention: Any, around: Any = ()) -> Mechanisms:
             )
         listed = entry.inner
     return Mechanisms(wrappers, listed, handed)
+
+
+def positions_of(positions: Any, listed: Sequence[Entry]) -> Any:
+    """The position scheme of a model: one for all mechanisms, unless one has its own.
+
+    "auto" is sinusoidal, and none where a mechanism of the stack has positions of its own (it declares "relative", as
+    Transformer-XL does): with sinusoids on top of those, longer memories in evaluation lose what they bring (Dai et al.
+    2019, table 6). Every other word is what was asked for, on top or not.
+    """
+    if positions != AUTO:
+        return positions
+    return "none" if any(has_own_positions(entry.cls) for entry in listed) else USUAL
+
+
+def has_own_positions(cls: type[Attention] | None) -> bool:
+    """Whether scores of this mechanism depend on distances by nature."""
+    return cls is not None and "relative" in cls.declared.positions
 
 
 def outer(around: Any) -> list[Entry]:

@@ -41,7 +41,7 @@ from attention_zoo.model.embedding import build_embedding
 from attention_zoo.model.feed_forward import with_flat
 from attention_zoo.model.global_tokens import GlobalTokens, asked_for
 from attention_zoo.model.heads import POOLINGS, build_head, last_valid
-from attention_zoo.model.mechanisms import entries, layers, mechanisms, outer, wrapped
+from attention_zoo.model.mechanisms import entries, layers, mechanisms, outer, positions_of, wrapped
 from attention_zoo.model.norm import BatchNorm, build_norm, check_last_only
 from attention_zoo.model.output import ModelOutput
 from attention_zoo.model.parameters import current_names, parameter_count
@@ -73,7 +73,7 @@ class Transformer(nn.Module):
         classes: number of labels, for tokens, classify and pretraining.
         pooling: mean | first, for classify.
         positions: sinusoidal | learned | axial (added to embeddings), rotary | alibi (in each attention), relative
-            (Transformer-XL's own), none. Options: see `positions/`.
+            (Transformer-XL's own), none, or auto: `model.mechanisms.positions_of`. Options: see `positions/`.
         pre_norm: norm before each branch, or after its addition.
         norm: layer | rms | batch (two-sided models alone). Options: eps; momentum of batch.
         feed_forward: gelu | gelu_tanh | relu | silu | swiglu | none. Options: mult, chunks, width, bias: `FeedForward`.
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
         head: Named = "lm",
         classes: Positive | None = None,
         pooling: Annotated[str, OneOf(*POOLINGS)] = "mean",
-        positions: Named = "sinusoidal",
+        positions: Named = "auto",
         pre_norm: bool = True,
         norm: Named = "layer",
         feed_forward: Named = "gelu",
@@ -136,6 +136,7 @@ class Transformer(nn.Module):
         super().__init__()
         self._warned = False
         asked = mechanisms(attention, around)
+        positions = given["positions"] = positions_of(positions, asked.listed)
         head_name, _ = named("head", head)
         short = None
         if shorten is not None:
