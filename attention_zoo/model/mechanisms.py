@@ -151,6 +151,18 @@ def mechanisms(attention: Any, around: Any = ()) -> Mechanisms:
     return Mechanisms(wrappers, listed, handed)
 
 
+def _spares(entry: Entry, options: Mapping[str, Any]) -> bool:
+    """Whether a mechanism is free to leave the projections of global tokens out."""
+    known = {} if entry.cls is None else registry.options_of_class(entry.cls)
+    return "global_projections" in known and options.get("global_projections", "auto") == "auto"
+
+
+def brings_global_tokens(wrappers: Sequence[Entry], listed: Sequence[Entry]) -> bool:
+    """Whether a wrapper or a mechanism of the stack puts global tokens in."""
+    around = any(getattr(entry.cls, "adds_global_tokens", False) for entry in wrappers)
+    return around or any(entry.options.get("extra_global_tokens") for entry in listed)
+
+
 def positions_of(positions: Any, listed: Sequence[Entry]) -> Any:
     """The position scheme of a model: one for all mechanisms, unless one has its own.
 
@@ -204,6 +216,7 @@ def layers(
     seed: int,
     handed: Mapping[str, Any],
     across: frozenset[int] = frozenset(),
+    global_tokens: bool = True,
     **shared: Any,
 ) -> list[Layer]:
     """`depth` layers; layer i gets seed + i.
@@ -214,6 +227,7 @@ def layers(
             scores are relative by nature stays so. The others are passed on.
         handed: options that a wrapper was given for all of them; an entry's own win.
         across: layers whose keys come from a source.
+        global_tokens: whether some tokens will be global; False: weights that only those need are not built.
         shared: dim, heads, causal.
 
     Raises:
@@ -233,5 +247,10 @@ def layers(
         options = {**shared, "positions": passed, "seed": seed, **handed, **entry.options}
         if index in across:
             options["cross"] = True
+        spared = not global_tokens and _spares(entry, options)
+        if spared:
+            options["global_projections"] = "shared"
         made.append(entry.make(**{**options, "seed": options["seed"] + index}))
+        if spared:
+            made[-1].spares_projections = True  # type: ignore[assignment]
     return made

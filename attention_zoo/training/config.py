@@ -176,7 +176,7 @@ class TrainConfig:
 
 
 OWN = {
-    "model": ("attention", "vocab", "causal", "cross", "head", "classes", "seed"),
+    "model": ("attention", "vocab", "causal", "cross", "head", "classes", "global_tokens", "seed"),
     "optimizer": ("model",),
     "schedule": ("steps",),
     "tracker": ("info",),

@@ -32,7 +32,7 @@ def model_of(options: TrainConfig, mechanism: Any, task: Task, objective: Object
         Unsupported: for a mechanism that has no such role.
     """
     _check_halves(options, task, objective)
-    given: dict[str, Any] = {"vocab": task.vocab, "seed": options.seed}
+    given: dict[str, Any] = {"vocab": task.vocab, "seed": options.seed, "global_tokens": task.global_tokens}
     if options.init is not None:
 
         def half(side: str, other: Transformer) -> Transformer:
