@@ -11,6 +11,9 @@ from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Tokens
 from attention_zoo.measure.given import LONGEST, given_to, seen_by
 from attention_zoo.model.transformer import Transformer
+from attention_zoo.results.check import wrong_with
+from attention_zoo.training.config import compose_training
+from attention_zoo.training.run import run_training
 
 L = 61
 LAYER: dict[str, Any] = {"dim": 8, "heads": 2}
@@ -142,3 +145,21 @@ def test_long_rows_are_counted_in_part() -> None:
     keys, oldest = seen_by(layer, 1000)
     assert keys is not None and oldest is not None
     assert keys.mean() == pytest.approx(4 - 6 / 1000) and (np.arange(1000) - oldest).max() == 3
+
+
+def test_a_row_says_what_its_backend_was_given(tmp_path: Any) -> None:
+    words = ["attention=longformer", "attention.window=6", "task=mqar", "tracker=none", "model.dim=16", "batch=4"]
+    words += ["steps=2", "device=cpu", "threads=1", "task.test_examples=32", "trainer.progress=none"]
+    row = run_training(compose_training(words), tmp_path)
+    assert row["status"] == "ok", row["error"]
+    given = row["given"]
+    assert given["options"] == {"window": 6} and given["positions"] == "none"
+    assert (given["layer_reach"], given["reach"]) == (6, 2 * 6 + 2 * 2)
+    assert given["keys_most"] == 7 and given["keys_mean"] == pytest.approx(7 - 21 / 64)
+    assert given["flops_per_token"] > 0 and given["state_bytes"] > 0 and given["length"] == 64
+    assert row["regime"] == "steps" and row["rates"] is None
+    assert wrong_with(row) is None
+    assert not row["notices"]
+    hybrid = run_training(compose_training([*words[2:], "hybrid=[longformer,full]"]), tmp_path / "hybrid")
+    assert hybrid["given"]["options"] == {"hybrid": ["longformer", "full"]}
+    assert hybrid["given"]["reach"] == 63 and hybrid["given"]["keys_mean"] > 7

@@ -25,6 +25,7 @@ from attention_zoo.model.mechanisms import entries
 from attention_zoo.options import (
     Finite,
     Natural,
+    NonNegative,
     Positive,
     Probability,
     SeedOfRun,
@@ -44,6 +45,7 @@ from attention_zoo.training.precision import PRECISIONS, check_precision
 from attention_zoo.training.progress import KINDS
 
 CONF = "attention_zoo.conf"
+REGIMES = ("steps", "flops", "seconds", "parameters", "keys")
 POSITIVE = "a positive number or null"
 
 
@@ -140,6 +142,9 @@ class TrainConfig:
         steps: optimisation steps.
         seq_len: tokens of a row.
         batch: rows of a step.
+        regime: what a comparison made equal for all its backends, for the row: steps | flops | seconds | parameters |
+            keys. It changes nothing by itself: steps, width and options are what they are.
+        rates: learning rates of which a comparison has chosen `optimizer.lr` for this backend, on validation.
         seed: of weights, data order and all other randomness.
         device: auto | cpu | cuda.
         threads: of torch on the CPU; null leaves torch's.
@@ -166,6 +171,8 @@ class TrainConfig:
     steps: Positive = MISSING
     seq_len: Positive = MISSING
     batch: Positive = MISSING
+    regime: Annotated[str, OneOf(*REGIMES)] = "steps"
+    rates: list[NonNegative] | None = None
     seed: SeedOfRun = 0
     device: Text = "auto"
     threads: Threads | None = None
