@@ -46,7 +46,8 @@ def test_such_a_weight_is_found() -> None:
     words = ["attention=longformer", "task=mqar", "tracker=none", "model.dim=16", "batch=4", "device=cpu"]
     assert dead(compose_training(words), steps=1) == []
     found = dead(compose_training([*words, "attention.global_projections=separate"]), steps=1)
-    assert len(found) == 12 and all("_global." in name for name in found)
+    assert len(found) == 12
+    assert all("_global." in name for name in found)
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -64,7 +65,7 @@ def test_a_task_that_says_none_must_bring_none() -> None:
     task = build(options.task, "task")
     task.global_tokens = False
     trainer = assemble(options, mechanism_of(options), task).trainer
-    with pytest.raises(ValueError, match="Quote.global_tokens must be true where some tokens are global, got False"):
+    with pytest.raises(ValueError, match=r"Quote\.global_tokens must be true where some tokens are global, got False"):
         trainer.step()
 
 

@@ -102,7 +102,13 @@ def test_keys_of_hashing_and_of_groups() -> None:
 
 @pytest.mark.parametrize(
     ("name", "conv", "reach"),
-    [("longformer", 0, 10), ("longformer", 3, 14), ("transformer_xl", 0, 24), ("full", 3, L - 1), ("compressive", 3, None)],
+    [
+        ("longformer", 0, 10),
+        ("longformer", 3, 14),
+        ("transformer_xl", 0, 24),
+        ("full", 3, L - 1),
+        ("compressive", 3, None),
+    ],
 )
 @torch.no_grad()
 def test_the_reach_of_a_model_is_that_of_changed_tokens(name: str, conv: int, reach: int | None) -> None:
@@ -143,8 +149,10 @@ def test_long_rows_are_counted_in_part() -> None:
     assert LONGEST == 16_384
     layer = zoo.build("longformer", dim=4, heads=1, window=3)
     keys, oldest = seen_by(layer, 1000)
-    assert keys is not None and oldest is not None
-    assert keys.mean() == pytest.approx(4 - 6 / 1000) and (np.arange(1000) - oldest).max() == 3
+    assert keys is not None
+    assert oldest is not None
+    assert keys.mean() == pytest.approx(4 - 6 / 1000)
+    assert (np.arange(1000) - oldest).max() == 3
 
 
 def test_a_row_says_what_its_backend_was_given(tmp_path: Any) -> None:
@@ -153,13 +161,19 @@ def test_a_row_says_what_its_backend_was_given(tmp_path: Any) -> None:
     row = run_training(compose_training(words), tmp_path)
     assert row["status"] == "ok", row["error"]
     given = row["given"]
-    assert given["options"] == {"window": 6} and given["positions"] == "none"
+    assert given["options"] == {"window": 6}
+    assert given["positions"] == "none"
     assert (given["layer_reach"], given["reach"]) == (6, 2 * 6 + 2 * 2)
-    assert given["keys_most"] == 7 and given["keys_mean"] == pytest.approx(7 - 21 / 64)
-    assert given["flops_per_token"] > 0 and given["state_bytes"] > 0 and given["length"] == 64
-    assert row["regime"] == "steps" and row["rates"] is None
+    assert given["keys_most"] == 7
+    assert given["keys_mean"] == pytest.approx(7 - 21 / 64)
+    assert given["flops_per_token"] > 0
+    assert given["state_bytes"] > 0
+    assert given["length"] == 64
+    assert row["regime"] == "steps"
+    assert row["rates"] is None
     assert wrong_with(row) is None
     assert not row["notices"]
     hybrid = run_training(compose_training([*words[2:], "hybrid=[longformer,full]"]), tmp_path / "hybrid")
     assert hybrid["given"]["options"] == {"hybrid": ["longformer", "full"]}
-    assert hybrid["given"]["reach"] == 63 and hybrid["given"]["keys_mean"] > 7
+    assert hybrid["given"]["reach"] == 63
+    assert hybrid["given"]["keys_mean"] > 7

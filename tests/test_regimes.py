@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from rich.console import Console
 
@@ -60,7 +59,8 @@ def test_equal_flops_are_equal_flops() -> None:
     runs = planned(regime="flops", options={"longformer": {"window": 4}})
     totals = {run.name: flops_per_token(model_for(run), 64) * run.config["steps"] for run in runs}
     steps = {run.config["backend"]: run.config["steps"] for run in runs}
-    assert steps["full"] == 500 and steps["longformer"] > 500 > steps["reformer"]
+    assert steps["full"] == 500
+    assert steps["longformer"] > 500 > steps["reformer"]
     for total in totals.values():
         assert total == pytest.approx(totals["recall-full-s0"], rel=0.5 / 300)
     assert {run.config["regime"] for run in runs} == {"flops"}
@@ -71,7 +71,8 @@ def test_equal_parameters_are_within_two_percent() -> None:
     runs = planned(regime="parameters", options=options)
     counts = {run.config["backend"]: parameter_count(model_for(run)) for run in runs}
     before = {run.config["backend"]: parameter_count(model_for(run)) for run in planned(options=options)}
-    assert before["longformer"] > 1.1 * before["full"] and before["reformer"] < before["full"]
+    assert before["longformer"] > 1.1 * before["full"]
+    assert before["reformer"] < before["full"]
     for count in counts.values():
         assert abs(count / before["full"] - 1) <= WITHIN
     assert {run.config["steps"] for run in runs} == {500}
@@ -87,8 +88,6 @@ def test_equal_keys_are_seen(keys: int) -> None:
         assert seen is not None
         if run.config["backend"] == "full":
             assert seen.mean() == 32.5
-        elif run.config["backend"] == "adaptive_span":
-            assert np.mean([min(at, layer.limit + layer.ramp) + 1 for at in range(64)]) >= (1 - NEAR) * keys
         else:
             assert abs(seen.mean() / keys - 1) <= NEAR, run.config["attention"]
 
@@ -112,9 +111,10 @@ def test_what_does_not_go_together_is_refused(plan: dict[str, Any], message: str
         planned(["full", "longformer"], **plan)
 
 
-def test_keys_of_what_has_no_such_option_are_refused() -> None:
-    with pytest.raises(ValueError, match="regime=keys knows no options of memory_compressed by which keys can be"):
-        planned(["full", "memory_compressed"], regime="keys", keys=8.0)
+@pytest.mark.parametrize("name", ["memory_compressed", "adaptive_span"])
+def test_keys_of_what_has_no_such_option_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"regime=keys knows no options of {name} by which keys can be chosen"):
+        planned(["full", name], regime="keys", keys=8.0)
 
 
 RATES = [1e-3, 3e-3, 1e-2]
@@ -124,7 +124,8 @@ def test_every_backend_tries_every_rate_with_one_seed() -> None:
     runs = planned(["full", "longformer"])
     tried = rates.tried(runs, RATES)
     assert [run.name for run in tried[:3]] == [f"recall-full-s0-lr{rate:g}" for rate in RATES]
-    assert len(tried) == 6 and {run.config["seed"] for run in tried} == {0}
+    assert len(tried) == 6
+    assert {run.config["seed"] for run in tried} == {0}
     assert [run.config["optimizer"]["lr"] for run in tried] == RATES * 2
     assert all(run.config["rates"] == RATES for run in tried)
 
@@ -183,12 +184,15 @@ def test_rates_are_tried_once_and_the_row_says_so(tmp_path: Path) -> None:
     job = _Job(quick(tmp_path), tmp_path, Console(quiet=True))
     job.run([], {})
     trained = [each for each in job.rows if each["kind"] == "quality"]
-    assert [each["seed"] for each in trained] == [0, 1] and job.trainings == 3
+    assert [each["seed"] for each in trained] == [0, 1]
+    assert job.trainings == 3
     for each in trained:
         assert each["status"] == "ok", each["error"]
-        assert each["rates"]["tried"] == [1e-3, 1e-2] and each["rates"]["judged_on"] == "validation"
+        assert each["rates"]["tried"] == [1e-3, 1e-2]
+        assert each["rates"]["judged_on"] == "validation"
         assert each["rates"]["chosen"] == each["config"]["optimizer"]["lr"] == trained[0]["rates"]["chosen"]
     again = _Job(quick(tmp_path), tmp_path, Console(quiet=True))
     again.run([], {})
-    assert again.again == 3 and again.trainings == 3
+    assert again.again == 3
+    assert again.trainings == 3
     assert "3 trainings, 3 of them finished" in ahead(quick(tmp_path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -77,7 +77,7 @@ class TrainingPlan:
                 f"trainings.{name}.regime=seconds needs seconds, and steps that are chosen, got "
                 f"seconds={self.seconds} and set.steps={self.set.get('steps')}"
             )
-        if self.rates is not None and len(set(self.rates)) != len(self.rates) or self.rates == []:
+        if (self.rates is not None and len(set(self.rates)) != len(self.rates)) or self.rates == []:
             raise ValueError(f"trainings.{name}.rates must be different rates, one or more, got {self.rates}")
 
     @property

@@ -88,7 +88,7 @@ def seen_by(layer: nn.Module, length: int) -> Seen:
 
 @torch.no_grad()
 def _counted(layer: PatternAttention, length: int) -> Seen:
-    """By rows of few queries, so that nothing of size L x L exists. What a query does not see at all is its own place."""
+    """By rows of few queries, so that nothing of size L x L exists. Who sees nothing depends on itself at most."""
     device = next(layer.parameters()).device
     tokens = layer.mark(Tokens.all_valid(1, length, device))
     keys, oldest = [], []

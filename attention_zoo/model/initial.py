@@ -119,7 +119,7 @@ def keyed(seed: int) -> Iterator[Draws]:
 
 def keys_of(model: nn.Module) -> dict[str, str]:
     """By the name of a parameter or buffer what it is drawn from: the number of its block and its place in there, by
-    the word for its role. What stands around the blocks, and where they stand in a stack of levels, makes no difference.
+    the word for its role. What stands around the blocks, and in which level of a stack they are, makes no difference.
     """
     blocks = [name for name, module in model.named_modules() if isinstance(module, Block)]
     found = {}

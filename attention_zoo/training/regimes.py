@@ -6,7 +6,7 @@
 | flops | FLOPs of the whole training, by the definition (`measure.given`) | steps |
 | seconds | time of the whole training, from timed steps (`jobs.steps`) | steps |
 | parameters | their number, within 2 % | width of the feed-forward |
-| keys | keys that a query sees, the mean over a row of the run's length, within 10 % | options of the backend: `KNOBS` |
+| keys | keys that a query sees, the mean over a row, within 10 % | options of the backend: `KNOBS` |
 
 The reference itself stays as it is; full attention sees all keys in every regime.
 """
@@ -33,7 +33,6 @@ WITHIN = 0.02
 NEAR = 0.10
 """Of keys: options are whole numbers."""
 KNOBS: Mapping[str, Callable[[int], dict[str, int]]] = {
-    "adaptive_span": lambda n: {"limit": n},
     "bigbird": lambda n: {"block": n},
     "block_recurrent": lambda n: {"window": n, "states": n},
     "compressive": lambda n: {"segment_length": n, "memory_length": n, "compressed_length": max(1, n // 2)},
@@ -42,9 +41,8 @@ KNOBS: Mapping[str, Callable[[int], dict[str, int]]] = {
     "reformer": lambda n: {"chunk": n},
     "transformer_xl": lambda n: {"segment_length": n, "memory_length": n},
 }
-"""Backend -> the options that are chosen so that a query sees so many keys, of one whole number; more keys with more."""
-LAID_OUT = {"adaptive_span": lambda options: {**options, "start": float(options["limit"])}}
-"""What is counted where training decides: the most that an option allows."""
+"""Backend -> the options, of one whole number, by which it is chosen how many keys a query sees; more with more. None of
+adaptive_span: there training chooses."""
 
 
 def changes(
@@ -104,7 +102,7 @@ def _parameters(configs: Mapping[str, Mapping[str, Any]], against: str) -> dict[
         def count(
             width: int,
             config: Mapping[str, Any] = config,
-            plain: Mapping[str, Any] = {"name": kind, **options},  # noqa: B006
+            plain: Mapping[str, Any] = {"name": kind, **options},
         ) -> int:
             return parameter_count(_model(config, feed_forward={**plain, "width": width}))
 
@@ -135,7 +133,6 @@ def _keys(config: Mapping[str, Any], keys: float | None) -> dict[str, Any]:
 
     def mean(number: int) -> float:
         chosen = {**asked, **knob(number)}
-        chosen = LAID_OUT[backend](chosen) if backend in LAID_OUT else chosen
         shape = {"dim": config["model"]["dim"], "heads": config["model"]["heads"], "causal": causal}
         seen = seen_by(registry.build(backend, **shape, **chosen), length).keys
         assert seen is not None
@@ -150,9 +147,7 @@ def _keys(config: Mapping[str, Any], keys: float | None) -> dict[str, Any]:
     best = min((low, high), key=lambda number: abs(mean(number) - keys))
     if abs(mean(best) / keys - 1) > NEAR:
         raise ValueError(
-            f"regime=keys: no options of {backend} let a query of {length} tokens see {keys:g} keys in the mean, within "
-            f"{NEAR:.0%}; the nearest are {knob(best)}, with {mean(best):.1f}"
+            f"regime=keys: no options of {backend} let a query of {length} tokens see {keys:g} keys in the mean, "
+            f"within {NEAR:.0%}; the nearest are {knob(best)}, with {mean(best):.1f}"
         )
     return {"attention": knob(best)}
-
-
