@@ -78,7 +78,7 @@ def test_equal_parameters_are_within_two_percent() -> None:
     assert {run.config["steps"] for run in runs} == {500}
 
 
-@pytest.mark.parametrize("keys", [6, 16])
+@pytest.mark.parametrize("keys", [16])
 def test_equal_keys_are_seen(keys: int) -> None:
     backends = ["full", *KNOBS]
     runs = planned(backends, regime="keys", keys=keys, options={"reformer": {"rounds": 1}, "bigbird": {"random": 1}})

@@ -41,8 +41,8 @@ KNOBS: Mapping[str, Callable[[int], dict[str, int]]] = {
     "reformer": lambda n: {"chunk": n},
     "transformer_xl": lambda n: {"segment_length": n, "memory_length": n},
 }
-"""Backend -> the options, of one whole number, by which it is chosen how many keys a query sees; more with more. None of
-adaptive_span: there training chooses."""
+"""Backend -> the options, of one whole number, by which it is chosen how many keys a query sees; more with more.
+adaptive_span has none: there training chooses."""
 
 
 def changes(
