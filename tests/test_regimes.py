@@ -12,6 +12,7 @@ from attention_zoo.jobs.trainings import Run
 from attention_zoo.measure.given import flops_per_token, seen_by
 from attention_zoo.measure.nursery import Nursery
 from attention_zoo.model.parameters import parameter_count
+from attention_zoo.results.regime import differs_by_regime
 from attention_zoo.training.building import build
 from attention_zoo.training.config import options_of
 from attention_zoo.training.models import mechanism_of, model_of
@@ -115,6 +116,23 @@ def test_what_does_not_go_together_is_refused(plan: dict[str, Any], message: str
 def test_keys_of_what_has_no_such_option_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"regime=keys knows no options of {name} by which keys can be chosen"):
         planned(["full", name], regime="keys", keys=8.0)
+
+
+@pytest.mark.parametrize(
+    ("said", "key", "may"),
+    [
+        ({"regime": "steps"}, "steps", False),
+        ({"regime": "flops"}, "steps", True),
+        ({"regime": "seconds"}, "steps", True),
+        ({"regime": "flops"}, "optimizer.lr", False),
+        ({"regime": "steps", "rates": {"tried": [1, 2]}}, "optimizer.lr", True),
+        ({"regime": "parameters"}, "model.feed_forward.width", True),
+        ({"regime": "parameters"}, "model.feed_forward_norm", False),
+        ({}, "steps", False),
+    ],
+)
+def test_a_row_says_what_its_regime_lets_differ(said: dict[str, Any], key: str, may: bool) -> None:
+    assert differs_by_regime(said, key) == may
 
 
 RATES = [1e-3, 3e-3, 1e-2]

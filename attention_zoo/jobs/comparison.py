@@ -23,9 +23,10 @@ from attention_zoo.measure.ends import Ended
 from attention_zoo.measure.nursery import Nursery
 from attention_zoo.options import AboveZero, SeedOfRun, Text, check_fields
 from attention_zoo.report.build import TITLE
+from attention_zoo.results.regime import REGIMES
 from attention_zoo.rules import OneOf, shown
 from attention_zoo.settings import one_line
-from attention_zoo.training.config import REGIMES, check, compose_training
+from attention_zoo.training.config import check, compose_training
 from attention_zoo.training.heard import check_heard, keys_of
 
 Made = TypeVar("Made")

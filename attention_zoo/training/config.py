@@ -35,6 +35,7 @@ from attention_zoo.options import (
     check_target,
 )
 from attention_zoo.registry import recipe, third_party
+from attention_zoo.results.regime import REGIMES
 from attention_zoo.room import fits
 from attention_zoo.rules import OneOf, near, shown
 from attention_zoo.searchpath import of_this_job
@@ -45,7 +46,6 @@ from attention_zoo.training.precision import PRECISIONS, check_precision
 from attention_zoo.training.progress import KINDS
 
 CONF = "attention_zoo.conf"
-REGIMES = ("steps", "flops", "seconds", "parameters", "keys")
 POSITIVE = "a positive number or null"
 
 

@@ -249,6 +249,8 @@ class _Run:
                     assert by is not None
                     raise Stopped(by)
                 evaluations[name] = found
+        if row["rates"] is not None:
+            row["rates"]["judged_on"] = parts.main
         row["given"] = self._given(parts.model, options)
         save_model(parts.finished(), self.folder / MODEL)
         for name, result in list(evaluations.items())[1:]:
