@@ -10,7 +10,7 @@ Letters, the same everywhere: B batch, L queries, S keys, H heads, K key/value h
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from numbers import Real
@@ -314,6 +314,18 @@ class Attention(Layer):
 
         A pair costs 4·D: a dot product and a weighted value. A mechanism that spends more (relative positions: another
         dot product) counts that in. None: no formula; a pattern's pairs are then counted from its definition.
+        """
+        return None
+
+    def keys_seen(self, length: int) -> Sequence[float] | None:
+        """How many keys each query of a row of `length` tokens scores, the mean of its heads; for hashing the most that
+        it may. Compressed keys count like others. None: not said; a pattern's are counted from its definition."""
+        return None
+
+    def oldest_seen(self, length: int) -> Sequence[int] | None:
+        """The first token that each query's output may depend on, in a row of `length` tokens.
+
+        None: not said; a pattern's is found by its definition.
         """
         return None
 

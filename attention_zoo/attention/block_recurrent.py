@@ -150,6 +150,14 @@ class BlockRecurrent(Attention):
         near = W * (W + 1) / 2 + (length - W) * (self.window + 1)
         return float(near + length * S + max(0, (length - 1) // self.window) * S * (S + self.window))
 
+    def keys_seen(self, length: int) -> list[float]:
+        """See `Attention`: the window, and the state."""
+        return [float(min(at, self.window) + 1 + self.states) for at in range(length)]
+
+    def oldest_seen(self, length: int) -> list[int]:
+        """See `Attention`: the state has heard of all tokens."""
+        return [0] * length
+
     def explain_kernels(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
         """See `Attention`: of the window."""
         return self.local.explain_kernels(length, device, dtype)

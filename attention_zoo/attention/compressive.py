@@ -150,6 +150,22 @@ class Compressive(RelativeAttention):
         slots = (memory // self.ratio).clip(max=self.compressed_length)
         return 1.5 * float((position - memory + 1 + slots).sum())
 
+    def keys_seen(self, length: int) -> list[float]:
+        """See `Attention`: tokens, and compressed states."""
+        position = torch.arange(length).numpy()
+        memory = self._sizes.memory_from(position // self.segment_length)
+        slots = (memory // self.ratio).clip(max=self.compressed_length)
+        return [float(each) for each in position - memory + 1 + slots]
+
+    def oldest_seen(self, length: int) -> list[int] | None:
+        """See `Attention`: the first token of the oldest compressed state; dilated ones reach on, and say nothing."""
+        if self.compression == "dilated":
+            return None
+        position = torch.arange(length).numpy()
+        memory = self._sizes.memory_from(position // self.segment_length)
+        slots = (memory // self.ratio).clip(max=self.compressed_length)
+        return [int(each) for each in memory - slots * self.ratio]
+
     def made_of(self, tokens: Layout) -> Int[Tensor, "G m"]:
         """See `Attention`: what compressed states are made of, then the tokens."""
         if self.compression == "most_used":

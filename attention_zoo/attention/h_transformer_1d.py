@@ -96,6 +96,16 @@ class HTransformer1D(DerivedKeys):
         parts = [self._near(layout, layout), *(self._far(layout, level.groups, n + 1) for n, level in self._up(layout))]
         return float(sum((seen.stop - seen.first).sum() for part in parts for seen in part))
 
+    def keys_seen(self, length: int) -> list[float]:
+        """See `Attention`: tokens, and means of groups."""
+        layout = Layout.plain(1, length)
+        parts = [self._near(layout, layout), *(self._far(layout, level.groups, n + 1) for n, level in self._up(layout))]
+        return [float(each) for each in sum((seen.stop - seen.first)[0] for part in parts for seen in part)]
+
+    def oldest_seen(self, length: int) -> list[int]:
+        """See `Attention`: the coarsest groups reach the first token."""
+        return [0] * length
+
     def keep(
         self, layout: Layout, k: Float[Tensor, "B K L D"], v: Float[Tensor, "B K L D"], state: Columns | None
     ) -> tuple[Columns, Columns | None]:

@@ -41,6 +41,7 @@ against one call (tests/test_sinks.py).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Annotated, Any
@@ -72,13 +73,16 @@ class Longformer(PatternAttention):
             it is in a cache of sinks and window.
         dilation: step between the tokens of a window; one number, or one for each head. Reach is window · dilation.
         sink_logit: learn for each head the score of one more key, whose value is zero; see `full`.
-        global_projections: "separate" (the paper) or "shared".
+        global_projections: "separate" (the paper), "shared", or "auto": separate, but in a model to which no token is
+            global (`Transformer(global_tokens=False)`), where the second projections would be dead weight.
         kernel: auto | row | sdpa | short | flex | banded | xformers | tiles | dense.
         shared: the options of `Attention`.
     """
 
     name = "longformer"
     tiny = {"window": 3}
+    spares_projections = False
+    """Whether they are shared because no token is global, not because somebody asked for it."""
     declared = Abilities(
         causality="strict",
         carry="prefix",
@@ -100,7 +104,7 @@ class Longformer(PatternAttention):
         sink_positions: Annotated[str, OneOf("text", "cache")] = "text",
         dilation: Positive | Sequence[Positive] = 1,
         sink_logit: bool = False,
-        global_projections: Annotated[str, OneOf("separate", "shared")] = "separate",
+        global_projections: Annotated[str, OneOf("auto", "separate", "shared")] = "auto",
         kernel: str = "auto",
         **shared: Any,
     ):
@@ -120,7 +124,7 @@ class Longformer(PatternAttention):
             raise ValueError(f"dilation must be one number or one for each of {self.heads} heads, got {len(steps)}")
         self.window, self.sinks, self.sink_positions = window, sinks, sink_positions
         self.global_projections = global_projections
-        self.computes_apart = global_projections == "separate"
+        self.computes_apart = global_projections != "shared"
         if self.computes_apart:
             # they start as copies of the others
             self.to_q_global, self.to_k_global, self.to_v_global = map(deepcopy, (self.to_q, self.to_k, self.to_v))
@@ -137,6 +141,18 @@ class Longformer(PatternAttention):
         if self.dilation != 1:
             seen = seen & (gap % step == 0)
         return hide(seen | (keys.position < self.sinks)[:, None, None] if self.sinks else seen)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        extra = [name for name in state_dict if name.startswith(tuple(f"{prefix}to_{x}_global." for x in "qkv"))]
+        if extra and not self.computes_apart and self.spares_projections:
+            warnings.warn(
+                f"{prefix}to_q_global, to_k_global and to_v_global are left out: this model has no global tokens "
+                "(global_projections=separate keeps them)",
+                stacklevel=2,
+            )
+            for name in extra:
+                del state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def finish(self, call: PatternCall, out: Tensor, x: Tensor) -> Tensor:
         """With rows of global queries by the second projection; only computed where there are some."""

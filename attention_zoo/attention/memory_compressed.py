@@ -104,6 +104,15 @@ class MemoryCompressed(DerivedKeys):
         groups = sum((i + 1) // c for i in range(length)) if self.causal else length * -(-length // c)
         return float(groups + length + length * self.head_width * self.kv_heads / self.heads)
 
+    def keys_seen(self, length: int) -> list[float]:
+        """See `Attention`: groups, and the null key."""
+        c = self.compression
+        return [float(((at + 1) // c if self.causal else -(-length // c)) + 1) for at in range(length)]
+
+    def oldest_seen(self, length: int) -> list[int]:
+        """See `Attention`: the first group reaches everybody behind it."""
+        return [0 if at + 1 >= self.compression or not self.causal else at for at in range(length)]
+
     def made_of(self, tokens: Layout) -> Int[Tensor, "G c"]:
         """See `Attention`: groups."""
         groups = pooled(tokens, self.compression, partial=not self.causal)

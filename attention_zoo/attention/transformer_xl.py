@@ -136,6 +136,15 @@ class TransformerXL(RelativeAttention):
         seen = (position - self._oldest(position).clamp(min=0) + 1).sum()
         return 1.5 * float(seen)
 
+    def keys_seen(self, length: int) -> list[float]:
+        """See `Attention`: the segment so far, and its memory."""
+        position = torch.arange(length)
+        return (position - self._oldest(position).clamp(min=0) + 1).double().tolist()
+
+    def oldest_seen(self, length: int) -> list[int]:
+        """See `Attention`: the first of the segment's memory."""
+        return self._oldest(torch.arange(length)).clamp(min=0).tolist()
+
     def core(self, batch: int, length: int) -> Operands:
         """See `Attention`: a stretch that begins a segment, its memory in front and full, and keys of distances."""
         (H, D), S, M = (self.heads, self.head_width), self.segment_length, self.memory_length

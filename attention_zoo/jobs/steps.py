@@ -13,14 +13,18 @@ import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from attention_zoo.files import Damaged, plain, read_json, write_json
+from attention_zoo.jobs.trainings import Run
 from attention_zoo.measure.ends import Ended
 from attention_zoo.measure.nursery import Nursery
 
 KEPT = "steps.json"
+Chosen = dict[str, int | dict[str, int]]
+"""By plan: the steps of all its backends, or by backend."""
 TIMED = 3
 """Steps of each backend that are timed."""
 PATIENCE_S = 120.0
@@ -38,39 +42,79 @@ def affordable(step_seconds: Sequence[float], seconds: float, *, parallel: int) 
     return max((steps for steps in GRID if steps * total <= seconds), default=GRID[0])
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a plan's steps are chosen by.
+
+    Fields:
+        seconds: that its trainings may take together.
+        runs: all of them.
+        own: whether each backend gets as many as its share of the seconds holds, instead of the same as all.
+        against: the backend that the chosen number is of, where a regime has scaled the others' to it.
+    """
+
+    seconds: float
+    runs: Sequence[Run]
+    own: bool = False
+    against: str = "full"
+
+    def key(self, parallel: int) -> str:
+        """What names the choice: another plan is timed anew."""
+        said = [self.seconds, parallel, [run.config for run in self.runs], *([True] if self.own else [])]
+        return hashlib.sha256(json.dumps(plain(said), sort_keys=True).encode()).hexdigest()[:16]
+
+    def choose(self, timed: Mapping[str, float], parallel: int) -> int | dict[str, int]:
+        """The steps, or those of each backend, from the seconds of a step of each."""
+        configs = [run.config for run in self.runs if run.config["backend"] in timed]
+        if self.own:
+            share = self.seconds * parallel / len(configs)
+            return {name: affordable([each], min(share, self.seconds), parallel=1) for name, each in timed.items()}
+        base = next((config["steps"] for config in configs if config["backend"] == self.against), configs[0]["steps"])
+        of_runs = [timed[config["backend"]] * config["steps"] / base for config in configs]
+        return affordable(of_runs, self.seconds, parallel=parallel)
+
+
+def known_steps(plans: Mapping[str, Asked], folder: Path, *, parallel: int) -> Chosen:
+    """The steps of those plans for which they were chosen before."""
+    known = _read(folder / KEPT)
+    found = {name: _kept(known.get(name), asked.key(parallel)) for name, asked in plans.items()}
+    return {name: steps for name, steps in found.items() if steps is not None}
+
+
 def equal_steps(
-    plans: Mapping[str, tuple[float, Sequence[Mapping[str, Any]]]],
+    plans: Mapping[str, Asked],
     folder: Path,
     *,
     parallel: int,
-    on_chosen: Callable[[str, int, Mapping[str, float]], None] = lambda name, steps, timed: None,
-) -> dict[str, int]:
-    """How many steps each plan's runs take.
+    on_chosen: Callable[[str, int | Mapping[str, int], Mapping[str, float]], None] = lambda name, steps, timed: None,
+) -> Chosen:
+    """How many steps each plan's runs take; plans of which none can be trained are left out: each run says why.
 
     Args:
-        plans: name -> (seconds that its trainings may take together, the config of each).
+        plans: by name.
         folder: of the comparison; `KEPT` in it is read, and written.
         parallel: trainings at a time.
         on_chosen: told the median seconds of a step of each backend, where they were timed just now.
     """
-    path, chosen = folder / KEPT, {}
-    known = _read(path)
-    for name, (seconds, configs) in plans.items():
-        asked = hashlib.sha256(json.dumps(plain([seconds, parallel, configs]), sort_keys=True).encode()).hexdigest()[
-            :16
-        ]
-        kept = known.get(name)
-        if not (isinstance(kept, dict) and kept.get("asked") == asked and kept.get("steps") in GRID):
-            timed = _timed(configs, parallel)
-            if not timed:
-                continue  # none can be trained, and each run says why
-            of_runs = [timed[config["backend"]] for config in configs if config["backend"] in timed]
-            kept = {"asked": asked, "steps": affordable(of_runs, seconds, parallel=parallel), "step_seconds": timed}
-            known[name] = kept
-            write_json(path, known)
-            on_chosen(name, kept["steps"], timed)
-        chosen[name] = kept["steps"]
+    chosen = known_steps(plans, folder, parallel=parallel)
+    for name, asked in plans.items():
+        if name in chosen or not (timed := _timed([run.config for run in asked.runs], parallel)):
+            continue
+        chosen[name] = asked.choose(timed, parallel)
+        known = _read(folder / KEPT)
+        known[name] = {"asked": asked.key(parallel), "steps": chosen[name], "step_seconds": timed}
+        write_json(folder / KEPT, known)
+        on_chosen(name, chosen[name], timed)
     return chosen
+
+
+def _kept(found: Any, key: str) -> int | dict[str, int] | None:
+    """What was chosen for a plan of this key."""
+    if not isinstance(found, dict) or found.get("asked") != key:
+        return None
+    steps = found.get("steps")
+    each = list(steps.values()) if isinstance(steps, dict) else [steps]
+    return steps if each and all(count in GRID for count in each) else None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class GlobalTokens(Wrapper):
 
     name = "global_tokens"
     tiny = {"count": 2}
+    adds_global_tokens = True
 
     def __init__(self, *, inner: Any = "full", count: Positive = 4, **shared: Any):
         super().__init__(inner=inner, **shared)

@@ -21,7 +21,8 @@ from attention_zoo.options import Seed, check_values
 from attention_zoo.positions import ATTENTION_LEVEL, EMBEDDING_LEVEL
 from attention_zoo.rules import shown
 
-POSITIONS = tuple(dict.fromkeys([*EMBEDDING_LEVEL, *ATTENTION_LEVEL, "relative"]))
+AUTO, USUAL = "auto", "sinusoidal"
+POSITIONS = tuple(dict.fromkeys([*EMBEDDING_LEVEL, *ATTENTION_LEVEL, AUTO, "relative"]))
 """Every word that the option `positions` may be."""
 SHARED = frozenset(inspect.signature(Attention).parameters)
 """Options that every mechanism has; a wrapper's are for the mechanisms inside."""
@@ -150,6 +151,35 @@ def mechanisms(attention: Any, around: Any = ()) -> Mechanisms:
     return Mechanisms(wrappers, listed, handed)
 
 
+def _spares(entry: Entry, options: Mapping[str, Any]) -> bool:
+    """Whether a mechanism is free to leave the projections of global tokens out."""
+    known = {} if entry.cls is None else registry.options_of_class(entry.cls)
+    return "global_projections" in known and options.get("global_projections", "auto") == "auto"
+
+
+def brings_global_tokens(wrappers: Sequence[Entry], listed: Sequence[Entry]) -> bool:
+    """Whether a wrapper or a mechanism of the stack puts global tokens in."""
+    around = any(getattr(entry.cls, "adds_global_tokens", False) for entry in wrappers)
+    return around or any(entry.options.get("extra_global_tokens") for entry in listed)
+
+
+def positions_of(positions: Any, listed: Sequence[Entry]) -> Any:
+    """The position scheme of a model: one for all mechanisms, unless one has its own.
+
+    "auto" is sinusoidal, and none where a mechanism of the stack has positions of its own (it declares "relative", as
+    Transformer-XL does): with sinusoids on top of those, longer memories in evaluation lose what they bring (Dai et al.
+    2019, table 6). Every other word is what was asked for, on top or not.
+    """
+    if positions != AUTO:
+        return positions
+    return "none" if any(has_own_positions(entry.cls) for entry in listed) else USUAL
+
+
+def has_own_positions(cls: type[Attention] | None) -> bool:
+    """Whether scores of this mechanism depend on distances by nature."""
+    return cls is not None and "relative" in cls.declared.positions
+
+
 def outer(around: Any) -> list[Entry]:
     """The wrappers that the option `around` says."""
     listed = isinstance(around, Sequence) and not isinstance(around, str)
@@ -186,6 +216,7 @@ def layers(
     seed: int,
     handed: Mapping[str, Any],
     across: frozenset[int] = frozenset(),
+    global_tokens: bool = True,
     **shared: Any,
 ) -> list[Layer]:
     """`depth` layers; layer i gets seed + i.
@@ -196,6 +227,7 @@ def layers(
             scores are relative by nature stays so. The others are passed on.
         handed: options that a wrapper was given for all of them; an entry's own win.
         across: layers whose keys come from a source.
+        global_tokens: whether some tokens will be global; False: weights that only those need are not built.
         shared: dim, heads, causal.
 
     Raises:
@@ -215,5 +247,10 @@ def layers(
         options = {**shared, "positions": passed, "seed": seed, **handed, **entry.options}
         if index in across:
             options["cross"] = True
+        spared = not global_tokens and _spares(entry, options)
+        if spared:
+            options["global_projections"] = "shared"
         made.append(entry.make(**{**options, "seed": options["seed"] + index}))
+        if spared:
+            made[-1].spares_projections = True  # type: ignore[assignment]
     return made

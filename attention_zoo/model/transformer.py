@@ -41,7 +41,15 @@ from attention_zoo.model.embedding import build_embedding
 from attention_zoo.model.feed_forward import with_flat
 from attention_zoo.model.global_tokens import GlobalTokens, asked_for
 from attention_zoo.model.heads import POOLINGS, build_head, last_valid
-from attention_zoo.model.mechanisms import entries, layers, mechanisms, outer, wrapped
+from attention_zoo.model.mechanisms import (
+    brings_global_tokens,
+    entries,
+    layers,
+    mechanisms,
+    outer,
+    positions_of,
+    wrapped,
+)
 from attention_zoo.model.norm import BatchNorm, build_norm, check_last_only
 from attention_zoo.model.output import ModelOutput
 from attention_zoo.model.parameters import current_names, parameter_count
@@ -73,7 +81,7 @@ class Transformer(nn.Module):
         classes: number of labels, for tokens, classify and pretraining.
         pooling: mean | first, for classify.
         positions: sinusoidal | learned | axial (added to embeddings), rotary | alibi (in each attention), relative
-            (Transformer-XL's own), none. Options: see `positions/`.
+            (Transformer-XL's own), none, or auto: `model.mechanisms.positions_of`. Options: see `positions/`.
         pre_norm: norm before each branch, or after its addition.
         norm: layer | rms | batch (two-sided models alone). Options: eps; momentum of batch.
         feed_forward: gelu | gelu_tanh | relu | silu | swiglu | none. Options: mult, chunks, width, bias: `FeedForward`.
@@ -91,6 +99,8 @@ class Transformer(nn.Module):
             `model.shorten`.
         last_norm: whether a pre-norm stack ends with a norm.
         max_length: number of positions that learned and axial tables hold.
+        global_tokens: whether calls bring some; False: weights that only those need are not built, unless a wrapper or
+            a mechanism puts some in.
         seed: layer i gets seed + i: of all randomness outside of training. Weights come from torch's default generator.
         origin: of converted weights: where they come from, as plain facts that stay with the model. One has a meaning:
             what it holds as `caution`, `train()` warns of.
@@ -114,7 +124,7 @@ class Transformer(nn.Module):
         head: Named = "lm",
         classes: Positive | None = None,
         pooling: Annotated[str, OneOf(*POOLINGS)] = "mean",
-        positions: Named = "sinusoidal",
+        positions: Named = "auto",
         pre_norm: bool = True,
         norm: Named = "layer",
         feed_forward: Named = "gelu",
@@ -129,6 +139,7 @@ class Transformer(nn.Module):
         shorten: Named | None = None,
         last_norm: bool = True,
         max_length: Positive = 4096,
+        global_tokens: bool = True,
         seed: Seed = 0,
         origin: Mapping[str, Any] | None = None,
     ):
@@ -136,6 +147,7 @@ class Transformer(nn.Module):
         super().__init__()
         self._warned = False
         asked = mechanisms(attention, around)
+        positions = given["positions"] = positions_of(positions, asked.listed)
         head_name, _ = named("head", head)
         short = None
         if shorten is not None:
@@ -152,7 +164,8 @@ class Transformer(nn.Module):
         shared = {"dim": dim, "heads": heads, "causal": causal}
         made = layers(
             asked.listed, depth=depth, positions=positions, seed=seed, handed=asked.handed,
-            across=frozenset() if short is None else short.across, **shared,
+            across=frozenset() if short is None else short.across,
+            global_tokens=global_tokens or brings_global_tokens(asked.wrappers, asked.listed), **shared,
         )  # fmt: skip
         feed_forward = with_flat(feed_forward, ff_mult=ff_mult, ff_chunks=ff_chunks)
         blocks = [

@@ -81,6 +81,8 @@ class Wrapper(Attention):
 
     wraps = True
     is_layer: bool
+    adds_global_tokens: ClassVar[bool] = False
+    """Whether it puts tokens in that see and are seen by all."""
     usual: ClassVar[type[Attention]] = Full
     """What stands inside by default, of whose abilities the class declares its own."""
 

@@ -299,6 +299,30 @@ class Trained(TypedDict):
 
 
 @with_config(STRICT)
+class Given(TypedDict):
+    """What the backend was given, see `measure.given.given_to`; and its options that are not the defaults."""
+
+    positions: NotRequired[Words | None]
+    length: NotRequired[Positive | None]
+    keys_mean: NotRequired[Amount | None]
+    keys_most: NotRequired[Amount | None]
+    layer_reach: NotRequired[Count | None]
+    reach: NotRequired[Count | None]
+    state_bytes: NotRequired[Count | None]
+    flops_per_token: NotRequired[Amount | None]
+    options: NotRequired[Nested | None]
+
+
+@with_config(STRICT)
+class Rates(TypedDict):
+    """Learning rates that were tried for a backend before its runs, with one seed each, and which was the best."""
+
+    tried: list[Amount]
+    chosen: Amount
+    judged_on: Words
+
+
+@with_config(STRICT)
 class TrainingRow(Common, Trained):
     """One training.
 
@@ -310,6 +334,8 @@ class TrainingRow(Common, Trained):
         refused: True where the config cannot be meant: nothing was begun, and another try ends alike.
         notices: what went otherwise than asked and did not end the run.
         data: what the task says of its data.
+        regime: what was made equal for all backends of the comparison: steps, flops, seconds, parameters or keys.
+        rates: of the learning rate; None where it was not chosen among several.
     """
 
     final: NotRequired[bool | None]
@@ -321,6 +347,9 @@ class TrainingRow(Common, Trained):
     batch: NotRequired[Positive | None]
     resumed_at: NotRequired[Count | None]
     data: NotRequired[Nested | None]
+    given: NotRequired[Given | None]
+    regime: NotRequired[Words | None]
+    rates: NotRequired[Rates | None]
 
 
 # --- seen ------------------------------------------------------------------------------------------------------------

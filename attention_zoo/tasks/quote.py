@@ -118,6 +118,7 @@ class Quote(Generated):
         if seam > quote // (2 * QUARTERS):
             raise ValueError(f"seam must be at most an eighth of the quote, {quote // (2 * QUARTERS)}, got {seam}")
         self.quote, self.seam, self.background, self.bytes = quote, seam, background, bytes
+        self.global_tokens = global_quote
         self.lessons, self.global_quote, self.test, self.test_examples = lessons, global_quote, test, test_examples
 
     def check(self, seq_len: int) -> None:

@@ -119,6 +119,8 @@ class Task:
             It says the model's head and direction.
         classes: number of answers where the objective is "classify" or "label", or `labels` has one for the row.
         streams: whether row b of one batch goes on in row b of the next, so that a recurrent state is of use.
+        global_tokens: whether rows have tokens that see and are seen by all. Where they have none, weights that only
+            such tokens need are not built.
         metric: name of the main metric among those of `score`.
         better: whether a higher or a lower main metric is better.
     """
@@ -126,6 +128,7 @@ class Task:
     name: ClassVar[str]
     objective: ClassVar[str] = "causal_lm"
     streams: ClassVar[bool] = False
+    global_tokens: bool = False
     metric: ClassVar[str]
     better: ClassVar[Literal["higher", "lower"]]
     vocab: int

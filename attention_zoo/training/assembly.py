@@ -19,6 +19,7 @@ from attention_zoo.training.evaluate import Evaluation, evaluate
 from attention_zoo.training.models import model_of
 from attention_zoo.training.objective import objective_of
 from attention_zoo.training.precision import Precision
+from attention_zoo.training.seed import seed_all
 from attention_zoo.training.trainer import Trainer
 from attention_zoo.training.tuned import merged
 
@@ -85,6 +86,7 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
     """
     device = device_of(options.device)
     model = model_of(options, mechanism, task, objective_of(task)).to(device)
+    seed_all(options.seed)  # whatever follows draws the same numbers beside every mechanism
     if options.trainer.accumulate > 1 and any(isinstance(part, BatchNorm) for part in model.modules()):
         raise ValueError(
             f"trainer.accumulate must be 1 with norm=batch, whose statistics are those of a whole batch, "

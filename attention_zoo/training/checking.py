@@ -51,6 +51,8 @@ def check_batch(task: Task, batch: Any) -> None:
                 f"{kind}: {name} must be from 0 to {below - 1}, or {IGNORED} where nothing is asked, "
                 f"got {int(asked.min())} to {int(asked.max())}"
             )
+    if batch.tokens is not None and bool(batch.tokens.is_global.any()) and not task.global_tokens:
+        raise ValueError(f"{kind}.global_tokens must be true where some tokens are global, got {task.global_tokens!r}")
     for name, group in batch.groups.items():
         if not isinstance(group, Tensor) or tuple(group.shape) != shape:
             raise ValueError(f"{kind}: groups[{name}] must have the shape of targets, {shape}, got {_of(group)}")

@@ -25,6 +25,7 @@ from attention_zoo.model.mechanisms import entries
 from attention_zoo.options import (
     Finite,
     Natural,
+    NonNegative,
     Positive,
     Probability,
     SeedOfRun,
@@ -34,6 +35,7 @@ from attention_zoo.options import (
     check_target,
 )
 from attention_zoo.registry import recipe, third_party
+from attention_zoo.results.regime import REGIMES
 from attention_zoo.room import fits
 from attention_zoo.rules import OneOf, near, shown
 from attention_zoo.searchpath import of_this_job
@@ -142,6 +144,9 @@ class TrainConfig:
         steps: optimisation steps.
         seq_len: tokens of a row.
         batch: rows of a step.
+        regime: what a comparison made equal for all its backends, for the row: steps | flops | seconds | parameters |
+            keys. It changes nothing by itself: steps, width and options are what they are.
+        rates: learning rates of which a comparison has chosen `optimizer.lr` for this backend, on validation.
         seed: of weights, data order and all other randomness.
         device: auto | cpu | cuda.
         threads: of torch on the CPU; null leaves torch's.
@@ -163,12 +168,14 @@ class TrainConfig:
     encoder: SideConfig = field(default_factory=SideConfig)
     decoder: SideConfig = field(default_factory=SideConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
-    evaluate_at: dict[str, Any] = field(default_factory=dict)  # EvaluateAt; untyped, so that a word may add one
+    evaluate_at: dict[str, Any] = field(default_factory=dict)  # EvaluateAt
     init: Text | None = None
     lora: Any = None
     steps: Positive = MISSING
     seq_len: Positive = MISSING
     batch: Positive = MISSING
+    regime: Annotated[str, OneOf(*REGIMES)] = "steps"
+    rates: list[NonNegative] | None = None
     seed: SeedOfRun = 0
     device: Text = "auto"
     threads: Threads | None = None
@@ -179,14 +186,13 @@ class TrainConfig:
 
 
 OWN = {
-    "model": ("attention", "vocab", "causal", "cross", "head", "classes", "seed"),
+    "model": ("attention", "vocab", "causal", "cross", "head", "classes", "global_tokens", "seed"),
     "optimizer": ("model",),
     "schedule": ("steps",),
     "tracker": ("info",),
     "task": (),
 }
 """Groups with a `_target_`, and the options of it that are the run's to say."""
-
 
 BESIDE_INIT = ("_target_", "_partial_", "embedding")
 """What a model's config may hold with init=: the task's token types are added to the file's."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from attention_zoo.contract import Unsupported, able
 from attention_zoo.model.encoder_decoder import EncoderDecoder
+from attention_zoo.model.initial import keyed
 from attention_zoo.model.transformer import Transformer
 from attention_zoo.tasks.task import Task
 from attention_zoo.training.building import build
@@ -31,7 +32,7 @@ def model_of(options: TrainConfig, mechanism: Any, task: Task, objective: Object
         Unsupported: for a mechanism that has no such role.
     """
     _check_halves(options, task, objective)
-    given: dict[str, Any] = {"vocab": task.vocab, "seed": options.seed}
+    given: dict[str, Any] = {"vocab": task.vocab, "seed": options.seed, "global_tokens": task.global_tokens}
     if options.init is not None:
 
         def half(side: str, other: Transformer) -> Transformer:
@@ -49,7 +50,10 @@ def model_of(options: TrainConfig, mechanism: Any, task: Task, objective: Object
     given |= {"causal": objective.causal, "head": objective.head}
     if objective.head in ("classify", "tokens", "pretraining"):
         given["classes"] = task.classes
-    return build(options.model, "model", attention=mechanism, **given)
+    with keyed(options.seed) as draws:
+        made = build(options.model, "model", attention=mechanism, **given)
+        draws.again(made)
+    return made
 
 
 def mechanism_of(options: TrainConfig) -> Any:
@@ -109,7 +113,10 @@ def _half(options: TrainConfig, mechanism: Any, side: str, given: Mapping[str, A
     causal = side == "decoder"
     role = {"causal": causal, "cross": causal, "head": "lm" if causal else "hidden"}
     try:
-        return build({**options.model, **given, **changed}, side, attention=chosen, **role)
+        with keyed(options.seed) as draws:
+            made = build({**options.model, **given, **changed}, side, attention=chosen, **role)
+            draws.again(made, of=side)
+        return made
     except Unsupported as error:
         if error.backend != name_of(chosen) or not error.option.startswith(("causal", "cross")):
             raise  # it is no matter of the half's role

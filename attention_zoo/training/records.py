@@ -7,13 +7,15 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, cast
 
+from attention_zoo import registry
 from attention_zoo.files import Damaged, read_json
 from attention_zoo.measure.ends import Ended
 from attention_zoo.measure.environment import environment
 from attention_zoo.results.check import wrong_to_keep
-from attention_zoo.results.row import OfSet, Row, Trained, TrainingRow
+from attention_zoo.results.row import OfSet, Rates, Row, Trained, TrainingRow
 from attention_zoo.tasks.task import Task
 from attention_zoo.training.checking import figure
 from attention_zoo.training.evaluate import Evaluation
@@ -67,12 +69,35 @@ def blank_row(config: Mapping[str, Any]) -> TrainingRow:
         "stopped": None,
         "resumed_at": None,
         "data": None,
+        "given": None,
+        "regime": cast(str, config.get("regime")),
+        "rates": rates_of(config),
         "model_sha256": None,
         "refused": False,
         "wall_seconds": None,
         "by_set": {},
         "evaluation_tokens_per_second": None,
     }
+
+
+def rates_of(config: Mapping[str, Any]) -> Rates | None:
+    """What a run's config says of the learning rates that were tried before it."""
+    tried, optimizer = config.get("rates"), config.get("optimizer")
+    if not isinstance(tried, list) or not isinstance(optimizer, Mapping):
+        return None
+    return {"tried": list(tried), "chosen": optimizer["lr"], "judged_on": "validation"}
+
+
+def options_given(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The mechanism's options that are not its defaults; of a stack of several, and around it, what was asked for."""
+    asked = config.get("attention")
+    found: dict[str, Any] = {key: config[key] for key in ("hybrid",) if config.get(key)}
+    if found or not isinstance(asked, Mapping):
+        return found
+    options = {key: value for key, value in asked.items() if key not in ("name", "_target_", "_partial_")}
+    name = asked["name"] if "name" in asked else getattr(resolve_name(asked["_target_"]), "name", None)
+    defaults = registry.options_of(name)
+    return {key: value for key, value in options.items() if key not in defaults or defaults[key] != value}
 
 
 def trained(

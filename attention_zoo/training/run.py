@@ -20,16 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from attention_zoo.contract import Unsupported
 from attention_zoo.files import Damaged, plain, remove_leftovers, safe_name, write_atomic, write_row
 from attention_zoo.locks import Busy, owning
 from attention_zoo.measure.ends import ran_out_of_memory, was_refused
 from attention_zoo.measure.environment import device_name, environment
+from attention_zoo.measure.given import given_to
 from attention_zoo.measure.identity import identity
 from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.saved import save as save_model
-from attention_zoo.results.row import Row, Status, Trained, TrainingRow
+from attention_zoo.results.row import Given, Row, Status, Trained, TrainingRow
 from attention_zoo.stopping import Stopped, graceful
 from attention_zoo.tasks.task import Task
 from attention_zoo.tracking import Guarded, JsonlTracker, NoTracker, RunInfo, Tracker, Trackers
@@ -55,6 +57,7 @@ from attention_zoo.training.records import (
     clear,
     digest_of,
     kept_row,
+    options_given,
     read_row,
     trained,
 )  # fmt: skip
@@ -249,6 +252,9 @@ class _Run:
                     assert by is not None
                     raise Stopped(by)
                 evaluations[name] = found
+        if row["rates"] is not None:
+            row["rates"]["judged_on"] = parts.main
+        row["given"] = self._given(parts.model, options)
         save_model(parts.finished(), self.folder / MODEL)
         for name, result in list(evaluations.items())[1:]:
             tracker.log({f"evaluate/{name}_{k}": v for k, v in result.metrics.items()}, parts.trainer.done)
@@ -258,6 +264,15 @@ class _Run:
             carries_state=parts.carry, model_sha256=digest_of(self.folder / MODEL),
             task=task, seq_len=options.seq_len,
         )  # fmt: skip
+
+    def _given(self, model: nn.Module, options: TrainConfig) -> Given:
+        """Facts beside the result, which stands without them: other people's mechanisms may not take such a call."""
+        found: Given = {"options": plain(options_given(self.config))}
+        try:
+            return found | given_to(model, options.seq_len)  # type: ignore[return-value]
+        except Exception as error:
+            self.progress.warn(f"what the mechanism was given cannot be counted: {_line(error)}")
+            return found
 
     def _info(self) -> RunInfo:
         row = self.row
