@@ -313,10 +313,15 @@ class Shift:
         """dweights · weights, and the same as the gradient of the product with the table. In the scratch."""
         H, B = dweights.shape[:2]
         product = scratch("product", (H, B * self.rows, self.columns + 1), dweights)
-        corners = product.view(H, B, -1)
+        return self.into(product, dweights, weights), product
+
+    def into(self, product: Tensor, dweights: Tensor, weights: Tensor) -> Float[Tensor, "H B l s"]:
+        """dweights · weights, in the view of the product, whose other numbers become zeros."""
+        B = dweights.shape[1]
+        corners = product.view(len(product), B, -1)
         corners[..., : self.rows - 1] = 0
         corners[..., -1] = 0
-        return torch.mul(dweights, weights, out=self.view(product, B)), product
+        return torch.mul(dweights, weights, out=self.view(product, B))
 
     def view(self, product: Float[Tensor, "H Bl s_and_one"], B: int) -> Float[Tensor, "H B l s"]:
         l, s = self.rows, self.columns
