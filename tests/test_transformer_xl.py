@@ -19,7 +19,7 @@ from attention_zoo.contract import Tokens, Unsupported, keep
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns
 from attention_zoo.measure.memory import peak_memory
-from attention_zoo.ops.relative import chunks, short
+from attention_zoo.ops.relative import chunks
 from attention_zoo.ops.relative.call import KERNELS, RelativeCall
 from attention_zoo.ops.softmax.dense import dense
 
@@ -515,11 +515,12 @@ def test_attend_refuses_shapes_that_do_not_fit():
         layer.attend(q, q, q, r, Tokens.all_valid(1, 19))
 
 
-@pytest.mark.parametrize(("batch", "length"), [(1, 64), (3, 41), (2, 200)])
+@pytest.mark.parametrize(("batch", "length"), [(1, 64), (3, 41), (2, 200), (1, 131), (1, 385)])
 def test_short_segments_equal_gathered_distances(batch: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = zoo.build("transformer_xl", dim=48, heads=4, head_width=32).double()
     x, taken = torch.randn(batch, length, 48, dtype=torch.float64), []
-    monkeypatch.setattr(short, "is_short", lambda *given, fits=short.is_short: taken.append(fits(*given)) or taken[-1])
+    fits = transformer_xl.is_short
+    monkeypatch.setattr(transformer_xl, "is_short", lambda *given: taken.append(fits(*given)) or taken[-1])
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(std=0.3)

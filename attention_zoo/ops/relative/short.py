@@ -11,6 +11,7 @@ what is future for all of their rows.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class _Short(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         to_keys, to_distances, keys, values, table, made, *weights = saved
-        (H, B, L, D), S, exact = to_keys.shape, keys.shape[1], to_keys.dtype
+        (H, B, L, D), exact = to_keys.shape, to_keys.dtype
         dout = grad.to(exact).transpose(0, 1)
         # with the scale in it, gradients of scores need no pass for theirs
         scaled = dout * ctx.scale
@@ -142,7 +143,7 @@ def _parts(length: int) -> list[tuple[int, int]]:
     """Of all queries, as few alike as there are with at most `ROWS`."""
     count = -(-length // ROWS)
     borders = [length * part // count for part in range(count + 1)]
-    return list(zip(borders, borders[1:]))
+    return list(pairwise(borders))
 
 
 @lru_cache(maxsize=8)
