@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from count_reads import Count
 from references.transformer_xl import reference
 from torch import Tensor
 
@@ -534,3 +535,14 @@ def test_short_segments_equal_gathered_distances(batch: int, length: int, monkey
     assert taken == [True, False]
     for mine, want in zip(*found, strict=True):
         torch.testing.assert_close(mine, want, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("length", "parts"), [(64, 1), (128, 1), (256, 2), (512, 4)])
+def test_operators_of_short_segments(length: int, parts: int) -> None:
+    """Beside the 90 of `full`. Chunks, which compute weights again in backward, take 306, and 180 for each part more."""
+    layer, tokens = zoo.build("transformer_xl", dim=32, heads=4), Layout.plain(1, length)
+    x = torch.randn(1, length, 32, requires_grad=True)
+    layer(x, tokens).hidden.sum().backward()  # plans are made
+    with Count() as count:
+        layer(x, tokens).hidden.sum().backward()
+    assert count.operators <= 125 + 75 * parts, count.operators

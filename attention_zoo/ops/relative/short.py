@@ -78,7 +78,7 @@ class _Short(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, q, k, v, k_own, v_own, table, u, w, scale: float) -> Tensor:
-        B, H, L, D = q.shape
+        (B, H, L, D), given = q.shape, (q, k, v, table, u, w)
         exact, S = torch.promote_types(q.dtype, torch.float32), k.shape[2]
         query, table = q.to(exact).transpose(0, 1), table.to(exact)
         to_keys, to_distances = (query + bias.to(exact)[:, None, None] for bias in (u, w))
@@ -96,7 +96,7 @@ class _Short(torch.autograd.Function):
             by_head[:, :, rows] = torch.bmm(found, values[:, :s]).view(H, B, l, D)
             weights.append(found)
         ctx.save_for_backward(to_keys, to_distances, keys, values, table, made, *weights)
-        ctx.scale, ctx.dtypes = scale, [x.dtype for x in (q, k, v, u, w)]
+        ctx.scale, ctx.dtypes = scale, [x.dtype for x in given]
         return made.transpose(1, 2)
 
     @staticmethod
@@ -109,8 +109,9 @@ class _Short(torch.autograd.Function):
         scaled = dout * ctx.scale
         delta = (scaled * made.permute(2, 0, 1, 3)).sum(-1, keepdim=True)
         dq = made.new_empty(B, L, H, D)
-        dk = dv = dtable = None
-        sums = []
+        dk: Any = None
+        dv: Any = None
+        dtable, sums = None, []
         for (start, stop), found in reversed(list(zip(_parts(L), weights))):
             rows, (_, l, s) = slice(start, stop), found.shape
             shape = Shift(l, s)
@@ -132,8 +133,8 @@ class _Short(torch.autograd.Function):
             sums.append((for_keys.sum(1), for_distances.sum(1)))
             dq.permute(2, 0, 1, 3)[:, :, rows] = for_keys.add_(for_distances).view(H, B, l, D)
         du, dw = (sum(each[1:], each[0]) for each in zip(*sums))
-        gradients = dq.transpose(1, 2), _rows(dk, B), _rows(dv, B), du, dw
-        dq, dk, dv, du, dw = (each.to(dtype) for each, dtype in zip(gradients, ctx.dtypes))
+        gradients = dq.transpose(1, 2), _rows(dk, B), _rows(dv, B), dtable, du, dw
+        dq, dk, dv, dtable, du, dw = (each.to(dtype) for each, dtype in zip(gradients, ctx.dtypes))
         # all pairs are of own segments: both streams get the same gradient
         own = (x if wanted else None for x, wanted in zip((dk, dv), ctx.needs_input_grad[3:5]))
         return dq, dk, dv, *own, dtable, du, dw, None
