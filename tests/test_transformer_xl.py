@@ -539,7 +539,7 @@ def test_short_segments_equal_gathered_distances(batch: int, length: int, monkey
 
 @pytest.mark.parametrize(("length", "parts"), [(64, 1), (128, 1), (256, 2), (512, 4)])
 def test_operators_of_short_segments(length: int, parts: int) -> None:
-    """Beside the 90 of `full`. Chunks, which compute weights again in backward, take 306, and 180 for each part more."""
+    """Beside the 90 of `full`. Chunks compute weights again in backward: 306, and 180 for each part more."""
     layer, tokens = zoo.build("transformer_xl", dim=32, heads=4), Layout.plain(1, length)
     x = torch.randn(1, length, 32, requires_grad=True)
     layer(x, tokens).hidden.sum().backward()  # plans are made
