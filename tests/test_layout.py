@@ -16,7 +16,7 @@ from attention_zoo.layout.layout import Layout, ends
 from attention_zoo.layout.ledger import Columns, Horizon, none
 from attention_zoo.layout.ragged import put, ragged, take
 from attention_zoo.layout.reach import Anywhere, Band, Reach, Tiles
-from attention_zoo.layout.visible import runs_of, visible
+from attention_zoo.layout.visible import first_columns, runs_of, visible
 
 KINDS = ("plain", "right", "left", "holes", "packed", "forgotten", "in place", "empty row", "no columns", "no rows")
 SEEDS = range(6)
@@ -297,3 +297,17 @@ def test_layers_share_a_ledger_and_older_states_go_on(kind: str, horizon: Horizo
                 go_on(state, again, start, 5)
                 assert contents(state) == before
                 assert contents(mine) == last
+
+
+@pytest.mark.parametrize("start", [-3, 0, 5])
+@pytest.mark.parametrize("length", [1, 7])
+def test_tokens_that_a_shape_implies_are_found_as_any_others_are(start: int, length: int) -> None:
+    plain, said = Layout.plain(2, length, start=start), Layout.fresh(Tokens(*Layout.plain(2, length, start=start)))
+    assert plain.implied
+    assert not said.implied
+    for mine, want in zip(runs_of(plain, -3), runs_of(said, -3), strict=True):
+        np.testing.assert_array_equal(mine, want)
+    oldest = np.arange(start - 5, start + length + 3)[None].repeat(2, 0)
+    for first in range(8):
+        some = oldest[:, first : first + length]
+        np.testing.assert_array_equal(first_columns(plain, some, -3), first_columns(said, some, -3))

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from count_reads import Count
 from references.transformer_xl import reference
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from attention_zoo.contract import Tokens, Unsupported, keep
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns
 from attention_zoo.measure.memory import peak_memory
-from attention_zoo.ops.relative import chunks, short
+from attention_zoo.ops.relative import chunks
 from attention_zoo.ops.relative.call import KERNELS, RelativeCall
 from attention_zoo.ops.softmax.dense import dense
 
@@ -515,11 +516,12 @@ def test_attend_refuses_shapes_that_do_not_fit():
         layer.attend(q, q, q, r, Tokens.all_valid(1, 19))
 
 
-@pytest.mark.parametrize(("batch", "length"), [(1, 64), (3, 41), (2, 200)])
+@pytest.mark.parametrize(("batch", "length"), [(1, 64), (3, 41), (2, 200), (1, 131), (1, 385)])
 def test_short_segments_equal_gathered_distances(batch: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = zoo.build("transformer_xl", dim=48, heads=4, head_width=32).double()
     x, taken = torch.randn(batch, length, 48, dtype=torch.float64), []
-    monkeypatch.setattr(short, "is_short", lambda *given, fits=short.is_short: taken.append(fits(*given)) or taken[-1])
+    fits = transformer_xl.is_short
+    monkeypatch.setattr(transformer_xl, "is_short", lambda *given: taken.append(fits(*given)) or taken[-1])
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(std=0.3)
@@ -533,3 +535,14 @@ def test_short_segments_equal_gathered_distances(batch: int, length: int, monkey
     assert taken == [True, False]
     for mine, want in zip(*found, strict=True):
         torch.testing.assert_close(mine, want, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("length", "parts"), [(64, 1), (128, 1), (256, 2), (512, 4)])
+def test_operators_of_short_segments(length: int, parts: int) -> None:
+    """Beside the 90 of `full`. Chunks compute weights again in backward: 306, and 180 for each part more."""
+    layer, tokens = zoo.build("transformer_xl", dim=32, heads=4), Layout.plain(1, length)
+    x = torch.randn(1, length, 32, requires_grad=True)
+    layer(x, tokens).hidden.sum().backward()  # plans are made
+    with Count() as count:
+        layer(x, tokens).hidden.sum().backward()
+    assert count.operators <= 125 + 75 * parts, count.operators

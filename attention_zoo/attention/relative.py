@@ -23,7 +23,7 @@ from attention_zoo.layout.visible import runs_of
 from attention_zoo.ops.relative.call import RelativeCall
 from attention_zoo.ops.relative.few import Few, absorbed
 from attention_zoo.ops.relative.projections import is_plain
-from attention_zoo.ops.relative.waves import waves
+from attention_zoo.ops.relative.waves import falling_waves, waves
 from attention_zoo.options import Natural, Positive
 from attention_zoo.place import place_of
 from attention_zoo.tokens import Tokens
@@ -148,9 +148,9 @@ class RelativeAttention(Attention):
             out = absorbed(q.to(exact), states, projections, (self.u, self.v), table, few, scale=self.scale)
             return out.to(states.dtype)
 
-    def _waves(self, distances: int) -> Float[Tensor, "n E"]:
+    def _waves(self, distances: int, *, falling: bool = False) -> Float[Tensor, "n E"]:
         device, dtype = place_of(self)
-        return waves(distances, self.dim, self.clamp_length, dtype, device)
+        return (falling_waves if falling else waves)(distances, self.dim, self.clamp_length, dtype, device)
 
     def explain_kernels(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
         """See `Attention`."""

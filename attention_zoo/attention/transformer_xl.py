@@ -55,10 +55,10 @@ from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon
 from attention_zoo.layout.visible import first_columns, runs_of
 from attention_zoo.ops.relative.call import KERNELS, RelativeCall
-from attention_zoo.ops.relative.chunks import ChunkPlan, chunk_borders, plan_chunks
+from attention_zoo.ops.relative.chunks import ChunkPlan, chunk_borders, plan_chunks, relative_attention
 from attention_zoo.ops.relative.few import few_of
 from attention_zoo.ops.relative.projections import streams
-from attention_zoo.ops.relative.short import short_or_chunked
+from attention_zoo.ops.relative.short import is_short, short, short_or_chunked
 from attention_zoo.ops.softmax.function import watch, zeros_for
 from attention_zoo.options import Natural, Positive
 from attention_zoo.rules import OneOf, Unsupported
@@ -266,8 +266,11 @@ class TransformerXL(RelativeAttention):
         else:
             k, v = self._heads(self.to_k(hidden)), self._heads(self.to_v(hidden))
             k_own, v_own = k.detach(), v.detach()
+        if is_short(q, k, plan):
+            table = self.to_r(self._waves(plan.distances, falling=True)).unflatten(-1, (self.heads, -1)).transpose(0, 1)
+            return short(q, k, v, k_own, v_own, table, self.u, self.v, scale=self.scale)
         r = rearrange(self.to_r(self._waves(plan.distances)), "n (h d) -> n h d", h=self.heads)
-        return short_or_chunked(q, k, v, k_own, v_own, r, self.u, self.v, plan, scale=self.scale)
+        return relative_attention(q, k, v, k_own, v_own, r, self.u, self.v, plan, scale=self.scale)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -82,8 +83,14 @@ TRITON_DEVICES = ("cuda",)
 """Where our Triton kernels may run; tests add "cpu", where Triton's interpreter runs them."""
 
 
+@cache
+def _is_installed(package: str) -> bool:
+    """Asked once: it looks through all folders that packages come from."""
+    return importlib.util.find_spec(package) is not None
+
+
 def triton_reason(device: torch.device) -> str | None:
     """Why our Triton kernels cannot run there, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed("triton"):
         return "triton is not installed"
     return None if device.type in TRITON_DEVICES else f"it runs on CUDA, not on {device.type}"

@@ -40,7 +40,14 @@ def runs_of(layout: Layout, lowest: int = 0) -> Runs:
     Raises:
         ValueError: where positions do not rise over the valid tokens of a document.
     """
-    return layout.plan(("runs", lowest), lambda: _runs(layout.host, lowest))
+    return layout.plan(("runs", lowest), lambda: (_one_run if layout.implied else _runs)(layout.host, lowest))
+
+
+def _one_run(host: Host, lowest: int) -> Runs:
+    """Of consecutive tokens of one document: what `_runs` finds, and a short call would wait for."""
+    position = host.position
+    stride = max(0, int(position[0, -1])) + 1 - lowest if position.size else 1 - lowest
+    return Runs(np.ones_like(position), position + (stride - lowest), stride, lowest, True)
 
 
 def _runs(host: Host, lowest: int) -> Runs:
@@ -65,6 +72,8 @@ def first_columns(keys: Layout, oldest: Int[np.ndarray, "B L"], lowest: int = 0)
     One more than its own column at padding.
     """
     runs, L = runs_of(keys, lowest), oldest.shape[1]
+    if keys.implied:  # columns are positions, but for where they begin
+        return (oldest - keys.host.position[:, :1]).clip(0, keys.valid.shape[1])
     asked = slice(keys.valid.shape[1] - L, None)
     wanted = (runs.run * runs.stride)[:, asked] + oldest.clip(min=lowest) - lowest
     found = np.stack([np.searchsorted(row, at) for row, at in zip(runs.place, wanted)]) if len(wanted) else wanted

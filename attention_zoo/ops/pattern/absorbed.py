@@ -161,7 +161,7 @@ class _Rows(torch.autograd.Function):
             drows = drows.masked_fill(~facts.valid, 0)
         # values, and the sums of hidden states that they were
         drows = facts.by_matrix(drows.to(exact))
-        dwv, dfound = drows.transpose(1, 2) @ found, drows @ _heads(wv, facts, exact)
+        dwv, dfound = _outer(drows, found), drows @ _heads(wv, facts, exact)
         dbv = None if bv is None else (drows if total is None else drows * facts.by_matrix(total)).sum(1)
         mean, of_total = facts.by_row((dfound * found).sum(-1, keepdim=True)), None
         if total is not None and bv is not None:
@@ -175,7 +175,7 @@ class _Rows(torch.autograd.Function):
         if keys is None:
             both = torch.cat([weights, dscores], 1).transpose(1, 2), torch.cat([dfound, asks], 1)
             dasks = facts.by_matrix(dscores @ states)
-            dq, dwk = dasks @ _heads(wk, facts, exact).transpose(1, 2), facts.by_matrix(q).transpose(1, 2) @ dasks
+            dq, dwk = dasks @ _heads(wk, facts, exact).transpose(1, 2), _outer(facts.by_matrix(q), dasks)
             if bk is not None:
                 dbk = torch.zeros_like(bk)
                 if total is not None:
@@ -189,7 +189,7 @@ class _Rows(torch.autograd.Function):
         dx = torch.bmm(*both, out=large_pages(torch.empty_like(states)))
         # queries
         dq = _turned_back(facts, plain, dq.reshape(q.shape) * facts.scale).transpose(1, 2).reshape(B * n, H * D)
-        dwq, dbq = dq.T @ some.flatten(0, 1), None if bq is None else dq.sum(0)
+        dwq, dbq = _outer(dq, some.flatten(0, 1)), None if bq is None else dq.sum(0)
         dsome = (dq @ wq.to(exact)).view_as(some)
         dx.scatter_add_(1, facts.columns[..., None].expand_as(some), dsome)
         gradients = (dx, dkeys, dwq, dbq, dwk, dbk, dwv, dbv)
@@ -203,6 +203,11 @@ class _Rows(torch.autograd.Function):
 def _heads(parameter: Tensor, facts: _Facts, dtype: torch.dtype) -> Float[Tensor, "K D *E"]:
     """A matrix, or a bias, of each key head."""
     return parameter.to(dtype).reshape(facts.heads, -1, *parameter.shape[1:])
+
+
+def _outer(left: Float[Tensor, "*K m i"], right: Float[Tensor, "*K m j"]) -> Float[Tensor, "*K i j"]:
+    """leftᵀ · right. Of one row torch's product takes five times as long as writing what it makes."""
+    return left.mT * right if left.shape[-2] == 1 else left.mT @ right
 
 
 def _turned_back(facts: _Facts, plain: Tensor, dturned: Tensor) -> Tensor:

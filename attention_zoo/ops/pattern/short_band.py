@@ -9,12 +9,14 @@ definition of each batch row. For backward L x S numbers are kept, for each row 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from attention_zoo.layout.kernel import Kernel
 from attention_zoo.layout.layout import Layout
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.globals import global_columns
 from attention_zoo.ops.softmax.fused import fused
 
 KEYS = 1024
@@ -56,7 +58,8 @@ def _run(call: PatternCall) -> Tensor:
 
 def _bias(call: PatternCall) -> Tensor:
     """[B|1, H|1, L, S]. A query sees itself, so something."""
-    if call.any_global_key or call.any_global_query or not _is_even(call):
+    some_global = call.any_global_key or call.any_global_query
+    if not _is_even(call) or (some_global and call.has_position_bias):
         rows = slice(0, 1 if _rows_alike(call) else None)
         return call.pattern.full_bias(call.queries.cut(slice(None), rows), call.keys.cut(slice(None), rows))
     L, S = call.q.shape[2], call.k.shape[2]
@@ -65,7 +68,19 @@ def _bias(call: PatternCall) -> Tensor:
     bias = call.pattern.scores_bias(query, keys)  # of one query and keys S - 1 before it to L - 1 after it
     if call.pattern.causal:
         bias = bias.masked_fill(keys.position > query.position, -torch.inf)
-    return bias[:, :, 0].unfold(-1, S, 1).flip(2)  # the first query is the farthest from the last key
+    bias = bias[:, :, 0].unfold(-1, S, 1).flip(2)  # the first query is the farthest from the last key
+    return _with_globals(call, bias) if some_global else bias
+
+
+def _with_globals(call: PatternCall, bias: Float[Tensor, "1 #H L S"]) -> Float[Tensor, "1 #H L S"]:
+    """The same, in place, where global tokens, which are those of all batch rows, see and are seen by everyone."""
+    L, S = bias.shape[2:]
+    for axis, layout in ((2, call.queries), (3, call.keys)):
+        if layout.any_global:
+            bias.index_fill_(axis, global_columns(layout)[0][0], 0)
+    if call.pattern.causal:
+        bias.masked_fill_(torch.ones(L, S, dtype=torch.bool, device=bias.device).triu_(1 + S - L), -torch.inf)
+    return bias
 
 
 SHORT_BAND: Kernel[PatternCall] = Kernel(

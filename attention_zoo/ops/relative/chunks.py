@@ -185,11 +185,7 @@ class _Relative(torch.autograd.Function):
         for chunk, heads in _tiles(plan, q):
             rows, keys = slice(chunk.start, chunk.stop), slice(chunk.low, chunk.high)
             query = q[:, heads, rows].to(exact)
-            shape = (
-                Shift(chunk.stop - chunk.start, chunk.high - chunk.low)
-                if plan.position is None
-                else _Gather(plan, chunk)
-            )
+            shape = _shape(plan, chunk)
             bias = shape.scores(((query + w[heads, None]) * scale).transpose(0, 1), shape.cut(table[heads]), scratch)
             _hide(bias, plan, chunk)
             out[:, heads, rows], found = partial(
@@ -240,9 +236,7 @@ def _backward(
     du, dw = u.new_zeros(u.shape, dtype=exact), w.new_zeros(w.shape, dtype=exact)
     for chunk, heads in _tiles(plan, q):
         rows, keys = slice(chunk.start, chunk.stop), slice(chunk.low, chunk.high)
-        shape = (
-            Shift(chunk.stop - chunk.start, chunk.high - chunk.low) if plan.position is None else _Gather(plan, chunk)
-        )
+        shape = _shape(plan, chunk)
         query, dout, result = (x[:, heads, rows].transpose(0, 1).to(exact) for x in (q, grad, out))
         key, value = (x[:, heads, keys].transpose(0, 1).to(exact) for x in (k, v))
         to_keys = (query + u[heads, None, None]) * scale
@@ -311,12 +305,15 @@ class Shift:
 
     def gradient(self, dweights: Tensor, weights: Tensor, scratch: Scratch) -> tuple[Tensor, Float[Tensor, "H Bl n"]]:
         """dweights · weights, and the same as the gradient of the product with the table. In the scratch."""
-        H, B = dweights.shape[:2]
-        product = scratch("product", (H, B * self.rows, self.columns + 1), dweights)
-        corners = product.view(H, B, -1)
+        product = scratch("product", (len(dweights), dweights.shape[1] * self.rows, self.columns + 1), dweights)
+        return self.into(product, dweights, weights), product
+
+    def into(self, product: Tensor, dweights: Tensor, weights: Tensor) -> Float[Tensor, "H B l s"]:
+        """dweights · weights, in the view of the product, whose other numbers become zeros."""
+        corners = product.view(*dweights.shape[:2], -1)
         corners[..., : self.rows - 1] = 0
         corners[..., -1] = 0
-        return torch.mul(dweights, weights, out=self.view(product, B)), product
+        return torch.mul(dweights, weights, out=self.view(product, dweights.shape[1]))
 
     def view(self, product: Float[Tensor, "H Bl s_and_one"], B: int) -> Float[Tensor, "H B l s"]:
         l, s = self.rows, self.columns
@@ -348,6 +345,10 @@ class _Gather:
 
     def _index(self, heads: int) -> Int[Tensor, "H B l s"]:
         return self.row.expand(heads, *self.row.shape)
+
+
+def _shape(plan: ChunkPlan, chunk: Chunk) -> Shift | _Gather:
+    return Shift(chunk.stop - chunk.start, chunk.high - chunk.low) if plan.position is None else _Gather(plan, chunk)
 
 
 def add_scores(

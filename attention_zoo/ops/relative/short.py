@@ -1,34 +1,34 @@
-"""Relative attention of few queries to their own segment: all scores at once, and kept for backward.
+"""Relative attention of few queries to their own segment: weights are kept for backward.
 
     softmax(scale · [(q_i + u)·k_j + (q_i + w)·r_{i-j}]) V
 
 Of short segments operators are what costs, and what chunks compute again in backward. Here the products with keys are
 added to those with distances (brought to columns by `Shift`, without a copy), and a softmax's weights are kept: a third
-of the operators of chunks.py. Up to `CELLS` numbers, so that memory stays linear.
+of the operators of chunks.py. Up to `CELLS` numbers, so that memory stays linear. Queries go in parts, which leave out
+what is future for all of their rows.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attention_zoo.ops.relative.chunks import ChunkPlan, Shift, falling, relative_attention
+from attention_zoo.ops.relative.chunks import ROWS, ChunkPlan, Shift, falling, relative_attention
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
-from attention_zoo.ops.softmax.partial import Scratch
 
-ROWS = 256
-"""Most queries: of more, chunks leave out what is future."""
-CELLS = 1 << 20
-"""Most weights, over batch and heads: 4 MiB in float32."""
+CELLS = 1 << 21
+"""Most pairs, over batch and heads, of which about a half are kept: 8 MiB in float32 where all are."""
 
 
 def is_short(q: Float[Tensor, "B H L D"], k: Float[Tensor, "B H S D"], plan: ChunkPlan) -> bool:
     """Whether there are few queries, and each sees all columns up to its own, which are of its own segment."""
     (B, H, L, _), S = q.shape, k.shape[2]
-    if plan.triton is not None or plan.position is not None or L > ROWS or B * H * L * S > CELLS:
+    if plan.triton is not None or plan.position is not None or B * H * L * S > CELLS:
         return False
     return plan.distances == S and not plan.apart and all(chunk.clear == chunk.low == 0 for chunk in plan.chunks)
 
@@ -48,62 +48,134 @@ def short_or_chunked(
 ) -> Float[Tensor, "B H L D"]:
     """`relative_attention`, by the faster of the two."""
     if is_short(q, k, plan):
-        return _Short.apply(q, k, v, k_own, v_own, r, u, w, plan, scale)
+        return short(q, k, v, k_own, v_own, falling(r, r.dtype), u, w, scale=scale)
     return relative_attention(q, k, v, k_own, v_own, r, u, w, plan, scale=scale)
 
 
+def short(
+    q: Float[Tensor, "B H L D"],
+    k: Float[Tensor, "B H S D"],
+    v: Float[Tensor, "B H S D"],
+    k_own: Float[Tensor, "B H S D"],
+    v_own: Float[Tensor, "B H S D"],
+    table: Float[Tensor, "H S+1 D"],
+    u: Float[Tensor, "H D"],
+    w: Float[Tensor, "H D"],
+    *,
+    scale: float,
+) -> Float[Tensor, "B H L D"]:
+    """What the last L columns see of all up to their own, where `is_short`.
+
+    Args:
+        table: keys of distances, `falling`; the last row is spare and gets no gradient that means anything but zero.
+    """
+    return _Short.apply(q, k, v, k_own, v_own, table, u, w, scale)
+
+
 class _Short(torch.autograd.Function):
-    """Heads first, as in chunks.py; N = H · B."""
+    """Heads first, as in chunks.py; N = H · B. Of a part: l rows, which see the first s columns."""
 
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, q, k, v, k_own, v_own, r, u, w, plan: ChunkPlan, scale: float) -> Tensor:
-        B, _, L, _ = q.shape
+    def forward(ctx: Any, q, k, v, k_own, v_own, table, u, w, scale: float) -> Tensor:
+        (B, H, L, D), given = q.shape, (q, k, v, table, u, w)
         exact, S = torch.promote_types(q.dtype, torch.float32), k.shape[2]
-        query, table = q.to(exact).transpose(0, 1), falling(r, exact)
-        product = torch.bmm((query + w[:, None, None]).flatten(1, 2), table.transpose(1, 2))
-        scores = Shift(L, S).view(product, B).flatten(0, 1)
-        keys = _heads(k, exact).transpose(1, 2)
-        scores = torch.baddbmm(scores, (query + u[:, None, None]).flatten(0, 1), keys, beta=scale, alpha=scale)
-        future = torch.ones(L, S, dtype=torch.bool, device=scores.device).triu_(1 + S - L)
-        weights = scores.masked_fill_(future, -torch.inf).softmax(-1)
-        ctx.save_for_backward(q, k, v, r, u, w, weights)
-        ctx.scale = scale
-        return _rows(torch.bmm(weights, _heads(v, exact)), q)
+        query, table = q.to(exact).transpose(0, 1), table.to(exact)
+        to_keys, to_distances = (query + bias.to(exact)[:, None, None] for bias in (u, w))
+        keys, values = _heads(k, exact), _heads(v, exact)
+        made, weights = q.new_empty(B, L, H, D), []
+        by_head = made.permute(2, 0, 1, 3)
+        for start, stop in _parts(L):
+            rows, l, s = slice(start, stop), stop - start, S - L + stop
+            shape = Shift(l, s)
+            product = torch.bmm(_some(to_distances, rows).flatten(1, 2), shape.cut(table).transpose(1, 2))
+            scores = torch.add(_future(l, s, exact, q.device), shape.view(product, B), alpha=scale).flatten(0, 1)
+            scores.baddbmm_(_some(to_keys, rows).flatten(0, 1), keys[:, :s].transpose(1, 2), alpha=scale)
+            # where the product was
+            found = torch.softmax(scores, -1, out=product.view(-1)[: scores.numel()].view(scores.shape))
+            by_head[:, :, rows] = torch.bmm(found, values[:, :s]).view(H, B, l, D)
+            weights.append(found)
+        ctx.save_for_backward(to_keys, to_distances, keys, values, table, made, *weights)
+        ctx.scale, ctx.dtypes = scale, [x.dtype for x in given]
+        return made.transpose(1, 2)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, r, u, w, weights = saved
-        (B, H, L, _), S, exact = q.shape, k.shape[2], weights.dtype
-        query, table, shape = q.to(exact).transpose(0, 1), falling(r, exact), Shift(L, S)
-        to_keys, to_distances = (query + u[:, None, None]).flatten(0, 1), (query + w[:, None, None]).flatten(1, 2)
-        keys, values, dout = (_heads(x, exact) for x in (k, v, grad))
-        dv = _rows(torch.bmm(weights.transpose(1, 2), dout), v)
-        dweights = torch.bmm(dout, values.transpose(1, 2))
-        # torch's own of a softmax takes one pass; the scale goes in where the gradient is brought to distances
-        dscores = torch._softmax_backward_data(dweights, weights, -1, exact).view(H, B, L, S)
-        dscores, dproduct = shape.gradient(dscores, dscores.new_full((), ctx.scale), Scratch())
-        dscores = dscores.flatten(0, 1)
-        dk = _rows(torch.bmm(dscores.transpose(1, 2), to_keys), k)
-        for_keys = torch.bmm(dscores, keys).view(query.shape)
-        for_distances = torch.bmm(dproduct, table).view(query.shape)
-        dtable = torch.bmm(dproduct.transpose(1, 2), to_distances)
-        du, dw = (x.sum((1, 2)).to(u.dtype) for x in (for_keys, for_distances))
-        dq = _rows(for_keys.add_(for_distances).flatten(0, 1), q)
-        dr = dtable[:, :-1].flip(1).transpose(0, 1).to(r.dtype)
+        to_keys, to_distances, keys, values, table, made, *weights = saved
+        (H, B, L, D), exact = to_keys.shape, to_keys.dtype
+        dout = grad.to(exact).transpose(0, 1)
+        # with the scale in it, gradients of scores need no pass for theirs
+        scaled = dout * ctx.scale
+        delta = (scaled * made.permute(2, 0, 1, 3)).sum(-1, keepdim=True)
+        dq = made.new_empty(B, L, H, D)
+        dk: Any = None
+        dv: Any = None
+        dtable, sums = None, []
+        for (start, stop), found in reversed(list(zip(_parts(L), weights))):
+            rows, (_, l, s) = slice(start, stop), found.shape
+            shape = Shift(l, s)
+            asked, of_keys = _some(dout, rows).flatten(0, 1), _some(to_keys, rows).flatten(0, 1)
+            of_distances, distances = _some(to_distances, rows).flatten(1, 2), shape.cut(table)
+            dv = _grown(dv, found.transpose(1, 2), asked)
+            dscores = torch.baddbmm(
+                _some(delta, rows).flatten(0, 1),
+                _some(scaled, rows).flatten(0, 1),
+                values[:, :s].transpose(1, 2),
+                beta=-1,
+            )
+            dproduct = dscores.new_empty(H, B * l, s + 1)
+            dscores = shape.into(dproduct, dscores.view(H, B, l, s), found.view(H, B, l, s)).flatten(0, 1)
+            dk = _grown(dk, dscores.transpose(1, 2), of_keys)
+            for_keys = torch.bmm(dscores, keys[:, :s]).view(H, B * l, D)
+            for_distances = torch.bmm(dproduct, distances)
+            dtable = _grown(dtable, dproduct.transpose(1, 2), of_distances, last=True)
+            sums.append((for_keys.sum(1), for_distances.sum(1)))
+            dq.permute(2, 0, 1, 3)[:, :, rows] = for_keys.add_(for_distances).view(H, B, l, D)
+        du, dw = (sum(each[1:], each[0]) for each in zip(*sums))
+        gradients = dq.transpose(1, 2), _rows(dk, B), _rows(dv, B), dtable, du, dw
+        dq, dk, dv, dtable, du, dw = (each.to(dtype) for each, dtype in zip(gradients, ctx.dtypes))
         # all pairs are of own segments: both streams get the same gradient
         own = (x if wanted else None for x, wanted in zip((dk, dv), ctx.needs_input_grad[3:5]))
-        return dq, dk, dv, *own, dr, du, dw, None, None
+        return dq, dk, dv, *own, dtable, du, dw, None
+
+
+def _parts(length: int) -> list[tuple[int, int]]:
+    """Of all queries, as few alike as there are with at most `ROWS`."""
+    count = -(-length // ROWS)
+    borders = [length * part // count for part in range(count + 1)]
+    return list(pairwise(borders))
+
+
+@lru_cache(maxsize=8)
+def _future(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "l s"]:
+    """-inf where the last so many of the columns, as queries, do not see yet. Do not modify."""
+    with torch.inference_mode(False):
+        return torch.full((rows, columns), -torch.inf, dtype=dtype, device=device).triu_(1 + columns - rows)
+
+
+def _some(x: Float[Tensor, "H B L d"], rows: slice) -> Float[Tensor, "H B l d"]:
+    return x if rows == slice(0, x.shape[2]) else x[:, :, rows]
+
+
+def _grown(
+    into: Float[Tensor, "N n D"] | None,
+    left: Float[Tensor, "N m l"],
+    right: Float[Tensor, "N l D"],
+    last: bool = False,
+) -> Float[Tensor, "N n D"]:
+    """The first, widest product, to whose first rows (`last`: its last ones) the others are added."""
+    if into is None:
+        return torch.bmm(left, right)
+    n, m = into.shape[1], left.shape[1]
+    (into[:, n - m :] if last else into[:, :m]).baddbmm_(left, right)
+    return into
 
 
 def _heads(x: Float[Tensor, "B H n D"], dtype: torch.dtype) -> Float[Tensor, "N n D"]:
     return x.to(dtype).transpose(0, 1).flatten(0, 1)
 
 
-def _rows(x: Float[Tensor, "N n D"], like: Float[Tensor, "B H n D"]) -> Float[Tensor, "B H n D"]:
-    """In the dtype and the order of batch and heads of `like`, [B, n, H, D] in memory: as projections read it."""
-    B, H, n, D = like.shape
-    made = like.new_empty(B, n, H, D)
-    made.permute(2, 0, 1, 3).copy_(x.view(H, B, n, D))
-    return made.transpose(1, 2)
+def _rows(x: Float[Tensor, "N n D"], B: int) -> Float[Tensor, "B H n D"]:
+    """[B, n, H, D] in memory: as projections read it."""
+    return x.view(-1, B, *x.shape[1:]).permute(1, 2, 0, 3).contiguous().transpose(1, 2)

@@ -20,6 +20,15 @@ def waves(
 
 
 @lru_cache(maxsize=8)
+def falling_waves(
+    distances: int, width: int, clamp: int | None, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "n+1 E"]:
+    """The same from the largest distance down to 0, then a row of zeros, [n + 1, E]. Do not modify."""
+    with torch.inference_mode(False):
+        return torch.nn.functional.pad(waves(distances, width, clamp, dtype, device).flip(0), (0, 0, 0, 1))
+
+
+@lru_cache(maxsize=8)
 def _table(distances: int, width: int, clamp: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     # it may be asked for first where tensors are born unfit for gradients
     with torch.inference_mode(False):
