@@ -84,6 +84,7 @@ TRITON_DEVICES = ("cuda",)
 
 def triton_reason(device: torch.device) -> str | None:
     """Why our Triton kernels cannot run there, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return None if device.type in TRITON_DEVICES else f"it runs on CUDA, not on {device.type}"
+    if device.type not in TRITON_DEVICES:
+        return f"it runs on CUDA, not on {device.type}"
+    # asked last: it looks through folders, for as long as a short call takes
+    return "triton is not installed" if importlib.util.find_spec("triton") is None else None
