@@ -353,7 +353,7 @@ class Reformer(HashedAttention):
         kernel = choose(self.name, KERNELS, self.kernel, call)
         if kernel is WHOLE:
             together = Together(documents.sizes, self.causal, self.scale, self.key_norm_epsilon)
-            return kernel.run(call)(qk, v, together)  # type: ignore[no-any-return]
+            return kernel.run(call)(qk, v, together)
         shape: Any = {name: getattr(self, name) for name in ("rounds", "chunk", "look_back", "look_ahead")}
         shape |= {"across_rounds": self.wrap == "reference", "slots": documents.slots if self.fill else None}
         make = partial(lsh_layout.lay_out, documents.sizes, **shape, device=qk.device)
@@ -368,7 +368,7 @@ class Reformer(HashedAttention):
             epsilon=self.key_norm_epsilon,
             once=self.correct_duplicates,
         )
-        return kernel.run(call)(qk, v, plan)  # type: ignore[no-any-return]
+        return kernel.run(call)(qk, v, plan)
 
     def _described(self, documents: Documents, asked: int, device: torch.device, dtype: torch.dtype) -> HashedCall:
         chunks = -(-documents.slots // self.chunk)

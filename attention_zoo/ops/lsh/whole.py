@@ -49,8 +49,8 @@ def whole_attention(q: Float[Tensor, "M H D"], v: Float[Tensor, "M H D"], plan: 
         places = _places(sizes, n)
         queries, keys, values = (_laid(x.to(k.dtype), places, len(sizes), n) for x in (q, k, v))
         bias = _mask(n, causal, k.dtype) if places is None else _made(_hidden(sizes, n, causal), k.dtype)
-        heads = (x.transpose(1, 2) for x in (queries, keys, values))
-        flat = fused(*heads, bias, scale=scale).transpose(1, 2).flatten(0, 1)
+        found = fused(queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), bias, scale=scale)
+        flat = found.transpose(1, 2).flatten(0, 1)
         out = flat if places is None else flat.index_select(0, tensor_of(places, q.device))
         return out.to(v.dtype)
 
