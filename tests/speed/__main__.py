@@ -1,7 +1,7 @@
 """Draw settings, time them and list where speed falls apart: `python -m tests.speed --help`.
 
-A line is printed for each outlier as it is found, and a table of the worst at the end. Times of a machine that does
-other work meanwhile mean nothing; an outlier is therefore timed twice.
+A line is printed for each outlier as it is found, and a table of the worst at the end. On one thread
+seconds are the processor's; other work still shares its caches, so that an outlier is timed twice.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import argparse
 import itertools
 import json
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where pytest finds the mod
 
 import attention_zoo as zoo
 from attention_zoo.measure.environment import environment
+from speed.predict import once
 from speed.setting import Setting, build, work
 
 BATCHES, LENGTHS = (1, 8, 32), (8, 64, 256, 1024, 4096)
@@ -66,20 +66,14 @@ def beside(setting: Setting) -> dict[str, float]:
             call()
         except (ValueError, zoo.Unsupported):
             continue
-        first[name] = _once(call)
+        first[name] = once(call)
         if first[name] <= HOPELESS * first["auto"]:
             calls[name] = call
     took = dict(first)
     for _ in range(1 if first["auto"] > LONG_S else CALLS):
         for name, call in calls.items():
-            took[name] = min(took[name], _once(call))
+            took[name] = min(took[name], once(call))
     return took
-
-
-def _once(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def row(setting: Setting, took: dict[str, float]) -> dict[str, Any]:

@@ -59,14 +59,20 @@ def counted(setting: Setting) -> Moved:
     return found
 
 
+def once(call: Callable[[], object]) -> float:
+    """Seconds of one call: on one thread those of the processor, which other processes do not lengthen by waiting."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    call()
+    return clock() - start
+
+
 def seconds(call: Callable[[], object]) -> float:
     """The least of a few calls: what another process takes is never in all of them."""
     call()
     found: list[float] = []
     while len(found) < CALLS and sum(found) < LONG_S:
-        start = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - start)
+        found.append(once(call))
     return min(found)
 
 
@@ -105,6 +111,9 @@ class Machine:
         pairs = pairs_of(replace(setting, batch=1, documents=1, length=length, padding="none", globals=0))
         if pairs is None:
             return None
+        if not step:
+            # products are made of tiles: for fewer keys than a tile holds they take as long as for those
+            pairs = max(pairs, length * min(length, TILE) / 2)
         times = 1 if step else setting.documents
         scores = times * attention_flops(pairs, batch=setting.batch, heads=setting.heads, head_width=setting.width)
         rows = setting.batch * (1 if step else setting.length)
