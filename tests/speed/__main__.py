@@ -51,11 +51,11 @@ def outliers(setting: Setting, machine: Machine, beyond: float) -> list[Found]:
             beside = timed(other)
         except zoo.Unsupported:
             continue
-        share = other.batch / setting.batch
+        share, limit = other.batch / setting.batch, beyond * (machine.half(setting) if what == "bfloat16" else 1)
         slow, fast = (other, setting) if beside / share > took else (setting, other)
-        if max(beside / share, took) > beyond * min(beside / share, took):
+        if max(beside / share, took) > limit * min(beside / share, took):
             first, second = timed(slow), timed(fast)
-            if first / slow.batch > beyond * second / fast.batch:
+            if first / slow.batch > limit * second / fast.batch:
                 found.append(_line(slow, what if slow is other else f"without: {what}", first, second))
     return found
 
