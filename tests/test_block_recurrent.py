@@ -17,6 +17,7 @@ from attention_zoo.layout.blocks import turns
 from attention_zoo.layout.host import Host
 from attention_zoo.layout.layout import Layout
 from attention_zoo.measure.flops import LinearFlops
+from attention_zoo.measure.memory import peak_memory
 from attention_zoo.model.state import state_bytes
 from attention_zoo.model.transformer import Transformer
 from attention_zoo.ops.pattern.one_of import attend_to_one_of
@@ -375,6 +376,23 @@ def test_projections_of_the_state_are_counted() -> None:
     queries = out = 2 * states * 16 * 32
     keys = 2 * states * 16 * 32
     assert linear.flops == 2 * tokens * 16 * (4 * 16 + 32) + turns * (queries + out) + (turns + 1) * keys
+
+
+def test_a_token_more_holds_what_is_kept_of_it_and_no_more() -> None:
+    """Gradients of what states were projected to, 4 times their width and more, are held of a few states at once.
+
+    A block's states hold vectors, keys, values and what was found, and gradients of keys and values: 8 times the width.
+    """
+    module = zoo.build("block_recurrent", dim=64, heads=1, window=64, states=64)
+    window = zoo.build("longformer", dim=64, heads=1, window=64, global_projections="shared")
+
+    def held(layer: nn.Module, length: int) -> int:
+        x = torch.randn(1, length, 64, requires_grad=True)
+        layer(x).hidden.sum().backward()
+        return peak_memory(lambda: layer(x).hidden.sum().backward()).peak_bytes
+
+    grown = [held(each, 4096) - held(each, 2048) for each in (module, window)]
+    assert grown[0] - grown[1] <= 9 * 2048 * 64 * 4
 
 
 @pytest.mark.slow

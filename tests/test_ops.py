@@ -212,7 +212,7 @@ def test_half_precision_is_summed_in_float32():
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_half_precision_that_trains_goes_through_float32_where_the_processor_is_slow(monkeypatch, biased):
-    """By its instructions and the size of a head; forward alone stays as it is, and values are the definition's."""
+    """By its instructions, its units and the size of a head; forward alone stays, and values are the definition's."""
     q, k, v = operands(L=64, S=64, dtype=torch.float32)
     bias = torch.randn(1, 1, 64, 64) if biased else None
     want = dense(*(x.double() for x in (q, k, v)), None if bias is None else bias.double(), scale=SCALE)
@@ -224,10 +224,12 @@ def test_half_precision_that_trains_goes_through_float32_where_the_processor_is_
         return right(q, k, v, **more)
 
     monkeypatch.setattr(fused_module.F, "scaled_dot_product_attention", seen)
-    for capability, small, grad, expected in (
-        ("AVX2", 0, True, torch.float32), ("AVX2", 0, False, torch.bfloat16),
-        ("AVX512", 0, True, torch.bfloat16), ("AVX512", q[0, 0].numel(), True, torch.float32),
+    for capability, units, small, grad, expected in (
+        ("AVX2", True, 0, True, torch.float32), ("AVX2", False, 0, False, torch.bfloat16),
+        ("AVX512", False, 0, True, torch.float32), ("AVX512", False, 0, False, torch.bfloat16),
+        ("AVX512", True, 0, True, torch.bfloat16), ("AVX512", True, q[0, 0].numel(), True, torch.float32),
     ):  # fmt: skip
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda units=units: units)
         monkeypatch.setattr(fused_module, "SMALL", small)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         half = [x.detach().bfloat16().requires_grad_(grad) for x in (q, k, v)]

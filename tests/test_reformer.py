@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_zoo.attention.reformer import Reformer
 from attention_zoo.contract import Tokens, Unsupported
+from attention_zoo.layout.kernel import choose
+from attention_zoo.layout.layout import Layout
 from attention_zoo.measure.memory import peak_memory
 from attention_zoo.ops.lsh import call, chunks, hashing, short
 from attention_zoo.ops.softmax.dense import dense
@@ -165,6 +167,75 @@ def test_short_documents_equal_their_chunks(monkeypatch: pytest.MonkeyPatch, cau
                 state = layer(x[:, :16], tokens.cut(slice(0, 16)), state=layer.initial_state(len(x))).state
                 parts.append(layer(x[:, 16:], tokens.cut(slice(16, 23)), state=state).hidden)
             torch.testing.assert_close(*parts, atol=1e-12, rtol=0, msg=lambda m, n=name: f"{n}, state: {m}")
+
+
+@pytest.mark.parametrize(
+    ("options", "lengths"),
+    [
+        ({}, (1, 2, 3, 7, 8)),
+        ({"correct_duplicates": True}, (7,)),
+        ({"look_back": 0, "look_ahead": 2, "rounds": 3}, (11, 12)),
+        ({"fill": 4, "look_back": 2}, (3, 4)),
+        ({"wrap": "reference"}, (3, 4)),
+        ({"scale": 30.0, "key_norm_epsilon": 1e-2}, (8,)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_every_window_holds_whole_is_one_fused_call(causal: bool, options: dict, lengths: tuple[int, ...]):
+    layer, chunked = (build(causal=causal, kernel=kernel, **options) for kernel in ("whole", "chunks"))
+    for length in lengths:
+        assert choose("", call.KERNELS, "auto", described(layer, length)) is call.WHOLE
+        assert_equals_reference(layer, length, chunked)
+
+
+def test_what_not_every_window_holds_whole_is_not_taken_for_it():
+    """Longer documents, a few tokens of a document behind a state, buckets that are told apart, large masks."""
+    layer = build(chunk=64, look_back=1)
+    said = [dict(layer.explain_kernels(length, torch.device("cpu"), torch.float32))["whole"] for length in (128, 129)]
+    assert said[0] is None
+    assert "not every window" in str(said[1])
+    inside = build(chunk=64, attend_across_buckets=False)
+    assert "tells no buckets apart" in str(described_reason(inside, 8))
+    wide = build(chunk=1024, look_back=1)
+    assert described_reason(wide, 1024) is None
+    assert "too long for a mask" in str(described_reason(wide, 1025))
+    few = build()
+    x = data(2, 7)
+    state = few(x[:, :5], Tokens.all_valid(2, 5), state=few.initial_state(2)).state
+    behind = few(x[:, 5:], Tokens.of(torch.ones(2, 2, dtype=torch.bool), start=5), state=state).hidden
+    torch.testing.assert_close(behind, build(kernel="chunks")(x).hidden[:, 5:], atol=1e-12, rtol=0)
+
+
+def test_a_core_that_hashes_nothing_is_the_same_and_draws_nothing():
+    """Buckets matter to nobody there: none are made. NaN at padding, scores above 100, half precision."""
+    tokens = Tokens.of(torch.arange(8)[None] < torch.tensor([[8], [3], [1]]))
+    generator = torch.Generator().manual_seed(2)
+    qk, v = (torch.randn(3, HEADS, 8, DIM // HEADS, generator=generator, dtype=torch.float64) for _ in range(2))
+    whole, chunked = (build(kernel=kernel, scale=60.0).train() for kernel in ("auto", "chunks"))
+    before = torch.get_rng_state()
+    found = whole.attend(qk, v, tokens)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.testing.assert_close(found, chunked.attend(qk, v, tokens), atol=1e-12, rtol=0)
+    hidden = ~tokens.valid[:, None, :, None]
+    poisoned = whole.attend(qk.masked_fill(hidden, torch.nan), v.masked_fill(hidden, torch.nan), tokens)
+    torch.testing.assert_close(poisoned, found, atol=0, rtol=0)
+    assert (qk.norm(dim=-1) * 60).max() > 100
+    mild = build()
+    half = mild.bfloat16().attend(qk.bfloat16(), v.bfloat16(), tokens)
+    exact = build(kernel="chunks").attend(qk.bfloat16().double(), v.bfloat16().double(), tokens)
+    torch.testing.assert_close(half.double(), exact, atol=2e-2, rtol=0)
+    qk, v = (x.requires_grad_() for x in (qk, v))
+    assert torch.autograd.gradcheck(lambda a, b: mild.double().attend(a, b, tokens), (qk, v))
+
+
+def described(layer: Reformer, length: int) -> call.HashedCall:
+    documents = layer._documents(Layout.plain(1, length))
+    return layer._described(documents, length, torch.device("cpu"), torch.float64)
+
+
+def described_reason(layer: Reformer, length: int) -> str | None:
+    return call.WHOLE.refuse(described(layer, length))
 
 
 def test_what_is_short_is_said():

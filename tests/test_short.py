@@ -87,6 +87,26 @@ def test_rows_that_differ_equal_the_definition(options, kind, always_worth_it):
             compare(layer, "short", operands(20, L, layer.kv_heads, batch=3), tokens.cut(last), tokens)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_padding_at_the_end_beside_a_whole_row_takes_no_bias_of_its_own(options, monkeypatch, always_worth_it):
+    """Documents and global tokens where all have them: padding is the future of all. Elsewhere it is told."""
+    monkeypatch.setattr(short, "CELLS", 0)
+    layer, L = build("bigbird", **{"block": 4, **options}), 61
+    qkv = operands(L, L, layer.kv_heads, batch=3)
+    column = torch.arange(L)
+    document, flags = (column > 22).long() + (column > 40), (column % 30 == 3).expand(3, L)
+    for count in ([50, 61, 23], [61, 61, 60], [0, 61, 1]):
+        valid = column < torch.tensor(count)[:, None]
+        for marked in (None, flags & valid):
+            tokens = Tokens.of(valid, marked, document.expand(3, L))
+            assert (dict(layer.explain(*qkv, tokens, tokens))["short"] is None) == layer.causal
+            if layer.causal:
+                compare(layer, "short", qkv, tokens, tokens)
+    valid[1, 30] = False
+    holes = Tokens.of(valid, None, document.expand(3, L))
+    assert "batch rows differ" in dict(layer.explain(*qkv, holes, holes))["short"]
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_bigbird_at_its_longest(causal, always_worth_it):
     """A row may see nothing among the first hundreds of keys."""

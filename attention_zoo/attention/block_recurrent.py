@@ -15,7 +15,7 @@ their own. The state is normalised, and an embedding of its own is added to each
 vectors that hold the same can come to hold different things. O(L · (W + S)) time and O(L) memory.
 
 All windows are attended at once, by the kernels of a band, and so is the state by all tokens; only the state itself
-goes from block to block, for all documents of all rows at once (layout/blocks.py, ops/recurrence.py).
+goes from block to block, for all documents of all rows at once (layout/blocks.py, ops/recurrence).
 
 Paper: §3. W = S = 512, at one layer of twelve (the tenth), T5's relative bias in the window, gradients through the
 eight blocks of a training segment; "skip": the state's direction has no feed-forward layer, which the paper found best.
@@ -63,7 +63,8 @@ from attention_zoo.layout.ledger import Columns, none
 from attention_zoo.layout.reach import Band
 from attention_zoo.ops.pattern.call import PatternCall
 from attention_zoo.ops.pattern.one_of import attend_to_one_of
-from attention_zoo.ops.recurrence import Course, Weights, recur
+from attention_zoo.ops.recurrence.recur import recur
+from attention_zoo.ops.recurrence.turns import Course, Weights
 from attention_zoo.ops.relative.projections import joined
 from attention_zoo.ops.softmax.function import watch
 from attention_zoo.ops.softmax.fused import fused

@@ -36,7 +36,8 @@ Token by token: tests/references/reformer.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -55,7 +56,8 @@ from attention_zoo.layout.ledger import Columns, Horizon, Ledger, behind, goes_o
 from attention_zoo.layout.ragged import put, take
 from attention_zoo.ops.lsh import chunks, hashing, step
 from attention_zoo.ops.lsh import layout as lsh_layout
-from attention_zoo.ops.lsh.call import KERNELS, HashedCall
+from attention_zoo.ops.lsh.call import KERNELS, WHOLE, HashedCall
+from attention_zoo.ops.lsh.whole import Together
 from attention_zoo.ops.softmax.function import zeros_for
 from attention_zoo.options import LARGEST, Around, Chunk, Fill, Seed
 from attention_zoo.place import place_of
@@ -98,7 +100,7 @@ class Reformer(HashedAttention):
             layer; None: by `seed` and `resample`.
         resample: draw rotations at each training call from torch's default generator; False: `seed` decides them, as
             it always does in evaluation.
-        kernel: auto | triton | short | chunks | dense; dense materialises all pairs of tokens, for checking.
+        kernel: auto | triton | whole | short | chunks | dense; dense materialises all pairs of tokens, for checking.
         shared: the options of `Attention`.
     """
 
@@ -223,7 +225,7 @@ class Reformer(HashedAttention):
         documents = self._documents(keys)
         buckets = self._buckets(flat_qk.detach(), documents, is_new, layout, state, choices)
         asked = None if state is None else tensor_of(is_new.nonzero()[0], x.device)
-        out = self._attend(flat_qk, flat_v, buckets, documents, keys, asked)
+        out = self._attend(flat_qk, flat_v, lambda: buckets, documents, keys, asked)
         hidden = put(self.to_out(out.flatten(1)), layout)
         padded = put(buckets.movedim(-1, 0), keys).permute(0, 2, 3, 1)[..., None]
         new = None
@@ -334,7 +336,7 @@ class Reformer(HashedAttention):
             return zeros_for(v, (qk, v))
         flat_qk, flat_v = (take(y.transpose(1, 2), layout) for y in (qk, v))
         documents, is_new = self._documents(layout), np.ones(len(flat_qk), bool)
-        buckets = self._buckets(flat_qk.detach(), documents, is_new, layout, None, choices)
+        buckets = partial(self._buckets, flat_qk.detach(), documents, is_new, layout, None, choices)
         return put(self._attend(flat_qk, flat_v, buckets, documents, layout, None), layout).transpose(1, 2)
 
     def choices_shape(self, batch: int, length: int) -> tuple[int, ...]:
@@ -349,18 +351,26 @@ class Reformer(HashedAttention):
         self,
         qk: Float[Tensor, "M H D"],
         v: Float[Tensor, "M H D"],
-        buckets: Int[Tensor, "H R M"],
+        buckets: Callable[[], Int[Tensor, "H R M"]],
         documents: Documents,
         keys: Layout,
         asked: Int[Tensor, " m"] | None,
     ) -> Float[Tensor, "m H D"]:
+        """`buckets` are not made where nobody asks for them."""
         if not len(qk if asked is None else asked):
             return v[:0]
-        shape = (self.rounds, self.chunk, self.look_back, self.look_ahead, self.wrap, self.fill)
-        layout = keys.plan(("hashed", *shape), lambda: self._lay_out(documents, qk.device))
+        call = self._described(documents, len(qk if asked is None else asked), qk.device, qk.dtype)
+        kernel = choose(self.name, KERNELS, self.kernel, call)
+        if kernel is WHOLE:
+            together = Together(documents.sizes, self.causal, self.scale, self.key_norm_epsilon)
+            return kernel.run(call)(qk, v, together)
+        shape: Any = {name: getattr(self, name) for name in ("rounds", "chunk", "look_back", "look_ahead")}
+        shape |= {"across_rounds": self.wrap == "reference", "slots": documents.slots if self.fill else None}
+        make = partial(lsh_layout.lay_out, documents.sizes, **shape, device=qk.device)
+        layout = keys.plan(("hashed", *list(shape.values())[:5], self.fill), make)
         plan = chunks.HashedPlan(
             layout=layout,
-            buckets=buckets,
+            buckets=buckets(),
             inside=not self.attend_across_buckets,
             asked=asked,
             causal=self.causal,
@@ -368,24 +378,12 @@ class Reformer(HashedAttention):
             epsilon=self.key_norm_epsilon,
             once=self.correct_duplicates,
         )
-        call = self._described(documents, len(qk if asked is None else asked), qk.device, qk.dtype)
-        return choose(self.name, KERNELS, self.kernel, call).run(call)(qk, v, plan)
-
-    def _lay_out(self, documents: Documents, device: torch.device) -> lsh_layout.ChunkLayout:
-        return lsh_layout.lay_out(
-            documents.sizes,
-            rounds=self.rounds,
-            chunk=self.chunk,
-            look_back=self.look_back,
-            look_ahead=self.look_ahead,
-            across_rounds=self.wrap == "reference",
-            slots=documents.slots if self.fill else None,
-            device=device,
-        )
+        return kernel.run(call)(qk, v, plan)
 
     def _described(self, documents: Documents, asked: int, device: torch.device, dtype: torch.dtype) -> HashedCall:
         chunks = -(-documents.slots // self.chunk)
         window = self.chunk * (1 + self.look_back + self.look_ahead)
+        around = 1 if self.wrap == "reference" or self.fill else 1 + self.look_back + self.look_ahead
         longest, tokens = int(documents.sizes.max()), int(documents.sizes.sum())
         return HashedCall(
             device,
@@ -397,6 +395,8 @@ class Reformer(HashedAttention):
             pairs=self.rounds * window * min(asked, int(chunks.sum())) * self.chunk,
             all_pairs=len(documents.sizes) * longest * max(1, longest * asked // tokens),
             chunks=self.rounds * int(chunks.max()),
+            whole=asked == tokens and bool(chunks.max() <= around),
+            longest=longest,
         )
 
     def explain_kernels(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:

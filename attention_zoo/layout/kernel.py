@@ -91,6 +91,6 @@ def _is_installed(package: str) -> bool:
 
 def triton_reason(device: torch.device) -> str | None:
     """Why our Triton kernels cannot run there, or None."""
-    if not _is_installed("triton"):
-        return "triton is not installed"
-    return None if device.type in TRITON_DEVICES else f"it runs on CUDA, not on {device.type}"
+    if device.type not in TRITON_DEVICES:
+        return f"it runs on CUDA, not on {device.type}"
+    return None if _is_installed("triton") else "triton is not installed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -17,6 +18,9 @@ def ragged(layout: Layout) -> tuple[Int[Tensor, " n"], Int[np.ndarray, " K"]]:
 
 def _ragged(layout: Layout) -> tuple[Tensor, Array]:
     host = layout.host
+    if layout.implied and layout.valid.numel():
+        rows, length = layout.valid.shape
+        return torch.arange(rows * length, device=layout.valid.device), np.full(rows, length)
     flat = host.valid.reshape(-1).nonzero()[0]
     row = flat // max(1, host.valid.shape[1])
     document = host.document.reshape(-1)[flat]

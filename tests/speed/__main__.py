@@ -1,7 +1,7 @@
 """Draw settings, time them and list where speed falls apart: `python -m tests.speed --help`.
 
-A line is printed for each outlier as it is found, and a table of the worst at the end. Times of a machine that does
-other work meanwhile mean nothing; an outlier is therefore timed twice.
+A line is printed for each outlier as it is found, and a table of the worst at the end. On one thread
+seconds are the processor's; other work still shares its caches, so that an outlier is timed twice.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def outliers(setting: Setting, machine: Machine, beyond: float) -> list[Found]:
             beside = timed(other)
         except zoo.Unsupported:
             continue
-        share = other.batch / setting.batch
+        share, limit = other.batch / setting.batch, beyond * (machine.half(setting) if what == "bfloat16" else 1)
         slow, fast = (other, setting) if beside / share > took else (setting, other)
-        if max(beside / share, took) > beyond * min(beside / share, took):
+        if max(beside / share, took) > limit * min(beside / share, took):
             first, second = timed(slow), timed(fast)
-            if first / slow.batch > beyond * second / fast.batch:
+            if first / slow.batch > limit * second / fast.batch:
                 found.append(_line(slow, what if slow is other else f"without: {what}", first, second))
     return found
 

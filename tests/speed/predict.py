@@ -59,14 +59,20 @@ def counted(setting: Setting) -> Moved:
     return found
 
 
+def once(call: Callable[[], object]) -> float:
+    """Seconds of one call: on one thread those of the processor, which other processes do not lengthen by waiting."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    call()
+    return clock() - start
+
+
 def seconds(call: Callable[[], object]) -> float:
     """The least of a few calls: what another process takes is never in all of them."""
     call()
     found: list[float] = []
     while len(found) < CALLS and sum(found) < LONG_S:
-        start = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - start)
+        found.append(once(call))
     return min(found)
 
 
@@ -97,6 +103,11 @@ class Machine:
             self.rates[shape] = 2 * n * m * k * BATCH / max(took)
         return self.rates[shape]
 
+    def half(self, setting: Setting) -> float:
+        """Times as long as in float32 that torch's own layers take in bfloat16: more than 1 without units."""
+        width, rows = setting.heads * setting.width, min(setting.tokens, TILE)
+        return max(1.0, _linear(rows, width, torch.bfloat16) / _linear(rows, width, torch.float32))
+
     def expected(self, setting: Setting) -> float | None:
         """Seconds by the definition; None where the mechanism does not say how many pairs it scores."""
         layer = build(setting)
@@ -105,17 +116,20 @@ class Machine:
         pairs = pairs_of(replace(setting, batch=1, documents=1, length=length, padding="none", globals=0))
         if pairs is None:
             return None
+        if not step:
+            # products are made of tiles: for fewer keys than a tile holds they take as long as for those
+            pairs = max(pairs, length * min(length, TILE) / 2)
         times = 1 if step else setting.documents
         scores = times * attention_flops(pairs, batch=setting.batch, heads=setting.heads, head_width=setting.width)
         rows = setting.batch * (1 if step else setting.length)
         matrices = sum(each.numel() for each in layer.parameters() if each.ndim == 2)
-        size = 2 if setting.dtype == "bfloat16" else 4
+        size, half = (2, self.half(setting)) if setting.dtype == "bfloat16" else (4, 1.0)
         moved = rows * layer.dim * size * (TENSORS if training else TENSORS // 3) + matrices * size
         if step:
             moved += _state(layer, setting)
         return (
             (3.5 if training else 1) * scores / self.products(TILE, setting.width, TILE)
-            + (6 if training else 2) * rows * matrices / self.products(min(rows, TILE), layer.dim, layer.dim)
+            + (6 if training else 2) * rows * matrices * half / self.products(min(rows, TILE), layer.dim, layer.dim)
             + (2 if training else 1) * times * setting.batch * setting.heads * pairs / self.exponentials
             + moved / self.bytes
             + timed(replace(setting, batch=1, length=1, padding="none", documents=1, globals=0))
@@ -132,6 +146,13 @@ def _product(n: int, m: int, k: int) -> Callable[[], object]:
     a, b = torch.zeros(BATCH, n, m), torch.zeros(BATCH, m, k)
     out = torch.empty(BATCH, n, k)
     return lambda: torch.bmm(a, b, out=out)
+
+
+@cache
+def _linear(rows: int, width: int, dtype: torch.dtype) -> float:
+    """Seconds of a layer, forward and backward."""
+    layer, x = torch.nn.Linear(width, width, dtype=dtype), torch.zeros(rows, width, dtype=dtype)
+    return seconds(lambda: layer(x).sum().backward())
 
 
 @cache

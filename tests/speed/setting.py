@@ -138,6 +138,7 @@ def tokens_of(setting: Setting) -> zoo.Tokens | None:
 
 def work(setting: Setting, layer: Attention) -> Callable[[], object]:
     """What is timed: each call does the same work again."""
+    layer.train(setting.phase == "training")  # where hashes are drawn anew, a step has to hash everything
     dtype = getattr(torch, setting.dtype)
     x = torch.randn(setting.batch, setting.length, layer.dim, dtype=dtype)
     tokens = tokens_of(setting)

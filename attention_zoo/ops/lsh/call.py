@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attention_zoo.layout.kernel import Kernel, triton_reason
-from attention_zoo.ops.lsh.chunks import HashedPlan, dense_attention, lsh_attention
+from attention_zoo.ops.lsh.chunks import dense_attention, lsh_attention
 from attention_zoo.ops.lsh.short import short_attention
+from attention_zoo.ops.lsh.whole import LONGEST, whole_attention
 
-Run = Callable[[Tensor, Tensor, HashedPlan], Tensor]
+Run = Callable[[Tensor, Tensor, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class HashedCall:
         pairs: query-key pairs that chunks score, of one head.
         all_pairs: those of all documents' tokens, as if each were as long as the longest.
         chunks: of the longest document, over all rounds.
+        whole: whether every window holds its whole document, of which everything is asked for.
+        longest: tokens of the longest document.
     """
 
     device: torch.device
@@ -36,6 +40,8 @@ class HashedCall:
     pairs: int
     all_pairs: int
     chunks: int
+    whole: bool
+    longest: int
 
 
 def _has_triton(call: HashedCall) -> str | None:
@@ -63,6 +69,16 @@ def _across_buckets(call: HashedCall) -> str | None:
     return "it tells no buckets apart (attend_across_buckets)" if call.inside else None
 
 
+def _holds_all(call: HashedCall) -> str | None:
+    return None if call.whole else "not every window holds its whole document, of which everything is asked for"
+
+
+def _has_small_mask(call: HashedCall) -> str | None:
+    if call.longest <= LONGEST:
+        return None
+    return f"documents of {call.longest} tokens are too long for a mask, at most {LONGEST}"
+
+
 WORTH = 2
 """So many pairs of all tokens cost what one does whose key is gathered for a chunk, and whose output is merged."""
 
@@ -81,8 +97,16 @@ def _triton(call: HashedCall) -> Run:
     return hashed_attention
 
 
+WHOLE: Kernel[HashedCall] = Kernel(
+    "whole",
+    lambda call: whole_attention,
+    (_on_cpu, _across_buckets, _holds_all, _has_small_mask),
+    "all pairs of documents that every window holds whole, in one fused call",
+)
+
 KERNELS: tuple[Kernel[HashedCall], ...] = (
     Kernel("triton", _triton, (_has_triton, _counts_each, _triton_takes), "sorted chunks by one Triton kernel"),
+    WHOLE,
     Kernel(
         "short",
         lambda call: short_attention,
@@ -92,4 +116,4 @@ KERNELS: tuple[Kernel[HashedCall], ...] = (
     Kernel("chunks", lambda call: lsh_attention, (), "sorted chunks, a few at a time; backward recomputes"),
     Kernel("dense", lambda call: dense_attention, (), "all pairs of tokens, M x M: for checking"),
 )
-"""Fastest first; `run` gives the function (qk, v, plan) -> output."""
+"""Fastest first; `run` gives the function (qk, v, `HashedPlan`) -> output, of `WHOLE` (qk, v, `Together`)."""

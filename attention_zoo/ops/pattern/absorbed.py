@@ -206,7 +206,7 @@ def _heads(parameter: Tensor, facts: _Facts, dtype: torch.dtype) -> Float[Tensor
 
 
 def _outer(left: Float[Tensor, "*K m i"], right: Float[Tensor, "*K m j"]) -> Float[Tensor, "*K i j"]:
-    """leftᵀ · right. Of one row torch's product takes five times as long as writing what it makes."""
+    """leftᵀ · right. Of one row torch's product takes longer than writing what it makes."""
     return left.mT * right if left.shape[-2] == 1 else left.mT @ right
 
 

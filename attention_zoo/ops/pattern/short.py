@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attention_zoo.layout.host import Array, array_of, tensor_of
+from attention_zoo.layout.host import Array, Host, array_of, tensor_of
 from attention_zoo.layout.kernel import Kernel
 from attention_zoo.layout.layout import Layout
 from attention_zoo.ops.pattern import facts
@@ -68,6 +68,8 @@ class _Where:
         everyone: [b, L] and [b, S], which of them are global; None: there are none.
         counts: how many blocks the documents have, as `links` wants to hear it, the fewest first.
         blocks: n, more than the last block of all.
+        complete: a batch row without padding, as which all others are seen: whatever they have of padding is the future
+            of all their tokens. None: there is none.
         alike: whether one bias serves all batch rows.
     """
 
@@ -90,7 +92,8 @@ class _Where:
         some = call.keys.any_global or call.queries.any_global
         self.everyone = (tensor_of(of_rows, device), tensor_of(of_columns, device)) if some else None
         self.past = call.pattern.causal and call.starts_at_zero
-        self.alike = one and (self.past or call.rows_alike)
+        self.complete = _complete(keys) if one and call.pattern.causal and call.own_keys else None
+        self.alike = one and (self.past or call.rows_alike or self.complete is not None)
 
     @staticmethod
     def of(call: PatternCall) -> _Where:
@@ -98,6 +101,16 @@ class _Where:
         reach = call.blocks
         key = ("short", reach.size, reach.knows_length, call.pattern.causal, id(call.queries))
         return call.keys.plan(key, lambda: (_Where(call), call.queries))[0]
+
+
+def _complete(keys: Host) -> int | None:
+    """A row without padding, where all others are as it is, but for padding at their end."""
+    whole = np.flatnonzero(keys.valid.all(1))
+    if not len(whole) or bool((keys.valid[:, 1:] > keys.valid[:, :-1]).any()):
+        return None
+    row = int(whole[0])
+    differ = (keys.position != keys.position[row]) | (keys.document != keys.document[row])
+    return None if bool((differ & keys.valid).any()) else row
 
 
 def _merged(field: Array, valid: Bool[np.ndarray, "B n"]) -> Array | None:
@@ -173,7 +186,8 @@ def _bias(
     call: PatternCall, where: _Where, table: Tensor | None, rows: slice, columns: slice
 ) -> Float[Tensor, "b H l s"]:
     """Of these queries and keys. A query sees itself, so something; padding sees whatever it may."""
-    some = slice(0, 1) if where.alike or where.past else slice(None)
+    one = where.complete or 0
+    some = slice(one, one + 1) if where.alike or where.past else slice(None)
     queries, keys = call.queries.cut(rows, some), call.keys.cut(columns, some)
     if where.past:  # padding is the future of all others
         plain = Layout.plain(1, call.k.shape[2], call.k.device)

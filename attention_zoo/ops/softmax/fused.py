@@ -20,12 +20,11 @@ ENGINES = {
 }
 """Engines in order of preference, from Hopper on and before it."""
 HALF = (torch.float16, torch.bfloat16)
-NARROW = ("DEFAULT", "NO AVX", "AVX2")
-"""Instruction sets, as torch names them, with which the backward in half precision takes up to seven times as long as
-that in float32 (measured with AVX2). Forward alone it is as fast."""
 SMALL = 2**14
-"""Numbers of a head up to which the same is true of any CPU: a block's product costs more to set up than to run. With
-AMX, 10 times at 118 x 32, 1.5 at 128 x 64, as fast at 256 x 64, 0.7 beyond."""
+"""Numbers of a head up to which the backward in half precision takes longer than that in float32 also where a CPU has
+units for matrices (AMX): a block's product costs more to set up than to run. 10 times at 118 x 32, 1.5 at 128 x 64, as
+fast at 256 x 64, 0.7 beyond. Without such units it always takes longer: with AVX2 up to 7 times, with AVX-512 alone 2.5
+to 3.3 times at 128 to 4,096 tokens of width 32 to 128 (one thread). Forward alone it is as fast."""
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float, causal: bool = False) -> Tensor:
@@ -61,8 +60,13 @@ def _is_slow(*operands: Tensor) -> bool:
     """Whether a backward may come that this CPU runs faster in float32."""
     if operands[0].dtype not in HALF or not torch.is_grad_enabled() or not any(x.requires_grad for x in operands):
         return False
-    small = min(x.shape[2] * x.shape[3] for x in operands) <= SMALL
-    return small or torch.backends.cpu.get_cpu_capability() in NARROW
+    return not _has_units() or min(x.shape[2] * x.shape[3] for x in operands) <= SMALL
+
+
+def _has_units() -> bool:
+    """Whether this CPU multiplies matrices of half precision, and torch may use that."""
+    has: bool = torch.cpu._is_amx_tile_supported()
+    return has and torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
 
 
 def refuse(q: Tensor) -> str | None:

@@ -1,0 +1,1 @@
+"""A recurrence over blocks: one turn, all turns, and the way back."""

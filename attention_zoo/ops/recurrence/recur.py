@@ -1,0 +1,96 @@
+"""A recurrence over blocks of tokens: vectors that look at themselves and at a block, and are renewed through a gate.
+
+    seen  = norm(c) + identity                            K, V, q, q_x: heads of seen
+    found = [softmax(q Kᵀ) V ; softmax(q_x K_xᵀ) V_x]     x: the tokens of the block, whose keys and values are given
+    z     = W found + b
+    fixed gate   c <- c ⊙ g + z ⊙ (1 - g),   g = sigmoid(keep)
+    LSTM gate    c <- c ⊙ sigmoid(f + 1) + tanh(z) ⊙ sigmoid(i - 1),   [z; f; i] = W found + b
+
+Hutchins et al. 2022, §3. Turns wait for one another, so each is a few large operations, for all lanes at once; one
+product gives keys, values and queries of what the turn before has left. Of each block the vectors, their keys and
+values and what they found are kept; what is cheaper to compute again than to keep (normalised vectors, queries, scores)
+is computed again in backward, where gradients of weights are products over many blocks at once. O(n·S·E) memory for n
+blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attention_zoo.ops.recurrence.back import Back
+from attention_zoo.ops.recurrence.turns import Course, Run, Weights, renewed
+from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
+from attention_zoo.ops.softmax.pages import large_pages
+
+
+def recur(
+    first: Float[Tensor, "m S E"],
+    k: Float[Tensor, "n K W D"],
+    v: Float[Tensor, "n K W D"],
+    weights: Weights,
+    course: Course,
+) -> tuple[Float[Tensor, "N S K D"], Float[Tensor, "N S K D"], Float[Tensor, "N S E"] | None]:
+    """All states, those that blocks leave behind those that are there `first`: keys, values and vectors of each.
+
+    Args:
+        first: the vectors that are there before the first turn.
+        k, v: of the tokens of each block, in the order of turns.
+    """
+    return _Recur.apply(first, k, v, course, *weights)
+
+
+class _Recur(torch.autograd.Function):
+    @staticmethod
+    @without_autocast
+    def forward(
+        ctx: Any, first: Tensor, k: Tensor, v: Tensor, course: Course, *weights: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        run = Run(first, k, v, Weights(*weights), course)
+        vectors, kv, found = run.room(first)
+        vectors[: len(first)] = first
+        gate = run.gate()
+        for turn, count in enumerate([*course.counts, 0]):
+            states = run.left(turn - 1)
+            projected = run.project(run.seen(vectors[states])[0], None if count else slice(run.KV))
+            kv[:, states] = run.by_heads(projected[..., : run.KV])
+            if not count:
+                break
+            before, keys, values = (run.before(x, turn) for x in (vectors, *kv))
+            queries = run.by_heads(run.chosen(projected, turn)[..., run.KV :]).contiguous()
+            blocks = run.blocks(turn)
+            looked = run.scratch("found", tuple(queries.shape), queries)
+            for look in run.looks(queries, (keys, values), blocks):
+                look.forward(looked)
+            run.by_heads(found[blocks]).copy_(looked)
+            renewed(before, run.raw(found[blocks]), gate, into=vectors[run.left(turn)])
+        ctx.save_for_backward(k, v, vectors, kv, found, *weights)
+        ctx.course, ctx.first = course, len(first)
+        keys, values = kv.transpose(2, 3).unbind(0)
+        return keys, values, vectors if course.keeps else None
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, saved: tuple[Any, ...], *grads: Any) -> tuple[Tensor | None, ...]:
+        k, v, vectors, kv, found, *weights = saved
+        run = Run(vectors[: ctx.first], k, v, Weights(*weights), ctx.course)
+        back = Back(run, vectors, found, grads)
+        dkeys, dvalues = (large_pages(vectors.new_empty(x.shape)) for x in (k, v))
+        for turn in reversed(range(run.G)):
+            blocks = run.blocks(turn)
+            back.through_projections(turn + 1)
+            before, keys, values = (run.before(x, turn) for x in (vectors, *kv))
+            dfound, delta = back.through_gate(turn, before)
+            seen = run.chosen(back.mine(back.seen, turn - 1), turn)
+            queries = run.by_heads(run.project(seen, slice(run.KV, None))).contiguous()
+            dqueries = run.scratch("dqueries", tuple(queries.shape), queries)
+            down = run.scratch("dkv", (2, *keys.shape), queries)
+            own, block = run.looks(queries, (keys, values), blocks)
+            own.backward(dfound, delta, dqueries, *down)
+            block.backward(dfound, delta, dqueries, dkeys[blocks], dvalues[blocks])
+            back.hand(turn, down, dqueries)
+        back.through_projections(0)
+        return back.mine(back.dvectors, -1), dkeys.to(k.dtype), dvalues.to(v.dtype), None, *back.weights()

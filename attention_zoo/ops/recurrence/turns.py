@@ -1,0 +1,217 @@
+"""One turn of a recurrence over blocks: what is projected, looked at and renewed, for all lanes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from attention_zoo.layout.host import tensor_of
+from attention_zoo.ops.softmax.pages import large_pages
+from attention_zoo.ops.softmax.partial import Scratch
+from attention_zoo.ops.softmax.tiles import scores_at_once
+
+EPS = 1e-5
+"""Of the norm, added to the variance."""
+ROWS = 512
+"""Vectors whose gradients are held at once on the way back: enough for one product of a weight's gradient."""
+
+
+class Weights(NamedTuple):
+    """What vectors are projected and renewed by, in their precision. F is 2·K·D + 2·H·D, Q is 2·H·D.
+
+    Fields:
+        identity: added to the normalised vectors.
+        into, into_bias: into K heads of keys, of values, and H heads of queries to the vectors themselves, to tokens.
+        out, out_bias: of what was found: E features for a fixed gate, 3·E (z, f, i) for an LSTM's.
+        keep: of a fixed gate; None: the gate is an LSTM's.
+    """
+
+    identity: Float[Tensor, "S E"]
+    into: Float[Tensor, "F E"]
+    into_bias: Float[Tensor, " F"] | None
+    out: Float[Tensor, "R Q"]
+    out_bias: Float[Tensor, " R"] | None
+    keep: Float[Tensor, " E"] | None
+
+
+class Course(NamedTuple):
+    """How states follow each other, by their numbers (`layout.blocks.Turns`).
+
+    Fields:
+        counts: how many blocks each turn goes through: those of the first lanes.
+        start: the state that each lane begins with.
+        stops: whether no gradient goes back to the vectors that a block leaves; None: nowhere.
+        scale: factor on scores.
+        keeps: whether the vectors are asked for.
+    """
+
+    counts: Int[np.ndarray, " G"]
+    start: Int[np.ndarray, " lanes"]
+    stops: Bool[np.ndarray, " n"] | None
+    scale: float
+    keeps: bool
+
+
+class Run:
+    """One recurrence: n blocks in G turns, in which S vectors of E features with H heads meet K heads of keys.
+
+    States stand one after the other, by their numbers.
+    """
+
+    def __init__(self, first: Tensor, k: Tensor, v: Tensor, weights: Weights, course: Course):
+        self.weights, self.course, self.first = weights, course, len(first)
+        self.k, self.v = k.to(first.dtype), v.to(first.dtype)
+        (self.n, self.K, self.W, self.D), self.S = k.shape, len(weights.identity)
+        self.G, self.KV = len(course.counts), 2 * self.K * self.D
+        self.H = (len(weights.into) - self.KV) // (2 * self.D)
+        self.ends = course.counts.cumsum().tolist()
+        self.scratch = Scratch()
+
+    def room(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For vectors [N, S, E], keys and values [2, N, K, S, D], and what blocks find [n, S, Q]."""
+        N = self.first + self.n
+        sizes = (N, *like.shape[1:]), (2, N, self.K, self.S, self.D), (self.n, self.S, 2 * self.H * self.D)
+        vectors, kv, found = (large_pages(like.new_empty(size)) for size in sizes)
+        return vectors, kv, found
+
+    def blocks(self, turn: int) -> slice:
+        """The numbers of a turn's blocks."""
+        return slice(self.ends[turn] - int(self.course.counts[turn]), self.ends[turn])
+
+    def left(self, turn: int) -> slice:
+        """The numbers of what a turn leaves; -1: of what is there first."""
+        if turn < 0:
+            return slice(0, self.first)
+        blocks = self.blocks(turn)
+        return slice(self.first + blocks.start, self.first + blocks.stop)
+
+    def windows(self) -> list[slice]:
+        """The numbers of successive turns' states, of at most `ROWS` vectors or one turn; the first window is first."""
+        borders = [self.first + self.n]
+        for turn in reversed(range(-1, self.G)):
+            states = self.left(turn)
+            if states.stop < borders[-1] and (borders[-1] - states.start) * self.S > ROWS:
+                borders.append(states.stop)
+        borders.append(0)
+        return [slice(low, high) for high, low in pairwise(borders)][::-1]
+
+    @cached_property
+    def begun(self) -> Int[np.ndarray, " n"]:
+        """The state that each block begins with."""
+        followed = [
+            self.first + np.arange(count) + self.blocks(turn).start for turn, count in enumerate(self.course.counts[1:])
+        ]
+        return np.concatenate([self.course.start, *followed])
+
+    def chosen(self, left: Float[Tensor, "b *rest"], turn: int) -> Float[Tensor, "c *rest"]:
+        """Of what is there before a turn, what its lanes begin with."""
+        if turn:
+            return left[: self.course.counts[turn]]
+        return left.index_select(0, tensor_of(self.course.start, left.device))
+
+    def before(self, states: Float[Tensor, "N *rest"], turn: int) -> Float[Tensor, "c *rest"]:
+        """Those that a turn begins with."""
+        return self.chosen(states[self.left(turn - 1)], turn)
+
+    def by_heads(self, x: Float[Tensor, "b S Q"]) -> Float[Tensor, "2 b H S D"]:
+        return x.unflatten(-1, (2, -1, self.D)).permute(2, 0, 3, 1, 4)
+
+    def seen(self, vectors: Float[Tensor, "b S E"]) -> tuple[Tensor, Tensor, Tensor]:
+        """The vectors as projections see them; and mean and deviation of each, for backward."""
+        normal, mean, deviation = torch.native_layer_norm(vectors, vectors.shape[-1:], None, None, EPS)
+        return normal.add_(self.weights.identity), mean, deviation
+
+    def project(self, seen: Float[Tensor, "b S E"], some: slice | None = None) -> Float[Tensor, "b S f"]:
+        """Into keys, values and queries, or some of these."""
+        _, into, bias, *_ = self.weights
+        if some is not None:
+            into, bias = into[some], None if bias is None else bias[some]
+        return F.linear(seen, into, bias)
+
+    def raw(self, found: Float[Tensor, "b S Q"]) -> Float[Tensor, "b S R"]:
+        return F.linear(found, self.weights.out, self.weights.out_bias)
+
+    def gate(self) -> Float[Tensor, " E"] | None:
+        """The share of the old that a fixed gate keeps."""
+        return None if self.weights.keep is None else self.weights.keep.sigmoid()
+
+    def looks(
+        self, queries: Float[Tensor, "2 b H S D"], own: tuple[Tensor, Tensor], blocks: slice
+    ) -> tuple[Look, Look]:
+        """At the vectors themselves, and at the block."""
+        return Look(self, 0, queries, *own), Look(self, 1, queries, self.k[blocks], self.v[blocks])
+
+
+class Look:
+    """Attention of a turn's queries [2, b, H, S, D], of one of the two kinds, to all of some keys [b, K, m, D].
+
+    Query heads of one key head are rows of one product; whole rows of scores at once.
+    """
+
+    def __init__(self, run: Run, kind: int, queries: Tensor, k: Tensor, v: Tensor):
+        self.run, self.kind = run, kind
+        self.q, self.k, self.v = self.rows(queries), k.flatten(0, 1), v.flatten(0, 1)
+
+    def rows(self, x: Float[Tensor, "2 b H S d"]) -> Float[Tensor, "bK gS d"]:
+        """A view of a contiguous tensor."""
+        return x[self.kind].view(x.shape[1] * self.run.K, -1, x.shape[-1])
+
+    def pieces(self) -> Iterator[tuple[slice, slice, bool]]:
+        """Key heads, and queries of one step; whether it is the first to see these keys."""
+        heads, queries, _ = self.q.shape
+        limit = scores_at_once(self.q) // self.k.shape[1]
+        some, rows = max(1, limit // queries), min(queries, max(1, limit))
+        for head in range(0, heads, some):
+            for at in range(0, queries, rows):
+                yield slice(head, head + some), slice(at, at + rows), not at
+
+    def weights(self, q: Float[Tensor, "h l D"], heads: slice) -> Float[Tensor, "h l m"]:
+        """Those of the softmax, in the scratch."""
+        k = self.k[heads]
+        scores, weights = (self.run.scratch(name, (*q.shape[:2], k.shape[1]), q) for name in ("scores", "weights"))
+        scores.baddbmm_(q, k.transpose(1, 2), beta=0, alpha=self.run.course.scale)
+        return torch.softmax(scores, -1, out=weights)
+
+    def forward(self, found: Float[Tensor, "2 b H S D"]) -> None:
+        into = self.rows(found)
+        for heads, queries, _ in self.pieces():
+            into[heads, queries].baddbmm_(self.weights(self.q[heads, queries], heads), self.v[heads], beta=0)
+
+    def backward(
+        self,
+        dfound: Tensor,
+        delta: Tensor,
+        dqueries: Tensor,
+        dk: Float[Tensor, "b K m D"],
+        dv: Float[Tensor, "b K m D"],
+    ) -> None:
+        """Gradients of queries, keys and values, into their places."""
+        grad, gap, dq, scale = self.rows(dfound), self.rows(delta), self.rows(dqueries), self.run.course.scale
+        dk, dv = dk.flatten(0, 1), dv.flatten(0, 1)
+        for heads, queries, fresh in self.pieces():
+            q, dout, beta = self.q[heads, queries], grad[heads, queries], 0 if fresh else 1
+            weights = self.weights(q, heads)
+            dv[heads].baddbmm_(weights.transpose(1, 2), dout, beta=beta)
+            dscores = self.run.scratch("scores", tuple(weights.shape), q).copy_(gap[heads, queries])
+            dscores.baddbmm_(dout, self.v[heads].transpose(1, 2)).mul_(weights)
+            dq[heads, queries].baddbmm_(dscores, self.k[heads], beta=0, alpha=scale)
+            dk[heads].baddbmm_(dscores.transpose(1, 2), q, beta=beta, alpha=scale)
+
+
+def renewed(
+    before: Float[Tensor, "b S E"], raw: Float[Tensor, "b S R"], gate: Tensor | None, into: Tensor | None = None
+) -> Float[Tensor, "b S E"]:
+    """Through the gate: a fixed one that keeps so much, or an LSTM's; into a place, where one is given."""
+    if gate is not None:
+        return torch.lerp(raw, before, gate, out=into)
+    new, forget, enter = raw.chunk(3, -1)
+    left = before * (forget + 1).sigmoid() + new.tanh() * (enter - 1).sigmoid()
+    return left if into is None else into.copy_(left)
