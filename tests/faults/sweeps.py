@@ -48,10 +48,7 @@ def run(count: int, seed: int) -> Counts:
     """Disturb `count` sweeps."""
     found = Counts()
     with tempfile.TemporaryDirectory() as place:
-        whole = Path(place) / "whole"
-        code, told = _here(whole)
-        assert code == 0, told
-        expected = _results(whole)
+        expected = undisturbed(Path(place) / "whole")
         for number in range(count):
             case = f"sweeps {seed}:{number}"
             found.tries += 1
@@ -73,7 +70,7 @@ def _throw(rng: random.Random, folder: Path, expected: dict[str, Any]) -> Found:
         if rng.random() < 0.5:  # a terminal's Ctrl-C comes to all, and so does what a scheduler says
             whom = [rng.choice([*_left(mark), jobs[0].pid])] if by == signal.SIGKILL else _left(mark)
         case += f" to {'a parent' if whom == [jobs[0].pid] else f'{len(whom)} processes'}"
-        before = _finished(folder)
+        before = finished(folder)
         for each in whom:
             _send(each, by)
         for job in jobs:
@@ -89,14 +86,14 @@ def _throw(rng: random.Random, folder: Path, expected: dict[str, Any]) -> Found:
             if job.returncode not in wanted:
                 yield "lost", f"{case}: a parent ended with {job.returncode}: {said[-500:]}"
         yield from _orphans(mark, case)
-    done = {**before, **_finished(folder)}
+    done = {**before, **finished(folder)}
     code, told = _here(folder)
     if code != 0:
         yield "lost", f"{case}: the next call ended with {code}: {told[-500:]}"
         return
-    if again := [name for name, when in done.items() if _finished(folder).get(name) != when]:
+    if again := [name for name, when in done.items() if finished(folder).get(name) != when]:
         yield "wrong", f"{case}: done again: {again}"
-    for name, result in _results(folder).items():
+    for name, result in results(folder).items():
         if result != expected[name]:
             yield "wrong", f"{case}: {name} differs"
 
@@ -120,16 +117,23 @@ def _here(folder: Path) -> tuple[int, str]:
         torch.set_num_threads(threads)
 
 
-def _finished(folder: Path) -> dict[str, int]:
+def finished(folder: Path, cells: str = "*") -> dict[str, int]:
     """When each cell was finished that is."""
     found = {}
-    for path in folder.glob("*/result.json"):
+    for path in folder.glob(f"{cells}/result.json"):
         with contextlib.suppress(Damaged, FileNotFoundError):
             if read_json(path)["status"] == "ok":
                 found[path.parent.name] = path.stat().st_mtime_ns
     return found
 
 
-def _results(folder: Path) -> dict[str, Any]:
+def undisturbed(folder: Path) -> dict[str, Any]:
+    """What a sweep leaves that nobody disturbs."""
+    code, told = _here(folder)
+    assert code == 0, told
+    return results(folder)
+
+
+def results(folder: Path) -> dict[str, Any]:
     """What all cells have left, but for times."""
     return {path.parent.name: left_by(path.parent) for path in sorted(folder.glob("*/result.json"))}
