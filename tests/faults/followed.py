@@ -21,7 +21,8 @@ from typing import Any
 
 from . import Counts
 from .cells import ROOT, _left, _marked, _orphans, _send
-from .sweeps import LAUNCHERS, PATIENCE_S, WORDS, results, undisturbed
+from .signals import PATIENCE_S
+from .sweeps import LAUNCHERS, WORDS, results, undisturbed
 from .wandb_server import FAULTS, FINISH_SECONDS, INIT_SECONDS, Server, command_of, recorded
 
 TITLE = "sweeps followed by W&B, whose server or processes go away in the middle"

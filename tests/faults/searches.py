@@ -10,17 +10,16 @@ import contextlib
 import io
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
 import torch
+from optuna.exceptions import ExperimentalWarning
 
 from attention_zoo.commands.main import main
 from attention_zoo.jobs.study import original
@@ -28,9 +27,10 @@ from attention_zoo.training.config import compose_training
 from attention_zoo.training.run import run_training
 
 from . import Counts
-from .cells import ROOT, _left, _marked, _orphans, _send
+from .cells import ROOT
 from .kills import left_by
-from .sweeps import CODES, ENDS, PATIENCE_S, finished
+from .signals import Disturbed
+from .sweeps import finished
 
 TITLE = "searches (Optuna), with one parent or two: processes killed or asked to stop"
 SMALL, LARGE = 1, 40
@@ -49,46 +49,26 @@ Found = Iterator[tuple[str, str]]
 
 
 def run(count: int, seed: int) -> Counts:
-    """Disturb `count` searches."""
+    """Disturb searches by at least `count` signals."""
     found = Counts()
     with tempfile.TemporaryDirectory() as place:
-        for number in range(count):
-            case = f"searches {seed}:{number}"
-            found.tries += 1
-            for way, problem in _throw(random.Random(case), Path(place) / str(number)):
+        number = 0
+        while found.tries < count:
+            case, number = f"searches {seed}:{number}", number + 1
+            for way, problem in _throw(random.Random(case), Path(place) / str(number), found):
                 found.failed(way, f"{case}: {problem}")
     return found
 
 
-def _throw(rng: random.Random, folder: Path) -> Found:
-    parents, workers, by = rng.choice((1, 2)), rng.choice((1, 2)), rng.choice(ENDS)
-    case = f"{parents} parents of {workers} workers, {by.name}"
-    with _marked() as mark:
-        jobs = [_start(folder, workers) for _ in range(parents)]
-        until = time.monotonic() + PATIENCE_S
-        while not list(folder.glob("*/study.db")) and time.monotonic() < until and jobs[0].poll() is None:
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0, 8))
-        whom = [jobs[0].pid]
-        if rng.random() < 0.5:  # a terminal's Ctrl-C comes to all, and so does what a scheduler says
-            whom = [rng.choice([*_left(mark), jobs[0].pid])] if by == signal.SIGKILL else _left(mark)
-        case += f" to {'a parent' if whom == [jobs[0].pid] else f'{len(whom)} processes'}"
-        before = finished(folder, "*/*")
-        for each in whom:
-            _send(each, by)
-        for job in jobs:
-            try:
-                said = job.communicate(timeout=PATIENCE_S)[0]
-            except subprocess.TimeoutExpired:
-                yield "hung", f"{case}: a parent does not end"
-                continue
-            if "Traceback" in said:
-                yield "raw", f"{case}: {said[-500:]}"
-            wanted = (CODES[by], -by, 0) if job.pid in whom else (0,)
-            if job.returncode not in wanted:
-                yield "lost", f"{case}: a parent ended with {job.returncode}: {said[-500:]}"
-        yield from _orphans(mark, case)
-    done = {**before, **finished(folder, "*/*")}
+def _throw(rng: random.Random, folder: Path, counts: Counts) -> Found:
+    workers = rng.choice((1, 2))
+    hit = Disturbed(
+        rng, lambda: _start(folder, workers), lambda: bool(list(folder.glob("*/study.db"))),
+        lambda: finished(folder, "*/*"), counts,
+    )  # fmt: skip
+    for way, problem in hit.run():
+        yield way, f"{workers} workers, {problem}"
+    case, done = f"{workers} workers, {hit.case}", hit.done
     code, told = _here(folder)
     if code != 0:
         yield "lost", f"{case}: the next call ended with {code}: {told[-500:]}"
@@ -110,7 +90,9 @@ def _whole(folder: Path, case: str) -> Found:
     if len(ended) != TRIALS or set(states) - {"COMPLETE", "FAIL"}:
         yield "lost", f"{case}: trials are {states}"
     for trial in ended:
-        place = database.parent / f"trial-{original(trial):04d}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            place = database.parent / f"trial-{original(trial):04d}"
         config = compose_training([*TRAINING, *trial.user_attrs["words"], f"output={folder}"])
         alone = folder / "alone" / place.name
         row = run_training(config, alone)
@@ -132,7 +114,7 @@ def _here(folder: Path) -> tuple[int, str]:
     """The same search by a call in this process; its exit code and what it said."""
     said, threads = io.StringIO(), torch.get_num_threads()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             return main(["search", *WORDS, f"output={folder}"]), said.getvalue()
     finally:
         torch.set_num_threads(threads)
