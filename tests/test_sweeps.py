@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -376,9 +377,13 @@ def test_status_shows_runs_without_a_plan_and_refuses_what_holds_none(tmp_path: 
     for runs, said in ((str(tmp_path / "no"), "must name folders"), ([], "must be a folder"), (3, "must be a folder")):
         with pytest.raises(ValueError, match=said):
             status(StatusConfig(runs), Console(quiet=True))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="runs must hold sweeps"):
-        status(StatusConfig(str(tmp_path / "empty")), Console(quiet=True))
+    for name in ("empty", "foreign"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "foreign" / RESULT).write_text('{"score": 3}')
+    (tmp_path / "foreign" / PLAN).write_text(NOWHERE)
+    for name in ("empty", "foreign"):
+        with pytest.raises(ValueError, match="runs must hold sweeps"):
+            status(StatusConfig(str(tmp_path / name)), Console(quiet=True))
 
 
 def test_watching_ends_when_nothing_is_left_to_do(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +398,12 @@ def test_watching_ends_when_nothing_is_left_to_do(plan: Path, monkeypatch: pytes
     assert job.count() == {"done": 5, "failed": 1}
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"command": 3}', '{"command": "", "where": "", "cells": [{}]}'])
+NOWHERE = '{"command": "", "where": "", "cells": [{"name": "a", "kind": "training", "place": "a\\u0000"}]}'
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"command": 3}', '{"command": "", "where": "", "cells": [{}]}', NOWHERE]
+)
 def test_a_damaged_plan_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / PLAN).write_text(content)
     with pytest.raises(Damaged, match=r"plan\.json"):
@@ -404,6 +414,28 @@ def test_the_command_that_goes_on_can_be_typed_anywhere() -> None:
     assert Plan("zoo train", os.getcwd(), []).again("retry=failed") == "zoo train retry=failed"
     assert Plan("zoo train retry=failed", "/x", []).again("retry=failed") == "cd /x && zoo train retry=failed"
     assert Plan("", "/x", []).again() == ""
+
+
+TRACKED = """
+import os, signal, sys
+from joblib import Parallel, delayed
+from joblib.externals.loky.backend.resource_tracker import _resource_tracker
+from attention_zoo.commands import launchers
+
+if "calm" in sys.argv:
+    launchers.start(type("JoblibLauncher", (), {})())
+assert Parallel(n_jobs=2)(delayed(abs)(each) for each in (-1, 2)) == [1, 2]
+os.kill(_resource_tracker._pid, signal.SIGKILL)
+assert Parallel(n_jobs=2)(delayed(abs)(each) for each in (3, -4)) == [3, 4]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["", "calm"])
+def test_a_killed_tracker_of_joblib_is_no_traceback(word: str) -> None:
+    done = subprocess.run([sys.executable, "-c", TRACKED, word], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert ("Traceback" in done.stderr) == (not word), done.stderr
 
 
 def test_a_launcher_of_ray_names_its_extra() -> None:

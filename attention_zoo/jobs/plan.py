@@ -36,7 +36,7 @@ class Planned:
 
     name: str
     kind: Literal["training", "cell"]
-    place: str
+    place: Annotated[str, Field(pattern=r"^[^\x00]+$")]
     id: str | None = None
     steps: Annotated[int, Field(ge=1)] | None = None
     tokens: Annotated[int, Field(ge=1)] | None = None
