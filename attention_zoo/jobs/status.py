@@ -200,4 +200,4 @@ def _table(job: Job, everything: bool) -> Table:
 def _note(state: State) -> str:
     if state.row is None:
         return state.who
-    return measuring.outcome(state.row) if state.planned.kind == "cell" else outcome(state.row)
+    return outcome(state.row) if state.planned.kind == "training" else measuring.outcome(state.row)
