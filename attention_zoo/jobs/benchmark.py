@@ -72,7 +72,7 @@ def ahead(config: BenchmarkConfig) -> str:
     """
     job = _Job(config, Console(quiet=True))
     if config.peers:
-        return in_words([f"{len(job.matches)} matches"], [None])
+        return in_words([f"{len(job.matches)} matches"], [None]) + f"; {job.folder}"
     how = config.how()
     with Nursery() as nursery:
         said, seconds = cells_ahead(
