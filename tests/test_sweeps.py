@@ -16,11 +16,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from attention_zoo import stopping
+from attention_zoo.commands import work
 from attention_zoo.commands.job import Job
 from attention_zoo.commands.main import main
 from attention_zoo.commands.refusals import of_hydra
@@ -414,6 +417,25 @@ def test_the_command_that_goes_on_can_be_typed_anywhere() -> None:
     assert Plan("zoo train", os.getcwd(), []).again("retry=failed") == "zoo train retry=failed"
     assert Plan("zoo train retry=failed", "/x", []).again("retry=failed") == "cd /x && zoo train retry=failed"
     assert Plan("", "/x", []).again() == ""
+
+
+@pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
+def test_jobs_of_a_sweep_that_share_a_folder_take_turns(mode: RunMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[Any] = [Busy("process 3 works in x"), Busy("process 3 works in x"), "done"]
+
+    def job() -> Any:
+        end = ends.pop(0)
+        if isinstance(end, Busy):
+            raise end
+        return end
+
+    monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: SimpleNamespace(mode=mode)))
+    monkeypatch.setattr(work, "WAIT_S", 0.0)
+    if mode == RunMode.MULTIRUN:
+        assert work._in_turn(job) == "done"
+    else:
+        with pytest.raises(Busy, match="process 3 works in x"):
+            work._in_turn(job)
 
 
 TRACKED = """
