@@ -30,6 +30,9 @@ SMALL, LARGE = 1, 20
 HURTS = (signal.SIGKILL, signal.SIGSTOP)
 """What is done to W&B's processes; its server does the rest."""
 
+OURS = ("wandb_process", "wandb-core")
+"""In how W&B's processes are called."""
+
 Found = Iterator[tuple[str, str]]
 
 
@@ -60,7 +63,7 @@ def _throw(rng: random.Random, folder: Path, expected: dict[str, Any]) -> Found:
             server.fault = fault
         else:
             for each in _left(mark):
-                if "wandb" in command_of(each):
+                if any(name in command_of(each) for name in OURS):
                     _send(each, hurt)
         try:
             said = job.communicate(timeout=PATIENCE_S)[0]
