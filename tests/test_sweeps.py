@@ -246,6 +246,18 @@ def _sent(number: signal.Signals) -> None:
     time.sleep(10)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "there"), [("'nturl2path', 'no_such_module'", True), ("", False)])
+def test_what_a_module_names_is_there_before_its_process_is_forked(
+    first: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = f"import sys\nFIRST = [{first}]\ndef look():\n    return {{'there': 'nturl2path' in sys.modules}}\n"
+    (tmp_path / "early.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with Nursery() as nursery:
+        assert nursery.call("early:look", {}, timeout_s=60.0) == {"there": there}
+
+
 def test_children_never_hear_of_ctrl_c_and_this_process_does() -> None:
     over = threading.Event()
     threading.Thread(target=over.wait, daemon=True).start()

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # also where this file is ru
 
 from faults import Counts
 
-TITLE = "trainings of all mechanisms killed (SIGKILL) or asked to stop (SIGTERM, SIGHUP, SIGUSR1, Ctrl-C) at random"
+TITLE = "trainings killed (SIGKILL) or asked to stop (SIGTERM, SIGHUP, SIGUSR1, Ctrl-C) at random moments"
 SMALL, LARGE = 6, 250
 LIMIT_SECONDS = 120.0
 SIGNALS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT")
