@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from faults.reports import peer
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
@@ -31,12 +32,14 @@ from attention_zoo.commands.sweeps import Sweep, at_a_time, told_apart
 from attention_zoo.commands.work import Outcome
 from attention_zoo.files import Damaged, write_json
 from attention_zoo.jobs.alone import train_alone
+from attention_zoo.jobs.benchmark import _planned_matches
 from attention_zoo.jobs.cell import Cell
 from attention_zoo.jobs.needs import Need, needs, summary
 from attention_zoo.jobs.plan import PLAN, Plan, Planned, read_plan, write_plan
 from attention_zoo.jobs.states import remaining_s, states
 from attention_zoo.jobs.status import StatusConfig, status
 from attention_zoo.locks import CLAIMS, Busy, owner, owning
+from attention_zoo.measure.config import BenchmarkConfig
 from attention_zoo.measure.ends import Ended
 from attention_zoo.measure.nursery import Nursery
 from attention_zoo.training.config import check, compose_training
@@ -359,6 +362,18 @@ def plan(tmp_path: Path) -> Path:
     cells.append(Planned("stale", "training", str(tmp_path / "stale"), id="y"))
     write_plan(tmp_path / "sweep" / "x", "attention-zoo train -m seed=0,1 dry=true", cells, parallel=2)
     return tmp_path
+
+
+def test_matches_with_peers_are_cells_too(tmp_path: Path) -> None:
+    asked = BenchmarkConfig(backends=["longformer"], lengths=[16, 32], threads=1, peers=True, against=["sdpa"])
+    planned = _planned_matches(asked.matches(), tmp_path, asked.rounds)
+    assert [each.kind for each in planned] == ["match"] * 4, "two lengths, causal and two-sided"
+    assert planned[0].name.endswith("forward_backward against sdpa")
+    write_json(Path(planned[0].place), peer() | {"id": planned[0].id})
+    write_json(Path(planned[1].place), peer() | {"id": "of other code"})
+    write_plan(tmp_path, "attention-zoo benchmark peers=true", planned)
+    (job,) = status(StatusConfig(str(tmp_path)), Console(quiet=True))
+    assert job.count() == {"done": 1, "waiting": 3}
 
 
 def test_the_states_of_cells_are_read_from_their_folders(plan: Path) -> None:
