@@ -191,6 +191,22 @@ def test_a_trial_that_fails_is_told_and_the_others_go_on(
     assert [state for state, _, _ in drawn(tmp_path)].count("FAIL") == 2 * len(refused), "they were tried again"
 
 
+def test_what_a_full_disk_ended_is_taken_up_again(
+    inside: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, words = trials.run_trainings, ["search", *TINY, RATE, "trials=2", f"output={tmp_path}"]
+    full = {"status": "failed", "error": "checkpoint.pt: No space left on device", "final": False}
+    monkeypatch.setattr(trials, "run_trainings", lambda runs, folder, **given: [full])
+    assert main(words) == 1
+    before = drawn(tmp_path)
+    assert [state for state, _, _ in before] == ["FAIL", "FAIL"]
+    monkeypatch.setattr(trials, "run_trainings", run)
+    assert main(words) == 0
+    found = drawn(tmp_path)
+    assert [state for state, _, _ in found] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
+    assert [values for _, values, _ in found[2:]] == [values for _, values, _ in before]
+
+
 def test_nothing_that_ended_well_is_an_error(
     inside: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -15,11 +16,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from faults.reports import peer
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from attention_zoo import stopping
+from attention_zoo.commands import work
 from attention_zoo.commands.job import Job
 from attention_zoo.commands.main import main
 from attention_zoo.commands.refusals import of_hydra
@@ -27,12 +32,14 @@ from attention_zoo.commands.sweeps import Sweep, at_a_time, told_apart
 from attention_zoo.commands.work import Outcome
 from attention_zoo.files import Damaged, write_json
 from attention_zoo.jobs.alone import train_alone
+from attention_zoo.jobs.benchmark import _planned_matches
 from attention_zoo.jobs.cell import Cell
 from attention_zoo.jobs.needs import Need, needs, summary
 from attention_zoo.jobs.plan import PLAN, Plan, Planned, read_plan, write_plan
 from attention_zoo.jobs.states import remaining_s, states
 from attention_zoo.jobs.status import StatusConfig, status
 from attention_zoo.locks import CLAIMS, Busy, owner, owning
+from attention_zoo.measure.config import BenchmarkConfig
 from attention_zoo.measure.ends import Ended
 from attention_zoo.measure.nursery import Nursery
 from attention_zoo.training.config import check, compose_training
@@ -242,6 +249,18 @@ def _sent(number: signal.Signals) -> None:
     time.sleep(10)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "there"), [("'nturl2path', 'no_such_module'", True), ("", False)])
+def test_what_a_module_names_is_there_before_its_process_is_forked(
+    first: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = f"import sys\nFIRST = [{first}]\ndef look():\n    return {{'there': 'nturl2path' in sys.modules}}\n"
+    (tmp_path / "early.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with Nursery() as nursery:
+        assert nursery.call("early:look", {}, timeout_s=60.0) == {"there": there}
+
+
 def test_children_never_hear_of_ctrl_c_and_this_process_does() -> None:
     over = threading.Event()
     threading.Thread(target=over.wait, daemon=True).start()
@@ -345,6 +364,18 @@ def plan(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_matches_with_peers_are_cells_too(tmp_path: Path) -> None:
+    asked = BenchmarkConfig(backends=["longformer"], lengths=[16, 32], threads=1, peers=True, against=["sdpa"])
+    planned = _planned_matches(asked.matches(), tmp_path, asked.rounds)
+    assert [each.kind for each in planned] == ["match"] * 4, "two lengths, causal and two-sided"
+    assert planned[0].name.endswith("forward_backward against sdpa")
+    write_json(Path(planned[0].place), peer() | {"id": planned[0].id})
+    write_json(Path(planned[1].place), peer() | {"id": "of other code"})
+    write_plan(tmp_path, "attention-zoo benchmark peers=true", planned)
+    (job,) = status(StatusConfig(str(tmp_path)), Console(quiet=True))
+    assert job.count() == {"done": 1, "waiting": 3}
+
+
 def test_the_states_of_cells_are_read_from_their_folders(plan: Path) -> None:
     folder = plan / "sweep" / "x"
     with owning(plan / "going", names=CLAIMS):
@@ -376,9 +407,13 @@ def test_status_shows_runs_without_a_plan_and_refuses_what_holds_none(tmp_path: 
     for runs, said in ((str(tmp_path / "no"), "must name folders"), ([], "must be a folder"), (3, "must be a folder")):
         with pytest.raises(ValueError, match=said):
             status(StatusConfig(runs), Console(quiet=True))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="runs must hold sweeps"):
-        status(StatusConfig(str(tmp_path / "empty")), Console(quiet=True))
+    for name in ("empty", "foreign"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "foreign" / RESULT).write_text('{"score": 3}')
+    (tmp_path / "foreign" / PLAN).write_text(NOWHERE)
+    for name in ("empty", "foreign"):
+        with pytest.raises(ValueError, match="runs must hold sweeps"):
+            status(StatusConfig(str(tmp_path / name)), Console(quiet=True))
 
 
 def test_watching_ends_when_nothing_is_left_to_do(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +428,12 @@ def test_watching_ends_when_nothing_is_left_to_do(plan: Path, monkeypatch: pytes
     assert job.count() == {"done": 5, "failed": 1}
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"command": 3}', '{"command": "", "where": "", "cells": [{}]}'])
+NOWHERE = '{"command": "", "where": "", "cells": [{"name": "a", "kind": "training", "place": "a\\u0000"}]}'
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"command": 3}', '{"command": "", "where": "", "cells": [{}]}', NOWHERE]
+)
 def test_a_damaged_plan_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / PLAN).write_text(content)
     with pytest.raises(Damaged, match=r"plan\.json"):
@@ -404,6 +444,47 @@ def test_the_command_that_goes_on_can_be_typed_anywhere() -> None:
     assert Plan("zoo train", os.getcwd(), []).again("retry=failed") == "zoo train retry=failed"
     assert Plan("zoo train retry=failed", "/x", []).again("retry=failed") == "cd /x && zoo train retry=failed"
     assert Plan("", "/x", []).again() == ""
+
+
+@pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
+def test_jobs_of_a_sweep_that_share_a_folder_take_turns(mode: RunMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[Any] = [Busy("process 3 works in x"), Busy("process 3 works in x"), "done"]
+
+    def job() -> Any:
+        end = ends.pop(0)
+        if isinstance(end, Busy):
+            raise end
+        return end
+
+    monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: SimpleNamespace(mode=mode)))
+    monkeypatch.setattr(work, "WAIT_S", 0.0)
+    if mode == RunMode.MULTIRUN:
+        assert work._in_turn(job) == "done"
+    else:
+        with pytest.raises(Busy, match="process 3 works in x"):
+            work._in_turn(job)
+
+
+TRACKED = """
+import os, signal, sys
+from joblib import Parallel, delayed
+from joblib.externals.loky.backend.resource_tracker import _resource_tracker
+from attention_zoo.commands import launchers
+
+if "calm" in sys.argv:
+    launchers.start(type("JoblibLauncher", (), {})())
+assert Parallel(n_jobs=2)(delayed(abs)(each) for each in (-1, 2)) == [1, 2]
+os.kill(_resource_tracker._pid, signal.SIGKILL)
+assert Parallel(n_jobs=2)(delayed(abs)(each) for each in (3, -4)) == [3, 4]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["", "calm"])
+def test_a_killed_tracker_of_joblib_is_no_traceback(word: str) -> None:
+    done = subprocess.run([sys.executable, "-c", TRACKED, word], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert ("Traceback" in done.stderr) == (not word), done.stderr
 
 
 def test_a_launcher_of_ray_names_its_extra() -> None:

@@ -19,9 +19,10 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from attention_zoo import stopping
+from attention_zoo.commands import launchers
 from attention_zoo.commands.job import Control, Job, end_nursery, nursery
 from attention_zoo.commands.launch import FAILED, ending
 from attention_zoo.commands.work import COMMANDS, Outcome
@@ -31,9 +32,6 @@ Words = tuple[str, ...]
 """The overrides of one job."""
 TRIES = 3
 """How often a cell is begun whose process somebody ends, and a launcher that brings nothing back."""
-
-RAY_STORE_BYTES = 75 * 2**20
-"""The least that Ray takes, and what its launcher takes: a job and its outcome are small."""
 
 
 class Dry(Exception):
@@ -121,7 +119,7 @@ class Sweep:
         left = {self.names[words]: cell for words, cell in self.cells.items() if words not in self.outcomes}
         watch = Watch(left, len(jobs), self.folder, self.job.control.stop, lambda: asked())
         with stopping.graceful() as asked, watch, stopping.ctrl_c_here_alone():
-            _start(inner)
+            launchers.start(inner)
             self._rounds(inner, jobs, at_once, asked)
 
     def _rounds(self, inner: Launcher, jobs: Sequence[Words], at_once: int, asked: Callable[[], Any]) -> None:
@@ -198,19 +196,6 @@ class Sweeping(Launcher):
             finally:
                 end_nursery()
         return [_returned(words, self.sweep.outcomes[words]) for words in asked]
-
-
-def _start(inner: Launcher) -> None:
-    """Start Ray here before its launcher does: it takes SIGTERM for itself, in C++ even, and would abort this process
-    within three seconds, whatever is being saved."""
-    if type(inner).__name__ != "RayLauncher":
-        return
-    import ray
-
-    if not ray.is_initialized():
-        settings: Any = OmegaConf.to_container(inner.ray_cfg.init, resolve=True)  # type: ignore[attr-defined]
-        ray.init(**{"object_store_memory": RAY_STORE_BYTES, **settings})
-        stopping.install()
 
 
 def at_a_time(launcher: DictConfig, at_once: int) -> tuple[int, bool]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig
 
 from attention_zoo.commands.launch import FAILED, OK, REFUSED
 from attention_zoo.settings import settings
+
+T = TypeVar("T")
+WAIT_S = 1.0
+"""Between two looks at a folder that another job works in."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def _benchmark(composed: DictConfig) -> Outcome:
     if config.dry:
         print(ahead(config))
         return Outcome()
-    return _outcome(benchmark(config))
+    return _outcome(_in_turn(lambda: benchmark(config)))
 
 
 def _compare(composed: DictConfig) -> Outcome:
@@ -107,7 +112,23 @@ def _compare(composed: DictConfig) -> Outcome:
     if config.dry:
         print(ahead(config))
         return Outcome()
-    return _outcome(read_jsonl(compare(config).with_name("results.jsonl")))
+    return _outcome(read_jsonl(_in_turn(lambda: compare(config)).with_name("results.jsonl")))
+
+
+def _in_turn(work: Callable[[], T]) -> T:
+    """Jobs of a sweep that share a folder wait for one another; who is alone is told that somebody else works there."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from attention_zoo.locks import Busy
+
+    while True:
+        try:
+            return work()
+        except Busy:
+            if HydraConfig.get().mode != RunMode.MULTIRUN:
+                raise
+        time.sleep(WAIT_S)
 
 
 def _report(composed: DictConfig) -> Outcome:

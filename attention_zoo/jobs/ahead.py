@@ -125,5 +125,7 @@ def one_ahead(config: Mapping[str, Any], folder: Path) -> str:
 def in_words(parts: Sequence[str], seconds: Sequence[float | None], further: str = "") -> str:
     """One line."""
     known = [each for each in seconds if each is not None]
-    took = f"about {units.seconds(sum(known))}" if len(known) == len(seconds) else "how long is not known yet"
+    took = f"about {units.seconds(sum(known))}" if sum(known) else "nothing is left to do"
+    if len(known) < len(seconds):
+        took = "how long is not known yet"
     return f"{' and '.join(parts)}: {took}{', ' if further else ''}{further}"

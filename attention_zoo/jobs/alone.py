@@ -23,6 +23,9 @@ from attention_zoo.measure.nursery import Nursery
 from attention_zoo.results.row import Row
 from attention_zoo.training.records import RESULT, lost_row
 from attention_zoo.training.run import run_training
+from attention_zoo.training.timing import FIRST
+
+__all__ = ["FIRST", "train", "train_alone"]
 
 
 def train_alone(

@@ -7,7 +7,8 @@ calls fill one page.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from rich.console import Console
 from attention_zoo.files import plain, write_atomic
 from attention_zoo.jobs.ahead import cells_ahead, in_words
 from attention_zoo.jobs.following import followed, send_cells, send_report
-from attention_zoo.jobs.plan import COMMAND, planned_cells, write_plan
+from attention_zoo.jobs.plan import COMMAND, Planned, planned_cells, write_plan
 from attention_zoo.locks import owning
 from attention_zoo.measure.budget import longest_trainable, parse_bytes
 from attention_zoo.measure.cell import SpeedCell
@@ -23,8 +24,9 @@ from attention_zoo.measure.cells import CellEvent, read_cells, run_cells
 from attention_zoo.measure.config import BenchmarkConfig
 from attention_zoo.measure.kept import clear_leftovers, keep_row, output_folder, read_rows
 from attention_zoo.measure.nursery import Nursery
-from attention_zoo.measure.peers.contest import run_contest
-from attention_zoo.measure.progress import CellProgress
+from attention_zoo.measure.peers.contest import row_id, run_contest
+from attention_zoo.measure.peers.matches import Match, heats
+from attention_zoo.measure.progress import CellProgress, named
 from attention_zoo.report import rivals, units
 from attention_zoo.report.build import build_report
 from attention_zoo.report.summary import write_csv
@@ -70,13 +72,24 @@ def ahead(config: BenchmarkConfig) -> str:
     """
     job = _Job(config, Console(quiet=True))
     if config.peers:
-        return in_words([f"{len(job.matches)} matches"], [None])
+        return in_words([f"{len(job.matches)} matches"], [None]) + f"; {job.folder}"
     how = config.how()
     with Nursery() as nursery:
         said, seconds = cells_ahead(
             job.cells, job.folder, nursery, budget_s=how["budget_s"], retry=how["retry"], force=how["force"]
         )
     return in_words([said], [seconds]) + f"; {job.folder}"
+
+
+def _planned_matches(matches: Iterable[Match], folder: Path, rounds: int) -> list[Planned]:
+    """Matches with peers, shortest first, as `measure.peers.contest.run_contest` has them met."""
+    found = []
+    for heat in heats(matches):
+        for match, peer in [(each, peer) for each in heat for peer in each.rivals]:
+            name = row_id(match.cell, peer, rounds)
+            place = folder.absolute() / "peers" / f"{name}.json"
+            found.append(Planned(f"{named(match.cell)} against {peer}", "match", str(place), id=name))
+    return list(dict.fromkeys(found))
 
 
 class _Job:
@@ -158,6 +171,7 @@ class _Job:
             self.rows += rows
 
         config, how = self.config, self.config.how()
+        write_plan(self.folder, COMMAND.get(), _planned_matches(self.matches, self.folder, config.rounds))
         run_contest(
             self.matches, rounds=config.rounds, pythons=config.peer_python, say=self.say, on_rows=keep,
             timeout_s=how["timeout_s"], memory_limit_bytes=how["memory_limit_bytes"],

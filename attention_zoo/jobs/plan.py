@@ -26,7 +26,8 @@ class Planned:
 
     Fields:
         name: what tells it from the others.
-        kind: "training", whose place is a folder; or "cell" of a benchmark, whose place is a row's file.
+        kind: "training", whose place is a folder; or "cell" of a benchmark or "match" with a peer, whose place is a
+            row's file.
         place: relative to the folder of the plan.
         id: of the row that counts; None: whichever is there.
         steps: of a training.
@@ -35,8 +36,8 @@ class Planned:
     """
 
     name: str
-    kind: Literal["training", "cell"]
-    place: str
+    kind: Literal["training", "cell", "match"]
+    place: Annotated[str, Field(pattern=r"^[^\x00]+$")]
     id: str | None = None
     steps: Annotated[int, Field(ge=1)] | None = None
     tokens: Annotated[int, Field(ge=1)] | None = None

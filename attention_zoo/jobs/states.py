@@ -114,7 +114,7 @@ def _of_training(planned: Planned, folder: Path) -> State:
 
 
 def _of_cell(planned: Planned, path: Path) -> State:
-    row = _row(path, "speed", planned.id)
+    row = _row(path, "peer" if planned.kind == "match" else "speed", planned.id)
     if row is None:
         return State(planned, "waiting", 0.0)
     if row["status"] == "lost":

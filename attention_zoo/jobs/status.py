@@ -9,6 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,16 +20,17 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text as Line
 
-from attention_zoo.files import Damaged
+from attention_zoo.files import Damaged, read_json
 from attention_zoo.jobs.plan import PLAN, Plan, Planned, read_plan
 from attention_zoo.jobs.progress import outcome
 from attention_zoo.jobs.states import KINDS, State, remaining_s, states
 from attention_zoo.locks import CLAIMS, WRITES
 from attention_zoo.measure import progress as measuring
 from attention_zoo.report import units
+from attention_zoo.results.check import wrong_to_keep
 from attention_zoo.rules import shown
 from attention_zoo.schemas import store
-from attention_zoo.training.records import METRICS, RESULT
+from attention_zoo.training.records import CHECKPOINT, METRICS, MODEL, RESULT
 
 MOST = 20
 """Cells of one state that are listed one by one."""
@@ -137,7 +139,14 @@ def _named(folder: Path, *names: str) -> Iterator[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / RESULT).exists() or (folder / METRICS).exists()
+    """Whether a training has left this: many call a file result.json."""
+    if (folder / METRICS).exists():
+        return True
+    if any((folder / name).exists() for name in (CHECKPOINT, MODEL, WRITES.lock, CLAIMS.lock)):
+        return (folder / RESULT).exists()
+    with suppress(Damaged, FileNotFoundError):
+        return wrong_to_keep(read_json(folder / RESULT), "quality") is None
+    return False
 
 
 def page(jobs: Iterable[Job], *, everything: bool = False) -> Group:
@@ -191,4 +200,4 @@ def _table(job: Job, everything: bool) -> Table:
 def _note(state: State) -> str:
     if state.row is None:
         return state.who
-    return measuring.outcome(state.row) if state.planned.kind == "cell" else outcome(state.row)
+    return outcome(state.row) if state.planned.kind == "training" else measuring.outcome(state.row)

@@ -31,6 +31,9 @@ RETRIES = 10
 BUSY_S = 120
 """How long SQLite waits for another writer."""
 
+OUTSIDE = "outside"
+"""Of a failed trial: whether it was no fault of its own, such as a full disk. The next call takes it up again."""
+
 Turn = Literal["done", "elsewhere", "over"]
 
 
@@ -68,10 +71,9 @@ class Study:
                 )
                 direction: Literal["maximize", "minimize"] = "maximize" if better == "higher" else "minimize"
                 optuna.create_study(storage=self.storage, study_name=name, direction=direction, load_if_exists=True)
-                if options.retry == "failed":
-                    for trial in self.standing():
-                        if trial.state == TrialState.FAIL:
-                            self.retry(self._study(0), trial)
+                for trial in self.standing():
+                    if trial.state == TrialState.FAIL and (options.retry or trial.user_attrs.get(OUTSIDE)):
+                        self.retry(self._study(0), trial)
         except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError) as error:
             said = " ".join(str(error).split())[:300]
             raise ValueError(f"storage must be the URL of a database that can be written, got {url}: {said}") from None

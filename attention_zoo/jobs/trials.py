@@ -26,7 +26,7 @@ from attention_zoo.files import Damaged, read_jsonl, safe_name
 from attention_zoo.jobs.plan import COMMAND, Planned, write_plan
 from attention_zoo.jobs.search import SearchOptions
 from attention_zoo.jobs.space import Dimension, check_space, dimensions
-from attention_zoo.jobs.study import Failed, Study, original
+from attention_zoo.jobs.study import OUTSIDE, Failed, Study, original
 from attention_zoo.jobs.trainings import Run, RunEvent, data_of, identity_of, run_trainings, task_name
 from attention_zoo.locks import owning
 from attention_zoo.measure.ends import Ended
@@ -167,6 +167,7 @@ class Search:
         if row["status"] == "lost":
             self.study.again(trial)
         if row["status"] != "ok":
+            trial.set_user_attr(OUTSIDE, not row.get("final", True))
             raise self._failed(trial, config, place, Ended(row["status"], str(row["error"])), label, written=True)
         value = float(row["quality_curve"][-1][1])
         _say(f"{label}: {self.metric} {value:.4f}")

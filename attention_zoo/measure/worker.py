@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -34,12 +35,20 @@ def serve(link: Link) -> None:
     link.say({"ready": True})
     while (asked := link.hear()) is not None:
         answer, log = link.take_files()
+        _import(asked["function"].partition(":")[0])
         work = partial(_answer, asked["function"], asked["given"], answer)
         child = fork(work, log=log, seconds=asked["seconds"], close=[link.fileno()])
         os.close(answer)
         os.close(log)
         link.say({"pid": child})
         link.say({"exit": end_of(child)})
+
+
+def _import(module: str) -> None:
+    """A module and what it names; what cannot be imported is its child's to tell."""
+    with suppress(Exception):
+        for name in getattr(importlib.import_module(module), "FIRST", ()):
+            importlib.import_module(name)
 
 
 def _answer(function: str, given: dict[str, Any], answer: int) -> None:

@@ -17,6 +17,8 @@ from attention_zoo.training.config import check, options_of
 from attention_zoo.training.models import mechanism_of
 from attention_zoo.training.seed import contained, seed_all
 
+FIRST = ("torch._dynamo", "attention_zoo.training.optimizer")
+"""What making an optimizer imports: a second of each training's time, unless the process that forks it has it."""
 WARMUP = 1
 EVALUATION_S = 20.0
 CHECKPOINTS = 2

@@ -29,6 +29,21 @@ def counted(counts: Counts, *, share: float, seed: int) -> dict[str, Any]:
     return {"tries": counts.tries, **ways, "share": share, "seed": seed, "environment": kept}
 
 
+def together(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """Counts of two calls that differ in their seeds; those of other code do not count."""
+    if old is None or old["environment"] != new["environment"]:
+        return new
+    seeds = [*_all(old["seed"]), *_all(new["seed"])]
+    if len(set(seeds)) < len(seeds):
+        raise SystemExit(f"--seed must be one that is not counted yet, got {new['seed']} beside {old['seed']}")
+    added = {name: old[name] + new[name] for name in ("tries", *WAYS, "share")}
+    return {**new, **added, "share": round(added["share"], 6), "seed": seeds}
+
+
+def _all(seed: int | list[int]) -> list[int]:
+    return seed if isinstance(seed, list) else [seed]
+
+
 def table(found: dict[str, dict[str, Any]]) -> str:
     """As Markdown, in the order of `KINDS`."""
     lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
@@ -46,6 +61,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=sorted(KINDS), default=list(KINDS), help="kinds of faults")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
     parser.add_argument("--output", type=Path, help="JSON file of all counts, which is brought up to date")
+    parser.add_argument("--add", action="store_true", help="to the file's counts of the same code, by another seed")
     given = parser.parse_args()
     found: dict[str, Any] = read_json(given.output) if given.output and given.output.exists() else {}
     failed = False
@@ -57,7 +73,8 @@ def main() -> None:
         for way, case in counts.failures:
             failed = True
             print(f"  {way}: {case}", file=sys.stderr)
-        found[kind] = counted(counts, share=given.share, seed=given.seed)
+        new = counted(counts, share=given.share, seed=given.seed)
+        found[kind] = together(found.get(kind), new) if given.add else new
         if given.output:
             write_json(given.output, {name: found[name] for name in KINDS if name in found})
     print(table(found))

@@ -39,6 +39,8 @@ CONFIGS = (
     ("attention=transformer_xl", "attention.segment_length=5", "attention.memory_length=7"),
     ("trainer.accumulate=2", "trainer.eval_every=7", "trainer.checkpoint_every=3"),
 )  # fmt: skip
+TEXT = ("task.held_out", "task.evaluation_rows", "task.span")
+"""Fields of reading on that masked text does not have."""
 SAME = (
     "id", "status", "error", "steps", "curve", "quality_curve", "metrics", "evaluations", "loss_by_position", "stopped",
     "carries_state", "data", "parameters", "model_sha256",
@@ -103,6 +105,7 @@ class Forge:
 
 def run(count: int, seed: int) -> Counts:
     """Send `count` signals."""
+    from attention_zoo import registry
     from attention_zoo.training.config import compose_training
 
     found = Counts()
@@ -113,9 +116,15 @@ def run(count: int, seed: int) -> Counts:
         for index in range(6):
             (text / f"{index}.txt").write_bytes(bytes(rng.choice(b"abcdefgh \n") for _ in range(70 + 20 * index)))
         whole: dict[tuple[str, ...], tuple[Any, float]] = {}
+        names, number = [*registry.available(), *registry.wrappers()], 0
+        rng.shuffle(names)
         while found.tries < count:
-            chosen = rng.choice(CONFIGS)
-            config = compose_training([*TINY, f"task.path={text}", *chosen])
+            chosen = rng.choice(CONFIGS) if number % 3 == 2 else _of_mechanism(names[number % len(names)], rng)
+            number += 1
+            given = {word.partition("=")[0] for word in chosen}
+            words = [word for word in TINY if "task=mlm" not in chosen or not word.startswith(TEXT)]
+            own = [word for word in words if word.partition("=")[0] not in given]
+            config = compose_training([*own, f"task.path={text}", *chosen])
             if chosen not in whole:
                 folder = Path(place) / f"whole-{len(whole)}"
                 code, took = forge.train(config, folder)
@@ -129,6 +138,21 @@ def run(count: int, seed: int) -> Counts:
             for way, problem in _throw(forge, config, folder, kills, expected):
                 found.failed(way, f"{case}: {problem}")
     return found
+
+
+def _of_mechanism(name: str, rng: random.Random) -> tuple[str, ...]:
+    """A mechanism with options of a few tokens, and whatever else has a part in where a run stands."""
+    from attention_zoo.jobs.space import word_of
+    from attention_zoo.registry import recipe
+
+    kind = recipe(name)[0]
+    tiny = (f"attention.{key}={word_of(value)}" for key, value in kind.tiny.items())
+    task = ("task=mlm", "seq_len=20", "task.evaluation_rows=2") if kind.declared.causality == "none" else ()
+    drawn = {
+        "model.output_dropout": (0.0, 0.2), "trainer.accumulate": (1, 2), "trainer.ahead": (0, 0, 2),
+        "trainer.carry_state": ("true", "true", "false"), "trainer.checkpoint_every": (1, 3, 7),
+    }  # fmt: skip
+    return (f"attention={name}", *tiny, *task, *(f"{key}={rng.choice(values)}" for key, values in drawn.items()))
 
 
 def _throw(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from . import Counts, cells, disk, fuzz, kills, odd, reports, scores, sweeps, torn, wandb_server
+from . import Counts, cells, disk, followed, fuzz, kills, odd, reports, scores, searches, sweeps, torn, wandb_server
 
 
 class Kind(Protocol):
@@ -28,6 +28,8 @@ KINDS: dict[str, Kind] = {
     "kills": kills,
     "cells": cells,
     "sweeps": sweeps,
+    "searches": searches,
+    "followed": followed,
     "torn": torn,
     "disk": disk,
     "odd": odd,

@@ -10,11 +10,9 @@ import contextlib
 import io
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,15 +23,13 @@ from attention_zoo.commands.main import main
 from attention_zoo.files import Damaged, read_json
 
 from . import Counts
-from .cells import ROOT, _left, _marked, _orphans, _send
+from .cells import ROOT
 from .kills import left_by
+from .signals import Disturbed
 
 TITLE = "sweeps in this process, joblib and submitit, with one parent or two: processes killed or asked to stop"
-SMALL, LARGE = 1, 40
-ENDS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-CODES = {signal.SIGKILL: -9, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
+SMALL, LARGE = 1, 80
 LAUNCHERS = {"basic": (), "joblib": (), "submitit_local": ("hydra.sweeper.max_batch_size=2",)}
-PATIENCE_S = 240.0
 CELLS = 3
 WORDS = (
     "task=mqar", "device=cpu", "threads=1", "steps=60", "batch=4", "seq_len=16", "model.dim=16", "tracker=none",
@@ -45,58 +41,34 @@ Found = Iterator[tuple[str, str]]
 
 
 def run(count: int, seed: int) -> Counts:
-    """Disturb `count` sweeps."""
+    """Disturb sweeps by at least `count` signals."""
     found = Counts()
     with tempfile.TemporaryDirectory() as place:
-        whole = Path(place) / "whole"
-        code, told = _here(whole)
-        assert code == 0, told
-        expected = _results(whole)
-        for number in range(count):
-            case = f"sweeps {seed}:{number}"
-            found.tries += 1
-            for way, problem in _throw(random.Random(case), Path(place) / str(number), expected):
+        expected = undisturbed(Path(place) / "whole")
+        number = 0
+        while found.tries < count:
+            case, number = f"sweeps {seed}:{number}", number + 1
+            for way, problem in _throw(random.Random(case), Path(place) / str(number), expected, found):
                 found.failed(way, f"{case}: {problem}")
     return found
 
 
-def _throw(rng: random.Random, folder: Path, expected: dict[str, Any]) -> Found:
-    launcher, parents, by = rng.choice(list(LAUNCHERS)), rng.choice((1, 2)), rng.choice(ENDS)
-    case = f"{parents} parents, {launcher}, {by.name}"
-    with _marked() as mark:
-        jobs = [_start(folder, launcher) for _ in range(parents)]
-        until = time.monotonic() + PATIENCE_S
-        while not list(folder.glob("*/.claim")) and time.monotonic() < until and jobs[0].poll() is None:
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0, 6))
-        whom = [jobs[0].pid]
-        if rng.random() < 0.5:  # a terminal's Ctrl-C comes to all, and so does what a scheduler says
-            whom = [rng.choice([*_left(mark), jobs[0].pid])] if by == signal.SIGKILL else _left(mark)
-        case += f" to {'a parent' if whom == [jobs[0].pid] else f'{len(whom)} processes'}"
-        before = _finished(folder)
-        for each in whom:
-            _send(each, by)
-        for job in jobs:
-            try:
-                said = job.communicate(timeout=PATIENCE_S)[0]
-            except subprocess.TimeoutExpired:
-                yield "hung", f"{case}: a parent does not end"
-                continue
-            if "Traceback" in said:
-                yield "raw", f"{case}: {said[-500:]}"
-            # who was not ended itself goes on without the dead; its last cells may have been the dead's to the end
-            wanted = (CODES[by], -by, 0) if job.pid in whom else (0,)
-            if job.returncode not in wanted:
-                yield "lost", f"{case}: a parent ended with {job.returncode}: {said[-500:]}"
-        yield from _orphans(mark, case)
-    done = {**before, **_finished(folder)}
+def _throw(rng: random.Random, folder: Path, expected: dict[str, Any], counts: Counts) -> Found:
+    launcher = rng.choice(list(LAUNCHERS))
+    hit = Disturbed(
+        rng, lambda: _start(folder, launcher), lambda: bool(list(folder.glob("*/.claim"))), lambda: finished(folder),
+        counts,
+    )  # fmt: skip
+    for way, problem in hit.run():
+        yield way, f"{launcher}, {problem}"
+    case, done = f"{launcher}, {hit.case}", hit.done
     code, told = _here(folder)
     if code != 0:
         yield "lost", f"{case}: the next call ended with {code}: {told[-500:]}"
         return
-    if again := [name for name, when in done.items() if _finished(folder).get(name) != when]:
+    if again := [name for name, when in done.items() if finished(folder).get(name) != when]:
         yield "wrong", f"{case}: done again: {again}"
-    for name, result in _results(folder).items():
+    for name, result in results(folder).items():
         if result != expected[name]:
             yield "wrong", f"{case}: {name} differs"
 
@@ -120,16 +92,23 @@ def _here(folder: Path) -> tuple[int, str]:
         torch.set_num_threads(threads)
 
 
-def _finished(folder: Path) -> dict[str, int]:
+def finished(folder: Path, cells: str = "*") -> dict[str, int]:
     """When each cell was finished that is."""
     found = {}
-    for path in folder.glob("*/result.json"):
+    for path in folder.glob(f"{cells}/result.json"):
         with contextlib.suppress(Damaged, FileNotFoundError):
             if read_json(path)["status"] == "ok":
                 found[path.parent.name] = path.stat().st_mtime_ns
     return found
 
 
-def _results(folder: Path) -> dict[str, Any]:
+def undisturbed(folder: Path) -> dict[str, Any]:
+    """What a sweep leaves that nobody disturbs."""
+    code, told = _here(folder)
+    assert code == 0, told
+    return results(folder)
+
+
+def results(folder: Path) -> dict[str, Any]:
     """What all cells have left, but for times."""
     return {path.parent.name: left_by(path.parent) for path in sorted(folder.glob("*/result.json"))}

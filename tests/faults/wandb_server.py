@@ -278,7 +278,7 @@ def _processes(parent: int) -> list[int]:
     while time.monotonic() < deadline:
         outer = _children(parent)
         inner = [pid for each in outer for pid in _children(each)]
-        if any("wandb-core" in _command(pid) for pid in inner):
+        if any("wandb-core" in command_of(pid) for pid in inner):
             return [*outer, *inner]
         time.sleep(0.05)
     raise AssertionError("no process of W&B was seen")
@@ -291,7 +291,8 @@ def _children(parent: int) -> list[int]:
     return []
 
 
-def _command(pid: int) -> str:
+def command_of(pid: int) -> str:
+    """How a process was called; empty where it is gone."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:

@@ -84,6 +84,16 @@ def run_contest(
     return rows
 
 
+def config_of(cell: SpeedCell, peer: str, rounds: int) -> dict[str, Any]:
+    """What one of ours and one peer are measured at."""
+    return {**asdict(cell), "against": peer, "rounds": rounds}
+
+
+def row_id(cell: SpeedCell, peer: str, rounds: int) -> str:
+    """Of the row that they give."""
+    return identity(config_of(cell, peer, rounds), device=device_name(cell.device), threads=cell.threads)
+
+
 class _Heat:
     def __init__(
         self, heat: list[Match], stable: Stable, rounds: int, timeout_s: float, agreements: dict[str, Any], say: Say
@@ -189,11 +199,11 @@ class _Heat:
         cell, adapter = ours.cell, PEERS[theirs.peer]
         lost = ours.lost or theirs.lost
         ratios = self.ratios[ours.key, theirs.key]
-        config = {**asdict(cell), "against": theirs.peer, "rounds": self.rounds}
+        config = config_of(cell, theirs.peer, self.rounds)
         mine, other = _figures(ours), _figures(theirs)
         return {
             "kind": "peer",
-            "id": identity(config, device=device_name(cell.device), threads=cell.threads),
+            "id": row_id(cell, theirs.peer, self.rounds),
             "backend": cell.backend,
             "against": theirs.peer,
             "title": adapter.title,
