@@ -197,18 +197,19 @@ class Reformer(HashedAttention):
     def _attended(
         self, x: Tensor, layout: Layout, state: Hashed | None = None, choices: Tensor | None = None
     ) -> Output:
-        L = x.shape[1]
-        qk, v = self.to_qk(x), self.to_v(x)
+        L, keys, ledger = x.shape[1], layout, None
         at_least(1, rounds=self.rounds)
-        if state is not None and choices is None and self._is_step(layout, state):
-            return self._step(qk, v, layout, state)
-        keys, ledger = layout, None
-        if state is not None:
-            held = state.columns
-            qk, v = torch.cat([held.held[0], qk], 1), torch.cat([held.held[1], v], 1)
-            ledger = self._behind(held.ledger, layout)
+        if state is None:
+            rows = take(x, layout)  # padding is not projected
+            flat_qk, flat_v = (to(rows).unflatten(-1, (self.heads, -1)) for to in (self.to_qk, self.to_v))
+        else:
+            qk, v = self.to_qk(x), self.to_v(x)
+            if choices is None and self._is_step(layout, state):
+                return self._step(qk, v, layout, state)
+            qk, v = (torch.cat(pair, 1) for pair in zip(state.columns.held, (qk, v)))
+            ledger = self._behind(state.columns.ledger, layout)
             keys = ledger.layout
-        flat_qk, flat_v = (take(y, keys).unflatten(-1, (self.heads, -1)) for y in (qk, v))
+            flat_qk, flat_v = (take(y, keys).unflatten(-1, (self.heads, -1)) for y in (qk, v))
         is_new = since(keys, L)
         documents = self._documents(keys)
         buckets = self._buckets(flat_qk.detach(), documents, is_new, layout, state, choices)
