@@ -210,8 +210,7 @@ class Reformer(HashedAttention):
             ledger = self._behind(state.columns.ledger, layout)
             keys = ledger.layout
             flat_qk, flat_v = (take(y, keys).unflatten(-1, (self.heads, -1)) for y in (qk, v))
-        is_new = since(keys, L)
-        documents = self._documents(keys)
+        is_new, documents = since(keys, L), self._documents(keys)
         buckets = self._buckets(flat_qk.detach(), documents, is_new, layout, state, choices)
         asked = None if state is None else tensor_of(is_new.nonzero()[0], x.device)
         out = self._attend(flat_qk, flat_v, buckets, documents, keys, asked)
