@@ -200,7 +200,7 @@ class Reformer(HashedAttention):
         L, keys, ledger = x.shape[1], layout, None
         at_least(1, rounds=self.rounds)
         if state is None:
-            rows = take(x, layout)  # padding is not projected
+            rows = x.flatten(0, 1) if layout.dense else take(x, layout)  # padding is not projected
             flat_qk, flat_v = (to(rows).unflatten(-1, (self.heads, -1)) for to in (self.to_qk, self.to_v))
         else:
             qk, v = self.to_qk(x), self.to_v(x)
