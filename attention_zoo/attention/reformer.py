@@ -198,7 +198,6 @@ class Reformer(HashedAttention):
         self, x: Tensor, layout: Layout, state: Hashed | None = None, choices: Tensor | None = None
     ) -> Output:
         L, keys, ledger = x.shape[1], layout, None
-        at_least(1, rounds=self.rounds)
         if state is None:
             rows = x.flatten(0, 1) if layout.dense else take(x, layout)  # padding is not projected
             flat_qk, flat_v = (to(rows).unflatten(-1, (self.heads, -1)) for to in (self.to_qk, self.to_v))
@@ -210,6 +209,7 @@ class Reformer(HashedAttention):
             ledger = self._behind(state.columns.ledger, layout)
             keys = ledger.layout
             flat_qk, flat_v = (take(y, keys).unflatten(-1, (self.heads, -1)) for y in (qk, v))
+        at_least(1, rounds=self.rounds)
         is_new, documents = since(keys, L), self._documents(keys)
         buckets = self._buckets(flat_qk.detach(), documents, is_new, layout, state, choices)
         asked = None if state is None else tensor_of(is_new.nonzero()[0], x.device)
@@ -241,7 +241,7 @@ class Reformer(HashedAttention):
 
     def _is_step(self, layout: Layout, state: Hashed) -> bool:
         """Whether this call is one more token for each row, whose windows can be found without sorting."""
-        plain = self.kernel == "auto" and self.wrap == "row" and not self.look_ahead
+        plain = self.kernel == "auto" and self.wrap == "row" and not self.look_ahead and self.rounds > 0
         ledger = state.columns.ledger
         if not plain or layout.valid.shape[1] != 1 or torch.is_grad_enabled() or not ledger.steady:
             return False
