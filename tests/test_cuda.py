@@ -26,8 +26,12 @@ pytestmark = [
 
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Relative to the norm: of outputs; gradients may have twice as much."""
-TRUTH = {"bigbird": "dense", "full": "dense", "longformer": "dense", "reformer": "dense", "transformer_xl": "gather"}
+TRUTH = {
+    "adaptive_span": "dense", "bigbird": "dense", "full": "dense", "longformer": "dense", "reformer": "dense",
+    "transformer_xl": "gather",
+}  # fmt: skip
 KERNELS = {
+    "adaptive_span": ("flex", "banded", "tiles"),
     "bigbird": ("triton", "blocks", "tiles"),
     "full": ("sdpa", "flex", "tiles"),
     "longformer": ("flex", "xformers", "banded", "tiles"),
@@ -35,12 +39,15 @@ KERNELS = {
     "transformer_xl": ("triton", "shift"),
 }
 OPTIONS = {
+    "adaptive_span": {"limit": 120, "ramp": 16, "start": 10.3},
     "bigbird": {"block": 64},
     "full": {},
     "longformer": {"window": 100},
     "reformer": {"chunk": 64, "rounds": 2, "resample": False},
     "transformer_xl": {"segment_length": 128, "memory_length": 100},
 }
+MADE_OF_TOKENS = {"h_transformer_1d": {"block": 16}, "memory_compressed": {"compression": 3}}
+"""Mechanisms without kernels of their own: FlexAttention runs them, and tiles in float64, which it does not take."""
 CASES = [(name, kernel) for name, kernels in KERNELS.items() for kernel in kernels]
 
 
@@ -54,7 +61,7 @@ def layouts(name: str, length: int) -> dict[str, zoo.Tokens | None]:
     valid = ragged(length, [length, 2 * length // 3], "left")
     document = (torch.arange(length) // (length // 2 + 1)).expand(2, -1)
     found = {"all valid": None, "padded left": zoo.Tokens.of(valid), "documents": zoo.Tokens.of(valid, None, document)}
-    if name not in ("reformer", "transformer_xl"):
+    if name not in ("adaptive_span", "reformer", "transformer_xl", *MADE_OF_TOKENS):
         flags = torch.zeros_like(valid)
         flags[:, length - 5] = True
         found["global tokens"] = zoo.Tokens.of(valid, flags)
@@ -112,7 +119,49 @@ def test_every_kernel_equals_the_definition(name: str, kernel: str, length: int,
         pytest.skip("; ".join(reasons))
 
 
-SIZES = [("bigbird", "block"), ("reformer", "chunk"), ("transformer_xl", "segment_length"), ("longformer", "window")]
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("length", [1, 129, 1009])
+@pytest.mark.parametrize("name", MADE_OF_TOKENS)
+def test_keys_made_of_tokens_equal_tiles_in_float64(name: str, length: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for causal in (True, False):
+        exact = zoo.build(name, dim=128, heads=2, causal=causal, **MADE_OF_TOKENS[name]).cuda().double()
+        for layout, tokens in layouts(name, length).items():
+            same(exact, dtype, length, tokens, f"{name} causal={causal} {layout}")
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("length", [20, 1009])
+def test_heads_that_reach_differently_far_equal_the_definition(length: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    options = {"limit": 400, "ramp": 16, "kernel": "dense"}
+    exact = zoo.build("adaptive_span", dim=256, heads=4, **options).cuda().double()
+    with torch.no_grad():
+        exact.span.copy_(torch.tensor([0.0011, 0.1003, 0.2512, 0.753]))  # gradients jump at whole tokens
+    for layout, tokens in layouts("adaptive_span", length).items():
+        same(exact, dtype, length, tokens, layout, kernel="flex")
+
+
+def same(exact, dtype, length: int, tokens, where: str, kernel: str | None = None) -> None:
+    """A layer in that dtype against itself in float64: outputs and gradients."""
+    fast = copy.deepcopy(exact).to(dtype)
+    exact.load_state_dict(fast.state_dict())
+    if kernel is not None:
+        fast.kernel = kernel
+    x = torch.randn(2, length, exact.dim, device=exact.to_q.weight.device).to(dtype)
+    want, wants, _ = run(exact, x.double().requires_grad_(), tokens)
+    got, gots, _ = run(fast, x.requires_grad_(), tokens)
+    assert got.isfinite().all(), where
+    assert error(got, want) <= TOLERANCE[dtype], f"{where}: output off by {error(got, want):.1e}"
+    for number, (a, b) in enumerate(zip(gots, wants)):
+        if a is not None and float(b.norm()) >= 1e-6:
+            assert error(a, b) <= 2 * TOLERANCE[dtype], f"{where}: gradient {number} off by {error(a, b):.1e}"
+
+
+SIZES = [
+    ("bigbird", "block"), ("reformer", "chunk"), ("transformer_xl", "segment_length"), ("longformer", "window"),
+    ("adaptive_span", "limit"), ("h_transformer_1d", "block"), ("memory_compressed", "compression"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("width", [32, 64, 128, 256])
@@ -121,11 +170,13 @@ SIZES = [("bigbird", "block"), ("reformer", "chunk"), ("transformer_xl", "segmen
 def test_every_size_that_is_taken_runs(name: str, option: str, size: int, width: int) -> None:
     """What `auto` takes starts on this card, in both directions, and equals the definition."""
     torch.manual_seed(0)
-    options = {**OPTIONS[name], option: size}
-    exact = zoo.build(name, dim=2 * width, heads=2, kernel=TRUTH[name], **options).cuda().double()
+    options = {**OPTIONS.get(name, {}), option: size}
+    truth = {"kernel": TRUTH[name]} if name in TRUTH else {}
+    exact = zoo.build(name, dim=2 * width, heads=2, **truth, **options).cuda().double()
     fast = copy.deepcopy(exact).bfloat16()
     exact.load_state_dict(fast.state_dict())
-    fast.kernel = "auto"
+    if truth:
+        fast.kernel = "auto"
     x = torch.randn(1, 5 * size + 3, 2 * width, device="cuda").bfloat16()
     want, wants, choices = run(exact, x.double().requires_grad_(), None)
     got, gots, _ = run(fast, x.requires_grad_(), None, choices)

@@ -15,7 +15,7 @@ import attention_zoo as zoo
 from attention_zoo.layout import kernel
 from attention_zoo.layout.pooled import pooled
 from attention_zoo.layout.reach import Anywhere, Band
-from attention_zoo.ops.pattern import flex, several_flex
+from attention_zoo.ops.pattern import flex, means, several_flex
 from attention_zoo.ops.pattern.flex_lists import BlockLists
 from attention_zoo.ops.pattern.key_set import Keys
 from attention_zoo.ops.pattern.several import attend_to_several
@@ -40,8 +40,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Each call that it ran."""
     found: list[object] = []
-    run = several_flex.run
-    monkeypatch.setattr(several_flex, "run", lambda *given: found.append(given) or run(*given))
+    run = several_flex.run_joined
+    monkeypatch.setattr(several_flex, "run_joined", lambda *given: found.append(given) or run(*given))
     return found
 
 
@@ -72,23 +72,37 @@ def test_equals_the_definition(runs: list[object], causal: bool) -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("name", ["h_transformer_1d", "memory_compressed"])
-def test_layers_equal_themselves_in_tiles(
-    monkeypatch: pytest.MonkeyPatch, runs: list[object], name: str, causal: bool
+@pytest.mark.parametrize(
+    ("name", "options", "levels_at_once"),
+    [
+        ("h_transformer_1d", {"block": 4}, 7),
+        ("h_transformer_1d", {"block": 2, "kv_heads": 1}, 2),
+        ("h_transformer_1d", {"block": 4}, 1),
+        ("memory_compressed", {}, 7),
+        ("hierarchical.segments", {"segment_length": 9}, 7),
+        ("memory_compressed", {"compression": 5, "kv_heads": 1}, 7),
+    ],
+)
+def test_layers_equal_themselves_in_tiles_in_float64(
+    monkeypatch: pytest.MonkeyPatch, runs: list[object], name: str, options: dict, levels_at_once: int, causal: bool
 ) -> None:
-    options = {"block": 4} if name == "h_transformer_1d" else {}
+    monkeypatch.setattr(means, "AT_ONCE", levels_at_once)
     layer = zoo.build(name, dim=32, heads=2, causal=causal, **options)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # null keys begin as zeros
+    layer.double()
+    monkeypatch.setattr(flex, "refuse", lambda q: None)  # uncompiled, it has float64
     for layout in layouts(75)[::3]:
-        x = torch.randn(B, 75, 32, requires_grad=True)
+        x = torch.randn(B, 75, 32, dtype=torch.float64, requires_grad=True)
         weight, found = torch.randn(B, 75, 32) * layout.valid[..., None], []
         for devices in (("cuda", "cpu"), ("cuda",)):
             monkeypatch.setattr(kernel, "TRITON_DEVICES", devices)
-            out = layer(x, zoo.Tokens(*layout)).hidden
-            grads = torch.autograd.grad((out * weight).sum(), [x, *layer.parameters()])
-            found.append((out * layout.valid[..., None], *grads))
+            out = layer(x, zoo.Tokens(*layout)).hidden * layout.valid[..., None]
+            found.append((out, *torch.autograd.grad((out * weight).sum(), [x, *layer.parameters()])))
         for a, b in zip(*found):
-            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    assert runs
+            torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    parts = 2 if name == "hierarchical.segments" and causal else 1  # all columns ask summaries, too
+    assert len(runs) == parts * len(layouts(75)[::3])
 
 
 def test_it_refuses_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from attention_zoo.ops.triton import card
 from attention_zoo.ops.triton.card import SPILLED, Card, Compiled
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("attention_zoo.ops.softmax.triton")  # they say where the device code is
+pytest.importorskip("attention_zoo.ops.relative.triton")
 
 H100, A100, CONSUMER = (
     Card(f"sm_{arch}", arch, shared) for arch, shared in ((90, 232_448), (80, 166_912), (89, 101_376))
@@ -81,6 +84,33 @@ def test_sizes_and_cards_that_were_not_compiled_are_judged_by_the_next() -> None
     assert card.refuse(["block_forward"], 64, 64, 2, Card("newer", 91, 232_448)) is None
     assert card.refuse(["block_forward"], 64, 64, 2, Card("older", 75, 65_536)) is None
     assert "too long to compile in float32" in str(card.refuse(["block_forward"], 128, 256, 4, H100))
+
+
+def test_rows_of_other_device_code_decide_nothing(monkeypatch) -> None:
+    newer = Card("newer", 91, 232_448)
+    _known(monkeypatch, [row._replace(source="older") if row.arch > 80 else row for row in card.table()])
+    # judged by what was compiled for sm_80, as where there are no rows of its own
+    assert card.stages_for("block_forward", 64, 64, 2, newer) == card.stages_for("block_forward", 64, 64, 2, A100)
+    assert card.refuse(["block_forward"], 64, 64, 2, newer) is None
+    _known(monkeypatch, [row._replace(source="older") for row in card.table()])
+    for name in ("block_forward", "block_backward_k", "relative_backward_q"):
+        assert card.stages_for(name, 64, 64, 2, newer) is None
+        assert "compiled.csv is stale" in str(card.refuse([name], 64, 64, 2, newer))
+    monkeypatch.undo()
+    _known(monkeypatch, card.table())
+
+
+def _known(monkeypatch, rows: Sequence[Compiled]) -> None:
+    """As if these were the table."""
+    card._needs.cache_clear()
+    card.stages_for.cache_clear()
+    monkeypatch.setattr(card, "table", lambda: tuple(rows))
+
+
+def test_every_row_is_of_the_device_code_at_hand() -> None:
+    """Else `python -m attention_zoo.ops.triton.ahead` is to be run."""
+    stale = {(row.arch, row.kernel) for row in card.table() if row.source != card._source(row.kernel)}
+    assert not stale
 
 
 def test_what_an_h100_takes_keeps_its_registers() -> None:

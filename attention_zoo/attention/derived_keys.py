@@ -64,6 +64,18 @@ class DerivedKeys(Attention):
         """What queries are told of what `keep` held; zeros at padding."""
         raise NotImplementedError
 
+    def alone(
+        self,
+        q: Float[Tensor, "B H L D"],
+        queries: Layout,
+        k: Float[Tensor, "B K S D"],
+        v: Float[Tensor, "B K S D"],
+        keys: Layout,
+        scale: float,
+    ) -> Float[Tensor, "B H L D"]:
+        """The same of a call's own keys and values, without a state."""
+        return self.answer(q, queries, self.keep(keys, k, v, None)[0], scale)
+
     # --- final: running it -------------------------------------------------------------------------------------------
 
     @property
@@ -90,10 +102,11 @@ class DerivedKeys(Attention):
         """See `Layer`. With a state, every call's output equals the last rows of the whole prefix."""
         x, layout = self.enter(x, tokens, state, source, choices)
         q, k, v = (self._heads(project(x)) for project in (self.to_q, self.to_k, self.to_v))
-        held, state = self.keep(layout, k, v, state)
-        out = self.answer(q, layout, held, self.scale)
-        if state is not None:
-            out = watch(out, held.tokens)
+        if state is None:
+            out = self.alone(q, layout, k, v, layout, self.scale)
+        else:
+            held, state = self.keep(layout, k, v, state)
+            out = watch(self.answer(q, layout, held, self.scale), held.tokens)
         return Output(self.to_out(out.transpose(1, 2).flatten(2)), state)
 
     def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Any) -> Any:
@@ -133,8 +146,8 @@ class DerivedKeys(Attention):
             raise ValueError(f"keys must have shape {(B, S)}, got {tuple(layout.valid.shape)}")
         if not q.numel():
             return zeros_for(q, (q, k, v, *self.parameters()))
-        held = self.keep(layout, k, v, None)[0]
-        return self.answer(q, layout.columns(slice(S - L, S)), held, self.scale if scale is None else scale)
+        queries = layout.columns(slice(S - L, S))
+        return self.alone(q, queries, k, v, layout, self.scale if scale is None else scale)
 
     def _heads(self, x: Float[Tensor, "B L KD"]) -> Float[Tensor, "B K L D"]:
         return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)

@@ -54,8 +54,11 @@ from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns
 from attention_zoo.layout.levels import levels
 from attention_zoo.layout.visible import Visible, between
+from attention_zoo.ops.pattern import several_flex
 from attention_zoo.ops.pattern.key_set import Keys
+from attention_zoo.ops.pattern.means import stages_of, with_means
 from attention_zoo.ops.pattern.several import attend_to_several
+from attention_zoo.ops.pattern.several_flex import Set
 from attention_zoo.options import LARGEST
 
 
@@ -134,6 +137,26 @@ class HTransformer1D(DerivedKeys):
             k, v = both.chunk(2, 1)
             sets.append(Keys(k, v, level.groups, weight=level.log_count, seen=seen))
         return attend_to_several(q, queries, sets, scale=scale, causal=self.causal)
+
+    def alone(
+        self,
+        q: Float[Tensor, "B H L D"],
+        queries: Layout,
+        k: Float[Tensor, "B K S D"],
+        v: Float[Tensor, "B K S D"],
+        keys: Layout,
+        scale: float,
+    ) -> Float[Tensor, "B H L D"]:
+        """See `DerivedKeys`: on CUDA with the groups of all levels in one operator."""
+        if several_flex.refuse_queries(q):
+            return super().alone(q, queries, k, v, keys, scale)
+        sets, above = [Set(k.shape[2], keys, None, self._near(queries, keys))], list(self._up(keys))
+        for number, level in above:
+            seen = self._far(queries, level.groups, number + 1)
+            sets.append(Set(level.groups.valid.shape[1], level.groups, level.log_count, seen))
+        columns = several_flex.columns_for([each.columns for each in sets])
+        k, v = with_means(k, v, stages_of(keys, [level for _, level in above], columns, k))
+        return several_flex.run_joined(q, queries, k, v, sets, scale)
 
     def _up(self, keys: Layout) -> Any:
         """(0, level 1), (1, level 2), ...: as many as there are pairs for."""

@@ -53,8 +53,13 @@ from attention_zoo.layout.host import Array, tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Ledger, behind, chosen
 from attention_zoo.layout.pooled import Pooled, pooled
+from attention_zoo.layout.reach import Anywhere
+from attention_zoo.layout.visible import visible
+from attention_zoo.ops.pattern import several_flex
 from attention_zoo.ops.pattern.key_set import Keys
 from attention_zoo.ops.pattern.several import attend_to_several
+from attention_zoo.ops.pattern.several_flex import Set
+from attention_zoo.ops.pattern.strided import convolved, strides_of
 
 
 class Compressed(NamedTuple):
@@ -167,6 +172,29 @@ class MemoryCompressed(DerivedKeys):
         nulls = [x.view(1, *shape[1:]).expand(shape).to(k.dtype) for x in (self.null_key, self.null_value)]
         sets = [Keys(nulls[0], nulls[1], None), Keys(k, v, self._ends(held.tokens))]
         return attend_to_several(q, queries, sets, scale=scale, causal=self.causal)
+
+    def alone(
+        self,
+        q: Float[Tensor, "B H L D"],
+        queries: Layout,
+        k: Float[Tensor, "B K S D"],
+        v: Float[Tensor, "B K S D"],
+        keys: Layout,
+        scale: float,
+    ) -> Float[Tensor, "B H L D"]:
+        """See `DerivedKeys`: on CUDA with the null key and the groups in one function."""
+        if several_flex.refuse_queries(q):
+            return super().alone(q, queries, k, v, keys, scale)
+        groups = pooled(keys, self.compression, partial=not self.causal)
+        ends = self._ends(groups.groups)
+        sizes = 1, ends.valid.shape[1]
+        seen = visible(queries, ends, reach=Anywhere(weights="uniform"), causal=self.causal)
+        sets = [Set(1, None, None, (None,)), Set(sizes[1], ends, None, seen)]
+        strides = strides_of(keys, groups, several_flex.columns_for(sizes), k)
+        assert self.compress.bias is not None
+        nulls = self.null_key, self.null_value
+        k, v = convolved(k, v, self.compress.weight, self.compress.bias, nulls, strides)
+        return several_flex.run_joined(q, queries, k, v, sets, scale)
 
     def _compressed(self, k: Tensor, v: Tensor, groups: Pooled) -> Columns:
         """Keys and values of groups, [B, K, G, D]."""

@@ -209,20 +209,20 @@ class Reformer(HashedAttention):
     def _attended(
         self, x: Tensor, layout: Layout, state: Hashed | None = None, choices: Tensor | None = None
     ) -> Output:
-        L = x.shape[1]
-        qk, v = self.to_qk(x), self.to_v(x)
-        at_least(1, rounds=self.rounds)
-        if state is not None and choices is None and self._is_step(layout, state):
-            return self._step(qk, v, layout, state)
-        keys, ledger = layout, None
-        if state is not None:
-            held = state.columns
-            qk, v = torch.cat([held.held[0], qk], 1), torch.cat([held.held[1], v], 1)
-            ledger = self._behind(held.ledger, layout)
+        L, keys, ledger = x.shape[1], layout, None
+        if state is None:
+            rows = x.flatten(0, 1) if layout.dense else take(x, layout)  # padding is not projected
+            flat_qk, flat_v = (to(rows).unflatten(-1, (self.heads, -1)) for to in (self.to_qk, self.to_v))
+        else:
+            qk, v = self.to_qk(x), self.to_v(x)
+            if choices is None and self._is_step(layout, state):
+                return self._step(qk, v, layout, state)
+            qk, v = (torch.cat(pair, 1) for pair in zip(state.columns.held, (qk, v)))
+            ledger = self._behind(state.columns.ledger, layout)
             keys = ledger.layout
-        flat_qk, flat_v = (take(y, keys).unflatten(-1, (self.heads, -1)) for y in (qk, v))
-        is_new = since(keys, L)
-        documents = self._documents(keys)
+            flat_qk, flat_v = (take(y, keys).unflatten(-1, (self.heads, -1)) for y in (qk, v))
+        at_least(1, rounds=self.rounds)
+        is_new, documents = since(keys, L), self._documents(keys)
         buckets = self._buckets(flat_qk.detach(), documents, is_new, layout, state, choices)
         asked = None if state is None else tensor_of(is_new.nonzero()[0], x.device)
         out = self._attend(flat_qk, flat_v, lambda: buckets, documents, keys, asked)
@@ -253,7 +253,7 @@ class Reformer(HashedAttention):
 
     def _is_step(self, layout: Layout, state: Hashed) -> bool:
         """Whether this call is one more token for each row, whose windows can be found without sorting."""
-        plain = self.kernel == "auto" and self.wrap == "row" and not self.look_ahead
+        plain = self.kernel == "auto" and self.wrap == "row" and not self.look_ahead and self.rounds > 0
         ledger = state.columns.ledger
         if not plain or layout.valid.shape[1] != 1 or torch.is_grad_enabled() or not ledger.steady:
             return False

@@ -27,6 +27,11 @@ from attention_zoo.contract import Attention, Output, Source, Tokens
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon
 from attention_zoo.layout.reach import Blocks
+from attention_zoo.layout.visible import Visible, between
+from attention_zoo.ops.pattern import several_flex
+from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.key_set import Keys
+from attention_zoo.ops.pattern.several import attend_to_several
 from attention_zoo.options import SegmentLength
 
 
@@ -94,6 +99,22 @@ class Segments(PatternAttention):
         # causal, each column sees itself and those before it
         within = sum(n * (n + 1) // 2 if self.causal else n * n for n in [size] * whole + [rest])
         return within + (self.among.pairs(length) if self.document else 0)
+
+    def _run(self, call: PatternCall, kernel: str) -> Float[Tensor, "B H L D"]:
+        """On CUDA by FlexAttention, which is launched once whatever the length: see `PatternAttention`."""
+        if kernel != "auto" or call.sink is not None or several_flex.refuse_queries(call.q):
+            return super()._run(call, kernel)
+        queries, keys = call.queries, call.keys
+
+        def find() -> tuple[Visible, Layout]:
+            at = queries.host.position
+            own = at // self.size * self.size
+            return (between(queries, keys, own, at + 1 if self.causal else own + self.size),), keys
+
+        # the plan keeps what the key's id is of
+        seen = queries.plan(("own segment", id(keys), self.size, self.causal), find)[0]
+        sets = [Keys(call.k, call.v, keys, seen=seen)]
+        return attend_to_several(call.q, queries, sets, scale=call.scale, causal=self.causal)
 
     @property
     def _horizon(self) -> Horizon:

@@ -28,6 +28,7 @@ class Pooled(NamedTuple):
             sees a group only once it is complete.
         members: [B, G, k], the columns of each group's tokens; any at padding.
         waiting: [B, L], tokens of the last group of a row's last document, where that is not complete yet.
+        columns: the same as `members` on the host; -1 where one is no token.
         missing: [B, G, k, 1], members that are no tokens, of groups that are not complete; None: there are none.
     """
 
@@ -35,6 +36,7 @@ class Pooled(NamedTuple):
     ends: Layout
     members: Int[Tensor, "B G k"]
     waiting: Bool[np.ndarray, "B L"]
+    columns: Int[np.ndarray, "B G k"]
     missing: Bool[Tensor, "B G k 1"] | None = None
 
     def take(self, x: Tensor) -> Tensor:
@@ -91,4 +93,4 @@ def _pooled(layout: Layout, size: int, partial: bool) -> Pooled:
     missing = None
     if partial and not bool((held.all(-1) | ~there).all()):
         missing = tensor_of(~held[..., None], device)
-    return Pooled(*places, tensor_of(members, device), waiting, missing)
+    return Pooled(*places, tensor_of(members, device), waiting, np.where(held, members, -1), missing)

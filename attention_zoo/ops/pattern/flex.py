@@ -39,6 +39,8 @@ from attention_zoo.tokens import Tokens
 
 BLOCK = 128
 """Rows and columns of a block: torch's kernels need no other."""
+FEWEST = 16
+"""Queries: they are filled up to a block, which costs less than the hundreds of launches that tiles take."""
 RECOMPILATIONS = 128
 """Different shapes and patterns in one process, at most: beyond, torch raises."""
 
@@ -261,7 +263,7 @@ def refuse(q: Tensor) -> str | None:
         return f"it has no kernel in {q.dtype}".replace("torch.", "")
     if q.shape[3] < 16:
         return f"heads must be 16 wide at least, not {q.shape[3]}"
-    return None if q.shape[2] >= BLOCK else f"fewer than {BLOCK} queries are no work for it"
+    return None if q.shape[2] >= FEWEST else f"fewer than {FEWEST} queries are no work for it"
 
 
 def _takes_queries(call: PatternCall) -> str | None:

@@ -27,6 +27,20 @@ RANGES = 2
 """Of one set, that a query may see."""
 
 
+class Set(NamedTuple):
+    """What is to be known of a set of keys, but for the vectors; see `Keys`.
+
+    Fields:
+        columns: how many keys.
+        seen: ranges of them for each query; None: all, for all.
+    """
+
+    columns: int
+    layout: Layout | None
+    weight: Float[Tensor, "B S"] | None
+    seen: Sequence[Seen | None]
+
+
 class Plan(NamedTuple):
     """What follows from the layouts; P sets, S columns of all of them and of fillers at the end.
 
@@ -35,7 +49,6 @@ class Plan(NamedTuple):
         low, high: columns that each query sees of each set, up to two ranges; of P none.
         lists: blocks to visit.
         weight: [B, S], added to the scores; None: nothing.
-        filler: zeros, to stand behind the keys of all sets and behind the values.
     """
 
     part: Int[Tensor, "B S"]
@@ -43,18 +56,27 @@ class Plan(NamedTuple):
     high: Int[Tensor, "r B P+1 L"]
     lists: Sides
     weight: Float[Tensor, "B S"] | None
-    filler: Float[Tensor, "B K n D"]
 
 
 def refuse(q: Tensor, sets: Sequence[Keys]) -> str | None:
     """Why it cannot run these, or None."""
-    if reason := triton_reason(q.device) or flex.refuse(q):
+    if reason := refuse_queries(q):
         return reason
     if any(len(each.seen or ()) > RANGES for each in sets):
         return f"it looks up {RANGES} ranges of a set"
     if any(each.weight is not None and each.weight.requires_grad for each in sets):
         return "weights learn, which it would sum in no fixed order"
     return None
+
+
+def refuse_queries(q: Tensor) -> str | None:
+    """Why it cannot run these queries, whatever the keys, or None."""
+    return triton_reason(q.device) or flex.refuse(q)
+
+
+def columns_for(sizes: Sequence[int]) -> int:
+    """How many columns sets of so many keys have together, with fillers behind them."""
+    return flex.bucket(sum(sizes))
 
 
 def run(
@@ -65,13 +87,32 @@ def run(
     scale: float,
 ) -> Float[Tensor, "B H L D"]:
     """As `attend_to_several`, of which `seen` are the ranges of each set; None: all of its columns."""
+    first = sets[0].k
+    known = [Set(each.k.shape[2], each.layout, each.weight, ranges) for each, ranges in zip(sets, seen)]
+    sizes = [each.columns for each in known]
+    B, K, _, D = first.shape
+    shape = B, K, columns_for(sizes) - sum(sizes), D
+    # zeros, kept so that they cost nothing where layers share a layout
+    filler = queries.plan(("filler", shape, first.dtype), lambda: first.new_zeros(()).expand(shape))
+    k, v = (torch.cat([*x, filler], 2) for x in ([each.k for each in sets], [each.v for each in sets]))
+    return run_joined(q, queries, k, v, known, scale)
+
+
+def run_joined(
+    q: Float[Tensor, "B H L D"],
+    queries: Layout,
+    k: Float[Tensor, "B K S D"],
+    v: Float[Tensor, "B K S D"],
+    sets: Sequence[Set],
+    scale: float,
+) -> Float[Tensor, "B H L D"]:
+    """The same, where keys and values of all sets stand behind each other already, filled up to `columns_for`."""
     L = q.shape[2]
-    sizes = tuple(each.k.shape[2] for each in sets)
-    kept = [x for each, ranges in zip(sets, seen) for x in (*ranges, each.weight)]
-    key = ("several", sizes, q.dtype, *map(id, kept))
+    kept = [x for each in sets for x in (*each.seen, each.layout, each.weight)]
+    key = ("several", tuple(each.columns for each in sets), q.dtype, *map(id, kept))
     # the plan keeps what the key's ids are of
-    plan: Plan = queries.plan(key, lambda: (_plan(q, queries, sets, seen), kept))[0]
-    part, low, high, lists, weight, filler = plan
+    plan: Plan = queries.plan(key, lambda: (_plan(q, queries, sets), kept))[0]
+    part, low, high, lists, weight = plan
 
     def shown(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         of = part[b, j]
@@ -81,37 +122,33 @@ def run(
     def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return value if weight is None else value + weight[b, j]
 
-    k, v = torch.cat([*(each.k for each in sets), filler], 2), torch.cat([*(each.v for each in sets), filler], 2)
     functions = shown, None if weight is None else score
     out, _ = flex.attend(flex.filled(q, flex.bucket(L)), k, v, lists, functions, scale)
     return out[:, :, :L]
 
 
-def _plan(q: Tensor, queries: Layout, sets: Sequence[Keys], seen: Sequence[Sequence[Seen | None]]) -> Plan:
+def _plan(q: Tensor, queries: Layout, sets: Sequence[Set]) -> Plan:
     (B, _, L, _), block, device = q.shape, flex.BLOCK, q.device
-    rows, starts = flex.bucket(L), np.cumsum([0, *(each.k.shape[2] for each in sets)])
-    columns = flex.bucket(int(starts[-1]))
+    sizes = [each.columns for each in sets]
+    rows, starts, columns = flex.bucket(L), np.cumsum([0, *sizes]), columns_for(sizes)
     low = np.zeros((RANGES, B, len(sets) + 1, rows), np.int32)
     high, part = np.zeros_like(low), np.full((B, columns), len(sets), np.int32)
     asks = queries.host.valid
-    for n, (each, ranges) in enumerate(zip(sets, seen)):
+    for n, each in enumerate(sets):
         some = slice(starts[n], starts[n + 1])
         part[:, some] = n if each.layout is None else np.where(each.layout.host.valid, n, len(sets))
-        for r, one in enumerate(ranges):
-            first, stop = (0, each.k.shape[2]) if one is None else (one.first, one.stop)
+        for r, one in enumerate(each.seen):
+            first, stop = (0, each.columns) if one is None else (one.first, one.stop)
             low[r, :, n, :L] = first + starts[n]
             high[r, :, n, :L] = np.where(asks, stop + starts[n], first + starts[n])
     weight = None
     if any(each.weight is not None for each in sets):
         exact = torch.promote_types(q.dtype, torch.float32)
-        weights = [q.new_zeros(B, each.k.shape[2]) if each.weight is None else each.weight for each in sets]
+        weights = [q.new_zeros(B, each.columns) if each.weight is None else each.weight for each in sets]
         weight = torch.cat([*(x.to(exact) for x in weights), q.new_zeros(B, columns - starts[-1], dtype=exact)], 1)
     padded = np.pad(asks, ((0, 0), (0, rows - L)))
     lists = _lists(low, high, padded, part < len(sets), block, device)
-    shape = list(sets[0].k.shape)
-    shape[2] = columns - int(starts[-1])
-    filler = sets[0].k.new_zeros(()).expand(shape)
-    return Plan(tensor_of(part, device), tensor_of(low, device), tensor_of(high, device), lists, weight, filler)
+    return Plan(tensor_of(part, device), tensor_of(low, device), tensor_of(high, device), lists, weight)
 
 
 def _lists(low: Array, high: Array, asks: Array, there: Array, block: int, device: torch.device) -> Sides:

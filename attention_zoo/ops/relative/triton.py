@@ -33,6 +33,7 @@ for them."""
 WIDEST_HEAD = 128
 OFFSETS = 2**31
 """What 32 bits can say of an offset."""
+card.SOURCES["relative"] = kernels
 
 
 def refuse(head_width: int, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -37,6 +37,7 @@ SMALLEST_COMPILED, WIDEST_BLOCK, WIDEST_HEAD = 64, 128, 256
 """Blocks and channels of ops/triton/compiled.csv: smaller ones are judged by the smallest, larger ones refused."""
 OFFSETS = 2**31
 """What 32 bits can say of an offset."""
+card.SOURCES["block"] = kernels
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ from triton.runtime.jit import JITFunction
 
 from attention_zoo.ops.relative import triton as relative
 from attention_zoo.ops.softmax import triton as blocks
-from attention_zoo.ops.triton.card import SPILLED, Compiled, read
+from attention_zoo.ops.triton.card import SPILLED, Compiled, digest, read
 
 CARDS = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Shared bytes that a program may ask for on the cards of each architecture (CUDA programming guide, table 30)."""
@@ -127,21 +125,6 @@ class Notes:
 
 
 _LAUNCH = JITFunction.run
-
-
-@cache
-def digest(kernel: JITFunction[Any]) -> str:
-    """Of the source of a kernel and of all device functions that it calls."""
-    found: dict[str, str] = {}
-    waiting = [kernel]
-    while waiting:
-        function = waiting.pop()
-        name = f"{function.__module__}.{function.__name__}"
-        if name not in found:
-            found[name] = function.src
-            names = function.fn.__code__.co_names
-            waiting += [x for x in map(function.fn.__globals__.get, names) if isinstance(x, JITFunction)]
-    return hashlib.sha256("".join(found[name] for name in sorted(found)).encode()).hexdigest()[:8]
 
 
 def _used(cubin: bytes) -> tuple[int, int]:

@@ -2,16 +2,22 @@
 
 A row of the table is one kernel, compiled for one architecture at one size, with one number of stages of its pipeline;
 `python -m attention_zoo.ops.triton.ahead` makes it. A size that is not in it is judged by the next larger one, an
-architecture that is not by the newest of those before it.
+architecture that is not by the newest of those before it. A row of other device code than that at hand (its digest
+differs) says nothing of this: it is left out, and where no other is there the kernel is refused, as stale.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
+import inspect
+import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import resources
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,7 +40,7 @@ class Compiled(NamedTuple):
         registers, stack: of a thread; bytes of stack are registers that did not fit.
         seconds: processor time of the compilation.
         triton: release that compiled it.
-        source: digest of the device code (`ahead.digest`): of another one, a row is compiled again.
+        source: digest of the device code (`digest`): of another one, a row is compiled again.
     """
 
     arch: int
@@ -77,6 +83,38 @@ def table() -> tuple[Compiled, ...]:
     """The rows that come with the package."""
     with (resources.files(__package__) / "compiled.csv").open() as lines:
         return tuple(read(lines))
+
+
+SOURCES: dict[str, ModuleType] = {}
+"""Where the device code of each family of kernels is, "block" and "relative": whoever launches them says so here."""
+
+
+@cache
+def digest(kernel: Any) -> str:
+    """Of the source of a kernel and of all device functions that it calls; interpreted ones are the same."""
+    from triton.runtime.jit import KernelInterface  # imported here: a table can be read without triton
+
+    found: dict[str, str] = {}
+    waiting = [kernel.fn]
+    while waiting:
+        function = waiting.pop()
+        name = f"{function.__module__}.{function.__name__}"
+        if name not in found:
+            source = textwrap.dedent(inspect.getsource(function))
+            start = re.search(r"^def\s+\w+\s*\(", source, re.MULTILINE)
+            assert start is not None
+            found[name] = source[start.start() :]  # without decorators
+            called = map(function.__globals__.get, function.__code__.co_names)
+            waiting += [x.fn for x in called if isinstance(x, KernelInterface)]
+    return hashlib.sha256("".join(found[name] for name in sorted(found)).encode()).hexdigest()[:8]
+
+
+@cache
+def _source(name: str) -> str:
+    """Digest of the code at hand of a kernel by its name in the table."""
+    family, _, function = name.partition("_")
+    # the passes for keys and for values alone are one function
+    return digest(getattr(SOURCES[family], re.sub("backward_[kv]$", "backward_kv", function)))
 
 
 class Card(NamedTuple):
@@ -127,6 +165,11 @@ def refuse(kernels: Sequence[str], block: int, width: int, itemsize: int, card: 
             continue
         need = _needs(kernel, block, width, itemsize, card.arch)
         size = f"blocks of {block} and heads of width {width}"
+        if not need and any(row.kernel == kernel and row.source != _source(kernel) for row in table()):
+            return (
+                f"what its {kernel} needs for {size} is known of older device code alone (compiled.csv is stale): "
+                "run python -m attention_zoo.ops.triton.ahead"
+            )
         if not need:
             return f"{size} take too long to compile in float32" if itemsize > 2 else f"it was not compiled for {size}"
         least = min(shared for shared, _ in need.values())
@@ -137,7 +180,8 @@ def refuse(kernels: Sequence[str], block: int, width: int, itemsize: int, card: 
 @cache
 def _needs(kernel: str, block: int, width: int, itemsize: int, arch: int) -> dict[int, tuple[int, int]]:
     """Shared bytes and stack for each number of stages: the most of any variant, at the next size that was compiled."""
-    rows = [row for row in table() if row.kernel == kernel and row.itemsize == itemsize]
+    of_this = (row for row in table() if row.kernel == kernel and row.source == _source(kernel))
+    rows = [row for row in of_this if row.itemsize == itemsize]
     held = sorted({row.arch for row in rows})
     judge = next((known for known in reversed(held) if known <= arch), held[0] if held else arch)
     larger = [row for row in rows if row.arch == judge and row.block >= block and row.width >= width]
