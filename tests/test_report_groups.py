@@ -58,7 +58,9 @@ def test_what_nearly_all_have_in_common_is_said_of_the_others_alone():
         names = ("bigbird", "full", "longformer", "reformer")
         rows = [trained(name, 0, model={"depth": depth}) for name, depth in zip(names, depths)]
         (task,) = learnt.tasks(rows)
-        assert "more than the mechanism (model.depth)" in " ".join(task.obstacles())
+        (full,) = (each for each in task.learnt if each.backend == "full")
+        unlike = [each.backend for each in task.learnt if each.group.shared != full.group.shared]
+        assert [each.backend for each in task.others if task.apart(each) == ["model.depth"]] == unlike
         return sorted(each.label for each in task.learnt)
 
     assert said(2, 2, 2, 4) == ["bigbird", "full", "longformer", "reformer (model.depth=4)"]

@@ -13,7 +13,7 @@ from report_rows import quality
 
 from attention_zoo.report import Findings, build_report, headline
 from attention_zoo.report.convergence import LEVEL, still_learning, surely_seen, within_reach
-from attention_zoo.report.extract import tables
+from attention_zoo.report.extract import latex, tables
 from attention_zoo.report.metrics import difference_words
 from attention_zoo.report.quality import tasks
 from attention_zoo.report.verdicts import Compared, compared
@@ -272,6 +272,7 @@ def test_verdicts_are_in_tables_of_the_page_and_beside_it() -> None:
     found = tables(Findings.of(rows))
     assert found["text-512-tokens-verdicts"].headers[-1] == "verdict"
     assert [line[0] for line in found["text-512-tokens-verdicts"].cells] == ["bigbird", "longformer"]
+    assert not set("−±") & set(latex(found["text-512-tokens-verdicts"]))
     assert '<th scope="col">verdict</th>' in html_of(rows)
 
 
@@ -321,3 +322,13 @@ def test_the_reference_is_not_the_best_of_several() -> None:
     assert task.full is not None
     assert task.full.label == "full (sink_logit=false)"
     assert [each.label for each in task.others] == ["full (sink_logit=true)", "longformer"]
+
+
+def test_one_mechanism_in_another_model_keeps_the_others_from_nothing() -> None:
+    rows = rows_of(drawn_scores(np.random.default_rng(13), [8.0, 8.0]))
+    for row in rows:
+        row["config"] = {"attention": {"name": row["backend"]}, "model": {"depth": 2 + (row["backend"] == "bigbird")}}
+    (task,) = tasks(rows)
+    assert {each.learnt.backend: each.kind for each in compared(task)} == {"longformer": "worse", "bigbird": None}
+    (sentence,) = headline(Findings.of(rows))
+    assert "no verdict: its runs differ from those of full in more than the mechanism (model.depth)" in sentence

@@ -20,8 +20,8 @@ from attention_zoo.results.row import Row
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "≈": r"$\approx$", "≤": r"$\leq$", "×": r"$\times$", "µ": r"\textmu{}", "–": "--", "…": r"\ldots{}",
-    "“": "``", "”": "''", "\u00a0": "~",
+    "≈": r"$\approx$", "≤": r"$\leq$", "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "µ": r"\textmu{}",
+    "–": "--", "…": r"\ldots{}", "“": "``", "”": "''", "\u00a0": "~",
 }  # fmt: skip
 
 

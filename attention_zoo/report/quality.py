@@ -198,6 +198,13 @@ class Task:
         """All that is compared with the reference, whether or not anything can be said of it: a family."""
         return [each for each in self.learnt if each.rows and each is not self.full]
 
+    def apart(self, each: Learnt) -> list[str]:
+        """In what the runs of a mechanism differ from those of the reference beside the mechanism itself."""
+        if self.full is None:
+            return []
+        found = groups.differing([self.full.group.shared, each.group.shared])
+        return [key for key in found if key not in groups.meant([*self.full.rows, *each.rows])]
+
     def undertrained(self, each: Learnt) -> str | None:
         """Why the trainings of a mechanism were too short to tell what it can learn; None where they were not."""
         value = each.mean
@@ -222,9 +229,10 @@ class Task:
         elif why := self._full_undertrained(full):
             found.append(f"undertrained, no verdict: full attention itself {why}")
         rows = [row for each in self.learnt for row in each.rows]
-        apart = groups.differing([each.group.shared for each in self.learnt if each.rows])
-        if apart := [key for key in apart if key not in groups.meant(rows)]:
-            found.append(f"no verdict: the runs differ in more than the mechanism ({', '.join(apart)})")
+        unlike = [self.apart(each) for each in others]
+        if unlike and all(unlike):
+            keys = ", ".join(dict.fromkeys(key for each in unlike for key in each))
+            found.append(f"no verdict: the runs differ in more than the mechanism ({keys})")
         if self.metric not in PRIMARY and self.better is None:
             found.append(f"no verdict: nobody says whether more {metric_words(self.metric)} is better")
         cut = [f"{each.label} {each.span('steps', units.count)}" for each in self.learnt if each.cut_short]

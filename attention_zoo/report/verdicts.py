@@ -114,10 +114,16 @@ def compared(task: Task) -> list[Compared]:
     verdicts = judge(family, margin(task.metric))
     found = []
     for each in others:
-        why = task.undertrained(each)
-        refusal = None if why is None else f"undertrained, it {why}"
-        found.append(Compared(task, each, verdicts[each.label], refusal, len(others)))
+        found.append(Compared(task, each, verdicts[each.label], _refusal(task, each), len(others)))
     return found
+
+
+def _refusal(task: Task, each: Learnt) -> str | None:
+    """Why nothing may be said of one mechanism, whatever its seeds show."""
+    if apart := task.apart(each):
+        return f"its runs differ from those of full in more than the mechanism ({', '.join(apart)})"
+    why = task.undertrained(each)
+    return None if why is None else f"undertrained, it {why}"
 
 
 def _by_seed(learnt: Learnt) -> list[tuple[Any, float]]:

@@ -152,8 +152,8 @@ class Task:
     def evaluation_sets(self, batch_size: int, seq_len: int) -> Mapping[str, Iterable[Batch]]:
         """Fixed sets; each can be iterated again and again and gives the same batches.
 
-        The first is looked at during training, and by it runs are stopped. A run's result is that on "test", where
-        there is one, else that on the first.
+        "validation", or the first without one, is looked at during training, and by it runs are stopped. A run's result
+        is that on "test", where there is one, else that on the first.
         """
         raise NotImplementedError
 

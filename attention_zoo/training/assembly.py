@@ -29,7 +29,7 @@ class Assembly:
     """What is trained, what trains it, and what it is scored on.
 
     Fields:
-        sets: name -> batches; the first is the main one, by which the run is judged.
+        sets: name -> batches; the first is the main one, which is watched while it trains.
         carry: whether the model's state crosses from batch to batch.
         decode: how an encoder-decoder writes in evaluation.
     """
