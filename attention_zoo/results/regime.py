@@ -14,7 +14,7 @@ DIFFERS: Mapping[str, tuple[str, ...]] = {
     "parameters": ("model.feed_forward",),
     "keys": (),
 }
-"""Regime -> keys of a training's config, dotted where nested, that it lets differ. Options of the mechanism may in all."""
+"""Regime -> keys of a training's config, dotted where nested, that it lets differ; options of mechanisms always may."""
 REGIMES = tuple(DIFFERS)
 
 
