@@ -159,16 +159,6 @@ class Reformer(HashedAttention):
         hashing = length * sum(self.factors_for(length)) / 4
         return self.rounds * (chunks * self.chunk * window * self.chunk + hashing)
 
-    def keys_seen(self, length: int) -> list[float]:
-        """See `Attention`: the most, a chunk and those that it looks at in each round, never more than there are."""
-        chunks = -(-length // self.chunk)
-        most = self.rounds * self.chunk * min(1 + self.look_back + self.look_ahead, chunks)
-        return [float(min(most, at + 1 if self.causal else length)) for at in range(length)]
-
-    def oldest_seen(self, length: int) -> list[int]:
-        """See `Attention`: a bucket may hold any of them."""
-        return [0] * length
-
     def core(self, batch: int, length: int) -> Operands:
         """See `Attention`: queries that are the keys, and values; hashing and sorting are part of the call."""
         return Operands(((batch, self.heads, length, self.head_width),) * 2, by_rows=True)

@@ -51,6 +51,8 @@ class HashedAttention(Attention):
 
     rounds: int
     chunk: int
+    look_back: int
+    look_ahead: int
     factors: tuple[int, ...] | None
     fill: int
     split_above: int
@@ -133,6 +135,16 @@ class HashedAttention(Attention):
 
     def _hash_alike(self, old: Array, now: Array) -> bool:
         return all(self.factors_for(a) == self.factors_for(b) for a, b in zip(old.tolist(), now.tolist()) if a)
+
+    def keys_seen(self, length: int) -> list[float]:
+        """See `Attention`: the most, a chunk and those that it looks at in each round, never more than there are."""
+        chunks = -(-length // self.chunk)
+        most = self.rounds * self.chunk * min(1 + self.look_back + self.look_ahead, chunks)
+        return [float(min(most, at + 1 if self.causal else length)) for at in range(length)]
+
+    def oldest_seen(self, length: int) -> list[int]:
+        """See `Attention`: a bucket may hold any of them."""
+        return [0] * length
 
 
 def factors_of(buckets: int | Sequence[int]) -> tuple[int, ...]:

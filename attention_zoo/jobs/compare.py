@@ -62,7 +62,8 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
     folder, began = output_folder(config.output), time.monotonic()
     config.measure.backends, config.measure.output = config.measured(), config.output
     config.measure.retry = config.retry or config.measure.retry
-    cells, runs = config.measure.cells(), config.runs()
+    cells = config.measure.cells()
+    runs = [run for name, runs in config.planned().items() for run in _all_of(config, name, runs)]
     with owning(folder):
         clear_leftovers(folder)
         clear_leftovers(folder / "training")
@@ -70,7 +71,7 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
             f"{len(config.names())} backends: {len(cells)} cells to measure, {len(runs)} trainings, in {folder}",
             soft_wrap=True, markup=False,
         )  # fmt: skip
-        for name, why in refused(runs, folder / "training").items():
+        for name, why in refused(config.runs(), folder / "training").items():
             console.print(f"! {name}: {why}", soft_wrap=True, markup=False, highlight=False)
         job = _Job(config, folder, console)
         try:

@@ -264,7 +264,7 @@ def _changes(given: str) -> dict[str, Any]:
         raise ValueError(f"what the regime changes cannot be found: {found.reason}")
     if "error" in found:
         raise ValueError(found["error"])
-    return found["changes"]  # type: ignore[no-any-return]
+    return dict(found["changes"])
 
 
 def _plan(kind: type[Made], name: str, given: Any, example: str) -> Made:

@@ -62,6 +62,6 @@ def _score(row: Row) -> float | None:
     if row.get("status") != "ok":
         return None
     sets = row.get("evaluations") or {}
-    scores = sets.get(SET) or next(iter(sets.values()), {})
+    scores: Row = sets.get(SET) or next(iter(sets.values()), {})
     value = scores.get(row.get("metric"))
     return float(value) if isinstance(value, int | float) else None

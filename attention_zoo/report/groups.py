@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from attention_zoo.measure.identity import COSMETIC
 from attention_zoo.report import rows as results
 from attention_zoo.report.rows import FROM
+from attention_zoo.results.regime import differs_by_regime
 from attention_zoo.results.row import Row
 
 Facts = Mapping[str, str]
@@ -27,8 +28,6 @@ SILENT = COSMETIC | {"retry", "seed", "trainer.log_every", "trainer.checkpoint_e
 MECHANISM = ("attention", "options", "hybrid", "backend", "name")
 COMPRESS = "compress"
 """The option of tasks, and of groups, that says how documents were shortened."""
-REGIMES = {"flops": ("steps",), "seconds": ("steps",), "parameters": ("model.ff_mult", "model.ff_width")}
-"""What a comparison lets differ to make something else equal for all, by what that is: `regime` of its rows."""
 WIDEST = 48
 NEARLY_ALL = 0.75
 
@@ -122,12 +121,10 @@ def differing(many: Sequence[Facts]) -> list[str]:
     return [key for key in keys if len({each.get(key) for each in many}) > 1]
 
 
-def meant(rows: Sequence[Row]) -> set[str]:
-    """The facts in which runs differ on purpose: by what was made equal for all of them instead, and by learning rates
-    that were chosen for each among several."""
-    regimes = {row.get("regime") for row in rows}
-    found = set(REGIMES.get(str(regimes.pop()), ())) if len(regimes) == 1 else set()
-    return found | ({"optimizer.lr", "rates"} if rows and all(row.get("rates") for row in rows) else set())
+def meant(key: str, rows: Sequence[Row]) -> bool:
+    """Whether runs differ in a fact on purpose: by what was made equal for all of them instead, or by learning rates that
+    were chosen for each among several."""
+    return all(differs_by_regime(row, key) for row in rows) and len({row.get("regime") for row in rows}) == 1
 
 
 def labels(groups: Sequence[Group], names: Mapping[tuple[str, str], str]) -> list[str]:

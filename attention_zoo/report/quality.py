@@ -203,7 +203,7 @@ class Task:
         if self.full is None:
             return []
         found = groups.differing([self.full.group.shared, each.group.shared])
-        return [key for key in found if key not in groups.meant([*self.full.rows, *each.rows])]
+        return [key for key in found if not groups.meant(key, [*self.full.rows, *each.rows])]
 
     def undertrained(self, each: Learnt) -> str | None:
         """Why the trainings of a mechanism were too short to tell what it can learn; None where they were not."""

@@ -14,13 +14,13 @@ DIFFERS: Mapping[str, tuple[str, ...]] = {
     "parameters": ("model.feed_forward",),
     "keys": (),
 }
-"""Regime -> keys of a training's config, dotted where nested, that it lets differ; the mechanism's options always may."""
+"""Regime -> keys of a training's config, dotted where nested, that it lets differ; options of mechanisms always may."""
 REGIMES = tuple(DIFFERS)
 
 
 def may_differ(row: Row) -> tuple[str, ...]:
     """Keys of a training's config, with all below them, that may differ between the rows of its comparison."""
-    chosen = ("optimizer.lr",) if row.get("rates") else ()
+    chosen = ("optimizer.lr", "rates") if row.get("rates") else ()
     return (*DIFFERS.get(str(row.get("regime") or "steps"), ()), *chosen)
 
 

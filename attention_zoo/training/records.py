@@ -95,8 +95,8 @@ def options_given(config: Mapping[str, Any]) -> dict[str, Any]:
     if found or not isinstance(asked, Mapping):
         return found
     options = {key: value for key, value in asked.items() if key not in ("name", "_target_", "_partial_")}
-    name = asked["name"] if "name" in asked else getattr(resolve_name(asked["_target_"]), "name", None)
-    defaults = registry.options_of(name)
+    name = asked["name"] if "name" in asked else resolve_name(asked["_target_"]).name
+    defaults = registry.options_of(str(name))
     return {key: value for key, value in options.items() if key not in defaults or defaults[key] != value}
 
 
