@@ -122,8 +122,8 @@ def differing(many: Sequence[Facts]) -> list[str]:
 
 
 def meant(key: str, rows: Sequence[Row]) -> bool:
-    """Whether runs differ in a fact on purpose: by what was made equal for all of them instead, or by learning rates that
-    were chosen for each among several."""
+    """Whether runs differ in a fact on purpose: by what was made equal for all of them instead, or by learning rates
+    that were chosen for each among several."""
     return all(differs_by_regime(row, key) for row in rows) and len({row.get("regime") for row in rows}) == 1
 
 
