@@ -104,7 +104,7 @@ class MemoryCompressed(DerivedKeys):
         groups = sum((i + 1) // c for i in range(length)) if self.causal else length * -(-length // c)
         return float(groups + length + length * self.head_width * self.kv_heads / self.heads)
 
-    def made_of(self, tokens: Layout) -> Int[Tensor, "G c"]:
+    def made_of(self, x: Float[Tensor, "1 L E"], tokens: Layout) -> Int[Tensor, "G c"]:
         """See `Attention`: groups."""
         groups = pooled(tokens, self.compression, partial=not self.causal)
         members, missing = groups.members[0], groups.missing
