@@ -5,7 +5,7 @@
     Window     block_recurrent's window
     Vectors    block_recurrent's state, whose vectors are no tokens: they are drawn themselves
 
-Window and Vectors are two softmaxes, each of which sums to 1; which of them counts is said by `share`: of the lengths of
+Window and Vectors are two softmaxes that sum to 1 each. Which of them counts is said by `share`: of the lengths of
 what a head's two parts add to the layer's output, the part's own.
 """
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired
 
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from attention_zoo.files import Damaged, read_json
 from attention_zoo.report.rows import LeftOut, clean
@@ -120,7 +120,8 @@ def drawn(inspections: Sequence[tuple[str, Inspection]], labels: Mapping[str, st
 
     Returns:
         of each file its title and sizes, and runs: `key` in the dashboard or null, label, and layers, each with its
-        name, place (one for all attentions of a layer) and number, what its keys are, `maps`, [largest weight, lines] of each head, and figures.
+        name, its place (one for all attentions of a layer) and number, what its keys are, `maps`, [largest weight,
+        lines] of each head, and figures.
     """
     return [
         {
