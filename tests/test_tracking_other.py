@@ -1,4 +1,4 @@
-"""A W&B server of another make, a training that is killed, a server that dies in the middle: nothing hangs or is lost."""
+"""A W&B server of another make, a killed training, a server that dies in the middle: nothing hangs, nothing is lost."""
 
 from __future__ import annotations
 

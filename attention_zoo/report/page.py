@@ -31,7 +31,8 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def bullets(items: Iterable[str], kind: str = "") -> str:
-    return f"<ul{_class(kind)}>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
+    keys = ' tabindex="0"' if kind == "lead" else ""  # on a narrow screen it scrolls aside
+    return f"<ul{_class(kind)}{keys}>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
 
 
 def _class(kind: str) -> str:
@@ -49,12 +50,18 @@ def section(key: str, title: str, *parts: str) -> str:
     return f'<section id="{key}"><h2>{escape(title)}</h2>{"".join(parts)}</section>'
 
 
+def _scroll(headers: Sequence[str]) -> str:
+    """The beginning of what may be wider than its place: keys scroll it, too, and it says what it is."""
+    said = ", ".join(header for header in headers if header)
+    return f'<div class="scroll" tabindex="0" role="group" aria-label="Table: {escape(said)}">'
+
+
 def table(content: Table, kind: str = "") -> str:
     head = "".join(f'<th scope="col">{escape(header)}</th>' for header in content.headers)
     body = "".join(f"<tr>{_line(cells)}</tr>" for cells in content.cells)
     notes = paragraph("; ".join(content.notes), "note") if content.notes else ""
     return (
-        f'<div class="scroll"><table{_class(kind)}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f"{_scroll(content.headers)}<table{_class(kind)}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         f"{notes}"
     )
 
@@ -80,7 +87,7 @@ def summary_table(content: Summary) -> str:
     )
     body = "".join(f"<tr>{_line([name, *cells], edges)}</tr>" for name, cells in zip(content.names, content.cells))
     return (
-        f'<div class="scroll"><table><thead><tr class="groups"><th></th>{groups}</tr>'
+        f'{_scroll(["mechanism", *(title for title, _ in content.groups)])}<table><thead><tr class="groups"><td></td>{groups}</tr>'
         f'<tr><th scope="col">mechanism</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 

@@ -12,6 +12,7 @@ dies         as `chunked`, and after `lives` requests of the file stream nobody 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -52,10 +53,8 @@ class Other:
     def close(self) -> None:
         """From now on connections are refused, and those that are open end."""
         for each in (self._door, *self._open):
-            try:
+            with contextlib.suppress(OSError):  # it has ended
                 each.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # it has ended
             each.close()
 
     def _accept(self) -> None:

@@ -28,7 +28,7 @@ zoo.picture = (() => {
         key === null
           ? zoo.el('span', {class: 'name'}, label)
           : zoo.button(label, () => zoo.link.choose(key), {class: 'plain'}),
-        zoo.button('PNG', save, {'aria-label': `Download the picture of ${title}`}),
+        zoo.button('PNG', save, {'aria-label': `PNG: download the picture of ${title}`}),
       ),
       canvas,
       zoo.el('p', {class: 'note'}, note),
