@@ -52,7 +52,8 @@ PALE = """(() => {
   return found;
 })()"""  # noqa: E501  (a script)
 
-NAMELESS = """[...document.querySelectorAll('button, input, select, summary, a, [role=img], [tabindex], dialog')].filter(
+CONTROLS = "button, input, select, summary, a, [role=img], [tabindex], dialog"
+NAMELESS = f"""[...document.querySelectorAll('{CONTROLS}')].filter(
     node => !(node.innerText?.trim() || node.getAttribute('aria-label') || node.getAttribute('aria-labelledby') ||
               node.closest('label')?.innerText || node.title)
   ).map(node => node.outerHTML.slice(0, 120))"""
@@ -63,7 +64,8 @@ STUCK = """[...document.querySelectorAll('body *')].filter(node => {
     const {overflowX, overflowY} = getComputedStyle(node);
     const wide = node.scrollWidth > node.clientWidth + 1 && /auto|scroll/.test(overflowX);
     const high = node.scrollHeight > node.clientHeight + 1 && /auto|scroll/.test(overflowY);
-    return (wide || high) && node.tabIndex < 0 && !node.querySelector('a, button, input, select, summary, [tabindex="0"]');
+    const keys = node.tabIndex >= 0 || node.querySelector('a, button, input, select, summary, [tabindex="0"]');
+    return (wide || high) && !keys;
   }).map(node => node.outerHTML.slice(0, 120))"""
 
 

@@ -86,8 +86,9 @@ def summary_table(content: Summary) -> str:
         f'<th scope="col"{_class("edge" if n in edges else "")}>{escape(column)}</th>' for n, column in enumerate(flat)
     )
     body = "".join(f"<tr>{_line([name, *cells], edges)}</tr>" for name, cells in zip(content.names, content.cells))
+    begin = _scroll(["mechanism", *(title for title, _ in content.groups)])
     return (
-        f'{_scroll(["mechanism", *(title for title, _ in content.groups)])}<table><thead><tr class="groups"><td></td>{groups}</tr>'
+        f'{begin}<table><thead><tr class="groups"><td></td>{groups}</tr>'
         f'<tr><th scope="col">mechanism</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
