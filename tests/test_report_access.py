@@ -6,11 +6,13 @@ run chosen so that everything else is faint, and in the comparison of two runs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from chromium import CHROMIUM, Browser, browser
+from report_rows import quality
 from test_report_browser import ALL, rows, seen
 from test_report_inspected import attention
 
@@ -130,3 +132,22 @@ def test_focus_goes_down_the_page_and_is_seen(tab: Browser, page: Path) -> None:
     assert names[0] == "Skip to the runs"
     assert {"theme", "search"} <= set(names)
     assert tab.run("zoo.by('count').getAttribute('aria-live')") == "polite"
+
+
+def test_long_and_foreign_names_fit_a_phone(tab: Browser, tmp_path: Path) -> None:
+    wide = "\u202eevil\u202c" + "w" * 150 + "'\"`${window.hurt=1}`><img src=x onerror='window.hurt=1'>"
+    row = quality("bigbird", "text", 5, id="wide", config={"attention": {"name": "bigbird"}, wide[:60]: wide})
+    path = build_report([*rows(), {**row, "backend": wide}], tmp_path / "report.html", title=wide)
+    tab.said.clear()
+    tab.open(path.as_uri(), 390, 844)
+    tab.run("zoo.state.change({run: 'wide', vs: ['wide', 'full-text-0']})")
+    tab.settle()
+    width = "[document.documentElement.scrollWidth, zoo.by('details').scrollWidth - zoo.by('details').clientWidth]"
+    assert tab.run(width) == [390, 0]
+    state = f"{{where: {{mechanism: [{json.dumps(wide)}]}}, q: 'a&b=c#%20', by: 'seed', layer: '1', vs: []}}"
+    tab.run(f"zoo.state.change({state})")
+    said, address = tab.run("JSON.stringify(zoo.state.get())"), tab.run("location.href")
+    tab.open(address, 390, 844)
+    assert tab.run("JSON.stringify(zoo.state.get())") == said, "the address holds all of it"
+    assert tab.run("[window.hurt ?? null, document.querySelectorAll('img').length]") == [None, 0]
+    assert tab.said == []

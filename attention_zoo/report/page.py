@@ -31,7 +31,7 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def bullets(items: Iterable[str], kind: str = "") -> str:
-    keys = ' tabindex="0"' if kind == "lead" else ""  # on a narrow screen it scrolls aside
+    keys = ' tabindex="0"' if kind in ("lead", "told") else ""  # which scroll where there is much
     return f"<ul{_class(kind)}{keys}>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
 
 
@@ -43,7 +43,7 @@ def warning(title: str, items: Sequence[str]) -> str:
     """A call-out; nothing for no items."""
     if not items:
         return ""
-    return f'<div class="warn" role="note">{f"<b>{escape(title)}</b>" if title else ""}{bullets(items)}</div>'
+    return f'<div class="warn" role="note">{f"<b>{escape(title)}</b>" if title else ""}{bullets(items, "told")}</div>'
 
 
 def section(key: str, title: str, *parts: str) -> str:
