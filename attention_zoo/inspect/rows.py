@@ -17,7 +17,7 @@ from attention_zoo.inspect.origins import layout_of
 from attention_zoo.inspect.probe import Call
 from attention_zoo.layout.layout import Layout
 
-AT_ONCE = 2**23
+AT_ONCE = 2**21
 """Weights that are held at a time."""
 
 
