@@ -58,7 +58,7 @@ def sync(folder: Path, url: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def until(what: Any, seconds: float = 60.0) -> Any:
+def until(what: Any, seconds: float = 150.0) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < deadline, "it never came"
@@ -140,7 +140,7 @@ def test_a_server_that_dies_in_a_training_costs_one_line(tmp_path: Path) -> None
 def test_cells_reach_it_or_stay(manner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment(tmp_path, "").items():
         monkeypatch.setenv(name, value)
-    tracker = compose_training(["tracker=wandb", "tracker.mode=online", "tracker.finish_timeout=15"])["tracker"]
+    tracker = compose_training(["tracker=wandb", "tracker.mode=online", "tracker.init_timeout=5"])["tracker"]
     sizes = {"lengths": [16, 24], "heads": 1, "head_width": 8, "threads": 1, "device": "cpu", "repeats": 1}
     given = {**sizes, "backends": ["longformer"], "baselines": False, "options": {"longformer": {"window": 4}}}
     config = BenchmarkConfig(**given, budget_s=0.1, tracker=tracker, output=str(tmp_path / "costs"))
@@ -148,7 +148,7 @@ def test_cells_reach_it_or_stay(manner: str, tmp_path: Path, monkeypatch: pytest
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         began = time.monotonic()
         rows = benchmark(config, Console(file=io.StringIO()))
-        assert time.monotonic() - began < 3 * (15 + 2) + 60, "each run has its time-out, and no more"
+        assert time.monotonic() - began < 3 * (60 + 2) + 60, "each run has its time-out, and no more"
     assert [row["status"] for row in rows] == ["ok", "ok"]
     if manner != "old":  # what did not arrive has stayed
         with Other("chunked") as later:

@@ -148,6 +148,7 @@ class WandbTracker(Tracker):
                     park(self._process)
                 elif self._process is not None:
                     self._process.end(EXIT_SECONDS if self._ended.is_set() else 0.0)
+            self._ended.wait(EXIT_SECONDS)  # what is left of a start that never came is tidied up
         self._tell()
 
     def _cure(self) -> str:
