@@ -73,7 +73,7 @@ def losses(server: Other, run: str) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("manner", MANNERS)
 def test_a_server_of_another_make_holds_nothing_up(manner: str, tmp_path: Path) -> None:
-    finish_s = 30.0 if manner in LASTING else 8.0
+    finish_s = 60.0 if manner in LASTING else 20.0
     with Other(manner) as server:
         found = follow(tmp_path, {**KEY, "WANDB_BASE_URL": server.url}, started=manner == "dies", finish_s=finish_s)
     assert found["code"] == 0, found["stderr"]
