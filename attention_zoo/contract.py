@@ -305,7 +305,7 @@ class Attention(Layer):
         """Shape of `Output.choices`, int32, where the mechanism makes some."""
         return None
 
-    def made_of(self, tokens: Layout) -> Int[Tensor, "S m"] | None:
+    def made_of(self, x: Float[Tensor, "1 L E"], tokens: Layout) -> Int[Tensor, "S m"] | None:
         """The tokens of one row that each column attended to is made of alike, -1: no more. None: it is one token."""
         return None
 

@@ -16,7 +16,14 @@ from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 PATIENCE_S = 60.0
-KEYS = {"Enter": ("\r", 13), " ": (" ", 32), "Escape": (None, 27), "ArrowDown": (None, 40), "/": ("/", 191)}
+KEYS = {
+    "Enter": ("\r", 13),
+    " ": (" ", 32),
+    "Escape": (None, 27),
+    "ArrowDown": (None, 40),
+    "/": ("/", 191),
+    "Tab": (None, 9),
+}
 
 
 class Browser:

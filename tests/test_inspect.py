@@ -163,7 +163,7 @@ def test_runs_are_compared_in_files(tmp_path: Path) -> None:
     assert (seen.inspections, seen.left_out) == ([("seen", found)], []), "what the dashboard reads"
     page = path.with_name("attention.html").read_text()
     assert page.count("<tr>") == 1 + 2 * 2 * 2
-    with pytest.raises(ValueError, match="text must be at least one byte"):
+    with pytest.raises(ValueError, match="text must be at least one token"):
         inspect(InspectConfig(run=runs, text=""))
     with pytest.raises(ValueError, match="run must be the folder of a finished run"):
         inspect(InspectConfig(run=[], text="a"))

@@ -223,14 +223,8 @@ class Mixing(Wrapper):
 
 def test_what_is_refused_says_why() -> None:
     x = torch.randn(1, L, 16, dtype=torch.float64)
-    with pytest.raises(Unsupported, match="block_recurrent: inspect is not supported: its heads"):
-        Call.of(layer_of("block_recurrent"), x)
-    with pytest.raises(Unsupported, match="which states are kept is known to a call alone"):
-        Call.of(layer_of("compressive", compression="most_used"), x)
     with pytest.raises(Unsupported, match="its keys are another text's"):
         Call.of(layer_of("full", causal=False, cross=True), x)
-    with pytest.raises(Unsupported, match="it attends to other columns"):
-        calls_of(model_of({"name": "hierarchical", "layout": "S D", "segment_length": 8}, depth=2), ids_of())
     with pytest.raises(Unsupported, match="neither tokens nor its own"):
         calls_of(Mixing(inner=model_of("full", depth=1).stack, dim=16, heads=2), x)
 

@@ -75,7 +75,7 @@ def test_the_page_holds_what_was_inspected(tmp_path: Path) -> None:
 def test_a_file_that_is_none_is_named_and_left_out(tmp_path: Path) -> None:
     good, lacking, shape = attention(("a", "full", None)), attention(("a", "full", None)), attention(("a", None, None))
     del lacking["runs"][0]["layers"][0]["mass"]
-    shape["runs"][0]["layers"][0]["blocks"][0].pop()
+    shape["runs"][0]["layers"][0]["blocks"][0][1].pop()
     for name, value in {"good": good, "lacking": lacking, "shape": shape}.items():
         write_atomic(tmp_path / name / "attention.json", json.dumps(value))
     write_atomic(tmp_path / "torn" / "attention.json", "{")
@@ -85,7 +85,7 @@ def test_a_file_that_is_none_is_named_and_left_out(tmp_path: Path) -> None:
     said = {Path(each.where).parent.name: each.what for each in found.left_out}
     assert set(said) == {"lacking", "shape", "torn"}
     assert said["lacking"] == "runs.0.layers.0.mass: Field required"
-    assert said["shape"] == "a, layer 0: blocks must be square"
+    assert said["shape"] == "a, layer 0: blocks must be rectangles of one shape"
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_heads_stand_beside_each_other_and_follow_the_filters(opened: Browser) -
     assert opened.run(shown) == [["full", "0"], ["longformer", "0"], ["full", "1"], ["longformer", "1"]]
     opened.run("zoo.state.change({layer: '1'})")
     opened.settle()
-    assert opened.run("document.querySelector('#heads .picture').dataset.layer") == "1"
+    assert opened.run("document.querySelector('#heads .picture').dataset.layer") == "layer 1"
     numbers = opened.run("document.querySelector('#heads .picture:nth-child(2) canvas').getAttribute('aria-label')")
     assert numbers.startswith("longformer, layer 1, head 0: mean distance in tokens 2.00, share beyond the window 25")
     shade = """(() => {
@@ -126,7 +126,7 @@ def test_heads_stand_beside_each_other_and_follow_the_filters(opened: Browser) -
     opened.settle()
     assert opened.run(shown) == [["longformer", "0"], ["longformer", "1"]]
     opened.click("#heads .choices button")
-    assert opened.downloaded("heads.csv").decode().splitlines()[1] == "longformer,b,0,0,1,,0.25,0.1,1"
+    assert opened.downloaded("heads.csv").decode().splitlines()[1] == "longformer,b,layer 0,tokens,0,1,,0.25,0.1,1,"
     opened.run("zoo.state.change({where: {}, seen: '1'})")
     opened.settle()
     assert opened.run(shown) == [["global_tokens", "0"], ["global_tokens", "1"]]

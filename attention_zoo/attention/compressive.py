@@ -69,7 +69,7 @@ from attention_zoo.ops.relative.projections import streams
 from attention_zoo.ops.relative.segments import segment_attention
 from attention_zoo.ops.softmax.function import watch, zeros_for
 from attention_zoo.options import Natural, NonNegative, Positive
-from attention_zoo.rules import OneOf, Unsupported
+from attention_zoo.rules import OneOf
 from attention_zoo.tokens import Tokens
 
 KERNELS: tuple[Kernel[RelativeCall], ...] = (
@@ -166,15 +166,13 @@ class Compressive(RelativeAttention):
         slots = (memory // self.ratio).clip(max=self.compressed_length)
         return [int(each) for each in memory - slots * self.ratio]
 
-    def made_of(self, tokens: Layout) -> Int[Tensor, "G m"]:
+    def made_of(self, x: Float[Tensor, "1 L E"], tokens: Layout) -> Int[Tensor, "G m"]:
         """See `Attention`: what compressed states are made of, then the tokens."""
-        if self.compression == "most_used":
-            raise Unsupported(
-                self.name, "compression=most_used", "which states are kept is known to a call alone", "compression=mean"
-            )
         before = tokens.plan("no slots", lambda: none(1, tokens.valid.device).layout)
         slots = slots_of(tokens, before, self._sizes, LEARNED.get(self.compression, 1))
         taps = slots.taps[0] if slots.missing is None else slots.taps[0].masked_fill(slots.missing[0], -1)
+        if self.compression == "most_used":
+            taps = self._used_most(x, slots)[0, :, None]
         place = torch.arange(tokens.valid.shape[1], device=taps.device)[:, None]
         return torch.cat([taps, nn.functional.pad(place, (0, taps.shape[1] - 1), value=-1)])
 
@@ -247,7 +245,8 @@ class Compressive(RelativeAttention):
         held = hidden[:, :0].detach() if state is None else state.slots.held[0].to(hidden.dtype)
         if not slots.new:
             return slots, held
-        made = self._most_used(hidden, slots) if self.compression == "most_used" else self._made(hidden, slots)
+        used_most = self.compression == "most_used"
+        made = gathered(hidden.detach(), self._used_most(hidden, slots)) if used_most else self._made(hidden, slots)
         return slots, torch.cat([held, made.to(hidden.dtype)], 1)
 
     def _made(self, hidden: Float[Tensor, "B N E"], slots: Slots) -> Float[Tensor, "B new E"]:
@@ -290,9 +289,10 @@ class Compressive(RelativeAttention):
         return nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
 
     @torch.no_grad()
-    def _most_used(self, hidden: Float[Tensor, "B N E"], slots: Slots) -> Float[Tensor, "B new E"]:
+    def _used_most(self, hidden: Float[Tensor, "B N E"], slots: Slots) -> Int[Tensor, "B new"]:
+        """The columns of the states that are kept."""
         q, k = (self._heads(layer(hidden)) for layer in (self.to_q, self.to_k))
-        made = hidden.new_zeros(len(hidden), slots.new, hidden.shape[-1])
+        kept = torch.zeros(len(hidden), slots.new, dtype=torch.long, device=hidden.device)
         for each in slots.evicted:
             asked, *_ = queries_of(each, q)
             keys, count = picked(k, each.row, each.tokens), each.slots.shape[1]
@@ -305,8 +305,8 @@ class Compressive(RelativeAttention):
                 best = used.topk(count).indices.sort().values
                 row = int(each.row[item])
                 columns = tensor_of(each.tokens[item], q.device)[best]
-                made[row, tensor_of(each.slots[item], q.device)] = hidden[row, columns]
-        return made
+                kept[row, tensor_of(each.slots[item], q.device)] = columns
+        return kept
 
     # --- scores ----------------------------------------------------------------------------------------------------
 

@@ -118,7 +118,7 @@ class MemoryCompressed(DerivedKeys):
         """See `Attention`: the first group reaches everybody behind it."""
         return [0 if at + 1 >= self.compression or not self.causal else at for at in range(length)]
 
-    def made_of(self, tokens: Layout) -> Int[Tensor, "G c"]:
+    def made_of(self, x: Float[Tensor, "1 L E"], tokens: Layout) -> Int[Tensor, "G c"]:
         """See `Attention`: groups."""
         groups = pooled(tokens, self.compression, partial=not self.causal)
         members, missing = groups.members[0], groups.missing

@@ -32,6 +32,9 @@ class InspectConfig:
     Fields:
         run: folder of a finished run, or a list of them to be compared.
         text: what they read, or @FILE.
+        target: of an encoder and a decoder, what the latter has written of it so far, or @FILE; "": the encoder alone.
+        ids: whether text and target are numbers of tokens, "5 0 17", as tasks of other vocabularies have them, not
+            bytes.
         window: tokens beyond which a token counts as far.
         sinks: first tokens that count as sinks.
         blocks: at most so many on each side of the pooled weights.
@@ -42,6 +45,8 @@ class InspectConfig:
 
     run: Any = field(default_factory=list)
     text: Text = ""
+    target: Text = ""
+    ids: bool = False
     window: Positive = 64
     sinks: Natural = 4
     blocks: Positive = 64
@@ -59,7 +64,8 @@ def inspect(config: InspectConfig) -> Path:
     """Inspect; returns the path of attention.json.
 
     Raises:
-        ValueError: for no run or text, a model that reads no bytes, or a mechanism whose weights cannot be asked for.
+        ValueError: for no run or text, tokens that a model does not know, or a mechanism whose weights cannot be asked
+            for.
         OSError: for a file that cannot be read or written, naming it.
     """
     check_fields(InspectConfig, config)
@@ -68,15 +74,15 @@ def inspect(config: InspectConfig) -> Path:
     folders = [Path(each) for each in ([config.run] if isinstance(config.run, str) else config.run)]
     if not folders:
         raise ValueError("run must be the folder of a finished run, or a list of them, got none")
-    text = Path(config.text[1:]).read_bytes() if config.text.startswith("@") else config.text.encode()
+    text, said = _read("text", config.text, config.ids)
     if not text:
-        raise ValueError("text must be at least one byte, or @FILE, got none")
-    runs = [_of(folder, text, config) for folder in folders]
+        raise ValueError("text must be at least one token, or @FILE, got none")
+    target, _ = _read("target", config.target, config.ids)
+    runs = [_of(folder, text, target, config) for folder in folders]
     output = folders[0] if config.output is None else Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     sizes = {"window": config.window, "sinks": config.sinks, "tokens": len(text)}
-    start = text[:200].decode(errors="replace")
-    found = {"kind": "attention", "text": start, **sizes, "runs": runs}
+    found = {"kind": "attention", "text": said, **sizes, "runs": runs}
     picture = png(runs)
     write_atomic(output / "attention.png", picture)
     write_atomic(output / "attention.html", section(runs, picture))
@@ -101,11 +107,28 @@ def _send(found: Mapping[str, Any], output: Path, tracker: Mapping[str, Any]) ->
     follower.finish(failed=False)
 
 
-def _of(folder: Path, text: bytes, config: InspectConfig) -> dict[str, Any]:
-    model = load(folder)
-    if getattr(model, "vocab", None) != 256:
-        raise ValueError(f"{folder}: inspect reads bytes and needs a model over them (task=text)")
+def _read(name: str, given: str, as_ids: bool) -> tuple[list[int], str]:
+    """The tokens of a text or a file, and how it begins."""
+    text = Path(given[1:]).read_bytes() if given.startswith("@") else given.encode()
+    start = text[:200].decode(errors="replace")
+    if not as_ids:
+        return list(text), start
+    words = text.split()
+    if wrong := [word for word in words if not word.isdigit()]:
+        raise ValueError(f"{name} must be numbers of tokens where ids=true, got {wrong[0].decode(errors='replace')!r}")
+    return [int(word) for word in words], start
+
+
+def _of(folder: Path, text: list[int], target: list[int], config: InspectConfig) -> dict[str, Any]:
+    model: Any = load(folder)
+    for name, ids, reader in (("text", text, getattr(model, "encoder", model)), ("target", target, model)):
+        if not config.ids and ids and reader.vocab != 256:
+            raise ValueError(f"{folder}: {name} of bytes is for a model over them (task=text), got one of "
+                             f"{reader.vocab} tokens; ids=true takes their numbers")  # fmt: skip
+        if max(ids, default=0) >= reader.vocab:
+            raise ValueError(f"{name} must be of tokens below {reader.vocab} for {folder}, got {max(ids)}")
     row = read_json(folder / "result.json") if (folder / "result.json").exists() else {}
     how = {"window": config.window, "sinks": config.sinks, "blocks": config.blocks, "exact": config.exact}
-    layers = [figures(call, **how) for call in calls_of(model, torch.tensor([list(text)]))]
+    given = torch.tensor([text]), torch.tensor([target]) if target else None
+    layers = [figures(call, **how) for call in calls_of(model, *given)]
     return {"name": folder.name, "backend": row.get("backend"), "id": row.get("id"), "layers": layers}

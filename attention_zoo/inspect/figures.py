@@ -14,49 +14,56 @@ from attention_zoo.inspect.rows import is_plain, rows
 
 
 def figures(call: Call, *, window: int, sinks: int, blocks: int, exact: int) -> dict[str, Any]:
-    """Of one layer, as plain values, each a list over its heads.
+    """Of one attention of a layer, as plain values, each a list over its heads.
 
     Args:
         window: tokens beyond which a token counts as far.
         sinks: first tokens of the text that count as sinks.
         blocks: at most so many on each side of the pooled weights.
-        exact: texts up to so many tokens are asked token by token; of longer ones entropy and the share beyond the
-            window, which need every single weight, are null, but for patterns, whose definition gives them by rows.
+        exact: up to so many keys are asked one by one; of more of them entropy and the share beyond the window, which
+            need every single weight, are null, but for patterns, whose definition gives them by rows.
 
     Returns:
-        blocks [H][query block][key block], mean weight of a query on a block; mass, share on tokens at all; sinks;
-        distance, mean in tokens (null where two-sided and not exact); entropy in bits; outside.
+        layer, its name; number, of the layer; keys, what they are; blocks [H][query block][key block], mean weight of a
+        query on a block; mass, share on the keys at all; share, of what the layer's two attentions add (null where it
+        has one); entropy in bits. Of keys that are tokens also sinks, and of those of the same text distance, mean in
+        tokens (null where two-sided and not exact), and outside.
     """
-    L, place = call.length, torch.arange(call.length)
-    count = min(blocks, L)
-    home = place * count // L
-    sets = torch.zeros(L, count + 3)
-    sets[place, home] = 1
-    sets[:, count], sets[:sinks, count + 1], sets[:, count + 2] = 1, 1, place / L
+    L, S = call.asked, call.length
+    rows_, columns = min(blocks, L), min(blocks, S)
+    place, keys = torch.arange(L), torch.arange(S)
+    home = place * rows_ // L
+    sets = torch.zeros(S, columns + 3)
+    sets[keys, keys * columns // S] = 1
+    sets[:, columns], sets[:sinks, columns + 1], sets[:, columns + 2] = 1, 1, keys / S
     found = call.weights(sets).double().cpu()
-    pooled = torch.zeros(len(found), count, count, dtype=torch.float64).index_add_(1, home, found[..., :count])
-    pooled = pooled / torch.bincount(home, minlength=count)[:, None]
-    mass = found[..., count]
+    pooled = torch.zeros(len(found), rows_, columns, dtype=torch.float64).index_add_(1, home, found[..., :columns])
+    pooled = pooled / torch.bincount(home, minlength=rows_)[:, None]
+    mass = found[..., columns]
     entropy = outside = distance = None
     if is_plain(call):
         entropy, outside, distance = (each.mean(1).tolist() for each in _row_by_row(call, window))
-    elif exact >= L:
-        entropy, outside, distance = (each.mean(1).tolist() for each in _token_by_token(call, window))
-    elif call.layer.causal:
-        distance = (place * mass - found[..., count + 2] * L).mean(1).tolist()
+    elif exact >= S:
+        entropy, outside, distance = (each.mean(1).tolist() for each in _key_by_key(call, window))
+    elif call.way.attention.causal:
+        distance = (place * mass - found[..., columns + 2] * S).mean(1).tolist()
+    share = call.share()
     return {
         "layer": call.name,
+        "number": call.number,
+        "keys": call.way.keys,
         "blocks": pooled.tolist(),
         "mass": mass.mean(1).tolist(),
-        "sinks": found[..., count + 1].mean(1).tolist(),
-        "distance": distance,
+        "share": None if share is None else share.tolist(),
+        "sinks": found[..., columns + 1].mean(1).tolist() if call.way.keys != "state vectors" else None,
+        "distance": distance if call.of_one_text else None,
         "entropy": entropy,
-        "outside": outside,
+        "outside": outside if call.of_one_text else None,
     }
 
 
 def _row_by_row(call: Call, window: int) -> tuple[Float[Tensor, "H L"], ...]:
-    """As `_token_by_token`, from some queries at a time."""
+    """As `_key_by_key`, from some queries at a time."""
     place, found = torch.arange(call.length), list[tuple[Tensor, ...]]()
     for some, weights in rows(call):
         weights = weights.cpu()
@@ -66,14 +73,13 @@ def _row_by_row(call: Call, window: int) -> tuple[Float[Tensor, "H L"], ...]:
     return tuple(torch.cat(parts, 1).double() for parts in zip(*found))
 
 
-def _token_by_token(call: Call, window: int) -> tuple[Float[Tensor, "H L"], ...]:
+def _key_by_key(call: Call, window: int) -> tuple[Float[Tensor, "H L"], ...]:
     """Entropy, share beyond the window and mean distance of each query, from a few columns of weights at a time."""
-    L, width = call.length, call.layer.head_width
-    place = torch.arange(L)
-    sums = [torch.zeros(call.layer.heads, L, dtype=torch.float64) for _ in range(3)]
-    for a in range(0, L, width):
-        some = place[a : a + width]
-        weights = call.weights((place[:, None] == some).float()).double().cpu().clamp(min=0)
+    place, keys = torch.arange(call.asked), torch.arange(call.length)
+    sums = [torch.zeros(call.layer.heads, call.asked, dtype=torch.float64) for _ in range(3)]
+    for a in range(0, call.length, call.width):
+        some = keys[a : a + call.width]
+        weights = call.weights((keys[:, None] == some).float()).double().cpu().clamp(min=0)
         far = (place[:, None] - some).abs()
         sums[0] -= torch.special.xlogy(weights, weights).sum(-1) / math.log(2)
         sums[1] += (weights * (far > window)).sum(-1)

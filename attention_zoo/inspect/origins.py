@@ -16,8 +16,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from attention_zoo.contract import Layer, Output, Unsupported
 from attention_zoo.layout.layout import Layout
@@ -34,7 +35,8 @@ class Origins(NamedTuple):
         length: L.
         asking: [n], the tokens that have a query in the call.
         columns: [n], the columns of these queries.
-        source: as `keys`, of the columns of the call's source; None: it has none that is of this text.
+        source: as `keys`, of the columns of the call's source; None: it has none that is known.
+        source_length: of the source's text, where that is another; None: it is the same.
     """
 
     keys: Int[Tensor, "S m"]
@@ -42,12 +44,29 @@ class Origins(NamedTuple):
     asking: Int[Tensor, " n"]
     columns: Int[Tensor, " n"]
     source: Int[Tensor, "S m"] | None = None
+    source_length: int | None = None
 
 
-def plain(length: int) -> Origins:
-    """Columns that are the tokens."""
+class Given(NamedTuple):
+    """What a layer was called with: hidden states [1, S, E], their tokens, a source."""
+
+    x: Tensor
+    tokens: Any
+    source: Any
+
+
+class Part(NamedTuple):
+    """One call of a layer, and what its columns stand for."""
+
+    given: Given
+    at: Origins
+
+
+def plain(length: int, source_length: int | None = None) -> Origins:
+    """Columns that are the tokens, and those of a source the tokens of another text."""
     place = torch.arange(length)
-    return Origins(place[:, None], length, place, place)
+    source = None if source_length is None else torch.arange(source_length)[:, None]
+    return Origins(place[:, None], length, place, place, source, source_length)
 
 
 def mean_of(x: Float[Tensor, "L n"], members: Int[Tensor, "S m"]) -> Float[Tensor, "S n"]:
@@ -63,12 +82,24 @@ def _picked(x: Int[Tensor, "n ..."], index: Tensor) -> Tensor:
     return found.masked_fill((index < 0).view(*index.shape, *[1] * (x.ndim - 1)), -1)
 
 
-def _inside(outer: Origins, members: Tensor, column: Int[Tensor, " S"], source: Tensor | None = None) -> Origins:
+def of_made(columns: Int[Tensor, "S m"], members: Int[Tensor, "G n"]) -> Int[Tensor, "G mn"]:
+    """What keys are made of that are made of columns."""
+    return _picked(columns, members).flatten(1)
+
+
+def joined_of(columns: Int[Tensor, "S m"], groups: list[Bool[Tensor, " S"]]) -> Int[Tensor, "G n"]:
+    """All that the columns of each group are made of."""
+    found = [columns[group].flatten() for group in groups]
+    found = [each[each >= 0] for each in found]
+    width = max(map(len, found), default=0)
+    return torch.stack([F.pad(each, (0, width - len(each)), value=-1) for each in found])
+
+
+def _inside(outer: Origins, members: Tensor, column: Int[Tensor, " S"]) -> Origins:
     """Columns made of others: `members` [S2, m] of each, and `column`, which of them asks for each of the others."""
-    keys = _picked(outer.keys, members)
     columns = column[outer.columns]
     there = columns >= 0
-    return Origins(keys.flatten(1), outer.length, outer.asking[there], columns[there], source)
+    return outer._replace(keys=of_made(outer.keys, members), asking=outer.asking[there], columns=columns[there])
 
 
 def of_groups(level: Level, tokens: Layout, outer: Origins) -> Origins:
@@ -77,14 +108,16 @@ def of_groups(level: Level, tokens: Layout, outer: Origins) -> Origins:
     # columns of [0 | lead before | tokens] and of [0 | past before | groups]: see `Windows`
     members = (at.members[0] - 1 - at.last.shape[1]).clamp(min=-1).cpu()
     own = (at.own[0] - 1 - at.latest.shape[1]).clamp(min=-1).cpu()
-    return _inside(outer, members, own, outer.keys)
+    found = _inside(outer, members, own)
+    return found._replace(source=outer.keys, source_length=None) if level.unpooled else found
 
 
-def of_columns(wrapper: Wrapper, x: Tensor, tokens: Any, outer: Origins) -> list[Origins]:
+def of_columns(wrapper: Wrapper, given: Given, outer: Origins) -> list[Origins]:
     """What is inside of a wrapper, for each of its calls of that."""
+    x = given.x
     number = x.new_ones(x.shape, dtype=torch.float64)
     number[..., 0] = torch.arange(1, x.shape[1] + 1)
-    once, twice = (_arrived(wrapper, factor * number, tokens) for factor in (1, 2))
+    once, twice = (_arrived(wrapper, given._replace(x=factor * number)) for factor in (1, 2))
     found = []
     for one, two in zip(once, twice, strict=True):
         is_token = (one[:, 1:] == 1).all(-1) & (two == 2 * one).all(-1)
@@ -100,12 +133,12 @@ def of_columns(wrapper: Wrapper, x: Tensor, tokens: Any, outer: Origins) -> list
     return found
 
 
-def _arrived(wrapper: Any, x: Tensor, tokens: Any) -> list[Float[Tensor, "S E"]]:
+def _arrived(wrapper: Any, given: Given) -> list[Float[Tensor, "S E"]]:
     """What a wrapper calls its inner layer with."""
     inside, ear = wrapper.inner, _Ear()
     wrapper.inner = ear
     try:
-        wrapper.forward(x, tokens)  # not called: hooks are for the model's own calls
+        wrapper.forward(given.x, given.tokens, source=given.source)  # not called: hooks are for the model's own calls
     finally:
         wrapper.inner = inside
     if any(len(each) != 1 for each in ear.heard):
@@ -127,18 +160,10 @@ class _Ear(Layer):
         return Output(torch.zeros_like(x))
 
 
-class Given(NamedTuple):
-    """What a layer was called with."""
-
-    x: Tensor
-    tokens: Any
-    source: Any
-
-
 @contextmanager
-def followed(model: nn.Module, length: int) -> Iterator[Callable[[], Origins]]:
+def followed(model: nn.Module, begin_with: Origins) -> Iterator[Callable[[], Origins]]:
     """While a model reads one text: what columns stand for at the place that it is calling now."""
-    now = [plain(length)]
+    now = [begin_with]
     with ExitStack() as hooks:
 
         def around(inside: nn.Module, enter: Callable[[], Origins]) -> None:
@@ -164,7 +189,7 @@ def _entering(module: Wrapper | Level, now: list[Origins], hooks: ExitStack) -> 
         if isinstance(module, Level):
             coming[:] = [of_groups(module, layout_of(given.x, given.tokens), now[-1])]
         else:
-            coming[:] = of_columns(module, given.x, given.tokens, now[-1])
+            coming[:] = of_columns(module, given, now[-1])
 
     hooks.callback(module.register_forward_pre_hook(called, with_kwargs=True).remove)
     return lambda: coming.pop(0)

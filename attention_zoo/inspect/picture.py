@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 SIDE, GAP, TITLE = 160, 12, 14
-FIGURES = ("distance", "entropy", "outside", "sinks", "mass")
+FIGURES = ("distance", "entropy", "outside", "sinks", "mass", "share")
 
 
 def png(runs: Sequence[Mapping[str, Any]]) -> bytes:
@@ -32,7 +32,7 @@ def png(runs: Sequence[Mapping[str, Any]]) -> bytes:
         for column, blocks in enumerate(layer["blocks"]):
             peak = max(map(max, blocks)) or 1.0
             shades = bytes(255 - round(255 * max(0.0, cell / peak) ** 0.5) for line in blocks for cell in line)
-            small = Image.frombytes("L", (len(blocks), len(blocks)), shades)
+            small = Image.frombytes("L", (len(blocks[0]), len(blocks)), shades)
             place = GAP + column * (SIDE + GAP), top + TITLE
             image.paste(small.resize((SIDE, SIDE), Image.Resampling.NEAREST), place)
             draw.rectangle((*place, place[0] + SIDE, place[1] + SIDE), outline=128)

@@ -4,8 +4,8 @@ name their tokens put out the weights.
     values v_j = 1 where j is in a set, else 0   ->   what query i puts out = its weight on the set
 
 A value made of n tokens is named by their mean: each has 1/n of its weight. What no token has made (a null value, a
-memory, a state) names none, and what it puts out of its own is taken off; the weights then sum to less than 1. Of a
-layer of two attentions (`hierarchical.segments` with summaries) it is the one to the layer's own columns.
+memory, a summary in its own segment) names none, and what it puts out of its own is taken off; the weights then sum to
+less than 1. A layer may have two attentions, each asked by itself (ways.py).
 
 Each call answers for as many sets as a head is wide, at the cost of a call: O(L) memory for any number of sets.
 """
@@ -13,166 +13,140 @@ Each call answers for as many sets as a head is wide, at the cost of a call: O(L
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attention_zoo.attention.derived_keys import DerivedKeys
-from attention_zoo.contract import Attention, Unsupported
-from attention_zoo.inspect.origins import Given, Origins, followed, given_to, layout_of, mean_of, plain
-from attention_zoo.layout.ledger import Columns
+from attention_zoo.contract import Attention, Source
+from attention_zoo.inspect.origins import Given, Part, followed, given_to, mean_of, plain
+from attention_zoo.inspect.ways import Own, ways_of
 from attention_zoo.model.encoder_decoder import EncoderDecoder
 
 ROUNDING = 1e-3
 
 
-class Part(NamedTuple):
-    """One call of a layer.
-
-    Fields:
-        given: hidden states [1, S, E], their tokens, a source.
-        at: what its columns stand for.
-    """
-
-    given: Given
-    at: Origins
-
-
 class Call:
-    """One layer, and its calls that together ask for the tokens of a text, each for some.
+    """One attention of a layer, and its calls that together ask for the tokens of a text, each for some.
+
+    Attributes:
+        name: of the layer, and of this attention where the layer has two.
+        number: of the layer.
+        length: keys that are told apart: tokens of the text, or of a source, or vectors.
+        asked: tokens that ask.
 
     Raises:
         Unsupported: for a layer that makes something else of values than a weighted mean of the tokens' own.
     """
 
-    def __init__(self, name: str, layer: Attention, parts: Sequence[Part]):
-        self.name, self.layer, self.parts = name, layer, parts
-        self.length = parts[0].at.length
-        if not (hasattr(layer, "to_v") and hasattr(layer, "to_out")):
-            raise self._refused("its heads do not weigh values of the tokens")
+    def __init__(self, name: str, way: Own, parts: Sequence[Part], number: int = 0):
+        self.name, self.number = f"{name}: {way.said}" if way.said else name, number
+        self.way, self.layer, self.parts = way, way.layer, parts
+        self.length, self.asked = way.length(parts[0]), parts[0].at.length
+        self.width = way.attention.head_width
+        self._members = [way.members(part) for part in parts]
         nothing = torch.zeros(self.length, 1)
-        self._own = [self._put_out(part, nothing) for part in parts]
+        self._own = [self._put_out(index, nothing) for index in range(len(parts))]
         every = self.weights(torch.ones(self.length, 1))
         if bool((every < -ROUNDING).any()) or bool((every > 1 + ROUNDING).any()):
-            raise self._refused("it makes keys and values of several tokens, with weights of their own")
+            raise way.refused("it makes keys and values of several tokens, with weights of their own")
 
     @classmethod
-    def of(cls, layer: Attention, x: Float[Tensor, "1 L E"], tokens: Any = None) -> Call:
-        """A layer by itself, whose columns are the tokens."""
-        return cls("alone", layer, [Part(Given(x, tokens, None), plain(x.shape[1]))])
+    def all_of(
+        cls, layer: Attention, x: Float[Tensor, "1 L E"], tokens: Any = None, source: Source | None = None
+    ) -> list[Call]:
+        """Of a layer by itself, whose columns are the tokens, and those of its source the tokens of another text."""
+        at = plain(x.shape[1], None if source is None else source.hidden.shape[1])
+        return [cls("alone", way, [Part(Given(x, tokens, source), at)]) for way in ways_of(layer)]
+
+    @classmethod
+    def of(cls, layer: Attention, x: Float[Tensor, "1 L E"], tokens: Any = None, source: Source | None = None) -> Call:
+        """The first of these."""
+        return cls.all_of(layer, x, tokens, source)[0]
 
     @property
     def of_tokens(self) -> bool:
         """Whether its columns are the tokens, all in one call."""
-        (first, *more), place = self.parts, torch.arange(self.length)
+        (first, *more), place = self.parts, torch.arange(self.asked)
         alike = torch.equal(first.at.keys, place[:, None]) and torch.equal(first.at.asking, place)
         return not more and alike and torch.equal(first.at.columns, place)
 
-    def weights(self, sets: Float[Tensor, "L n"]) -> Float[Tensor, "H L n"]:
-        """The weight of each head's queries on each set, given by 1 for its tokens and 0 for the others."""
-        width = self.layer.head_width
-        found = [self._asked(sets[:, a : a + width]) for a in range(0, sets.shape[1], width)]
+    @property
+    def of_one_text(self) -> bool:
+        """Whether queries and keys are tokens of the same text, so that one is some tokens away from another."""
+        other = self.layer.cross and self.parts[0].at.source_length is not None
+        return self.way.keys != "state vectors" and not other
+
+    def weights(self, sets: Float[Tensor, "S n"]) -> Float[Tensor, "H L n"]:
+        """The weight of each head's queries on each set, given by 1 for its keys and 0 for the others."""
+        found = [self._asked(sets[:, a : a + self.width]) for a in range(0, sets.shape[1], self.width)]
         return torch.cat(found, -1)
 
-    def _asked(self, sets: Float[Tensor, "L n"]) -> Float[Tensor, "H L n"]:
+    def share(self) -> Float[Tensor, " H"] | None:
+        """Of what a layer of two attentions adds, how much comes of this one; see ways.py."""
+        found = [self.way.share(part) for part in self.parts]
+        here = [each[:, part.at.columns] for each, part in zip(found, self.parts) if each is not None]
+        return torch.cat(here, 1).double().mean(1).cpu() if here else None
+
+    def _asked(self, sets: Float[Tensor, "S n"]) -> Float[Tensor, "H L n"]:
         x, count = self.parts[0].given.x, sets.shape[1]
-        found = x.new_zeros(self.layer.heads, self.length, count)
-        for part, own in zip(self.parts, self._own):
-            made = (self._put_out(part, sets) - own)[..., :count].transpose(0, 1)
-            found[:, part.at.asking] = made[:, part.at.columns]
+        found = x.new_zeros(self.layer.heads, self.asked, count)
+        for index, (part, own) in enumerate(zip(self.parts, self._own)):
+            made = (self._put_out(index, sets) - own)[..., :count].transpose(0, 1)
+            asking, rows = self.way.asking(part)
+            found[:, asking] = made[:, rows]
         return found
 
     @torch.no_grad()
-    def _put_out(self, part: Part, sets: Float[Tensor, "L n"]) -> Float[Tensor, "S H D"]:
+    def _put_out(self, index: int, sets: Float[Tensor, "S n"]) -> Float[Tensor, "R H D"]:
         """What the heads put out in a call whose values name these sets."""
-        layer: Any = self.layer
-        x, tokens, source = part.given
-        columns = part.at.source if layer.cross else part.at.keys
-        if columns is None:
-            raise self._refused("its keys are another text's")
-        names = mean_of(sets.to(x.dtype), columns)
-        made_of = layer.made_of(layout_of(x, source.tokens if layer.cross else tokens))
-        if made_of is not None:
-            names = mean_of(names, made_of.cpu())
-        named = x.new_zeros(len(names), layer.head_width)
+        x, tokens, source = self.parts[index].given
+        names = mean_of(sets.to(x.dtype), self._members[index])
+        named = x.new_zeros(len(names), self.width)
         named[:, : sets.shape[1]] = names.to(x)
         put_out: list[Tensor] = []
-
-        def keep(module: Any, given: tuple[Tensor, ...]) -> None:
-            put_out.append(given[0])
-
-        with self._naming(named):
-            hook = layer.to_out.register_forward_pre_hook(keep)
+        with self.way.naming(named):
+            hook = self.way.out.register_forward_pre_hook(lambda module, given: put_out.append(given[0]))
             try:
-                layer(x, tokens, source=source)
+                self.layer(x, tokens, source=source)
             finally:
                 hook.remove()
-        shape = x.shape[1], layer.heads, layer.head_width
-        if len(put_out) != 1 or put_out[0].numel() != shape[0] * shape[1] * shape[2]:
-            raise self._refused("what its heads put out is not one vector for each token")
-        return put_out[0].reshape(shape)
-
-    @contextmanager
-    def _naming(self, named: Float[Tensor, "S D"]) -> Any:
-        """While a layer is called: its values replaced, as they are projected or, derived ones, as they are held."""
-        layer: Any = self.layer
-        if isinstance(layer, DerivedKeys):
-            answer = layer.answer
-
-            def answer_named(q: Tensor, queries: Any, held: Columns, scale: float) -> Tensor:
-                k, v = held.held
-                if v.shape[2] != len(named):
-                    raise self._refused("it holds other values than it says")
-                return answer(q, queries, Columns.of(held.ledger, k, named.expand_as(v).contiguous()), scale)
-
-            layer.__dict__["answer"] = answer_named
-            try:
-                yield
-            finally:
-                del layer.__dict__["answer"]
-            return
-
-        def name(module: Any, given: Any, made: Tensor) -> Tensor:
-            if made.numel() % named.numel() or made.shape[-2] != len(named):
-                raise self._refused("it attends to other columns than those of its tokens")
-            return named.repeat(1, made.shape[-1] // named.shape[1]).expand_as(made).contiguous()
-
-        projections = [layer.to_v, *([layer.to_v_global] if hasattr(layer, "to_v_global") else [])]
-        hooks = [each.register_forward_hook(name) for each in projections]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _refused(self, reason: str) -> Unsupported:
-        return Unsupported(self.layer.name, "inspect", reason, INSTEAD)
+        found = [self.way.cut(each) for each in put_out]
+        shape = self.way.rows(self.parts[index]), self.layer.heads, self.width
+        if len(found) != 1 or found[0].numel() != shape[0] * shape[1] * shape[2]:
+            raise self.way.refused("what its heads put out is not one vector for each token")
+        return found[0].reshape(shape)
 
 
-INSTEAD = (
-    "full, longformer, bigbird, adaptive_span, reformer, transformer_xl, compressive, memory_compressed or "
-    "h_transformer_1d"
-)
+@torch.no_grad()
+def calls_of(model: Any, ids: Tensor, target: Tensor | None = None) -> list[Call]:
+    """Every attention of the layers of a model with what they were called with on some ids [1, L].
 
-
-def calls_of(model: Any, ids: Tensor) -> list[Call]:
-    """Every attention layer of a model with what it was called with on some ids [1, L].
-
-    Of an encoder and a decoder those of the encoder: the text is what it reads, and what the decoder says of it is not
-    there.
+    Args:
+        target: of an encoder and a decoder, what the latter has written of the text so far, [1, M]; None: the layers of
+            the encoder alone, which reads the text.
 
     Raises:
         Unsupported: for what `Call` refuses, and for columns that cannot be followed.
     """
-    if isinstance(model, EncoderDecoder):
-        model = model.encoder
+    if not isinstance(model, EncoderDecoder):
+        if target is not None:
+            raise ValueError("target is what a decoder beside an encoder has written, and this model is no such pair")
+        return _heard(model, plain(ids.shape[1]), "layer", lambda: model.eval()(ids))
+    found = _heard(model.encoder, plain(ids.shape[1]), "layer", lambda: model.eval().encode(ids))
+    if target is not None:
+        begin = plain(target.shape[1], ids.shape[1])
+        found += _heard(model.decoder, begin, "decoder layer", lambda: model(target, source=ids))
+    return found
+
+
+def _heard(model: Any, begin: Any, name: str, run: Any) -> list[Call]:
+    """The attentions of the layers of a stack, while something is run."""
     found: list[tuple[Attention, list[Part]]] = []
     asked: dict[Attention, Tensor] = {}
     hooks = []
-    with followed(model, ids.shape[1]) as now:
+    with followed(model, begin) as now:
 
         def keep(layer: Any, args: tuple[Any, ...], words: Any) -> None:
             part = Part(given_to(args, words), now())
@@ -189,10 +163,13 @@ def calls_of(model: Any, ids: Tensor) -> list[Call]:
             if isinstance(layer, Attention) and not layer.wraps:
                 hooks.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
         try:
-            with torch.no_grad():
-                model.eval()(ids)
+            run()
         finally:
             for hook in hooks:
                 hook.remove()
     # the places of layers in a model's own structure say nothing to a reader
-    return [Call(f"layer {number}", *each) for number, each in enumerate(found)]
+    return [
+        Call(f"{name} {number}", way, parts, number)
+        for number, (layer, parts) in enumerate(found)
+        for way in ways_of(layer)
+    ]

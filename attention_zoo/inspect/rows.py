@@ -13,22 +13,21 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.inspect.origins import layout_of
 from attention_zoo.inspect.probe import Call
 from attention_zoo.layout.layout import Layout
 
-AT_ONCE = 2**23
+AT_ONCE = 2**21
 """Weights that are held at a time."""
 
 
 def is_plain(call: Call) -> bool:
     """Whether the formula above is all that there is: no projections of tokens that see everything, no sinks without a
     value or in a cache."""
-    layer: Any = call.layer
-    if layer.cross or not call.of_tokens:
+    layer: Any = call.way.formula
+    if layer is None or layer.cross or not call.of_tokens:
         return False
-    if not isinstance(layer, PatternAttention) or layer.sink is not None or getattr(layer.reach, "in_cache", False):
+    if layer.sink is not None or getattr(layer.reach, "in_cache", False):
         return False
     return not (layer.computes_apart and layer.mark(_tokens(call)).is_global.any())
 
@@ -36,7 +35,7 @@ def is_plain(call: Call) -> bool:
 @torch.no_grad()
 def rows(call: Call) -> Iterator[tuple[slice, Float[Tensor, "H n L"]]]:
     """Chunks of queries with their weights on all keys, in float64 where the call is, else in float32."""
-    layer: Any = call.layer
+    layer: Any = call.way.formula
     tokens, L, x = _tokens(call), call.length, call.parts[0].given.x
     exact = torch.promote_types(x.dtype, torch.float32)
     q, k = (

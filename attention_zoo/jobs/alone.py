@@ -6,8 +6,10 @@ whoever started it, and when it is asked to stop it saves where it is.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 
 from attention_zoo import stopping
 from attention_zoo.files import plain
+from attention_zoo.jobs.following import send_end
 from attention_zoo.jobs.trainings import GRACE_S, LEAVE_S, data_of, identity_of, task_name
 from attention_zoo.locks import Busy, owning
 from attention_zoo.measure.ends import Ended
@@ -48,7 +51,9 @@ def train_alone(
     limit = float("inf") if budget is None else 3 * budget + GRACE_S
     found = nursery.call("attention_zoo.jobs.alone:train", given, timeout_s=limit, look=look, leave_s=LEAVE_S)
     if isinstance(found, Ended):
-        return _unfinished(config, folder, found)
+        row = _unfinished(config, folder, found)
+        send_end(row, folder, say=partial(print, file=sys.stderr, flush=True))
+        return row
     return found["row"] or _unfinished(config, folder, Ended("lost", f"{found['stopped']}; the next call goes on"))
 
 

@@ -20,6 +20,7 @@ from attention_zoo.tracking.naming import run_name
 from attention_zoo.tracking.tables import pictures
 from attention_zoo.training.building import build
 from attention_zoo.training.config import check_tracker
+from attention_zoo.training.run import info_of
 
 SENT = "wandb/*run-*-{}"
 """Folders of a run, by its id, that W&B keeps beside what was measured."""
@@ -110,6 +111,24 @@ def send_report(
         follower.figure(name, figure)
     follower.page(path)
     follower.finish(failed=False)
+
+
+def send_end(row: Row, folder: str | Path, *, say: Callable[[str], None]) -> None:
+    """Tell the tracker of a training whose process has ended without a word how it ended; it is the same run there.
+
+    What W&B has of a run whose whole group of processes was killed would else be running for good.
+
+    Args:
+        row: of the run, with its config.
+        folder: of the run.
+        say: told in one line about whatever goes wrong.
+    """
+    tracker = row["config"].get("tracker")
+    if not tracker or resolve_name(tracker["_target_"]) is NoTracker:
+        return
+    follower = _follower(tracker, info_of(row["config"], folder, row, say))
+    follower.result(row)
+    follower.finish(failed=True)
 
 
 def _follower(tracker: Mapping[str, Any], info: RunInfo) -> Tracker:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from attention_zoo import stopping
 from attention_zoo.files import Damaged, plain, read_jsonl, safe_name
+from attention_zoo.jobs.following import send_end
 from attention_zoo.measure.ends import Ended, how_it_ended, oom_kills
 from attention_zoo.measure.kept import keep_row, make_way, number
 from attention_zoo.results.row import Row
@@ -75,6 +76,7 @@ class _Child:
     folder: Path
     process: subprocess.Popen[bytes]
     kills: int
+    silent: bool = False
     started: float = field(default_factory=time.monotonic)
 
 
@@ -106,6 +108,7 @@ def run_trainings(
     rows: dict[str, Row] = {}
     waiting: list[Run] = []
     running: list[_Child] = []
+    silent: list[_Child] = []
     began = time.monotonic()
     _data.cache_clear()  # a file may have changed since an earlier call
 
@@ -138,11 +141,14 @@ def run_trainings(
                 if row is not None:
                     running.remove(child)
                     rows[child.run.name] = row
+                    silent += [child] * child.silent
                     tell("finished", child.run, row)
             tell("waiting")
     except BaseException:
         _stop(running)
         raise
+    for child in silent:  # when nothing runs any more that would have to wait
+        send_end(rows[child.run.name], child.folder, say=on_bad)
     return [rows[run.name] for run in runs]
 
 
@@ -256,8 +262,9 @@ def _how_it_ended(child: _Child, code: int) -> Ended:
 
 
 def _unfinished(child: _Child, ended: Ended) -> Row:
-    """The row of a run that has left none."""
+    """The row of a run that has left none. One that was asked to stop has told its tracker itself."""
     config = child.run.config
+    child.silent = child.process.returncode not in (stopping.REQUEUE, stopping.CTRL_C)
     row = lost_row(config, identity_of(config), ended, task=task_name(config), data=data_of(config))
     keep_row(child.folder / RESULT, row)
     return row

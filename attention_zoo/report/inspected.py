@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired
 
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -18,18 +18,21 @@ ATTENTION = "attention.json"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 """Shades of a block, from none to the largest of its head."""
 DIGITS = 5
-FIGURES = ("distance", "entropy", "outside", "sinks", "mass")
+FIGURES = ("distance", "entropy", "outside", "sinks", "mass", "share")
 
 
 class Layer(TypedDict):
-    """What `inspect.figures` says of one layer, lists over its heads."""
+    """What `inspect.figures` says of one attention of a layer, lists over its heads. Files of before lack some."""
 
     layer: str
+    number: NotRequired[int]
+    keys: NotRequired[str]
+    share: NotRequired[list[float] | None]
     blocks: list[list[list[float]]]
     distance: list[float] | None
     entropy: list[float] | None
     outside: list[float] | None
-    sinks: list[float]
+    sinks: list[float] | None
     mass: list[float]
 
 
@@ -97,16 +100,16 @@ def _beneath(path: Path) -> Iterator[Path]:
 def _check_shapes(value: Inspection) -> None:
     for run in value["runs"]:
         for layer in run["layers"]:
-            heads, count = len(layer["blocks"]), max(map(len, layer["blocks"]), default=0)
-            if any(len(block) != count or any(len(line) != count for line in block) for block in layer["blocks"]):
-                raise ValueError(f"{run['name']}, {layer['layer']}: blocks must be square")
+            heads = len(layer["blocks"])
+            if len({(len(block), len(line)) for block in layer["blocks"] for line in block}) > 1:
+                raise ValueError(f"{run['name']}, {layer['layer']}: blocks must be rectangles of one shape")
             if any(values is not None and len(values) != heads for name, values in _figures(layer)):
                 raise ValueError(f"{run['name']}, {layer['layer']}: figures must be of {heads} heads")
 
 
 def _figures(layer: Layer) -> list[tuple[str, list[float] | None]]:
     many: Mapping[str, Any] = layer
-    return [(name, many[name]) for name in FIGURES]
+    return [(name, many.get(name)) for name in FIGURES]
 
 
 def drawn(inspections: Sequence[tuple[str, Inspection]], labels: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -116,8 +119,9 @@ def drawn(inspections: Sequence[tuple[str, Inspection]], labels: Mapping[str, st
         labels: names of lines by the keys of the dashboard's runs.
 
     Returns:
-        of each file its title and sizes, and runs: `key` in the dashboard or null, label, and layers, each with
-        `maps`, [largest weight, lines] of each head, and figures.
+        of each file its title and sizes, and runs: `key` in the dashboard or null, label, and layers, each with its
+        name, its place (one for all attentions of a layer) and number, what its keys are, `maps`, [largest weight,
+        lines] of each head, and figures.
     """
     return [
         {
@@ -138,9 +142,13 @@ def _run(run: Seen, labels: Mapping[str, str]) -> dict[str, Any]:
     return {
         "key": run["id"] if run["id"] in labels else None, "label": label_of(run, labels), "name": run["name"],
         "layers": [
-            {"maps": [_shaded(block) for block in layer["blocks"]]}
+            {
+                "name": layer["layer"], "place": layer["layer"].partition(": ")[0],
+                "number": layer.get("number", place), "keys": layer.get("keys", "tokens"),
+                "maps": [_shaded(block) for block in layer["blocks"]],
+            }
             | {name: values and [float(f"{x:.{DIGITS}g}") for x in values] for name, values in _figures(layer)}
-            for layer in run["layers"]
+            for place, layer in enumerate(run["layers"])
         ],
     }  # fmt: skip
 

@@ -31,7 +31,8 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def bullets(items: Iterable[str], kind: str = "") -> str:
-    return f"<ul{_class(kind)}>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
+    keys = ' tabindex="0"' if kind in ("lead", "told") else ""  # which scroll where there is much
+    return f"<ul{_class(kind)}{keys}>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
 
 
 def _class(kind: str) -> str:
@@ -42,11 +43,17 @@ def warning(title: str, items: Sequence[str]) -> str:
     """A call-out; nothing for no items."""
     if not items:
         return ""
-    return f'<div class="warn" role="note">{f"<b>{escape(title)}</b>" if title else ""}{bullets(items)}</div>'
+    return f'<div class="warn" role="note">{f"<b>{escape(title)}</b>" if title else ""}{bullets(items, "told")}</div>'
 
 
 def section(key: str, title: str, *parts: str) -> str:
     return f'<section id="{key}"><h2>{escape(title)}</h2>{"".join(parts)}</section>'
+
+
+def _scroll(headers: Sequence[str]) -> str:
+    """The beginning of what may be wider than its place: keys scroll it, too, and it says what it is."""
+    said = ", ".join(header for header in headers if header)
+    return f'<div class="scroll" tabindex="0" role="group" aria-label="Table: {escape(said)}">'
 
 
 def table(content: Table, kind: str = "") -> str:
@@ -54,7 +61,7 @@ def table(content: Table, kind: str = "") -> str:
     body = "".join(f"<tr>{_line(cells)}</tr>" for cells in content.cells)
     notes = paragraph("; ".join(content.notes), "note") if content.notes else ""
     return (
-        f'<div class="scroll"><table{_class(kind)}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f"{_scroll(content.headers)}<table{_class(kind)}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         f"{notes}"
     )
 
@@ -79,8 +86,9 @@ def summary_table(content: Summary) -> str:
         f'<th scope="col"{_class("edge" if n in edges else "")}>{escape(column)}</th>' for n, column in enumerate(flat)
     )
     body = "".join(f"<tr>{_line([name, *cells], edges)}</tr>" for name, cells in zip(content.names, content.cells))
+    begin = _scroll(["mechanism", *(title for title, _ in content.groups)])
     return (
-        f'<div class="scroll"><table><thead><tr class="groups"><th></th>{groups}</tr>'
+        f'{begin}<table><thead><tr class="groups"><td></td>{groups}</tr>'
         f'<tr><th scope="col">mechanism</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -147,6 +148,7 @@ class WandbTracker(Tracker):
                     park(self._process)
                 elif self._process is not None:
                     self._process.end(EXIT_SECONDS if self._ended.is_set() else 0.0)
+            self._ended.wait(EXIT_SECONDS)  # what is left of a start that never came is tidied up
         self._tell()
 
     def _cure(self) -> str:
@@ -196,6 +198,7 @@ class WandbTracker(Tracker):
                     return None
                 self._process = process = waiting or Beside(mode)
                 waiting = None
+            before = self._folders()
             with contextlib.suppress(OSError):  # it has ended already, which is its answer
                 process.send(self._start | {"mode": mode})
             answer = process.answer(LOCAL_SECONDS)
@@ -205,6 +208,8 @@ class WandbTracker(Tracker):
                 self._started, self._offline = True, bool((answer["started"] or {}).get("offline"))
                 return process if answer["started"] is not None else None
             process.end(0.0)
+            for each in self._folders() - before:  # nothing is in it, and `wandb sync` of all would stop there
+                shutil.rmtree(each, ignore_errors=True)
             problem = answer.get("problem", "no answer in time")
             if mode == "offline":
                 self._say(f"W&B does not start: {problem}; metrics.jsonl has every figure")
@@ -212,6 +217,10 @@ class WandbTracker(Tracker):
                 sync = f"wandb sync {self.info.folder}/wandb/offline-run-*"
                 self._say(f"W&B: {problem}; this run goes on offline ({sync})")
         return None
+
+    def _folders(self) -> set[Path]:
+        """Where W&B keeps what it has of this run."""
+        return set(Path(self.info.folder).glob(f"wandb/*run-*-{self.info.identity}"))
 
     def _heard(self, process: Beside, wait_s: float | None) -> bool:
         """Take what W&B has to say, for good where `wait_s` is None; whether more is to come."""

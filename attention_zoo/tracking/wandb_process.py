@@ -78,7 +78,9 @@ def main() -> None:
 def _read(messages: queue.Queue[dict[str, Any]]) -> None:
     for text in sys.stdin.buffer:
         messages.put(json.loads(text))
-    messages.put({"finish": 1})  # for a run that is gone
+    # for a run that is gone; of one that has finished nobody reads any more
+    messages.put({"summary": {"status": "lost", "error": "its process was ended from outside"}})
+    messages.put({"finish": 1})
     time.sleep(GONE_SECONDS)
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)

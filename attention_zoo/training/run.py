@@ -14,7 +14,7 @@ import hashlib
 import json
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -275,21 +275,7 @@ class _Run:
             return found
 
     def _info(self) -> RunInfo:
-        row = self.row
-        unnamed = hashlib.sha256(json.dumps(plain(self.config), sort_keys=True).encode()).hexdigest()[:16]
-        task, backend, identity = row["task"] or "refused", str(row["backend"]), row["id"] or unnamed
-        attention = self.config.get("attention")
-        options = attention if isinstance(attention, Mapping) and not self.config.get("hybrid") else {}
-        return RunInfo(
-            folder=self.folder,
-            name=run_name(backend, task, row["seq_len"], f"s{row['seed']}", identity=identity, options=options),
-            identity=identity,
-            backend=backend,
-            sweep=f"{Path(str(self.config.get('output', 'runs'))).name}/{task}",
-            config=self.config,
-            notice=self.progress.warn,
-            facts={"task": task, "seq_len": row["seq_len"], "seed": row["seed"]},
-        )
+        return info_of(self.config, self.folder, self.row, self.progress.warn)
 
     def _follow(self) -> Tracker:
         return Guarded(build(self.config["tracker"], info=self._info()), self.progress.warn)
@@ -305,6 +291,32 @@ class _Run:
             if _line(error) not in (self.row["error"] or ""):
                 self.progress.warn(f"the tracker does not start: {_line(error)}")
             return NoTracker(self._info())
+
+
+def info_of(
+    config: Mapping[str, Any], folder: str | Path, row: Mapping[str, Any], notice: Callable[[str], None]
+) -> RunInfo:
+    """What trackers need to know of a run.
+
+    Args:
+        config: as it was asked for, which a run that was refused has, too.
+        row: of the run, as far as it is known.
+        notice: told what goes wrong.
+    """
+    unnamed = hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:16]
+    task, backend, identity = row["task"] or "refused", str(row["backend"]), row["id"] or unnamed
+    attention = config.get("attention")
+    options = attention if isinstance(attention, Mapping) and not config.get("hybrid") else {}
+    return RunInfo(
+        folder=Path(folder),
+        name=run_name(backend, task, row["seq_len"], f"s{row['seed']}", identity=identity, options=options),
+        identity=identity,
+        backend=backend,
+        sweep=f"{Path(str(config.get('output', 'runs'))).name}/{task}",
+        config=config,
+        notice=notice,
+        facts={"task": task, "seq_len": row["seq_len"], "seed": row["seed"]},
+    )
 
 
 def _say_kept(row: Row, progress: Progress) -> None:

@@ -183,7 +183,7 @@ zoo.diff = (() => {
       one && two
         ? zoo.el(
             'div',
-            {class: 'scroll'},
+            zoo.scroll(['setting', zoo.title(one), zoo.title(two)]),
             zoo.el(
               'table',
               {class: 'text diff'},
@@ -193,7 +193,7 @@ zoo.diff = (() => {
                 zoo.el(
                   'tr',
                   {},
-                  ['', '', zoo.title(one), zoo.title(two)].map(text => zoo.el('th', {scope: 'col'}, text)),
+                  ['setting', 'part of', zoo.title(one), zoo.title(two)].map(text => zoo.el('th', {scope: 'col'}, text)),
                 ),
               ),
               zoo.el(

@@ -60,10 +60,18 @@ zoo.csv = lines =>
 
 zoo.saveCsv = (name, lines) => zoo.save(`${name}.csv`, zoo.csv(lines), 'text/csv;charset=utf-8');
 
+// What may be wider than its place can be scrolled by keys, too, and says what it is.
+zoo.scroll = headers => ({
+  class: 'scroll',
+  tabindex: 0,
+  role: 'group',
+  'aria-label': `Table: ${headers.filter(text => text !== '').join(', ')}`,
+});
+
 zoo.table = (headers, lines, given = {}) =>
   zoo.el(
     'div',
-    {class: 'scroll'},
+    zoo.scroll(headers),
     zoo.el(
       'table',
       given,
@@ -73,7 +81,7 @@ zoo.table = (headers, lines, given = {}) =>
         zoo.el(
           'tr',
           {},
-          headers.map(text => zoo.el('th', {scope: 'col'}, text)),
+          headers.map(text => (text === '' ? zoo.el('td') : zoo.el('th', {scope: 'col'}, text))),
         ),
       ),
       zoo.el(

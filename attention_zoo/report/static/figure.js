@@ -167,7 +167,7 @@ zoo.charts = (() => {
       'details',
       {
         ontoggle: () => {
-          if (chart.details.open) fill();
+          if (chart.details.open && chart.spec) fill();
         },
       },
       zoo.el('summary', {}, 'Numbers'),
@@ -175,7 +175,7 @@ zoo.charts = (() => {
     );
     const fill = () => numbers.replaceChildren(zoo.table(...zoo.points(chart.spec, true)));
     chart.refill = () => {
-      if (chart.details.open) fill();
+      if (chart.details.open && chart.spec) fill();
     };
     chart.card = zoo.el(
       'figure',

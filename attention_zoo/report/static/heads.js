@@ -7,7 +7,8 @@
     entropy: ['entropy in bits', words.fixed],
     outside: ['share beyond the window', words.percent],
     sinks: ['share on sinks', words.percent],
-    mass: ['share on tokens', words.percent],
+    mass: ['share on keys that are drawn', words.percent],
+    share: ['share of what the layer adds', words.percent],
   };
 
   const all = () => zoo.data.attention ?? [];
@@ -30,6 +31,8 @@
     return {at, inspection, runs};
   }
 
+  const placed = (layer, head) => `${layer.name}, head ${head}`;
+
   const said = (layer, head) =>
     Object.entries(figures)
       .filter(([name]) => layer[name])
@@ -51,8 +54,8 @@
         what = kinds.includes(wanted) ? wanted : kinds[0],
         [title, say] = figures[what];
       const series = runs.map(run => {
-        const points = run.layers.flatMap((layer, number) =>
-          (layer[what] ?? []).map((value, head) => ({number, value, head})),
+        const points = run.layers.flatMap(layer =>
+          (layer[what] ?? []).map((value, head) => ({layer, value, head})),
         );
         return {
           group: run.group,
@@ -60,11 +63,11 @@
           name: run.label,
           style: run.style,
           mode: 'markers',
-          x: points.map(each => each.number),
+          x: points.map(each => each.layer.number),
           y: points.map(each => each.value),
           keys: points.map(() => (run.key === null ? [] : [run.key])),
-          said: points.map(({number, value, head}) =>
-            [run.label, `layer ${number}, head ${head}`, `${title}: ${say(value)}`].join('\n'),
+          said: points.map(({layer, value, head}) =>
+            [run.label, placed(layer, head), `${title}: ${say(value)}`].join('\n'),
           ),
         };
       });
@@ -89,91 +92,73 @@
     },
   });
 
-  function paint(canvas, [, lines], style, size = 4) {
-    const colors = zoo.theme.ink(),
-      context = canvas.getContext('2d');
-    canvas.width = canvas.height = Math.max(1, lines.length) * size;
-    context.fillStyle = colors.blank;
-    context.fillRect(0, 0, canvas.width, canvas.height);
-    context.fillStyle = zoo.theme.color(style);
-    lines.forEach((line, i) =>
-      [...line].forEach((letter, j) => {
-        context.globalAlpha = letters.indexOf(letter) / (letters.length - 1);
-        context.fillRect(j * size, i * size, size, size);
-      }),
-    );
+  function paint(canvas, size, [, lines], style) {
+    const color = zoo.theme.color(style);
+    zoo.picture.grid(canvas, size, lines.length, lines[0]?.length ?? 0, (context, i, j) => {
+      context.fillStyle = color;
+      context.globalAlpha = letters.indexOf(lines[i][j]) / (letters.length - 1);
+    });
   }
 
-  function picture(run, layer, number, head) {
-    const numbers = said(layer, head),
-      place = `layer ${number}, head ${head}`;
-    const canvas = zoo.el('canvas', {
-      role: 'img',
-      'aria-label': `${run.label}, ${place}: ${numbers.map(each => each.join(' ')).join(', ')}`,
+  const picture = (run, layer, head) =>
+    zoo.picture.figure({
+      label: run.label,
+      place: placed(layer, head),
+      group: run.group,
+      key: run.key,
+      said: said(layer, head),
+      paint: (canvas, size) => paint(canvas, size, layer.maps[head], run.style),
+      file: `attention-${run.label}-${layer.name}-${head}`,
+      note:
+        `${placed(layer, head)}, largest ${words.significant(layer.maps[head][0])}` +
+        (layer.keys === 'tokens' ? '' : `; columns are ${layer.keys}`),
+      data: {layer: layer.name, head},
     });
-    paint(canvas, layer.maps[head], run.style);
-    const save = () => {
-      const large = zoo.el('canvas');
-      paint(large, layer.maps[head], run.style, 12);
-      large.toBlob(blob => zoo.save(`attention-${run.label}-${number}-${head}.png`.replace(/[^\w.-]+/g, '-'), blob));
-    };
-    const point = () => zoo.link.point({group: run.group, keys: run.key === null ? [] : [run.key]});
-    return zoo.el(
-      'figure',
-      {
-        class: 'picture',
-        data: {group: run.group, layer: number, head},
-        onpointerenter: point,
-        onpointerleave: () => zoo.link.point(null),
-      },
-      zoo.el(
-        'figcaption',
-        {},
-        run.key === null
-          ? zoo.el('span', {class: 'name'}, run.label)
-          : zoo.button(run.label, () => zoo.link.choose(run.key), {class: 'plain'}),
-        zoo.button('PNG', save, {'aria-label': `Download the weights of ${run.label}, ${place}`}),
-      ),
-      canvas,
-      zoo.el('p', {class: 'note'}, `${place}, largest ${words.significant(layer.maps[head][0])}`),
-      zoo.el('details', {}, zoo.el('summary', {}, 'Numbers'), zoo.table(['', place], numbers)),
-    );
-  }
 
   // The figures of all heads of all layers, for a file.
   function save(runs) {
     const names = Object.keys(figures);
     const lines = runs.flatMap(run =>
-      run.layers.flatMap((layer, number) =>
+      run.layers.flatMap(layer =>
         layer.maps.map((_, head) => [
           run.label,
           run.name,
-          number,
+          layer.name,
+          layer.keys,
           head,
           ...names.map(name => layer[name]?.[head] ?? null),
         ]),
       ),
     );
-    zoo.saveCsv('heads', [['mechanism', 'run', 'layer', 'head', ...names], ...lines]);
+    zoo.saveCsv('heads', [['mechanism', 'run', 'layer', 'keys', 'head', ...names], ...lines]);
   }
 
-  zoo.heads = (() => {
-    let outer,
-      box,
-      note,
-      choices,
-      painted = '';
+  // The layers of all runs; one of two attentions is one place.
+  function places(runs) {
+    const found = new Map();
+    for (const run of runs) for (const layer of run.layers) found.set(layer.place, layer.number);
+    return [...found.keys()].sort((a, b) => found.get(a) - found.get(b));
+  }
 
-    function draw() {
+  const chosen = names => Math.max(0, Math.min(Number(zoo.state.get().layer) || 0, names.length - 1));
+
+  zoo.heads = (() => {
+    let gallery, note, choices;
+
+    function told() {
+      const {at, runs} = now(),
+        names = places(runs);
+      return names.length ? [at, chosen(names), runs.map(run => [run.key, run.group, run.style])] : null;
+    }
+
+    function build() {
       const {at, inspection, runs} = now(),
-        depth = Math.max(0, ...runs.map(run => run.layers.length));
-      outer.hidden = !depth;
-      const wanted = Number(zoo.state.get().layer) || 0,
-        layer = Math.max(0, Math.min(wanted, depth - 1));
-      const told = JSON.stringify([zoo.theme.dark(), at, layer, runs.map(run => [run.key, run.group, run.style])]);
-      if (!depth || told === painted) return;
-      painted = told;
-      const blocks = runs[0].layers[0]?.maps[0]?.[1].length ?? 0;
+        names = places(runs),
+        place = chosen(names);
+      const here = runs.flatMap(run =>
+        run.layers.filter(layer => layer.place === names[place]).map(layer => ({run, layer})),
+      );
+      const blocks = here[0].layer.maps[0]?.[1].length ?? 0;
       note.textContent =
         `“${inspection.title}”, ${words.count(inspection.tokens)} tokens in ${blocks} blocks a side, as each run's ` +
         'own kernels weigh them. Rows are queries, columns keys; the stronger the colour the more, each head by its ' +
@@ -182,50 +167,32 @@
         ...which(at),
         zoo.choice(
           'Layer',
-          Array.from({length: depth}, (_, i) => [String(i), `layer ${i}`]),
-          String(layer),
+          names.map((name, i) => [String(i), name]),
+          String(place),
           value => zoo.state.change({layer: value}),
         ),
         zoo.button('CSV', () => save(now().runs), {'aria-label': 'Download the figures of all heads as CSV'}),
       );
-      const here = runs.filter(run => run.layers[layer]);
-      const heads = Math.max(0, ...here.map(run => run.layers[layer].maps.length));
-      box.replaceChildren(
-        // a line for each head, in which those of the runs stand beside each other
-        ...Array.from({length: heads}, (_, head) =>
-          zoo.el(
-            'div',
-            {class: 'pictures', data: {head}},
-            here
-              .filter(run => run.layers[layer].maps[head])
-              .map(run => picture(run, run.layers[layer], layer, head)),
-          ),
+      const heads = Math.max(0, ...here.map(each => each.layer.maps.length));
+      // a line for each head, in which those of the runs stand beside each other
+      return Array.from({length: heads}, (_, head) =>
+        zoo.el(
+          'div',
+          {class: 'pictures', data: {head}},
+          here.filter(each => each.layer.maps[head]).map(({run, layer}) => picture(run, layer, head)),
         ),
       );
-      mark(zoo.link.now());
     }
 
-    function mark(what) {
-      const pictures = [...box.querySelectorAll('.picture')];
-      const there = pictures.some(figure => figure.dataset.group === what?.group);
-      for (const figure of pictures)
-        figure.classList.toggle('faint', there && figure.dataset.group !== what.group);
-    }
-
-    function start(node) {
-      outer = node;
+    function start(outer) {
       note = zoo.el('p', {class: 'note'});
       choices = zoo.el('div', {class: 'choices'});
-      box = zoo.el('div');
+      const box = zoo.el('div');
       outer.append(zoo.el('h3', {}, 'What heads attend to'), note, choices, box);
-      zoo.link.listen(mark);
-      draw();
+      gallery = zoo.picture.gallery(outer, box, told, build);
+      gallery.draw();
     }
 
-    const again = () => {
-      painted = '';
-      draw();
-    };
-    return {start, draw, again};
+    return {start, draw: () => gallery.draw(), again: () => gallery.again()};
   })();
 })();

@@ -1,10 +1,7 @@
 // What each token sees: one small picture for each mechanism.
 zoo.pictures = (() => {
   const kinds = ['not seen', 'seen without gradient', 'seen'];
-  const cell = 4;
-  let box,
-    outer,
-    painted = '';
+  let gallery;
 
   function numbers(pairs) {
     const length = pairs.length,
@@ -21,74 +18,30 @@ zoo.pictures = (() => {
     ];
   }
 
-  function paint(canvas, run, size = cell) {
-    const length = run.pairs.length,
-      colors = zoo.theme.ink(),
-      style = zoo.data.styles[run.label];
-    const shades = [colors.blank, colors.muted, zoo.theme.color(style)],
-      context = canvas.getContext('2d');
-    canvas.width = canvas.height = length * size;
-    run.pairs.forEach((line, i) => {
-      for (let j = 0; j < length; j += 1) {
-        context.fillStyle = shades[line[j]];
-        context.fillRect(j * size, i * size, size, size);
-      }
+  function paint(canvas, size, run) {
+    const {blank, muted} = zoo.theme.ink();
+    const shades = [blank, muted, zoo.theme.color(zoo.data.styles[run.label])];
+    zoo.picture.grid(canvas, size, run.pairs.length, run.pairs.length, (context, i, j) => {
+      context.fillStyle = shades[run.pairs[i][j]];
     });
   }
 
-  function picture(group, run) {
-    const said = numbers(run.pairs);
-    const canvas = zoo.el('canvas', {
-      role: 'img',
-      'aria-label': `${run.label}: ${said.map(([name, value]) => `${name} ${value}`).join(', ')}`,
+  const picture = (group, run) =>
+    zoo.picture.figure({
+      label: run.label,
+      group,
+      key: run.key,
+      said: numbers(run.pairs),
+      paint: (canvas, size) => paint(canvas, size, run),
+      file: `pattern-${run.label}`,
+      note: run.options || 'default options',
+      data: {key: run.key},
     });
-    paint(canvas, run);
-    const save = () => {
-      const large = zoo.el('canvas');
-      paint(large, run, 12);
-      large.toBlob(blob => zoo.save(`pattern-${run.label}.png`.replace(/[^\w.-]+/g, '-'), blob));
-    };
-    return zoo.el(
-      'figure',
-      {
-        class: 'picture',
-        data: {group, key: run.key},
-        onpointerenter: () => zoo.link.point({group, keys: [run.key]}),
-        onpointerleave: () => zoo.link.point(null),
-      },
-      zoo.el(
-        'figcaption',
-        {},
-        zoo.button(run.label, () => zoo.link.choose(run.key), {class: 'plain'}),
-        zoo.button('PNG', save, {'aria-label': `Download the picture of ${run.label}`}),
-      ),
-      canvas,
-      zoo.el('p', {class: 'note'}, run.options || 'default options'),
-      zoo.el('details', {}, zoo.el('summary', {}, 'Numbers'), zoo.table(['', run.label], said)),
-    );
-  }
 
-  function draw() {
-    const groups = zoo.select.drawn(run => run.pairs);
-    outer.hidden = !groups.length;
-    const said = JSON.stringify([
-      zoo.theme.dark(),
-      groups.map(group => [group.name, group.runs.map(run => run.index)]),
-    ]);
-    if (said === painted) return;
-    painted = said;
-    box.replaceChildren(...groups.flatMap(group => group.runs.map(run => picture(group.name, run))));
-    mark(zoo.link.now());
-  }
+  const groups = () => zoo.select.drawn(run => run.pairs);
 
-  function mark(what) {
-    const there = [...box.children].some(figure => figure.dataset.group === what?.group);
-    for (const figure of box.children) figure.classList.toggle('faint', there && figure.dataset.group !== what.group);
-  }
-
-  function start(node) {
-    outer = node;
-    box = zoo.el('div', {class: 'pictures'});
+  function start(outer) {
+    const box = zoo.el('div', {class: 'pictures'});
     outer.append(
       zoo.el('h3', {}, 'Attention patterns'),
       zoo.el(
@@ -100,13 +53,15 @@ zoo.pictures = (() => {
       ),
       box,
     );
-    zoo.link.listen(mark);
-    draw();
+    const told = () => {
+      const now = groups();
+      return now.length ? now.map(group => [group.name, group.runs.map(run => run.index)]) : null;
+    };
+    gallery = zoo.picture.gallery(outer, box, told, () =>
+      groups().flatMap(group => group.runs.map(run => picture(group.name, run))),
+    );
+    gallery.draw();
   }
 
-  const again = () => {
-    painted = '';
-    draw();
-  };
-  return {start, draw, again};
+  return {start, draw: () => gallery.draw(), again: () => gallery.again()};
 })();
