@@ -364,6 +364,23 @@ def plan(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_jobs_that_share_a_folder_plan_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = ([Planned(name, "cell", str(tmp_path / f"{name}.json"))] for name in "abc")
+    command = "attention-zoo benchmark -m head_width=16,32"
+    write_plan(tmp_path, command, first)
+    write_plan(tmp_path, command, second)
+    write_plan(tmp_path, command, first)
+    assert sorted(each.name for each in read_plan(tmp_path / PLAN).cells) == ["a", "b"]
+    write_plan(tmp_path, "attention-zoo benchmark -m head_width=64", third)
+    assert [each.name for each in read_plan(tmp_path / PLAN).cells] == ["c"], "another command begins anew"
+    monkeypatch.setattr("attention_zoo.jobs.plan.source_digest", lambda: "other")
+    write_plan(tmp_path, "attention-zoo benchmark -m head_width=64", first)
+    assert [each.name for each in read_plan(tmp_path / PLAN).cells] == ["a"], "other code names cells otherwise"
+    write_plan(tmp_path, "attention-zoo benchmark", second)
+    write_plan(tmp_path, "attention-zoo benchmark", third)
+    assert [each.name for each in read_plan(tmp_path / PLAN).cells] == ["c"], "one job says all that it does"
+
+
 def test_matches_with_peers_are_cells_too(tmp_path: Path) -> None:
     asked = BenchmarkConfig(backends=["longformer"], lengths=[16, 32], threads=1, peers=True, against=["sdpa"])
     planned = _planned_matches(asked.matches(), tmp_path, asked.rounds)

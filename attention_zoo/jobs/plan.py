@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,11 +13,14 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from attention_zoo.files import Damaged, plain, read_json, write_json
 from attention_zoo.measure.cell import SpeedCell
+from attention_zoo.measure.identity import source_digest
 from attention_zoo.measure.progress import named
 
 PLAN = "plan.json"
 COMMAND: ContextVar[str] = ContextVar("command", default="")
 """As it was typed, of the work that goes on here; empty where nobody typed one."""
+MANY = {"-m", "--multirun"}
+"""Words of a command that stands for several jobs."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,14 @@ class Plan:
         command: that does them, as it is typed; empty where it is not known.
         where: the folder that it was typed in.
         parallel: cells at a time.
+        code: digest of the source by which cells are named.
     """
 
     command: str
     where: str
     cells: list[Planned]
     parallel: Annotated[int, Field(ge=1)] = 1
+    code: str = ""
 
     def again(self, *words: str) -> str:
         """The command that does what is missing, to be typed in any folder; empty where it is not known."""
@@ -69,7 +74,8 @@ class Plan:
 
 
 def write_plan(folder: str | Path, command: str, cells: Sequence[Planned], *, parallel: int = 1) -> Path:
-    """Write it into a folder.
+    """Write it into a folder. Jobs of one sweep may share it, one after another: the same command by the same code adds
+    to what is planned there, and any other begins anew.
 
     Args:
         cells: whose places are paths of any kind; they are kept relative to the folder, which may be moved.
@@ -78,9 +84,22 @@ def write_plan(folder: str | Path, command: str, cells: Sequence[Planned], *, pa
         OSError: naming the file.
     """
     folder = Path(folder).absolute()
-    kept = [{**asdict(each), "place": os.path.relpath(each.place, folder)} for each in cells]
-    plan = {"command": command, "where": os.getcwd(), "cells": kept, "parallel": parallel}
-    return write_json(folder / PLAN, plain(plan))
+    kept = [replace(each, place=os.path.relpath(each.place, folder)) for each in cells]
+    plan = Plan(command, os.getcwd(), kept, parallel, source_digest())
+    return write_json(folder / PLAN, plain(asdict(replace(plan, cells=[*_before(folder, plan), *kept]))))
+
+
+def _before(folder: Path, plan: Plan) -> list[Planned]:
+    """What an earlier job of the same sweep has planned beside."""
+    try:
+        old = read_plan(folder / PLAN)
+    except (FileNotFoundError, Damaged):
+        return []
+    alike = replace(old, cells=[], parallel=plan.parallel) == replace(plan, cells=[])
+    if not alike or not MANY & set(plan.command.split()):
+        return []
+    mine = {each.place for each in plan.cells}
+    return [each for each in old.cells if each.place not in mine]
 
 
 def planned_cells(cells: Iterable[SpeedCell], folder: Path) -> list[Planned]:
