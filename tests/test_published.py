@@ -4,13 +4,20 @@ that differs in more than the seed."""
 import copy
 
 import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 from report_rows import quality
 
-from attention_zoo.jobs.compare import CompareConfig
+from attention_zoo.jobs.compare import CompareConfig, register
 from attention_zoo.jobs.published import published_rows, published_tables
 from attention_zoo.report.build import build_report
 from attention_zoo.report.published import published
 from attention_zoo.results.check import wrong_with
+from attention_zoo.training.assembly import assemble
+from attention_zoo.training.building import build
+from attention_zoo.training.config import CONF, options_of
+from attention_zoo.training.elsewhere import elsewhere
+from attention_zoo.training.models import mechanism_of
 
 TABLE = {
     "title": "Accuracy by rounds", "source": "Somebody 2020, table 2", "task": "mqar",
@@ -83,3 +90,28 @@ def test_what_cannot_be_meant_is_refused(change, said):
     with pytest.raises(ValueError, match=r"published\.rounds") as caught:
         CompareConfig(backends=["full", "reformer"], published={"rounds": {**TABLE, **change}}).planned()
     assert said in str(caught.value)
+
+
+PRESETS = ("rounds", "longer_memory", "sinks", "induction", "short_parity", "rmt")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_of_published_results_can_be_trained_and_evaluated_as_it_says(preset):
+    """Each of its models is built, and so is each of `evaluate_at`."""
+    register()
+    with initialize_config_module(CONF, version_base="1.3"):
+        config = OmegaConf.to_object(compose("compare", [f"preset={preset}", "output=runs"]))
+    assert config.measure.cells() == []
+    runs = [run for run in config.runs() if run.config["seed"] == 0]
+    sets = {run.config["backend"]: set() for run in runs}
+    for run in runs:
+        options = options_of(run.config)
+        task = build(options.task, "task")
+        parts = assemble(options, mechanism_of(options), task)
+        others = [f"{name}@{each.name}" for each in elsewhere(options, parts) for name in each.sets]
+        sets[run.config["backend"]] |= {(task.name, name) for name in [*parts.sets, *others]}
+    tables = published_tables(config.published, config.names())
+    said = {
+        (line, (table.task, name)) for table in tables.values() for line in table.values for name in table.values[line]
+    }
+    assert all(what in sets[line] for line, what in said), "published figures stand beside sets that there are"
