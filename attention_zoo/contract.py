@@ -202,8 +202,7 @@ class Attention(Layer):
         number: of this very layer in this process.
 
     Class attributes:
-        name: of the backend.
-        declared: its abilities at the default options.
+        name, declared: of the backend; its abilities at the default options.
         tiny: options at which a few dozen tokens already straddle every border of the mechanism; the contract suite
             tests under them (window 3, chunk 4, ...). Whole numbers among them are taken for lengths in tokens.
         reference: the slow truth of a mechanism that is no pattern, by plain loops in float64, differentiable:
@@ -311,39 +310,29 @@ class Attention(Layer):
 
     def pairs(self, length: int) -> float | None:
         """How many query-key pairs one forward call over `length` tokens scores per head, for the FLOP count.
-
         A pair costs 4·D: a dot product and a weighted value. A mechanism that spends more (relative positions: another
         dot product) counts that in. None: no formula; a pattern's pairs are then counted from its definition.
         """
         return None
 
     def keys_seen(self, length: int) -> Sequence[float] | None:
-        """How many keys each query of a row of `length` tokens scores, the mean of its heads; for hashing the most that
-        it may. Compressed keys count like others. None: not said; a pattern's are counted from its definition."""
+        """Keys that each query of a row scores, mean of heads; of hashing the most. None: a pattern's are counted."""
         return None
 
     def oldest_seen(self, length: int) -> Sequence[int] | None:
-        """The first token that each query's output may depend on, in a row of `length` tokens.
-
-        None: not said; a pattern's is found by its definition.
-        """
+        """The first token that each query of a row may depend on. None: a pattern's is found by its definition."""
         return None
 
     def core(self, batch: int, length: int) -> Operands | None:
         """What `attend` is given for so many rows and tokens, so that it can be measured alone; None: there is none.
-
-        By default queries, keys and values, where the class has an `attend(q, k, v)`: [B, H, L, D] and [B, K, L, D].
-        """
+        By default queries, keys and values, where the class has an `attend(q, k, v)`: [B, H, L, D] and [B, K, L, D]."""
         if not hasattr(self, "attend"):
             return None
         keys = batch, self.kv_heads, length, self.head_width
         return Operands(((batch, self.heads, length, self.head_width), keys, keys))
 
     def explain_kernels(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
-        """Every kernel, fastest first, with the reason why it cannot run so many tokens without padding there, or None.
-
-        A mechanism that has one way to compute calls it "own".
-        """
+        """Every kernel, fastest first, and why it cannot run so many unpadded tokens there; the only one: "own"."""
         return [("own", None)]
 
     def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Any) -> Any:
