@@ -142,7 +142,8 @@ def test_folders_stand_side_by_side_and_tables_lie_beside_the_page(tmp_path: Pat
     data = drawn(read(both))
     assert {ask(data, run, "sweep") for run in data["runs"]} == {"monday", "tuesday"}
     names = {each.stem for each in (tmp_path / "out" / "tables").iterdir()}
-    assert {"summary", "text-512-tokens", "mqar-64-tokens"} == names
+    trained = {"text-512-tokens", "mqar-64-tokens"}
+    assert {"summary", *trained, *(f"{name}-verdicts" for name in trained)} == names
     with open(tmp_path / "out" / "tables" / "summary.csv", newline="") as file:
         lines = list(csv.reader(file))
     assert lines[0][0] == "mechanism"

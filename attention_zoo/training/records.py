@@ -69,14 +69,14 @@ def blank_row(config: Mapping[str, Any]) -> TrainingRow:
         "stopped": None,
         "resumed_at": None,
         "data": None,
-        "given": None,
-        "regime": cast(str, config.get("regime")),
-        "rates": rates_of(config),
         "model_sha256": None,
         "refused": False,
         "wall_seconds": None,
         "by_set": {},
         "evaluation_tokens_per_second": None,
+        "given": None,
+        "regime": cast(str, config.get("regime")),
+        "rates": rates_of(config),
     }
 
 
