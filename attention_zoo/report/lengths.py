@@ -3,7 +3,7 @@
 | rule | a length holds where accuracy is | of |
 |---|---|---|
 | of its own | at least `SHARE` of that at the trained length | what was trained here, whatever it reached |
-| fixed | at least a level that is the same for all | RULER (Hsieh et al. 2024, §4), which takes Llama2-7B at 4K: `RULER` |
+| fixed | at least a level, the same for all | RULER (Hsieh et al. 2024, §4), whose level is Llama2-7B at 4K: `RULER` |
 
 By both, every shorter length that was tested must hold, too: an island behind a collapse is no reach. Accuracy is the
 mean over seeds. Sets that were scored under another mechanism (`evaluate_at` with `attention`) say nothing of these
