@@ -57,13 +57,14 @@ def lengths_of(row: Row) -> dict[str, int]:
         named, length = _NAMED.search(name), (told.get(name) or {}).get("seq_len")
         if length or named:
             found[name] = int(length or named[1])  # type: ignore[index]
-    main = _main(row)
+    main = main_set(row)
     if main is not None and main not in found and row.get("seq_len"):
         found[main] = int(row["seq_len"])
     return found
 
 
-def _main(row: Row) -> str | None:
+def main_set(row: Row) -> str | None:
+    """The name of the set that a run's result is of."""
     names = list(row.get("evaluations") or {})
     return RESULT if RESULT in names else next(iter(names), None)
 
@@ -77,7 +78,7 @@ def other_mechanism(row: Row, name: str) -> bool:
 def by_length(row: Row, metric: str) -> dict[int, float]:
     """What a run reached at each length that it was tested at, shortest first."""
     found: dict[int, float] = {}
-    main, scores = _main(row), row.get("evaluations") or {}
+    main, scores = main_set(row), row.get("evaluations") or {}
     own = lengths_of(row)
     for name, length in own.items():
         value = scores.get(name, {}).get(metric)
@@ -101,7 +102,7 @@ def mean_by_length(rows: Iterable[Row], metric: str) -> dict[int, float]:
 
 def trained_length(rows: Iterable[Row]) -> int | None:
     """The length of the result's own set: that of training."""
-    found = {lengths_of(row).get(_main(row) or "") for row in rows}
+    found = {lengths_of(row).get(main_set(row) or "") for row in rows}
     return found.pop() if len(found) == 1 else None
 
 
