@@ -10,7 +10,9 @@ tokens, for a context c and a longer one c':
 
 and the RECL of model i is the first c at which the next longer context gains less than a threshold. All models have to
 improve over the same baseline, so that a poor model with much to gain does not look as if it used more. It is a figure
-of the group and of the grid of contexts: with another step, or other models beside, it is another.
+of the group and of the grid of contexts: with another step, or other models beside, it is another. And f keeps of each
+token the better of two losses: one that merely fluctuates from context to context gains, too, so that of models that
+were trained briefly the figure says little.
 """
 
 from __future__ import annotations
