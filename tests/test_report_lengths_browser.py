@@ -82,6 +82,14 @@ def test_the_map_has_a_line_for_each_mechanism_and_length(opened: Browser) -> No
     assert opened.run("document.querySelectorAll('.card[data-chart=\"distance\"] .hm').length") >= 1
 
 
+def test_the_map_by_length_is_of_the_same_figures(opened: Browser) -> None:
+    opened.run("zoo.state.change({task: 'mqar, 64 tokens', grouping: '(length)'})")
+    found = drawn(opened, "distance", "heat")
+    assert found["x"] == ["64", "128"]
+    assert dict(zip(found["y"], found["z"])) == {"full": [0.9, 0.7], "longformer": [0.9, 0.2]}
+    opened.run("zoo.state.change({grouping: ''})")
+
+
 def test_tested_long_is_drawn_with_the_trained_length_marked(opened: Browser) -> None:
     opened.run("zoo.state.change({task: 'mqar, 64 tokens'})")
     series = drawn(opened, "lengths", "series")

@@ -11,16 +11,19 @@
     return [own, ...others];
   }
 
+  const along = run => (run.by_length?.[0] ?? []).map((length, i) => [length, run.by_length[1][i]]);
+
   // Which heat maps there are: evaluation sets, and what answers are told apart by, such as distance.
   function maps(task) {
     const found = new Map();
     for (const run of zoo.select.shown().filter(ofTask(task))) {
       for (const {groups} of sets(run))
         for (const name of Object.keys(groups ?? {})) found.set(name, name.replace(/_/g, ' '));
+      if (run.by_length) found.set('(length)', 'length of the rows');
       if (Object.keys(run.sets ?? {}).length > 1) found.set('(set)', 'evaluation set');
     }
     return [...found].sort(
-      ([a], [b]) => (a !== 'distance') - (b !== 'distance') || (a === '(set)') - (b === '(set)'),
+      ([a], [b]) => (a !== 'distance') - (b !== 'distance') || a.startsWith('(') - b.startsWith('('),
     );
   }
 
@@ -41,15 +44,16 @@
       const kinds = task ? maps(task) : [];
       if (!kinds.length) return null;
       const wanted = zoo.state.get().grouping,
-        [name, title] = kinds.find(([each]) => each === wanted) ?? kinds[0];
+        [name, title] = kinds.find(([each]) => each === wanted) ?? kinds[0],
+        whole = name.startsWith('(');
       // the same task at several lengths stands in one map, a line for each mechanism and length
       const alike = zoo.data.tasks.filter(each => each.name === task.name && each.metric === task.metric);
       const lines = [];
       for (const other of alike) {
         for (const group of zoo.select.drawn(ofTask(other))) {
-          if (name === '(set)') {
+          if (whole) {
             const points = group.runs.flatMap(run =>
-              Object.entries(run.sets ?? {}).map(([set, value]) => [set, value, run.key]),
+              (name === '(set)' ? Object.entries(run.sets ?? {}) : along(run)).map(pair => [...pair, run.key]),
             );
             if (points.length)
               lines.push({
@@ -83,7 +87,7 @@
       const flat = z.flat().filter(value => value !== null),
         named = apart(y, i => ` · ${lines[i].set.replace(/_/g, ' ')}`, true),
         doubled = apart(named, i => ` (${lines[i].task.title})`, false);
-      const what = name === '(set)' ? task.words : task.lower ? 'loss' : 'accuracy';
+      const what = whole ? task.words : task.lower ? 'loss' : 'accuracy';
       const unit = what !== 'loss' ? '' : task.bits ? ' in bits' : ' in nats';
       return {
         choices: [
