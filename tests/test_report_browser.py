@@ -23,7 +23,7 @@ from attention_zoo.report import build_report
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")]
 
 HOSTILE = "</script><img src=x onerror=alert(1)><b>bold</b>"
-ALL = ["memory", "time", "quality", "pareto-memory", "pareto-time", "learning", "position", "distance"]
+ALL = ["memory", "time", "quality", "pareto-memory", "pareto-time", "learning", "position", "distance", "lengths"]
 SHOWN = "[...document.querySelectorAll('.card:not([hidden])')].map(card => card.dataset.chart)"
 KEYS = "[...document.querySelectorAll('.runs tr[data-key]')].map(line => line.dataset.key)"
 

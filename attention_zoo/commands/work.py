@@ -152,6 +152,13 @@ def _inspect(composed: DictConfig) -> Outcome:
     return Outcome()
 
 
+def _context(composed: DictConfig) -> Outcome:
+    from attention_zoo.inspect.context import context
+
+    print(f"wrote {context(settings(composed))}")
+    return Outcome()
+
+
 def _convert(composed: DictConfig) -> Outcome:
     from attention_zoo.integrations.weights.commands import run_convert
 
@@ -250,6 +257,12 @@ def _register_inspect() -> None:
     register()
 
 
+def _register_context() -> None:
+    from attention_zoo.inspect.context import register
+
+    register()
+
+
 def _register_weights() -> None:
     from attention_zoo.integrations.weights.commands import register
 
@@ -264,6 +277,7 @@ COMMANDS = {
     "report": Command("draw a report from results, without running anything", _register_report, _report),
     "status": Command("show how far sweeps are, and how to go on", _register_status, _status),
     "inspect": Command("show what trained runs attend to on a text", _register_inspect, _inspect),
+    "context": Command("measure how much context trained language models use", _register_context, _context),
     "convert": Command(
         "turn a pretrained checkpoint into a model of ours, perhaps a long one", _register_weights, _convert
     ),

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from attention_zoo.options import Text, check_fields
 from attention_zoo.report import build_report, read, write_csv
+from attention_zoo.report.contexts import contexts
 from attention_zoo.report.extract import write_tables
 from attention_zoo.report.inspected import inspected
 from attention_zoo.report.serve import HOST, Watched, server
@@ -64,12 +65,14 @@ def report(config: ReportConfig) -> Path | None:
     if config.serve:
         _serve(Watched([str(path) for path in paths], config.title), config.port, Console())
         return None
-    rows, seen = read(paths), inspected(paths)
-    rows.left_out += seen.left_out
+    rows, seen, measured = read(paths), inspected(paths), contexts(paths)
+    rows.left_out += seen.left_out + measured.left_out
     first = Path(paths[0])
     beside = first if first.is_dir() else first.parent
     folder = beside if config.output is None else Path(config.output)
-    path = build_report(rows, folder / "report.html", title=config.title, attention=seen.inspections)
+    path = build_report(
+        rows, folder / "report.html", title=config.title, attention=seen.inspections, contexts=measured.groups
+    )
     write_csv(rows, folder / "results.csv")
     write_tables(Findings.of(rows), folder / "tables")
     show(rows, path, Console())

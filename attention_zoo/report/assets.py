@@ -9,8 +9,8 @@ from attention_zoo.report.library import STATIC
 STYLES = ("page", "dashboard", "panel", "narrow", "paper")
 SCRIPTS = (
     "dom", "words", "runs", "state", "select", "link", "look", "facets", "columns", "table", "gather", "points",
-    "figure", "costs", "tasks", "learnt", "courses", "distance", "picture", "seen", "heads", "details", "legend",
-    "live", "main",
+    "figure", "costs", "tasks", "learnt", "courses", "distance", "lengths", "picture", "seen", "heads", "details",
+    "legend", "live", "main",
 )  # fmt: skip
 """In the order in which they need each other."""
 

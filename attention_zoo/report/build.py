@@ -15,6 +15,7 @@ from attention_zoo.measure.identity import source_digest
 from attention_zoo.report import costs, frame, page, rivals, units
 from attention_zoo.report import rows as results
 from attention_zoo.report.cells import Table
+from attention_zoo.report.contexts import Group
 from attention_zoo.report.data import dashboard
 from attention_zoo.report.extract import trainings_table
 from attention_zoo.report.inspected import Inspection
@@ -29,7 +30,12 @@ TITLE = "Which attention, at what cost?"
 
 
 def build_report(
-    rows: Iterable[Row], path: str | Path, *, title: str = TITLE, attention: Sequence[tuple[str, Inspection]] = ()
+    rows: Iterable[Row],
+    path: str | Path,
+    *,
+    title: str = TITLE,
+    attention: Sequence[tuple[str, Inspection]] = (),
+    contexts: Sequence[tuple[str, Group]] = (),
 ) -> Path:
     """Draw the report.
 
@@ -39,6 +45,7 @@ def build_report(
         path: of the HTML file; parent folders are made, an older file is replaced whole.
         title: on top of the page.
         attention: what trained models attend to, see `report.inspected`.
+        contexts: how much context groups of models make use of, see `report.contexts`.
 
     Returns:
         the path.
@@ -48,7 +55,7 @@ def build_report(
         OSError: naming the path, where it cannot be written.
     """
     found = findings(rows)
-    return write_atomic(path, document(found, title, dashboard(found, attention=attention)))
+    return write_atomic(path, document(found, title, dashboard(found, (), attention, contexts)))
 
 
 def findings(rows: Iterable[Row]) -> Findings:

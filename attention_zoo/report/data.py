@@ -6,11 +6,11 @@ Curves are thinned to what a chart can show and figures to five digits; results.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attention_zoo.measure.identity import source_digest
-from attention_zoo.report import costs, groups, inspected, rivals
+from attention_zoo.report import contexts, costs, groups, inspected, lengths, rivals
 from attention_zoo.report import rows as results
 from attention_zoo.report.again_by import command_of
 from attention_zoo.report.beside import pairs
@@ -28,13 +28,18 @@ FIGURES = (
     "seconds", "seconds_min", "seconds_max", "tokens_per_second", "state_bytes", "floor_ratio", "flops", "parameters",
     "train_seconds", "step_seconds", "steps", "peak_bytes", "resident_bytes", "predicted_bytes", "time_ratio",
     "time_ratio_min", "time_ratio_max", "memory_ratio", "their_seconds", "their_peak_bytes", "budget_bytes",
-    "bytes_per_token",
+    "bytes_per_token", "evaluation_tokens_per_second",
 )  # fmt: skip
+GIVEN = ("flops_per_token", "state_bytes")
+"""Of what a trained backend was given."""
 CURVES = ("curve", "quality_curve", "loss_by_position")
 
 
 def dashboard(
-    found: Findings, running: Sequence[Row] = (), attention: Sequence[tuple[str, inspected.Inspection]] = ()
+    found: Findings,
+    running: Sequence[Row] = (),
+    attention: Sequence[tuple[str, inspected.Inspection]] = (),
+    measured: Sequence[tuple[str, contexts.Group]] = (),
 ) -> dict[str, Any]:
     """The value that the page's scripts read.
 
@@ -42,11 +47,12 @@ def dashboard(
         found: in rows that were sifted.
         running: trainings that have not ended, as rows of status "running" with the curves that they have so far.
         attention: what was inspected, see `inspected`.
+        measured: how much context groups of models use, see `contexts`.
 
     Returns:
         fields: [name, values] of words, see `Fields`; runs: each with `f`, its values by their place, `n`, its figures,
         and its curves; styles: of each label; tasks and settings: what is known of them, in the order of importance;
-        lost: statuses in words; attention: see `inspected.drawn`.
+        lost: statuses in words; attention and contexts: see `inspected.drawn` and `contexts.drawn`.
     """
     rows = [*(row for row in found.rows if row["kind"] != "published"), *running]  # those are nobody's runs here
     names = labels(found.rows)
@@ -69,6 +75,10 @@ def dashboard(
         for each in inspection["runs"]:
             label = inspected.label_of(each, known)
             lines.setdefault(label, each["backend"] or label)
+    for _, group in measured:
+        for model in group["runs"]:
+            label = contexts.label_of(model, group["runs"], known)
+            lines.setdefault(label, model["backend"] or label)
     settings = costs.settings(found.rows)
     beside = [_beside(task, setting, found) for task in found.tasks for setting in settings]
     return {
@@ -81,6 +91,7 @@ def dashboard(
         "lost": results.STATUS,
         "learnt": LEARNT,
         "attention": inspected.drawn(attention, known),
+        "contexts": contexts.drawn(measured, known),
     }
 
 
@@ -114,7 +125,11 @@ def _run(
         if row.get(name):
             run[name] = _curve(row[name])
     if row.get("by_group"):
-        run["groups"] = {name: [[_short(n) for n in line] for line in many] for name, many in row["by_group"].items()}
+        run["groups"] = _groups(row["by_group"])
+    run["others"] = _others(row)
+    if task and len(along := lengths.by_length(row, task.metric)) > 1:
+        run["by_length"] = [list(along), [_short(value) for value in along.values()]]
+        run["trained"] = lengths.trained_length([row])
     if task and row.get("evaluations"):
         scored = {name: scores.get(task.metric) for name, scores in row["evaluations"].items()}
         run["sets"] = {name: _short(value) for name, value in scored.items() if value is not None}
@@ -129,9 +144,29 @@ def _run(
     return {name: value for name, value in run.items() if name in ("f", "n") or value not in (None, {}, [])}
 
 
+def _groups(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: [[_short(n) for n in line] for line in many] for name, many in found.items()}
+
+
+def _others(row: Row) -> dict[str, Any]:
+    """Evaluation sets beside that of the result, with the tokens of their rows, groups of answers and positions; but
+    for the set that was looked at in training."""
+    found = {}
+    for name, told in (row.get("by_set") or {}).items():
+        if name not in (lengths.main_set(row), "validation"):
+            found[name] = {
+                "length": told.get("seq_len"),
+                "groups": _groups(told.get("by_group") or {}),
+                "position": _curve(told["loss_by_position"]) if told.get("loss_by_position") else None,
+            }
+    return found
+
+
 def _figures(row: Row, task: Task | None) -> dict[str, Any]:
     """Numbers of a run; a training's metrics stand under their own names, that of its task under "score" too."""
+    given = row.get("given") or {}
     found = {name: row.get(name) for name in FIGURES}
+    found |= {name: given[name] for name in GIVEN if given.get(name) is not None}
     metrics = row.get("metrics") or {}
     found |= {f"metrics.{name}": value for name, value in metrics.items()}
     if task and task.metric in metrics:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from attention_zoo.files import safe_name, write_atomic
-from attention_zoo.report import rivals, units
+from attention_zoo.report import lengths, rivals, units
 from attention_zoo.report.cells import Table
 from attention_zoo.report.groups import shortening
 from attention_zoo.report.metrics import metric_words, spoken, value_words
@@ -23,6 +25,14 @@ _LATEX = {
     "≈": r"$\approx$", "≤": r"$\leq$", "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "µ": r"\textmu{}",
     "–": "--", "…": r"\ldots{}", "“": "``", "”": "''", "\u00a0": "~",
 }  # fmt: skip
+
+
+LENGTHS = (f"effective length ({lengths.SHARE:.0%} of its own)", f"effective length ({lengths.LEVEL:.0%})")
+LENGTH_NOTES = (
+    f"effective length: the longest tested up to which accuracy stays at least {lengths.SHARE:.0%} of that at the "
+    f"trained length, or at least {lengths.LEVEL:.0%}; > where it never falls; – where the trained length itself does "
+    "not reach that, or beats no trivial rule",
+)
 
 
 def tables(found: Findings) -> dict[str, Table]:
@@ -84,7 +94,7 @@ def _escaped(text: str) -> str:
 def trainings_table(task: Task) -> Table:
     """What each group of runs took and reached: where they differ, from the least to the most."""
     sets = [f"{metric_words(task.metric)}: {spoken(name)}" for name in task.sets]
-    further = [metric_words(name) for name in task.further]
+    further, reach = [metric_words(name) for name in task.further], lengths.tested(task)
     headers = [
         "",
         "seeds",
@@ -93,9 +103,15 @@ def trainings_table(task: Task) -> Table:
         "training",
         "one step",
         "parameters",
+        "FLOPs a token",
+        "tokens/s in training",
+        "tokens/s in inference",
+        "peak memory in training",
+        "state",
         "carries state",
         *sets,
         *further,
+        *(LENGTHS if reach else []),
     ]
     cells = []
     for each in task.learnt:
@@ -105,10 +121,15 @@ def trainings_table(task: Task) -> Table:
         seeds = str(each.seeds) + (f", {len(each.failed)} without figure" if each.failed else "")
         scores = [value_words(each.on(name), task.metric) for name in task.sets]
         scores += [value_words(each.also(name), name) for name in task.further]
+        scores += [lengths.words(found) for found in lengths.of(each, task) or (None, None)] if reach else []
         cells.append(
             [each.label, seeds, each.span("steps", units.count), each.span(_seen, units.count),
              each.span("train_seconds", units.seconds), each.span("step_seconds", units.seconds),
-             each.span("parameters", units.millions), each.span("carries_state", lambda yes: "yes" if yes else "no"),
+             each.span("parameters", units.millions), each.span(_given("flops_per_token"), units.millions),
+             each.span("tokens_per_second", units.millions),
+             each.span("evaluation_tokens_per_second", units.millions),
+             each.span("peak_bytes", units.size), each.span(_given("state_bytes"), units.size),
+             each.span("carries_state", lambda yes: "yes" if yes else "no"),
              *scores]
         )  # fmt: skip
     trivial: dict[str, list[str]] = {}
@@ -116,7 +137,26 @@ def trainings_table(task: Task) -> Table:
         for rule, value in found.items():
             line = trivial.setdefault(f"({spoken(rule)})", [units.NONE] * (len(headers) - 1))
             line[headers.index(metric_words(name)) - 1] = value_words(value, name)
-    return Table(headers, cells + [[rule, *line] for rule, line in trivial.items()])
+    notes = [*(LENGTH_NOTES if reach else []), *_cost_notes(task)]
+    return Table(headers, cells + [[rule, *line] for rule, line in trivial.items()], notes)
+
+
+def _given(key: str) -> Callable[[Row], Any]:
+    return lambda row: (row.get("given") or {}).get(key)
+
+
+def _cost_notes(task: Task) -> list[str]:
+    """What the columns of costs are of, and why one of them is empty."""
+    rows = [row for each in task.learnt for row in each.rows]
+    if not rows:
+        return []
+    said = [
+        "FLOPs and bytes of the state are of the definition, a forward call and one row; inference is the evaluation "
+        "on the set of the result"
+    ]
+    if not any(row.get("peak_bytes") is not None for row in rows):
+        said.append("peak memory in training is read from a GPU and not measured on a CPU; costs by length are")
+    return said
 
 
 def _seen(row: Row) -> int | None:

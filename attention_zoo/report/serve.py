@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from attention_zoo.report.build import document, sections
+from attention_zoo.report.contexts import CONTEXT, contexts
 from attention_zoo.report.data import dashboard
 from attention_zoo.report.inspected import ATTENTION, inspected
 from attention_zoo.report.rows import Rows
@@ -62,9 +63,9 @@ class Watched:
             found = Findings.of(read([str(path) for path in self.paths]))
         except ValueError:  # nothing has ended yet
             found = Findings.of(Rows())
-        attention = inspected(self.paths)
-        found.rows.left_out += attention.left_out
-        data = dashboard(found, running(self.paths), attention.inspections)
+        attention, measured = inspected(self.paths), contexts(self.paths)
+        found.rows.left_out += attention.left_out + measured.left_out
+        data = dashboard(found, running(self.paths), attention.inspections, measured.groups)
         self._data = json.dumps({"data": data, "sections": sections(found)}).encode()
         self._findings, self._seen = found, seen
 
@@ -85,7 +86,7 @@ def _files(folder: Path) -> Iterator[Path]:
         kept = Path(place).name in KEPT
         for name in names:
             single = kept and name.endswith(".json") and not name.startswith(".")
-            if single or name in (TABLE, RESULT, METRICS, ATTENTION):
+            if single or name in (TABLE, RESULT, METRICS, ATTENTION, CONTEXT):
                 yield Path(place) / name
 
 

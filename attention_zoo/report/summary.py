@@ -20,7 +20,7 @@ from rich.text import Text
 from attention_zoo.files import write_atomic
 from attention_zoo.measure.derived import Efficiency
 from attention_zoo.overview import markdown
-from attention_zoo.report import costs, groups, quality, units, verdicts
+from attention_zoo.report import costs, groups, lengths, quality, units, verdicts
 from attention_zoo.report import rows as results
 from attention_zoo.report.costs import MEMORY, TIME, Series, Setting
 from attention_zoo.report.metrics import value_words
@@ -108,6 +108,12 @@ def summary(found: Findings) -> Summary:
     for number, task in enumerate(found.tasks):
         said = [" / ".join(each.words() for each in line.learnt[number]) for line in lines]
         columns.append(("What it learnt", f"{task.named}: {task.brief}", [words or NONE for words in said]))
+    for number, task in enumerate(found.tasks):
+        if lengths.tested(task):
+            both = [[lengths.of(each, task) or (None, None) for each in line.learnt[number]] for line in lines]
+            for place, rule in enumerate((f"{lengths.SHARE:.0%} of its own", f"{lengths.LEVEL:.0%}")):
+                said = [" / ".join(lengths.words(each[place]) for each in many) or NONE for many in both]
+                columns.append(("Effective length", f"{task.named}: {rule}", said))
     if found.length is not None:
         columns += _at(f"At {found.length:,} tokens", lines, [found.length for _ in lines])
     if found.series:

@@ -9,6 +9,9 @@ from typing import Any
 from attention_zoo.options import Positive, Text, check_fields
 from attention_zoo.rules import near, shown
 
+SEPARATOR = "@"
+"""Between the name of a set and that of the conditions it was scored under."""
+
 
 @dataclass
 class EvaluateAt:

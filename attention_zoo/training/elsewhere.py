@@ -19,14 +19,11 @@ from torch import nn
 from attention_zoo.rules import shown
 from attention_zoo.tasks.task import Task
 from attention_zoo.training.assembly import Assembly, check_positions
-from attention_zoo.training.conditions import EvaluateAt, conditions
+from attention_zoo.training.conditions import SEPARATOR, EvaluateAt, conditions
 from attention_zoo.training.config import TrainConfig
 from attention_zoo.training.evaluate import Evaluation
 from attention_zoo.training.models import model_of
 from attention_zoo.training.objective import objective_of
-
-SEPARATOR = "@"
-"""Between the name of a set and that of the conditions it was scored under."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ zoo.columns = (() => {
     seconds: 'time of a call',
     tokens_per_second: 'tokens/s',
     train_seconds: 'training',
+    evaluation_tokens_per_second: 'tokens/s in inference',
+    flops_per_token: 'FLOPs a token',
+    state_bytes: 'state',
     floor_ratio: '× floor',
   };
   const usual = [
@@ -16,7 +19,10 @@ zoo.columns = (() => {
     'peak_bytes',
     'parameters',
     'train_seconds',
+    'flops_per_token',
     'tokens_per_second',
+    'evaluation_tokens_per_second',
+    'state_bytes',
     'time_ratio',
     'memory_ratio',
   ];

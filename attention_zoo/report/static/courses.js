@@ -94,16 +94,37 @@
     key: 'position',
     title: 'Loss by position',
     build: () => {
-      const {task, choices} = chosen(run => run.loss_by_position);
-      const runs = task ? zoo.select.drawn(run => ofTask(task)(run) && run.loss_by_position?.[0]?.length) : [];
-      if (!runs.length) return null;
+      const {task, choices} = chosen(
+        run => run.loss_by_position || Object.values(run.others ?? {}).some(each => each.position),
+      );
+      if (!task) return null;
+      const of = name => run => (name === task.sets[0] ? run.loss_by_position : run.others?.[name]?.position);
+      const held = name => zoo.select.drawn(run => ofTask(task)(run) && of(name)(run)?.[0]?.length);
+      const kinds = [...new Set([task.sets[0], ...task.sets])].filter(name => held(name).length);
+      if (!kinds.length) return null;
+      const wanted = zoo.state.get().set,
+        set = kinds.includes(wanted) ? wanted : kinds[0],
+        runs = held(set);
       const bits = task.metric === 'bits_per_byte',
         factor = bits ? 1 / log2 : 1;
+      const spoken = name => name.replace(/_/g, ' ');
       return {
-        choices,
+        choices: [
+          ...choices,
+          ...(kinds.length > 1
+            ? [
+                zoo.choice(
+                  'Set',
+                  kinds.map(name => [name, spoken(name)]),
+                  set,
+                  name => zoo.state.change({set: name}),
+                ),
+              ]
+            : []),
+        ],
         series: courses(
           runs,
-          run => ({x: run.loss_by_position[0], y: run.loss_by_position[1].map(value => value * factor)}),
+          run => ({x: of(set)(run)[0], y: of(set)(run)[1].map(value => value * factor)}),
           words.fixed,
           'position',
         ),
@@ -111,7 +132,7 @@
         y: {title: bits ? 'loss in bits per byte' : 'loss in nats'},
         say: words.fixed,
         note:
-          `${task.title}: loss by how much of the text came before. ` +
+          `${task.title}${kinds.length > 1 ? `, set ${spoken(set)}` : ''}: loss by how much of the text came before. ` +
           'A mechanism that carries state reads on over segments; the others start each segment afresh.',
       };
     },

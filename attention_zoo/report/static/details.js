@@ -193,7 +193,9 @@ zoo.diff = (() => {
                 zoo.el(
                   'tr',
                   {},
-                  ['setting', 'part of', zoo.title(one), zoo.title(two)].map(text => zoo.el('th', {scope: 'col'}, text)),
+                  ['setting', 'part of', zoo.title(one), zoo.title(two)].map(text =>
+                    zoo.el('th', {scope: 'col'}, text),
+                  ),
                 ),
               ),
               zoo.el(

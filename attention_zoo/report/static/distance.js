@@ -3,16 +3,34 @@
   const {ofTask, seed, chosen, log2} = zoo.tasks;
   const words = zoo.words;
 
+  // The evaluation sets of a run, that of its result first, with the tokens of their rows.
+  function sets(run) {
+    const task = zoo.select.taskOf(zoo.ask(run, 'task'));
+    const own = {set: task?.sets[0] ?? '', length: Number(zoo.ask(run, 'length')), groups: run.groups};
+    const others = Object.entries(run.others ?? {}).map(([set, each]) => ({set, ...each}));
+    return [own, ...others];
+  }
+
+  const along = run => (run.by_length?.[0] ?? []).map((length, i) => [length, run.by_length[1][i]]);
+
   // Which heat maps there are: evaluation sets, and what answers are told apart by, such as distance.
   function maps(task) {
     const found = new Map();
     for (const run of zoo.select.shown().filter(ofTask(task))) {
-      for (const name of Object.keys(run.groups ?? {})) found.set(name, name.replace(/_/g, ' '));
+      for (const {groups} of sets(run))
+        for (const name of Object.keys(groups ?? {})) found.set(name, name.replace(/_/g, ' '));
+      if (run.by_length) found.set('(length)', 'length of the rows');
       if (Object.keys(run.sets ?? {}).length > 1) found.set('(set)', 'evaluation set');
     }
     return [...found].sort(
-      ([a], [b]) => (a !== 'distance') - (b !== 'distance') || (a === '(set)') - (b === '(set)'),
+      ([a], [b]) => (a !== 'distance') - (b !== 'distance') || a.startsWith('(') - b.startsWith('('),
     );
+  }
+
+  // Names that tell lines apart: with more said of those that stand there twice, of the first of them too where `all`.
+  function apart(names, more, all) {
+    const twice = names.map(name => names.indexOf(name) !== names.lastIndexOf(name));
+    return names.map((name, i) => (twice[i] && (all || names.indexOf(name) !== i) ? name + more(i) : name));
   }
 
   zoo.charts.add({
@@ -20,32 +38,43 @@
     title: 'Accuracy by length and distance',
     wide: true,
     build: () => {
-      const {task, choices} = chosen(run => run.groups || Object.keys(run.sets ?? {}).length > 1);
+      const {task, choices} = chosen(
+        run => sets(run).some(each => each.groups) || Object.keys(run.sets ?? {}).length > 1,
+      );
       const kinds = task ? maps(task) : [];
       if (!kinds.length) return null;
       const wanted = zoo.state.get().grouping,
-        [name, title] = kinds.find(([each]) => each === wanted) ?? kinds[0];
+        [name, title] = kinds.find(([each]) => each === wanted) ?? kinds[0],
+        whole = name.startsWith('(');
       // the same task at several lengths stands in one map, a line for each mechanism and length
       const alike = zoo.data.tasks.filter(each => each.name === task.name && each.metric === task.metric);
       const lines = [];
       for (const other of alike) {
         for (const group of zoo.select.drawn(ofTask(other))) {
-          const points = group.runs.flatMap(run =>
-            name === '(set)'
-              ? Object.entries(run.sets ?? {}).map(([set, value]) => [set, value, run.key])
-              : (run.groups?.[name] ?? []).map(([at, hit, loss]) => [
-                  at,
-                  task.lower ? loss * (task.bits ? 1 / log2 : 1) : hit,
-                  run.key,
-                ]),
-          );
-          if (points.length)
-            lines.push({
-              group: group.name,
-              length: zoo.ask(group.runs[0], 'length'),
-              task: other,
-              ...zoo.gather.means(points),
-            });
+          if (whole) {
+            const points = group.runs.flatMap(run =>
+              (name === '(set)' ? Object.entries(run.sets ?? {}) : along(run)).map(pair => [...pair, run.key]),
+            );
+            if (points.length)
+              lines.push({
+                group: group.name,
+                length: Number(zoo.ask(group.runs[0], 'length')),
+                set: '',
+                task: other,
+                ...zoo.gather.means(points),
+              });
+            continue;
+          }
+          // a line for each set, since mechanisms that look alike near by come apart where rows are longer
+          const found = new Map();
+          for (const run of group.runs)
+            for (const {set, length, groups} of sets(run))
+              for (const [at, hit, loss] of groups?.[name] ?? []) {
+                if (!found.has(set)) found.set(set, {length, points: []});
+                found.get(set).points.push([at, task.lower ? loss * (task.bits ? 1 / log2 : 1) : hit, run.key]);
+              }
+          for (const [set, {length, points}] of found)
+            lines.push({group: group.name, length, set, task: other, ...zoo.gather.means(points)});
         }
       }
       if (!lines.length) return null;
@@ -56,11 +85,9 @@
         z = lines.map(line => x.map(at => (line.x.includes(at) ? line.y[line.x.indexOf(at)] : null)));
       const y = lines.map(line => (several ? `${line.group} · ${words.count(line.length)} tokens` : line.group));
       const flat = z.flat().filter(value => value !== null),
-        doubled = y.map((text, i) => (y.indexOf(text) === i ? text : `${text} (${line(i)})`));
-      function line(i) {
-        return lines[i].task.title;
-      }
-      const what = name === '(set)' ? task.words : task.lower ? 'loss' : 'accuracy';
+        named = apart(y, i => ` · ${lines[i].set.replace(/_/g, ' ')}`, true),
+        doubled = apart(named, i => ` (${lines[i].task.title})`, false);
+      const what = whole ? task.words : task.lower ? 'loss' : 'accuracy';
       const unit = what !== 'loss' ? '' : task.bits ? ' in bits' : ' in nats';
       return {
         choices: [

@@ -1,7 +1,7 @@
 // A small picture of weights beside its name and its numbers, and a box of them that is painted again where it changed.
 zoo.picture = (() => {
-  // given: label; place, which of its pictures; group and key of its run (null: of none here); said, [name, value] pairs;
-  // paint(canvas, size); file, note, data.
+  // given: label; place, which of its pictures; group and key of its run (null: of none here);
+  // said, [name, value] pairs; paint(canvas, size); file, note, data.
   function figure({label, place, group, key, said, paint, file, note, data}) {
     const title = place ? `${label}, ${place}` : label;
     const canvas = zoo.el('canvas', {

@@ -9,6 +9,8 @@ zoo.state = (() => {
     task: '',
     learning: '',
     grouping: '',
+    set: '',
+    context: '',
     theme: '',
     rows: '',
     attend: '',
