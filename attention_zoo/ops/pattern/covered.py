@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attention_zoo.layout.host import array_of
 from attention_zoo.layout.kernel import Kernel
 from attention_zoo.layout.reach import Anywhere
 from attention_zoo.ops.pattern import facts
@@ -77,7 +78,7 @@ COVERED: Kernel[PatternCall] = Kernel(
 def _bias(
     call: PatternCall, where: Where, table: Tensor | None, rows: slice, columns: slice | Tensor, batch: slice
 ) -> Tensor:
-    """[b|1, H|1, l, s] of these queries and keys: all that there is to it, as the definition has it."""
+    """[b|1, H|1, l, s] of these queries and keys, global ones and those of padding among them: the whole definition."""
     queries, keys = call.queries.cut(rows, batch), call.keys.cut(columns, batch)
     seen = call.seen(queries, keys)
     extra = call.pattern.position_bias(queries, keys)
@@ -85,12 +86,14 @@ def _bias(
         bias = seen.new_zeros((), dtype=torch.promote_types(call.q.dtype, torch.float32)) if extra is None else extra
         return torch.where(seen, bias, -torch.inf)
     bias = _of_links(where, table, rows, columns, batch)
+    # passes over as many numbers as there are scores: only where there is something to change
     if where.everyone is not None:
         of_rows, of_columns = (x[batch] if len(x) > 1 else x for x in where.everyone)
-        bias.masked_fill_(of_rows[:, None, rows, None] | of_columns[:, None, None, columns], 0)
-    if extra is not None:
-        bias = bias + extra
-    return bias.masked_fill(~seen, -torch.inf)
+        of_rows, of_columns = of_rows[:, rows], of_columns[:, columns]
+        if bool(array_of(of_rows).any()) or bool(array_of(of_columns).any()):
+            bias.masked_fill_(of_rows[:, None, :, None] | of_columns[:, None, None], 0)
+    bias = bias if extra is None else bias + extra
+    return bias if bool(array_of(seen).all()) else bias.masked_fill(~seen, -torch.inf)
 
 
 def _of_links(where: Where, table: Tensor, rows: slice, columns: slice | Tensor, batch: slice) -> Tensor:
