@@ -1,4 +1,4 @@
-"""Patterns of blocks by tiles of all keys: equal to the definition, and taken where links cover most of what is seen."""
+"""Blocks by tiles of all keys: equal to the definition, and taken where links cover most of what can be seen."""
 
 import pytest
 import torch
