@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attention_zoo.layout.host import array_of
 from attention_zoo.layout.kernel import Kernel
+from attention_zoo.layout.ragged import ragged
 from attention_zoo.layout.reach import Anywhere
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.blocks import columns_to_run, fills_blocks
@@ -42,13 +43,23 @@ def _table_is_small(call: PatternCall) -> str | None:
 
 def _covers(call: PatternCall) -> str | None:
     """Whether what is linked costs as much as everything."""
-    size = 2 * call.pattern.tile
-    every = len(needed_pairs(call, size, EVERYTHING)[0]) * size**2
+    size, said = 2 * call.pattern.tile, "{} pairs of all keys cost more than those that are linked ({})"
     if fills_blocks(call) is None:
         others = int(WORTH * columns_to_run(call) * _linked(call))
+        if (least := _fewest_pairs(call)) > others:  # tiles of a long row are not even listed
+            return said.format(least, others)
     else:  # tiles by the definition are what is left
         others = int(DEFINED * len(needed_pairs(call, size)[0]) * size**2)
-    return None if every <= others else f"{every} pairs of all keys cost more than those that are linked ({others})"
+    every = len(needed_pairs(call, size, EVERYTHING)[0]) * size**2
+    return None if every <= others else said.format(every, others)
+
+
+def _fewest_pairs(call: PatternCall) -> int:
+    """Of queries and keys of one document, a row on the average: no batch has fewer in its tiles."""
+    if call.q.shape[2] < call.k.shape[2]:
+        return 0
+    sizes = ragged(call.keys)[1]
+    return int((sizes**2).sum()) // (len(call.q) * (2 if call.pattern.causal else 1))
 
 
 def _linked(call: PatternCall) -> int:
