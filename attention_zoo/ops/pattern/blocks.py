@@ -41,6 +41,12 @@ def fills_blocks(call: PatternCall) -> str | None:
     return "most columns of most blocks would be empty (documents or queries much shorter than a block, or holes)"
 
 
+def columns_to_run(call: PatternCall) -> int:
+    """How many columns this kernel runs for the call's queries: those and what fills their blocks."""
+    grid = _grid(call)
+    return grid.columns - grid.first(call.q.shape[2])
+
+
 def _grid(call: PatternCall) -> Grid:
     return (Grid.filled if call.starts_at_zero else Grid.of)(call.keys, call.blocks.size)
 

@@ -9,6 +9,7 @@ from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.band import band_tiles
 from attention_zoo.ops.pattern.blocks import BLOCKS
 from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.covered import COVERED
 from attention_zoo.ops.pattern.first import turned_bias, with_first_keys, without_first
 from attention_zoo.ops.pattern.flex import FLEX
 from attention_zoo.ops.pattern.linked_row import LINKED_ROW
@@ -60,6 +61,6 @@ BANDED: Kernel[PatternCall] = Kernel(
 )
 
 KERNELS: tuple[Kernel[PatternCall], ...] = (
-    LINKED_ROW, ROW, SDPA, SHORT, SHORT_BAND, TRITON_BLOCKS, BLOCKS, FLEX, BANDED, XFORMERS, TILES, DENSE,
+    LINKED_ROW, ROW, SDPA, SHORT, SHORT_BAND, TRITON_BLOCKS, COVERED, BLOCKS, FLEX, BANDED, XFORMERS, TILES, DENSE,
 )  # fmt: skip
 """Every kernel of patterns."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attention_zoo.layout.host import Array, Host
 from attention_zoo.layout.layout import Layout
-from attention_zoo.layout.reach import Tiles
+from attention_zoo.layout.reach import Reach, Tiles
 from attention_zoo.ops.pattern.call import PatternCall
 from attention_zoo.ops.pattern.facts import is_band
 from attention_zoo.ops.pattern.globals import most_keys
@@ -24,40 +24,56 @@ from attention_zoo.tokens import Tokens
 AT_ONCE = 64
 """Rows of the matrix of tiles that are held at a time: it must not be quadratic itself."""
 _HUGE = 1 << 40
+TileBias = Callable[[slice, slice | Tensor, slice], Tensor]
+"""Of some rows and columns, for these batch rows."""
 
 
 def near_tiles(call: PatternCall) -> tuple[list[Tile], Sequence[Tensor]]:
     """Tiles that may matter: any positions, holes, caches and documents; and what their biases learn by."""
-    size, (L, S) = 2 * call.pattern.tile, call.lengths
-    most = most_keys(call, size)
     table = _Table(call) if call.learned and is_band(call.pattern) is None else None
-    tiles = []
-    for i, found in enumerate(_needed(call, size)):
-        rows = slice(i * size, min((i + 1) * size, L))
-        tiles.append(Tile(rows, [_part(call, rows, run, table) for run in _runs(found, size, S, most)]))
+    tiles = _tiles(call, call.pattern.reach, partial(_part, call, table))
     return tiles, call.learned if table is None else [table.whole]
 
 
-def needed_pairs(call: PatternCall, size: int) -> tuple[Array, Array]:
-    """Every tile of `size` rows and columns that may matter: its row and its column, row by row."""
-    needed = _needed(call, size)
+def tiles_within(call: PatternCall, reach: Reach, bias: TileBias) -> list[Tile]:
+    """Tiles of another reach than the pattern's own, whose bias is computed in another way."""
+    return _tiles(call, reach, lambda rows, columns: Part(columns, partial(bias, rows, columns)))
+
+
+def _tiles(call: PatternCall, reach: Reach, part: Callable[[slice, slice | Tensor], Part]) -> list[Tile]:
+    size, (L, S) = 2 * call.pattern.tile, call.lengths
+    most = most_keys(call, size)
+    tiles = []
+    for i, found in enumerate(_needed(call, size, reach)):
+        rows = slice(i * size, min((i + 1) * size, L))
+        tiles.append(Tile(rows, [part(rows, _columns(run, call.k)) for run in _runs(found, size, S, most)]))
+    return tiles
+
+
+def needed_pairs(call: PatternCall, size: int, reach: Reach | None = None) -> tuple[Array, Array]:
+    """Every tile of `size` rows and columns that may matter: its row and its column, row by row.
+
+    Args:
+        reach: default the pattern's own.
+    """
+    needed = _needed(call, size, reach or call.pattern.reach)
     row = np.repeat(np.arange(len(needed)), [len(found) for found in needed])
     return row, np.concatenate([*needed, []]).astype(np.int64)
 
 
-def _needed(call: PatternCall, size: int) -> list[Any]:
+def _needed(call: PatternCall, size: int, reach: Reach) -> list[Any]:
     """For each tile of queries the tiles of keys that may matter, for any row of the batch."""
-    reach, causal = call.pattern.reach, call.pattern.causal
+    causal = call.pattern.causal
     key = ("needed", id(call.queries), reach, causal, size)
     # the plan keeps what the key's id is of, and reaches that say how they compare are compared
-    return call.keys.plan(key, lambda: (_find(call, size), call.queries, reach))[0]
+    return call.keys.plan(key, lambda: (_find(call, size, reach), call.queries, reach))[0]
 
 
-def _find(call: PatternCall, size: int) -> list[Any]:
+def _find(call: PatternCall, size: int, reach: Reach) -> list[Any]:
     queries, keys = _ranges(call.queries.host, size), _ranges(call.keys.host, size)
     found: list[Any] = []
     for start in range(0, queries.lo.shape[1], AT_ONCE):
-        need = _need(call, queries.some(start, start + AT_ONCE), keys, size)
+        need = _need(call, queries.some(start, start + AT_ONCE), keys, size, reach)
         found.extend(row.nonzero()[0].tolist() for row in need)
     return found
 
@@ -90,12 +106,12 @@ def _ranges(tokens: Host, size: int) -> _Ranges:
     )
 
 
-def _need(call: PatternCall, q: _Ranges, k: _Ranges, size: int) -> Bool[np.ndarray, "q k"]:
+def _need(call: PatternCall, q: _Ranges, k: _Ranges, size: int, reach: Reach) -> Bool[np.ndarray, "q k"]:
     """May any row of the batch need this tile?"""
     ql, qh, q1, q2 = (x[:, :, None] for x in q[:4])
     kl, kh, k1, k2 = (x[:, None, :] for x in k[:4])
     mixed = (q1 != q2) | (k1 != k2)  # a reach is only asked about tiles of one document
-    need = call.pattern.reach.near(Tiles(ql, qh, kl, kh, k.length[:, None, :], size)) | mixed
+    need = reach.near(Tiles(ql, qh, kl, kh, k.length[:, None, :], size)) | mixed
     need = need & (q1 <= k2) & (k1 <= q2) & (qh >= 0) & (kh >= 0)
     if call.pattern.causal:
         need = need & (kl <= qh)
@@ -124,12 +140,13 @@ def _runs(tiles: list[int], size: int, columns: int, most: int) -> Iterator[slic
         yield scattered[0] if len(scattered) == 1 else scattered
 
 
-def _part(call: PatternCall, rows: slice, run: slice | list[slice], table: _Table | None) -> Part:
-    columns: slice | Tensor
+def _columns(run: slice | list[slice], like: Tensor) -> slice | Tensor:
     if isinstance(run, slice):
-        columns = run
-    else:
-        columns = torch.cat([torch.arange(s.start, s.stop, device=call.k.device) for s in run])
+        return run
+    return torch.cat([torch.arange(s.start, s.stop, device=like.device) for s in run])
+
+
+def _part(call: PatternCall, table: _Table | None, rows: slice, columns: slice | Tensor) -> Part:
     if table is not None:
         return Part(columns, partial(table.bias, rows, columns), learn=partial(table.learned, rows, columns))
     return Part(columns, lambda batch: call.local_bias(call.queries.cut(rows, batch), call.keys.cut(columns, batch)))

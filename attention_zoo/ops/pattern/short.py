@@ -44,7 +44,7 @@ def _is_few(call: PatternCall) -> str | None:
     (L, S), (B, H), size = call.lengths, call.q.shape[:2], call.blocks.size
     if S > KEYS:
         return f"{S} keys are no short call (at most {KEYS})"
-    where = _Where.of(call)
+    where = Where.of(call)
     if len(where.counts) * where.blocks**2 > PAIRS:
         return f"{S} keys are too many blocks of {size}, in documents of {len(where.counts)} lengths"
     if not where.alike and B * H * L * S > CELLS:
@@ -59,7 +59,7 @@ def _links_are_many(call: PatternCall) -> str | None:
     return f"{S} keys are no short call where a query sees {linked} (at most {most})" if most < S else None
 
 
-class _Where:
+class Where:
     """In which blocks of their documents the tokens of a call lie. What holds for all batch rows is said once.
 
     Attributes:
@@ -96,11 +96,11 @@ class _Where:
         self.alike = one and (self.past or call.rows_alike or self.complete is not None)
 
     @staticmethod
-    def of(call: PatternCall) -> _Where:
+    def of(call: PatternCall) -> Where:
         """Once for all layers with such blocks."""
         reach = call.blocks
         key = ("short", reach.size, reach.knows_length, call.pattern.causal, id(call.queries))
-        return call.keys.plan(key, lambda: (_Where(call), call.queries))[0]
+        return call.keys.plan(key, lambda: (Where(call), call.queries))[0]
 
 
 def _complete(keys: Host) -> int | None:
@@ -121,8 +121,8 @@ def _merged(field: Array, valid: Bool[np.ndarray, "B n"]) -> Array | None:
 
 def _run(call: PatternCall) -> Tensor:
     L, S = call.lengths
-    where, causal = _Where.of(call), call.pattern.causal
-    table = _table(call, where)
+    where, causal = Where.of(call), call.pattern.causal
+    table = table_of(call, where)
     if table is None and not call.has_position_bias and facts.mask_is_small(call) is None:
         return run_sdpa(call)
     # the fused call wants channels side by side
@@ -160,7 +160,7 @@ SHORT: Kernel[PatternCall] = Kernel(
 )
 
 
-def _table(call: PatternCall, where: _Where) -> Float[Tensor, "#H C_n n"] | None:
+def table_of(call: PatternCall, where: Where) -> Float[Tensor, "#H C_n n"] | None:
     """The bias between blocks: all tokens of a block see, and are seen, alike.
 
     None: it hides and weighs nothing but the future. Kept from call to call: links are costly for so few tokens.
@@ -183,7 +183,7 @@ def _table(call: PatternCall, where: _Where) -> Float[Tensor, "#H C_n n"] | None
 
 
 def _bias(
-    call: PatternCall, where: _Where, table: Tensor | None, rows: slice, columns: slice
+    call: PatternCall, where: Where, table: Tensor | None, rows: slice, columns: slice
 ) -> Float[Tensor, "b H l s"]:
     """Of these queries and keys. A query sees itself, so something; padding sees whatever it may."""
     one = where.complete or 0
@@ -212,7 +212,7 @@ def _bias(
     return found
 
 
-def _of_links(call: PatternCall, where: _Where, table: Tensor | None, rows: slice, columns: slice) -> Tensor:
+def _of_links(call: PatternCall, where: Where, table: Tensor | None, rows: slice, columns: slice) -> Tensor:
     """What links say, [b, H|1, l, s], fresh; without a table all zeros."""
     if table is None:
         return call.q.new_zeros(1, 1, 1, 1, dtype=_exact(call))
