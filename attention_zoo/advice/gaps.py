@@ -79,7 +79,8 @@ class Gap:
 
     def gap_words(self) -> str:
         """The difference from full with its interval."""
-        assert self.verdict is not None and self.task is not None
+        assert self.verdict is not None
+        assert self.task is not None
         mean, metric = self.verdict.pairs.mean, self.task.metric
         said = units.NONE if mean is None else difference_words(mean, metric, signed=True)
         if (found := self.interval) is None:
@@ -108,7 +109,7 @@ class Gap:
         assert self.task is not None
         metric = self.task.metric
         if not self.known:
-            return f"not known: {self.why}"
+            return f"not known: {(self.why or '').removeprefix('no verdict: ')}"
         within = f"within ± {margin_words(metric)}"
         said = {
             "better": "better than full attention", "worse": "worse than full attention",

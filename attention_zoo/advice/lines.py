@@ -65,7 +65,6 @@ class Source(NamedTuple):
     id: str
     code: str
     device: str
-    date: str
 
     @staticmethod
     def of(row: Row) -> Source:
@@ -74,5 +73,5 @@ class Source(NamedTuple):
         device = cuda.get("device") if isinstance(cuda, dict) else environment.get("cpu")
         return Source(
             str(row.get(results.FROM) or ""), str(row.get("id") or "without id"),
-            str(environment.get("source") or "not said"), str(device or "not said"), str(row.get("date") or ""),
+            str(environment.get("source") or "not said"), str(device or "not said"),
         )  # fmt: skip

@@ -21,6 +21,7 @@ from attention_zoo.report import units
 from attention_zoo.report.cells import Table
 from attention_zoo.report.costs import PEAK, TIME
 from attention_zoo.report.metrics import metric_words
+from attention_zoo.report.quality import Task
 from attention_zoo.results.row import Row
 from attention_zoo.statistics import preset_seeds
 
@@ -119,14 +120,10 @@ class Matrix:
     def bars(self) -> list[str]:
         """Text beside the trivial rule that it must beat, from the rows."""
         said = dict.fromkeys(
-            f"On {gap.task.title} full attention reached {units.fixed(gap.full, 3)} {metric_words(gap.task.metric)}, "
-            f"{'an' if gap.task.bar[0].startswith('order') else 'the'} {gap.task.bar[0]} {units.fixed(gap.task.bar[1], 3)}"
-            + ("." if gap.task.beats(gap.full, gap.task.bar[1]) else ": undertrained.")
-            for gap in self.cells.values()
-            if gap.task is not None and gap.task.bar is not None and gap.full is not None
-            and gap.task.metric.startswith("bits_")
+            _bar(gap.task, gap.full) for gap in self.cells.values()
+            if gap.task is not None and gap.full is not None and gap.task.metric.startswith("bits_")
         )  # fmt: skip
-        return list(said)
+        return [each for each in said if each]
 
     def markdown(self) -> str:
         table = self.table()
@@ -157,6 +154,16 @@ class Matrix:
         writer.writeheader()
         writer.writerows(many)
         return out.getvalue()
+
+
+def _bar(task: Task, full: float) -> str:
+    """A sentence on the trivial rule; nothing where a task has none."""
+    if task.bar is None:
+        return ""
+    name, value = task.bar
+    end = "." if task.beats(full, value) else ": undertrained."
+    said = f"On {task.title} full attention reached {units.fixed(full, 3)} {metric_words(task.metric)}"
+    return f"{said}, the best rule without a model ({name}) {units.fixed(value, 3)}{end}"
 
 
 def _of_gap(gap: Gap) -> dict[str, Any]:

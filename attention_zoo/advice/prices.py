@@ -1,7 +1,10 @@
 """Seconds and bytes at a length that was asked for: measured there, or as far as the rows of the same line carry.
 
-Between two measured lengths a figure is interpolated, log against log; beyond the longest it follows the exponent of
-the longest three, at most `FARTHEST` times as far; below the shortest, where fixed costs rule, nothing is said.
+Between two measured lengths a figure is interpolated, log against log; beyond the longest it follows the exponent that
+is fitted to the longest three, at most `FARTHEST` times as far. That is never below 1, since the inputs alone grow so,
+and nothing is said where the last step was steeper than the fit, or where FLOPs grow neither in proportion nor as the
+square, as those of full attention before its square rules. Nor is anything below the shortest length, where fixed costs
+rule.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from attention_zoo.results.row import Row
 
 FARTHEST = 4
 """Times the longest length that was measured."""
+STEEPER = 0.1
+"""Of an exponent: by how much the last step may exceed the fit before growth counts as not settled."""
 
 
 @dataclass(frozen=True)
@@ -128,19 +133,35 @@ def price(series: Series, key: str, length: int) -> Price:
         return _between(series, finite, lengths[place - 1], lengths[place], length)
     if length > FARTHEST * lengths[-1]:
         return Price(None, f"more than {FARTHEST} times the longest measured length, {lengths[-1]:,} tokens")
-    power = derived.growth_exponent(finite)
-    if power is None:
+    power, last = derived.growth_exponent(finite), derived.growth_exponent(finite, 2)
+    if power is None or last is None:
         return Price(None, f"measured at {lengths[-1]:,} tokens alone, so that no growth is known")
-    value = finite[lengths[-1]] * (length / lengths[-1]) ** power
-    used = [series.rows[at] for at in lengths[-3:]]
-    said = f"extrapolated from {lengths[-1]:,} tokens as length^{power:.2f}, the exponent of its own rows"
-    return Price(value, said, used)
+    if last > max(power, 1.0) + STEEPER:
+        rising = f"length^{power:.2f} over three lengths, length^{last:.2f} over the last two"
+        return Price(None, f"its growth has not settled by {lengths[-1]:,} tokens, {rising}")
+    used, work = max(power, 1.0), derived.growth_exponent(_flops(series, finite), 2)
+    if key == TIME and work is not None and (1 + STEEPER < work < 2 - STEEPER or work > used + STEEPER):
+        so_far = f"time as length^{power:.2f}, FLOPs as length^{work:.2f}"
+        return Price(None, f"its growth has not settled by {lengths[-1]:,} tokens, {so_far}")
+    said = (
+        "the exponent of its own rows"
+        if power >= 1
+        else f"no slower than in proportion, its own rows grow as {power:.2f}"
+    )
+    value = finite[lengths[-1]] * (length / lengths[-1]) ** used
+    rows = [series.rows[at] for at in lengths[-3:]]
+    return Price(value, f"extrapolated from {lengths[-1]:,} tokens as length^{used:.2f}, {said}", rows)
 
 
 def _between(series: Series, finite: Mapping[int, float], low: int, high: int, length: int) -> Price:
     share = math.log(length / low) / math.log(high / low)
     value = finite[low] * (finite[high] / finite[low]) ** share
     return Price(value, f"interpolated between {low:,} and {high:,} tokens", [series.rows[low], series.rows[high]])
+
+
+def _flops(series: Series, lengths: Iterable[int]) -> dict[int, float]:
+    found = {at: series.rows[at].get("flops") for at in lengths}
+    return {at: float(value) for at, value in found.items() if value}
 
 
 def _points(series: Series, key: str) -> dict[int, float]:

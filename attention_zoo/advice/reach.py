@@ -57,7 +57,7 @@ class Reach(NamedTuple):
 def reach_of(row: Row) -> Reach:
     """Of a training."""
     length = int(row.get("seq_len") or 0)
-    if mechanism(row) == "full" and not (row.get("config") or {}).get("hybrid"):
+    if _is_full(row):
         return Reach(ALL, ALL, ALL, length)
     given: Mapping[str, Any] = row.get("given") or {}
     layer, model = given.get("layer_reach"), given.get("reach")
@@ -65,6 +65,14 @@ def reach_of(row: Row) -> Reach:
     if surely is not None:
         layer = None if layer is None else max(layer, min(surely, length - 1))
     return Reach(surely, layer, model, int(given.get("length") or length))
+
+
+def _is_full(row: Row) -> bool:
+    """Whether all layers are full attention over all tokens, nothing shortened and nothing around them."""
+    config = row.get("config") or {}
+    model = config.get("model")
+    model = model if isinstance(model, dict) else {}
+    return mechanism(row) == "full" and not (config.get("hybrid") or model.get("shorten") or model.get("around"))
 
 
 def mechanism(row: Row) -> str:

@@ -7,6 +7,7 @@ alone.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,10 +15,10 @@ from typing import NamedTuple
 from attention_zoo.advice.kinds import Kind
 from attention_zoo.advice.lines import Line
 from attention_zoo.advice.matrix import Matrix
-from attention_zoo.advice.prices import FARTHEST, Costed, Price
+from attention_zoo.advice.prices import Costed, Price
 from attention_zoo.advice.reach import ALL, Reach, reach_of
 from attention_zoo.report import units
-from attention_zoo.report.costs import PEAK, TIME
+from attention_zoo.report.costs import PEAK, TIME, Setting
 from attention_zoo.results.row import Row
 
 
@@ -47,10 +48,10 @@ class Question:
 
 class Sentence(NamedTuple):
     """Fields:
-    about: fits | sees | learns | costs.
+    about: fits | sees | learns | costs | all.
     text: the sentence.
     rows: that carry it; none where something is not known.
-    state: yes | no | not known, of what is asked.
+    state: yes | no | not known, of what is asked; "aside": of what is not.
     """
 
     about: str
@@ -61,68 +62,79 @@ class Sentence(NamedTuple):
 
 @dataclass(frozen=True)
 class Advice:
-    """Sentences by mechanism, and what they come to."""
+    """Sentences by mechanism, and what they come to.
+
+    Fields:
+        setting: of all costs, but where a sentence says another.
+    """
 
     question: Question
+    setting: Setting | None
     lines: dict[Line, list[Sentence]]
     ends: list[Sentence]
 
 
 def advice(matrix: Matrix, question: Question) -> Advice:
     """Every mechanism of which rows say anything that is asked."""
+    used = Counter(each.setting for each in matrix.prices.values() if each.setting is not None)
+    setting = used.most_common(1)[0][0] if used else None
     found: dict[Line, list[Sentence]] = {}
     for line in matrix.lines:
         costs = matrix.prices[line]
-        said = [_fits(line, costs, question), _sees(line, matrix, question)]
-        said += [_learns(line, matrix, kind) for kind in question.kinds]
-        said.append(_costs(line, costs, question))
+        trained = any((line, kind.key) in matrix.cells for kind in question.kinds)
+        if not trained and costs.line != line:
+            continue
+        where = _where(costs, line, setting)
+        said = [_fits(line, costs, question, where)]
+        if trained:
+            said.append(_sees(line, matrix, question))
+            said += [_learns(line, matrix, kind, question) for kind in question.kinds]
+        else:
+            asked = units.listed([kind.title for kind in question.kinds])
+            said.append(Sentence("learns", f"not known, nor how far it sees: no rows of {asked}", [], "not known"))
+        said.append(_costs(costs, question, where))
         if any(each.rows for each in said):
             found[line] = said
-    return Advice(question, found, [*_nothing_fits(matrix, found, question), _together(found, question)])
+    return Advice(question, setting, found, [*_nothing_fits(matrix, found, question), _together(found, question)])
 
 
-def _where(costs: Costed, line: Line) -> str:
-    """Of what a cost is."""
-    setting = f"one {costs.setting.words()}" if costs.setting is not None else ""
-    setting = setting.replace("one layer,", "one layer:").replace("one core,", "one core:")
-    other = f", of other options than were trained: {costs.line.label}" if costs.line and costs.line != line else ""
-    return f" ({setting}{other})"
+def _where(costs: Costed, line: Line, usual: Setting | None) -> str:
+    """Of what a cost is, where it is not of what all are."""
+    said = [] if costs.setting is None or costs.setting == usual else [costs.setting.words()]
+    if costs.line is not None and costs.line != line:
+        said.append(f"at other options than were trained: {costs.line.label}")
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def _amount(price: Price, key: str) -> str:
     return f"{price.words(key)}, {price.how}" if price.value is not None else price.words(key)
 
 
-def _fits(line: Line, costs: Costed, asked: Question) -> Sentence:
+def _fits(line: Line, costs: Costed, asked: Question, where: str) -> Sentence:
     price = costs.price(PEAK, asked.length)
     if price.value is None:
-        return Sentence("fits", f"whether it fits is not known: {price.how}{_beside(costs)}", [], "not known")
+        how = "no costs were measured on this device" if costs.series is None else price.how
+        return Sentence("fits", f"whether it fits is not known: {how}", [], "not known")
     if math.isinf(price.value):
-        return Sentence("fits", f"does not fit: {price.how}{_where(costs, line)}", price.rows, "no")
+        return Sentence("fits", f"does not fit: {price.how}{where}", price.rows, "no")
     if asked.memory is None:
-        return Sentence("fits", f"needs {_amount(price, PEAK)}{_where(costs, line)}", price.rows, "yes")
+        return Sentence("fits", f"needs {_amount(price, PEAK)}{where}", price.rows, "yes")
     fits = price.value <= asked.memory
     start = "fits: needs" if fits else "does not fit: needs"
     own = costs.line == line
     state = ("yes" if fits else "no") if own else "not known"
     if not own:
-        start = f"at its own options nobody has measured it; at others it {'fits' if fits else 'does not fit'}: needs"
-    return Sentence("fits", f"{start} {_amount(price, PEAK)}{_where(costs, line)}", price.rows, state)
+        start = f"not known at these options; at others it {'fits' if fits else 'does not fit'}: needs"
+    return Sentence("fits", f"{start} {_amount(price, PEAK)}{where}", price.rows, state)
 
 
-def _beside(costs: Costed) -> str:
-    if costs.series is None:
-        return ", no costs were measured there"
-    return ""
-
-
-def _costs(line: Line, costs: Costed, asked: Question) -> Sentence:
+def _costs(costs: Costed, asked: Question, where: str) -> Sentence:
     price = costs.price(TIME, asked.length)
     if price.value is None:
         return Sentence("costs", f"how long it takes is not known: {price.how}", [], "not known")
     if math.isinf(price.value):
-        return Sentence("costs", f"did not finish: {price.how}{_where(costs, line)}", price.rows, "no")
-    return Sentence("costs", f"takes {_amount(price, TIME)}{_where(costs, line)}", price.rows, "yes")
+        return Sentence("costs", f"did not finish: {price.how}{where}", price.rows, "no")
+    return Sentence("costs", f"takes {_amount(price, TIME)}{where}", price.rows, "yes")
 
 
 def _sees(line: Line, matrix: Matrix, asked: Question) -> Sentence:
@@ -152,28 +164,40 @@ def _seen(far: Reach) -> str:
     if far.surely is not None:
         parts.append(f"a query of a layer surely sees {far.surely:,} tokens back")
     if far.layer is not None and far.layer != far.surely:
-        parts.append(f"at most {far.layer:,}" if parts else f"a query of a layer sees at most {far.layer:,} tokens back")
+        most = f"at most {far.layer:,}"
+        parts.append(most if parts else f"a query of a layer sees {most} tokens back")
     return ", ".join(parts) or "its rows do not say how far a query sees"
 
 
-def _learns(line: Line, matrix: Matrix, kind: Kind) -> Sentence:
+def _learns(line: Line, matrix: Matrix, kind: Kind, asked: Question) -> Sentence:
     gap = matrix.cell(line, kind)
     if gap.task is None:
         return Sentence("learns", f"{kind.title}: not known, no rows", [], "not known")
-    edge = "" if gap.edge is None else f", up to {gap.edge:,} back" if kind.part == "within" else f", over {gap.edge:,} back"
-    edge = "" if gap.edge is not None and gap.edge >= ALL else edge
-    where = f"{kind.title} ({gap.task.title}{edge})"
+    where = f"{kind.title} ({gap.task.title}{_told(kind, gap.edge)})"
     if gap.reference:
-        reached = matrix.cell(line, kind).words()
+        said = f"{where}: is what others are compared with, reached {gap.words()}"
+        if gap.value is None:
+            said = f"{where}: {gap.why}"
         state = "yes" if gap.why is None else "not known"
-        return Sentence("learns", f"{where}: is what others are compared with, reached {reached}", gap.rows, state)
-    state = {"better": "yes", "as good": "yes", "worse": "no"}.get(gap.judged or "", "not known")
-    return Sentence("learns", f"{where}: {gap.plainly()}", gap.rows if gap.known else gap.rows, state)
+    else:
+        said = f"{where}: {gap.plainly()}"
+        state = {"better": "yes", "as good": "yes", "worse": "no"}.get(gap.judged or "", "not known")
+    if kind.part != "all" and gap.edge is not None and (asked.distance <= gap.edge) != (kind.part == "within"):
+        state = "aside"  # the distance that is asked lies on the other side of the edge
+    return Sentence("learns", said, gap.rows, state)
+
+
+def _told(kind: Kind, edge: int | None) -> str:
+    """Of which distances a figure is."""
+    if edge is None or edge >= ALL:
+        return ""
+    return f", up to {edge:,} back" if kind.part == "within" else f", over {edge:,} back"
 
 
 def _nothing_fits(matrix: Matrix, found: dict[Line, list[Sentence]], asked: Question) -> Iterable[Sentence]:
     """Where nothing is known to fit: what would."""
-    if asked.memory is None or any(each.about == "fits" and each.state == "yes" for many in found.values() for each in many):
+    said_of = [each for many in found.values() for each in many if each.about == "fits"]
+    if asked.memory is None or any(each.state == "yes" for each in said_of):
         return
     parts, rows = [], list[Row]()
     for line in found:
@@ -197,17 +221,12 @@ def _together(found: dict[Line, list[Sentence]], asked: Question) -> Sentence:
     """Of which all that is asked is known to be so."""
     good, rows = [], list[Row]()
     for line, many in found.items():
-        states = [each.state for each in many if each.about != "costs"]
+        states = [each.state for each in many if each.about != "costs" and each.state != "aside"]
         if states and all(state == "yes" for state in states):
             good.append(line.label)
             rows += [row for each in many for row in each.rows]
     said = units.listed(good) or "none"
     learn = units.listed([kind.title for kind in asked.kinds])
     fit = "" if asked.memory is None else "fit, "
-    return Sentence(
-        "all", f"Known to {fit}see {asked.distance:,} tokens back and learn {learn} no worse than full attention: {said}.",
-        rows, "yes" if good else "no",
-    )  # fmt: skip
-
-
-__all__ = ["FARTHEST", "Advice", "Question", "Sentence", "advice"]
+    text = f"Known to {fit}see {asked.distance:,} tokens back and learn {learn} no worse than full attention: {said}."
+    return Sentence("all", text, rows, "yes" if good else "not known")
