@@ -74,6 +74,16 @@ class Gap:
         return "as good" if self.verdict.equivalent else None
 
     @property
+    def as_good(self) -> bool:
+        """Whether it is shown to be within the margin, or better; a difference may be shown as well."""
+        return self.known and self.verdict is not None and (self.verdict.equivalent or self.judged == "better")
+
+    @property
+    def verdict_words(self) -> str:
+        also = ", and yet as good" if self.judged == "worse" and self.as_good else ""
+        return f"{self.judged or 'not told apart'}{also}"
+
+    @property
     def interval(self) -> tuple[float, float] | None:
         return None if self.verdict is None else self.verdict.pairs.interval()
 
@@ -93,11 +103,13 @@ class Gap:
         if self.task is None:
             return f"not known: {NO_ROWS}"
         reached = value_words(self.value, self.task.metric)
+        if self.reference and self.value is None:
+            return "nothing lies there"
         if self.reference:
             return reached if self.why is None else f"{reached} ({self.brief})"
         if not self.known:
             return f"not known: {self.brief}" + ("" if self.value is None else f"; reached {reached}")
-        return f"{self.gap_words()}, {self.judged or 'not told apart'}"
+        return f"{self.gap_words()}, {self.verdict_words}"
 
     @property
     def brief(self) -> str:
@@ -115,6 +127,7 @@ class Gap:
             "better": "better than full attention", "worse": "worse than full attention",
             "as good": f"as good as full attention {within}", None: "not told apart from full attention",
         }[self.judged]  # fmt: skip
+        said += f", and yet as good {within}" if self.judged == "worse" and self.as_good else ""
         seeds = len(self.verdict.pairs) if self.verdict else 0
         return f"{said}, gap {self.gap_words()}, 95 % interval of {seeds} seeds"
 

@@ -143,11 +143,9 @@ def price(series: Series, key: str, length: int) -> Price:
     if key == TIME and work is not None and (1 + STEEPER < work < 2 - STEEPER or work > used + STEEPER):
         so_far = f"time as length^{power:.2f}, FLOPs as length^{work:.2f}"
         return Price(None, f"its growth has not settled by {lengths[-1]:,} tokens, {so_far}")
-    said = (
-        "the exponent of its own rows"
-        if power >= 1
-        else f"no slower than in proportion, its own rows grow as {power:.2f}"
-    )
+    said = "the exponent of its own rows"
+    if power < 1:
+        said = f"in proportion, since its own rows grow as length^{power:.2f}"
     value = finite[lengths[-1]] * (length / lengths[-1]) ** used
     rows = [series.rows[at] for at in lengths[-3:]]
     return Price(value, f"extrapolated from {lengths[-1]:,} tokens as length^{used:.2f}, {said}", rows)

@@ -95,7 +95,10 @@ def advice(matrix: Matrix, question: Question) -> Advice:
         said.append(_costs(costs, question, where))
         if any(each.rows for each in said):
             found[line] = said
-    return Advice(question, setting, found, [*_nothing_fits(matrix, found, question), _together(found, question)])
+    ends = [*_nothing_fits(matrix, found, question), _together(found, question)]
+    if (ranking := matrix.ranking()) is not None:
+        ends.append(Sentence("all", ranking, [], "not known"))
+    return Advice(question, setting, found, ends)
 
 
 def _where(costs: Costed, line: Line, usual: Setting | None) -> str:
@@ -177,11 +180,11 @@ def _learns(line: Line, matrix: Matrix, kind: Kind, asked: Question) -> Sentence
     if gap.reference:
         said = f"{where}: is what others are compared with, reached {gap.words()}"
         if gap.value is None:
-            said = f"{where}: {gap.why}"
+            said = f"{where}: nothing lies beyond what it sees"
         state = "yes" if gap.why is None else "not known"
     else:
         said = f"{where}: {gap.plainly()}"
-        state = {"better": "yes", "as good": "yes", "worse": "no"}.get(gap.judged or "", "not known")
+        state = "yes" if gap.as_good else "no" if gap.judged == "worse" else "not known"
     if kind.part != "all" and gap.edge is not None and (asked.distance <= gap.edge) != (kind.part == "within"):
         state = "aside"  # the distance that is asked lies on the other side of the edge
     return Sentence("learns", said, gap.rows, state)
@@ -228,5 +231,5 @@ def _together(found: dict[Line, list[Sentence]], asked: Question) -> Sentence:
     said = units.listed(good) or "none"
     learn = units.listed([kind.title for kind in asked.kinds])
     fit = "" if asked.memory is None else "fit, "
-    text = f"Known to {fit}see {asked.distance:,} tokens back and learn {learn} no worse than full attention: {said}."
+    text = f"Known to {fit}see {asked.distance:,} tokens back and learn {learn} as well as full attention: {said}."
     return Sentence("all", text, rows, "yes" if good else "not known")
