@@ -155,7 +155,8 @@ def test_what_must_be_said_and_what_must_not() -> None:
     (end,) = [each for each in found.ends if each.text.startswith("Known to")]
     assert end.text.endswith("as well as full attention: none."), "nobody measured full, longformer does not see it"
     found, text = asked(rows, distance=16)
-    assert text.count("as well as full attention: longformer (window=16).") == 1
+    assert text.count("learn recall at that distance as well as full attention: longformer (window=16).") == 1
+    assert "beyond reach as well" not in text, "it is 80 points worse there"
     found, text = asked([*rows, *measured("full", seconds=9.0)])
     assert "as well as full attention: full." in text
 

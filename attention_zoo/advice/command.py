@@ -90,7 +90,7 @@ def advise(config: AdviseConfig, console: Console | None = None) -> Advice:
     console = console or Console()
     asked = question_of(config)
     rows = rows_of(config.results)
-    costs = {"device": config.device, "phase": config.phase, "variant": config.variant}
+    costs: dict[str, Any] = {"device": config.device, "phase": config.phase, "variant": config.variant}
     found = advice(Matrix.of(rows, asked.length, kinds=asked.kinds, **costs), asked)
     for line in told(found):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -173,8 +173,8 @@ def column(task: Task, kind: Kind) -> list[Gap]:
     for each in task.learnt:
         edge = _edge(each, kind)
         if not each.rows:
-            why = ", ".join(dict.fromkeys(quality.missing(row) for row in each.failed)) or NO_ROWS
-            found.append(Gap(kind, line_of(each.failed[0]), why, task, rows=each.failed))
+            lost = ", ".join(dict.fromkeys(quality.missing(row) for row in each.failed))
+            found.append(Gap(kind, line_of(each.failed[0]), lost, task, rows=each.failed))
             continue
         own, theirs = _by_seed(each, kind, edge), [] if full is None else _by_seed(full, kind, edge)
         why = reasons[0] if reasons else _refusal(task, each, kind, own, len(family), verdicts.get(each.label))

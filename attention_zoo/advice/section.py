@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from attention_zoo.advice.matrix import Matrix
 from attention_zoo.report import page
@@ -24,7 +25,9 @@ def section(rows: Iterable[Row], setting: Setting | None, length: int | None) ->
         setting: of the costs; None where there are none.
         length: tokens at which costs are told.
     """
-    at = {} if setting is None else {"device": setting.device, "phase": setting.phase, "variant": setting.variant}
+    at: dict[str, Any] = (
+        {} if setting is None else {"device": setting.device, "phase": setting.phase, "variant": setting.variant}
+    )
     found = Matrix.of(rows, None if setting is None else length, **at)
     if not found.cells:
         return ""

@@ -229,7 +229,10 @@ def _together(found: dict[Line, list[Sentence]], asked: Question) -> Sentence:
             good.append(line.label)
             rows += [row for each in many for row in each.rows]
     said = units.listed(good) or "none"
-    learn = units.listed([kind.title for kind in asked.kinds])
+    # of recall the side of the edge that the distance lies on, which differs from mechanism to mechanism
+    learn = units.listed(list(dict.fromkeys(
+        kind.title if kind.part == "all" else f"{kind.title.split()[0]} at that distance" for kind in asked.kinds
+    )))  # fmt: skip
     fit = "" if asked.memory is None else "fit, "
     text = f"Known to {fit}see {asked.distance:,} tokens back and learn {learn} as well as full attention: {said}."
     return Sentence("all", text, rows, "yes" if good else "not known")
