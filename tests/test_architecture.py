@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("results", "statistics"),
     ("tasks", "measure", "tracking"),
     ("training",),
-    ("report", "integrations", "overview", "inspect"),
+    ("report", "integrations", "overview", "inspect", "advice"),
     ("jobs",),
     ("commands",),
 )

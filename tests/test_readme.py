@@ -12,6 +12,7 @@ from readme_tables import reach_table
 from recorded import NEWER, RECORDED, WRAPPERS
 
 from attention_zoo import overview
+from attention_zoo.advice.matrix import Matrix
 from attention_zoo.commands import work as commands
 from attention_zoo.commands.main import main
 from attention_zoo.commands.plain import PLAIN
@@ -68,6 +69,13 @@ def test_the_table_of_faults_is_that_of_the_committed_counts():
 def test_the_table_of_results_is_that_of_the_committed_rows(name):
     (path,) = re.findall(r"\(([\w/.-]+results\.jsonl)\)", between(name))
     assert markdown_table(Findings.of(read([ROOT / path]))) in between(name)
+
+
+def test_the_matrix_of_problems_is_that_of_the_committed_rows():
+    (path,) = re.findall(r"\(([\w/.-]+results\.jsonl)\)", between("choice"))
+    matrix = Matrix.of(read([ROOT / path]), 4096)
+    assert matrix.markdown() in between("choice")
+    assert (matrix.ranking() or "") in between("choice")
 
 
 def test_the_pictures_of_the_readme_are_there():

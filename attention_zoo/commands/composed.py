@@ -39,7 +39,7 @@ def run(name: str, words: Sequence[str], program: str) -> int:
     Returns:
         the exit code: the first of 1 and 2 that a job ended with, else 0.
     """
-    command, words = f"{program} {shlex.join(words)}", flags(words)
+    command, words = f"{program} {shlex.join(words)}", [COMMANDS[name].named(word) for word in flags(words)]
     COMMANDS[name].register()
     register()
     if "--help" in words or "-h" in words:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -62,12 +62,20 @@ class Command:
         run: does it, with the composed config.
         cell: describes what one job of a sweep does (`jobs.cell.Cell`), from its config and Hydra's, where several
             processes may share the sweep; None: a job is run as it would be alone.
+        words: what the command line may call a key otherwise: a key that is called as a folder of conf is cannot be
+            given a word, since Hydra takes it for a choice of that group.
     """
 
     about: str
     register: Callable[[], None]
     run: Callable[[DictConfig], Outcome]
     cell: Callable[[DictConfig, Any], Any] | None = None
+    words: Mapping[str, str] = field(default_factory=dict)
+
+    def named(self, word: str) -> str:
+        """A word of the command line with the key as the config calls it."""
+        key, equals, value = word.partition("=")
+        return f"{self.words.get(key, key)}{equals}{value}"
 
 
 def _train(composed: DictConfig) -> Outcome:
@@ -135,6 +143,13 @@ def _report(composed: DictConfig) -> Outcome:
     from attention_zoo.report.again import report
 
     report(settings(composed))
+    return Outcome()
+
+
+def _advise(composed: DictConfig) -> Outcome:
+    from attention_zoo.advice.command import advise
+
+    advise(settings(composed))
     return Outcome()
 
 
@@ -239,6 +254,12 @@ def _register_report() -> None:
     register()
 
 
+def _register_advise() -> None:
+    from attention_zoo.advice.command import register
+
+    register()
+
+
 def _register_status() -> None:
     from attention_zoo.jobs.status import register
 
@@ -275,6 +296,12 @@ COMMANDS = {
     "compare": Command("measure and train every mechanism: one report", _register_compare, _compare),
     "search": Command("search for the options with which a model learns best", _register_search, _search),
     "report": Command("draw a report from results, without running anything", _register_report, _report),
+    "advise": Command(
+        "say which attention fits, sees, learns and costs what, from rows",
+        _register_advise,
+        _advise,
+        words={"task": "problem"},
+    ),
     "status": Command("show how far sweeps are, and how to go on", _register_status, _status),
     "inspect": Command("show what trained runs attend to on a text", _register_inspect, _inspect),
     "context": Command("measure how much context trained language models use", _register_context, _context),

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from attention_zoo.advice.matrix import Matrix
 from attention_zoo.files import plain, write_atomic
 from attention_zoo.jobs import rates
 from attention_zoo.jobs.ahead import cells_ahead, in_words, planned_runs, trainings_ahead
@@ -34,6 +35,7 @@ from attention_zoo.measure.progress import CellProgress
 from attention_zoo.report import units
 from attention_zoo.report.build import build_report
 from attention_zoo.report.patterns import unseen
+from attention_zoo.report.rows import sift
 from attention_zoo.report.summary import show, write_csv
 from attention_zoo.results.row import Row
 from attention_zoo.schemas import store
@@ -87,6 +89,8 @@ def compare(config: CompareConfig, console: Console | None = None) -> Path:
             console.print(f"{job.again} of {total} results were finished before and are drawn only")
         path = write_results(job.rows, folder, title=config.title)
         show(job.rows, path, console)
+        if (ranking := Matrix.of(sift(job.rows)).ranking()) is not None:
+            job.say(f"• {ranking}")
         if (tracker := config.followed()) is not None:
             send_report(job.rows, path, tracker, title=config.title, say=job.say)
         console.print(f"done in {units.seconds(time.monotonic() - began)}", highlight=False)

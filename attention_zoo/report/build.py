@@ -88,6 +88,7 @@ def sections(found: Findings) -> dict[str, str]:
     many = {
         "lead": page.bullets(headline(found), "lead") + _warnings(rows, found),
         "summary": _summary(found),
+        "advice": _advice(found),
         "peers": _peers(rows),
         "budget": _budget(rows),
         "learning": _learning(found.tasks),
@@ -155,6 +156,12 @@ def _summary(found: Findings) -> str:
     judged = "What was learnt is told by " + ", ".join(f"{task.judged} ({task.title})" for task in found.tasks) + "."
     note = " ".join([note, *([judged] if sets else []), *(f"{mark}." for mark in table.notes)])
     return page.summary_table(table) + page.paragraph(f"{setting} {note}", "note") + _gaps(found)
+
+
+def _advice(found: Findings) -> str:
+    from attention_zoo.advice.section import section  # it reads rows by this package, whose first import is this file
+
+    return section(found.rows, found.setting, found.length)
 
 
 def _gaps(found: Findings) -> str:

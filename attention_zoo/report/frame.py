@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attention_zoo.report.page import escape, section
 
-BEFORE = {"summary": "Summary"}
+BEFORE = {"summary": "Summary", "advice": "Which attention for which problem"}
 AFTER = {
     "learning": "What they learnt",
     "published": "Beside published tables",

@@ -1,0 +1,147 @@
+"""The command `advise`: which attention for a length, a memory, a kind of problem and a device, from rows alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from rich.console import Console
+
+from attention_zoo.advice.kinds import kinds_of
+from attention_zoo.advice.lines import Source
+from attention_zoo.advice.matrix import Matrix
+from attention_zoo.advice.sentences import Advice, Question, Sentence, advice
+from attention_zoo.advice.sources import committed, rows_of
+from attention_zoo.files import plain, write_atomic
+from attention_zoo.measure.budget import parse_bytes
+from attention_zoo.options import Positive, Text, check_fields
+from attention_zoo.rules import OneOf
+from attention_zoo.schemas import store
+
+
+@dataclass
+class AdviseConfig:
+    """conf/advise.yaml.
+
+    Fields:
+        length: tokens of a row.
+        memory: that there is, such as 8GiB; null: no limit is asked for.
+        problem: its kind: text | recall | recall_within | recall_beyond | copy | multi_hop | pair | streaming | short;
+            task=recall is the same.
+        distance: tokens between an answer and what it needs; null: the length.
+        device: cpu | cuda, whose costs are told.
+        phase: of the costs: forward_backward | forward | train_step | prefill | decode.
+        variant: of the costs: layer | core | model.
+        results: a path or a list of paths: JSONL files or folders; null: the rows that a clone holds.
+        output: folder for matrix.md, matrix.json and matrix.csv; null: none is written.
+    """
+
+    length: Positive = 4096
+    memory: Any = None
+    problem: Text = "recall"
+    distance: Annotated[int, Field(ge=1, description="a positive integer or null")] | None = None
+    device: Annotated[str, OneOf("cpu", "cuda")] = "cpu"
+    phase: Annotated[str, OneOf("forward_backward", "forward", "train_step", "prefill", "decode")] = "forward_backward"
+    variant: Annotated[str, OneOf("layer", "core", "model")] = "layer"
+    results: Any = None
+    output: Text | None = None
+
+
+def register() -> None:
+    """Make the schema known to Hydra, which conf/advise.yaml names first."""
+    store("advise_schema", AdviseConfig)
+
+
+def question_of(config: AdviseConfig) -> Question:
+    """What is asked.
+
+    Raises:
+        ValueError: naming the option, its rule and the value.
+    """
+    check_fields(AdviseConfig, config)
+    memory = None if config.memory is None else _bytes(config.memory)
+    distance = config.length if config.distance is None else config.distance
+    if distance > config.length:
+        raise ValueError(f"distance must be at most the length, {config.length}, got {distance}")
+    return Question(config.length, memory, kinds_of(config.problem), distance, config.device)
+
+
+def _bytes(given: Any) -> int:
+    try:
+        found = parse_bytes(str(given))
+    except ValueError:
+        found = 0
+    if found < 1:
+        raise ValueError(f"memory must be a size such as 8GiB or 512MiB, or null, got {given!r}")
+    return found
+
+
+def advise(config: AdviseConfig, console: Console | None = None) -> Advice:
+    """Say it, and write the matrix where an output is given.
+
+    Raises:
+        ValueError: for a wrong option, or no rows.
+        OSError: naming the file that could not be written.
+    """
+    console = console or Console()
+    asked = question_of(config)
+    rows = rows_of(config.results)
+    costs: dict[str, Any] = {"device": config.device, "phase": config.phase, "variant": config.variant}
+    found = advice(Matrix.of(rows, asked.length, kinds=asked.kinds, **costs), asked)
+    for line in told(found):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if rows.left_out:
+        console.print(f"left out: {len(rows.left_out)} rows or files, {rows.left_out[0]}", markup=False, soft_wrap=True)
+    if config.output is not None:
+        write(Matrix.of(rows, asked.length, **costs), config.output)
+        console.print(f"wrote matrix.md, matrix.json and matrix.csv in {config.output}", markup=False, soft_wrap=True)
+    return found
+
+
+def told(found: Advice) -> Iterator[str]:
+    """All of it, a line each. Every sentence ends in the numbers of the sources that carry it, listed at the end."""
+    numbers: dict[str, int] = {}
+
+    def cite(sentence: Sentence) -> str:
+        return "".join(f" [{numbers.setdefault(each, len(numbers) + 1)}]" for each in cited(sentence))
+
+    yield f"Asked: {found.question.words()}."
+    if found.setting is not None:
+        yield f"Costs are of one {found.setting.words()}."
+    for line, many in found.lines.items():
+        yield ""
+        yield line.label
+        yield from (f"  {each.about:7}{each.text}{cite(each)}" for each in many)
+    if not found.lines:
+        yield "Nothing is known: no row is of this device, or of this kind of problem."
+    yield ""
+    yield from (f"{each.text}{cite(each)}" for each in found.ends)
+    if numbers:
+        yield ""
+        yield from (f"[{number}] {source}" for source, number in numbers.items())
+
+
+def cited(sentence: Sentence) -> list[str]:
+    """The sources of a sentence: file with ids of rows, the day and commit that brought it, code and device."""
+    files: dict[tuple[str, str, str], list[str]] = {}
+    for row in sentence.rows:
+        source = Source.of(row)
+        files.setdefault((source.file, source.code, source.device), []).append(source.id)
+    return [_source(*where, list(dict.fromkeys(ids))) for where, ids in files.items()]
+
+
+def _source(file: str, code: str, device: str, ids: Sequence[str]) -> str:
+    when = committed(file) or "day not known"
+    return f"{file}: {', '.join(ids)}; {when}; code {code}; {device}"
+
+
+def write(matrix: Matrix, folder: str | Path) -> None:
+    """The matrix as a page of Markdown, and every cell with its rows."""
+    place = Path(folder)
+    write_atomic(place / "matrix.md", matrix.markdown() + "\n")
+    write_atomic(place / "matrix.json", json.dumps(plain(matrix.as_json()), indent=1, allow_nan=False) + "\n")
+    write_atomic(place / "matrix.csv", matrix.as_csv())

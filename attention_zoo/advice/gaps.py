@@ -1,0 +1,226 @@
+"""What a mechanism learnt beside full attention, by kind of problem: the cells of the matrix.
+
+Each column of one task and file is a family of its own: paired by seed, Holm over its comparisons (see `statistics`).
+Where the report gives no verdict there is no figure of a gap either, but "not known" and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from attention_zoo.advice.kinds import Kind, answers
+from attention_zoo.advice.lines import Line, line_of
+from attention_zoo.advice.reach import accuracy, reach_of
+from attention_zoo.report import quality, units
+from attention_zoo.report.metrics import difference_words, margin, margin_words, seeds_words, value_words
+from attention_zoo.report.quality import Learnt, Task
+from attention_zoo.report.rows import FROM
+from attention_zoo.results.row import Row
+from attention_zoo.statistics import Pairs, Verdict, judge
+
+NO_ROWS = "no rows"
+SHORT = (
+    ("undertrained", "undertrained"), ("no verdict: one seed", "one seed"), ("no verdict: the runs", "runs differ"),
+    ("unequal training", "unequal training"), ("no verdict: no full", "no full attention beside"),
+    ("its runs differ", "runs differ"), ("one seed", "one seed"), ("no seed", "no seed in common"),
+    ("the same difference", "too few seeds"),
+)  # fmt: skip
+"""Why nothing is known, in a word for a table, by how the sentence begins."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """One cell.
+
+    Fields:
+        kind: the column.
+        line: the mechanism.
+        why: why the gap is not known; None where it is.
+        task: where the figures are from; None without rows.
+        value: what the mechanism reached, the mean over seeds.
+        full: what full attention did on the same answers.
+        verdict: of the tests; None where there are none.
+        edge: up to which distance answers are within reach, in columns that ask that.
+        rows: what all of this rests on, full attention's last.
+    """
+
+    kind: Kind
+    line: Line
+    why: str | None
+    task: Task | None = None
+    value: float | None = None
+    full: float | None = None
+    verdict: Verdict | None = None
+    edge: int | None = None
+    rows: Sequence[Row] = field(default_factory=list)
+
+    @property
+    def known(self) -> bool:
+        return self.why is None and self.verdict is not None
+
+    @property
+    def reference(self) -> bool:
+        """Whether this is full attention itself, whose gap is none."""
+        return self.task is not None and self.task.full is not None and line_of(self.task.full.rows[0]) == self.line
+
+    @property
+    def judged(self) -> str | None:
+        """better | worse | as good | None: these seeds show nothing."""
+        if not self.known or self.verdict is None or self.task is None:
+            return None
+        if self.verdict.different:
+            return "better" if ((self.verdict.pairs.mean or 0.0) < 0) == self.task.lower_is_better else "worse"
+        return "as good" if self.verdict.equivalent else None
+
+    @property
+    def as_good(self) -> bool:
+        """Whether it is shown to be within the margin, or better; a difference may be shown as well."""
+        return self.known and self.verdict is not None and (self.verdict.equivalent or self.judged == "better")
+
+    @property
+    def verdict_words(self) -> str:
+        also = ", and yet as good" if self.judged == "worse" and self.as_good else ""
+        return f"{self.judged or 'not told apart'}{also}"
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return None if self.verdict is None else self.verdict.pairs.interval()
+
+    def gap_words(self) -> str:
+        """The difference from full with its interval."""
+        assert self.verdict is not None
+        assert self.task is not None
+        mean, metric = self.verdict.pairs.mean, self.task.metric
+        said = units.NONE if mean is None else difference_words(mean, metric, signed=True)
+        if (found := self.interval) is None:
+            return said
+        low, high = (difference_words(end, metric, signed=True, unit=False) for end in found)
+        return f"{said} ({low} to {high})"
+
+    def words(self) -> str:
+        """The cell in a table."""
+        if self.task is None:
+            return f"not known: {NO_ROWS}"
+        reached = value_words(self.value, self.task.metric)
+        if self.reference and self.value is None:
+            return "nothing lies there"
+        if self.reference:
+            return reached if self.why is None else f"{reached} ({self.brief})"
+        if not self.known:
+            return f"not known: {self.brief}" + ("" if self.value is None else f"; reached {reached}")
+        return f"{self.gap_words()}, {self.verdict_words}"
+
+    @property
+    def brief(self) -> str:
+        why = self.why or ""
+        return next((word for start, word in SHORT if why.startswith(start)), why or "too few seeds")
+
+    def plainly(self) -> str:
+        """The end of a sentence: how it learnt this."""
+        assert self.task is not None
+        metric = self.task.metric
+        if not self.known:
+            return f"not known: {(self.why or '').removeprefix('no verdict: ')}"
+        within = f"within ± {margin_words(metric)}"
+        said = {
+            "better": "better than full attention", "worse": "worse than full attention",
+            "as good": f"as good as full attention {within}", None: "not told apart from full attention",
+        }[self.judged]  # fmt: skip
+        said += f", and yet as good {within}" if self.judged == "worse" and self.as_good else ""
+        seeds = len(self.verdict.pairs) if self.verdict else 0
+        return f"{said}, gap {self.gap_words()}, 95 % interval of {seeds} seeds"
+
+
+def gaps(rows: Iterable[Row], kinds: Sequence[Kind]) -> dict[tuple[Line, str], Gap]:
+    """Every cell that any row has something to say of, by line and key of the column.
+
+    Of several tasks that answer one column, such as those of several files, a line is told by the one with a verdict,
+    then by the one with most seeds.
+    """
+    files: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["kind"] == "quality":
+            files.setdefault(str(row.get(FROM) or ""), []).append(row)
+    every = [task for many in files.values() for task in quality.tasks(many)]
+    found: dict[tuple[Line, str], Gap] = {}
+    for kind in kinds:
+        for task in every:
+            if not answers(task, kind):
+                continue
+            for gap in column(task, kind):
+                before = found.get((gap.line, kind.key))
+                if before is None or _order(gap) > _order(before):
+                    found[gap.line, kind.key] = gap
+    return found
+
+
+def _order(gap: Gap) -> tuple[bool, int]:
+    return gap.known, len(gap.rows)
+
+
+def column(task: Task, kind: Kind) -> list[Gap]:
+    """All cells of one task in one column."""
+    reasons, full = task.obstacles(), task.full
+    found = []
+    family: dict[str, Pairs] = {}
+    for each in task.others:
+        edge = _edge(each, kind)
+        own, theirs = _by_seed(each, kind, edge), [] if full is None else _by_seed(full, kind, edge)
+        if own and theirs:  # a mechanism that is never asked takes no part in this family
+            family[each.label] = Pairs.of(own, theirs)
+    verdicts = judge(family, margin(task.metric))
+    for each in task.learnt:
+        edge = _edge(each, kind)
+        if not each.rows:
+            lost = ", ".join(dict.fromkeys(quality.missing(row) for row in each.failed))
+            found.append(Gap(kind, line_of(each.failed[0]), lost, task, rows=each.failed))
+            continue
+        own, theirs = _by_seed(each, kind, edge), [] if full is None else _by_seed(full, kind, edge)
+        why = reasons[0] if reasons else _refusal(task, each, kind, own, len(family), verdicts.get(each.label))
+        rows = [*each.rows, *(full.rows if full is not None and full is not each else [])]
+        line = line_of(each.rows[0])
+        found.append(Gap(kind, line, why, task, _mean(own), _mean(theirs), verdicts.get(each.label), edge, rows))
+    return found
+
+
+def _refusal(
+    task: Task, each: Learnt, kind: Kind, own: Sequence[tuple[object, float]], family: int, verdict: Verdict | None
+) -> str | None:
+    """Why nothing is known of one mechanism where something may be of others."""
+    if not own:
+        where = {"within": "within its reach", "beyond": "beyond its reach"}.get(kind.part, "")
+        return f"no answer {where} was scored" if each.group else NO_ROWS
+    if each is task.full:
+        return None
+    if apart := task.apart(each):
+        return f"its runs differ from those of full in more than the mechanism ({', '.join(apart)})"
+    if undertrained := task.undertrained(each):
+        return f"undertrained: it {undertrained}"
+    if verdict is None or not len(verdict.pairs):
+        return f"no seed in common with full, {seeds_words(family)}"
+    if len(verdict.pairs) == 1:
+        return f"one seed shows no difference, {seeds_words(family)}"
+    if not verdict.pairs.spread and not (verdict.different or verdict.equivalent):
+        return f"the same difference in all {len(verdict.pairs)} seeds tells no spread, {seeds_words(family)}"
+    return None
+
+
+def _edge(each: Learnt, kind: Kind) -> int | None:
+    """The nearest edge among the runs: what is within it is so for each of them."""
+    if kind.part == "all":
+        return None
+    known = [reach_of(row).edge for row in each.rows]
+    return None if not known or None in known else min(edge for edge in known if edge is not None)
+
+
+def _by_seed(each: Learnt, kind: Kind, edge: int | None) -> list[tuple[object, float]]:
+    """Seed and figure of every run that has one."""
+    if kind.part == "all":
+        return [(row.get("seed"), value) for row, value in zip(each.rows, each.values)]
+    told = [(row.get("seed"), accuracy(row, edge, beyond=kind.part == "beyond")) for row in each.rows]
+    return [(seed, value) for seed, value in told if value is not None]
+
+
+def _mean(values: Sequence[tuple[object, float]]) -> float | None:
+    return sum(value for _, value in values) / len(values) if values else None

@@ -1,0 +1,238 @@
+"""Plain sentences on which mechanisms fit, see, learn and cost what, each with the rows that carry it.
+
+What rows do not carry is said to be not known. Nobody is called the best: mechanisms are compared with full attention
+alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from attention_zoo.advice.kinds import Kind
+from attention_zoo.advice.lines import Line
+from attention_zoo.advice.matrix import Matrix
+from attention_zoo.advice.prices import Costed, Price
+from attention_zoo.advice.reach import ALL, Reach, reach_of
+from attention_zoo.report import units
+from attention_zoo.report.costs import PEAK, TIME, Setting
+from attention_zoo.results.row import Row
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Fields:
+        length: tokens of a row.
+        memory: bytes that there are; None: no limit.
+        kinds: of problem.
+        distance: tokens between an answer and what it needs.
+        device: on which.
+    """
+
+    length: int
+    memory: int | None
+    kinds: Sequence[Kind]
+    distance: int
+    device: str
+
+    def words(self) -> str:
+        within = "" if self.memory is None else f", within {units.whole(units.size(self.memory))}"
+        asked = units.listed([kind.title for kind in self.kinds])
+        return f"{asked}, rows of {self.length:,} tokens, {self.distance:,} tokens back{within}, on {self.device}"
+
+
+class Sentence(NamedTuple):
+    """Fields:
+    about: fits | sees | learns | costs | all.
+    text: the sentence.
+    rows: that carry it; none where something is not known.
+    state: yes | no | not known, of what is asked; "aside": of what is not.
+    """
+
+    about: str
+    text: str
+    rows: Sequence[Row]
+    state: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Sentences by mechanism, and what they come to.
+
+    Fields:
+        setting: of all costs, but where a sentence says another.
+    """
+
+    question: Question
+    setting: Setting | None
+    lines: dict[Line, list[Sentence]]
+    ends: list[Sentence]
+
+
+def advice(matrix: Matrix, question: Question) -> Advice:
+    """Every mechanism of which rows say anything that is asked."""
+    used = Counter(each.setting for each in matrix.prices.values() if each.setting is not None)
+    setting = used.most_common(1)[0][0] if used else None
+    found: dict[Line, list[Sentence]] = {}
+    for line in matrix.lines:
+        costs = matrix.prices[line]
+        trained = any((line, kind.key) in matrix.cells for kind in question.kinds)
+        if not trained and costs.line != line:
+            continue
+        where = _where(costs, line, setting)
+        said = [_fits(line, costs, question, where)]
+        if trained:
+            said.append(_sees(line, matrix, question))
+            said += [_learns(line, matrix, kind, question) for kind in question.kinds]
+        else:
+            asked = units.listed([kind.title for kind in question.kinds])
+            said.append(Sentence("learns", f"not known, nor how far it sees: no rows of {asked}", [], "not known"))
+        said.append(_costs(costs, question, where))
+        if any(each.rows for each in said):
+            found[line] = said
+    ends = [*_nothing_fits(matrix, found, question), _together(found, question)]
+    if (ranking := matrix.ranking()) is not None:
+        ends.append(Sentence("all", ranking, [], "not known"))
+    return Advice(question, setting, found, ends)
+
+
+def _where(costs: Costed, line: Line, usual: Setting | None) -> str:
+    """Of what a cost is, where it is not of what all are."""
+    said = [] if costs.setting is None or costs.setting == usual else [costs.setting.words()]
+    if costs.line is not None and costs.line != line:
+        said.append(f"at other options than were trained: {costs.line.label}")
+    return f" ({'; '.join(said)})" if said else ""
+
+
+def _amount(price: Price, key: str) -> str:
+    return f"{price.words(key)}, {price.how}" if price.value is not None else price.words(key)
+
+
+def _fits(line: Line, costs: Costed, asked: Question, where: str) -> Sentence:
+    price = costs.price(PEAK, asked.length)
+    if price.value is None:
+        how = "no costs were measured on this device" if costs.series is None else price.how
+        return Sentence("fits", f"whether it fits is not known: {how}", [], "not known")
+    if math.isinf(price.value):
+        return Sentence("fits", f"does not fit: {price.how}{where}", price.rows, "no")
+    if asked.memory is None:
+        return Sentence("fits", f"needs {_amount(price, PEAK)}{where}", price.rows, "yes")
+    fits = price.value <= asked.memory
+    start = "fits: needs" if fits else "does not fit: needs"
+    own = costs.line == line
+    state = ("yes" if fits else "no") if own else "not known"
+    if not own:
+        start = f"not known at these options; at others it {'fits' if fits else 'does not fit'}: needs"
+    return Sentence("fits", f"{start} {_amount(price, PEAK)}{where}", price.rows, state)
+
+
+def _costs(costs: Costed, asked: Question, where: str) -> Sentence:
+    price = costs.price(TIME, asked.length)
+    if price.value is None:
+        return Sentence("costs", f"how long it takes is not known: {price.how}", [], "not known")
+    if math.isinf(price.value):
+        return Sentence("costs", f"did not finish: {price.how}{where}", price.rows, "no")
+    return Sentence("costs", f"takes {_amount(price, TIME)}{where}", price.rows, "yes")
+
+
+def _sees(line: Line, matrix: Matrix, asked: Question) -> Sentence:
+    row = next(
+        (row for kind in matrix.kinds for row in matrix.cell(line, kind).rows if row["backend"] == line.backend), None
+    )
+    if row is None:
+        return Sentence("sees", "how far it sees is not known: no training at these options", [], "not known")
+    far = reach_of(row)
+    how, back = far.sees(asked.distance), f"{asked.distance:,} tokens back"
+    state = {"surely": "yes", "perhaps": "not known", "through layers": "no", "no": "no"}.get(how, "not known")
+    if far.surely == ALL:
+        return Sentence("sees", f"sees {back}: every query sees every key before it", [row], "yes")
+    said = {
+        "surely": f"sees {back}: every query of a layer sees {far.surely or 0:,}",
+        "perhaps": f"may see {back}, but not every key: {_seen(far)}",
+        "through layers": f"does not see {back} in one layer: {_seen(far)}; layers hand on what lies up to "
+                          f"{far.model or 0:,} back, which recall by content has no use for",
+        "no": f"does not see {back}: {_seen(far)}, all layers together {far.model or 0:,}",
+        "not known": f"whether it sees {back} is not known: {_seen(far)}, in rows of {far.length:,}",
+    }[how]  # fmt: skip
+    return Sentence("sees", said, [row], state)
+
+
+def _seen(far: Reach) -> str:
+    parts = []
+    if far.surely is not None:
+        parts.append(f"a query of a layer surely sees {far.surely:,} tokens back")
+    if far.layer is not None and far.layer != far.surely:
+        most = f"at most {far.layer:,}"
+        parts.append(most if parts else f"a query of a layer sees {most} tokens back")
+    return ", ".join(parts) or "its rows do not say how far a query sees"
+
+
+def _learns(line: Line, matrix: Matrix, kind: Kind, asked: Question) -> Sentence:
+    gap = matrix.cell(line, kind)
+    if gap.task is None:
+        return Sentence("learns", f"{kind.title}: not known, no rows", [], "not known")
+    where = f"{kind.title} ({gap.task.title}{_told(kind, gap.edge)})"
+    if gap.reference:
+        said = f"{where}: is what others are compared with, reached {gap.words()}"
+        if gap.value is None:
+            said = f"{where}: nothing lies beyond what it sees"
+        state = "yes" if gap.why is None else "not known"
+    else:
+        said = f"{where}: {gap.plainly()}"
+        state = "yes" if gap.as_good else "no" if gap.judged == "worse" else "not known"
+    if kind.part != "all" and gap.edge is not None and (asked.distance <= gap.edge) != (kind.part == "within"):
+        state = "aside"  # the distance that is asked lies on the other side of the edge
+    return Sentence("learns", said, gap.rows, state)
+
+
+def _told(kind: Kind, edge: int | None) -> str:
+    """Of which distances a figure is."""
+    if edge is None or edge >= ALL:
+        return ""
+    return f", up to {edge:,} back" if kind.part == "within" else f", over {edge:,} back"
+
+
+def _nothing_fits(matrix: Matrix, found: dict[Line, list[Sentence]], asked: Question) -> Iterable[Sentence]:
+    """Where nothing is known to fit: what would."""
+    said_of = [each for many in found.values() for each in many if each.about == "fits"]
+    if asked.memory is None or any(each.state == "yes" for each in said_of):
+        return
+    parts, rows = [], list[Row]()
+    for line in found:
+        costs = matrix.prices[line]
+        longest = costs.longest_within(asked.memory) if costs.line == line else None
+        if longest is not None and costs.series is not None and longest < asked.length:
+            parts.append(f"{line.label} up to about {_rounded(longest):,} tokens")
+            rows += [row for row in costs.series.rows.values() if row.get(PEAK)]
+    would = f"; what would: {units.listed(parts)}" if parts else ""
+    said = f"Nothing is known to fit {units.whole(units.size(asked.memory))} at {asked.length:,} tokens{would}."
+    yield Sentence("fits", said, rows, "no")
+
+
+def _rounded(length: int) -> int:
+    """Downwards, to two figures."""
+    scale = 10 ** max(math.floor(math.log10(max(length, 1))) - 1, 0)
+    return length // scale * scale
+
+
+def _together(found: dict[Line, list[Sentence]], asked: Question) -> Sentence:
+    """Of which all that is asked is known to be so."""
+    good, rows = [], list[Row]()
+    for line, many in found.items():
+        states = [each.state for each in many if each.about != "costs" and each.state != "aside"]
+        if states and all(state == "yes" for state in states):
+            good.append(line.label)
+            rows += [row for each in many for row in each.rows]
+    said = units.listed(good) or "none"
+    # of recall the side of the edge that the distance lies on, which differs from mechanism to mechanism
+    learn = units.listed(list(dict.fromkeys(
+        kind.title if kind.part == "all" else f"{kind.title.split()[0]} at that distance" for kind in asked.kinds
+    )))  # fmt: skip
+    fit = "" if asked.memory is None else "fit, "
+    text = f"Known to {fit}see {asked.distance:,} tokens back and learn {learn} as well as full attention: {said}."
+    return Sentence("all", text, rows, "yes" if good else "not known")
