@@ -63,5 +63,5 @@ def _score(row: Row) -> float | None:
         return None
     sets = row.get("evaluations") or {}
     scores: Row = sets.get(SET) or next(iter(sets.values()), {})
-    value = scores.get(row.get("metric"))
+    value = scores.get(str(row.get("metric")))
     return float(value) if isinstance(value, int | float) else None
