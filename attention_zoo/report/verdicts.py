@@ -139,7 +139,7 @@ def sentence(task: Task) -> str:
     start = f"On {task.named}{length}, {task.judged}: "
     found, told = compared(task), _told(task)
     rest = sum(bool(each.rows) for each in task.learnt) - len(told)
-    more = [f"{rest:,} more with figures no better than these, in the table"] if rest else []
+    more = [f"{rest:,} more, in the table"] if rest else []
     if not found or task.full is None:
         figures = [f"{each.label} {each.words()}" for each in told]
         obstacles = task.obstacles()
