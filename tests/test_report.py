@@ -16,7 +16,7 @@ from attention_zoo.report import Findings, build_report, costs, headline, rich_t
 from attention_zoo.report import quality as learnt
 from attention_zoo.report.costs import MEMORY, TIME
 from attention_zoo.report.palette import INK, KNOWN, PAIRS, place, styles
-from attention_zoo.report.summary import summary
+from attention_zoo.report.summary import markdown_table, summary
 from attention_zoo.report.units import log_ticks, millions, seconds, significant, size, whole
 
 
@@ -47,6 +47,24 @@ def test_summary_holds_the_figures_of_the_rows():
     assert line["Model|carries state"] == "no"
     assert dict(zip(columns, cells["transformer_xl"]))["Model|carries state"] == "yes"
     assert table.names[:2] == ["full (materialised)", "full (fused)"]
+
+
+def test_a_task_at_several_lengths_has_columns_that_tell_them_apart():
+    rows = [
+        quality(backend, "mqar", seq_len=length, id=f"{backend}-{length}")
+        for backend in ("full", "longformer") for length in (64, 2048)
+    ]  # fmt: skip
+    rows.append(quality("full", "text"))
+    found = Findings.of(rows)
+    columns = summary(found).groups[0]
+    mqar = ["mqar, 64 tokens: accuracy", "mqar, 2,048 tokens: accuracy"]
+    assert columns == ("What it learnt", ["text: bits per byte", *mqar])
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(rich_table(found))
+    said = console.export_text()
+    assert "64 tokens" in said
+    assert "2,048 tokens" in said
+    assert markdown_table(found).splitlines()[0].count("tokens") == 2
 
 
 def test_growth_and_overtaking_follow_from_the_made_up_laws():

@@ -16,7 +16,7 @@ from attention_zoo.report.convergence import LEVEL, still_learning, surely_seen,
 from attention_zoo.report.extract import latex, tables
 from attention_zoo.report.metrics import difference_words
 from attention_zoo.report.quality import tasks
-from attention_zoo.report.verdicts import Compared, compared
+from attention_zoo.report.verdicts import MOST_TOLD, Compared, compared, sentence
 
 OTHERS = ("longformer", "bigbird", "reformer", "transformer_xl")
 BRIEF = {"curve": [], "quality_curve": [], "loss_by_position": []}
@@ -48,6 +48,35 @@ def drawn_scores(random: np.random.Generator, gaps: list[float], spread: float =
         name: list(together + shift + each)
         for name, shift, each in zip(("full", *OTHERS), [0.0, *(gap * spread for gap in gaps)], noise)
     }
+
+
+def rows_of_any(scores: dict[str, list[float]], on: str) -> list[dict[str, Any]]:
+    """The same for mechanisms of any name."""
+    return [
+        {**row, "backend": name, "id": f"{name}-{row['seed']}", "config": {"attention": {"name": name}}}
+        for name, many in scores.items() for row in rows_of({"full": many}, on, **BRIEF)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seeds", [1, 8])
+@pytest.mark.parametrize("on", ["text", "mqar"])
+def test_a_sentence_names_full_and_the_best_of_more_than_anyone_reads(on: str, seeds: int) -> None:
+    """A sweep over options has hundreds of mechanisms; what is not named is counted, and stands in the table."""
+    lower = on == "text"
+    worst = 9.0 if lower else 0.96
+    scores = {"full": [worst + 0.001 * seed for seed in range(seeds)]}
+    for number in range(40):
+        value = 1.0 + 0.1 * number if lower else 0.999 - 0.0005 * number
+        scores[f"m{number:02}"] = [value + 0.0001 * seed for seed in range(seeds)]
+    (task,) = tasks(rows_of_any(scores, on))
+    said = sentence(task)
+    assert re.findall(r"\bm\d\d\b", said) == [f"m{number:02}" for number in range(MOST_TOLD - 1)]
+    assert re.search(r"\bfull\b", said)
+    assert f"{41 - MOST_TOLD} more, in the table" in said
+    few = {name: scores[name] for name in list(scores)[:MOST_TOLD]}
+    (task,) = tasks(rows_of_any(few, on))
+    assert len(re.findall(r"\bm\d\d\b", sentence(task))) == MOST_TOLD - 1
+    assert " more" not in sentence(task)
 
 
 def differs(sentence: str) -> list[str]:

@@ -158,9 +158,10 @@ def test_it_draws_the_same_again_and_goes_on(
     assert f"best: trial {best}, accuracy {whole[best][2]:.4f}" in told
     again = told.partition("train it again: ")[2].split()
     assert again[:2] == ["attention-zoo", "train"]
-    config = compose_training([*again[2:], "threads=1"])
+    config = compose_training(again[2:])
     (folder,) = (tmp_path / "whole").glob(f"search-mqar-full-*/trial-{best:04d}")
     row = json.loads((folder / "result.json").read_text())
+    assert row["config"]["threads"] == config["threads"] == 1, "others would take sums in another order"
     assert row["config"]["optimizer"]["lr"] == config["optimizer"]["lr"] == whole[best][1]["optimizer.lr"]
     assert row["quality_curve"][-1][1] == whole[best][2]
     assert len(read(tmp_path / "whole")) == 3, "a report takes its rows"

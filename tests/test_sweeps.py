@@ -317,6 +317,7 @@ def test_the_line_before_a_sweep() -> None:
         "disk (2 measured before, 1 from a timed step)"
     )
     assert summary([], 2, 2, 1) == "2 cells, 2 of them finished: nothing is left to do"
+    assert summary([], 6, 0, 1, refused=6) == "6 cells, 6 of them refused: nothing is left to do"
     assert "not known before" in summary([need, None], 2, 0, 1)
 
 

@@ -84,15 +84,14 @@ class Sweep:
 
         threads = self.job.control.threads
         parallel, here = at_a_time(launcher, at_once)
-        left = [
-            words for words, cell in self.cells.items()
-            if words not in self.outcomes and not cell.refused
-        ]  # fmt: skip
+        open_ = [words for words in self.cells if words not in self.outcomes]
+        left = [words for words in open_ if not self.cells[words].refused]
         cells = [self.cells[words] for words in left]
         found = dict(zip(left, needs(cells, self.folder.parent, nursery(), threads=threads, timing=here)))
         if here and cells:  # more at a time than there are cores for make each slower
             parallel = max(1, min(parallel, usable_cores() // max(cell.config["threads"] or threads for cell in cells)))
-        line = summary(list(found.values()), len(jobs), len(self.outcomes), parallel)
+        refused = len(open_) - len(left)
+        line = summary(list(found.values()), len(jobs), len(self.outcomes), parallel, refused=refused)
         print(f"{line}; {self.folder.parent.parent}", flush=True)
         if dry:
             raise Dry

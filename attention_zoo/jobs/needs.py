@@ -67,17 +67,20 @@ def needs(
     return [each or Need(mean, most, disk, "guessed") for each in found]
 
 
-def summary(found: Sequence[Need | None], total: int, finished: int, parallel: int) -> str:
+def summary(found: Sequence[Need | None], total: int, finished: int, parallel: int, *, refused: int = 0) -> str:
     """How many cells there are and what those that are left will take, in one line.
 
     Args:
         found: of those that are left.
         total, finished: how many there are, and how many of these are finished.
         parallel: at a time.
+        refused: how many have configs that cannot be meant: they take no time, and end as failed.
     """
     said = f"{total} {'cell' if total == 1 else 'cells'}"
     if finished:
         said += f", {finished} of them finished"
+    if refused:
+        said += f", {refused} of them refused"
     known = [each for each in found if each is not None]
     if not found:
         return f"{said}: nothing is left to do"

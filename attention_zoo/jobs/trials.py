@@ -235,8 +235,8 @@ class Search:
             reasons = [_ending(trial) for trial in trials if trial.state.is_finished()]
             return f"none of {len(trials)} trials ended well: {reasons[0] if reasons else 'none has ended'}"
         best = done[0]
-        words = [word for word in self.words if word != "threads=1"]
-        again = shlex.join(["attention-zoo", "train", *words, *best.user_attrs["words"]])
+        # threads stay: with others sums are taken in another order, and it would not be this trial
+        again = shlex.join(["attention-zoo", "train", *self.words, *best.user_attrs["words"]])
         console.print(f"best: trial {original(best)}, {self.metric} {best.value:.4f}", highlight=False)
         console.print(f"train it again: {again}", highlight=False, soft_wrap=True, markup=False)
         return ""

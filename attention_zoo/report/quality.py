@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -310,6 +311,12 @@ def tasks(rows: Iterable[Row]) -> list[Task]:
     preference = list(PRIMARY)
     place = {metric: number for number, metric in enumerate(preference)}
     return sorted(found, key=lambda task: (place.get(task.metric, len(place)), task.name, task.seq_len, task.variation))
+
+
+def names_apart(tasks: Sequence[Task]) -> list[str]:
+    """What each task is called beside the others: with its length where one name stands at several lengths."""
+    often = Counter(task.named for task in tasks)
+    return [task.title if often[task.named] > 1 else task.named for task in tasks]
 
 
 def _name(row: Row) -> str:

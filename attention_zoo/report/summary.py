@@ -105,15 +105,15 @@ def summary(found: Findings) -> Summary:
     """One line per mechanism; per kernel, option set, training and file where there are several."""
     columns: list[tuple[str, str, list[str]]] = []
     lines = _lines(found)
-    for number, task in enumerate(found.tasks):
+    for number, (task, name) in enumerate(zip(found.tasks, quality.names_apart(found.tasks))):
         said = [" / ".join(each.words() for each in line.learnt[number]) for line in lines]
-        columns.append(("What it learnt", f"{task.named}: {task.brief}", [words or NONE for words in said]))
-    for number, task in enumerate(found.tasks):
+        columns.append(("What it learnt", f"{name}: {task.brief}", [words or NONE for words in said]))
+    for number, (task, name) in enumerate(zip(found.tasks, quality.names_apart(found.tasks))):
         if lengths.tested(task):
             both = [[lengths.of(each, task) or (None, None) for each in line.learnt[number]] for line in lines]
             for place, rule in enumerate((f"{lengths.SHARE:.0%} of its own", f"{lengths.LEVEL:.0%}")):
                 said = [" / ".join(lengths.words(each[place]) for each in many) or NONE for many in both]
-                columns.append(("Effective length", f"{task.named}: {rule}", said))
+                columns.append(("Effective length", f"{name}: {rule}", said))
     if found.length is not None:
         columns += _at(f"At {found.length:,} tokens", lines, [found.length for _ in lines])
     if found.series:
@@ -308,7 +308,8 @@ def _brief(found: Findings) -> tuple[tuple[Any, ...], list[list[str]], list[str]
     for number, (group, column) in enumerate(flat):
         if group == "What it learnt":
             task, _, metric = column.rpartition(": ")
-            kept.append((number, (task, *metric.split(", "))))
+            name, _, length = task.rpartition(", ") if task.endswith(" tokens") else (task, "", "")
+            kept.append((number, (name, *([length] if length else []), *metric.split(", "))))
         elif group.startswith("At ") and group.endswith(" tokens"):
             kept.append((number, (column, f"{group[0].lower()}{group[1:].removesuffix(' tokens')}")))
         elif (group, column) in short:

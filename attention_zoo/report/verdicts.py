@@ -22,6 +22,9 @@ UNCERTAIN = (
     "themselves. Intervals are of each difference alone, 95 %. Mechanisms are not compared with one another."
 )
 
+MOST_TOLD = 12
+"""Mechanisms that a sentence names; a sweep over options has hundreds, which nobody reads in one."""
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -134,15 +137,32 @@ def sentence(task: Task) -> str:
     """All that is said of a task's mechanisms, beside what they reached."""
     length = f" ({task.seq_len:,} tokens)" if task.seq_len else ""
     start = f"On {task.named}{length}, {task.judged}: "
-    found = compared(task)
+    found, told = compared(task), _told(task)
+    rest = sum(bool(each.rows) for each in task.learnt) - len(told)
+    more = [f"{rest:,} more, in the table"] if rest else []
     if not found or task.full is None:
-        figures = [f"{each.label} {each.words()}" for each in task.learnt if each.rows]
+        figures = [f"{each.label} {each.words()}" for each in told]
         obstacles = task.obstacles()
         tail = f" ({'; '.join(obstacles)})" if obstacles else ""
-        return f"{start}{units.listed(figures)}{tail}."
+        return f"{start}{units.listed([*figures, *more])}{tail}."
     parts = [f"{task.full.label} {task.full.words()}"]
-    parts += [f"{each.learnt.label} {value_words(each.learnt.mean, task.metric)}, {each.words()}" for each in found]
-    return f"{start}{'; '.join(parts)}."
+    parts += [
+        f"{each.learnt.label} {value_words(each.learnt.mean, task.metric)}, {each.words()}"
+        for each in found
+        if any(each.learnt is one for one in told)
+    ]
+    return f"{start}{'; '.join([*parts, *more])}."
+
+
+def _told(task: Task) -> list[Learnt]:
+    """What a sentence names: all, or, of more than anyone reads in one, full attention and the best."""
+    learnt = [each for each in task.learnt if each.rows]
+    if len(learnt) <= MOST_TOLD:
+        return learnt
+    full, sign = task.full, 1 if task.lower_is_better else -1
+    best = sorted((each for each in learnt if each is not full), key=lambda each: sign * (each.mean or 0.0))
+    kept = {id(each) for each in best[: MOST_TOLD - (full is not None)]} | {id(full)}
+    return [each for each in learnt if id(each) in kept]
 
 
 def verdicts_table(task: Task) -> Table:

@@ -29,8 +29,8 @@ from attention_zoo.ops.softmax.tiles import run_tiles
 
 EVERYTHING = Anywhere()
 WORTH = 1.4
-"""So many pairs of tiles are taken to cost what one costs that is gathered: a judgement, by which it was faster at every
-setting that was timed; for blocks of 16 it is too low."""
+"""So many pairs of tiles are taken to cost what one costs that is gathered: a judgement, by which it was faster at
+every setting that was timed; for blocks of 16 it is too low."""
 DEFINED = 3.0
 """The same of a pair in a tile whose bias is the definition's; not timed."""
 
