@@ -34,7 +34,9 @@ SMALL = [
     "trainer.eval_every=4", "trainer.log_every=2", "task.held_out=attention_zoo", "task.evaluation_rows=2",
     "task.span=2", "task.held_out_bytes=20000",
 ]  # fmt: skip
-TIMES = ("train_seconds", "wall_seconds", "step_seconds", "tokens_per_second", "resumed_at")
+TIMES = (
+    "train_seconds", "wall_seconds", "step_seconds", "tokens_per_second", "evaluation_tokens_per_second", "resumed_at",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
