@@ -103,6 +103,10 @@ def test_a_filter_acts_on_table_charts_and_address_and_is_shared_by_it(opened: B
     assert shown == [row["id"] for row in mine if row.get("task") == "text"]
     opened.open(address)
     assert opened.run("zoo.select.shown().map(run => run.key)") == shown
+    opened.run("zoo.state.change({q: 'mechanism=full'})")
+    assert set(opened.run("zoo.select.shown().map(run => zoo.ask(run, 'mechanism'))")) == {"full"}
+    opened.run("zoo.state.change({q: 'mechanism'})")
+    assert opened.run("zoo.select.shown().length") == 0, "a name alone is what every run has"
     opened.click("#reset")
     assert opened.run("zoo.by('count').textContent") == f"{every} of {every} runs"
 

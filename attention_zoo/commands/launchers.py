@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -35,6 +36,8 @@ def _start_ray(inner: Any) -> None:
     within three seconds, whatever is being saved."""
     import ray
 
+    # workers at nice 15, Ray's default, stand still beside anything else that runs here
+    os.environ.setdefault("RAY_worker_niceness", "0")
     if not ray.is_initialized():
         settings: Any = OmegaConf.to_container(inner.ray_cfg.init, resolve=True)
         ray.init(**{"object_store_memory": RAY_STORE_BYTES, **settings})

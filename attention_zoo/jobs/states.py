@@ -6,7 +6,7 @@
 | failed | a row that says why not |
 | running | somebody has a lock |
 | lost | traces of somebody who is gone: the next call does it again by itself |
-| waiting | nothing |
+| waiting | nothing, or the checkpoint of who stopped in good order |
 """
 
 from __future__ import annotations
@@ -108,8 +108,9 @@ def _of_training(planned: Planned, folder: Path) -> State:
     if by:
         left = (steps - step) * tokens / tokens_per_second if steps and tokens and tokens_per_second else None
         return State(planned, "running", share, left, who=_who(by))
-    traces = (CHECKPOINT, METRICS, WRITES.owner, CLAIMS.owner)
-    begun = row is not None or any((folder / name).exists() for name in traces)
+    died = row is not None or any((folder / name).exists() for name in (WRITES.owner, CLAIMS.owner))
+    saved = (folder / CHECKPOINT).exists()  # by who was asked to stop, and gave the folder back
+    begun = died or (not saved and (folder / METRICS).exists())
     return State(planned, "lost" if begun else "waiting", share, row=row)
 
 

@@ -4,12 +4,16 @@ zoo.load = data => {
   zoo.place = new Map(data.fields.map(([name], place) => [name, place]));
   zoo.runs = data.runs.map((run, index) => ({...run, index}));
   zoo.byKey = new Map(zoo.runs.map(run => [run.key, run]));
-  for (const run of zoo.runs) run.text = searched(run);
+  for (const run of zoo.runs) Object.assign(run, searched(run));
   zoo.varying = data.fields.map(([name]) => name).filter(name => zoo.distinct(name) > 1);
 
+  // A word is looked for in what a run says, and one such as seed=3 in what it says under a name, too.
   function searched(run) {
-    const said = run.f.map((value, place) => (value < 0 ? '' : data.fields[place][1][value]));
-    return [run.key, run.why, run.error, run.against, ...said].join('\n').toLowerCase();
+    const places = [...run.f.keys()].filter(place => run.f[place] >= 0);
+    const said = places.map(place => data.fields[place][1][run.f[place]]);
+    const named = places.map((place, index) => `${data.fields[place][0]}=${said[index]}`);
+    const joined = parts => parts.join('\n').toLowerCase();
+    return {text: joined([run.key, run.why, run.error, run.against, ...said]), named: joined(named)};
   }
 };
 

@@ -12,7 +12,7 @@ zoo.select = (() => {
     for (const [field, values] of Object.entries(where)) {
       if (field !== but && !values.includes(zoo.ask(run, field) ?? '')) return false;
     }
-    return words.every(word => run.text.includes(word));
+    return words.every(word => run.text.includes(word) || (word.includes('=') && run.named.includes(word)));
   }
 
   const words = () => zoo.state.get().q.toLowerCase().split(/\s+/).filter(Boolean);
