@@ -33,6 +33,7 @@ NEWCOMERS = [
     "linear_transformer",  # no pattern: a recurrence with a state and a reference of its own
     "recurrent_memory",  # a wrapper with a state of its own beside that of what stands inside
 ]
+LONG = ("anchors", "linear_transformer")
 WRAPPERS = ("recurrent_memory",)
 """Those that stand around others."""
 
@@ -77,7 +78,9 @@ def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NEWCOMERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in NEWCOMERS]
+)
 def test_the_tests_of_the_project_stay_green(name: str, tmp_path: Path) -> None:
     folder = house(tmp_path, name)
     kind = "wrappers" if name in WRAPPERS else "available"

@@ -71,7 +71,10 @@ def losses(server: Other, run: str) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("manner", MANNERS)
+@pytest.mark.parametrize(
+    "manner",
+    [pytest.param(each, marks=pytest.mark.long if each in ("old", "slow", "torn") else ()) for each in MANNERS],
+)
 def test_a_server_of_another_make_holds_nothing_up(manner: str, tmp_path: Path) -> None:
     finish_s = 60.0 if manner in LASTING else 20.0
     with Other(manner) as server:
@@ -136,7 +139,7 @@ def test_a_server_that_dies_in_a_training_costs_one_line(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("manner", ["old", "busy", "dies"])
+@pytest.mark.parametrize("manner", [pytest.param("old", marks=pytest.mark.long), "busy", "dies"])
 def test_cells_reach_it_or_stay(manner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment(tmp_path, "").items():
         monkeypatch.setenv(name, value)

@@ -22,7 +22,7 @@ def waves(
 @lru_cache(maxsize=8)
 def falling_waves(
     distances: int, width: int, clamp: int | None, dtype: torch.dtype, device: torch.device
-) -> Float[Tensor, "n+1 E"]:
+) -> Float[Tensor, "m E"]:
     """The same from the largest distance down to 0, then a row of zeros, [n + 1, E]. Do not modify."""
     with torch.inference_mode(False):
         return torch.nn.functional.pad(waves(distances, width, clamp, dtype, device).flip(0), (0, 0, 0, 1))
