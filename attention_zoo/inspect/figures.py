@@ -64,13 +64,16 @@ def figures(call: Call, *, window: int, sinks: int, blocks: int, exact: int) -> 
 
 def _row_by_row(call: Call, window: int) -> tuple[Float[Tensor, "H L"], ...]:
     """As `_key_by_key`, from some queries at a time."""
-    place, found = torch.arange(call.length), list[tuple[Tensor, ...]]()
+    place = torch.arange(call.length)
+    # made first: small results that are kept between large chunks would each cost the place of a chunk
+    sums = [torch.zeros(call.layer.heads, call.length, dtype=torch.float64) for _ in range(3)]
     for some, weights in rows(call):
         weights = weights.cpu()
         far = (place[some, None] - place).abs().to(weights)
-        bits = -torch.special.xlogy(weights, weights).sum(-1) / math.log(2)
-        found.append((bits, (weights * (far > window)).sum(-1), (weights * far).sum(-1)))
-    return tuple(torch.cat(parts, 1).double() for parts in zip(*found))
+        sums[0][:, some] = -torch.special.xlogy(weights, weights).sum(-1).double() / math.log(2)
+        sums[1][:, some] = (weights * (far > window)).sum(-1).double()
+        sums[2][:, some] = (weights * far).sum(-1).double()
+    return tuple(sums)
 
 
 def _key_by_key(call: Call, window: int) -> tuple[Float[Tensor, "H L"], ...]:

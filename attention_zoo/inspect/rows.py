@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from attention_zoo.contract import Tokens
 from attention_zoo.inspect.origins import layout_of
 from attention_zoo.inspect.probe import Call
 from attention_zoo.layout.layout import Layout
@@ -42,11 +43,13 @@ def rows(call: Call) -> Iterator[tuple[slice, Float[Tensor, "H n L"]]]:
         layer.scheme.rotate(rearrange(to(x), "b l (h d) -> b h l d", d=layer.head_width), tokens.position)
         for to in (layer.to_q, layer.to_k)
     )
+    plain = Tokens(*tokens)
     k = k.repeat_interleave(layer.heads // layer.kv_heads, 1)[0].to(exact)
     size = max(1, AT_ONCE // (layer.heads * L))
     for a in range(0, L, size):
         some = slice(a, min(a + size, L))
-        bias = layer.full_bias(tokens.columns(some), tokens)[0].to(exact)
+        # a cut of plain tokens: a layout remembers its cuts, and each of them who sees whom
+        bias = layer.full_bias(tokens.cut(some), plain)[0].to(exact)
         yield some, (layer.scale * q[0, :, some].to(exact) @ k.mT + bias).softmax(-1).nan_to_num()
 
 
