@@ -18,6 +18,7 @@ from attention_zoo.commands.main import main
 from attention_zoo.commands.plain import PLAIN
 from attention_zoo.files import read_json
 from attention_zoo.report import Findings, markdown_table, read, rivals
+from attention_zoo.report.published import published
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -69,6 +70,12 @@ def test_the_table_of_faults_is_that_of_the_committed_counts():
 def test_the_table_of_results_is_that_of_the_committed_rows(name):
     (path,) = re.findall(r"\(([\w/.-]+results\.jsonl)\)", between(name))
     assert markdown_table(Findings.of(read([ROOT / path]))) in between(name)
+
+
+def test_the_published_table_of_rounds_stands_beside_the_committed_rows():
+    (path,) = re.findall(r"\(([\w/.-]+results\.jsonl)\)", between("rounds"))
+    (beside,) = published(read([ROOT / path]))
+    assert overview.markdown(beside.table.headers, beside.table.cells) in between("rounds")
 
 
 def test_the_matrix_of_problems_is_that_of_the_committed_rows():
