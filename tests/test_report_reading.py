@@ -35,7 +35,8 @@ def test_every_row_that_was_ever_committed_is_drawn(path):
     rows = read(path)
     assert rows.left_out == []
     assert len(rows) == len(path.read_text().splitlines())
-    assert len(drawn(rows)["runs"]) == len(rows)
+    ours = [row for row in rows if row["kind"] != "published"]  # which stand in a table of their own
+    assert len(drawn(rows)["runs"]) == len(ours)
 
 
 def test_the_last_row_of_an_identity_counts_within_a_file(tmp_path):
