@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -270,3 +273,30 @@ def test_memory_grows_as_the_text_does(name: str, monkeypatch: pytest.MonkeyPatc
     short, long = peak(4096), peak(8192)
     assert long < 2.2 * short
     assert long < 8192 * 8192 * 4 / 4, "far from all pairs"
+
+
+RESIDENT = """
+import resource
+import torch
+from attention_zoo.inspect.figures import figures
+from attention_zoo.inspect.probe import calls_of
+from attention_zoo.model.transformer import Transformer
+
+model = Transformer(vocab=256, dim=16, heads=2, depth=1, attention="longformer")
+
+def most(length):
+    for call in calls_of(model, torch.randint(0, 256, (1, length))):
+        figures(call, window=256, sinks=4, blocks=64, exact=64)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before = most(1024)
+print(most(12288) - before)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_resident_is_far_from_all_pairs() -> None:
+    """Tensors alone would not show it: small results between large chunks kept each chunk's place from the next."""
+    done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert int(done.stdout) < 12288 * 12288 * 4 / 2
