@@ -85,14 +85,26 @@ class Learnt:
         return len({row.get("seed") for row in self.rows} & {row.get("seed") for row in other.rows})
 
     def words(self) -> str:
-        """The figure, with the range over seeds where there are several."""
+        """The figure, with the range over seeds where there are several; of one seed its interval over rows."""
         if not self.rows:
             return ", ".join(dict.fromkeys(missing(row) for row in self.failed)) or units.NONE
         said = value_words(self.mean, self.metric)
-        if self.seeds < 2:
+        if self.seeds > 1:
+            low, high = (value_words(end(self.values), self.metric).removesuffix(" %") for end in (min, max))
+            return f"{said} ({low}–{high})"
+        found = self.over_rows
+        if found is None:
             return said
-        low, high = (value_words(end(self.values), self.metric).removesuffix(" %") for end in (min, max))
-        return f"{said} ({low}–{high})"
+        ends = "–".join(value_words(end, self.metric).removesuffix(" %") for end in found[0])
+        return f"{said} (95 % over {units.count(found[1])} rows: {ends})"
+
+    @property
+    def over_rows(self) -> tuple[list[float], int] | None:
+        """Of a single run: the interval of its figure over the rows that it was evaluated on, and how many they are."""
+        sets = (self.rows[0].get("by_set") or {}) if len(self.rows) == 1 else {}
+        judged: Any = sets.get(RESULT) or next(iter(sets.values()), {})
+        interval = judged.get("interval")
+        return None if interval is None else (interval, judged["rows"])
 
 
 def missing(row: Row) -> str:

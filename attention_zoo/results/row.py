@@ -261,11 +261,14 @@ class BudgetRow(Common, Call):
 
 @with_config(STRICT)
 class OfSet(TypedDict):
-    """How long the rows of an evaluation set are, and what it says by groups and by position."""
+    """How long the rows of an evaluation set are, what it says by groups and by position, how many rows it has, and the
+    95 % interval of the main metric over such rows, see `statistics.resampled`; None where there is none."""
 
     seq_len: NotRequired[Count | None]
     by_group: NotRequired[dict[str, Groups] | None]
     loss_by_position: NotRequired[Curve | None]
+    rows: NotRequired[Count | None]
+    interval: NotRequired[Annotated[list[Number], Field(min_length=2, max_length=2)] | None]
 
 
 @with_config(STRICT)

@@ -37,6 +37,8 @@ class Evaluation(NamedTuple):
         readings: what the model's modules say of themselves; see `following`.
         seq_len: tokens of the longest rows.
         tokens_per_second: tokens read, those of a source included, over the time of the whole evaluation.
+        by_row: [n, 3], of each row the sum of its losses, its right answers and its scored answers. Rows that go on
+            from batch to batch are one.
     """
 
     metrics: dict[str, float]
@@ -45,6 +47,7 @@ class Evaluation(NamedTuple):
     readings: dict[str, list[float]] = {}
     seq_len: int = 0
     tokens_per_second: float = 0.0
+    by_row: Tensor = torch.zeros(0, 3)
 
 
 class _Seen:
@@ -53,6 +56,7 @@ class _Seen:
     def __init__(self) -> None:
         self.answers: dict[str, list[Answers]] = defaultdict(list)
         self.places: list[Tensor] = []
+        self.rows: list[Tensor] = []
         self.groups: dict[str, list[Tensor]] = defaultdict(list)
         self.exact: list[Tensor] = []
 
@@ -86,7 +90,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     stream, seen, longest, read, began = Stream(model, carry=carry), _Seen(), 0, 0, time.perf_counter()
-    before = torch.zeros(0, dtype=torch.long)
+    before, row, rows = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), 0
     try:
         for batch in batches:
             if stop():
@@ -95,6 +99,9 @@ def evaluate(
             longest = max(longest, length if batch.source is None else batch.source.shape[1])
             read += batch.ids.numel() + (0 if batch.source is None else batch.source.numel())
             before = torch.where(batch.fresh, 0, before) if len(before) == len(batch.fresh) else batch.fresh.long() * 0
+            goes_on = ~batch.fresh if task.streams and len(row) == len(batch.fresh) else torch.zeros_like(batch.fresh)
+            row = torch.where(goes_on, row if len(row) == len(goes_on) else 0, rows + (~goes_on).long().cumsum(0) - 1)
+            rows += int((~goes_on).sum())
             moved = batch.to(device)
             with precision.autocast():
                 if batch.source is not None:
@@ -104,6 +111,7 @@ def evaluate(
             for name, said in answers(output, moved).items():
                 seen.answers[name].append(Answers(said.losses.double().cpu(), said.hits.cpu()))
             scored = batch.targets != IGNORED
+            seen.rows.append((row[:, None] if batch.targets.ndim == 2 else row).expand(batch.targets.shape)[scored])
             if task.streams:
                 seen.places.append((before[:, None] + torch.arange(length))[scored])
             for name, group in batch.groups.items():
@@ -126,7 +134,13 @@ def _evaluation(task: Task, seen: _Seen) -> Evaluation:
     if seen.exact:
         metrics["exact_match"] = float(torch.cat(seen.exact).double().mean())
     by_position = _by_position(torch.cat(seen.places), main.losses) if seen.places else []
-    return Evaluation(metrics, by_position, {name: _by_group(torch.cat(g), main) for name, g in seen.groups.items()})
+    by_group = {name: _by_group(torch.cat(g), main) for name, g in seen.groups.items()}
+    return Evaluation(metrics, by_position, by_group, by_row=_by_row(torch.cat(seen.rows), main))
+
+
+def _by_row(row: Tensor, main: Answers) -> Tensor:
+    each = (main.losses, main.hits.double(), torch.ones_like(main.losses))
+    return torch.stack([torch.bincount(row, values) for values in each], 1)
 
 
 def _exact(model: nn.Module, batch: Batch, decode: Mapping[str, Any]) -> Tensor:

@@ -16,6 +16,7 @@ from attention_zoo.measure.ends import Ended
 from attention_zoo.measure.environment import environment
 from attention_zoo.results.check import wrong_to_keep
 from attention_zoo.results.row import OfSet, Rates, Row, Trained, TrainingRow
+from attention_zoo.statistics.resampled import interval_over_rows
 from attention_zoo.tasks.task import Task
 from attention_zoo.training.checking import figure
 from attention_zoo.training.evaluate import Evaluation
@@ -135,7 +136,7 @@ def trained(
         "metric": task.metric,
         "better": task.better,
         "by_group": main.by_group,
-        "by_set": {name: _of_set(each) for name, each in evaluations.items()},
+        "by_set": {name: _of_set(each, task) for name, each in evaluations.items()},
         "evaluation_tokens_per_second": main.tokens_per_second,
         "chance": figure(task, "chance", task.chance(seq_len)),
         "baselines": task.baselines(seq_len),
@@ -146,9 +147,15 @@ def trained(
     }
 
 
-def _of_set(found: Evaluation) -> OfSet:
-    """How long its rows are, and what it says by groups and by position."""
-    return {"seq_len": found.seq_len, "by_group": found.by_group, "loss_by_position": found.loss_by_position}
+def _of_set(found: Evaluation, task: Task) -> OfSet:
+    """How long its rows are, what it says by groups and by position, and how far it would go with other rows."""
+    interval = None
+    if task.metric in task.score(1.0, 1.0):  # "exact_match" is no score of single answers
+        interval = interval_over_rows(found.by_row.numpy(), lambda loss, hits: task.score(loss, hits)[task.metric])
+    return {
+        "seq_len": found.seq_len, "by_group": found.by_group, "loss_by_position": found.loss_by_position,
+        "rows": len(found.by_row), "interval": None if interval is None else list(interval),
+    }  # fmt: skip
 
 
 def lost_row(config: Mapping[str, Any], identity: str | None, ended: Ended, *, task: str, data: Any) -> TrainingRow:
