@@ -15,7 +15,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable, Iterable
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,13 +58,39 @@ def peak_memory(call: Callable[[], object], device: str | torch.device = "cpu") 
     if torch.device(device).type == "cuda":
         return _cuda_peak(call, torch.device(device))
     # The autograd profiler is what torch.profiler wraps; used bare it spares 1.4 s of imports in every cell.
-    with profiler.profile(use_device=None, profile_memory=True) as profile:
+    profile = profiler.profile(use_device=None, profile_memory=True)
+    with _without_its_notes():
+        profile.__enter__()
+    try:
         call()
+    finally:
+        with _without_its_notes():
+            profile.__exit__(*sys.exc_info())
     results = profile.kineto_results
     assert results is not None
     events = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
     largest = max((change for _, change in events), default=0)
     return Memory(highest_sum(events), CPU_METHOD, largest_bytes=largest)
+
+
+@contextmanager
+def _without_its_notes() -> Iterator[None]:
+    """Kineto writes two lines of its own to standard error ("USDT: ... profiler_start"), at whatever log level. What
+    else is written there meanwhile comes after."""
+    sys.stderr.flush()
+    own = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(own, 2)
+            os.close(own)
+            said.seek(0)
+            rest = b"".join(line for line in said if not line.startswith(b"USDT:"))
+            if rest:
+                os.write(2, rest)
 
 
 def highest_sum(events: Iterable[tuple[int, int]]) -> int:

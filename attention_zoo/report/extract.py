@@ -154,8 +154,8 @@ def _cost_notes(task: Task) -> list[str]:
         "FLOPs and bytes of the state are of the definition, a forward call and one row; inference is the evaluation "
         "on the set of the result"
     ]
-    if not any(row.get("peak_bytes") is not None for row in rows):
-        said.append("peak memory in training is read from a GPU and not measured on a CPU; costs by length are")
+    if any(row.get("peak_bytes") is not None for row in rows):
+        said.append("peak memory is of all tensors in training; on a CPU of its second step")
     return said
 
 

@@ -38,7 +38,7 @@ class History:
         train_seconds: time in steps alone.
         seconds: time in all, evaluations included.
         tokens: read in training.
-        peak_bytes: of device memory so far; None on a CPU.
+        peak_bytes: of device memory so far; on a CPU of the second step, see `observed`; None before.
         settled: the last step after which all was done that it calls for.
         stopped: why the run ended; None while it has not.
     """
@@ -84,6 +84,7 @@ def fit(
     tracker: Tracker,
     progress: Progress,
     asked: Callable[[], Any] = lambda: None,
+    step: Callable[[], Step] | None = None,
 ) -> Evaluation:
     """Train to the end, from wherever trainer and history stand; a run that has ended is only evaluated.
 
@@ -93,6 +94,7 @@ def fit(
         evaluate: scores the model on the main set; None where it was asked to stop on the way.
         save: writes a checkpoint.
         asked: the signal that asks the run to stop, or None; see `stopping.graceful`.
+        step: what is called for a step; default the trainer's own.
 
     Returns:
         the evaluation after the last step. Why it was the last is in `history.stopped`.
@@ -134,9 +136,9 @@ def fit(
     while history.stopped is None and by is None:
         if history.settled == trainer.done:
             clock()
-            step = trainer.step()
+            taken = trainer.step() if step is None else step()
             history.train_seconds += clock()
-            _note(step, history, trainer.done, steps, options.log_every, tracker, progress)
+            _note(taken, history, trainer.done, steps, options.log_every, tracker, progress)
         latest = settle()
         by = asked()
         if trainer.done % options.checkpoint_every == 0 or history.stopped is not None or by is not None:

@@ -15,6 +15,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from attention_zoo.training.config import TrainConfig, check, device_of, options
 from attention_zoo.training.elsewhere import elsewhere, scored
 from attention_zoo.training.fit import History, fit
 from attention_zoo.training.models import mechanism_of, name_of
+from attention_zoo.training.observed import observed_step
 from attention_zoo.training.progress import Progress
 from attention_zoo.training.records import (
     BEFORE,
@@ -243,6 +245,7 @@ class _Run:
                 tracker=tracker,
                 progress=progress,
                 asked=asked,
+                step=partial(observed_step, parts.trainer, history) if parts.device == "cpu" else None,
             )
             evaluations = {parts.main: last}
             further = ((name, parts.score(name, asked)) for name in list(parts.sets)[1:])
@@ -328,7 +331,7 @@ def _say_kept(row: Row, progress: Progress) -> None:
 
 
 def _peak_bytes(history: History, device: str) -> int | None:
-    return None if device == "cpu" else max(history.peak_bytes or 0, torch.cuda.max_memory_allocated())
+    return history.peak_bytes if device == "cpu" else max(history.peak_bytes or 0, torch.cuda.max_memory_allocated())
 
 
 def _line(error: BaseException) -> str:
