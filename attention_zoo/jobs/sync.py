@@ -96,7 +96,7 @@ def _send(folder: Path, known: Receipt, finish_s: float, say: Callable[[str], No
         told = list(_told(folder, known, say))
     except (Damaged, FileNotFoundError, ValueError) as error:
         return f"cannot be sent: {error}"
-    how = {"more": more, "whole": True, "rest": known.parts == 1}
+    how: dict[str, Any] = {"more": more, "whole": True, "rest": known.parts == 1}
     info = RunInfo(folder, known.name, known.id, known.backend, known.sweep, known.config, say, **how)
     options = {**known.options, "finish_timeout": finish_s}
     follower = Guarded(WandbTracker(info, mode="online", **options), say)

@@ -82,7 +82,7 @@ class WandbTracker(Tracker):
         self.info, self.mode, self.artifacts = info, mode, artifacts
         self.init_timeout, self.finish_timeout = init_timeout, finish_timeout
         folder = Path(info.folder).absolute()
-        self._start = {
+        self._start: dict[str, Any] = {
             "init": {
                 "dir": str(folder),
                 "project": project,
