@@ -178,6 +178,7 @@ def test_a_part_that_never_arrived_is_not_forgotten_when_the_run_goes_on(
     with Server("silent") as broken:
         monkeypatch.setenv("WANDB_BASE_URL", broken.url)
         WandbTracker(run, mode="online", finish_timeout=0.1).finish(failed=True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "train/loss": 2.0}\n{"step": 1, "train/loss": 1.0}\n')
     with Other("chunked") as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         for _ in range(2):
@@ -185,7 +186,6 @@ def test_a_part_that_never_arrived_is_not_forgotten_when_the_run_goes_on(
             tracker.log({"train/loss": 1.0}, 1)
             tracker.finish(failed=False)
             assert states(tmp_path) == ["begun"], "of its first part nothing is there"
-        (tmp_path / "metrics.jsonl").write_text('{"step": 0, "train/loss": 2.0}\n{"step": 1, "train/loss": 1.0}\n')
         assert sent(tmp_path)[0] == ""
     lines = [(line["step"], line["train/loss"]) for line in server.lines["0123456789abcdef"].values() if "step" in line]
     assert set(lines) == {(0, 2.0), (1, 1.0)}

@@ -21,6 +21,7 @@ from attention_zoo.commands.main import main
 from attention_zoo.jobs.benchmark import benchmark
 from attention_zoo.jobs.following import send_end
 from attention_zoo.measure.config import BenchmarkConfig
+from attention_zoo.tracking.receipts import receipts
 from attention_zoo.training.config import compose_training
 
 KEY = {"WANDB_API_KEY": "0" * 40}
@@ -119,6 +120,8 @@ def test_a_killed_training_is_lost_there_and_the_same_run_when_it_goes_on(tmp_pa
             assert set(server.lines) == {name}, "the same run"
             second.send_signal(signal.SIGTERM)
             second.communicate(timeout=60)
+            ((_, found),) = receipts(tmp_path)
+            assert (found.state, found.parts) == ("delivered", 2), "the first part had arrived, though nobody said so"
         finally:
             second.kill()
             second.communicate()

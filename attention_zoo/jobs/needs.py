@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from attention_zoo.files import Damaged, plain, read_json, write_json
@@ -55,8 +56,8 @@ def start_seconds(kept: Path | None, nursery: Nursery) -> float:
     """
     path, key = kept and kept / KEPT, f"{START} on {socket.gethostname()}"
     known = _read(path)
-    if (seconds := number(known.get(key))) is not None:
-        return seconds
+    if number(known.get(key)):
+        return float(known[key])
     began = time.monotonic()
     nursery.call("attention_zoo.jobs.alone:ready", {}, timeout_s=PATIENCE_S)
     seconds = time.monotonic() - began
@@ -179,7 +180,7 @@ def _timed(cells: dict[str, Cell], path: Path | None, nursery: Nursery) -> dict[
         # beside what the process does itself: to fork it, and to hear of it
         beside = max(0.0, time.monotonic() - called - found.get("all_seconds", float("inf")))
         around = (found.get("around_seconds") or 0.0) + beside
-        known[name], new = {**found, "step_seconds": found["seconds"][-1], "around_seconds": around}, True
+        known[name], new = {**found, "step_seconds": fmean(found["seconds"]), "around_seconds": around}, True
     if new and path is not None:
         write_json(path, plain(known))
     return {name: known[name] for name in cells if isinstance(known.get(name), dict)}

@@ -24,6 +24,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +34,7 @@ from attention_zoo.files import plain
 from attention_zoo.options import Text, checked
 from attention_zoo.rules import OneOf
 from attention_zoo.tracking.beside import Beside, park, parked
+from attention_zoo.tracking.jsonl import JsonlTracker
 from attention_zoo.tracking.naming import flat
 from attention_zoo.tracking.receipts import Receipt, ended, receipt
 from attention_zoo.tracking.tables import tables
@@ -104,6 +106,7 @@ class WandbTracker(Tracker):
         name = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") and not info.whole else None
         limits = {"init_timeout": init_timeout, "finish_timeout": finish_timeout, "artifacts": artifacts}
         self._before = None if info.whole else receipt(folder, name or info.identity)
+        self._lines = JsonlTracker(info).lines
         parts = 1 if self._before is None else self._before.parts + 1
         self._receipt = Receipt(
             name or info.identity, of=info.identity, parts=parts, name=info.name, backend=info.backend,
@@ -111,7 +114,6 @@ class WandbTracker(Tracker):
             config=self._start["init"]["config"],
             options={"project": project, "entity": entity, "tags": list(tags), **limits},
         )  # fmt: skip
-        self._receipt.write(folder)
         self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._said: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._process: Beside | None = None
@@ -119,6 +121,10 @@ class WandbTracker(Tracker):
         self._ended = threading.Event()
         self._closing = threading.Lock()
         self._closed = False
+        try:
+            self._receipt.write(folder)
+        except OSError as error:
+            self._say(f"W&B is told, and nothing is kept of what has arrived: {error}")
         threading.Thread(target=self._feed, daemon=True, name="wandb").start()
 
     def log(self, metrics: Mapping[str, float | None], step: int) -> None:
@@ -224,7 +230,10 @@ class WandbTracker(Tracker):
             if "imported" in answer:
                 answer = process.answer(LOCAL_SECONDS if mode == "offline" else self.init_timeout)
             if "started" in answer:
-                self._started, self._offline = True, bool((answer["started"] or {}).get("offline"))
+                found = answer["started"] or {}
+                self._started, self._offline = True, bool(found.get("offline"))
+                if self._before is not None and not self._offline and found.get("rows", 0) >= self._lines:
+                    self._before = replace(self._before, state="delivered")  # whatever ended before it could say so
                 return process if answer["started"] is not None else None
             process.end(0.0)
             for each in self._folders() - before:  # nothing is in it, and `wandb sync` of all would stop there

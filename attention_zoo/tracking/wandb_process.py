@@ -68,7 +68,7 @@ def main() -> None:
         except BaseException as error:  # W&B raises more than it documents, SystemExit included
             answer(problem=line(error))
             return
-        answer(started=None if run is None else {"offline": run.offline})
+        answer(started=None if run is None else {"offline": run.offline, "rows": run.starting_step})
         if run is None:
             return
         known = run.starting_step if start["rest"] else 0

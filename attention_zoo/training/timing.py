@@ -29,6 +29,8 @@ from attention_zoo.training.seed import contained, seed_all
 FIRST = ("torch._dynamo", "attention_zoo.training.optimizer")
 """What making an optimizer imports: a second of each training's time, unless the process that forks it has it."""
 WARMUP = 1
+ENOUGH_S, MOST = 1.0, 100
+"""So long short steps are timed where a run is timed wholly, and so many: one alone may have waited for other work."""
 EVALUATION_S = 20.0
 CHECKPOINTS = 2
 """That are on the disk at a time: one is there while the next is written."""
@@ -39,7 +41,7 @@ def timed_steps(config: Mapping[str, Any], steps: int, *, wholly: bool = False) 
 
     Args:
         config: composed conf/train.yaml as plain values.
-        steps: how many to time.
+        steps: how many to time; wholly, at least.
         wholly: also evaluate, for `EVALUATION_S` at most, and look at what was used.
 
     Returns:
@@ -60,9 +62,11 @@ def timed_steps(config: Mapping[str, Any], steps: int, *, wholly: bool = False) 
             task = build(options.task, "task")
             task.check(options.seq_len)
             parts = assemble(options, mechanism_of(options), task)
-            trainer, seconds = parts.trainer, []
+            trainer, seconds = parts.trainer, list[float]()
             started = time.perf_counter() - began
-            for _ in range(WARMUP + steps):
+            while len(seconds) < WARMUP + steps or (
+                wholly and sum(seconds[WARMUP:]) < ENOUGH_S and len(seconds) < MOST
+            ):
                 began = time.perf_counter()
                 trainer.step()
                 if trainer.device != "cpu":
