@@ -95,8 +95,9 @@ def _synced(folder: Path, first: Server) -> Found:
     """Send what W&B lacks to a server that works; both together then have all."""
     with Server() as later:
         done = subprocess.run(
-            [sys.executable, "-m", "attention_zoo", "sync", f"runs={folder}"], cwd=ROOT, env=_environment(folder, later.url),
-            capture_output=True, text=True, errors="replace", timeout=PATIENCE_S,
+            [sys.executable, "-m", "attention_zoo", "sync", f"runs={folder}"], cwd=ROOT,
+            env=_environment(folder, later.url), capture_output=True, text=True,
+            errors="replace", timeout=PATIENCE_S,
         )  # fmt: skip
     if done.returncode != 0:
         yield "lost", f"sync ended with {done.returncode}: {done.stdout[-300:]} {done.stderr[-300:]}"
@@ -107,7 +108,7 @@ def _synced(folder: Path, first: Server) -> Found:
         there = [*first.history.get(name, []), *later.history.get(name, [])]
         if lacking := kept - {line["step"] for line in there if "train/loss" in line}:
             yield "lost", f"{path.parent.name} lacks {len(lacking)} of {len(kept)} rows after sync"
-        elif not {**first.summaries, **later.summaries}.get(name, {}).get("status") == "ok":
+        elif {**first.summaries, **later.summaries}.get(name, {}).get("status") != "ok":
             yield "lost", f"{path.parent.name} is there without its result after sync"
 
 
