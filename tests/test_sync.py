@@ -141,7 +141,11 @@ def test_a_server_that_refuses_and_is_not_heard_of_is_heard_of(tmp_path: Path, m
         wrong, said = sent(tmp_path)
         assert wrong == "1 of 1 run did not arrive; the same command sends them"
         assert said[-1].endswith(": did not arrive")
-        assert states(tmp_path) != ["delivered"]
+        assert states(tmp_path) == ["begun"]
+    before = sorted((tmp_path / "run" / "wandb").iterdir())
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert sent(tmp_path)[0].startswith("1 of 1")
+    assert sorted((tmp_path / "run" / "wandb").iterdir()) == before, "a try that failed leaves nothing"
     with Server() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         assert sent(tmp_path)[0] == ""
@@ -224,11 +228,20 @@ def test_what_cannot_be_sent_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (run.folder / "result.json").write_text('{"kind": "quality", "id": "other", "status": "ok"}')
     assert sent(tmp_path)[1] == [f"[1/1] n: cannot be sent: {run.folder} holds another run by now"]
     with owning(run.folder):
-        assert "works in" in sent(tmp_path)[1][0], "who works there is left alone"
+        wrong, said = sent(tmp_path)
+    assert wrong == ""
+    assert said[0].startswith("[1/1] n: left alone, process ")
     with pytest.raises(ValueError, match="runs must name folders, got 'nowhere'"):
         sync(SyncConfig(runs="nowhere"))
     (tmp_path / "none").mkdir()
     assert sent(tmp_path / "none") == ("", ["no run was followed here"])
+
+
+def test_what_is_switched_off_lacks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    row: Any = run_training(compose_training([*WORDS, "tracker.mode=auto"]), tmp_path / "run")
+    assert (row["status"], row["notices"]) == ("ok", [])
+    assert sent(tmp_path) == ("", ["no run was followed here"])
 
 
 def test_a_log_says_what_did_not_arrive(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ are told, and what had arrived is there twice, at the same step.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from attention_zoo.jobs.status import folders_of
 from attention_zoo.locks import Busy, owning
 from attention_zoo.schemas import store
 from attention_zoo.tracking import Guarded, RunInfo, Tracker, WandbTracker
-from attention_zoo.tracking.receipts import Receipt, arrived, receipt, receipts, supersede
+from attention_zoo.tracking.receipts import Receipt, arrived, kept, receipt, receipts, supersede
 from attention_zoo.tracking.tables import pictures
 from attention_zoo.training.records import METRICS, MODEL, RESULT
 
@@ -75,7 +76,10 @@ def sync(config: SyncConfig, say: Callable[[str], None] = print) -> str:
         try:
             with owning(folder):
                 why = _send(folder, each, config.finish_timeout, say, more=number < len(lacking))
-        except (Busy, OSError) as error:
+        except Busy as error:
+            say(f"{name}: left alone, {error}")
+            continue
+        except OSError as error:
             why = str(error)
         say(f"{name}: {why or 'sent'}")
         failed, in_a_row = failed + bool(why), in_a_row + 1 if why else 0
@@ -99,6 +103,7 @@ def _send(folder: Path, known: Receipt, finish_s: float, say: Callable[[str], No
     how: dict[str, Any] = {"more": more, "whole": True, "rest": known.parts == 1}
     info = RunInfo(folder, known.name, known.id, known.backend, known.sweep, known.config, say, **how)
     options = {**known.options, "finish_timeout": finish_s}
+    before = kept(folder, known)
     follower = Guarded(WandbTracker(info, mode="online", **options), say)
     try:
         failed = False
@@ -109,10 +114,12 @@ def _send(folder: Path, known: Receipt, finish_s: float, say: Callable[[str], No
         raise
     follower.finish(failed=failed)
     now = receipt(folder, known.id)
-    state = "begun" if now is None else now.state
-    replace(known, state=state).write(folder)
-    if state != "delivered":
+    if now is None or now.state != "delivered":
+        known.write(folder)
+        for place in kept(folder, known) - before:  # what W&B has written by this try is nothing that we have not
+            shutil.rmtree(place, ignore_errors=True)
         return "did not arrive"
+    replace(known, state="delivered").write(folder)
     supersede(folder, known)
     return ""
 

@@ -95,14 +95,14 @@ def receipts(folder: str | Path) -> Iterator[tuple[Path, Receipt]]:
 def arrived(folder: str | Path, found: Receipt) -> bool:
     """Whether W&B's server has all of a run: it said so, or `wandb sync` did of what was written offline."""
     if found.state == "written":
-        files = _written(folder, found.id)
+        files = _written(folder, found)
         return bool(files) and all(path.with_suffix(SYNCED).exists() for path in files)
     return found.state == "delivered"
 
 
 def supersede(folder: str | Path, found: Receipt) -> None:
     """Mark what W&B has on this disk of a run as synced: `wandb sync` of it would send a second time what was sent."""
-    for path in _written(folder, found.id):
+    for path in _written(folder, found):
         path.with_suffix(SYNCED).touch()
 
 
@@ -121,5 +121,10 @@ def ended(folder: str | Path, identity: str, before: Receipt | None, state: Stat
         replace(found, state=min(state, then, key=order.index)).write(folder)
 
 
-def _written(folder: str | Path, identity: str) -> list[Path]:
-    return sorted(Path(folder).glob(f"{PLACE}/*run-*-{identity}/*{WRITTEN}"))
+def kept(folder: str | Path, found: Receipt) -> set[Path]:
+    """Where W&B itself keeps what it has of a run on this disk."""
+    return set(Path(folder).glob(f"{PLACE}/*run-*-{found.id}"))
+
+
+def _written(folder: str | Path, found: Receipt) -> list[Path]:
+    return [path for place in kept(folder, found) for path in place.glob(f"*{WRITTEN}")]

@@ -36,7 +36,7 @@ from attention_zoo.rules import OneOf
 from attention_zoo.tracking.beside import Beside, park, parked
 from attention_zoo.tracking.jsonl import JsonlTracker
 from attention_zoo.tracking.naming import flat
-from attention_zoo.tracking.receipts import Receipt, ended, receipt
+from attention_zoo.tracking.receipts import Receipt, ended, kept, receipt
 from attention_zoo.tracking.tables import tables
 from attention_zoo.tracking.tracker import RunInfo, Tracker, figures
 
@@ -223,7 +223,7 @@ class WandbTracker(Tracker):
                     return None
                 self._process = process = waiting or Beside(mode)
                 waiting = None
-            before = self._folders()
+            before = kept(self.info.folder, self._receipt)
             with contextlib.suppress(OSError):  # it has ended already, which is its answer
                 process.send(self._start | {"mode": mode})
             answer = process.answer(LOCAL_SECONDS)
@@ -234,9 +234,14 @@ class WandbTracker(Tracker):
                 self._started, self._offline = True, bool(found.get("offline"))
                 if self._before is not None and not self._offline and found.get("rows", 0) >= self._lines:
                     self._before = replace(self._before, state="delivered")  # whatever ended before it could say so
-                return process if answer["started"] is not None else None
+                if answer["started"] is None:  # switched off: there is nothing that it lacks
+                    self._receipt.within(self.info.folder).unlink(missing_ok=True)
+                    return None
+                return process
             process.end(0.0)
-            for each in self._folders() - before:  # nothing is in it, and `wandb sync` of all would stop there
+            for each in (
+                kept(self.info.folder, self._receipt) - before
+            ):  # nothing is in it, and `wandb sync` of all would stop there
                 shutil.rmtree(each, ignore_errors=True)
             problem = answer.get("problem", "no answer in time")
             if mode == "offline":
@@ -245,10 +250,6 @@ class WandbTracker(Tracker):
                 sync = f"wandb sync {self.info.folder}/wandb/offline-run-*"
                 self._say(f"W&B: {problem}; this run goes on offline ({sync})", lacks=False)
         return None
-
-    def _folders(self) -> set[Path]:
-        """Where W&B keeps what it has of this run."""
-        return set(Path(self.info.folder).glob(f"wandb/*run-*-{self.info.identity}"))
 
     def _heard(self, process: Beside, wait_s: float | None) -> bool:
         """Take what W&B has to say, for good where `wait_s` is None; whether more is to come."""
