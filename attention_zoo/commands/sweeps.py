@@ -52,6 +52,7 @@ class Sweep:
         self.cells: dict[Words, Any] = {}
         self.names: dict[Words, str] = {}
         self.tries: Counter[Words] = Counter()
+        self.composing_s = 0.0
 
     def of(self, context: HydraContext, config: DictConfig, jobs: Sequence[Words]) -> None:
         """Get to know all jobs: where each goes, and which are finished."""
@@ -69,6 +70,7 @@ class Sweep:
                 composed = context.config_loader.load_sweep_config(config, list(words))
                 cell = self.cells[words] = make(composed, composed.hydra)
                 control.places[key_of(composed.hydra)] = str(cell.folder)
+        self.composing_s = (time.time() - control.since) / len(jobs)
         self.job.control = control
         self._settle(jobs)
 
@@ -95,8 +97,10 @@ class Sweep:
             before = start * (starts(launcher) or dry or not nursery().started)
             # more at a time than there are cores for make each slower
             parallel = max(1, min(parallel, usable_cores() // max(cell.config["threads"] or threads for cell in cells)))
+            rounds = math.ceil(len(cells) / parallel)
             if "submitit_folder" in launcher:  # each cell is a job of its own, and starts anew
-                before *= math.ceil(len(cells) / parallel)
+                before *= rounds
+            before += self.composing_s * rounds  # as was done here, whoever does the cell does again
         refused = len(open_) - len(left)
         how: dict[str, Any] = {"refused": refused, "before": before}
         line = summary(list(found.values()), len(jobs), len(self.outcomes), parallel, **how)

@@ -39,12 +39,12 @@ class SyncConfig:
     Fields:
         runs: a folder or a list of folders; every followed run, cell and report beneath is looked at.
         dry: say what would be sent, and send nothing.
-        finish_timeout: seconds that each run's end may take, uploads included.
+        timeout: seconds that W&B may take to start, and again to end, for each run.
     """
 
     runs: Any = "runs"
     dry: bool = False
-    finish_timeout: Annotated[float, Field(gt=0, le=86_400)] = 300.0
+    timeout: Annotated[float, Field(gt=0, le=86_400)] = 120.0
 
 
 def register() -> None:
@@ -75,7 +75,7 @@ def sync(config: SyncConfig, say: Callable[[str], None] = print) -> str:
             continue
         try:
             with owning(folder):
-                why = _send(folder, each, config.finish_timeout, say, more=number < len(lacking))
+                why = _send(folder, each, config.timeout, say, more=number < len(lacking))
         except Busy as error:
             say(f"{name}: left alone, {error}")
             continue
@@ -94,7 +94,7 @@ def _runs(number: int) -> str:
     return f"{number} {'run' if number == 1 else 'runs'}"
 
 
-def _send(folder: Path, known: Receipt, finish_s: float, say: Callable[[str], None], *, more: bool) -> str:
+def _send(folder: Path, known: Receipt, timeout_s: float, say: Callable[[str], None], *, more: bool) -> str:
     """Tell W&B a run as a whole; returns why that cannot be, or has not arrived."""
     try:
         told = list(_told(folder, known, say))
@@ -102,7 +102,8 @@ def _send(folder: Path, known: Receipt, finish_s: float, say: Callable[[str], No
         return f"cannot be sent: {error}"
     how: dict[str, Any] = {"more": more, "whole": True, "rest": known.parts == 1}
     info = RunInfo(folder, known.name, known.id, known.backend, known.sweep, known.config, say, **how)
-    options = {**known.options, "finish_timeout": finish_s}
+    # nobody waits for this as for a run: what the run's own options allow may have been too little
+    options = {**known.options, "init_timeout": timeout_s, "finish_timeout": timeout_s}
     before = kept(folder, known)
     follower = Guarded(WandbTracker(info, mode="online", **options), say)
     try:

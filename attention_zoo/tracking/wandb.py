@@ -226,7 +226,7 @@ class WandbTracker(Tracker):
             before = kept(self.info.folder, self._receipt)
             with contextlib.suppress(OSError):  # it has ended already, which is its answer
                 process.send(self._start | {"mode": mode})
-            answer = process.answer(LOCAL_SECONDS)
+            answer = process.answer(max(LOCAL_SECONDS, self.init_timeout))
             if "imported" in answer:
                 answer = process.answer(LOCAL_SECONDS if mode == "offline" else self.init_timeout)
             if "started" in answer:
