@@ -508,16 +508,19 @@ def test_installed_it_runs_from_any_folder_and_a_closed_pipe_is_no_error(tmp_pat
 
 
 def test_ctrl_c_while_torch_is_loading_is_one_line() -> None:
-    first = "import sys, signal, os; sys.argv = ['train']; "
     hook = "sys.meta_path.insert(0, type('Hook', (), {'find_spec': lambda *_: os.kill(os.getpid(), signal.SIGINT)})());"
-    for start in (
-        "from experiments import start as go",
-        "from attention_zoo_start import start; go = lambda _: start()",
+    for start, line in (
+        ("from experiments import start as go", "python -m experiments.train 'a=[1, 2]'"),
+        ("from attention_zoo_start import start; go = lambda _: start()", "attention-zoo train 'a=[1, 2]'"),
     ):
+        given = "['train', 'a=[1, 2]', 'force=true']" if "experiments" in line else "['x', 'train', 'a=[1, 2]']"
+        first = f"import sys, signal, os; sys.argv = {given}; "
         done = subprocess.run(
             [sys.executable, "-c", f"{first}{start}\n{hook} go('train')"], cwd=ROOT, capture_output=True, text=True
         )
-        assert (done.returncode, done.stderr) == (130, "stopped by Ctrl-C\n")
+        assert done.returncode == 130
+        assert done.stderr.startswith("stopped by Ctrl-C before anything was begun; what is finished is kept, and this")
+        assert done.stderr.endswith(f": {line}\n"), "what goes on"
 
 
 def test_signals_after_all_is_done_change_nothing() -> None:

@@ -16,7 +16,7 @@ from attention_zoo.report import Findings, build_report, costs, headline, rich_t
 from attention_zoo.report import quality as learnt
 from attention_zoo.report.costs import MEMORY, TIME
 from attention_zoo.report.palette import INK, KNOWN, PAIRS, place, styles
-from attention_zoo.report.summary import markdown_table, summary
+from attention_zoo.report.summary import markdown_table, show, summary
 from attention_zoo.report.units import log_ticks, millions, seconds, significant, size, whole
 
 
@@ -236,6 +236,31 @@ def test_terminal_table_fits_eighty_columns():
     said = console.export_text()
     assert "transformer_xl" in said
     assert "…" not in said, "nothing is cut off"
+
+
+def test_of_many_mechanisms_a_terminal_gets_a_screen_and_how_many_more_there_are(tmp_path):
+    rows = []
+    for number in range(65):
+        options = {"longformer": {"window": 8 + number}}
+        for length in LENGTHS[:2]:
+            row = speed("longformer", "auto", length)
+            rows.append(
+                {**row, "config": {**row["config"], "options": options["longformer"]}, "id": f"{number}-{length}"}
+            )
+        lost = quality("longformer", "text", config={"attention": {"name": "longformer", "window": 8 + number}})
+        rows.append(unfinished({**lost, "id": f"lost {number}"}, "failed", "boom " * 500))
+    console = Console(width=100, record=True, file=io.StringIO())
+    show(rows, tmp_path / "report.html", console)
+    said = console.export_text()
+    whole = Console(width=100, record=True, file=io.StringIO())
+    whole.print(rich_table(Findings.of(rows)))
+    shown, every = (text.count("longformer") for text in (said.partition("•")[0], whole.export_text()))
+    assert len(said.splitlines()) < 100
+    assert max(map(len, said.splitlines())) < 1100
+    assert 0 < shown < every
+    assert f"and {every - shown} more, in the report" in said
+    assert "! and 55 more, in the report" in said
+    assert f"report: {tmp_path / 'report.html'}" in said
 
 
 def test_colours_belong_to_the_name_whatever_stands_beside_it():

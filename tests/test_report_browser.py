@@ -125,6 +125,19 @@ def test_any_field_of_a_config_filters_and_groups(opened: Browser) -> None:
     assert opened.run("zoo.select.shown().length") == 5
 
 
+def test_words_of_a_list_are_looked_for_as_they_are(tab: Browser, tmp_path: Path) -> None:
+    plain = quality("full", "text", config={"attention": {"name": "full"}, "note": ["plain", 1.0]})
+    note = ["back\\slash", 'a "quoted" word', "é"]
+    listed = quality("bigbird", "text", config={"attention": {"name": "bigbird"}, "note": note})
+    tab.open(build_report([{**plain, "id": "plain"}, {**listed, "id": "listed"}], tmp_path / "report.html").as_uri())
+    for said in ("back\\slash", "\\", '"quoted"', "é", '["back'):
+        tab.run(f"zoo.state.change({{q: {json.dumps(said)}}})")
+        assert tab.run("zoo.select.shown().map(run => run.key)") == ["listed"], said
+    for said, keys in (('\\"', []), ("\\\\", []), ("\\u00e9", []), ('["plain",', ["plain"]), ("1.0]", ["plain"])):
+        tab.run(f"zoo.state.change({{q: {json.dumps(said)}}})")
+        assert tab.run("zoo.select.shown().map(run => run.key)") == keys, f"{said}: what is said, not its JSON"
+
+
 def test_the_table_sorts_pins_and_shows_what_is_in_sight(opened: Browser) -> None:
     opened.run("zoo.state.change({where: {kind: ['training'], task: ['text, 512 tokens'], status: ['ok']}})")
     sort = '.runs th[data-column="score"] .sort'

@@ -5,8 +5,13 @@ from __future__ import annotations
 import csv
 import http.client
 import json
+import re
 import shlex
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,6 +130,52 @@ def test_the_page_follows_a_sweep_and_the_reader_stays_where_they_are(tmp_path: 
         assert tab.run("[zoo.state.get().by, zoo.state.get().sort]") == ["mechanism", "score"]
         assert "longformer" in tab.run("zoo.by('summary-content').innerText")
         assert tab.said == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_the_command_follows_a_sweep_that_really_runs(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    small = ["task=mqar", "task.pairs=2", "task.test_examples=4", "device=cpu", "threads=1", "batch=2", "seq_len=16"]
+    words = [*small, "model.dim=16", "steps=400", "trainer.log_every=5", "trainer.eval_every=50", "tracker=none"]
+    zoo = [sys.executable, "-m", "attention_zoo"]
+    sweep = subprocess.Popen([*zoo, "train", "-m", "seed=0,1,2", *words, f"output={runs}"], stdout=subprocess.DEVNULL)
+    page: subprocess.Popen[str] | None = None
+    try:
+        deadline = time.monotonic() + 300
+        while not list(runs.glob("mqar-*/metrics.jsonl")):
+            assert sweep.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        page = subprocess.Popen(
+            [*zoo, "report", f"runs={runs}", "serve=true", "port=0"], text=True, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert page.stdout is not None
+        found = next(found for line in page.stdout if (found := re.search(r"http://\S+", line)))
+        with browser(tmp_path / "browser") as tab:
+            tab.open(found[0])
+            tab.run("window.stayed = true")
+            seen = set()
+            while time.monotonic() < deadline:
+                now = json.loads(tab.run("JSON.stringify(zoo.runs.map(run => [run.key, zoo.ask(run, 'status')]))"))
+                seen.add(tuple(sorted(state for _, state in now)))
+                if [state for _, state in now] == ["ok"] * 3:
+                    break
+                time.sleep(0.2)
+            assert tab.run("window.stayed") is True, "nobody has loaded the page again"
+            assert seen >= {("ok", "ok", "ok")}
+            assert any("running" in states for states in seen), "a run is there while it goes on"
+            assert len({len(states) for states in seen}) > 1, "rows have come while the page was open"
+            lines = tab.run("document.querySelectorAll('.runs tr[data-key]').length")
+            assert lines == 3
+            assert tab.said == []
+        assert sweep.wait(timeout=60) == 0
+        page.send_signal(signal.SIGINT)
+        assert page.wait(timeout=60) in (0, 130)
+    finally:
+        for process in (sweep, *([page] if page else [])):
+            process.kill()
+            process.wait()
 
 
 # --- folders and tables ----------------------------------------------------------------------------------------------

@@ -241,6 +241,24 @@ def test_what_is_worse_than_half_of_the_others_is_ended_early(tmp_path: Path, mo
     assert [state.kind for state in job.found][-1] == "done", "no failure that could be tried again"
 
 
+@pytest.mark.slow
+def test_trainings_that_learn_nothing_are_really_ended_early(tmp_path: Path) -> None:
+    """At some of the rates nothing is learnt; half of the others are better from the first evaluation on."""
+    few = [word for word in TINY if not word.startswith(("steps=", "trainer.eval_every="))]
+    how = ["steps=600", "trainer.eval_every=100", "sampler=random", "trials=10", f"output={tmp_path}"]
+    assert main(["search", *few, "space.optimizer.lr=[1e-9,0.01,0.011,0.012]", *how]) == 0
+    found = drawn(tmp_path)
+    pruned = [number for number, (state, _, _) in enumerate(found) if state == "PRUNED"]
+    assert pruned
+    assert min(pruned) >= 5, "the first ones are what others are judged by"
+    for number in pruned:
+        (folder,) = tmp_path.glob(f"search-*/trial-{number:04}")
+        assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] < 600
+        row = json.loads((folder / "result.json").read_text())
+        assert row["status"] == "timeout"
+        assert row["error"].startswith("pruned after step ")
+
+
 def test_who_is_asked_to_stop_has_the_trial_gone_on_with(
     inside: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,13 +29,13 @@ from attention_zoo.commands import work
 from attention_zoo.commands.job import Job
 from attention_zoo.commands.main import main
 from attention_zoo.commands.refusals import of_hydra
-from attention_zoo.commands.sweeps import Sweep, at_a_time, told_apart
+from attention_zoo.commands.sweeps import Sweep, at_a_time, starts, told_apart
 from attention_zoo.commands.work import Outcome
 from attention_zoo.files import Damaged, write_json
 from attention_zoo.jobs.alone import train_alone
 from attention_zoo.jobs.benchmark import _planned_matches
 from attention_zoo.jobs.cell import Cell
-from attention_zoo.jobs.needs import Need, needs, summary
+from attention_zoo.jobs.needs import Need, needs, start_seconds, summary
 from attention_zoo.jobs.plan import PLAN, Plan, Planned, read_plan, write_plan
 from attention_zoo.jobs.states import remaining_s, states
 from attention_zoo.jobs.status import StatusConfig, status
@@ -329,7 +330,52 @@ def test_needs_come_from_rows_of_their_like_else_from_a_timed_step(tmp_path: Pat
     nursery.call = lambda *given, **how: pytest.fail("timed twice")
     row = blank_row(dict(cells[0].config)) | {"id": "x", "steps": 5, "train_seconds": 5.0, "wall_seconds": 10.0}
     write_json(tmp_path / "a0" / RESULT, row)
-    assert needs(cells[1:], tmp_path, nursery, threads=1) == [Need(20.0, 7, 9, "measured")]
+    assert needs(cells[1:], tmp_path, nursery, threads=1) == [Need(1 + 20.0, 7, 9, "measured")]
+
+
+def test_the_start_of_a_process_is_measured_once(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def call(function: str, given: Any, **how: Any) -> dict[str, Any]:
+        calls.append(function)
+        time.sleep(0.2)
+        return {}
+
+    nursery: Any = SimpleNamespace(call=call)
+    first = start_seconds(tmp_path, nursery)
+    assert 0.2 <= first < 2
+    assert start_seconds(tmp_path, nursery) == first
+    assert len(calls) == 1
+    assert summary([Need(5.0, None, None, "timed")], 1, 0, 1, before=2.0).startswith("1 cell: about 7.00 s with 1")
+    assert [starts(OmegaConf.create(each)) for each in ({}, {"n_jobs": 2}, {"ray": {}}, {"submitit_folder": "x"})] == [
+        0, 2, 2, 2,
+    ]  # fmt: skip
+
+
+FACTOR = 2.0
+"""By which a prediction may be off where cells take seconds: they are timed by a few steps, on a machine at work."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
+def test_what_a_sweep_will_take_is_what_it_takes(launcher: str, tmp_path: Path) -> None:
+    words = [word for word in TINY if not word.startswith("steps=")]
+    words += ["steps=150", "trainer.eval_every=50", f"output={tmp_path}"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "attention_zoo", "train", "-m", "seed=0,1,2", *words, f"hydra/launcher={launcher}"],
+        stdout=subprocess.PIPE, text=True,
+    ) as sweep:  # fmt: skip
+        assert sweep.stdout is not None
+        line = next(line for line in sweep.stdout if "cells: about" in line)
+        began = time.monotonic()
+        sweep.stdout.read()
+        assert sweep.wait(timeout=600) == 0
+    taken = time.monotonic() - began
+    found = re.search(r"about ([\d.]+) (s|min|ms)", line)
+    assert found is not None
+    predicted = float(found[1]) * {"ms": 1e-3, "s": 1.0, "min": 60.0}[found[2]]
+    print(f"{launcher}: predicted {predicted:.1f} s, taken {taken:.1f} s")
+    assert predicted / FACTOR < taken < predicted * FACTOR
 
 
 @pytest.mark.parametrize("words", [["-m", "seed=0,1"], []])

@@ -149,7 +149,8 @@ def test_one_limit_holds_for_a_start_that_never_comes(tmp_path: Path, monkeypatc
     began = time.monotonic()
     tracker.finish(failed=False)
     assert time.monotonic() - began < 20, "neither init_timeout nor the time for an import comes on top"
-    assert notices == ["W&B did not start and finish within 1.5 s and was ended; metrics.jsonl has every figure"]
+    cure = f"attention-zoo sync runs={tmp_path} sends it, metrics.jsonl has every figure"
+    assert notices == [f"W&B did not start and finish within 1.5 s and was ended; {cure}"]
 
 
 @pytest.mark.parametrize(

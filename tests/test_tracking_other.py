@@ -17,9 +17,11 @@ from faults.other_wandb_server import LASTING, MANNERS, Other
 from faults.wandb_server import follow, running
 from rich.console import Console
 
+from attention_zoo.commands.main import main
 from attention_zoo.jobs.benchmark import benchmark
 from attention_zoo.jobs.following import send_end
 from attention_zoo.measure.config import BenchmarkConfig
+from attention_zoo.tracking.receipts import receipts
 from attention_zoo.training.config import compose_training
 
 KEY = {"WANDB_API_KEY": "0" * 40}
@@ -118,22 +120,27 @@ def test_a_killed_training_is_lost_there_and_the_same_run_when_it_goes_on(tmp_pa
             assert set(server.lines) == {name}, "the same run"
             second.send_signal(signal.SIGTERM)
             second.communicate(timeout=60)
+            ((_, found),) = receipts(tmp_path)
+            assert (found.state, found.parts) == ("delivered", 2), "the first part had arrived, though nobody said so"
         finally:
             second.kill()
             second.communicate()
 
 
 @pytest.mark.slow
-def test_a_server_that_dies_in_a_training_costs_one_line(tmp_path: Path) -> None:
+def test_a_server_that_dies_in_a_training_costs_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Other("dies", lives=2) as server:
         run = train(tmp_path, server.url, "steps=60", "tracker.finish_timeout=6")
         said, wrong = run.communicate(timeout=120)
     assert said.strip() == "ok", wrong
     row = json.loads((tmp_path / "run" / "result.json").read_text())
     assert len(row["notices"]) == 1
-    assert "wandb sync" in row["notices"][0]
+    assert f"attention-zoo sync runs={tmp_path / 'run'}" in row["notices"][0]
+    for name, value in environment(tmp_path, "").items():
+        monkeypatch.setenv(name, value)
     with Other("slow") as later:
-        sync(tmp_path / "run", later.url)
+        monkeypatch.setenv("WANDB_BASE_URL", later.url)
+        assert main(["sync", f"runs={tmp_path}"]) == 0
     assert losses(later, row["id"]) == list(range(1, 61))
     assert later.summary[row["id"]]["status"] == "ok"
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import shlex
 import sys
 from collections.abc import Sequence
+
+from attention_zoo_start import again
 
 from attention_zoo.commands.launch import OK, launch
 from attention_zoo.commands.plain import PLAIN
@@ -19,14 +20,7 @@ def main(words: Sequence[str] | None = None, program: str | None = None) -> int:
         program: how the command was called, for its help and messages; default attention-zoo and its name.
     """
     given = list(sys.argv[1:] if words is None else words)
-    return launch(lambda: _dispatch(given, program), _again(given, program))
-
-
-def _again(words: Sequence[str], program: str | None) -> str:
-    """The command that goes on where this one is stopped: the same, but for what begins afresh."""
-    name, *rest = words or ["abilities"]
-    kept = shlex.join(word for word in rest if word.lstrip("+") != "force=true")
-    return f"{program or f'attention-zoo {name}'} {kept}".strip()
+    return launch(lambda: _dispatch(given, program), again(given, program))
 
 
 def _dispatch(words: list[str], program: str | None) -> int:

@@ -8,6 +8,7 @@ came to therefore lies in its folder, and is read there.
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 import time
 from collections import Counter
@@ -51,6 +52,7 @@ class Sweep:
         self.cells: dict[Words, Any] = {}
         self.names: dict[Words, str] = {}
         self.tries: Counter[Words] = Counter()
+        self.composing_s = 0.0
 
     def of(self, context: HydraContext, config: DictConfig, jobs: Sequence[Words]) -> None:
         """Get to know all jobs: where each goes, and which are finished."""
@@ -68,6 +70,7 @@ class Sweep:
                 composed = context.config_loader.load_sweep_config(config, list(words))
                 cell = self.cells[words] = make(composed, composed.hydra)
                 control.places[key_of(composed.hydra)] = str(cell.folder)
+        self.composing_s = (time.time() - control.since) / len(jobs)
         self.job.control = control
         self._settle(jobs)
 
@@ -79,7 +82,7 @@ class Sweep:
         """
         if self.job.control is None:
             return
-        from attention_zoo.jobs.needs import needs, summary
+        from attention_zoo.jobs.needs import needs, start_seconds, summary
         from attention_zoo.jobs.plan import Planned, write_plan
 
         threads = self.job.control.threads
@@ -87,11 +90,20 @@ class Sweep:
         open_ = [words for words in self.cells if words not in self.outcomes]
         left = [words for words in open_ if not self.cells[words].refused]
         cells = [self.cells[words] for words in left]
-        found = dict(zip(left, needs(cells, self.folder.parent, nursery(), threads=threads, timing=here)))
-        if here and cells:  # more at a time than there are cores for make each slower
+        kept, before = self.folder.parent, 0.0
+        start = start_seconds(kept, nursery()) if here and cells else 0.0
+        found = dict(zip(left, needs(cells, kept, nursery(), threads=threads, timing=here)))
+        if here and cells:
+            before = start * (starts(launcher) or dry or not nursery().started)
+            # more at a time than there are cores for make each slower
             parallel = max(1, min(parallel, usable_cores() // max(cell.config["threads"] or threads for cell in cells)))
+            rounds = math.ceil(len(cells) / parallel)
+            if "submitit_folder" in launcher:  # each cell is a job of its own, and starts anew
+                before *= rounds
+            before += self.composing_s * rounds  # as was done here, whoever does the cell does again
         refused = len(open_) - len(left)
-        line = summary(list(found.values()), len(jobs), len(self.outcomes), parallel, refused=refused)
+        how: dict[str, Any] = {"refused": refused, "before": before}
+        line = summary(list(found.values()), len(jobs), len(self.outcomes), parallel, **how)
         print(f"{line}; {self.folder.parent.parent}", flush=True)
         if dry:
             raise Dry
@@ -211,6 +223,16 @@ def at_a_time(launcher: DictConfig, at_once: int) -> tuple[int, bool]:
     if "ray" in launcher:
         return min(at_once, usable_cores()), launcher.ray.init.get("address") is None
     return (at_once if "submitit_folder" in launcher else 1), True
+
+
+def starts(launcher: DictConfig) -> int:
+    """How many processes start one after the other before a job of a launcher begins: one that Hydra's job runs in, and
+    one that forks its trainings, which in this process is there already.
+
+    Args:
+        launcher: its config.
+    """
+    return 2 if {"n_jobs", "ray", "submitit_folder"} & set(launcher) else 0
 
 
 def _digest(jobs: Sequence[Words]) -> str:

@@ -160,6 +160,13 @@ def _status(composed: DictConfig) -> Outcome:
     return Outcome()
 
 
+def _sync(composed: DictConfig) -> Outcome:
+    from attention_zoo.jobs.sync import sync
+
+    wrong = sync(settings(composed))
+    return Outcome(FAILED, wrong) if wrong else Outcome()
+
+
 def _inspect(composed: DictConfig) -> Outcome:
     from attention_zoo.inspect.command import inspect
 
@@ -266,6 +273,12 @@ def _register_status() -> None:
     register()
 
 
+def _register_sync() -> None:
+    from attention_zoo.jobs.sync import register
+
+    register()
+
+
 def _register_search() -> None:
     from attention_zoo.jobs.search import register
 
@@ -303,6 +316,7 @@ COMMANDS = {
         words={"task": "problem"},
     ),
     "status": Command("show how far sweeps are, and how to go on", _register_status, _status),
+    "sync": Command("send to W&B what it lacks, from our own files", _register_sync, _sync),
     "inspect": Command("show what trained runs attend to on a text", _register_inspect, _inspect),
     "context": Command("measure how much context trained language models use", _register_context, _context),
     "convert": Command(

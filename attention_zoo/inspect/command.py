@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,14 +97,25 @@ def _send(found: Mapping[str, Any], output: Path, tracker: Mapping[str, Any]) ->
     names = [run["name"] for run in found["runs"]]
     identity = hashlib.sha256(json.dumps([names, found["text"], found["tokens"]]).encode()).hexdigest()[:16]
     name = run_name("attention", *names, identity=identity)
-    info = RunInfo(output, name, identity, "attention", output.name, {"runs": names}, print, {"task": "attention"})
+    facts, whole = {"task": "attention"}, {"whole": True, "rest": True}
+    info = RunInfo(output, name, identity, "attention", output.name, {"runs": names}, print, facts, **whole)
     follower = Guarded(build(tracker, "tracker", info=info), info.notice)
+    for title, figure in attention_figures(found):
+        follower.figure(title, figure)
+    follower.finish(failed=False)
+
+
+def attention_figures(found: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A picture of what each head attends to, with its name in a dashboard.
+
+    Args:
+        found: what attention.json holds.
+    """
     for run in found["runs"]:
         for layer in run["layers"]:
             for head, blocks in enumerate(layer["blocks"]):
                 title = f"{run['name']} {layer['layer']} head {head}"
-                follower.figure(f"attention/{title.replace(' ', '_')}", heat_map(blocks, title=title))
-    follower.finish(failed=False)
+                yield f"attention/{title.replace(' ', '_')}", heat_map(blocks, title=title)
 
 
 def _read(name: str, given: str, as_ids: bool) -> tuple[list[int], str]:

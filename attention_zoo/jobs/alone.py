@@ -28,7 +28,7 @@ from attention_zoo.training.records import RESULT, lost_row
 from attention_zoo.training.run import run_training
 from attention_zoo.training.timing import FIRST
 
-__all__ = ["FIRST", "train", "train_alone"]
+__all__ = ["FIRST", "ready", "train", "train_alone"]
 
 
 def train_alone(
@@ -66,6 +66,11 @@ def train(config: dict[str, Any], folder: str, threads: int) -> dict[str, Any]:
         return {"row": run_training(config, folder, wait_s=float("inf"))}
     except stopping.Stopped as stop:
         return {"row": None, "stopped": str(stop)}
+
+
+def ready() -> dict[str, Any]:
+    """Nothing: what that takes is what it takes to start."""
+    return {}
 
 
 def _unfinished(config: Mapping[str, Any], folder: str | Path, ended: Ended) -> Row:

@@ -1,8 +1,8 @@
 """Cells and reports in a dashboard: one run for each measured cell, and one for the report that was drawn of them all.
 
 They are sent when nothing is being measured any more, one after the other and through one process, since a tracker
-takes time that cells would be measured to take. What was sent is known by its folder, so that a call that goes on sends
-what an earlier one did not come to.
+takes time that cells would be measured to take. What was sent is known by its receipt, so that a call that goes on
+sends what an earlier one did not come to.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from typing import Any
 from attention_zoo.results.row import Row
 from attention_zoo.tracking import Guarded, NoTracker, RunInfo, Tracker
 from attention_zoo.tracking.naming import run_name
+from attention_zoo.tracking.receipts import receipt
 from attention_zoo.tracking.tables import pictures
 from attention_zoo.training.building import build
 from attention_zoo.training.config import check_tracker
 from attention_zoo.training.run import info_of
-
-SENT = "wandb/*run-*-{}"
-"""Folders of a run, by its id, that W&B keeps beside what was measured."""
 
 
 def followed(tracker: Mapping[str, Any] | None, folder: Path) -> dict[str, Any] | None:
@@ -55,7 +53,7 @@ def send_cells(rows: Iterable[Row], folder: Path, tracker: Mapping[str, Any], *,
         say: told in one line about whatever goes wrong.
     """
     known = {str(row["id"]): row for row in rows if row["kind"] == "speed" and row["id"]}
-    left = [row for name, row in known.items() if not any(folder.glob(SENT.format(name)))]
+    left = [row for name, row in known.items() if not _sent(folder, name)]
     for number, row in enumerate(left):
         options = {**row["config"].get("options", {}), "name": row["backend"]}
         kernel = None if row["kernel"] == "auto" else row["kernel"]
@@ -70,11 +68,18 @@ def send_cells(rows: Iterable[Row], folder: Path, tracker: Mapping[str, Any], *,
             notice=say,
             facts={"task": row["phase"], "seq_len": row["length"], "seed": None},
             more=number + 1 < len(left),
+            whole=True,
+            rest=True,
         )
         follower = _follower(tracker, info)
         follower.result(row)
         follower.finish(failed=row["status"] != "ok")
     return len(left)
+
+
+def _sent(folder: Path, identity: str) -> bool:
+    found = receipt(folder, identity)
+    return found is not None and found.state != "begun"
 
 
 def send_report(
@@ -105,6 +110,8 @@ def send_report(
         config={"title": title, "rows": len(rows)},
         notice=say,
         facts={"task": "report"},
+        whole=True,
+        rest=True,
     )
     follower = _follower(tracker, info)
     for name, figure in pictures(list(rows)).items():

@@ -7,10 +7,12 @@ it twice.
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from attention_zoo.files import Damaged, plain, read_json, write_json
@@ -23,6 +25,8 @@ from attention_zoo.report import units
 from attention_zoo.training.records import RESULT, read_row
 
 KEPT = "needs.json"
+START = "start of a process"
+"""Key of its seconds beside the timed steps, with the machine."""
 BUDGET_S = 60.0
 """After which no further step is timed: what is left is taken to be like the others."""
 PATIENCE_S = 60.0
@@ -41,6 +45,25 @@ class Need:
     peak_bytes: int | None
     disk_bytes: int | None
     source: str
+
+
+def start_seconds(kept: Path | None, nursery: Nursery) -> float:
+    """Seconds that a process takes here until it could train: mostly those of importing torch. Measured once a machine.
+
+    Args:
+        kept: folder in which it is kept; None: nothing is written.
+        nursery: that measures it, if it is not kept, by being started.
+    """
+    path, key = kept and kept / KEPT, f"{START} on {socket.gethostname()}"
+    known = _read(path)
+    if number(known.get(key)):
+        return float(known[key])
+    began = time.monotonic()
+    nursery.call("attention_zoo.jobs.alone:ready", {}, timeout_s=PATIENCE_S)
+    seconds = time.monotonic() - began
+    if path is not None:
+        write_json(path, plain({**known, key: seconds}))
+    return seconds
 
 
 def needs(
@@ -67,7 +90,9 @@ def needs(
     return [each or Need(mean, most, disk, "guessed") for each in found]
 
 
-def summary(found: Sequence[Need | None], total: int, finished: int, parallel: int, *, refused: int = 0) -> str:
+def summary(
+    found: Sequence[Need | None], total: int, finished: int, parallel: int, *, refused: int = 0, before: float = 0.0
+) -> str:
     """How many cells there are and what those that are left will take, in one line.
 
     Args:
@@ -75,6 +100,7 @@ def summary(found: Sequence[Need | None], total: int, finished: int, parallel: i
         total, finished: how many there are, and how many of these are finished.
         parallel: at a time.
         refused: how many have configs that cannot be meant: they take no time, and end as failed.
+        before: seconds until the first of them begins.
     """
     said = f"{total} {'cell' if total == 1 else 'cells'}"
     if finished:
@@ -87,9 +113,8 @@ def summary(found: Sequence[Need | None], total: int, finished: int, parallel: i
     if len(known) < len(found):
         return f"{said}; what they will take is not known before the first is through"
     seconds = [each.seconds for each in known]
-    parts = [
-        f"about {units.seconds(max(sum(seconds) / parallel, *seconds))} with {min(parallel, len(found))} at a time"
-    ]
+    most = before + max(sum(seconds) / parallel, *seconds)
+    parts = [f"about {units.seconds(most)} with {min(parallel, len(found))} at a time"]
     peaks = [each.peak_bytes for each in known if each.peak_bytes is not None]
     disks = [each.disk_bytes for each in known if each.disk_bytes is not None]
     if peaks:
@@ -102,6 +127,13 @@ def summary(found: Sequence[Need | None], total: int, finished: int, parallel: i
     return f"{said}: {', '.join(parts)} ({how})"
 
 
+def _read(path: Path | None) -> dict[str, Any]:
+    try:
+        return {} if path is None else read_json(path)
+    except (Damaged, FileNotFoundError):
+        return {}
+
+
 def _alike(cell: Cell, threads: int) -> str:
     config = {key: value for key, value in cell.config.items() if key not in ("seed", "steps", "threads")}
     return identity(plain(config), device="", threads=cell.config.get("threads") or threads)
@@ -111,14 +143,15 @@ def _need(cell: Cell, timed: dict[str, Any] | None, step_seconds: float | None) 
     steps, peak, disk = cell.config["steps"], None, None
     if timed:
         peak, disk = timed["peak_bytes"], timed["disk_bytes"]
+    once = sum(timed.get(name) or 0.0 for name in ("start_seconds", "around_seconds")) if timed else 0.0
     if step_seconds is not None:
-        return Need(steps * step_seconds, peak, disk, "measured")
+        return Need(once + steps * step_seconds, peak, disk, "measured")
     if not timed:
         return None
     trainer = cell.config["trainer"]
     evaluations = steps // trainer["eval_every"] + 2  # the last one, and the one on the test set
-    seconds = timed["start_seconds"] + steps * timed["step_seconds"] + evaluations * (timed["evaluation_seconds"] or 0)
-    return Need(min(seconds, trainer["max_seconds"] or seconds), peak, disk, "timed")
+    seconds = steps * timed["step_seconds"] + evaluations * (timed["evaluation_seconds"] or 0)
+    return Need(once + min(seconds, trainer["max_seconds"] or seconds), peak, disk, "timed")
 
 
 def _measured(folders: set[Path], threads: int) -> Iterator[tuple[str, float]]:
@@ -134,19 +167,20 @@ def _measured(folders: set[Path], threads: int) -> Iterator[tuple[str, float]]:
 
 def _timed(cells: dict[str, Cell], path: Path | None, nursery: Nursery) -> dict[str, dict[str, Any]]:
     """What a step takes of each, timed where it is not kept."""
-    try:
-        known = {} if path is None else read_json(path)
-    except (Damaged, FileNotFoundError):
-        known = {}
+    known = _read(path)
     began, new = time.monotonic(), False
     for name, cell in cells.items():
         if name in known or time.monotonic() - began > BUDGET_S:
             continue
         given = {"config": json.loads(json.dumps(plain(cell.config))), "steps": 1, "wholly": True}
+        called = time.monotonic()
         found = nursery.call("attention_zoo.training.timing:timed_steps", given, timeout_s=PATIENCE_S)
         if isinstance(found, Ended) or "error" in found:
             continue  # the run will say so, in its row
-        known[name], new = {**found, "step_seconds": found["seconds"][-1]}, True
+        # beside what the process does itself: to fork it, and to hear of it
+        beside = max(0.0, time.monotonic() - called - found.get("all_seconds", float("inf")))
+        around = (found.get("around_seconds") or 0.0) + beside
+        known[name], new = {**found, "step_seconds": fmean(found["seconds"]), "around_seconds": around}, True
     if new and path is not None:
         write_json(path, plain(known))
     return {name: known[name] for name in cells if isinstance(known.get(name), dict)}

@@ -82,7 +82,7 @@ def status(config: StatusConfig, console: Console | None = None) -> list[Job]:
         ValueError: for folders that are not there, or hold nothing of ours.
     """
     console = console or Console()
-    folders = _folders(config.runs)
+    folders = folders_of(config.runs)
     jobs = look(folders)
     if not config.watch:
         for part in page(jobs, everything=config.all).renderables:
@@ -96,7 +96,12 @@ def status(config: StatusConfig, console: Console | None = None) -> list[Job]:
     return jobs
 
 
-def _folders(runs: Any) -> list[Path]:
+def folders_of(runs: Any) -> list[Path]:
+    """The folders that `runs=` names.
+
+    Raises:
+        ValueError: where they are none.
+    """
     given = [runs] if isinstance(runs, str) else list(runs) if isinstance(runs, Iterable) else [runs]
     if not given or not all(isinstance(each, str) and each for each in given):
         raise ValueError(f"runs must be a folder or a list of folders, got {shown(runs, 60)}")

@@ -39,6 +39,11 @@ class Nursery:
         self._server: Server | None = None
         self._answer, self._complaint = Scratch(), Scratch()
 
+    @property
+    def started(self) -> bool:
+        """Whether a process is there that the next call is forked from."""
+        return self._server is not None
+
     def __enter__(self) -> Nursery:
         return self
 

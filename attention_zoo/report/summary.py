@@ -9,6 +9,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ from attention_zoo.results.row import Row
 
 PROSE = {"dense": "materialised full attention", "sdpa": "fused full attention"}
 """The baselines in a sentence, by kernel."""
+MOST_LINES = 40
+"""Of the table in a terminal, at some hundred columns: what is beyond stands in the report."""
+MOST_SAID = 10
+"""Sentences of a kind in a terminal."""
+LONGEST = 1000
+"""Characters of one of them."""
 
 
 @dataclass(frozen=True)
@@ -262,9 +269,16 @@ def _overlap(a: Series, b: Series, length: int) -> bool:
     return min(one["seconds_max"], two["seconds_max"]) >= max(one["seconds_min"], two["seconds_min"])
 
 
-def rich_table(found: Findings) -> RichTable:
-    """What fits a terminal of 80 columns: quality, cost at the common length, growth, overtaking fused attention."""
+def rich_table(found: Findings, most: int | None = None) -> RichTable:
+    """What fits a terminal of 80 columns: quality, cost at the common length, growth, overtaking fused attention.
+
+    Args:
+        found: what is shown.
+        most: lines of text after which no further mechanism is shown, but how many more there are; None: all are.
+    """
     headings, lines, notes = _brief(found)
+    if most is not None and (left := len(lines) - _fit(lines, most)):
+        lines, notes = lines[: len(lines) - left], [*notes, f"and {left} more, in the report"]
     table = RichTable(
         title_justify="left", header_style="bold", padding=(0, 1, 0, 0), box=box.SIMPLE, pad_edge=False, show_edge=False
     )
@@ -275,18 +289,29 @@ def rich_table(found: Findings) -> RichTable:
         table.add_column(Text("\n".join(heading)), justify="right", overflow="fold")
     for name, *cells in lines:
         # text of rows is no markup; a range goes below its figure
-        table.add_row(Text(textwrap.fill(name, 18)), *(Text(cell.replace(" (", "\n(")) for cell in cells))
+        table.add_row(*map(Text, _folded(name, cells)))
     return table
 
 
+def _folded(name: str, cells: Sequence[str]) -> list[str]:
+    return [textwrap.fill(name, 18), *(cell.replace(" (", "\n(") for cell in cells)]
+
+
+def _fit(lines: Sequence[Sequence[str]], most: int) -> int:
+    """How many mechanisms, one at least, have their lines of text within `most`."""
+    heights = (max(cell.count("\n") + 1 for cell in _folded(name, cells)) for name, *cells in lines)
+    return max(1, sum(total <= most for total in accumulate(heights))) if lines else 0
+
+
 def show(rows: list[Row], path: Path, console: Console) -> None:
-    """The summary for a terminal: table, sentences, what failed, where the report is."""
+    """The summary for a terminal: table, sentences, what failed, where the report is; of many only the first."""
     found = Findings.of(rows)
-    console.print(rich_table(found))
-    for sentence in headline(found):
-        console.print(f"• {sentence}", markup=False, highlight=False, soft_wrap=True)
-    for line in remarks(found):
-        console.print(f"! {line}", markup=False, highlight=False, soft_wrap=True, style="yellow")
+    console.print(rich_table(found, MOST_LINES))
+    for sign, said, style in (("•", headline(found), None), ("!", remarks(found), "yellow")):
+        more = [f"and {len(said) - MOST_SAID} more, in the report"] if len(said) > MOST_SAID else []
+        for line in [*said[:MOST_SAID], *more]:
+            whole = line if len(line) <= LONGEST else f"{line[:LONGEST]} … (whole in the report)"
+            console.print(f"{sign} {whole}", markup=False, highlight=False, soft_wrap=True, style=style)
     console.print(f"\nreport: {path.resolve()}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import atexit
 import os
+import shlex
 import signal
 import sys
-from types import FrameType
+from collections.abc import Sequence
 
 NUMBERS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
@@ -21,17 +22,31 @@ def start(words: list[str] | None = None, program: str | None = None) -> None:
     """
     for number in NUMBERS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _end)
+            signal.signal(number, lambda by, _frame: _end(by, again(sys.argv[1:] if words is None else words, program)))
     from attention_zoo.commands.main import main
 
     atexit.register(_through)
     sys.exit(main(words, program))
 
 
-def _end(number: int, _frame: FrameType | None) -> None:
+def again(words: Sequence[str], program: str | None = None) -> str:
+    """The command that goes on where this one is stopped: the same, but for what begins afresh.
+
+    Args:
+        words, program: as of `start`.
+    """
+    name, *rest = words or ["abilities"]
+    kept = shlex.join(word for word in rest if word.lstrip("+") != "force=true")
+    return f"{program or f'attention-zoo {name}'} {kept}".strip()
+
+
+def _end(number: int, command: str) -> None:
     """Asked to stop while torch is loading: nothing was begun, and no library is to catch this."""
     by = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    os.write(2, f"stopped by {by}\n".encode())
+    line = (
+        f"stopped by {by} before anything was begun; what is finished is kept, and this goes on from there: {command}"
+    )
+    os.write(2, f"{line}\n".encode(errors="backslashreplace"))
     os._exit(130 if number == signal.SIGINT else 75)
 
 

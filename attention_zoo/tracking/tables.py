@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -34,7 +34,7 @@ def heat_map(values: list[list[float]], *, title: str, across: str = "key", down
     return {"data": [heat], "layout": {"title": {"text": title}, "width": 520, "height": 520, **axes}}
 
 
-def pictures(rows: list[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def pictures(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Of each portrait row that has one: which token sees which, by name."""
     return {
         f"patterns/{row['backend']}": heat_map(

@@ -22,6 +22,8 @@ class RunInfo(NamedTuple):
         notice: shows one line to the user.
         facts: what the run is of in plain values, such as its task: for filters.
         more: whether another run is followed at once when this one has finished.
+        whole: whether all of it is told, whatever was told before.
+        rest: whether what is known of it already is how it begins, and is left out.
     """
 
     folder: Path
@@ -33,6 +35,8 @@ class RunInfo(NamedTuple):
     notice: Callable[[str], None]
     facts: Mapping[str, Any] = {}
     more: bool = False
+    whole: bool = False
+    rest: bool = False
 
 
 class Tracker:

@@ -10,17 +10,21 @@ W&B lives in a process of its own (wandb_process.py), which a thread of this one
 W&B process that is stopped or crashes, whatever W&B raises or waits for: the run goes on, W&B is given its time and is
 then ended, with all that it has started. Whatever goes wrong online, the run goes on offline, with one line that says
 so. The group is the sweep, the job type is the backend, the config is flat; speed and memory are drawn over `seq_len`,
-the rest over `step` or `tokens`. Its id is the run's identity: a run that goes on later is the same run there.
+the rest over `step` or `tokens`. Its id is the run's identity: a run that goes on later is the same run there. A
+receipt (receipts.py) says whether all has arrived; what has not, `attention-zoo sync` sends from our own files.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
+import shlex
 import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +34,9 @@ from attention_zoo.files import plain
 from attention_zoo.options import Text, checked
 from attention_zoo.rules import OneOf
 from attention_zoo.tracking.beside import Beside, park, parked
+from attention_zoo.tracking.jsonl import JsonlTracker
 from attention_zoo.tracking.naming import flat
+from attention_zoo.tracking.receipts import Receipt, ended, kept, receipt
 from attention_zoo.tracking.tables import tables
 from attention_zoo.tracking.tracker import RunInfo, Tracker, figures
 
@@ -57,7 +63,7 @@ class WandbTracker(Tracker):
         tags: of the run.
         init_timeout: seconds to wait for the server at the start, while the run goes on.
         finish_timeout: seconds that the run's end waits in all, for a start that is still to come and for uploads; what
-            is not uploaded by then stays in the folder.
+            is not uploaded by then stays in the folder, and `attention-zoo sync` sends it.
         artifacts: whether a trained model is uploaded, as an artifact of type "model".
     """
 
@@ -78,7 +84,7 @@ class WandbTracker(Tracker):
         self.info, self.mode, self.artifacts = info, mode, artifacts
         self.init_timeout, self.finish_timeout = init_timeout, finish_timeout
         folder = Path(info.folder).absolute()
-        self._start = {
+        self._start: dict[str, Any] = {
             "init": {
                 "dir": str(folder),
                 "project": project,
@@ -93,14 +99,32 @@ class WandbTracker(Tracker):
             "init_timeout": init_timeout,
             "finish_timeout": 0.8 * finish_timeout,  # then it can say itself what it could not do
             "more": info.more,
+            "whole": info.whole,
+            "rest": info.rest,
         }
+        # an agent of a W&B sweep gives its runs ids of their own
+        name = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") and not info.whole else None
+        limits = {"init_timeout": init_timeout, "finish_timeout": finish_timeout, "artifacts": artifacts}
+        self._before = None if info.whole else receipt(folder, name or info.identity)
+        self._lines = JsonlTracker(info).lines
+        parts = 1 if self._before is None else self._before.parts + 1
+        self._receipt = Receipt(
+            name or info.identity, of=info.identity, parts=parts, name=info.name, backend=info.backend,
+            sweep=group or info.sweep,
+            config=self._start["init"]["config"],
+            options={"project": project, "entity": entity, "tags": list(tags), **limits},
+        )  # fmt: skip
         self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._said: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._process: Beside | None = None
-        self._started = self._offline = self._through = False
+        self._started = self._offline = self._through = self._lacks = False
         self._ended = threading.Event()
         self._closing = threading.Lock()
         self._closed = False
+        try:
+            self._receipt.write(folder)
+        except OSError as error:
+            self._say(f"W&B is told, and nothing is kept of what has arrived: {error}")
         threading.Thread(target=self._feed, daemon=True, name="wandb").start()
 
     def log(self, metrics: Mapping[str, float | None], step: int) -> None:
@@ -149,21 +173,22 @@ class WandbTracker(Tracker):
                 elif self._process is not None:
                     self._process.end(EXIT_SECONDS if self._ended.is_set() else 0.0)
             self._ended.wait(EXIT_SECONDS)  # what is left of a start that never came is tidied up
+        if self._through and not self._lacks:
+            with contextlib.suppress(OSError):  # then it lacks something, as far as anybody knows
+                ended(self.info.folder, self._receipt.id, self._before, "written" if self._offline else "delivered")
         self._tell()
 
     def _cure(self) -> str:
         """How what W&B did not take reaches it later."""
-        online = "" if self._offline else "--include-online "
-        place = f"{self.info.folder}/wandb/{'offline-' if self._offline else ''}run-*"
-        later = f"wandb sync {online}{place} sends what it wrote down, " if self._started else ""
-        return f"{later}metrics.jsonl has every figure"
+        return f"attention-zoo sync runs={shlex.quote(str(self.info.folder))} sends it, metrics.jsonl has every figure"
 
     def _send(self, message: dict[str, Any]) -> None:
         if not self._ended.is_set():
             self._messages.put(plain(message))
         self._tell()
 
-    def _say(self, line: str) -> None:
+    def _say(self, line: str, *, lacks: bool = True) -> None:
+        self._lacks |= lacks
         if not self._closed:  # what is broken by ending it is no news
             self._said.put(line)
 
@@ -183,7 +208,7 @@ class WandbTracker(Tracker):
             if process is not None and alive:
                 self._heard(process, wait_s=None)
         except Exception as error:  # the end of a thread: whatever it is, the run must hear of it
-            self._say(f"W&B has ended ({' '.join(str(error).split())}); metrics.jsonl has every figure")
+            self._say(f"W&B has ended ({' '.join(str(error).split())}); {self._cure()}")
         finally:
             self._ended.set()
 
@@ -198,29 +223,33 @@ class WandbTracker(Tracker):
                     return None
                 self._process = process = waiting or Beside(mode)
                 waiting = None
-            before = self._folders()
+            before = kept(self.info.folder, self._receipt)
             with contextlib.suppress(OSError):  # it has ended already, which is its answer
                 process.send(self._start | {"mode": mode})
-            answer = process.answer(LOCAL_SECONDS)
+            answer = process.answer(max(LOCAL_SECONDS, self.init_timeout))
             if "imported" in answer:
                 answer = process.answer(LOCAL_SECONDS if mode == "offline" else self.init_timeout)
             if "started" in answer:
-                self._started, self._offline = True, bool((answer["started"] or {}).get("offline"))
-                return process if answer["started"] is not None else None
+                found = answer["started"] or {}
+                self._started, self._offline = True, bool(found.get("offline"))
+                if self._before is not None and not self._offline and found.get("rows", 0) >= self._lines:
+                    self._before = replace(self._before, state="delivered")  # whatever ended before it could say so
+                if answer["started"] is None:  # switched off: there is nothing that it lacks
+                    self._receipt.within(self.info.folder).unlink(missing_ok=True)
+                    return None
+                return process
             process.end(0.0)
-            for each in self._folders() - before:  # nothing is in it, and `wandb sync` of all would stop there
+            for each in (
+                kept(self.info.folder, self._receipt) - before
+            ):  # nothing is in it, and `wandb sync` of all would stop there
                 shutil.rmtree(each, ignore_errors=True)
             problem = answer.get("problem", "no answer in time")
             if mode == "offline":
-                self._say(f"W&B does not start: {problem}; metrics.jsonl has every figure")
+                self._say(f"W&B does not start: {problem}; {self._cure()}")
             else:
                 sync = f"wandb sync {self.info.folder}/wandb/offline-run-*"
-                self._say(f"W&B: {problem}; this run goes on offline ({sync})")
+                self._say(f"W&B: {problem}; this run goes on offline ({sync})", lacks=False)
         return None
-
-    def _folders(self) -> set[Path]:
-        """Where W&B keeps what it has of this run."""
-        return set(Path(self.info.folder).glob(f"wandb/*run-*-{self.info.identity}"))
 
     def _heard(self, process: Beside, wait_s: float | None) -> bool:
         """Take what W&B has to say, for good where `wait_s` is None; whether more is to come."""

@@ -30,6 +30,8 @@ from typing import Any
 PROBE_SECONDS = 3.0
 AXES = {"step": ("train/*", "evaluate/*", "readings/*"), "tokens": (), "seq_len": ("speed/*", "memory/*")}
 """What charts may have across, and the figures that have it by default."""
+CARRIERS = ("filestream", "runfiles", "runupserter", "sender", "fileTransfer")
+"""Parts of W&B's own process that bring something to the server, as they sign in its log."""
 GONE_SECONDS = 5.0
 """What W&B is given to write down its last figures when the run that it follows has died."""
 
@@ -66,10 +68,11 @@ def main() -> None:
         except BaseException as error:  # W&B raises more than it documents, SystemExit included
             answer(problem=line(error))
             return
-        answer(started=None if run is None else {"offline": run.offline})
+        answer(started=None if run is None else {"offline": run.offline, "rows": run.starting_step})
         if run is None:
             return
-        more = _serve(wandb, run, messages, answer) and start["more"]
+        known = run.starting_step if start["rest"] else 0
+        more = _serve(wandb, run, messages, answer, known) and start["more"]
         answer(finished=True)
     with contextlib.suppress(Exception):
         wandb.teardown()
@@ -87,9 +90,15 @@ def _read(messages: queue.Queue[dict[str, Any]]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _serve(wandb: Any, run: Any, messages: queue.Queue[dict[str, Any]], answer: Callable[..., None]) -> bool:
-    """Do as told until the run has finished; the first failure is the last try but for finishing. Whether all went
-    well."""
+def _serve(
+    wandb: Any, run: Any, messages: queue.Queue[dict[str, Any]], answer: Callable[..., None], known: int
+) -> bool:
+    """Do as told until the run has finished; the first failure is the last try but for finishing, and the one that is
+    told. Whether all went well.
+
+    Args:
+        known: rows of figures, the first that will come, that are there already.
+    """
     does: dict[str, tuple[Callable[[Any], Any], str]] = {
         "log": (run.log, "takes no more figures"),
         "summary": (run.summary.update, "takes no summary"),
@@ -97,20 +106,45 @@ def _serve(wandb: Any, run: Any, messages: queue.Queue[dict[str, Any]], answer: 
         "figure": (lambda given: _figure(wandb, run, **given), "takes no figure"),
         "page": (lambda given: _page(wandb, run, **given), "takes no report"),
         "artifact": (lambda given: _artifact(wandb, run, **given), "takes no artifact"),
-        "finish": (lambda code: run.finish(exit_code=code), "does not finish"),
+        "finish": (lambda code: _finish(run, code), "does not finish"),
     }
     works = True
     while True:
         (kind, value), *_ = messages.get().items()
         action, what = does[kind]
-        if works or kind == "finish":
+        if kind == "log" and known > 0:
+            known -= 1
+        elif works or kind == "finish":
             try:
                 action(value)
             except Exception as error:
+                if works:
+                    answer(problem=f"{what}: {line(error)}")
                 works = False
-                answer(problem=f"{what}: {line(error)}")
         if kind == "finish":
             return works
+
+
+def _finish(run: Any, code: int) -> None:
+    log = None if run.offline else Path(run.settings.log_internal)
+    run.finish(exit_code=code)
+    if log is not None and (problem := undelivered(log)) is not None:
+        raise ConnectionError(problem)
+
+
+def undelivered(log: Path) -> str | None:
+    """What W&B's process was told off for by the server, and kept to itself; None where that was nothing.
+
+    Args:
+        log: that of its process, a JSON object a line.
+    """
+    with contextlib.suppress(OSError):
+        for text in log.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, AttributeError):  # no line of the log
+                said = json.loads(text)
+                if str(said.get("level")).startswith("ERROR") and str(said.get("msg")).startswith(CARRIERS):
+                    return f"{said['msg']} {said.get('error') or ''}".strip()
+    return None
 
 
 def _table(wandb: Any, run: Any, name: str, columns: list[str], data: list[list[Any]]) -> None:
@@ -153,7 +187,7 @@ def _open(wandb: Any, start: Mapping[str, Any]) -> Any:
         silent=True, console="off", x_disable_stats=True, finish_timeout_raises=True, **limits
     )  # fmt: skip
     shared["resume"] = "allow"  # offline, too: parts of a run that are synced later are the same run
-    if os.environ.get("WANDB_SWEEP_ID"):
+    if os.environ.get("WANDB_SWEEP_ID") and not start["whole"]:
         del shared["id"]  # an agent of a sweep has given it one, under which the sweep knows it
     run = wandb.init(mode=mode, settings=settings, **shared)
     for axis, names in AXES.items():

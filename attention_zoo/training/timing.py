@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
+from attention_zoo.measure.environment import environment
+from attention_zoo.measure.given import given_to
+from attention_zoo.model.saved import save as save_model
+from attention_zoo.tracking.naming import run_name
 from attention_zoo.training.assembly import Assembly, assemble
 from attention_zoo.training.building import build
 from attention_zoo.training.config import check, options_of
 from attention_zoo.training.models import mechanism_of
+from attention_zoo.training.records import CHECKPOINT, MODEL
+from attention_zoo.training.run import run_identity
 from attention_zoo.training.seed import contained, seed_all
 
 FIRST = ("torch._dynamo", "attention_zoo.training.optimizer")
 """What making an optimizer imports: a second of each training's time, unless the process that forks it has it."""
 WARMUP = 1
+ENOUGH_S, MOST = 1.0, 100
+"""So long short steps are timed where a run is timed wholly, and so many: one alone may have waited for other work."""
 EVALUATION_S = 20.0
 CHECKPOINTS = 2
 """That are on the disk at a time: one is there while the next is written."""
@@ -30,27 +41,32 @@ def timed_steps(config: Mapping[str, Any], steps: int, *, wholly: bool = False) 
 
     Args:
         config: composed conf/train.yaml as plain values.
-        steps: how many to time.
+        steps: how many to time; wholly, at least.
         wholly: also evaluate, for `EVALUATION_S` at most, and look at what was used.
 
     Returns:
         {"seconds": [...]}, or {"error": why there are none}. Wholly: also "start_seconds" of building everything,
-        "evaluation_seconds" (None where it takes longer than that), "peak_bytes" (of device memory, on the CPU
-        resident), and "disk_bytes" that the run will leave.
+        "evaluation_seconds" (None where it takes longer than that), "around_seconds" of what a run does once beside
+        these, "peak_bytes" (of device memory, on the CPU resident), "disk_bytes" that the run will leave, and
+        "all_seconds" of this call.
     """
+    entered = time.perf_counter()
     with contained():
         try:
             began = time.perf_counter()
-            options = options_of(check(config))
+            config = check(config)
+            options = options_of(config)
             if options.threads is not None:
                 torch.set_num_threads(options.threads)
             seed_all(options.seed)
             task = build(options.task, "task")
             task.check(options.seq_len)
             parts = assemble(options, mechanism_of(options), task)
-            trainer, seconds = parts.trainer, []
+            trainer, seconds = parts.trainer, list[float]()
             started = time.perf_counter() - began
-            for _ in range(WARMUP + steps):
+            while len(seconds) < WARMUP + steps or (
+                wholly and sum(seconds[WARMUP:]) < ENOUGH_S and len(seconds) < MOST
+            ):
                 began = time.perf_counter()
                 trainer.step()
                 if trainer.device != "cpu":
@@ -62,10 +78,26 @@ def timed_steps(config: Mapping[str, Any], steps: int, *, wholly: bool = False) 
                 result = parts.score(parts.main, lambda: time.perf_counter() - began > EVALUATION_S)
                 took = None if result is None else time.perf_counter() - began
                 found |= {"start_seconds": started, "evaluation_seconds": took}
+                found |= {"around_seconds": _around(config, parts)}
                 found |= {"peak_bytes": _peak_bytes(trainer.device), "disk_bytes": _disk_bytes(parts)}
+                found |= {"all_seconds": time.perf_counter() - entered}
             return found
         except (ValueError, ArithmeticError, NotImplementedError, RuntimeError) as error:  # the run will say so
             return {"error": " ".join(str(error).split())}
+
+
+def _around(config: Mapping[str, Any], parts: Assembly) -> float:
+    """Seconds of naming a run, saying where it runs and what it was given, and saving its model, all done once."""
+    began = time.perf_counter()
+    options, name = options_of(config), run_identity(config)
+    environment()
+    run_name(str(options.backend), identity=name, options=config["attention"] if not options.hybrid else {})
+    with suppress(Exception):  # other people's mechanisms may not take such a call, and the run will say so
+        given_to(parts.model, options.seq_len)
+    with tempfile.TemporaryDirectory() as place:
+        save_model(parts.finished(), Path(place) / MODEL)
+        torch.save(parts.trainer.state_dict(), Path(place) / CHECKPOINT)
+    return time.perf_counter() - began
 
 
 def _peak_bytes(device: str) -> int:

@@ -2,7 +2,8 @@
 moment on, processes of W&B that are killed or stopped.
 
 The sweep ends well within the time that W&B is given at each cell's end, with the figures of one that nobody follows,
-and every cell is on the disk for W&B, or a line says what is not.
+and every cell is on the disk for W&B, or a line says what is not. Whatever happened, `sync` then brings the rest: a
+server has every figure of every cell.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from attention_zoo.files import read_jsonl
+from attention_zoo.tracking.receipts import receipts
 
 from . import Counts
 from .cells import ROOT, _left, _marked, _orphans, _send
@@ -84,6 +88,29 @@ def _throw(rng: random.Random, folder: Path, expected: dict[str, Any]) -> Found:
             if b"train/loss" not in recorded(folder / name) and not _notices(folder / name):
                 yield "lost", f"{case}: of {name} nothing is on the disk for W&B, and no word about it"
 
+    yield from ((way, f"{case}: {problem}") for way, problem in _synced(folder, server))
+
+
+def _synced(folder: Path, first: Server) -> Found:
+    """Send what W&B lacks to a server that works; both together then have all."""
+    with Server() as later:
+        done = subprocess.run(
+            [sys.executable, "-m", "attention_zoo", "sync", f"runs={folder}"], cwd=ROOT,
+            env=_environment(folder, later.url), capture_output=True, text=True,
+            errors="replace", timeout=PATIENCE_S,
+        )  # fmt: skip
+    if done.returncode != 0:
+        yield "lost", f"sync ended with {done.returncode}: {done.stdout[-300:]} {done.stderr[-300:]}"
+        return
+    for path in folder.glob("*/metrics.jsonl"):
+        kept = {line["step"] for line in read_jsonl(path) if "train/loss" in line}
+        (name,) = {found.of for _, found in receipts(path.parent)}
+        there = [*first.history.get(name, []), *later.history.get(name, [])]
+        if lacking := kept - {line["step"] for line in there if "train/loss" in line}:
+            yield "lost", f"{path.parent.name} lacks {len(lacking)} of {len(kept)} rows after sync"
+        elif {**first.summaries, **later.summaries}.get(name, {}).get("status") != "ok":
+            yield "lost", f"{path.parent.name} is there without its result after sync"
+
 
 def _notices(folder: Path) -> list[str]:
     from attention_zoo.training.records import RESULT, read_row
@@ -95,11 +122,15 @@ def _start(folder: Path, launcher: str, url: str) -> subprocess.Popen[str]:
     words = [word for word in WORDS if word != "tracker=none"]
     words += ["tracker=wandb", f"tracker.init_timeout={INIT_SECONDS}", f"tracker.finish_timeout={FINISH_SECONDS}"]
     words += [f"output={folder}", f"hydra/launcher={launcher}", *LAUNCHERS[launcher], "-m"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "attention_zoo", "train", *words], text=True, errors="replace", cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_environment(folder, url),
+    )  # fmt: skip
+
+
+def _environment(folder: Path, url: str) -> dict[str, str]:
+    """In which nothing of W&B's counts but a server."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     clean |= {"HOME": str(folder), "NETRC": str(folder / "netrc"), "NO_PROXY": "127.0.0.1"}
     clean |= {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": url, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "attention_zoo", "train", *words], text=True, errors="replace", cwd=ROOT,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**clean, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-    )  # fmt: skip
+    return {**clean, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}

@@ -7,10 +7,28 @@ zoo.load = data => {
   for (const run of zoo.runs) Object.assign(run, searched(run));
   zoo.varying = data.fields.map(([name]) => name).filter(name => zoo.distinct(name) > 1);
 
+  // A list stands as JSON, which escapes quotes and backslashes of its words: they are looked for as they are.
+  function unescaped(word) {
+    if (!/^[[{].*\\/s.test(word)) return word;
+    try {
+      return whole(JSON.parse(word));
+    } catch {
+      return word;
+    }
+  }
+
+  function whole(value) {
+    if (Array.isArray(value)) return `[${value.map(whole).join(', ')}]`;
+    if (value === null || typeof value !== 'object') return typeof value === 'string' ? `"${value}"` : `${value}`;
+    return `{${Object.keys(value)
+      .map(key => `"${key}": ${whole(value[key])}`)
+      .join(', ')}}`;
+  }
+
   // A word is looked for in what a run says, and one such as seed=3 in what it says under a name, too.
   function searched(run) {
     const places = [...run.f.keys()].filter(place => run.f[place] >= 0);
-    const said = places.map(place => data.fields[place][1][run.f[place]]);
+    const said = places.map(place => unescaped(data.fields[place][1][run.f[place]]));
     const named = places.map((place, index) => `${data.fields[place][0]}=${said[index]}`);
     const joined = parts => parts.join('\n').toLowerCase();
     return {text: joined([run.key, run.why, run.error, run.against, ...said]), named: joined(named)};
