@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.placement import check_placed
 from attention_zoo.options import Factor, Heads, HeadWidth, Named, Positive, Seed, checked
 from attention_zoo.rules import OneOf, Unsupported, at_least, known_options, named, one_of, shown  # noqa: F401
 from attention_zoo.tokens import Tokens, check_place, check_tokens, is_integers, keep, of_tensor  # noqa: F401
@@ -130,7 +131,14 @@ def able(**wanted: Any) -> str:
 
 
 class Layer(nn.Module):
-    """Whatever answers the one call: an attention, a block, a stack, a wrapper."""
+    """Whatever answers the one call: an attention, a block, a stack, a wrapper.
+
+    Class attributes:
+        travels: what it sends between processes that have some columns each of one sequence (`layout.placement`); ""
+            for nothing, since columns are alike to it; None: it does not know of others.
+    """
+
+    travels: ClassVar[str | None] = None
 
     def initial_state(self, batch_size: int) -> Any:
         """An empty state for `batch_size` rows, on the layer's device and in its dtype.
@@ -296,6 +304,11 @@ class Attention(Layer):
         return self.declared
 
     @property
+    def cuts_gradients(self) -> bool:
+        """Whether gradients end with a call, be it with a state that is not detached."""
+        return self.abilities.truncated
+
+    @property
     def keeps(self) -> tuple[Any, ...] | None:
         """What states are, where it is checked: their type, then the shape that they hold without rows and columns."""
         return None
@@ -368,6 +381,7 @@ class Attention(Layer):
         check_tokens(tokens, x.shape[:2])
         check_place(tokens, x)
         layout = Layout.of(tokens)
+        check_placed(self.name, self.travels, layout, state=state, source=source, choices=choices)
         if self.declared.global_tokens == "none" and layout.any_global:
             others = able(global_tokens=("any", "first_call"))
             raise Unsupported(self.name, "global tokens", "no token can see everything", others)

@@ -131,6 +131,11 @@ class MemoryTokens(Wrapper):
             global_tokens="none", compute="linear", activations="linear", state="constant",
         )  # fmt: skip
 
+    @property
+    def cuts_gradients(self) -> bool:
+        """See `Attention`: where `truncate` counts from the end of a call."""
+        return self.truncate is not None or super().cuts_gradients
+
     def calls(self, length: int) -> tuple[tuple[int, int], ...]:
         """See `Wrapper`: segments that another follows, with the memory that they read and write, and the last."""
         m, whole = self.count, (length - 1) // self.segment_length

@@ -1,0 +1,90 @@
+"""A batch whose columns are cut over the processes of a group: what each reads, and which columns those are.
+
+    part = sharded(batch, group, model)                  # the same batch on every process; own columns out
+    output = model(part.ids, part.tokens)                # part.tokens knows the whole sequence and who owns what
+    loss = losses(output, part, counts(batch))           # this process's share: the sum over the group is the loss
+    loss.backward()
+    sum_gradients(model.parameters(), group)
+
+Columns may be cut anywhere and unevenly; where mechanisms think in segments, cuts at their borders send the least.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from attention_zoo.contract import Attention, Unsupported
+from attention_zoo.layout.host import Array
+from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.placement import Placement, contiguous, zigzag
+from attention_zoo.model.placed import OPTION
+from attention_zoo.tasks.task import IGNORED, Batch
+from attention_zoo.tokens import Tokens
+
+RING = "keys and values in a ring"
+"""What a ring sends; see `Layer.travels`."""
+
+
+def sharded(batch: Batch, group: Any, model: nn.Module) -> Batch:
+    """This process's columns of a batch that all processes of the group have.
+
+    Args:
+        batch: where its columns shall be, ids [B, L] and targets [B, L]; rows are not cut.
+        group: of `torch.distributed`; None: all processes.
+        model: what will read it: its mechanisms say how columns are best cut.
+
+    Raises:
+        Unsupported: for a batch that is not one of columns: a source, or labels of rows.
+    """
+    if batch.source is not None:
+        raise Unsupported("an encoder-decoder", OPTION, "a source's columns are not cut", f"{OPTION}=1")
+    if batch.labels or batch.targets.shape != batch.ids.shape:
+        raise Unsupported("a label of a row", OPTION, "it is read off all columns of the row", f"{OPTION}=1")
+    size = dist.get_world_size(group)
+    missing = size - batch.ids.shape[1]
+    tokens = batch.tokens
+    if tokens is None:
+        tokens = Layout.plain(*batch.ids.shape, batch.ids.device)
+    if missing > 0:  # every process has a column, be it of padding
+        tokens, batch = _padded(tokens, missing), batch.each(lambda x: _wider(x, batch.ids.shape, missing))
+    placement = Placement.of(tokens, group, columns_for(model, tokens.valid.shape[1], size))
+
+    def own(tensor: Tensor) -> Tensor:
+        return placement.take(tensor) if tensor.shape == batch.ids.shape else tensor
+
+    return batch._replace(tokens=None).each(own)._replace(tokens=placement.own)
+
+
+def _padded(tokens: Tokens, missing: int) -> Tokens:
+    fields = (nn.functional.pad(field, (0, missing)) for field in tokens)
+    return Tokens(*fields)
+
+
+def _wider(x: Tensor, shape: torch.Size, missing: int) -> Tensor:
+    """Ids, types and targets; behind the last column nothing is asked."""
+    if x.shape != shape:
+        return x
+    return nn.functional.pad(x, (0, missing), value=0 if x.dtype == torch.bool else IGNORED)
+
+
+def columns_for(model: nn.Module, length: int, size: int) -> tuple[Array, ...]:
+    """Which columns each of `size` processes has.
+
+    In runs of about the same length, cut at borders of segments if all mechanisms that have segments agree on them and
+    each process gets one at least; and zig-zag where all attention is by rings, whose causal work that balances.
+    """
+    found = [each for each in model.modules() if isinstance(each, Attention)]
+    if found and all(each.travels == RING and each.causal for each in found):
+        return zigzag(length, size)
+    lengths = {each.segment_length for each in found if getattr(each, "segment_length", None) is not None}
+    grain = math.lcm(*lengths) if lengths else 1
+    if grain == 1 or length < grain * size:
+        return contiguous(length, size)
+    borders = [round(length * rank / size / grain) * grain for rank in range(size)] + [length]
+    return tuple(np.arange(a, b) for a, b in zip(borders, borders[1:]))
