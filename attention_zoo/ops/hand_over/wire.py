@@ -85,10 +85,10 @@ def packed(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Their bytes, one after another."""
     parts = []
     for tensor in tensors:
-        flat = tensor.detach().contiguous().view(-1)
-        if not flat.numel():
+        if not tensor.numel():
             continue
-        flat = flat.view(torch.uint8)
+        # a copy, so that what holds one number has a stride of one, too
+        flat = tensor.detach().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
         parts.append(torch.nn.functional.pad(flat, (0, -len(flat) % GRAIN)))
     made = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=device)
     return made.to(device)
