@@ -13,7 +13,6 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from numbers import Real
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -23,8 +22,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.placement import check_placed
 from attention_zoo.options import Factor, Heads, HeadWidth, Named, Positive, Seed, checked
-from attention_zoo.rules import OneOf, Unsupported, at_least, known_options, named, one_of, shown  # noqa: F401
+from attention_zoo.rules import (  # noqa: F401
+    LARGEST_SCALE,
+    OneOf,
+    Unsupported,
+    at_least,
+    known_options,
+    named,
+    one_of,
+    shown,
+)
 from attention_zoo.tokens import Tokens, check_place, check_tokens, is_integers, keep, of_tensor  # noqa: F401
 
 Growth = Literal["constant", "linear", "loglinear", "quadratic"]
@@ -213,6 +222,7 @@ class Attention(Layer):
         token_losses: names of the losses that a call makes of its tokens, maybe; those of parameters alone come from a
             method `losses`.
         wraps: whether it stands around another layer, its option `inner`; see `model.wrapper`.
+        travels: what it sends where several processes own a sequence (layout/placement.py); None: it refuses that.
 
     Raises:
         Unsupported: for what the mechanism does not declare in `declared`.
@@ -226,6 +236,7 @@ class Attention(Layer):
     companions: ClassVar[Mapping[str, str]] = {}
     token_losses: ClassVar[tuple[str, ...]] = ()
     wraps: ClassVar[bool] = False
+    travels: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -347,7 +358,7 @@ class Attention(Layer):
             raise ValueError(f"x must be a dense tensor of floats, [batch, length, {self.dim}], got {of_tensor(x)}")
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be [batch, length, {self.dim}], got shape {tuple(x.shape)}")
-        if x.shape[1] == 0:
+        if x.shape[1] == 0 and getattr(tokens, "placement", None) is None:  # a process may own no column
             raise ValueError("x must hold at least one token, got length 0")
         if choices is not None and self.choices_shape(*x.shape[:2]) is None:
             raise Unsupported(self.name, "choices", "it makes no discrete decisions", "choices=None")
@@ -368,6 +379,7 @@ class Attention(Layer):
         check_tokens(tokens, x.shape[:2])
         check_place(tokens, x)
         layout = Layout.of(tokens)
+        check_placed(self.name, self.travels, layout, state=state, source=source)
         if self.declared.global_tokens == "none" and layout.any_global:
             others = able(global_tokens=("any", "first_call"))
             raise Unsupported(self.name, "global tokens", "no token can see everything", others)
@@ -388,13 +400,3 @@ class Attention(Layer):
             raise ValueError(
                 f"state must hold keys of shape {wanted} like this layer and this call, got {got}".replace("'", "")
             )
-
-
-LARGEST_SCALE = 10_000.0
-"""Of scores; beyond, float32 could not tell the scores of ordinary vectors apart."""
-
-
-def check_scale(scale: float) -> None:
-    """Raise a ValueError unless this is a factor on q·k that softmax can work with, of either sign: at a call."""
-    if isinstance(scale, bool) or not isinstance(scale, Real) or not abs(scale) <= LARGEST_SCALE:
-        raise ValueError(f"scale must be a number from {-LARGEST_SCALE:g} to {LARGEST_SCALE:g}, got {shown(scale)}")
