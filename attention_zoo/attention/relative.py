@@ -22,7 +22,7 @@ from attention_zoo.layout.kernel import Kernel, explain
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon, behind, none
 from attention_zoo.layout.visible import runs_of
-from attention_zoo.ops.exchange.columns import fetched
+from attention_zoo.ops.exchange.halo import behind_halo
 from attention_zoo.ops.relative.call import RelativeCall
 from attention_zoo.ops.relative.few import Few, absorbed
 from attention_zoo.ops.relative.projections import is_plain
@@ -144,10 +144,7 @@ class RelativeAttention(Attention):
         travel. So all processes run at once, wherever they were cut.
         """
         found = halo(layout, self._sees, self._oldest_needed, segment=self.segment_length)
-        keys = found.keys
-        if any(map(len, found.needs)):
-            before = x if found.within else x.detach()
-            x = torch.cat([fetched(before, layout.placement, found.needs), x], 1)
+        keys, x = found.keys, behind_halo(x, layout, found, "hidden states", learns=found.within)
         if begun is not None and begun.filled:
             first, blank = keys, begun.tokens
             keys = layout.plan(("begun", id(first), id(blank)), lambda: (behind(blank, first), first, blank))[0]

@@ -75,7 +75,9 @@ def _halo(layout: Layout, oldest: Oldest, segment: int, last: int | None) -> Hal
             # positions rise by one at least, so no more tokens than that
             reach = int(position) - earliest if last is None else last
             found = there[max(0, own - max(0, reach)) : own]
-            known = (host.document[row, found] == document) & (last is not None or host.position[row, found] >= earliest)
+            known = (host.document[row, found] == document) & (
+                last is not None or host.position[row, found] >= earliest
+            )
             found = found[known]
             within |= bool((host.position[row, found] >= position - position % segment).any())
             rows.append(found)

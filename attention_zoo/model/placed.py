@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +49,11 @@ def stacked(model: Any, x: Tensor, tokens: Tokens | None, *, state: Any, source:
         given = "a state" if source is None else "a source"
         raise Unsupported("this model", f"{OPTION} with {given}", "a sequence is one call of a decoder", "none of it")
     placement.own.plan(("checked", id(model)), lambda: (check(model, placement), model))
-    return called(model.stack, x, tokens, state=None, source=None, choices=None, parts=2 * placement.size)
+    out = called(model.stack, x, tokens, state=None, source=None, choices=None, parts=2 * placement.size)
+    # those of tokens are shares already; what parameters alone say, every process says
+    shares = {name for each in model.modules() if isinstance(each, Attention) for name in each.token_losses}
+    losses = {name: value if name in shares else value / placement.size for name, value in out.losses.items()}
+    return out._replace(losses=losses)
 
 
 def handed_over(layer: Layer, x: Tensor, layout: Layout, *, parts: int = 1) -> Output:
@@ -88,9 +93,7 @@ def check_handed_over(layer: Layer, placement: Placement) -> None:
     if why is not None:
         instead = able(causality="strict", carry="prefix", truncated=False)
         raise Unsupported(name, OPTION, why, f"{OPTION}=1, or {instead}")
-    ends = [columns[[0, -1]] for columns in placement.columns if len(columns)]
-    in_order = all(int(columns[-1] - columns[0]) + 1 == len(columns) for columns in placement.columns if len(columns))
-    if not in_order or any(int(a[1]) > int(b[0]) for a, b in zip(ends, ends[1:])):
+    if not np.array_equal(np.concatenate(placement.columns), np.arange(placement.whole.valid.shape[1])):
         raise Unsupported(
             name, f"{OPTION} with columns in several runs", "its state goes from each process to the next",
             "contiguous columns (zig-zag is for models of rings alone)",

@@ -24,7 +24,7 @@ from attention_zoo.layout.halo import halo
 from attention_zoo.layout.host import tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import behind, chosen, gathered
-from attention_zoo.ops.exchange.columns import fetched
+from attention_zoo.ops.exchange.halo import behind_halo
 from attention_zoo.options import Positive, checked
 from attention_zoo.place import place_of
 
@@ -92,8 +92,7 @@ class Convolution(Layer):
     def _mix_placed(self, x: Tensor, tokens: Layout) -> Tensor:
         """Of a process that has some columns of a sequence, behind those that its first tokens mix with."""
         found = halo(tokens, ("taps", self.width), lambda position: position - self.width + 1, last=self.width - 1)
-        if any(map(len, found.needs)):
-            x = torch.cat([fetched(x, tokens.placement, found.needs), x], 1)
+        x = behind_halo(x, tokens, found, "taps")
         return self._mix_valid(x, found.keys)[:, found.count :]
 
     def _last(self, keys: Layout) -> tuple[Tensor | None, Layout]:

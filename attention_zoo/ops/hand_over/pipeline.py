@@ -3,9 +3,9 @@
     s_0 = initial;   out_r, s_{r+1} = layer(x_r, s_r)            r: process; s travels, and its gradient travels back
 
 So whatever carries a state from call to call is right here as it is in decoding: process r's call equals the columns r
-of one call over all. Process r waits for s_r, hence they run one after another, in a layer. What keeps them busy is that
-layers follow each other: while process r is in layer i, process r + 1 may be in layer i - 1; and rows, which are handed
-on in `parts`. With n layers or parts between N processes, they are idle (N - 1) / (n + N - 1) of the time.
+of one call over all. Process r waits for s_r, hence they run one after another, in a layer. They are busy since layers
+follow each other (while process r is in layer i, process r + 1 may be in layer i - 1), and rows, which are handed on in
+`parts`: with n layers or parts and N processes, each is idle (N - 1) / (n + N - 1) of the time.
 
 Backward goes the other way. Receiving and sending are identities on the hidden states that pass through, so that they
 happen whatever a state is used for: sending before all that the layer does in backward, receiving after all of it. A

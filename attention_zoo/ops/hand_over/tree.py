@@ -60,7 +60,9 @@ def _flatten(tree: Any, tensors: list[Tensor], codes: list[int], known: dict[int
         codes.extend((TENSOR, DTYPES.index(tree.dtype), int(tree.requires_grad), tree.ndim, *tree.shape))
         tensors.append(tree)
     elif not isinstance(tree, tuple | list | dict):
-        raise TypeError(f"a state must be made of tensors, tuples, lists, dicts and integers, got {type(tree).__name__}")
+        raise TypeError(
+            f"a state must be made of tensors, tuples, lists, dicts and integers, got {type(tree).__name__}"
+        )
     elif id(tree) in known:  # layers share what they know of their tokens
         codes.extend((AGAIN, known[id(tree)]))
     else:

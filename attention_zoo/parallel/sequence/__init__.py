@@ -1,1 +1,1 @@
-"""One sequence over several processes: its columns cut, its losses and gradients summed, and what that costs on paper."""
+"""One sequence over several processes: columns cut, losses and gradients summed, and what it costs on paper."""

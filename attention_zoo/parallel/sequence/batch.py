@@ -12,6 +12,7 @@ Columns may be cut anywhere and unevenly; where mechanisms think in segments, cu
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -86,5 +87,5 @@ def columns_for(model: nn.Module, length: int, size: int) -> tuple[Array, ...]:
     grain = math.lcm(*lengths) if lengths else 1
     if grain == 1 or length < grain * size:
         return contiguous(length, size)
-    borders = [round(length * rank / size / grain) * grain for rank in range(size)] + [length]
-    return tuple(np.arange(a, b) for a, b in zip(borders, borders[1:]))
+    borders = [*(round(length * rank / size / grain) * grain for rank in range(size)), length]
+    return tuple(np.arange(a, b) for a, b in pairwise(borders))
