@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model",),
     ("results", "statistics"),
     ("tasks", "measure", "tracking"),
+    ("parallel",),
     ("training",),
     ("report", "integrations", "overview", "inspect", "advice"),
     ("jobs",),
