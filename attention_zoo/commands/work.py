@@ -44,7 +44,7 @@ class Outcome:
             folder: where.
             told: see above.
         """
-        from attention_zoo.training.run import report_line
+        from attention_zoo.training.saying import report_line
 
         if row["status"] == "ok":
             return cls()
@@ -82,7 +82,8 @@ def _train(composed: DictConfig) -> Outcome:
     from hydra.core.hydra_config import HydraConfig
 
     from attention_zoo.training.config import plain
-    from attention_zoo.training.run import run_folder, run_training, show
+    from attention_zoo.training.run import run_folder, run_training
+    from attention_zoo.training.saying import show
 
     config = plain(composed, HydraConfig.get())
     folder = run_folder(config)

@@ -10,12 +10,16 @@ from typing import Any
 from torch import nn
 
 from attention_zoo.model.norm import BatchNorm
+from attention_zoo.parallel.dropout import by_rank
+from attention_zoo.parallel.rows import check_divides
+from attention_zoo.parallel.world import World
 from attention_zoo.tasks.task import Batch, Task
 from attention_zoo.training.ahead import drawn_ahead
 from attention_zoo.training.building import build
 from attention_zoo.training.checking import check_batch, figure
-from attention_zoo.training.config import DecodeConfig, TrainConfig, TrainerConfig, device_of
+from attention_zoo.training.config import TrainConfig, device_of
 from attention_zoo.training.evaluate import Evaluation, evaluate
+from attention_zoo.training.groups import DecodeConfig, TrainerConfig
 from attention_zoo.training.models import model_of
 from attention_zoo.training.objective import objective_of
 from attention_zoo.training.precision import Precision
@@ -32,6 +36,7 @@ class Assembly:
         sets: name -> batches; the first is the main one, which is watched while it trains.
         carry: whether the model's state crosses from batch to batch.
         decode: how an encoder-decoder writes in evaluation.
+        world: the processes that do it.
     """
 
     task: Task
@@ -42,6 +47,7 @@ class Assembly:
     carry: bool
     device: str
     decode: Mapping[str, Any]
+    world: World
 
     @property
     def main(self) -> str:
@@ -77,14 +83,17 @@ def writing(decode: DecodeConfig) -> dict[str, Any]:
     return said if decode.beams == 1 else {"beams": decode.beams}
 
 
-def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
+def assemble(options: TrainConfig, mechanism: Any, task: Task, world: World | None = None) -> Assembly:
     """Build a run's model and all around it.
 
     Args:
         mechanism: see `mechanism_of`.
         task: already built.
+        world: the processes of the run; default this one alone.
     """
-    device = device_of(options.device)
+    world = World(device=device_of(options.device)) if world is None else world
+    device = world.device
+    check_divides(options.batch, options.trainer.accumulate, world.data)
     model = model_of(options, mechanism, task, objective_of(task)).to(device)
     seed_all(options.seed)  # whatever follows draws the same numbers beside every mechanism
     if options.trainer.accumulate > 1 and any(isinstance(part, BatchNorm) for part in model.modules()):
@@ -92,6 +101,8 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
             f"trainer.accumulate must be 1 with norm=batch, whose statistics are those of a whole batch, "
             f"got {options.trainer.accumulate}"
         )
+    if world.size > 1:
+        by_rank(model, world.rank)
     carry = bool(options.trainer.carry_state and task.streams and getattr(model, "carries", False))
     if carry:
         check_positions(model, options.seq_len, getattr(task, "span", 1))
@@ -107,10 +118,11 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
         carry=carry,
         device=device,
         check=partial(check_batch, task),
+        world=world,
     )
     sets = _watched_first(task.evaluation_sets(options.batch, options.seq_len), task, options.trainer)
     figure(task, "chance", task.chance(options.seq_len))  # what is none is said before training, not after
-    return Assembly(task, model, trainer, sets, precision, carry, device, writing(options.decode))
+    return Assembly(task, model, trainer, sets, precision, carry, device, writing(options.decode), world)
 
 
 def _watched_first(

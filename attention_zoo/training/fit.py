@@ -19,8 +19,8 @@ from attention_zoo.options import Finite, Natural, NonNegative, check_fields
 from attention_zoo.stopping import Stopped
 from attention_zoo.tasks.task import Task
 from attention_zoo.tracking.tracker import Tracker
-from attention_zoo.training.config import TrainerConfig
 from attention_zoo.training.evaluate import Evaluation, is_better
+from attention_zoo.training.groups import TrainerConfig
 from attention_zoo.training.progress import Progress
 from attention_zoo.training.trainer import NotFinite, Step, Trainer
 
@@ -84,6 +84,7 @@ def fit(
     tracker: Tracker,
     progress: Progress,
     asked: Callable[[], Any] = lambda: None,
+    clocked: Callable[[float], float] = lambda seconds: seconds,
 ) -> Evaluation:
     """Train to the end, from wherever trainer and history stand; a run that has ended is only evaluated.
 
@@ -93,6 +94,7 @@ def fit(
         evaluate: scores the model on the main set; None where it was asked to stop on the way.
         save: writes a checkpoint.
         asked: the signal that asks the run to stop, or None; see `stopping.graceful`.
+        clocked: seconds that have passed here -> those that count: of several processes, those of one of them.
 
     Returns:
         the evaluation after the last step. Why it was the last is in `history.stopped`.
@@ -122,7 +124,7 @@ def fit(
                 return None
             history.stopped = _judge(found, history, done, task, options, tracker, progress)
         most = options.max_seconds
-        if history.stopped is None and most is not None and history.seconds >= most:
+        if history.stopped is None and most is not None and clocked(history.seconds) >= most:
             history.stopped = f"time: {most:g} s were over after step {done} of {steps}"
             progress.notice(f"stopped by trainer.max_seconds={most:g} after step {done} of {steps}")
         if history.stopped is None and done >= steps:
