@@ -1,0 +1,111 @@
+"""One sequence in several processes: models equal what they are in one, or say that they cannot, by name.
+
+Processes are started once for each number of them; all cases run inside (tests/sequence_models.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from attention_zoo import registry
+from tests.processes import together
+from tests.sequence_models import PADDINGS, Found, all_compared
+
+TINY = {name: {"name": name, **registry.recipe(name)[0].tiny} for name in (*registry.available(), *registry.wrappers())}
+XL = {"name": "transformer_xl", "segment_length": 4, "memory_length": 5}
+COMPRESSIVE = TINY["compressive"]
+RECURRENT = {"name": "block_recurrent", "window": 4, "states": 3}
+
+MODELS: Mapping[str, dict[str, Any]] = {
+    **{name: {"attention": options} for name, options in TINY.items()},
+    "transformer_xl, same length": {"attention": XL | {"same_length": True}},
+    "transformer_xl, long memory": {"attention": XL | {"memory_length": 17}},
+    "transformer_xl, zeros": {"attention": XL | {"initial_memory": "zeros"}},
+    "transformer_xl, untied, post-norm": {"attention": XL | {"untie_r": True}, "pre_norm": False},
+    **{f"compressive, {how}": {"attention": COMPRESSIVE | {"compression": how}} for how in ("mean", "dilated")},
+    "compressive, most used": {"attention": COMPRESSIVE | {"compression": "most_used", "segment_length": 6}},
+    "compressive, nothing compressed": {"attention": COMPRESSIVE | {"compressed_length": 0}},
+    "block_recurrent, rotary": {"attention": RECURRENT | {"positions": "rotary"}},
+    "block_recurrent, cut off": {"attention": RECURRENT | {"gate": "lstm", "truncate": 2}},
+    "memory_tokens, front": {"attention": TINY["memory_tokens"] | {"write": "front", "inner": "longformer"}},
+    "short convolution": {"attention": XL, "short_conv": 3},
+    "gated convolution": {"attention": RECURRENT, "short_conv": {"name": "gated", "width": 4}},
+    "reversible": {"attention": [XL, RECURRENT], "reversible": True},
+    "hourglass": {"attention": "full", "depth": 3, "shorten": "1@1 1@2 1@1"},
+    "hourglass, attention between": {
+        "attention": "full", "depth": 3, "shorten": {"name": "hourglass", "layout": "1@1 1@3 1@1", "up": "attention"},
+    },
+    "learned positions": {"attention": RECURRENT, "positions": "learned"},
+    "options": {"attention": XL, "norm": "rms", "feed_forward": {"name": "swiglu", "chunks": 2}, "tied": False},
+}  # fmt: skip
+"""Causal ones."""
+
+SEVERAL_DOCUMENTS = {"transformer_xl, zeros": "several documents in a row"}
+"""Refused in one process, too."""
+
+REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
+    "reformer": ({"attention": TINY["reformer"]}, "hashes are sorted"),
+    "norm over the batch": ({"attention": "longformer", "causal": False, "norm": "batch"}, "norm=layer"),
+    "memory_tokens, truncated": ({"attention": TINY["memory_tokens"] | {"truncate": 1}}, "gradients end with a call"),
+    "memory_tokens around transformer_xl": (
+        {"attention": TINY["memory_tokens"] | {"inner": XL}}, "gradients end with a call",
+    ),
+    "two-sided memory_tokens": ({"attention": TINY["memory_tokens"], "causal": False}, "two-sided"),
+    "two-sided hourglass": ({"attention": "full", "depth": 3, "shorten": "1@1 1@2 1@1", "causal": False}, "two-sided"),
+    "pooled": (
+        {"attention": "longformer", "causal": False, "head": "classify", "classes": 2}, "pools all columns",
+    ),
+}  # fmt: skip
+
+FAST = [(name, padding, length) for name in MODELS for padding, length in (("none", 13), ("documents", 29))]
+SLOW = [(name, padding, length) for name in MODELS for padding in PADDINGS for length in (1, 2, 3, 24, 31)]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def fast(request: pytest.FixtureRequest) -> dict[tuple[str, str, int], Found]:
+    cases = FAST if request.param == 2 else FAST[1::2]
+    return ran(request.param, cases)
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4])
+def slow(request: pytest.FixtureRequest) -> dict[tuple[str, str, int], Found]:
+    return ran(request.param, SLOW)
+
+
+def ran(size: int, cases: list[tuple[str, str, int]], dtype: str = "float64") -> dict[tuple[str, str, int], Found]:
+    """By case; what one process refuses is left out."""
+    cases = [case for case in cases if not (case[1] == "documents" and case[0] in SEVERAL_DOCUMENTS)]
+    found = together(size, all_compared, [(MODELS[name], padding, length, dtype) for name, padding, length in cases])
+    return {case: Found(*each) for case, each in zip(cases, found, strict=True)}
+
+
+def check_equal(found: dict[tuple[str, str, int], Found], most: float) -> None:
+    wrong = {case: each for case, each in found.items() if each.error is not None and not each.error <= most}
+    assert not wrong, wrong
+    refused = {name: each.refused for (name, *_), each in found.items() if each.error is None}
+    assert set(refused) <= {"reformer"}, refused
+
+
+def test_models_equal_one_process(fast: dict[tuple[str, str, int], Found]) -> None:
+    check_equal(fast, 1e-12)
+
+
+@pytest.mark.slow
+def test_models_equal_one_process_at_all_lengths(slow: dict[tuple[str, str, int], Found]) -> None:
+    check_equal(slow, 1e-12)
+
+
+@pytest.mark.slow
+def test_models_equal_one_process_in_float32() -> None:
+    check_equal(ran(3, FAST, "float32"), 1e-5)
+
+
+def test_what_has_no_way_is_refused_by_name() -> None:
+    cases = [(options, "none", 13, "float64") for options, _ in REFUSED.values()]
+    found = together(2, all_compared, cases)
+    for (name, (_, reason)), (error, refused, *_) in zip(REFUSED.items(), found, strict=True):
+        assert error is None and refused is not None, name
+        assert reason in refused and "use " in refused, (name, refused)
