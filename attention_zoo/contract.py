@@ -24,16 +24,7 @@ from attention_zoo.abilities import Abilities, Growth, able, catalogues  # noqa:
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.placement import check_placed
 from attention_zoo.options import Factor, Heads, HeadWidth, Named, Positive, Seed, checked
-from attention_zoo.rules import (  # noqa: F401
-    LARGEST_SCALE,
-    OneOf,
-    Unsupported,
-    at_least,
-    known_options,
-    named,
-    one_of,
-    shown,
-)
+from attention_zoo.rules import OneOf, Unsupported, at_least, known_options, named, one_of, shown  # noqa: F401
 from attention_zoo.tokens import Tokens, check_place, check_tokens, is_integers, keep, of_tensor  # noqa: F401
 
 VANISHING = 1e-45
