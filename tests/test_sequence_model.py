@@ -5,7 +5,7 @@ Processes are started once for each number of them; all cases run inside (tests/
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -48,7 +48,6 @@ SEVERAL_DOCUMENTS = {"transformer_xl, zeros": "several documents in a row"}
 
 REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "reformer": ({"attention": TINY["reformer"]}, "hashes are sorted"),
-    "norm over the batch": ({"attention": "longformer", "causal": False, "norm": "batch"}, "norm=layer"),
     "memory_tokens, truncated": ({"attention": TINY["memory_tokens"] | {"truncate": 1}}, "gradients end with a call"),
     "memory_tokens around transformer_xl": (
         {"attention": TINY["memory_tokens"] | {"inner": XL}}, "gradients end with a call",
@@ -61,51 +60,57 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 FAST = [(name, padding, length) for name in MODELS for padding, length in (("none", 13), ("documents", 29))]
+"""The one or the other in the fast tests."""
 SLOW = [(name, padding, length) for name in MODELS for padding in PADDINGS for length in (1, 2, 3, 24, 31)]
+Case = tuple[str, str, int]
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def fast(request: pytest.FixtureRequest) -> dict[tuple[str, str, int], Found]:
-    cases = FAST if request.param == 2 else FAST[1::2]
-    return ran(request.param, cases)
+@pytest.fixture(scope="module")
+def two() -> tuple[dict[Case, Found], dict[str, Found]]:
+    """Two processes: models that run, and those that do not."""
+    cases, refusals = FAST[1::2], [(options, "none", 13, "float64") for options, _ in REFUSED.values()]
+    found, refused = ran(2, cases, refusals)
+    return found, dict(zip(REFUSED, refused, strict=True))
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
-def slow(request: pytest.FixtureRequest) -> dict[tuple[str, str, int], Found]:
-    return ran(request.param, SLOW)
-
-
-def ran(size: int, cases: list[tuple[str, str, int]], dtype: str = "float64") -> dict[tuple[str, str, int], Found]:
-    """By case; what one process refuses is left out."""
+def ran(
+    size: int, cases: list[Case], further: Sequence[tuple[dict[str, Any], str, int, str]] = (), dtype: str = "float64"
+) -> tuple[dict[Case, Found], list[Found]]:
+    """By case, and what came of further ones; what one process refuses is left out."""
     cases = [case for case in cases if not (case[1] == "documents" and case[0] in SEVERAL_DOCUMENTS)]
-    found = together(size, all_compared, [(MODELS[name], padding, length, dtype) for name, padding, length in cases])
-    return {case: Found(*each) for case, each in zip(cases, found, strict=True)}
+    given = [(MODELS[name], padding, length, dtype) for name, padding, length in cases]
+    found = [Found(*each) for each in together(size, all_compared, [*given, *further])]
+    return dict(zip(cases, found)), found[len(cases) :]
 
 
-def check_equal(found: dict[tuple[str, str, int], Found], most: float) -> None:
+def check_equal(found: dict[Case, Found], most: float) -> None:
     wrong = {case: each for case, each in found.items() if each.error is not None and not each.error <= most}
     assert not wrong, wrong
     refused = {name: each.refused for (name, *_), each in found.items() if each.error is None}
     assert set(refused) <= {"reformer"}, refused
 
 
-def test_models_equal_one_process(fast: dict[tuple[str, str, int], Found]) -> None:
-    check_equal(fast, 1e-12)
+def test_models_equal_one_process(two: tuple[dict[Case, Found], dict[str, Found]]) -> None:
+    check_equal(two[0], 1e-12)
+
+
+def test_models_of_three_processes_equal_one() -> None:
+    check_equal(ran(3, FAST[::4])[0], 1e-12)
+
+
+def test_what_has_no_way_is_refused_by_name(two: tuple[dict[Case, Found], dict[str, Found]]) -> None:
+    for name, (error, refused, *_) in two[1].items():
+        assert error is None, name
+        assert REFUSED[name][1] in str(refused), name
+        assert "; use " in str(refused), name
 
 
 @pytest.mark.slow
-def test_models_equal_one_process_at_all_lengths(slow: dict[tuple[str, str, int], Found]) -> None:
-    check_equal(slow, 1e-12)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_models_equal_one_process_at_all_lengths(size: int) -> None:
+    check_equal(ran(size, SLOW)[0], 1e-12)
 
 
 @pytest.mark.slow
 def test_models_equal_one_process_in_float32() -> None:
-    check_equal(ran(3, FAST, "float32"), 1e-5)
-
-
-def test_what_has_no_way_is_refused_by_name() -> None:
-    cases = [(options, "none", 13, "float64") for options, _ in REFUSED.values()]
-    found = together(2, all_compared, cases)
-    for (name, (_, reason)), (error, refused, *_) in zip(REFUSED.items(), found, strict=True):
-        assert error is None and refused is not None, name
-        assert reason in refused and "use " in refused, (name, refused)
+    check_equal(ran(3, FAST, dtype="float32")[0], 1e-5)

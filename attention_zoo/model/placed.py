@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from attention_zoo.contract import Attention, Layer, Output, Source, Tokens, Unsupported, able, add_losses
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.placement import Placement
-from attention_zoo.model.norm import BatchNorm
 from attention_zoo.ops.hand_over.pipeline import Neighbours, in_turn
 from attention_zoo.ops.hand_over.wire import Wire
 
@@ -49,11 +48,7 @@ def stacked(model: Any, x: Tensor, tokens: Tokens | None, *, state: Any, source:
         given = "a state" if source is None else "a source"
         raise Unsupported("this model", f"{OPTION} with {given}", "a sequence is one call of a decoder", "none of it")
     placement.own.plan(("checked", id(model)), lambda: (check(model, placement), model))
-    out = called(model.stack, x, tokens, state=None, source=None, choices=None, parts=2 * placement.size)
-    # those of tokens are shares already; what parameters alone say, every process says
-    shares = {name for each in model.modules() if isinstance(each, Attention) for name in each.token_losses}
-    losses = {name: value if name in shares else value / placement.size for name, value in out.losses.items()}
-    return out._replace(losses=losses)
+    return called(model.stack, x, tokens, state=None, source=None, choices=None, parts=2 * placement.size)
 
 
 def handed_over(layer: Layer, x: Tensor, layout: Layout, *, parts: int = 1) -> Output:
@@ -69,11 +64,10 @@ def handed_over(layer: Layer, x: Tensor, layout: Layout, *, parts: int = 1) -> O
         lambda part, tokens, state, rows: layer(part, tokens, state=state),
         layer.initial_state, x, alone, neighbours(placement, x.device), parts,
     )  # fmt: skip
-    if len(outs) == 1:
-        return Output(outs[0].hidden, None, outs[0].losses)
-    # losses are of parameters alone, hence the same in all
-    losses = {name: value / len(outs) for name, value in add_losses(*(out.losses for out in outs)).items()}
-    return Output(torch.cat([out.hidden for out in outs]), None, losses)
+    # of parameters alone, hence the same in all lots and processes: shares of it
+    total = add_losses(*(out.losses for out in outs))
+    losses = {name: value / (len(outs) * placement.size) for name, value in total.items()}
+    return Output(torch.cat([out.hidden for out in outs]) if len(outs) > 1 else outs[0].hidden, None, losses)
 
 
 def neighbours(placement: Placement, device: torch.device) -> Neighbours:
@@ -138,9 +132,6 @@ def check(model: nn.Module, placement: Placement) -> None:
     Args:
         model: a `Transformer`.
     """
-    for each in model.modules():
-        if isinstance(each, BatchNorm):
-            raise Unsupported("norm=batch", OPTION, "its mean would be of one process's columns", "norm=layer")
     if model.cross:
         raise Unsupported("cross=True", OPTION, "a source's columns are not cut", f"{OPTION}=1")
     if model.head_name in ("classify", "pretraining"):
@@ -149,22 +140,15 @@ def check(model: nn.Module, placement: Placement) -> None:
         )
     if getattr(model.positions, "uncounted", None) is not None:
         raise Unsupported("positions with uncounted tokens", OPTION, "they count the row's tokens", "other positions")
-    for layer in _without_a_way(model.stack):
-        check_handed_over(layer, placement)
+    for layer in beyond_columns(model.stack):
+        if layer.travels is None:
+            check_handed_over(layer, placement)
 
 
-def _without_a_way(layer: Any) -> Iterator[Layer]:
-    """The layers that have no way of their own, the outermost ones."""
-    if layer.travels is None:
-        yield layer
-    elif layer.travels == "":
-        for child in layer.children():
-            yield from _layers(child)
-
-
-def _layers(module: nn.Module) -> Iterator[Layer]:
-    if isinstance(module, Layer):
-        yield from _without_a_way(module)
+def beyond_columns(module: nn.Module) -> Iterator[Layer]:
+    """The layers that need more than the column itself, the outermost ones."""
+    if isinstance(module, Layer) and module.travels != "":
+        yield module
     else:
         for child in module.children():
-            yield from _layers(child)
+            yield from beyond_columns(child)

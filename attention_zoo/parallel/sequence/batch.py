@@ -23,13 +23,11 @@ from torch import Tensor, nn
 from attention_zoo.contract import Attention, Unsupported
 from attention_zoo.layout.host import Array
 from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.needs import needs_everything
 from attention_zoo.layout.placement import Placement, contiguous, zigzag
-from attention_zoo.model.placed import OPTION
+from attention_zoo.model.placed import OPTION, beyond_columns
 from attention_zoo.tasks.task import IGNORED, Batch
 from attention_zoo.tokens import Tokens
-
-RING = "keys and values in a ring"
-"""What a ring sends; see `Layer.travels`."""
 
 
 def sharded(batch: Batch, group: Any, model: nn.Module) -> Batch:
@@ -62,6 +60,11 @@ def sharded(batch: Batch, group: Any, model: nn.Module) -> Batch:
     return batch._replace(tokens=None).each(own)._replace(tokens=placement.own)
 
 
+def _is_causal_ring(layer: Any) -> bool:
+    reach = getattr(layer, "reach", None)
+    return layer.travels is not None and reach is not None and layer.causal and needs_everything(reach)
+
+
 def _padded(tokens: Tokens, missing: int) -> Tokens:
     fields = (nn.functional.pad(field, (0, missing)) for field in tokens)
     return Tokens(*fields)
@@ -80,9 +83,9 @@ def columns_for(model: nn.Module, length: int, size: int) -> tuple[Array, ...]:
     In runs of about the same length, cut at borders of segments if all mechanisms that have segments agree on them and
     each process gets one at least; and zig-zag where all attention is by rings, whose causal work that balances.
     """
-    found = [each for each in model.modules() if isinstance(each, Attention)]
-    if found and all(each.travels == RING and each.causal for each in found):
+    if all(map(_is_causal_ring, beyond_columns(model))):
         return zigzag(length, size)
+    found = [each for each in model.modules() if isinstance(each, Attention)]
     lengths = {each.segment_length for each in found if getattr(each, "segment_length", None) is not None}
     grain = math.lcm(*lengths) if lengths else 1
     if grain == 1 or length < grain * size:
