@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from attention_zoo.parallel.world import World, telling
+from attention_zoo.parallel.sharded import Whole
+from attention_zoo.parallel.world import World
 
 
 class Shared:
@@ -23,19 +24,20 @@ class Shared:
     Args:
         module: its forward gives losses by name, and nothing else with gradients.
         world: of all processes.
-        sharded: whether the parameters in it are shared out already, which then reduce their gradients themselves.
+        whole: of a model whose parameters are shared out already, which then reduce their gradients themselves.
     """
 
-    def __init__(self, module: nn.Module, world: World, *, sharded: bool = False):
-        self.world, self.sharded = world, sharded
+    def __init__(self, module: nn.Module, world: World, *, whole: Whole | None = None):
+        self.world, self.whole = world, whole
         self.known: list[str] = []
         self.call: Callable[..., Any] = module
-        if world.size > 1 and not sharded:
+        if world.size > 1 and whole is None:
             # which parameters a process needs depends on its rows: projections of global tokens, for instance
-            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-            self.call = DistributedDataParallel(
-                module, process_group=world.everybody.group, broadcast_buffers=False, find_unused_parameters=True
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+                self.call = DistributedDataParallel(
+                    module, process_group=world.everybody.group, broadcast_buffers=False, find_unused_parameters=True
+                )
 
     def __call__(self, *given: Any) -> dict[str, Tensor]:
         return self.call(*given)
@@ -48,7 +50,14 @@ class Shared:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the sum of all processes' losses."""
+        if self.whole is not None:
+            loss = self.whole.completed(loss, self.world.everybody)
         (loss * self.world.size if self.world.size > 1 else loss).backward()
+
+    def finish(self) -> None:
+        """After the last part: what torch has not reduced by then."""
+        if self.whole is not None:
+            self.whole.reduce(self.world.everybody)
 
     def summed(self, losses: Mapping[str, float]) -> dict[str, float]:
         """Losses by name, over all processes; one that a process does not have is 0 there."""
@@ -65,9 +74,6 @@ class Shared:
 
     def norm(self, parameters: Sequence[Tensor], limit: float) -> float:
         """The norm of all gradients, which are made no longer than `limit`."""
-        found: Any = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        return float(found.full_tensor() if hasattr(found, "full_tensor") else found)
-
-    def telling(self) -> AbstractContextManager[None]:
-        """Around whatever waits for others."""
-        return nullcontext() if self.world.size == 1 else telling(self.world.timeout_s)
+        if self.whole is not None:
+            return self.whole.norm(parameters, limit)
+        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))

@@ -11,7 +11,10 @@ from torch import nn
 
 from attention_zoo.model.norm import BatchNorm
 from attention_zoo.parallel.dropout import by_rank
+from attention_zoo.parallel.recompute import prepare
+from attention_zoo.parallel.refusals import refuse
 from attention_zoo.parallel.rows import check_divides
+from attention_zoo.parallel.sharded import apart, shard
 from attention_zoo.parallel.world import World
 from attention_zoo.tasks.task import Batch, Task
 from attention_zoo.training.ahead import drawn_ahead
@@ -101,15 +104,21 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task, world: World | No
             f"trainer.accumulate must be 1 with norm=batch, whose statistics are those of a whole batch, "
             f"got {options.trainer.accumulate}"
         )
+    refuse(model, options.parallel, world, options.trainer.precision)
     if world.size > 1:
         by_rank(model, world.rank)
+    prepare(model, recompute=options.parallel.checkpoint, compiled=options.parallel.compile)
+    whole = shard(model, world) if world.size > 1 and options.parallel.data == "fsdp" else None
     carry = bool(options.trainer.carry_state and task.streams and getattr(model, "carries", False))
     if carry:
         check_positions(model, options.seq_len, getattr(task, "span", 1))
     precision = Precision(options.trainer.precision, device)
+    optimizer = build(options.optimizer, "optimizer", model=model)
+    if whole is not None:
+        apart(optimizer)
     trainer = Trainer(
         model,
-        optimizer=build(options.optimizer, "optimizer", model=model),
+        optimizer=optimizer,
         schedule=build(options.schedule, "schedule", steps=options.steps),
         batches=drawn_ahead(task.train_batches(options.batch, options.seq_len, options.seed), options.trainer.ahead),
         accumulate=options.trainer.accumulate,
@@ -119,6 +128,7 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task, world: World | No
         device=device,
         check=partial(check_batch, task),
         world=world,
+        whole=whole,
     )
     sets = _watched_first(task.evaluation_sets(options.batch, options.seq_len), task, options.trainer)
     figure(task, "chance", task.chance(options.seq_len))  # what is none is said before training, not after

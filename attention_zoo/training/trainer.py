@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from attention_zoo.parallel.rows import own_part
+from attention_zoo.parallel.sharded import Whole
 from attention_zoo.parallel.shared import Shared
 from attention_zoo.parallel.world import World
 from attention_zoo.tasks.task import Batch, Batches
@@ -57,7 +58,7 @@ class Trainer:
         carry: whether to carry the model's state over consecutive segments.
         check: is shown the first batch, and raises where it is none.
         world: the processes that train it together; default this one alone.
-        sharded: whether the model's parameters are shared out among them.
+        whole: of a model whose parameters are shared out among them; see `parallel.sharded`.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Trainer:
         device: str,
         check: Callable[[Batch], None] = lambda batch: None,
         world: World | None = None,
-        sharded: bool = False,
+        whole: Whole | None = None,
     ):
         self.model, self.optimizer, self.schedule, self.batches = model, optimizer, schedule, batches
         self.accumulate, self.clip, self.precision, self.device = accumulate, clip, precision, device
@@ -85,7 +86,7 @@ class Trainer:
         self.done = 0
         self.check: Callable[[Batch], None] | None = check
         self.world = World(device=device) if world is None else world
-        self.shared = Shared(Reading(model), self.world, sharded=sharded)
+        self.shared = Shared(Reading(model), self.world, whole=whole)
 
     def step(self) -> Step:
         """Read one batch and move the weights once.
@@ -117,6 +118,7 @@ class Trainer:
                     total[name] = total.get(name, 0.0) + float(value.detach())
                 main = found.pop(MAIN)
                 self.shared.backward(scaler.scale(main + sum(found.values())))
+        self.shared.finish()
         auxiliary = self.shared.summed(total)
         loss = auxiliary.pop(MAIN)
         if not math.isfinite(loss + sum(auxiliary.values())):
