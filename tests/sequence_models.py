@@ -71,6 +71,8 @@ def compared(options: dict[str, Any], padding: str, length: int, dtype: str = "f
     torch.manual_seed(0)
     model = Transformer(**SHARED | options).to(getattr(torch, dtype))
     batch = batch_of(padding, length)
+    if "classes" in options:
+        batch = batch._replace(targets=torch.zeros(ROWS, dtype=torch.int64))
     scored = counts(batch)
 
     def ran(part: Batch) -> float:

@@ -12,7 +12,7 @@ import pytest
 
 from attention_zoo import registry
 from tests.processes import together
-from tests.sequence_models import PADDINGS, Found, all_compared
+from tests.sequence_models import PADDINGS, Found
 
 TINY = {name: {"name": name, **registry.recipe(name)[0].tiny} for name in (*registry.available(), *registry.wrappers())}
 XL = {"name": "transformer_xl", "segment_length": 4, "memory_length": 5}
@@ -55,7 +55,7 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "two-sided memory_tokens": ({"attention": TINY["memory_tokens"], "causal": False}, "two-sided"),
     "two-sided hourglass": ({"attention": "full", "depth": 3, "shorten": "1@1 1@2 1@1", "causal": False}, "two-sided"),
     "pooled": (
-        {"attention": "longformer", "causal": False, "head": "classify", "classes": 2}, "pools all columns",
+        {"attention": "longformer", "causal": False, "head": "classify", "classes": 2}, "all columns of the row",
     ),
 }  # fmt: skip
 
@@ -79,7 +79,7 @@ def ran(
     """By case, and what came of further ones; what one process refuses is left out."""
     cases = [case for case in cases if not (case[1] == "documents" and case[0] in SEVERAL_DOCUMENTS)]
     given = [(MODELS[name], padding, length, dtype) for name, padding, length in cases]
-    found = [Found(*each) for each in together(size, all_compared, [*given, *further])]
+    found = [Found(*each) for each in together(size, "tests.sequence_models:all_compared", [*given, *further])]
     return dict(zip(cases, found)), found[len(cases) :]
 
 

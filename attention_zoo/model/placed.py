@@ -80,13 +80,22 @@ def neighbours(placement: Placement, device: torch.device) -> Neighbours:
     return Neighbours(wire(rank - 1), wire(rank + 1), lambda way, count: placement.traffic.add(KIND, way, count))
 
 
-def check_handed_over(layer: Layer, placement: Placement) -> None:
+def _name(layer: Layer) -> str:
+    return str(getattr(layer, "name", type(layer).__name__))
+
+
+def refuse_handed_over(layer: Layer) -> None:
     """Raise Unsupported unless the layer may be run by handing its state on."""
     why = why_not(layer)
-    name = str(getattr(layer, "name", type(layer).__name__))
     if why is not None:
         instead = able(causality="strict", carry="prefix", truncated=False)
-        raise Unsupported(name, OPTION, why, f"{OPTION}=1, or {instead}")
+        raise Unsupported(_name(layer), OPTION, why, f"{OPTION}=1, or {instead}")
+
+
+def check_handed_over(layer: Layer, placement: Placement) -> None:
+    """The same, and unless these columns and tokens go with that."""
+    refuse_handed_over(layer)
+    name = _name(layer)
     if not np.array_equal(np.concatenate(placement.columns), np.arange(placement.whole.valid.shape[1])):
         raise Unsupported(
             name, f"{OPTION} with columns in several runs", "its state goes from each process to the next",
@@ -127,11 +136,21 @@ def why_not(layer: Layer) -> str | None:
 
 
 def check(model: nn.Module, placement: Placement) -> None:
+    """Raise Unsupported unless every part of a model has a way to run on these columns of a sequence."""
+    refuse(model)
+    for layer in beyond_columns(model.stack):
+        if layer.travels is None:
+            check_handed_over(layer, placement)
+
+
+def refuse(model: Any) -> None:
     """Raise Unsupported unless every part of a model has a way to run on some columns of a sequence.
 
     Args:
         model: a `Transformer`.
     """
+    if not hasattr(model, "stack"):
+        raise Unsupported(type(model).__name__, OPTION, "it is not known how its columns hang together", f"{OPTION}=1")
     if model.cross:
         raise Unsupported("cross=True", OPTION, "a source's columns are not cut", f"{OPTION}=1")
     if model.head_name in ("classify", "pretraining"):
@@ -142,7 +161,7 @@ def check(model: nn.Module, placement: Placement) -> None:
         raise Unsupported("positions with uncounted tokens", OPTION, "they count the row's tokens", "other positions")
     for layer in beyond_columns(model.stack):
         if layer.travels is None:
-            check_handed_over(layer, placement)
+            refuse_handed_over(layer)
 
 
 def beyond_columns(module: nn.Module) -> Iterator[Layer]:

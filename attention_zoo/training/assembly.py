@@ -14,6 +14,7 @@ from attention_zoo.parallel.dropout import by_rank
 from attention_zoo.parallel.recompute import prepare
 from attention_zoo.parallel.refusals import refuse
 from attention_zoo.parallel.rows import check_divides
+from attention_zoo.parallel.sequence.cut import Asked, refuse_options
 from attention_zoo.parallel.sharded import apart, shard
 from attention_zoo.parallel.world import World
 from attention_zoo.tasks.task import Batch, Task
@@ -62,7 +63,7 @@ class Assembly:
         return evaluate(
             self.model, self.task, self.sets[name],
             precision=self.precision, device=self.device, carry=self.carry, stop=stop,
-            decode=self.decode,
+            decode=self.decode, cut=self.trainer.cut,
         )  # fmt: skip
 
     def finished(self) -> nn.Module:
@@ -110,6 +111,8 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task, world: World | No
     prepare(model, recompute=options.parallel.checkpoint, compiled=options.parallel.compile)
     whole = shard(model, world) if world.size > 1 and options.parallel.data == "fsdp" else None
     carry = bool(options.trainer.carry_state and task.streams and getattr(model, "carries", False))
+    if world.sequence.size > 1:
+        refuse_options(model, Asked(options.parallel.checkpoint, options.parallel.compile, carry))
     if carry:
         check_positions(model, options.seq_len, getattr(task, "span", 1))
     precision = Precision(options.trainer.precision, device)

@@ -38,6 +38,7 @@ class History:
         train_seconds: time in steps alone.
         seconds: time in all, evaluations included.
         tokens: read in training.
+        sent_bytes: in training, between the processes that share the tokens of a row.
         peak_bytes: of device memory so far; None on a CPU.
         settled: the last step after which all was done that it calls for.
         stopped: why the run ended; None while it has not.
@@ -51,6 +52,7 @@ class History:
     train_seconds: NonNegative = 0.0
     seconds: NonNegative = 0.0
     tokens: Annotated[int, Field(ge=0)] = 0
+    sent_bytes: Annotated[int, Field(ge=0)] = 0
     recent: list[Finite] = field(default_factory=list)
     peak_bytes: Annotated[int, Field(ge=0)] | None = None
     settled: Natural = 0
@@ -158,6 +160,7 @@ def _note(
 ) -> None:
     """Take note of a step."""
     history.tokens += step.tokens
+    history.sent_bytes += step.sent
     history.recent.append(step.loss)
     rate = history.tokens / history.train_seconds
     progress.update(done, step.loss, rate)

@@ -126,6 +126,7 @@ def trained(
         "step_seconds": history.train_seconds / steps,
         "tokens_per_second": history.tokens / history.train_seconds,
         "peak_bytes": history.peak_bytes,
+        "sent_bytes_per_token": history.sent_bytes / history.tokens,
         "curve": history.curve,
         "quality_curve": history.quality,
         "readings": history.readings,

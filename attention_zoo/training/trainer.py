@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from attention_zoo.parallel.rows import own_part
+from attention_zoo.parallel.sequence.cut import Cut
 from attention_zoo.parallel.sharded import Whole
 from attention_zoo.parallel.shared import Shared
 from attention_zoo.parallel.world import World
@@ -28,6 +29,9 @@ from attention_zoo.training.reading import Reading
 from attention_zoo.training.schedule import Schedule
 from attention_zoo.training.streams import Stream
 
+SENT = "sent"
+"""Bytes, summed as losses are."""
+
 
 class NotFinite(ArithmeticError):
     """A loss or gradient became NaN or infinite; the weights are still those of the step before."""
@@ -35,13 +39,14 @@ class NotFinite(ArithmeticError):
 
 class Step(NamedTuple):
     """What one step was like: mean loss in nats of the scored tokens, further losses by name, gradient norm before
-    clipping, learning rate, tokens read."""
+    clipping, learning rate, tokens read; bytes that processes sent each other since they share the tokens of a row."""
 
     loss: float
     auxiliary: dict[str, float]
     gradient_norm: float
     lr: float
     tokens: int
+    sent: int = 0
 
 
 class Trainer:
@@ -87,6 +92,7 @@ class Trainer:
         self.check: Callable[[Batch], None] | None = check
         self.world = World(device=device) if world is None else world
         self.shared = Shared(Reading(model), self.world, whole=whole)
+        self.cut = Cut(model, self.world.sequence)
 
     def step(self) -> Step:
         """Read one batch and move the weights once.
@@ -110,17 +116,17 @@ class Trainer:
         scaler = self.precision.scaler
         self.optimizer.zero_grad(set_to_none=True)
         for index, stream in enumerate(self.streams):
-            part = batch.rows(slice(index * rows, (index + 1) * rows))
+            part = self.cut(batch.rows(slice(index * rows, (index + 1) * rows)))
             with self.shared.reducing(last=index == self.accumulate - 1):
                 with self.precision.autocast():
-                    found = self.shared(stream, part, scored, self.accumulate * self.world.size)
+                    found = self.shared(stream, part, scored, self.accumulate * self.world.data.size)
                 for name, value in found.items():
                     total[name] = total.get(name, 0.0) + float(value.detach())
                 main = found.pop(MAIN)
                 self.shared.backward(scaler.scale(main + sum(found.values())))
         self.shared.finish()
-        auxiliary = self.shared.summed(total)
-        loss = auxiliary.pop(MAIN)
+        auxiliary = self.shared.summed(total | {SENT: float(self.cut.sent())})
+        loss, sent = auxiliary.pop(MAIN), int(auxiliary.pop(SENT))
         if not math.isfinite(loss + sum(auxiliary.values())):
             raise NotFinite(self._advice(f"the loss became {loss + sum(auxiliary.values())}"))
         scaler.unscale_(self.optimizer)
@@ -133,7 +139,7 @@ class Trainer:
         for after in self.after_step:
             after()
         self.done += 1
-        return Step(loss, auxiliary, norm, self.base_lr[0] * factor, read)
+        return Step(loss, auxiliary, norm, self.base_lr[0] * factor, read, sent)
 
     def _advice(self, what: str) -> str:
         tries = [] if self.precision.dtype == torch.float32 else ["trainer.precision=float32"]
