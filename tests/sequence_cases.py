@@ -143,7 +143,7 @@ def differs(case: Case, group: Any = None) -> list[str]:
         target = placed.take(whole) if name in ("hidden", "x") else whole
         # the gradient of a bias of keys is exactly zero: what is left of it is rounding, of its weight's size
         beside = by_name.get(name.replace("bias", "weight"), whole)
-        scale = max(float(whole.abs().max()), float(beside.abs().max()))
+        scale = max(float(whole.abs().max()), float(beside.abs().max())) or 1.0
         error = float((mine - target).abs().max()) / scale if mine.numel() else 0.0
         if not error <= TOLERANCE[case.dtype]:
             found.append(f"{case}: {name} differs by {error:.1e} on process {placed.rank} of {size}")
