@@ -225,3 +225,13 @@ RING = [
     Case("full", 300, {}, packed_only, zigzag, dtype=torch.float32),
     Case("full", 37, {"kernel": "tiles"}, padded),
 ]
+GROUPS = [
+    Case("memory_compressed", 29, {"compression": 3}),
+    Case("memory_compressed", 29, {"compression": 3}, padded),
+    Case("memory_compressed", 31, {"compression": 5, "causal": False, "kv_heads": 1}, packed_only, uneven),
+    Case("memory_compressed", 31, {"compression": 7}, packed_only, scattered),
+    Case("memory_compressed", 41, {"compression": 4, "causal": False}, padded, zigzag),
+    Case("memory_compressed", 3, {"compression": 2}),
+    Case("memory_compressed", 1, {"compression": 2}),
+    Case("memory_compressed", 41, {"compression": 4}, padded, dtype=torch.float32),
+]
