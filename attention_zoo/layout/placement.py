@@ -107,8 +107,7 @@ class Placement:
     @staticmethod
     def chosen(whole: Layout, columns: Int[np.ndarray, " n"]) -> Layout:
         """Some columns of the whole sequence, without a placement."""
-        host = whole.host
-        return Layout.known(type(host)(*(field[:, columns] for field in host)), whole.valid.device)
+        return Layout.known(whole.host.take_all(columns), whole.valid.device)
 
     def take(self, x: Tensor, axis: int = 1) -> Tensor:
         """This process's columns of a tensor of the whole sequence, whose columns are along `axis`."""
