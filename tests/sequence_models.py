@@ -30,7 +30,7 @@ class Found(NamedTuple):
     Fields:
         error: the largest difference of loss and gradients, relative to the largest gradient of the model.
         refused: why there is none.
-        sent: bytes that process 0 sent, by what they were.
+        sent: bytes that all processes sent, forward and backward, by what they were.
         tokens: columns of the whole sequence, of all rows.
     """
 
@@ -96,6 +96,9 @@ def compared(options: dict[str, Any], padding: str, length: int, dtype: str = "f
         one, other = (torch.zeros(()) if x is None else x for x in (wanted[name], parameter.grad))
         errors.append(float((one - other).abs().max()) / largest)
     sent = {" ".join(key): count for key, count in part.tokens.placement.traffic.sent.items()}  # type: ignore[union-attr]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, sent)
+    sent = {key: sum(each.get(key, 0) for each in every) for key in sorted({key for each in every for key in each})}
     return Found(max(errors), None, sent, ROWS * length)
 
 

@@ -24,7 +24,7 @@ from attention_zoo.contract import Attention, Unsupported
 from attention_zoo.layout.host import Array
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.needs import needs_everything
-from attention_zoo.layout.placement import Placement, contiguous, zigzag
+from attention_zoo.layout.placement import Placement, zigzag
 from attention_zoo.model.placed import OPTION, beyond_columns
 from attention_zoo.tasks.task import IGNORED, Batch
 from attention_zoo.tokens import Tokens
@@ -60,11 +60,6 @@ def sharded(batch: Batch, group: Any, model: nn.Module) -> Batch:
     return batch._replace(tokens=None).each(own)._replace(tokens=placement.own)
 
 
-def _is_causal_ring(layer: Any) -> bool:
-    reach = getattr(layer, "reach", None)
-    return layer.travels is not None and reach is not None and layer.causal and needs_everything(reach)
-
-
 def _padded(tokens: Tokens, missing: int) -> Tokens:
     fields = (nn.functional.pad(field, (0, missing)) for field in tokens)
     return Tokens(*fields)
@@ -78,17 +73,32 @@ def _wider(x: Tensor, shape: torch.Size, missing: int) -> Tensor:
 
 
 def columns_for(model: nn.Module, length: int, size: int) -> tuple[Array, ...]:
-    """Which columns each of `size` processes has.
-
-    In runs of about the same length, cut at borders of segments if all mechanisms that have segments agree on them and
-    each process gets one at least; and zig-zag where all attention is by rings, whose causal work that balances.
-    """
-    if all(map(_is_causal_ring, beyond_columns(model))):
+    """Which columns each of `size` processes has: in runs (`borders_for`), or zig-zag where all attention is by rings,
+    whose causal work that balances."""
+    if is_of_rings(model):
         return zigzag(length, size)
+    return tuple(np.arange(a, b) for a, b in pairwise(borders_for(model, length, size)))
+
+
+def is_of_rings(model: nn.Module) -> bool:
+    """Whether all that needs more than its own column is a causal ring."""
+    return all(map(_is_causal_ring, beyond_columns(model)))
+
+
+def borders_for(model: nn.Module, length: int, size: int) -> list[int]:
+    """Where runs of columns begin, and the last one ends.
+
+    They are about as long as each other, and cut at borders of segments if all mechanisms that have segments agree on
+    them and each process gets one at least.
+    """
     found = [each for each in model.modules() if isinstance(each, Attention)]
     lengths = {each.segment_length for each in found if getattr(each, "segment_length", None) is not None}
     grain = math.lcm(*lengths) if lengths else 1
     if grain == 1 or length < grain * size:
-        return contiguous(length, size)
-    borders = [*(round(length * rank / size / grain) * grain for rank in range(size)), length]
-    return tuple(np.arange(a, b) for a, b in pairwise(borders))
+        return [length * rank // size for rank in range(size + 1)]
+    return [*(round(length * rank / size / grain) * grain for rank in range(size)), length]
+
+
+def _is_causal_ring(layer: Any) -> bool:
+    reach = getattr(layer, "reach", None)
+    return layer.travels is not None and reach is not None and layer.causal and needs_everything(reach)
