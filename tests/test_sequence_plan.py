@@ -1,4 +1,4 @@
-"""What is said on paper of several processes: formulas against what processes send, and the page that is made of them."""
+"""What is said on paper of several processes: formulas against what they send, and the page that is made of them."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ For causal models on rows without padding, N processes, L columns, D head width,
     BigBird's blocks  window, first block, and of P blocks before m own ones, that each link to r of all before them,
                       about P · (1 - (P / (P + m))^r), for each key head
     a ring            ¾ · (N - 1) · L · 2KD                zig-zag; backward that again, and gradients in float32
-    groups of c       Σ_r ⌈start_r / c⌉ · 2KD
+    groups of c       Σ_r (⌈start_r / c⌉ + groups that a cut before start_r divides) · 2KD
     hidden states     Σ_r (start_r - oldest_r) · E         backward as many where a cut lies within a segment, else none
     taps              Σ_r min(width - 1, start_r) · E
     a handed state    Σ_r bytes(start_r)                   counted of states at two lengths, a line through them
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -39,7 +38,7 @@ from attention_zoo.ops.hand_over.tree import flattened
 from attention_zoo.ops.hand_over.wire import GRAIN
 from attention_zoo.parallel.sequence.batch import borders_for, is_of_rings
 
-LONGEST_COUNTED = 1 << 13
+LONGEST_COUNTED = 1 << 12
 """Columns of the longest state that is counted."""
 
 
@@ -85,8 +84,15 @@ class Sent(NamedTuple):
         return self.forward + self.backward
 
 
-def sent(model: Any, shape: Shape) -> list[Sent]:
+Known = dict[tuple[Layer, int, int], "State"]
+"""States that were counted, by layer, rows and columns."""
+
+
+def sent(model: Any, shape: Shape, known: Known | None = None) -> list[Sent]:
     """For each layer of a causal model that needs more than its own columns, in order.
+
+    Args:
+        known: states of these layers, in this dtype, that were counted before; further ones are added.
 
     Raises:
         Unsupported: where a layer has no way, as running it does; or where there is no formula.
@@ -94,10 +100,11 @@ def sent(model: Any, shape: Shape) -> list[Sent]:
     refuse(model)
     borders = borders_for(model, shape.length, shape.processes)
     zigzag = is_of_rings(model)
-    return [_of_layer(layer, borders, zigzag, shape, model) for layer in beyond_columns(model.stack)]
+    known = {} if known is None else known
+    return [_of_layer(layer, borders, zigzag, shape, model, known) for layer in beyond_columns(model.stack)]
 
 
-def _of_layer(layer: Any, borders: list[int], zigzag: bool, shape: Shape, model: Any) -> Sent:
+def _of_layer(layer: Any, borders: list[int], zigzag: bool, shape: Shape, model: Any, known: Known) -> Sent:
     starts, vector = borders[1:-1], shape.rows * shape.width
     if isinstance(layer, Convolution):
         return _halo("taps", [min(layer.width - 1, at) for at in starts], layer.dim * vector)
@@ -107,12 +114,12 @@ def _of_layer(layer: Any, borders: list[int], zigzag: bool, shape: Shape, model:
         within = any(at % layer.segment_length for at in starts)
         return found if within else found._replace(backward=0.0)
     if layer.travels is None:
-        return _handed(layer, starts, shape, at_once=layer is not model.stack)
+        return _handed(layer, starts, shape, known, at_once=layer is not model.stack)
     if not getattr(layer, "causal", False):
         raise Unsupported(str(layer.name), "causal=False on paper", "formulas are of causal models", "causal=True")
     keys = 2 * layer.head_width * vector
     if isinstance(layer, MemoryCompressed):
-        return _halo("groups", [-(-at // layer.compression) for at in starts], layer.kv_heads * keys)
+        return _halo("groups", _parts_of_groups(starts, layer.compression), layer.kv_heads * keys)
     if isinstance(layer, BigBird) and layer.plan == "uniform" and not layer.extra_global_tokens:
         return _halo("need", _linked(layer, borders), layer.kv_heads * keys)
     if isinstance(layer, PatternAttention) and needs_everything(layer.reach):
@@ -140,6 +147,11 @@ def _banded(layer: PatternAttention, band: Band, starts: list[int]) -> list[int]
 def _seen_before(start: int, back: int, first: int) -> int:
     near = min(back, start)
     return near + min(first, start - near)
+
+
+def _parts_of_groups(starts: list[int], size: int) -> list[int]:
+    """That come to each process: a group is in parts where it is cut."""
+    return [-(-at // size) + sum(bool(cut % size) for cut in starts[:r]) for r, at in enumerate(starts)]
 
 
 def _linked(layer: BigBird, borders: list[int]) -> list[float]:
@@ -172,11 +184,11 @@ class State(NamedTuple):
     backward: int
 
 
-def _handed(layer: Layer, starts: list[int], shape: Shape, *, at_once: bool) -> Sent:
+def _handed(layer: Layer, starts: list[int], shape: Shape, known: Known, *, at_once: bool) -> Sent:
     """Each process's state to the next."""
     lots = 1 if at_once else min(shape.rows, 2 * shape.processes)
     rows = -(-shape.rows // lots)
-    line = _line(layer, rows, shape.dtype, max(starts, default=0))
+    line = _line(layer, rows, shape.dtype, max(starts, default=0), known)
     states = [line(at) for at in starts]
     count = shape.rows / rows
     return Sent(
@@ -185,12 +197,14 @@ def _handed(layer: Layer, starts: list[int], shape: Shape, *, at_once: bool) -> 
     )  # fmt: skip
 
 
-def _line(layer: Layer, rows: int, dtype: torch.dtype, farthest: int) -> Callable[[int], State]:
+def _line(layer: Layer, rows: int, dtype: torch.dtype, farthest: int, known: Known) -> Callable[[int], State]:
     """State bytes by the number of columns before: counted where that is short, else on the line through two counts."""
 
-    @cache
     def counted(columns: int) -> State:
-        return state_bytes(layer, rows, columns, dtype)
+        key = layer, rows, columns
+        if key not in known:
+            known[key] = state_bytes(layer, rows, columns, dtype)
+        return known[key]
 
     if farthest <= LONGEST_COUNTED:
         return counted
