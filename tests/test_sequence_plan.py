@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from attention_zoo.advice.plan import PlanConfig, page
+from attention_zoo.contract import Unsupported
+from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.needs import needs
 from attention_zoo.model.transformer import Transformer
-from attention_zoo.parallel.sequence.paper import Sent, Shape, sent
+from attention_zoo.parallel.sequence.batch import columns_for
+from attention_zoo.parallel.sequence.paper import LONGEST_COUNTED, Sent, Shape, _line, sent, state_bytes
 from tests.processes import together
 from tests.sequence_models import ROWS, SHARED, Found
 from tests.test_sequence_model import MODELS, TINY
@@ -56,3 +63,59 @@ def test_formulas_say_what_is_sent(size: int) -> None:
             if said != counted(found, way):
                 wrong[name, length, way] = said, found.sent
     assert not wrong, wrong
+
+
+def test_links_of_bigbird_are_as_many_as_expected() -> None:
+    """Random links by expectation: within a tenth of what the real links need."""
+    model = Transformer(**SHARED | {"attention": {"name": "bigbird", "block": 4, "random": 2}, "depth": 1, "heads": 4})
+    (layer,) = model.stack.attentions
+    length, size = 4096, 4
+    columns = columns_for(model, length, size)
+    whole = layer._marked(Layout.plain(1, length))
+    wanted = needs(whole, columns, layer.reach, causal=True, key_heads=4, heads=4)
+    foreign = sum(int(each.sum()) - int(each[:, own].sum()) for each, own in zip(wanted, columns))
+    (said,) = sent(model, Shape(1, length, size))
+    assert said.forward == pytest.approx(foreign * 2 * layer.head_width * 4, rel=0.1)
+
+
+def test_a_long_state_lies_on_a_line() -> None:
+    """What is not counted any more is extrapolated: a state that grows, and one that does not."""
+    for options in ({"attention": TINY["h_transformer_1d"]}, {"attention": TINY["block_recurrent"]}):
+        (layer,) = Transformer(**SHARED | {"depth": 1} | options).stack.attentions
+        line = _line(layer, 1, torch.float32, LONGEST_COUNTED + 1, {})
+        for way, told in zip(state_bytes(layer, 1, 2 * LONGEST_COUNTED, torch.float32), line(2 * LONGEST_COUNTED)):
+            assert told == pytest.approx(way, rel=0.01)
+
+
+def test_a_ring_and_a_refusal_have_their_words() -> None:
+    (ring, _) = on_paper({"attention": "full"}, 64, 4)
+    assert ring.way == "ring"
+    assert ring.bytes == 64 * 3 * 0.75 * 3 * 2 * 8 * 8 * ROWS
+    with pytest.raises(Unsupported, match="hashes are sorted"):
+        on_paper({"attention": "reformer"}, 64, 4)
+    with pytest.raises(Unsupported, match="formulas are of causal models"):
+        on_paper({"attention": "longformer", "causal": False}, 64, 4)
+
+
+ROOT = Path(__file__).parents[1]
+PAGE, CONF = ROOT / "experiments" / "results" / "plan.md", ROOT / "conf" / "plan.yaml"
+QUICK = ("longformer", "transformer_xl", "reformer")
+
+
+def tables(text: str) -> dict[str, str]:
+    """By mechanism; "" what stands before all."""
+    head, *parts = text.strip().split("\n## ")
+    return {"": head.strip()} | {part.split("\n", 1)[0]: part.split("\n", 1)[1].strip() for part in parts}
+
+
+@pytest.mark.parametrize(
+    "names", [pytest.param(QUICK, id="some"), pytest.param(None, id="all", marks=pytest.mark.slow)]
+)
+def test_the_page_is_of_today(names: tuple[str, ...] | None) -> None:
+    """`python -m experiments.plan output=experiments/results/plan.md` writes it again."""
+    said = {key: value for key, value in OmegaConf.load(CONF).items() if key not in ("defaults", "hydra", "backends")}
+    config = PlanConfig(**said, backends=names)
+    made, kept = tables("\n".join(page(config))), tables(PAGE.read_text())
+    assert made == {name: kept[name] for name in made}
+    if names is None:
+        assert made.keys() == kept.keys()

@@ -8,7 +8,7 @@ shown with the page. Nothing here was run on so many devices.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -163,8 +163,10 @@ def slower_by(rows: Iterable[Row]) -> dict[str, tuple[float, Row]]:
     return {name: (-rank[2], row) for name, (rank, row) in found.items()}
 
 
-def mechanisms(model: Model, dtype: torch.dtype, rows: Iterable[Row]) -> list[Mechanism]:
-    """All that are registered."""
+def mechanisms(
+    model: Model, dtype: torch.dtype, rows: Iterable[Row], names: Sequence[str] | None = None
+) -> list[Mechanism]:
+    """Those of these names, by default all that are registered."""
     known = slower_by(rows)
-    names = (*available(), *wrappers())
+    names = (*available(), *wrappers()) if names is None else names
     return [Mechanism(name, model, dtype, known[name][0] if name in known else None) for name in names]

@@ -154,6 +154,13 @@ def _advise(composed: DictConfig) -> Outcome:
     return Outcome()
 
 
+def _plan(composed: DictConfig) -> Outcome:
+    from attention_zoo.advice.plan import plan
+
+    plan(settings(composed))
+    return Outcome()
+
+
 def _status(composed: DictConfig) -> Outcome:
     from attention_zoo.jobs.status import status
 
@@ -261,6 +268,12 @@ def _register_advise() -> None:
     register()
 
 
+def _register_plan() -> None:
+    from attention_zoo.advice.plan import register
+
+    register()
+
+
 def _register_status() -> None:
     from attention_zoo.jobs.status import register
 
@@ -303,6 +316,7 @@ COMMANDS = {
         _advise,
         words={"task": "problem"},
     ),
+    "plan": Command("say on paper what long sequences take on several devices", _register_plan, _plan),
     "status": Command("show how far sweeps are, and how to go on", _register_status, _status),
     "inspect": Command("show what trained runs attend to on a text", _register_inspect, _inspect),
     "context": Command("measure how much context trained language models use", _register_context, _context),
