@@ -234,4 +234,12 @@ GROUPS = [
     Case("memory_compressed", 3, {"compression": 2}),
     Case("memory_compressed", 1, {"compression": 2}),
     Case("memory_compressed", 41, {"compression": 4}, padded, dtype=torch.float32),
+    Case("h_transformer_1d", 61, {"block": 2}),
+    Case("h_transformer_1d", 61, {"block": 4}, padded),
+    Case("h_transformer_1d", 61, {"block": 2, "causal": False, "kv_heads": 1}, packed_only, uneven),
+    Case("h_transformer_1d", 45, {"block": 2}, packed_only, scattered),
+    Case("h_transformer_1d", 61, {"block": 2, "causal": False}, padded, zigzag),
+    Case("h_transformer_1d", 3, {"block": 2}),
+    Case("h_transformer_1d", 1, {"block": 2}),
+    Case("h_transformer_1d", 61, {"block": 2}, padded, dtype=torch.float32),
 ]

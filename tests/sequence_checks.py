@@ -12,9 +12,11 @@ import torch.distributed as dist
 import attention_zoo as zoo
 from attention_zoo import Tokens
 from attention_zoo.attention import placed as placed_
+from attention_zoo.attention import placed_rows
 from attention_zoo.layout.needs import needs
 from attention_zoo.layout.placement import Placement, contiguous, zigzag
 from attention_zoo.layout.reach import Band
+from attention_zoo.measure.exchanges import timeline
 from attention_zoo.rules import Unsupported
 
 B, HEADS, WIDTH, BYTES = 2, 2, 16, 8
@@ -130,6 +132,24 @@ def global_tokens_cost_their_number() -> list[str]:
     return found if seen[0] == seen[1] else [*found, f"bytes grow with length: {seen}"]
 
 
+def groups_cost_their_number() -> list[str]:
+    """Of compressed keys 1 / compression of what a process has goes to those who see it; means of levels are few."""
+    size, rank, found = dist.get_world_size(), dist.get_rank(), []
+    length, c = 24 * size, 4
+    traffic = run(layer_of("memory_compressed", compression=c), Tokens.all_valid(B, length))[0].traffic
+    wanted = 2 * WIDTH * BYTES * B * (24 // c) * (size - 1 - rank)
+    if traffic.bytes("forward") != wanted:
+        found.append(f"compressed keys: {traffic.sent}, not {wanted}")
+    sent = []
+    for length in (64 * size, 256 * size):
+        placement = run(layer_of("h_transformer_1d", block=2), Tokens.all_valid(B, length))[0]
+        sent.append(placement.traffic.bytes("forward"))
+    # two levels more, of at most three blocks each for all others
+    if sent[1] - sent[0] > 2 * 3 * 2 * 2 * WIDTH * BYTES * B * (size - 1):
+        found.append(f"means: {sent} bytes for four times as many tokens")
+    return found
+
+
 def heads_fetch_their_own() -> list[str]:
     """Heads that see less cost less: spans, and random blocks of each head."""
     size = dist.get_world_size()
@@ -190,7 +210,13 @@ def the_future_is_not_seen() -> list[str]:
     x = torch.randn(B, length, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     changed = x.clone()
     changed[:, 11 * (size - 1) :] += 100
-    for name, options in (("longformer", {"window": 30}), ("full", {}), ("bigbird", {"block": 4, "random": 1})):
+    for name, options in (
+        ("longformer", {"window": 30}),
+        ("full", {}),
+        ("bigbird", {"block": 4, "random": 1}),
+        ("memory_compressed", {}),
+        ("h_transformer_1d", {"block": 2}),
+    ):
         layer = layer_of(name, **options)
         before, after = (run(layer, tokens, x=each)[1] for each in (x, changed))
         if rank < size - 1 and not torch.equal(before, after):
@@ -203,7 +229,13 @@ def the_future_is_not_seen() -> list[str]:
 def twice_the_same() -> list[str]:
     """Two runs give the same bits, gradients included."""
     found, tokens = [], Tokens.of(torch.arange(50).expand(B, -1) >= 3)
-    for name, options in (("longformer", {"window": 9}), ("full", {}), ("bigbird", {"block": 4, "random": 1})):
+    for name, options in (
+        ("longformer", {"window": 9}),
+        ("full", {}),
+        ("bigbird", {"block": 4, "random": 1}),
+        ("memory_compressed", {}),
+        ("h_transformer_1d", {"block": 2}),
+    ):
         layer = layer_of(name, **options)
         one, two = (run(layer, tokens) for _ in range(2))
         if not (torch.equal(one[1], two[1]) and torch.equal(one[2], two[2])):
@@ -250,11 +282,28 @@ def what_cannot_be_is_refused() -> list[str]:
     return []
 
 
+def keys_travel_while_rows_are_computed() -> list[str]:
+    """Between sending and waiting there are projections and most of the attention, forward and backward."""
+    size, rank, found = dist.get_world_size(), dist.get_rank(), []
+    placement = Placement.of(Tokens.all_valid(B, 64 * size))
+    x = torch.randn(B, 64, WIDTH, dtype=torch.float64)
+    said = {each.name: each for each in timeline(layer_of("longformer", window=4), x, placement)}
+    for name in ("keys forward", "keys backward"):
+        if name not in said or not said[name].computed > 0:
+            found.append(f"{name}: nothing is computed meanwhile on {rank} of {size}: {said}")
+    cuts = placed_rows.cuts_of(placement.whole, placement.columns[rank], np.arange(64 * size), Band(4), True)
+    if cuts is None or cuts.alone.rows != slice(4 if rank else 0, 64):
+        found.append(f"rows that need nothing: {cuts}")
+    return found
+
+
 CHECKS = [
+    keys_travel_while_rows_are_computed,
     bytes_of_a_window,
     wide_windows_reach_several,
     nothing_travels_between_documents,
     global_tokens_cost_their_number,
+    groups_cost_their_number,
     heads_fetch_their_own,
     a_ring_is_balanced,
     a_ring_holds_two_blocks,

@@ -11,6 +11,7 @@ from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Source
 from attention_zoo.ops.pattern import globals as globals_
 from attention_zoo.ops.pattern import local
+from attention_zoo.rules import LARGEST_SCALE
 from attention_zoo.testing.case import gradients
 
 TINY = {

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch.multiprocessing
-from sequence_cases import BAND, BLOCKS, GLOBAL, RING, Case, work
+from sequence_cases import BAND, BLOCKS, GLOBAL, GROUPS, RING, Case, work
 from sequence_checks import CHECKS
+
+CASES = [*BAND, *GLOBAL, *BLOCKS, *RING, *GROUPS]
 
 
 def ran(size: int, path: Path, cases: list[Case]) -> str:
@@ -18,15 +20,12 @@ def ran(size: int, path: Path, cases: list[Case]) -> str:
     return "\n".join((path / f"{rank}.txt").read_text() for rank in range(size)).strip()
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    assert ran(2, tmp_path, BAND[::2] + GLOBAL[::2] + BLOCKS[::2] + RING[::2]) == ""
+@pytest.mark.parametrize("size", [2, 3])
+def test_some_processes_are_one(size: int, tmp_path: Path) -> None:
+    assert ran(size, tmp_path, CASES[size::4]) == ""
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.slow
-def test_many_processes_are_one(size: int, tmp_path: Path) -> None:
-    assert ran(size, tmp_path, BAND + GLOBAL + BLOCKS + RING) == ""
-
-
-def test_three_processes_are_one(tmp_path: Path) -> None:
-    assert ran(3, tmp_path, BAND[1::2] + GLOBAL[1::2] + BLOCKS[1::2] + RING[1::2]) == ""
+def test_processes_are_one(size: int, tmp_path: Path) -> None:
+    assert ran(size, tmp_path, CASES) == ""

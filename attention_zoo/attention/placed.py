@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from attention_zoo.attention.placed_rows import Cuts, cuts_of, in_order
 from attention_zoo.contract import Output
 from attention_zoo.layout.host import tensor_of
 from attention_zoo.layout.layout import Layout
@@ -49,6 +50,7 @@ class _Plan(NamedTuple):
         route: of the entries of those columns.
         keys: what the keys are: those that came and the own ones, in the order of the sequence.
         order: how they get into that order; None: they stand in it.
+        cuts: which rows need none of what comes; None: too few.
         everyone: how rows are answered that see everything; None: there are none, on any process.
     """
 
@@ -57,6 +59,7 @@ class _Plan(NamedTuple):
     route: Route
     keys: Layout
     order: Int[Tensor, " S"] | None
+    cuts: Cuts | None
     everyone: Everyone | None
 
 
@@ -97,11 +100,20 @@ def answered_in_place(layer: Any, x: Float[Tensor, "B L E"], layout: Layout) -> 
     operands = q, k, v
     if plan.everyone is not None and layer.computes_apart:
         operands = layer.global_operands(x, layout)
-    call = PatternCall(
-        layer, q, *_with(k, v, pending, plan), layout, plan.keys, layer.scale, layer.bias_parameters(),
-        apart=plan.everyone is not None, sink=layer.sink, turned=turned,
-    )  # fmt: skip
-    out = layer._run(call, layer.kernel)
+
+    def call(keys: tuple[Tensor, Tensor], tokens: Layout) -> PatternCall:
+        learned, apart = layer.bias_parameters(), plan.everyone is not None
+        return PatternCall(layer, q, *keys, layout, tokens, layer.scale, learned, apart, sink=layer.sink, turned=turned)
+
+    def run(one: PatternCall) -> Tensor:
+        return layer._run(one, layer.kernel)
+
+    def all_keys() -> PatternCall:
+        return call(_with(k, v, pending, plan), plan.keys)
+
+    if plan.cuts is not None and layer.kernel == "auto":
+        return in_order(run, call((k, v), layout), all_keys, plan.cuts)
+    out = run(all_keys())
     return out if plan.everyone is None else _with_everyone(layer, out, operands, layout, whole, plan.everyone)
 
 
@@ -124,7 +136,9 @@ def _plan(layer: Any, layout: Layout, whole: Layout) -> _Plan:
         see_all = seers(whole, reach)
         everyone = everyone_of(placement, whole, see_all, layer.causal) if bool(see_all.any()) else None
         early, route = _early(fetch, whole, own)
-        return _Plan(fetch, early, route, keys, None if order is None else tensor_of(order, device), everyone), whole
+        cuts = cuts_of(whole, own, columns if order is None else columns[order], reach, layer.causal)
+        into = None if order is None else tensor_of(order, device)
+        return _Plan(fetch, early, route, keys, into, cuts, everyone), whole
 
     # the plan keeps what the key's id is of
     return layout.plan(("placed", id(whole), reach, layer.causal, *heads), make)[0]

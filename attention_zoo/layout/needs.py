@@ -141,6 +141,11 @@ def _ends_by_head(band: Band, key_heads: int, heads: int) -> list[tuple[int, int
     return ends if len(set(ends)) > 1 else ends[:1]
 
 
+def ranges_of(whole: Layout, reach: Band, causal: bool) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B L"]]:
+    """For every query the first column within a band, of any head, and the one behind the last."""
+    return _ranges(whole, reach.farthest, reach.farthest_ahead, causal)
+
+
 def _ranges(whole: Layout, back: int, ahead: int, causal: bool) -> tuple[Array, Array]:
     """For every query of the whole sequence the range of columns within reach."""
 

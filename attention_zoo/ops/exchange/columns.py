@@ -54,7 +54,7 @@ class Pending:
         return _Finish.apply(self.mark, self)
 
     def post(self, sent: list[Tensor], like: Tensor, counts: list[int], direction: str) -> None:
-        """Messages one way."""
+        """Messages one way; those of the other way are gone by then."""
         kind = int(direction == "backward")
         B, _, E = self.shape
         self.came = [like.new_empty(B, count, E) for count in counts]
@@ -63,9 +63,9 @@ class Pending:
 
     def arrived(self) -> list[Tensor]:
         """What came, by sender."""
-        assert self.under_way is not None, "an exchange is waited for once"
+        assert self.under_way is not None, "nothing was sent"
         self.under_way.wait()
-        came, self.came, self.under_way = self.came, [], None
+        came, self.came = self.came, []
         return came
 
 

@@ -50,23 +50,39 @@ class Messages:
             names: under which they are counted: (what, forward or backward).
         """
         tag, group = (number * KINDS + kind) % _LARGEST, placement.group
+        peers = [peer for peer in range(placement.size) if peer != placement.rank]
         posted = [
-            dist.P2POp(way, tensor, group=group, tag=tag, group_peer=peer)
+            dist.P2POp(way, tensors[peer], group=group, tag=tag, group_peer=peer)
             for way, tensors in ((dist.irecv, received), (dist.isend, sent))
-            for peer, tensor in enumerate(tensors)
-            if tensor.numel() and peer != placement.rank
+            for peer in peers
+            if tensors[peer].numel()
         ]
-        counted = sum(x.numel() * x.element_size() for peer, x in enumerate(sent) if peer != placement.rank)
-        placement.traffic.add(*names, counted)
+        placement.traffic.add(*names, sum(sent[peer].numel() * sent[peer].element_size() for peer in peers))
         self.name = f"{names[0]} {names[1]}"
         self.sent = sent  # they must live until they are gone
+        coming = sum(received[peer].numel() > 0 for peer in peers)
         with torch.profiler.record_function(f"exchange: {self.name}, sent"):
-            self.works = dist.batch_isend_irecv(posted) if posted else []
+            works = dist.batch_isend_irecv(posted) if posted else []
+        # a backend may make one of all
+        self.coming, self.going = (works[:coming], works[coming:]) if len(works) == len(posted) else (works, [])
 
     def wait(self) -> None:
+        """Until all are here. What goes to others is waited for when this object goes, or is asked to `end`."""
+        with torch.profiler.record_function(f"exchange: {self.name}, waits"):
+            for work in self.coming:
+                work.wait()
+        self.coming = []
+        if not self.going:
+            self.sent = ()
+
+    def end(self) -> None:
         """Until all are here and gone."""
-        if self.works:
-            with torch.profiler.record_function(f"exchange: {self.name}, waits"):
-                for work in self.works:
-                    work.wait()
-        self.works, self.sent = [], ()
+        self.wait()
+        for work in self.going:
+            work.wait()
+        self.going, self.sent = [], ()
+
+    def __del__(self) -> None:
+        going, self.going = getattr(self, "going", []), []
+        for work in going:
+            work.wait()

@@ -115,7 +115,7 @@ class _Passing:
             yield turn, k, v
             if coming is not None:
                 messages, block = coming
-                messages.wait()
+                messages.end()
                 k, v = block
 
     def _post(self, turn: int) -> tuple[Messages, Tensor]:
@@ -194,6 +194,6 @@ def _settle(going: tuple[Messages, Tensor, Tensor] | None, dk: Tensor, dv: Tenso
     if going is None:
         return
     messages, share, columns = going
-    messages.wait()
+    messages.end()
     dk.index_add_(2, columns, share[0])
     dv.index_add_(2, columns, share[1])
