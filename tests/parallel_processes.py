@@ -1,7 +1,7 @@
 """Training steps in forked processes, beside the same in one: what tests of several processes have in common.
 
-`python tests/parallel_processes.py CASES OUTPUT` imports the package once, and forks one process for each rank. CASES is
-a JSON list of {name, words, processes, dtype, ...}; OUTPUT gets {name: what `steps` found in rank 0}.
+`python tests/parallel_processes.py CASES OUTPUT` imports the package once, and forks one process for each rank. CASES
+is a JSON list of {name, words, processes, dtype, ...}; OUTPUT gets {name: what `steps` found, by rank}.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from attention_zoo.options import checked
 from attention_zoo.tasks.generated import Generated, of
 
 HERE = Path(__file__)
@@ -30,16 +29,16 @@ TINY = (
 
 
 class Ragged(Generated):
-    """Rows of very different lengths, of which few ask for much: what ranks score is uneven. Some have global tokens."""
+    """Rows of very different lengths, of which few ask for much and few have global tokens: no two ranks are alike."""
 
     name, objective, metric, better = "ragged", "causal_lm", "loss", "lower"
     vocab = 13
     global_tokens = True
     disjoint = False
 
-    @checked
+    test_examples = 11
+
     def __init__(self, *, marked: bool = True):
-        super().__init__(test_examples=11)
         self.marked = marked
 
     def draw(self, random: np.random.Generator, rows: int, length: int) -> Any:

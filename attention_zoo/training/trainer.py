@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from attention_zoo.parallel.rows import own_part
+from attention_zoo.parallel.rows import all_of_part, own_part
 from attention_zoo.parallel.sharded import Whole
 from attention_zoo.parallel.shared import Shared
 from attention_zoo.parallel.world import World
@@ -103,6 +103,7 @@ class Trainer:
             self.check = None
         scored = counts(batch)
         read = batch.ids.numel() + (0 if batch.source is None else batch.source.numel())
+        anew = all_of_part(batch.fresh, self.accumulate, self.world.data)
         batch = own_part(batch, self.world.data)
         rows = len(batch.ids) // self.accumulate
         batch = batch.to(self.device)
@@ -113,7 +114,7 @@ class Trainer:
             part = batch.rows(slice(index * rows, (index + 1) * rows))
             with self.shared.reducing(last=index == self.accumulate - 1):
                 with self.precision.autocast():
-                    found = self.shared(stream, part, scored, self.accumulate * self.world.size)
+                    found = self.shared(stream, part, scored, self.accumulate * self.world.size, anew[index])
                 for name, value in found.items():
                     total[name] = total.get(name, 0.0) + float(value.detach())
                 main = found.pop(MAIN)
