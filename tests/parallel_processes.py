@@ -87,8 +87,14 @@ def steps(config: Mapping[str, Any], world: Any, *, dtype: str, count: int, task
     }
 
 
-def forked(size: int, work: Callable[[Any], Any], *, sequence: int = 1, timeout_s: float = LIMIT_S) -> list[Any]:
-    """What `work(world)` gives in each of `size` forked processes; errors as text."""
+def forked(
+    size: int, work: Callable[[Any], Any], *, sequence: int = 1, timeout_s: float = LIMIT_S, join: bool = True
+) -> list[Any]:
+    """What `work(world)` gives in each of `size` forked processes; errors as text.
+
+    Args:
+        join: whether they are joined already; otherwise they get None, and what torchrun would leave them.
+    """
     from attention_zoo.parallel.launched import launched
     from attention_zoo.parallel.world import joined
 
@@ -105,8 +111,11 @@ def forked(size: int, work: Callable[[Any], Any], *, sequence: int = 1, timeout_
             try:
                 own = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_PORT": port}
                 os.environ |= {name: str(value) for name, value in own.items()} | {"MASTER_ADDR": "127.0.0.1"}
-                with joined("cpu", sequence=sequence, timeout_s=timeout_s, found=launched()) as world:
-                    said = {"value": work(world)}
+                if join:
+                    with joined("cpu", sequence=sequence, timeout_s=timeout_s, found=launched()) as world:
+                        said = {"value": work(world)}
+                else:
+                    said = {"value": work(None)}
             except BaseException:
                 said = {"error": traceback.format_exc()}
             with os.fdopen(write, "w") as pipe:
@@ -165,8 +174,13 @@ def main() -> None:
 
 def outcomes(cases: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, list[dict[str, Any]]]:
     """What every case gave, rank by rank."""
-    (folder / "cases.json").write_text(json.dumps(list(cases)))
-    command = [sys.executable, str(HERE), str(folder / "cases.json"), str(folder / "found.json")]
+    return started(HERE, cases, folder)
+
+
+def started(script: Path, given: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What a script of this kind makes of a list."""
+    (folder / "given.json").write_text(json.dumps(list(given)))
+    command = [sys.executable, str(script), str(folder / "given.json"), str(folder / "found.json")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]

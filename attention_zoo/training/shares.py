@@ -32,12 +32,20 @@ class Uneven(ValueError):
 
 def tensors_of(trainer: Trainer) -> dict[str, Tensor]:
     """Weights and the optimizer's tensors by name, each as this process has it."""
-    found = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
+    found = weights_of(trainer)
     for name, parameter in trained(trainer):
         for key, value in trainer.optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 found[f"{NEW}.{name}.{key}"] = value
     return found
+
+
+def weights_of(trainer: Trainer) -> dict[str, Tensor]:
+    """The model's tensors, each once: one that has several names has the first of them."""
+    once: dict[int, tuple[str, Tensor]] = {}
+    for name, value in trainer.model.state_dict(keep_vars=True).items():
+        once.setdefault(id(value), (f"model.{name}", value.detach()))
+    return dict(once.values())
 
 
 def plain_of(trainer: Trainer) -> dict[str, dict[str, Any]]:
@@ -67,7 +75,7 @@ def room_for(
     Raises:
         ValueError: naming what this run has and the folder lacks, or the other way round, or in another shape.
     """
-    model = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
+    model = weights_of(trainer)
     own = {name: (tuple(value.shape), value.dtype) for name, value in model.items()}
     theirs = {name: size for name, size in sizes.items() if name.startswith("model.")}
     for name in sorted({*own, *theirs}):

@@ -8,7 +8,7 @@ first: each draws the whole batch, so that all know what it asks for, and reads 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +59,7 @@ class Trainer:
         check: is shown the first batch, and raises where it is none.
         world: the processes that train it together; default this one alone.
         whole: of a model whose parameters are shared out among them; see `parallel.sharded`.
+        order: the optimizer's parameters as it was built with them; default as it has them.
     """
 
     def __init__(
@@ -76,12 +77,14 @@ class Trainer:
         check: Callable[[Batch], None] = lambda batch: None,
         world: World | None = None,
         whole: Whole | None = None,
+        order: Sequence[torch.Tensor] | None = None,
     ):
         self.model, self.optimizer, self.schedule, self.batches = model, optimizer, schedule, batches
         self.accumulate, self.clip, self.precision, self.device = accumulate, clip, precision, device
         self.streams = [Stream(model, carry=carry) for _ in range(accumulate)]
         self.after_step = steps_of(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.order = self.parameters_by_index() if order is None else list(order)
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         self.done = 0
         self.check: Callable[[Batch], None] | None = check

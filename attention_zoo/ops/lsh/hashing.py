@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -66,7 +67,7 @@ def fresh_rotations(
     place = sum(count * 0x9E3779B9 << 8 * index for index, count in enumerate(factors))
     generator = torch.Generator(like.device)
     generator.manual_seed((number + place) % 2**63)
-    given = {"generator": generator, "dtype": like.dtype, "device": like.device}
+    given: Any = {"generator": generator, "dtype": like.dtype, "device": like.device}
     return tuple(torch.randn(heads, width, rounds, count // 2, **given) for count in factors)
 
 
