@@ -1,7 +1,7 @@
 """Training steps in forked processes, beside the same in one: what tests of several processes have in common.
 
-`python tests/parallel_processes.py CASES OUTPUT` imports the package once, and forks one process for each rank. CASES is
-a JSON list of {name, words, processes, dtype, ...}; OUTPUT gets {name: what `steps` found in rank 0}.
+`python tests/parallel_processes.py CASES OUTPUT` imports the package once, and forks one process for each rank. CASES
+is a JSON list of {name, words, processes, dtype, ...}; OUTPUT gets {name: what `steps` found, by rank}.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from attention_zoo.options import checked
 from attention_zoo.tasks.generated import Generated, of
 
 HERE = Path(__file__)
@@ -30,16 +29,16 @@ TINY = (
 
 
 class Ragged(Generated):
-    """Rows of very different lengths, of which few ask for much: what ranks score is uneven. Some have global tokens."""
+    """Rows of very different lengths, of which few ask for much and few have global tokens: no two ranks are alike."""
 
     name, objective, metric, better = "ragged", "causal_lm", "loss", "lower"
     vocab = 13
     global_tokens = True
     disjoint = False
 
-    @checked
+    test_examples = 11
+
     def __init__(self, *, marked: bool = True):
-        super().__init__(test_examples=11)
         self.marked = marked
 
     def draw(self, random: np.random.Generator, rows: int, length: int) -> Any:
@@ -88,8 +87,14 @@ def steps(config: Mapping[str, Any], world: Any, *, dtype: str, count: int, task
     }
 
 
-def forked(size: int, work: Callable[[Any], Any], *, sequence: int = 1, timeout_s: float = LIMIT_S) -> list[Any]:
-    """What `work(world)` gives in each of `size` forked processes; errors as text."""
+def forked(
+    size: int, work: Callable[[Any], Any], *, sequence: int = 1, timeout_s: float = LIMIT_S, join: bool = True
+) -> list[Any]:
+    """What `work(world)` gives in each of `size` forked processes; errors as text.
+
+    Args:
+        join: whether they are joined already; otherwise they get None, and what torchrun would leave them.
+    """
     from attention_zoo.parallel.launched import launched
     from attention_zoo.parallel.world import joined
 
@@ -106,8 +111,11 @@ def forked(size: int, work: Callable[[Any], Any], *, sequence: int = 1, timeout_
             try:
                 own = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_PORT": port}
                 os.environ |= {name: str(value) for name, value in own.items()} | {"MASTER_ADDR": "127.0.0.1"}
-                with joined("cpu", sequence=sequence, timeout_s=timeout_s, found=launched()) as world:
-                    said = {"value": work(world)}
+                if join:
+                    with joined("cpu", sequence=sequence, timeout_s=timeout_s, found=launched()) as world:
+                        said = {"value": work(world)}
+                else:
+                    said = {"value": work(None)}
             except BaseException:
                 said = {"error": traceback.format_exc()}
             with os.fdopen(write, "w") as pipe:
@@ -166,8 +174,13 @@ def main() -> None:
 
 def outcomes(cases: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, list[dict[str, Any]]]:
     """What every case gave, rank by rank."""
-    (folder / "cases.json").write_text(json.dumps(list(cases)))
-    command = [sys.executable, str(HERE), str(folder / "cases.json"), str(folder / "found.json")]
+    return started(HERE, cases, folder)
+
+
+def started(script: Path, given: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What a script of this kind makes of a list."""
+    (folder / "given.json").write_text(json.dumps(list(given)))
+    command = [sys.executable, str(script), str(folder / "given.json"), str(folder / "found.json")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from attention_zoo.parallel.world import Team
 from attention_zoo.tasks.task import Batch
 
@@ -26,6 +28,18 @@ def own_rows(rows: int, team: Team) -> slice:
     least, more = divmod(rows, team.size)
     start = team.rank * least + min(team.rank, more)
     return slice(start, start + least + (team.rank < more))
+
+
+def all_of_part(flags: Tensor, parts: int, team: Team) -> list[bool | None]:
+    """For each part of this process's rows: whether a flag is set for all its rows and those of the same part
+    elsewhere. None where nobody else has rows: whoever has them knows.
+
+    Args:
+        flags: [B] bool, of the whole batch.
+    """
+    if team.size == 1:
+        return [None] * parts
+    return flags.view(team.size, parts, -1).all(2).all(0).tolist()
 
 
 def own_part(batch: Batch, team: Team) -> Batch:

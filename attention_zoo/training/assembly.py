@@ -117,6 +117,7 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task, world: World | No
         check_positions(model, options.seq_len, getattr(task, "span", 1))
     precision = Precision(options.trainer.precision, device)
     optimizer = build(options.optimizer, "optimizer", model=model)
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if whole is not None:
         apart(optimizer)
     trainer = Trainer(
@@ -132,6 +133,7 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task, world: World | No
         check=partial(check_batch, task),
         world=world,
         whole=whole,
+        order=order,
     )
     sets = _watched_first(task.evaluation_sets(options.batch, options.seq_len), task, options.trainer)
     figure(task, "chance", task.chance(options.seq_len))  # what is none is said before training, not after

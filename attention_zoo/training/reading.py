@@ -27,14 +27,17 @@ class Reading(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, stream: Stream, part: Batch, scored: dict[str, int], parts: int) -> dict[str, Tensor]:
+    def forward(
+        self, stream: Stream, part: Batch, scored: dict[str, int], parts: int, anew: bool | None
+    ) -> dict[str, Tensor]:
         """Read on.
 
         Args:
             stream: of the model, which goes on with the part.
             scored: answers in the whole batch, by name.
             parts: of the batch: further losses are the mean of theirs.
+            anew: see `Stream`.
         """
-        output: Any = stream(part)
+        output: Any = stream(part, anew=anew)
         further = {name: value / parts for name, value in output.losses.items()}
         return losses(output, part, scored) | further

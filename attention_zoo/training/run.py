@@ -50,6 +50,8 @@ from attention_zoo.training.records import (
     BEFORE,
     CHECKPOINT,
     ERROR,
+    FOLDER,
+    FOLDER_BEFORE,
     MODEL,
     RESULT,
     RETRIED,
@@ -62,7 +64,7 @@ from attention_zoo.training.records import (
     read_row,
     trained,
 )  # fmt: skip
-from attention_zoo.training.resume import resume, save
+from attention_zoo.training.resume import Places, resume, save
 from attention_zoo.training.saying import line_of
 from attention_zoo.training.seed import contained, seed_all
 from attention_zoo.training.together import folder_of, world_of
@@ -226,7 +228,7 @@ class _Run:
 
     def _train(self, options: TrainConfig, task: Task) -> Trained:
         row, progress = self.row, self.progress
-        paths = (self.folder / CHECKPOINT, self.folder / BEFORE)
+        places = Places(*(self.folder / name for name in (CHECKPOINT, BEFORE, FOLDER, FOLDER_BEFORE)))
         seed_all(options.seed)
         mechanism = mechanism_of(options)
         row["backend"] = options.backend or name_of(mechanism)
@@ -235,7 +237,7 @@ class _Run:
         parts, history = assemble(options, mechanism, task, world), History()
         others = elsewhere(options, parts)
         self.trainer = parts.trainer
-        step, lines = resume(paths, *known, parts.trainer, history, steps=options.steps, progress=progress)
+        step, lines = resume(places, *known, parts.trainer, history, steps=options.steps, progress=progress)
         row["resumed_at"] = step
         figures: JsonlTracker | None = None
         if world.first:
@@ -248,7 +250,7 @@ class _Run:
 
         def save_all() -> None:
             history.peak_bytes = _peak_bytes(history, parts.device)
-            world.by_first(lambda: save(paths, *known, parts.trainer, history, figures.lines if figures else 0))
+            save(places, *known, parts.trainer, history, figures.lines if figures else 0)
 
         with progress, graceful() as told:
             asked = world.agreed(told)

@@ -13,6 +13,7 @@ from attention_zoo.locks import owning
 from attention_zoo.options import check_fields
 from attention_zoo.parallel.config import ParallelConfig
 from attention_zoo.parallel.launched import launched
+from attention_zoo.parallel.stored import remove_unfinished
 from attention_zoo.parallel.world import World, joined
 from attention_zoo.training.config import device_of
 
@@ -41,6 +42,7 @@ def folder_of(world: World, folder: Path, wait_s: float) -> Iterator[None]:
         def own() -> None:
             kept.enter_context(owning(folder, wait_s=wait_s))
             remove_leftovers(folder)
+            remove_unfinished(folder)
 
         world.by_first(own)
         yield

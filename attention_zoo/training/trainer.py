@@ -8,14 +8,14 @@ first: each draws the whole batch, so that all know what it asks for, and reads 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from attention_zoo.parallel.rows import own_part
+from attention_zoo.parallel.rows import all_of_part, own_part
 from attention_zoo.parallel.sequence.cut import Cut
 from attention_zoo.parallel.sharded import Whole
 from attention_zoo.parallel.shared import Shared
@@ -64,6 +64,7 @@ class Trainer:
         check: is shown the first batch, and raises where it is none.
         world: the processes that train it together; default this one alone.
         whole: of a model whose parameters are shared out among them; see `parallel.sharded`.
+        order: the optimizer's parameters as it was built with them; default as it has them.
     """
 
     def __init__(
@@ -81,12 +82,14 @@ class Trainer:
         check: Callable[[Batch], None] = lambda batch: None,
         world: World | None = None,
         whole: Whole | None = None,
+        order: Sequence[torch.Tensor] | None = None,
     ):
         self.model, self.optimizer, self.schedule, self.batches = model, optimizer, schedule, batches
         self.accumulate, self.clip, self.precision, self.device = accumulate, clip, precision, device
         self.streams = [Stream(model, carry=carry) for _ in range(accumulate)]
         self.after_step = steps_of(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.order = self.parameters_by_index() if order is None else list(order)
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         self.done = 0
         self.check: Callable[[Batch], None] | None = check
@@ -109,6 +112,7 @@ class Trainer:
             self.check = None
         scored = counts(batch)
         read = batch.ids.numel() + (0 if batch.source is None else batch.source.numel())
+        anew = all_of_part(batch.fresh, self.accumulate, self.world.data)
         batch = own_part(batch, self.world.data)
         rows = len(batch.ids) // self.accumulate
         batch = batch.to(self.device)
@@ -119,7 +123,7 @@ class Trainer:
             part = self.cut(batch.rows(slice(index * rows, (index + 1) * rows)))
             with self.shared.reducing(last=index == self.accumulate - 1):
                 with self.precision.autocast():
-                    found = self.shared(stream, part, scored, self.accumulate * self.world.data.size)
+                    found = self.shared(stream, part, scored, self.accumulate * self.world.data.size, anew[index])
                 for name, value in found.items():
                     total[name] = total.get(name, 0.0) + float(value.detach())
                 main = found.pop(MAIN)
