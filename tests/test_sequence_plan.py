@@ -80,8 +80,9 @@ def test_links_of_bigbird_are_as_many_as_expected() -> None:
 
 def test_a_long_state_lies_on_a_line() -> None:
     """What is not counted any more is extrapolated: a state that grows, and one that does not."""
-    for options in ({"attention": TINY["h_transformer_1d"]}, {"attention": TINY["block_recurrent"]}):
-        (layer,) = Transformer(**SHARED | {"depth": 1} | options).stack.attentions
+    for name in ("hierarchical", "block_recurrent"):
+        stack = Transformer(**SHARED | {"depth": 1, "attention": TINY[name]}).stack
+        layer = stack if stack.travels is None else stack.attentions[0]
         line = _line(layer, 1, torch.float32, LONGEST_COUNTED + 1, {})
         for way, told in zip(state_bytes(layer, 1, 2 * LONGEST_COUNTED, torch.float32), line(2 * LONGEST_COUNTED)):
             assert told == pytest.approx(way, rel=0.01)

@@ -108,7 +108,7 @@ def page(config: PlanConfig) -> Iterator[str]:
         "backward. Activations: counted of calls at two lengths. In all: with weights, gradients, moments and logits. "
         "Computing: FLOPs at that rate, those of scores times how much longer the mechanism took than its FLOPs where "
         "it was measured. Busy: of that time, where states go from device to device. A step: computing by busy, and "
-        f"the link, which nothing hides here. Breaks first: the limit that is nearest, with its share: memory, the link "
+        "the link, which nothing hides here. Breaks first: the limit that is nearest, with its share: memory, the link "
         f"(as long as computing), waiting ({BUSY:.0%} idle), time ({MOST_SECONDS / 60:g} minutes a step); above 100 % "
         "it is broken."
     )

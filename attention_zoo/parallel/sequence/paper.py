@@ -7,6 +7,7 @@ For causal models on rows without padding, N processes, L columns, D head width,
                       about P · (1 - (P / (P + m))^r), for each key head
     a ring            ¾ · (N - 1) · L · 2KD                zig-zag; backward that again, and gradients in float32
     groups of c       Σ_r (⌈start_r / c⌉ + groups that a cut before start_r divides) · 2KD
+    levels of groups  Σ_r (keys of the block before, on each level the parts of groups in sight that others have) · 2KD
     hidden states     Σ_r (start_r - oldest_r) · E         backward as many where a cut lies within a segment, else none
     taps              Σ_r min(width - 1, start_r) · E
     a handed state    Σ_r bytes(start_r)                   counted of states at two lengths, a line through them
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 
 from attention_zoo.attention.bigbird import BigBird
+from attention_zoo.attention.h_transformer_1d import HTransformer1D
 from attention_zoo.attention.memory_compressed import MemoryCompressed
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.attention.relative import RelativeAttention
@@ -120,6 +122,8 @@ def _of_layer(layer: Any, borders: list[int], zigzag: bool, shape: Shape, model:
     keys = 2 * layer.head_width * vector
     if isinstance(layer, MemoryCompressed):
         return _halo("groups", _parts_of_groups(starts, layer.compression), layer.kv_heads * keys)
+    if isinstance(layer, HTransformer1D):
+        return _halo("groups", _of_levels(layer, borders), layer.kv_heads * keys)
     if isinstance(layer, BigBird) and layer.plan == "uniform" and not layer.extra_global_tokens:
         return _halo("need", _linked(layer, borders), layer.kv_heads * keys)
     if isinstance(layer, PatternAttention) and needs_everything(layer.reach):
@@ -152,6 +156,26 @@ def _seen_before(start: int, back: int, first: int) -> int:
 def _parts_of_groups(starts: list[int], size: int) -> list[int]:
     """That come to each process: a group is in parts where it is cut."""
     return [-(-at // size) + sum(bool(cut % size) for cut in starts[:r]) for r, at in enumerate(starts)]
+
+
+def _of_levels(layer: HTransformer1D, borders: list[int]) -> list[int]:
+    """Keys near each process's first column, and parts of groups of all levels."""
+    cuts, block, half = np.asarray(borders), layer.block, layer.block // 2
+    levels = max(0, ((borders[-1] - 1) // block).bit_length() - 1)
+    found = []
+    for r, (start, stop) in list(enumerate(pairwise(borders)))[1:]:
+        count = start - max(0, start // block * block - block)
+        for level in range(1, levels + 1):
+            size = half << level
+            # of queries farther behind the cut nothing reaches before it
+            fine = np.arange(start // size, min((stop - 1) // size, start // size + 4) + 1)
+            low, high = ((fine // 2 - 1) * block).clip(min=0), (fine - 1) * half
+            groups = np.unique(np.concatenate([np.arange(a, max(a, b)) for a, b in zip(low, high)]))
+            ends = np.minimum((groups + 1) << level, borders[-1]) - 1
+            first, last = (np.searchsorted(cuts, at, side="right") - 1 for at in (groups << level, ends))
+            count += int((last - first + 1 - ((first <= r) & (r <= last))).sum())
+        found.append(count)
+    return found
 
 
 def _linked(layer: BigBird, borders: list[int]) -> list[float]:
