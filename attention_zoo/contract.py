@@ -85,7 +85,7 @@ class Layer(nn.Module):
     `travels` is as of `Attention`; "": nothing, each column is alike to it.
     """
 
-    travels: ClassVar[str | None] = None
+    travels: str | None = None
 
     def initial_state(self, batch_size: int) -> Any:
         """An empty state for `batch_size` rows, on the layer's device and in its dtype.

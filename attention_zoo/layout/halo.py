@@ -37,7 +37,15 @@ class Halo(NamedTuple):
     within: bool
 
 
-def halo(layout: Layout, key: Hashable, oldest: Oldest, *, segment: int = 1, last: int | None = None) -> Halo:
+def halo(
+    layout: Layout,
+    key: Hashable,
+    oldest: Oldest,
+    *,
+    segment: int = 1,
+    last: int | None = None,
+    asked: Placement | None = None,
+) -> Halo:
     """What stands before the columns of each process; the same object for the same key.
 
     Args:
@@ -45,16 +53,18 @@ def halo(layout: Layout, key: Hashable, oldest: Oldest, *, segment: int = 1, las
         oldest: position of a row's first own token -> of the oldest token that is needed, maybe below 0.
         segment: tokens of a segment, for `within`.
         last: so many valid tokens of the document at most, wherever they stand; None: any number.
+        asked: of the tokens whose first ones say the document, where these are other columns than the layout's.
 
     Raises:
         Unsupported: where a process owns several runs of columns.
     """
-    return layout.plan(("halo", key), lambda: _halo(layout, oldest, segment, last))
+    placement = layout.placement if asked is None else asked
+    return layout.plan(("halo", key), lambda: _halo(layout, placement, oldest, segment, last))
 
 
-def _halo(layout: Layout, oldest: Oldest, segment: int, last: int | None) -> Halo:
+def _halo(layout: Layout, asked: Placement, oldest: Oldest, segment: int, last: int | None) -> Halo:
     placement: Placement = layout.placement
-    host = placement.whole.host
+    host, asking = placement.whole.host, asked.whole.host
     valid = [np.flatnonzero(row) for row in host.valid]
     needs, within = [], False
     mine: list[Array] = []
@@ -66,11 +76,12 @@ def _halo(layout: Layout, oldest: Oldest, segment: int, last: int | None) -> Hal
             )  # fmt: skip
         rows = []
         for row, there in enumerate(valid):
-            own = np.searchsorted(there, columns[0]) if len(columns) else len(there)
-            if own == len(there) or there[own] > columns[-1]:
+            tokens = asked.columns[rank][asking.valid[row, asked.columns[rank]]]
+            if not len(tokens) or not len(columns):
                 rows.append(there[:0])
                 continue
-            position, document = host.position[row, there[own]], host.document[row, there[own]]
+            own = np.searchsorted(there, columns[0])
+            position, document = (field[row, tokens[0]] for field in (asking.position, asking.document))
             earliest = int(oldest(position[None])[0])
             # positions rise by one at least, so no more tokens than that
             reach = int(position) - earliest if last is None else last

@@ -59,15 +59,19 @@ def handed_over(layer: Layer, x: Tensor, layout: Layout, *, parts: int = 1) -> O
     """
     placement: Placement = layout.placement
     check_handed_over(layer, placement)
-    alone = layout.plan("alone", lambda: Layout(*layout)._with(layout.host))
     outs = in_turn(
         lambda part, tokens, state, rows: layer(part, tokens, state=state),
-        layer.initial_state, x, alone, neighbours(placement, x.device), parts,
+        layer.initial_state, x, alone(layout), neighbours(placement, x.device), parts,
     )  # fmt: skip
     # of parameters alone, hence the same in all lots and processes: shares of it
     total = add_losses(*(out.losses for out in outs))
     losses = {name: value / (len(outs) * placement.size) for name, value in total.items()}
     return Output(torch.cat([out.hidden for out in outs]) if len(outs) > 1 else outs[0].hidden, None, losses)
+
+
+def alone(layout: Layout) -> Layout:
+    """The same tokens, as if there were no others; one object."""
+    return layout.plan("alone", lambda: Layout(*layout)._with(layout.host))
 
 
 def neighbours(placement: Placement, device: torch.device) -> Neighbours:
@@ -165,9 +169,10 @@ def refuse(model: Any) -> None:
 
 
 def beyond_columns(module: nn.Module) -> Iterator[Layer]:
-    """The layers that need more than the column itself, the outermost ones."""
+    """The layers that need more than the column itself: the outermost, and what stands in those that call it so."""
     if isinstance(module, Layer) and module.travels != "":
         yield module
-    else:
-        for child in module.children():
-            yield from beyond_columns(child)
+        if module.travels is None or isinstance(module, Attention):
+            return
+    for child in module.children():
+        yield from beyond_columns(child)

@@ -18,6 +18,8 @@ def behind_halo(
 ) -> Float[Tensor, "B n_and_L E"]:
     """x, with the halo in front: the vectors of `halo.keys`.
 
+    Go on with the own columns of what is returned: a process that fetches none hears of gradients through them alone.
+
     Args:
         layout: of the own columns, with their placement.
         kind: under which the bytes are counted.

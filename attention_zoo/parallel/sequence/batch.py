@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Attention, Unsupported
 from attention_zoo.layout.host import Array
 from attention_zoo.layout.layout import Layout
@@ -100,5 +101,6 @@ def borders_for(model: nn.Module, length: int, size: int) -> list[int]:
 
 
 def _is_causal_ring(layer: Any) -> bool:
-    reach = getattr(layer, "reach", None)
-    return layer.travels is not None and reach is not None and layer.causal and needs_everything(reach)
+    if not isinstance(layer, PatternAttention) or layer.travels is None:
+        return False
+    return layer.causal and needs_everything(layer.reach)

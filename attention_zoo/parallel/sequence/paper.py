@@ -17,13 +17,14 @@ Everything but the links and the line is exact, and tested against what processe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from attention_zoo.attention.bigbird import BigBird
 from attention_zoo.attention.h_transformer_1d import HTransformer1D
@@ -34,7 +35,8 @@ from attention_zoo.contract import Layer, Unsupported
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.needs import needs_everything
 from attention_zoo.layout.reach import Band
-from attention_zoo.model.placed import OPTION, beyond_columns, refuse
+from attention_zoo.model.level import Level
+from attention_zoo.model.placed import OPTION, refuse
 from attention_zoo.model.short_conv import Convolution
 from attention_zoo.ops.hand_over.tree import flattened
 from attention_zoo.ops.hand_over.wire import GRAIN
@@ -103,7 +105,26 @@ def sent(model: Any, shape: Shape, known: Known | None = None) -> list[Sent]:
     borders = borders_for(model, shape.length, shape.processes)
     zigzag = is_of_rings(model)
     known = {} if known is None else known
-    return [_of_layer(layer, borders, zigzag, shape, model, known) for layer in beyond_columns(model.stack)]
+    return list(_sent(model.stack, borders, zigzag, shape, model, known))
+
+
+def _sent(
+    module: nn.Module, borders: list[int], zigzag: bool, shape: Shape, model: Any, known: Known
+) -> Iterator[Sent]:
+    if isinstance(module, Level) and module.travels is not None:
+        counts = [-(-at // module.size) for at in borders]  # of groups, which live with the tokens that open them
+        each = module.pool.dim * shape.rows * shape.width
+        for reach, starts in ((module.size - 1, borders), (module.reach, counts)):
+            yield _halo("taps", [min(reach, at) for at in starts[1:-1]], each)
+        inside = replace(shape, length=counts[-1])
+        yield from _sent(module.before, borders, zigzag, shape, model, known)
+        yield from _sent(module.inside, counts, zigzag, inside, model, known)
+        yield from _sent(module.after, borders, zigzag, shape, model, known)
+    elif isinstance(module, Layer) and module.travels != "":
+        yield _of_layer(module, borders, zigzag, shape, model, known)
+    else:
+        for child in module.children():
+            yield from _sent(child, borders, zigzag, shape, model, known)
 
 
 def _of_layer(layer: Any, borders: list[int], zigzag: bool, shape: Shape, model: Any, known: Known) -> Sent:
