@@ -38,6 +38,9 @@ MODELS: Mapping[str, dict[str, Any]] = {
     "hourglass, attention between": {
         "attention": "full", "depth": 3, "shorten": {"name": "hourglass", "layout": "1@1 1@3 1@1", "up": "attention"},
     },
+    "hourglass of rings and windows": {
+        "attention": ["full", "longformer", XL], "depth": 5, "shorten": "1@1 1@2 1@6 1@2 1@1",
+    },
     "learned positions": {"attention": RECURRENT, "positions": "learned"},
     "options": {"attention": XL, "norm": "rms", "feed_forward": {"name": "swiglu", "chunks": 2}, "tied": False},
 }  # fmt: skip
