@@ -58,7 +58,7 @@ def handed_over(layer: Layer, x: Tensor, layout: Layout, *, parts: int = 1) -> O
         Unsupported: unless the layer's state says all that later columns need, gradients included.
     """
     placement: Placement = layout.placement
-    check_handed_over(layer, placement)
+    layout.plan(("may be handed over", id(layer)), lambda: (check_handed_over(layer, placement), layer))
     outs = in_turn(
         lambda part, tokens, state, rows: layer(part, tokens, state=state),
         layer.initial_state, x, alone(layout), neighbours(placement, x.device), parts,
