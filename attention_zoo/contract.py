@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import wraps
-from numbers import Real
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,12 +20,13 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
+from attention_zoo.abilities import Abilities, Growth, able, catalogues  # noqa: F401
 from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.placement import check_placed
 from attention_zoo.options import Factor, Heads, HeadWidth, Named, Positive, Seed, checked
 from attention_zoo.rules import OneOf, Unsupported, at_least, known_options, named, one_of, shown  # noqa: F401
 from attention_zoo.tokens import Tokens, check_place, check_tokens, is_integers, keep, of_tensor  # noqa: F401
 
-Growth = Literal["constant", "linear", "loglinear", "quadratic"]
 VANISHING = 1e-45
 BIASES = "true, false, into or out"
 
@@ -80,57 +79,13 @@ def add_losses(*many: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return total
 
 
-@dataclass(frozen=True)
-class Abilities:
-    """What a mechanism can do and what it costs. The README's table is printed from it, the suite proves it.
-
-    Fields:
-        causality: "strict": the past is bitwise blind to the future; "values": a future token may move a chunk border
-            but its value never leaks (LSH); "none": cannot be causal.
-        carry: what a call with a state equals. "prefix": the last rows of the whole prefix, at any cut; "segment":
-            only when cut at segment borders; "none": no state.
-        two_sided: whether causal=False can be built.
-        global_tokens: "any" call may bring some, only the "first_call", or "none".
-        cross: whether cross-attention can be built.
-        compute, activations, state: growth with length, forward and backward.
-        positions: names of the attention-level position schemes that can be built ("none" among them).
-        grouped_heads: whether kv_heads may be smaller than heads.
-        adjustable: options that may be changed on a built layer, as attributes.
-        truncated: gradients stop at borders of `segment_length` tokens (an attribute), whatever the length of the call.
-    """
-
-    causality: Literal["none", "values", "strict"]
-    carry: Literal["none", "segment", "prefix"]
-    two_sided: bool
-    global_tokens: Literal["none", "first_call", "any"]
-    cross: bool
-    compute: Growth
-    activations: Growth
-    state: Growth
-    positions: tuple[str, ...] = ("none",)
-    grouped_heads: bool = False
-    adjustable: tuple[str, ...] = ()
-    truncated: bool = False
-
-
-catalogues: list[Callable[[], Mapping[str, Abilities]]] = []
-"""Who knows mechanisms by name: the registry, which stands above, enters itself here."""
-
-
-def able(**wanted: Any) -> str:
-    """Names of the mechanisms that declare what a message asks for, joined by "or": `able(cross=True)`.
-
-    Args:
-        wanted: field of `Abilities` -> the value that is needed, or a tuple of those that will do.
-    """
-    known = {name: can for catalogue in catalogues for name, can in catalogue().items()}
-    values = {field: value if isinstance(value, tuple) else (value,) for field, value in wanted.items()}
-    found = [name for name, can in known.items() if all(getattr(can, field) in values[field] for field in values)]
-    return " or ".join(found) or "a mechanism that declares " + ", ".join(values)
-
-
 class Layer(nn.Module):
-    """Whatever answers the one call: an attention, a block, a stack, a wrapper."""
+    """Whatever answers the one call: an attention, a block, a stack, a wrapper.
+
+    `travels` is as of `Attention`; "": nothing, each column is alike to it.
+    """
+
+    travels: str | None = None
 
     def initial_state(self, batch_size: int) -> Any:
         """An empty state for `batch_size` rows, on the layer's device and in its dtype.
@@ -213,6 +168,7 @@ class Attention(Layer):
         token_losses: names of the losses that a call makes of its tokens, maybe; those of parameters alone come from a
             method `losses`.
         wraps: whether it stands around another layer, its option `inner`; see `model.wrapper`.
+        travels: what it sends where several processes own a sequence (layout/placement.py); None: it refuses that.
 
     Raises:
         Unsupported: for what the mechanism does not declare in `declared`.
@@ -296,6 +252,11 @@ class Attention(Layer):
         return self.declared
 
     @property
+    def cuts_gradients(self) -> bool:
+        """Whether gradients end with a call, be it with a state that is not detached."""
+        return self.abilities.truncated
+
+    @property
     def keeps(self) -> tuple[Any, ...] | None:
         """What states are, where it is checked: their type, then the shape that they hold without rows and columns."""
         return None
@@ -347,7 +308,7 @@ class Attention(Layer):
             raise ValueError(f"x must be a dense tensor of floats, [batch, length, {self.dim}], got {of_tensor(x)}")
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be [batch, length, {self.dim}], got shape {tuple(x.shape)}")
-        if x.shape[1] == 0:
+        if x.shape[1] == 0 and getattr(tokens, "placement", None) is None:  # a process may own no column
             raise ValueError("x must hold at least one token, got length 0")
         if choices is not None and self.choices_shape(*x.shape[:2]) is None:
             raise Unsupported(self.name, "choices", "it makes no discrete decisions", "choices=None")
@@ -368,6 +329,7 @@ class Attention(Layer):
         check_tokens(tokens, x.shape[:2])
         check_place(tokens, x)
         layout = Layout.of(tokens)
+        check_placed(self.name, self.travels, layout, state=state, source=source)
         if self.declared.global_tokens == "none" and layout.any_global:
             others = able(global_tokens=("any", "first_call"))
             raise Unsupported(self.name, "global tokens", "no token can see everything", others)
@@ -388,13 +350,3 @@ class Attention(Layer):
             raise ValueError(
                 f"state must hold keys of shape {wanted} like this layer and this call, got {got}".replace("'", "")
             )
-
-
-LARGEST_SCALE = 10_000.0
-"""Of scores; beyond, float32 could not tell the scores of ordinary vectors apart."""
-
-
-def check_scale(scale: float) -> None:
-    """Raise a ValueError unless this is a factor on q·k that softmax can work with, of either sign: at a call."""
-    if isinstance(scale, bool) or not isinstance(scale, Real) or not abs(scale) <= LARGEST_SCALE:
-        raise ValueError(f"scale must be a number from {-LARGEST_SCALE:g} to {LARGEST_SCALE:g}, got {shown(scale)}")

@@ -12,6 +12,7 @@ import math
 import reprlib
 import types
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Real
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import numpy as np
@@ -216,3 +217,13 @@ class Unsupported(ValueError):
         option = " ".join(option.split())[:300]  # it may quote a value, whatever that holds
         super().__init__(f"{backend}: {option} is not supported: {reason}; use {instead} instead")
         self.backend, self.option, self.reason, self.instead = backend, option, reason, instead
+
+
+LARGEST_SCALE = 10_000.0
+"""Of scores; beyond, float32 could not tell the scores of ordinary vectors apart."""
+
+
+def check_scale(scale: float) -> None:
+    """Raise a ValueError unless this is a factor on q·k that softmax can work with, of either sign: at a call."""
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not abs(scale) <= LARGEST_SCALE:
+        raise ValueError(f"scale must be a number from {-LARGEST_SCALE:g} to {LARGEST_SCALE:g}, got {shown(scale)}")

@@ -8,9 +8,10 @@ import torch
 import attention_zoo as zoo
 from attention_zoo import Tokens
 from attention_zoo.attention.pattern import PatternAttention
-from attention_zoo.contract import LARGEST_SCALE, Source
+from attention_zoo.contract import Source
 from attention_zoo.ops.pattern import globals as globals_
 from attention_zoo.ops.pattern import local
+from attention_zoo.rules import LARGEST_SCALE
 from attention_zoo.testing.case import gradients
 
 TINY = {

@@ -271,7 +271,9 @@ def test_a_value_from_the_future(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_hashing_that_differs_from_call_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
     def unseeded(seed: int, heads: int, rounds: int, width: int, factors: Any) -> Any:
-        return hashing.fresh_rotations(heads, rounds, width, factors, torch.zeros((), dtype=torch.float64))
+        return hashing.fresh_rotations(
+            heads, rounds, width, factors, torch.zeros((), dtype=torch.float64), hashing.drawn_number()
+        )
 
     monkeypatch.setattr(hashing, "seeded_rotations", unseeded)
     caught(Reformer, "evaluation_is_a_function_of_its_inputs", "copies_compute_the_same")

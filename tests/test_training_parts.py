@@ -17,9 +17,9 @@ from attention_zoo.contract import Tokens
 from attention_zoo.tasks import IGNORED, Batch, Mqar, Text
 from attention_zoo.tracking import Trackers
 from attention_zoo.training.checkpoint import CheckpointError, OtherRun, load_checkpoint, pack, save_checkpoint, unpack
-from attention_zoo.training.config import TrainerConfig
 from attention_zoo.training.evaluate import Evaluation, evaluate
 from attention_zoo.training.fit import History, _judge
+from attention_zoo.training.groups import TrainerConfig
 from attention_zoo.training.objective import token_losses
 from attention_zoo.training.optimizer import adamw, decay_groups
 from attention_zoo.training.precision import Precision

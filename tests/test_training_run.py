@@ -21,7 +21,8 @@ from attention_zoo.files import read_jsonl
 from attention_zoo.tasks.text import Text
 from attention_zoo.tracking import JsonlTracker
 from attention_zoo.training.config import check, compose_training
-from attention_zoo.training.run import report_line, run_folder, run_identity, run_training
+from attention_zoo.training.run import run_folder, run_identity, run_training
+from attention_zoo.training.saying import report_line
 
 SMALL = [
     "tracker=none", "device=cpu", "trainer.progress=none", "model.dim=16", "model.heads=2", "model.depth=2",

@@ -49,17 +49,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attention_zoo.attention.compressive_functions import LEARNED, Compression, picked, queries_of, with_frozen
-from attention_zoo.attention.compressive_plans import Sizes, Slots, few_of, pieces_of, slots_of
+from attention_zoo.attention.compressive_plans import Evicted, Sizes, Slots, few_of, pieces_of, slots_of
 from attention_zoo.attention.operator import refuse_export
 from attention_zoo.attention.relative import RelativeAttention
 from attention_zoo.contract import Operands, Output
-from attention_zoo.layout.host import tensor_of
+from attention_zoo.layout.host import Array, tensor_of
 from attention_zoo.layout.kernel import Kernel, choose, triton_reason
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon, gathered, none
@@ -213,8 +214,8 @@ class Compressive(RelativeAttention):
             v, v_own = map(self._heads, streams(self.to_v, table))
             r = self._heads(self.to_r(self._waves(plan.distances)))
             out = segment_attention(q, k, v, k_own, v_own, r, self.u, self.v, plan, scale=self.scale)
-            if self.reconstruction and slots.evicted and not self.compress.frozen():
-                losses = self._reconstruction(q, k, v, hidden, states, slots)
+            if self.reconstruction and not self.compress.frozen():
+                losses = self._reconstruction(q, k, v, hidden, states, slots, layout)
         out = out if state is None else watch(out, keys)
         out = self.to_out(out.flatten(2))
         return Output(out, None if state is None else self._keep(columns, slots, states, layout), losses)
@@ -227,6 +228,21 @@ class Compressive(RelativeAttention):
         return self._keep(columns, slots, states, layout)
 
     # --- memories --------------------------------------------------------------------------------------------------
+
+    def _oldest_needed(self, position: Array) -> Array:
+        """See `RelativeAttention`: what the oldest compressed state in sight is made of, for it is made here again."""
+        sizes, taps = self._sizes, LEARNED.get(self.compression, 1)
+        memory = sizes.memory_from(position // sizes.segment)
+        group = (memory // sizes.ratio - sizes.slots).clip(min=0)
+        if self.compression != "most_used":
+            return group * sizes.ratio - (sizes.ratio - 1) * (taps - 1)
+        # which states of a group are kept, all that leave memory together decide, and the segment that pushes them out
+        evicting = sizes.evicting(group)
+        return np.where(group * sizes.ratio < memory, sizes.memory_from(evicting), memory)
+
+    @property
+    def _sees(self) -> tuple[Any, ...]:
+        return ("compressive", self._sizes, self.compression)
 
     @property
     def _horizon(self) -> Horizon:
@@ -262,9 +278,15 @@ class Compressive(RelativeAttention):
     # --- what is lost ----------------------------------------------------------------------------------------------
 
     def _reconstruction(
-        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, states: Tensor, slots: Slots
+        self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, states: Tensor, slots: Slots, layout: Layout
     ) -> dict[str, Tensor]:
-        """How far attention to the new compressed states is from that to what they are made of."""
+        """How far attention to the new compressed states is from that to what they are made of.
+
+        Of a process that has some of a sequence, its share of the mean: the segments that end there.
+        """
+        evicted, count = self._evicted(slots, hidden.shape[1], layout)
+        if not evicted:
+            return {"reconstruction": q.new_zeros(())} if count else {}
         G, new = states.shape[1], slots.new
         k, v, q = k.detach()[:, G:], v.detach()[:, G:], q.detach()
         if q.shape[1] < hidden.shape[1]:  # the segment began in an earlier call
@@ -272,16 +294,26 @@ class Compressive(RelativeAttention):
                 q = self._heads(self.to_q(hidden))
         fresh = states[:, G - new :]
         k_new, v_new = (self._heads(with_frozen(layer, fresh)) for layer in (self.to_k, self.to_v))
-        total, count = fresh.new_zeros((), dtype=torch.promote_types(fresh.dtype, torch.float32)), 0
-        for each in slots.evicted:
+        total = fresh.new_zeros((), dtype=torch.promote_types(fresh.dtype, torch.float32))
+        for each in evicted:
             asked, rows, at = queries_of(each, q)
             with torch.no_grad():
                 wanted = self._content(asked, *(picked(x, each.row, each.tokens) for x in (k, v)))
             found = self._content(asked, *(picked(x, each.row, each.slots) for x in (k_new, v_new)))
             gap = (found - wanted).to(total.dtype).square().mean((1, 3))
             total = total + (gap[rows, at] if at is not None else gap).sum()
-            count += gap.numel() if at is None else len(at)
-        return {"reconstruction": self.reconstruction * total / count} if count else {}
+        return {"reconstruction": self.reconstruction * total / count}
+
+    def _evicted(self, slots: Slots, columns: int, layout: Layout) -> tuple[tuple[Evicted, ...], int]:
+        """What leaves memory at the end of a segment in this call, and how many queries the loss is a mean of."""
+        if layout.placement is None:
+            return slots.evicted, sum(int((each.queries >= 0).sum()) for each in slots.evicted)
+        whole = layout.placement.whole
+        before = whole.plan("no slots", lambda: none(len(whole.valid), whole.valid.device).layout)
+        everything = slots_of(whole, before, self._sizes, LEARNED.get(self.compression, 1)).evicted
+        fetched = columns - layout.valid.shape[1]
+        mine = (each.only(each.queries.max(1) >= fetched) for each in slots.evicted)
+        return tuple(each for each in mine if len(each.row)), sum(int((x.queries >= 0).sum()) for x in everything)
 
     def _content(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "n H S D"]:
         """Attention without positions, of [n, S, H, D]."""

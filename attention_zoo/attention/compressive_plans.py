@@ -87,6 +87,10 @@ class Evicted(NamedTuple):
     tokens: Int[np.ndarray, "n gc"]
     segment: Int[np.ndarray, " n"]
 
+    def only(self, mask: Bool[np.ndarray, " n"]) -> Evicted:
+        """Those that are marked."""
+        return Evicted(*(field[mask] for field in self))
+
 
 class Slots(NamedTuple):
     """What a call compresses, and the compressed memory that it works with: slots held, then new ones.

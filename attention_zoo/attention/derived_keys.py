@@ -25,7 +25,8 @@ DOCUMENT = Horizon()
 
 
 class DerivedKeys(Attention):
-    """Base of mechanisms that attend to what they make of keys and values. Final but for `keep`, `answer` and costs.
+    """Base of mechanisms that attend to what they make of keys and values. Final but for
+    `keep`, `answer`, `in_place` and costs.
 
     Args:
         shared: the options of `Attention`.
@@ -76,6 +77,16 @@ class DerivedKeys(Attention):
         """The same of a call's own keys and values, without a state."""
         return self.answer(q, queries, self.keep(keys, k, v, None)[0], scale)
 
+    def in_place(
+        self,
+        q: Float[Tensor, "B H L D"],
+        queries: Layout,
+        k: Float[Tensor, "B K L D"],
+        v: Float[Tensor, "B K L D"],
+    ) -> Float[Tensor, "B H L D"]:
+        """The same of one process's columns of a sequence that several own."""
+        raise NotImplementedError
+
     # --- final: running it -------------------------------------------------------------------------------------------
 
     @property
@@ -102,7 +113,9 @@ class DerivedKeys(Attention):
         """See `Layer`. With a state, every call's output equals the last rows of the whole prefix."""
         x, layout = self.enter(x, tokens, state, source, choices)
         q, k, v = (self._heads(project(x)) for project in (self.to_q, self.to_k, self.to_v))
-        if state is None:
+        if layout.placement is not None:
+            out = self.in_place(q, layout, k, v)
+        elif state is None:
             out = self.alone(q, layout, k, v, layout, self.scale)
         else:
             held, state = self.keep(layout, k, v, state)

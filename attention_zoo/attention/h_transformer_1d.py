@@ -50,10 +50,13 @@ from torch import Tensor
 from attention_zoo.attention import h_transformer_1d_step as step
 from attention_zoo.attention.derived_keys import DOCUMENT, DerivedKeys
 from attention_zoo.contract import Abilities
+from attention_zoo.layout.host import Array, tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns
-from attention_zoo.layout.levels import levels
+from attention_zoo.layout.levels import Level, levels
+from attention_zoo.layout.placement import Placement
 from attention_zoo.layout.visible import Visible, between
+from attention_zoo.ops.exchange.groups import Gathered, Parts, gathered, gathering
 from attention_zoo.ops.pattern import several_flex
 from attention_zoo.ops.pattern.key_set import Keys
 from attention_zoo.ops.pattern.means import stages_of, with_means
@@ -72,6 +75,7 @@ class HTransformer1D(DerivedKeys):
 
     name = "h_transformer_1d"
     tiny = {"block": 2}
+    travels = "keys of the blocks beside a run, and means of far ones: the block times a logarithm of the length"
     declared = Abilities(
         causality="strict",
         carry="prefix",
@@ -158,6 +162,46 @@ class HTransformer1D(DerivedKeys):
         k, v = with_means(k, v, stages_of(keys, [level for _, level in above], columns, k))
         return several_flex.run_joined(q, queries, k, v, sets, scale)
 
+    def in_place(
+        self,
+        q: Float[Tensor, "B H L D"],
+        queries: Layout,
+        k: Float[Tensor, "B K L D"],
+        v: Float[Tensor, "B K L D"],
+    ) -> Float[Tensor, "B H L D"]:
+        """See `DerivedKeys`: each process takes the means of its own tokens, and who sees a group the mean of those."""
+        K, D, sets = k.shape[1], k.shape[3], []
+        plans = queries.plan(("gathered levels", self.block, self.causal), lambda: self._gathering(queries.placement))
+        both = torch.cat([k, v], -1)  # [B, K, n, 2 · D]
+        for number, (plan, level) in enumerate(plans):
+            both = both if level is None else level.mean(both)
+            kind = "keys" if level is None else "means"
+            found = gathered(both.transpose(1, 2).flatten(2), plan, kind).unflatten(2, (K, 2 * D)).transpose(1, 2)
+            keys, values = found.chunk(2, 3)
+            if level is None:
+                sets.append(Keys(keys, values, plan.groups, seen=self._near(queries, plan.groups)))
+                continue
+            weight = tensor_of(np.log(plan.tokens.clip(min=1)), q.device)
+            seen = self._far(queries, plan.groups, number)
+            sets.append(Keys(keys, values, plan.groups, weight=weight, seen=seen))
+        return attend_to_several(q, queries, sets, scale=self.scale, causal=self.causal)
+
+    def _gathering(self, placement: Placement) -> list[tuple[Gathered, Level | None]]:
+        """Of the tokens, and of each level: what is gathered, and the level of this process's own tokens."""
+        whole = placement.whole
+        each = [Placement.chosen(whole, columns) for columns in placement.columns]
+        ranges = self._near_ends(whole.host.position)
+        tokens = [Parts(layout.host, np.ones_like(layout.host.position)) for layout in each]
+        found: list[tuple[Gathered, Level | None]] = [(gathering(placement, tokens, *ranges, mean=True), None)]
+        for number, _ in self._up(whole):
+            made = [levels(layout, number + 1)[number] for layout in each]
+            parts = [Parts(level.groups.host, _counts(level)) for level in made]
+            low, high = (
+                np.concatenate(ends) for ends in zip(*self._far_ends(whole.host.position, number + 1), strict=True)
+            )
+            found.append((gathering(placement, parts, low, high, mean=True), made[placement.rank]))
+        return found
+
     def _up(self, keys: Layout) -> Any:
         """(0, level 1), (1, level 2), ...: as many as there are pairs for."""
         host = keys.host
@@ -168,10 +212,7 @@ class HTransformer1D(DerivedKeys):
         """What is seen key by key."""
 
         def find() -> tuple[Visible, Layout]:
-            at = queries.host.position
-            own = at // self.block * self.block
-            high = at + 1 if self.causal else own + 2 * self.block
-            return (between(queries, keys, own - self.block, high),), keys
+            return (between(queries, keys, *self._near_ends(queries.host.position)),), keys
 
         # the plan keeps what the key's id is of
         return queries.plan(("near", id(keys), self.block, self.causal), find)[0]
@@ -180,12 +221,26 @@ class HTransformer1D(DerivedKeys):
         """What is seen in groups of this level: in the blocks beside the own one, but for what the finer level has."""
 
         def find() -> tuple[Visible, Layout]:
-            half = self.block // 2
-            fine = queries.host.position // (half << level)  # which block of the level below
-            own = fine // 2
-            found = [between(queries, groups, (own - 1) * self.block, (fine - 1) * half)]
-            if not self.causal:
-                found.append(between(queries, groups, (fine + 2) * half, (own + 2) * self.block))
-            return tuple(found), groups
+            ends = self._far_ends(queries.host.position, level)
+            return tuple(between(queries, groups, low, high) for low, high in ends), groups
 
         return queries.plan(("far", id(groups), level, self.block, self.causal), find)[0]
+
+    def _near_ends(self, at: Array) -> tuple[Array, Array]:
+        """Positions from the first up to the second, without it, which tokens at these positions see."""
+        own = at // self.block * self.block
+        return own - self.block, at + 1 if self.causal else own + 2 * self.block
+
+    def _far_ends(self, at: Array, level: int) -> list[tuple[Array, Array]]:
+        """The same of groups of a level, in one range or two."""
+        half = self.block // 2
+        fine = at // (half << level)  # which block of the level below
+        own = fine // 2
+        found = [((own - 1) * self.block, (fine - 1) * half)]
+        return found if self.causal else [*found, ((fine + 2) * half, (own + 2) * self.block)]
+
+
+def _counts(level: Level) -> Array:
+    """How many tokens each group of a level has; 0 where there is none."""
+    host = level.groups.host
+    return np.rint(np.exp(level.log_count.numpy(force=True))).astype(np.int64) * host.valid

@@ -54,6 +54,7 @@ from attention_zoo.attention.operator import refuse_export
 from attention_zoo.attention.pattern import PatternAttention, hide
 from attention_zoo.constants import constant
 from attention_zoo.contract import Abilities, Tokens, Unsupported
+from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.reach import Band
 from attention_zoo.ops.pattern.absorbed import is_worth_it, with_absorbed_rows
 from attention_zoo.ops.pattern.call import PatternCall
@@ -154,6 +155,11 @@ class Longformer(PatternAttention):
                 del state_dict[name]
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
+    def global_operands(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """See `PatternAttention`: of the second projections."""
+        q, k, v = (self._heads(project(x)) for project in (self.to_q_global, self.to_k_global, self.to_v_global))
+        return self.scheme.turn(q, layout), self.scheme.turn(k, layout), v
+
     def finish(self, call: PatternCall, out: Tensor, x: Tensor) -> Tensor:
         """With rows of global queries by the second projection; only computed where there are some."""
         if not (self.computes_apart and call.queries.any_global):
@@ -165,8 +171,7 @@ class Longformer(PatternAttention):
                 keys = self.scheme.turn(self._heads(self.to_k_global(x)), call.queries)
                 turned = {"turn": self.scheme.rotate, "keys": keys}
             return with_absorbed_rows(call, out, x, projections, scale=self.scale, **turned)
-        q, k, v = (self._heads(project(x)) for project in projections)
-        q, k = self.scheme.turn(q, call.queries), self.scheme.turn(k, call.queries)
+        q, k, v = self.global_operands(x, call.queries)
         if earlier := call.k.shape[2] - x.shape[1]:
             # a global query's document begins in its call (checked before): it sees none of the keys before that
             k, v = (nn.functional.pad(y, (0, 0, earlier, 0)) for y in (k, v))

@@ -49,12 +49,14 @@ from torch import Tensor, nn
 
 from attention_zoo.attention.derived_keys import DOCUMENT, DerivedKeys
 from attention_zoo.contract import Abilities, Operands
-from attention_zoo.layout.host import Array, tensor_of
+from attention_zoo.layout.host import Array, Host, tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Ledger, behind, chosen
+from attention_zoo.layout.placement import Placement
 from attention_zoo.layout.pooled import Pooled, pooled
 from attention_zoo.layout.reach import Anywhere
 from attention_zoo.layout.visible import visible
+from attention_zoo.ops.exchange.groups import Gathered, Parts, gathered, gathering
 from attention_zoo.ops.pattern import several_flex
 from attention_zoo.ops.pattern.key_set import Keys
 from attention_zoo.ops.pattern.several import attend_to_several
@@ -95,6 +97,7 @@ class MemoryCompressed(DerivedKeys):
         grouped_heads=True,
     )
     tiny = {"compression": 3}
+    travels = "keys of complete groups, 1 / compression of the sequence"
     companions = {"local": "attention_zoo.attention.memory_compressed_local.LocalBlocks"}
 
     def __init__(self, *, compression: Annotated[int, Field(ge=1, le=1024)] = 3, **shared: Any):
@@ -196,17 +199,50 @@ class MemoryCompressed(DerivedKeys):
         k, v = convolved(k, v, self.compress.weight, self.compress.bias, nulls, strides)
         return several_flex.run_joined(q, queries, k, v, sets, scale)
 
+    def in_place(
+        self,
+        q: Float[Tensor, "B H L D"],
+        queries: Layout,
+        k: Float[Tensor, "B K L D"],
+        v: Float[Tensor, "B K L D"],
+    ) -> Float[Tensor, "B H L D"]:
+        """See `DerivedKeys`: each process convolves what it has of a group, and who sees the group adds that."""
+        (B, K, _, D), placement, c = k.shape, queries.placement, self.compression
+        mine = pooled(queries, c, partial=True)
+        plan = queries.plan(("gathered", c, self.causal), lambda: self._gathering(placement))
+        both = self._convolved(torch.cat([k, v], 1), mine, biased=False).permute(1, 3, 0, 2, 4).flatten(2)
+        whole = gathered(both, plan, "keys of groups").view(B, -1, 2, K, D).permute(2, 0, 3, 1, 4)
+        assert self.compress.bias is not None
+        keys, values = whole + self.compress.bias.view(K, 1, D)
+        return self.answer(q, queries, Columns.of(plan.groups, keys, values), self.scale)
+
+    def _gathering(self, placement: Placement) -> Gathered:
+        c, whole = self.compression, placement.whole
+        complete = pooled(whole, c, partial=not self.causal).groups.host
+        parts = []
+        for columns in placement.columns:
+            found = pooled(Placement.chosen(whole, columns), c, partial=True)
+            parts.append(
+                Parts(found.groups.host.only(_among(found.groups.host, complete)), (found.columns >= 0).sum(2))
+            )
+        position, length = whole.host.position, whole.host.length
+        high = (position + 1) // c if self.causal else -(-length // c)
+        return gathering(placement, parts, np.zeros_like(high), high)
+
     def _compressed(self, k: Tensor, v: Tensor, groups: Pooled) -> Columns:
         """Keys and values of groups, [B, K, G, D]."""
         return Columns.of(groups.groups, *self._convolved(torch.cat([k, v], 1), groups))
 
-    def _convolved(self, x: Float[Tensor, "B KV L D"], groups: Pooled) -> Float[Tensor, "2 B K G D"]:
+    def _convolved(
+        self, x: Float[Tensor, "B KV L D"], groups: Pooled, *, biased: bool = True
+    ) -> Float[Tensor, "2 B K G D"]:
         """The strided convolution of keys and values, as one product a head."""
         K = self.kv_heads
         members = rearrange(groups.take(x.transpose(1, 2)), "b g c (n k) d -> k (n b g) (d c)", k=K)
         weight = rearrange(self.compress.weight, "(k e) d c -> k (d c) e", k=K)
         assert self.compress.bias is not None
-        found = torch.baddbmm(self.compress.bias.view(K, 1, -1), members, weight)
+        bias = self.compress.bias.view(K, 1, -1)
+        found = torch.baddbmm(bias, members, weight) if biased else torch.bmm(members, weight)
         return rearrange(found, "k (n b g) e -> n b k g e", n=2, b=len(x))
 
     def _ends(self, groups: Layout) -> Layout:
@@ -219,6 +255,17 @@ class MemoryCompressed(DerivedKeys):
             return Layout.known(ends, groups.valid.device)
 
         return groups.plan(("ends", c), make)
+
+
+def _among(groups: Host, whole: Host) -> Array:
+    """Which of these groups are among those of the whole sequence."""
+    found = np.zeros(groups.valid.shape, bool)
+    for row in range(len(found)):
+        here, there = groups.valid[row], whole.valid[row]
+        known = set(zip(whole.document[row, there].tolist(), whole.position[row, there].tolist(), strict=True))
+        pairs = zip(groups.document[row, here].tolist(), groups.position[row, here].tolist(), strict=True)
+        found[row, here] = [pair in known for pair in pairs]
+    return found
 
 
 def _waiting(tokens: Layout, mask: Array) -> tuple[Tensor, Ledger]:

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from attention_zoo.attention.operator import one_operator, refuse_export
+from attention_zoo.attention.placed import output_in_place
 from attention_zoo.contract import Attention, Output, Source, Tokens, at_least, known_options
 from attention_zoo.layout.by_heads import ByHeads
 from attention_zoo.layout.kernel import Kernel, check_name, choose, explain, kernels_of
@@ -60,8 +61,9 @@ class PatternAttention(Attention):
     tile = 64
     """Query rows of a tile, few so that little of what is read is hidden; twice as many where tiles must be looked for.
     Smaller in tests, so that short lengths straddle many borders."""
+    travels = "keys within reach; a ring of all keys where nothing ends it"
     computes_apart = False
-    """Whether `finish` may compute the rows of global queries in another way (Longformer's own projections)."""
+    """Whether `finish` computes rows of global queries in another way, by the q, k, v of `global_operands`."""
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -203,10 +205,8 @@ class PatternAttention(Attention):
 
     def explain_kernels(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
         """See `Attention`."""
-        q, k = (
-            torch.empty(1, heads, 1, self.head_width, device=device, dtype=dtype).expand(-1, -1, length, -1)
-            for heads in (self.heads, self.kv_heads)
-        )
+        one = torch.empty(1, 1, 1, self.head_width, device=device, dtype=dtype)
+        q, k = (one.expand(-1, heads, length, -1) for heads in (self.heads, self.kv_heads))
         return self.explain(q, k, k, *[Layout.plain(1, length, device)] * 2)
 
     def _call(
@@ -273,8 +273,10 @@ class PatternAttention(Attention):
     def _attended(
         self, x: Tensor, layout: Layout, state: Columns | ByHeads | None = None, source: Source | None = None
     ) -> Output:
-        q, turned = self._heads(self.to_q(x)), None
         layout = self._marked(layout)
+        if layout.placement is not None:
+            return output_in_place(self, x, layout)
+        q, turned = self._heads(self.to_q(x)), None
         if isinstance(state, ByHeads):
             return self._attended_by_heads(x, self.scheme.turn(q, layout), layout, state)
         if self.cross:

@@ -100,7 +100,10 @@ class HashedAttention(Attention):
         kind = np.array([kinds.setdefault(self.factors_for(n), len(kinds)) for n in documents.slots.tolist()], int)
         kind = kind.repeat(documents.sizes)
         chosen = {factors: missing & (kind == number) for factors, number in kinds.items()}
-        rotations = {factors: self._rotations(factors, qk) for factors, mask in chosen.items() if bool(mask.any())}
+        number = hashing.drawn_number() if self._draws and choices is None else 0
+        rotations = {
+            factors: self._rotations(factors, qk, number) for factors, mask in chosen.items() if bool(mask.any())
+        }
         if len(rotations) > 1 and bool(missing.all()) and hashing.hashes_at_once(qk, rotations):
             # on the device once for a layout: layers hash the same tokens
             which = layout.plan(("hashed kind", kind.tobytes()), lambda: tensor_of(kind, device))
@@ -113,10 +116,10 @@ class HashedAttention(Attention):
             _put_at(buckets, mask, hashing.hash_tokens(tokens, drawn, factors))
         return buckets
 
-    def _rotations(self, factors: tuple[int, ...], like: Tensor) -> Sequence[Tensor]:
+    def _rotations(self, factors: tuple[int, ...], like: Tensor, number: int) -> Sequence[Tensor]:
         shape = (self.heads, self.rounds, self.head_width, factors)
         if self._draws:
-            return hashing.fresh_rotations(*shape, like)
+            return hashing.fresh_rotations(*shape, like, number)
         if self.hash_seed is not None:
             return hashing.released_rotations(self.hash_seed, *shape, like.dtype)
         return hashing.seeded_rotations(self.seed, *shape)

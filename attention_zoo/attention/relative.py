@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from attention_zoo.attention.operator import one_operator
 from attention_zoo.contract import Abilities, Attention, Output, Source, at_least
+from attention_zoo.layout.halo import halo
+from attention_zoo.layout.host import Array
 from attention_zoo.layout.kernel import Kernel, explain
 from attention_zoo.layout.layout import Layout
-from attention_zoo.layout.ledger import Columns, Horizon, none
+from attention_zoo.layout.ledger import Columns, Horizon, behind, none
 from attention_zoo.layout.visible import runs_of
+from attention_zoo.ops.exchange.halo import behind_halo
 from attention_zoo.ops.relative.call import RelativeCall
 from attention_zoo.ops.relative.few import Few, absorbed
 from attention_zoo.ops.relative.projections import is_plain
@@ -54,6 +57,7 @@ class RelativeAttention(Attention):
         adjustable=("segment_length", "memory_length"),
         truncated=True,
     )
+    travels = "hidden states of the memory"
     kernels: ClassVar[tuple[Kernel[RelativeCall], ...]]
     """Fastest first."""
     shared_over_depth: tuple[str, ...] = ("u", "v")
@@ -120,7 +124,32 @@ class RelativeAttention(Attention):
         return Columns.of(none(batch_size, device), torch.zeros(batch_size, 0, self.dim, device=device, dtype=dtype))
 
     def _append(self, x: Tensor, layout: Layout, held: Columns | None) -> Columns:
+        if layout.placement is not None:
+            return self._fetched(x, layout, held)
         return Columns.of(layout, x) if held is None else held.append(layout, x, horizon=self._horizon)
+
+    def _oldest_needed(self, position: Array) -> Array:
+        """The oldest position of which the layer must know the hidden state, for a token there; maybe below 0."""
+        raise NotImplementedError
+
+    @property
+    def _sees(self) -> tuple[Any, ...]:
+        """All that `_oldest_needed` depends on."""
+        raise NotImplementedError
+
+    def _fetched(self, x: Tensor, layout: Layout, begun: Columns | None) -> Columns:
+        """The columns of a process that has some of a sequence, behind what their first tokens remember of others'.
+
+        Where a segment goes on in another process, its hidden states get their gradients there; where none does, none
+        travel. So all processes run at once, wherever they were cut.
+        """
+        found = halo(layout, self._sees, self._oldest_needed, segment=self.segment_length)
+        keys, x = found.keys, behind_halo(x, layout, found, "hidden states", learns=found.within)
+        if begun is not None and begun.filled:
+            first, blank = keys, begun.tokens
+            keys = layout.plan(("begun", id(first), id(blank)), lambda: (behind(blank, first), first, blank))[0]
+            x = torch.cat([begun.held[0].to(x.dtype), x], 1)
+        return Columns.of(keys, x)
 
     def _settled(self, columns: Columns, layout: Layout) -> Columns:
         """What is kept of them after a call, detached: gradients never cross from one call into an earlier one."""

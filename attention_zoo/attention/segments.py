@@ -58,6 +58,7 @@ class Segments(PatternAttention):
     """
 
     name = "hierarchical.segments"
+    travels = None  # summaries of one process are not those of another
     tiny = {"segment_length": 3}
     declared = Summaries.declared
 

@@ -37,6 +37,7 @@ class Summaries(Full):
     """
 
     name = "hierarchical.summaries"
+    travels = None  # summaries of one process are not those of another
     tiny = {"segment_length": 3}
     declared = Abilities(
         causality="strict",

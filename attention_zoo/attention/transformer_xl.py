@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from attention_zoo.attention.operator import refuse_export
 from attention_zoo.attention.relative import RelativeAttention
 from attention_zoo.contract import Operands, Output
-from attention_zoo.layout.host import Host, tensor_of
+from attention_zoo.layout.host import Array, Host, tensor_of
 from attention_zoo.layout.kernel import choose
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon
@@ -195,7 +195,9 @@ class TransformerXL(RelativeAttention):
 
     def _begun(self, state: Columns | None, x: Tensor, layout: Layout) -> Columns:
         """The state, with blank hidden states at the M positions before 0 where it is empty yet."""
-        B, M, new = len(x), self.memory_length, layout.host
+        B, M, placement = len(x), self.memory_length, layout.placement
+        # whether a row is one document is to be known of all of its columns, wherever they are
+        new = layout.host if placement is None else placement.whole.host
         if state is None or not state.filled:
             column = new.valid.argmax(1)[:, None]
 
@@ -210,7 +212,16 @@ class TransformerXL(RelativeAttention):
                 self.name, "initial_memory=zeros with several documents in a row", "only a row's first can begin so",
                 "initial_memory=empty, or one document a row",
             )  # fmt: skip
+        if placement is not None and not bool((layout.host.valid & (self._oldest(layout.host.position) < 0)).any()):
+            return self._nothing(B)
         return state
+
+    def _oldest_needed(self, position: Array) -> Array:
+        return self._oldest(position)  # type: ignore[no-any-return]
+
+    @property
+    def _sees(self) -> tuple[Any, ...]:
+        return ("transformer_xl", *self._lengths)
 
     # --- scores ----------------------------------------------------------------------------------------------------
 

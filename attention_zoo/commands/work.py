@@ -44,7 +44,7 @@ class Outcome:
             folder: where.
             told: see above.
         """
-        from attention_zoo.training.run import report_line
+        from attention_zoo.training.saying import report_line
 
         if row["status"] == "ok":
             return cls()
@@ -82,7 +82,8 @@ def _train(composed: DictConfig) -> Outcome:
     from hydra.core.hydra_config import HydraConfig
 
     from attention_zoo.training.config import plain
-    from attention_zoo.training.run import run_folder, run_training, show
+    from attention_zoo.training.run import run_folder, run_training
+    from attention_zoo.training.saying import show
 
     config = plain(composed, HydraConfig.get())
     folder = run_folder(config)
@@ -150,6 +151,13 @@ def _advise(composed: DictConfig) -> Outcome:
     from attention_zoo.advice.command import advise
 
     advise(settings(composed))
+    return Outcome()
+
+
+def _plan(composed: DictConfig) -> Outcome:
+    from attention_zoo.advice.plan import plan
+
+    plan(settings(composed))
     return Outcome()
 
 
@@ -267,6 +275,12 @@ def _register_advise() -> None:
     register()
 
 
+def _register_plan() -> None:
+    from attention_zoo.advice.plan import register
+
+    register()
+
+
 def _register_status() -> None:
     from attention_zoo.jobs.status import register
 
@@ -315,6 +329,7 @@ COMMANDS = {
         _advise,
         words={"task": "problem"},
     ),
+    "plan": Command("say on paper what long sequences take on several devices", _register_plan, _plan),
     "status": Command("show how far sweeps are, and how to go on", _register_status, _status),
     "sync": Command("send to W&B what it lacks, from our own files", _register_sync, _sync),
     "inspect": Command("show what trained runs attend to on a text", _register_inspect, _inspect),

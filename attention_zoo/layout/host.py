@@ -37,6 +37,10 @@ class Host(NamedTuple):
         """The same columns of all rows, views."""
         return Host(*(field[:, columns] for field in self))
 
+    def take_all(self, columns: Int[np.ndarray, " n"]) -> Host:
+        """The same columns of all rows, in any order."""
+        return Host(*(field[:, columns] for field in self))
+
     def take(self, columns: Int[np.ndarray, "B n"]) -> Host:
         """Each row its own columns."""
         row = np.arange(len(columns))[:, None]  # what take_along_axis makes, for each field again

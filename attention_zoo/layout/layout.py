@@ -85,6 +85,9 @@ class Layout(Tokens):
     """Whether nothing was said of the tokens: they are what the shape of a call implies."""
     _start = 0
 
+    placement: Any = None
+    """The `Placement` of the whole sequence, if these are the columns of one process alone."""
+
     _whole: Tensor | None = None
 
     def _with(self, host: Host) -> Layout:
@@ -226,9 +229,9 @@ class Layout(Tokens):
 
 
 _WITHOUT_GLOBALS = (
-    "dense", "documents", "one_document", "rows_alike", "starts_at_zero", "aligned", "padding", "asked",
+    "dense", "documents", "one_document", "rows_alike", "starts_at_zero", "aligned", "padding", "asked", "placement",
 )  # fmt: skip
-"""Facts to which global tokens are as others."""
+"""Facts to which global tokens are as others; where the columns live is one."""
 
 
 def ends(keys: Layout, queries: Layout) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from attention_zoo.contract import Layer, Output, Source, Tokens, add_losses, known_options, named, one_of
 from attention_zoo.model.feed_forward import KINDS, NONE, FeedForward
 from attention_zoo.model.norm import BatchNorm, build_norm, refuse_over_batch
+from attention_zoo.model.placed import called
 from attention_zoo.model.short_conv import GatedConvolution, ShortConvolution
 from attention_zoo.options import LARGEST, Named, Positive, Probability, checked
 
@@ -31,6 +32,8 @@ Taps = Annotated[
 
 class Chain(Layer):
     """Layers, one after the other. State and choices are tuples with an entry for each; losses add up."""
+
+    travels = ""
 
     def __init__(self, layers: Sequence[Layer]):
         super().__init__()
@@ -50,7 +53,8 @@ class Chain(Layer):
     ) -> Output:
         states, losses, made = [], [], []
         for index, layer in enumerate(self.layers):
-            out = layer(
+            out = called(
+                layer,
                 x,
                 tokens,
                 state=None if state is None else state[index],
@@ -75,6 +79,8 @@ class Branch(Layer):
         output_dropout: probability to drop a channel of what is added.
         cross: whether the source is for this branch.
     """
+
+    travels = ""
 
     @checked
     def __init__(

@@ -59,6 +59,7 @@ class FeedForward(Layer):
         bias: whether the matrices have one.
     """
 
+    travels = ""
     options = ("mult", "chunks", "width", "bias")
 
     @checked(prefix="feed_forward.")

@@ -19,6 +19,7 @@ from attention_zoo.contract import Layer, Output, Source, Tokens, add_losses
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.windows import Windows, windows
 from attention_zoo.model.block import attentions
+from attention_zoo.model.level_placed import output_in_place
 from attention_zoo.model.resample import Pool, Up, taken
 from attention_zoo.place import place_of
 
@@ -58,6 +59,8 @@ class Level(Layer):
         super().__init__()
         self.before, self.pool, self.inside, self.up, self.after = before, pool, inside, up, after
         self.size, self.reach, self.causal, self.unpooled = pool.size, reach, causal, unpooled
+        if causal and not unpooled:
+            self.travels = "tokens and groups beside cuts"
 
     @property
     def attentions(self) -> list[Layer]:
@@ -81,6 +84,8 @@ class Level(Layer):
     ) -> Output:
         if state is not None and not isinstance(state, Halfway):
             raise ValueError(f"state must be of a model with as many levels, got {type(state).__name__}")
+        if getattr(tokens, "placement", None) is not None:
+            return output_in_place(self, x, Layout.of(tokens))  # type: ignore[arg-type]
         layout, at = _planned(self, x, tokens)
         given = (None, None, None) if state is None else state[:3]
         chosen = (None, None, None) if choices is None else choices

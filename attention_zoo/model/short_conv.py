@@ -20,9 +20,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from attention_zoo.contract import Layer, Output, Source, Tokens
+from attention_zoo.layout.halo import halo
 from attention_zoo.layout.host import tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import behind, chosen, gathered
+from attention_zoo.ops.exchange.halo import behind_halo
 from attention_zoo.options import Positive, checked
 from attention_zoo.place import place_of
 
@@ -41,6 +43,8 @@ class Convolution(Layer):
         dim: model width E.
         width: number of taps: the token itself and the width - 1 before it.
     """
+
+    travels = "hidden states of the taps"
 
     def __init__(self, *, dim: int, width: int):
         super().__init__()
@@ -70,6 +74,8 @@ class Convolution(Layer):
             return Output(self.joined(x, self._mix(x, None)))
         tokens = Layout.of(tokens)
         x = tokens.blanked(x)
+        if tokens.placement is not None:
+            return Output(self.joined(x, self._mix_placed(x, tokens)))
         before = x.new_zeros(x.shape[0], 0, self.dim) if state is None else state.hidden
         hidden = torch.cat([before, x], 1)
         keys = tokens
@@ -82,6 +88,12 @@ class Convolution(Layer):
             columns, kept = keys.plan(("last", self.width), lambda: self._last(keys))
             new = Recent(hidden if columns is None else gathered(hidden, columns), kept)
         return Output(self.joined(x, mixed), new)
+
+    def _mix_placed(self, x: Tensor, tokens: Layout) -> Tensor:
+        """Of a process that has some columns of a sequence, behind those that its first tokens mix with."""
+        found = halo(tokens, ("taps", self.width), lambda position: position - self.width + 1, last=self.width - 1)
+        x = behind_halo(x, tokens, found, "taps")
+        return self._mix_valid(x, found.keys)[:, found.count :]
 
     def _last(self, keys: Layout) -> tuple[Tensor | None, Layout]:
         """The columns that later tokens mix with, and what they are."""

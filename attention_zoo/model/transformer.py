@@ -53,6 +53,7 @@ from attention_zoo.model.mechanisms import (
 from attention_zoo.model.norm import BatchNorm, build_norm, check_last_only
 from attention_zoo.model.output import ModelOutput
 from attention_zoo.model.parameters import current_names, parameter_count
+from attention_zoo.model.placed import stacked
 from attention_zoo.model.reversible import ReversibleStack
 from attention_zoo.model.shorten import shape_of
 from attention_zoo.model.state import Running
@@ -270,7 +271,7 @@ class Transformer(nn.Module):
         elif state is not None:
             tokens, new = _placed(state, tokens, (ids.shape[0], ids.shape[1]), fresh)
         x = self._embed(ids, tokens, types)
-        out = self.stack(x, tokens, state=None if state is None else state.layers, source=source)
+        out = stacked(self, x, tokens, state=None if state is None else state.layers, source=source)
         hidden, asked = out.hidden, tokens.valid if said and tokens is not None else None
         if last_only:
             hidden, asked = last_valid(hidden, None if _is_dense(tokens) else asked), None

@@ -282,6 +282,7 @@ class Trained(TypedDict):
     step_seconds: NotRequired[Amount | None]
     tokens_per_second: NotRequired[Amount | None]
     peak_bytes: NotRequired[Count | None]
+    sent_bytes_per_token: NotRequired[Amount | None]
     curve: NotRequired[Curve | None]
     quality_curve: NotRequired[Curve | None]
     readings: NotRequired[dict[str, Readings] | None]

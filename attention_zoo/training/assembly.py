@@ -10,12 +10,20 @@ from typing import Any
 from torch import nn
 
 from attention_zoo.model.norm import BatchNorm
+from attention_zoo.parallel.dropout import by_rank
+from attention_zoo.parallel.recompute import prepare
+from attention_zoo.parallel.refusals import refuse
+from attention_zoo.parallel.rows import check_divides
+from attention_zoo.parallel.sequence.cut import Asked, refuse_options
+from attention_zoo.parallel.sharded import apart, shard
+from attention_zoo.parallel.world import World
 from attention_zoo.tasks.task import Batch, Task
 from attention_zoo.training.ahead import drawn_ahead
 from attention_zoo.training.building import build
 from attention_zoo.training.checking import check_batch, figure
-from attention_zoo.training.config import DecodeConfig, TrainConfig, TrainerConfig, device_of
+from attention_zoo.training.config import TrainConfig, device_of
 from attention_zoo.training.evaluate import Evaluation, evaluate
+from attention_zoo.training.groups import DecodeConfig, TrainerConfig
 from attention_zoo.training.models import model_of
 from attention_zoo.training.objective import objective_of
 from attention_zoo.training.precision import Precision
@@ -32,6 +40,7 @@ class Assembly:
         sets: name -> batches; the first is the main one, which is watched while it trains.
         carry: whether the model's state crosses from batch to batch.
         decode: how an encoder-decoder writes in evaluation.
+        world: the processes that do it.
     """
 
     task: Task
@@ -42,6 +51,7 @@ class Assembly:
     carry: bool
     device: str
     decode: Mapping[str, Any]
+    world: World
 
     @property
     def main(self) -> str:
@@ -53,7 +63,7 @@ class Assembly:
         return evaluate(
             self.model, self.task, self.sets[name],
             precision=self.precision, device=self.device, carry=self.carry, stop=stop,
-            decode=self.decode,
+            decode=self.decode, cut=self.trainer.cut,
         )  # fmt: skip
 
     def finished(self) -> nn.Module:
@@ -77,14 +87,17 @@ def writing(decode: DecodeConfig) -> dict[str, Any]:
     return said if decode.beams == 1 else {"beams": decode.beams}
 
 
-def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
+def assemble(options: TrainConfig, mechanism: Any, task: Task, world: World | None = None) -> Assembly:
     """Build a run's model and all around it.
 
     Args:
         mechanism: see `mechanism_of`.
         task: already built.
+        world: the processes of the run; default this one alone.
     """
-    device = device_of(options.device)
+    world = World(device=device_of(options.device)) if world is None else world
+    device = world.device
+    check_divides(options.batch, options.trainer.accumulate, world.data)
     model = model_of(options, mechanism, task, objective_of(task)).to(device)
     seed_all(options.seed)  # whatever follows draws the same numbers beside every mechanism
     if options.trainer.accumulate > 1 and any(isinstance(part, BatchNorm) for part in model.modules()):
@@ -92,13 +105,24 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
             f"trainer.accumulate must be 1 with norm=batch, whose statistics are those of a whole batch, "
             f"got {options.trainer.accumulate}"
         )
+    refuse(model, options.parallel, world, options.trainer.precision)
+    if world.size > 1:
+        by_rank(model, world.rank)
+    prepare(model, recompute=options.parallel.checkpoint, compiled=options.parallel.compile)
+    whole = shard(model, world) if world.size > 1 and options.parallel.data == "fsdp" else None
     carry = bool(options.trainer.carry_state and task.streams and getattr(model, "carries", False))
+    if world.sequence.size > 1:
+        refuse_options(model, Asked(options.parallel.checkpoint, options.parallel.compile, carry))
     if carry:
         check_positions(model, options.seq_len, getattr(task, "span", 1))
     precision = Precision(options.trainer.precision, device)
+    optimizer = build(options.optimizer, "optimizer", model=model)
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if whole is not None:
+        apart(optimizer)
     trainer = Trainer(
         model,
-        optimizer=build(options.optimizer, "optimizer", model=model),
+        optimizer=optimizer,
         schedule=build(options.schedule, "schedule", steps=options.steps),
         batches=drawn_ahead(task.train_batches(options.batch, options.seq_len, options.seed), options.trainer.ahead),
         accumulate=options.trainer.accumulate,
@@ -107,10 +131,13 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task) -> Assembly:
         carry=carry,
         device=device,
         check=partial(check_batch, task),
+        world=world,
+        whole=whole,
+        order=order,
     )
     sets = _watched_first(task.evaluation_sets(options.batch, options.seq_len), task, options.trainer)
     figure(task, "chance", task.chance(options.seq_len))  # what is none is said before training, not after
-    return Assembly(task, model, trainer, sets, precision, carry, device, writing(options.decode))
+    return Assembly(task, model, trainer, sets, precision, carry, device, writing(options.decode), world)
 
 
 def _watched_first(

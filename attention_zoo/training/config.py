@@ -17,23 +17,19 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field
 
 from attention_zoo.measure.environment import resolved_device
-from attention_zoo.model.generate import COLDEST
 from attention_zoo.model.mechanisms import entries
 from attention_zoo.options import (
-    Finite,
-    Natural,
     NonNegative,
     Positive,
-    Probability,
     SeedOfRun,
     Text,
     Threads,
     check_fields,
     check_target,
 )
+from attention_zoo.parallel.config import ParallelConfig
 from attention_zoo.registry import recipe, third_party
 from attention_zoo.results.regime import REGIMES
 from attention_zoo.room import fits
@@ -42,86 +38,11 @@ from attention_zoo.searchpath import of_this_job
 from attention_zoo.searchpath import register as register_searchpath
 from attention_zoo.settings import finite, one_line, plain_values
 from attention_zoo.training.conditions import conditions
+from attention_zoo.training.groups import DecodeConfig, SideConfig, TrainerConfig
 from attention_zoo.training.heard import PAIR, check_heard, trained_for
-from attention_zoo.training.precision import PRECISIONS, check_precision
-from attention_zoo.training.progress import KINDS
+from attention_zoo.training.precision import check_precision
 
 CONF = "attention_zoo.conf"
-POSITIVE = "a positive number or null"
-
-
-@dataclass
-class TrainerConfig:
-    """conf/trainer/*.yaml.
-
-    Fields:
-        precision: float32 | bfloat16 (autocast) | float16 (autocast and loss scaling, CUDA).
-        accumulate: parts that a batch is split into, to save memory; divides batch.
-        clip: largest norm of the gradient; null leaves it.
-        carry_state: whether backends that keep a state carry it over consecutive segments of a document.
-        eval_every: steps between evaluations.
-        log_every: steps between logged figures.
-        checkpoint_every: steps between checkpoints.
-        patience: evaluations without a better main metric after which to stop; null never.
-        stop_at: value of the main metric at which to stop; null never.
-        max_seconds: time budget of training, evaluations included; null is none.
-        progress: auto | bar | lines | none.
-        ahead: batches that a process of its own draws ahead of the training, the same ones; 0: the training draws them.
-    """
-
-    precision: Annotated[str, OneOf(*PRECISIONS)] = "float32"
-    accumulate: Positive = 1
-    clip: Annotated[float, Field(gt=0, allow_inf_nan=False, description=POSITIVE)] | None = 1.0
-    carry_state: bool = True
-    eval_every: Positive = 100
-    log_every: Positive = 10
-    checkpoint_every: Positive = 100
-    patience: Positive | None = None
-    stop_at: Finite | None = None
-    max_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False, description=POSITIVE)] | None = None
-    progress: Annotated[str, OneOf(*KINDS)] = "auto"
-    ahead: Annotated[int, Field(ge=0, le=1024)] = 0
-
-
-@dataclass
-class SideConfig:
-    """One half of an encoder-decoder: what differs from the run's `attention` and `model`; null: nothing does.
-
-    Fields:
-        attention: a backend's name, or a mapping with its name and options.
-        depth, heads, positions, norm, feed_forward, short_conv: see `Transformer`.
-        output_dropout, reversible, around, shorten: see `Transformer`.
-    """
-
-    attention: Any = None
-    depth: Positive | None = None
-    heads: Positive | None = None
-    positions: Any = None
-    norm: Any = None
-    feed_forward: Any = None
-    short_conv: Any = None
-    output_dropout: Probability | None = None
-    reversible: Any = None
-    around: Any = None
-    shorten: Any = None
-
-
-@dataclass
-class DecodeConfig:
-    """How an encoder-decoder writes when it is evaluated; see `generate`.
-
-    Fields:
-        greedy: take the likeliest token; false draws.
-        beams: continuations that are kept at a time; 1: one.
-        temperature, top_k, top_p, seed: of draws.
-    """
-
-    greedy: bool = True
-    beams: Annotated[int, Field(ge=1, le=2**16)] = 1
-    temperature: Annotated[float, Field(ge=COLDEST, le=1e300)] = 1.0
-    top_k: Natural = 0
-    top_p: Annotated[float, Field(gt=0, le=1, description="a probability above 0")] = 1.0
-    seed: SeedOfRun = 0
 
 
 @dataclass
@@ -134,6 +55,7 @@ class TrainConfig:
         backend: the name under which results are shown; null takes the mechanism's.
         model, task, optimizer, schedule, tracker: their groups.
         trainer: its group.
+        parallel: its group: how several processes share the work.
         encoder, decoder: what differs in each half of an encoder-decoder, for tasks whose rows have a source.
         decode: how such a model writes in evaluation.
         evaluate_at: name -> other conditions that the trained model is scored under, too; see `conditions`.
@@ -164,6 +86,7 @@ class TrainConfig:
     optimizer: Any = MISSING
     schedule: Any = MISSING
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracker: Any = MISSING
     encoder: SideConfig = field(default_factory=SideConfig)
     decoder: SideConfig = field(default_factory=SideConfig)
@@ -193,6 +116,12 @@ OWN = {
     "task": (),
 }
 """Groups with a `_target_`, and the options of it that are the run's to say."""
+
+PARTS: dict[str, Any] = {
+    "trainer": TrainerConfig, "parallel": ParallelConfig, "encoder": SideConfig, "decoder": SideConfig,
+    "decode": DecodeConfig,
+}  # fmt: skip
+"""Groups without a `_target_`, and what they become."""
 
 BESIDE_INIT = ("_target_", "_partial_", "embedding")
 """What a model's config may hold with init=: the task's token types are added to the file's."""
@@ -333,8 +262,7 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def options_of(config: Mapping[str, Any]) -> TrainConfig:
     """What `check` returned, with its values as typed attributes."""
-    parts = {"trainer": TrainerConfig, "encoder": SideConfig, "decoder": SideConfig, "decode": DecodeConfig}
-    return TrainConfig(**{**config, **{name: part(**config[name]) for name, part in parts.items()}})
+    return TrainConfig(**{**config, **{name: part(**config[name]) for name, part in PARTS.items()}})
 
 
 def _check_mechanisms(config: Mapping[str, Any]) -> None:

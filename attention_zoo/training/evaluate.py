@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo.model.generate import generate
+from attention_zoo.parallel.sequence.cut import Cut
+from attention_zoo.parallel.world import Team
 from attention_zoo.tasks.task import IGNORED, Batch, Task
 from attention_zoo.training.following import readings_of
 from attention_zoo.training.objective import MAIN, Answers, answers
@@ -75,6 +77,7 @@ def evaluate(
     carry: bool,
     stop: Callable[[], object] = lambda: None,
     decode: Mapping[str, Any] | None = None,
+    cut: Cut | None = None,
 ) -> Evaluation | None:
     """Score a model on one set. The model is put in evaluation mode and left in the mode it had.
 
@@ -82,6 +85,7 @@ def evaluate(
         carry: whether the state crosses from batch to batch, as in training.
         stop: asked before every batch; where it answers anything true, the evaluation is given up.
         decode: how an encoder-decoder writes, see `generate`; default greedily.
+        cut: of the processes that share the tokens of a row; default there is one.
 
     Returns:
         the task's metrics; `exact_match` where rows have a source; for each of the batches' `labels` its own loss and
@@ -89,6 +93,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
+    cut = Cut(model, Team()) if cut is None else cut
     stream, seen, longest, read, began = Stream(model, carry=carry), _Seen(), 0, 0, time.perf_counter()
     before, row, rows = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), 0
     try:
@@ -107,9 +112,11 @@ def evaluate(
                 if batch.source is not None:
                     moved = stream.encoded(moved)
                     seen.exact.append(_exact(model, moved, decode or {"greedy": True}))
+                moved = cut(moved)
                 output = stream(moved)
-            for name, said in answers(output, moved).items():
-                seen.answers[name].append(Answers(said.losses.double().cpu(), said.hits.cpu()))
+            said = {name: Answers(x.losses.double().cpu(), x.hits.cpu()) for name, x in answers(output, moved).items()}
+            for name, each in cut.whole(said, moved).items():
+                seen.answers[name].append(each)
             scored = batch.targets != IGNORED
             seen.rows.append((row[:, None] if batch.targets.ndim == 2 else row).expand(batch.targets.shape)[scored])
             if task.streams:

@@ -19,8 +19,8 @@ from attention_zoo.options import Finite, Natural, NonNegative, check_fields
 from attention_zoo.stopping import Stopped
 from attention_zoo.tasks.task import Task
 from attention_zoo.tracking.tracker import Tracker
-from attention_zoo.training.config import TrainerConfig
 from attention_zoo.training.evaluate import Evaluation, is_better
+from attention_zoo.training.groups import TrainerConfig
 from attention_zoo.training.progress import Progress
 from attention_zoo.training.trainer import NotFinite, Step, Trainer
 
@@ -38,6 +38,7 @@ class History:
         train_seconds: time in steps alone.
         seconds: time in all, evaluations included.
         tokens: read in training.
+        sent_bytes: in training, between the processes that share the tokens of a row.
         peak_bytes: of device memory so far; on a CPU of the second step, see `observed`; None before.
         settled: the last step after which all was done that it calls for.
         stopped: why the run ended; None while it has not.
@@ -51,6 +52,7 @@ class History:
     train_seconds: NonNegative = 0.0
     seconds: NonNegative = 0.0
     tokens: Annotated[int, Field(ge=0)] = 0
+    sent_bytes: Annotated[int, Field(ge=0)] = 0
     recent: list[Finite] = field(default_factory=list)
     peak_bytes: Annotated[int, Field(ge=0)] | None = None
     settled: Natural = 0
@@ -85,6 +87,7 @@ def fit(
     progress: Progress,
     asked: Callable[[], Any] = lambda: None,
     step: Callable[[], Step] | None = None,
+    clocked: Callable[[float], float] = lambda seconds: seconds,
 ) -> Evaluation:
     """Train to the end, from wherever trainer and history stand; a run that has ended is only evaluated.
 
@@ -95,6 +98,7 @@ def fit(
         save: writes a checkpoint.
         asked: the signal that asks the run to stop, or None; see `stopping.graceful`.
         step: what is called for a step; default the trainer's own.
+        clocked: seconds that have passed here -> those that count: of several processes, those of one of them.
 
     Returns:
         the evaluation after the last step. Why it was the last is in `history.stopped`.
@@ -124,7 +128,7 @@ def fit(
                 return None
             history.stopped = _judge(found, history, done, task, options, tracker, progress)
         most = options.max_seconds
-        if history.stopped is None and most is not None and history.seconds >= most:
+        if history.stopped is None and most is not None and clocked(history.seconds) >= most:
             history.stopped = f"time: {most:g} s were over after step {done} of {steps}"
             progress.notice(f"stopped by trainer.max_seconds={most:g} after step {done} of {steps}")
         if history.stopped is None and done >= steps:
@@ -158,6 +162,7 @@ def _note(
 ) -> None:
     """Take note of a step."""
     history.tokens += step.tokens
+    history.sent_bytes += step.sent
     history.recent.append(step.loss)
     rate = history.tokens / history.train_seconds
     progress.update(done, step.loss, rate)

@@ -15,7 +15,8 @@ from attention_zoo.model.initial import keyed
 from attention_zoo.model.transformer import Transformer
 from attention_zoo.tasks.task import Task
 from attention_zoo.training.building import build
-from attention_zoo.training.config import BESIDE_INIT, DecodeConfig, SideConfig, TrainConfig, beside_init
+from attention_zoo.training.config import BESIDE_INIT, TrainConfig, beside_init
+from attention_zoo.training.groups import DecodeConfig, SideConfig
 from attention_zoo.training.objective import Objective
 from attention_zoo.training.tuned import adapted, found_in, held_by, started
 

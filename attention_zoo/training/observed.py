@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from attention_zoo.measure.memory import peak_memory
 from attention_zoo.measure.speed import LONG_S
@@ -30,15 +31,16 @@ def observed_step(trainer: Trainer, history: History) -> Step:
 
 def _held(trainer: Trainer) -> int:
     """Bytes that live from step to step, the last gradients among them; a storage of several tensors counts once."""
-    held = [*trainer.model.parameters(), *trainer.model.buffers(), *_tensors(trainer.optimizer.state_dict()["state"])]
-    held += [each.grad for each in trainer.parameters if each.grad is not None]
-    held += [tensor for stream in trainer.streams for tensor in _tensors(stream.state)]
-    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in held}.values())
+    gradients = [each.grad for each in trainer.parameters]
+    states = [stream.state for stream in trainer.streams]
+    held = [*trainer.model.parameters(), *trainer.model.buffers(), *gradients, *states, trainer.optimizer.state_dict()]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in _tensors(held)}
+    return sum(storages.values())
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
     if isinstance(tree, Tensor):
-        yield tree
+        yield tree.to_local() if isinstance(tree, DTensor) else tree
     elif isinstance(tree, dict):
         for each in tree.values():
             yield from _tensors(each)

@@ -85,3 +85,13 @@ class Progress:
             print(f"{self.label}: {line}", file=sys.stderr, flush=True)
         else:
             self.notice(line)
+
+
+class Silent(Progress):
+    """Of a process that another one speaks for: shows nothing."""
+
+    def __init__(self, label: str):
+        super().__init__(label, 0, "none")
+
+    def warn(self, line: str) -> None:
+        self.warnings.append(line)

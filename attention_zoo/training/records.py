@@ -25,6 +25,8 @@ from attention_zoo.training.fit import History
 RESULT, METRICS, CHECKPOINT, BEFORE, MODEL, ERROR = (
     "result.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.before.pt", "model.safetensors", "error.txt",
 )  # fmt: skip
+FOLDER, FOLDER_BEFORE = "checkpoint.processes", "checkpoint.processes.before"
+"""Folders: checkpoints of several processes."""
 FILES = (RESULT, METRICS, CHECKPOINT, BEFORE, MODEL, ERROR)
 KEPT = ("ok", "unsupported", "oom", "timeout", "failed")
 """Statuses that another try would only repeat. A run that was `lost` (killed from outside) is trained again."""
@@ -127,6 +129,7 @@ def trained(
         "step_seconds": history.train_seconds / steps,
         "tokens_per_second": history.tokens / history.train_seconds,
         "peak_bytes": history.peak_bytes,
+        "sent_bytes_per_token": history.sent_bytes / history.tokens,
         "curve": history.curve,
         "quality_curve": history.quality,
         "readings": history.readings,
@@ -245,6 +248,10 @@ def check_places(folder: str | Path) -> None:
         if os.path.lexists(path) and not path.is_file():
             kind = "a folder" if path.is_dir() else "no regular file"
             raise Damaged(f"{path} is {kind}, where a run keeps a file; move it away, or use force=true")
+    for name in (FOLDER, FOLDER_BEFORE):
+        path = Path(folder) / name
+        if os.path.lexists(path) and not path.is_dir():
+            raise Damaged(f"{path} is no folder, where a run keeps one; move it away")
 
 
 def clear(folder: str | Path, notice: Callable[[str], None]) -> None:
@@ -262,3 +269,5 @@ def clear(folder: str | Path, notice: Callable[[str], None]) -> None:
             notice(f"{path} was a folder: it is {aside.name} now")
         else:
             path.unlink(missing_ok=True)
+    for name in (FOLDER, FOLDER_BEFORE):
+        shutil.rmtree(Path(folder) / name, ignore_errors=True)

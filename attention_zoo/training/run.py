@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,14 +24,15 @@ import torch
 from torch import nn
 
 from attention_zoo.contract import Unsupported
-from attention_zoo.files import Damaged, plain, remove_leftovers, safe_name, write_atomic, write_row
-from attention_zoo.locks import Busy, owning
+from attention_zoo.files import Damaged, plain, safe_name, write_atomic, write_row
+from attention_zoo.locks import Busy
 from attention_zoo.measure.ends import ran_out_of_memory, was_refused
 from attention_zoo.measure.environment import device_name, environment
 from attention_zoo.measure.given import given_to
 from attention_zoo.measure.identity import identity
 from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.saved import save as save_model
+from attention_zoo.parallel.world import Lost, World, telling
 from attention_zoo.results.row import Given, Row, Status, Trained, TrainingRow
 from attention_zoo.stopping import Stopped, graceful
 from attention_zoo.tasks.task import Task
@@ -46,11 +47,13 @@ from attention_zoo.training.elsewhere import elsewhere, scored
 from attention_zoo.training.fit import History, fit
 from attention_zoo.training.models import mechanism_of, name_of
 from attention_zoo.training.observed import observed_step
-from attention_zoo.training.progress import Progress
+from attention_zoo.training.progress import Progress, Silent
 from attention_zoo.training.records import (
     BEFORE,
     CHECKPOINT,
     ERROR,
+    FOLDER,
+    FOLDER_BEFORE,
     MODEL,
     RESULT,
     RETRIED,
@@ -63,9 +66,11 @@ from attention_zoo.training.records import (
     read_row,
     trained,
 )  # fmt: skip
-from attention_zoo.training.resume import resume, save
+from attention_zoo.training.resume import Places, resume, save
+from attention_zoo.training.saying import line_of
 from attention_zoo.training.seed import contained, seed_all
-from attention_zoo.training.trainer import NotFinite, Trainer
+from attention_zoo.training.together import folder_of, world_of
+from attention_zoo.training.trainer import Trainer
 
 NAME_LIMIT = 60
 
@@ -108,20 +113,21 @@ def run_training(config: Mapping[str, Any], folder: str | Path, *, wait_s: float
     folder, row = Path(folder), blank_row(config)
     with contained():
         try:
-            with owning(folder, wait_s=wait_s):
-                remove_leftovers(folder)
-                return _Run(config, folder, row).recorded()
+            with world_of(config) as world, folder_of(world, folder, wait_s):
+                return _Run(config, folder, row, world).recorded()
+        except Lost as error:
+            return row | {"status": "lost", "error": line_of(error), "final": False}
         except (OSError, ValueError, NotImplementedError) as error:  # no lock: busy, read-only, no folder, no flock
             refused = was_refused(error) and not isinstance(error, Busy)
-            return row | {"status": "failed", "error": _line(error), "final": False, "refused": refused}
+            return row | {"status": "failed", "error": line_of(error), "final": False, "refused": refused}
 
 
 class _Run:
-    """One run, by the owner of its folder."""
+    """One run, by the owner of its folder, or by a process that works for it."""
 
-    def __init__(self, config: Mapping[str, Any], folder: Path, row: TrainingRow):
-        self.config, self.folder, self.row = dict(config), folder, row
-        self.progress = Progress(str(row["backend"]), 0, "none")
+    def __init__(self, config: Mapping[str, Any], folder: Path, row: TrainingRow, world: World):
+        self.config, self.folder, self.row, self.world = dict(config), folder, row, world
+        self.progress = Progress(str(row["backend"]), 0, "none") if world.first else Silent(str(row["backend"]))
         self.follower: Tracker | None = None
         self.trainer: Trainer | None = None
 
@@ -140,6 +146,8 @@ class _Run:
         finally:
             if self.trainer is not None:
                 self.trainer.close()
+        if not self.world.first:
+            return plain(self.row)
         self._write()
         if self.follower is None:
             self.follower = self._follow_failure()
@@ -159,7 +167,7 @@ class _Run:
             write_row(self.folder / RESULT, self.row)
         except OSError as error:
             known = f"; before that: {self.row['error']}" if self.row["error"] else ""
-            self.row |= {"status": "failed", "error": f"{_line(error)}{known}", "final": False}
+            self.row |= {"status": "failed", "error": f"{line_of(error)}{known}", "final": False}
 
     def _holds_figures(self) -> bool:
         """Whether the folder has the figures of this very run, finished before."""
@@ -172,27 +180,33 @@ class _Run:
     def _failed(self, error: BaseException) -> None:
         status: Status = "unsupported" if isinstance(error, Unsupported) else "failed"
         status = "oom" if ran_out_of_memory(error) else status
-        outside = isinstance(error, CheckpointError | Damaged | OSError)
+        status = "lost" if isinstance(error, Lost) else status
+        outside = isinstance(error, CheckpointError | Damaged | OSError | Lost)
         begun = self.trainer is not None and self.trainer.done > 0
         refused = was_refused(error) and not begun and not isinstance(error, CheckpointError | Damaged)
-        self.row |= {"status": status, "error": _line(error), "final": not outside, "refused": refused}
+        self.row |= {"status": status, "error": line_of(error), "final": not outside, "refused": refused}
+        if not self.world.first:
+            return
         try:
             write_atomic(self.folder / ERROR, "".join(traceback.format_exception(error)))
         except OSError as unwritten:
-            self.progress.warn(f"no traceback kept: {_line(unwritten)}")
+            self.progress.warn(f"no traceback kept: {line_of(unwritten)}")
 
     def _run(self) -> Row | None:
         """The row of an earlier run; None where this one has run, and its row is filled."""
         full, row = check(self.config), self.row
         options = options_of(full)
-        self.progress = progress = Progress(str(options.backend), options.steps, options.trainer.progress)
+        world = self.world
+        if world.first:
+            self.progress = Progress(str(options.backend), options.steps, options.trainer.progress)
+        progress = self.progress
         if options.force:
-            clear(self.folder, progress.warn)
+            world.by_first(lambda: clear(self.folder, progress.warn))
         else:
-            check_places(self.folder)
+            world.by_first(lambda: check_places(self.folder))
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        self.config, name = full, run_identity(full)
+        self.config, name = full, world.by_first(lambda: run_identity(full))
         row |= {"id": name, "config": full, "environment": environment()}
         row |= {"seed": options.seed, "seq_len": options.seq_len, "batch": options.batch}
         task = build(options.task, "task")
@@ -201,39 +215,47 @@ class _Run:
         progress.label = f"{options.backend} {task.name}"
         task.check(options.seq_len)
         row["data"] = json.loads(json.dumps(plain(task.describe(options.seq_len))))
-        old = kept_row(self.folder, name, row["data"], retry=options.retry, notice=progress.warn)
+        data = row["data"]
+        old = world.by_first(lambda: kept_row(self.folder, name, data, retry=options.retry, notice=progress.warn))
         if old is not None:
             _say_kept(old, progress)
             return old
-        self.follower = self._follow()
-        row |= self._train(options, task)
-        (self.folder / ERROR).unlink(missing_ok=True)
+        self.follower = self._follow() if world.first else NoTracker(self._info())
+        with telling(world.timeout_s) if world.size > 1 else nullcontext():
+            row |= self._train(options, task)
+            world.everybody.wait()
+        if world.first:
+            (self.folder / ERROR).unlink(missing_ok=True)
         return None
 
     def _train(self, options: TrainConfig, task: Task) -> Trained:
         row, progress = self.row, self.progress
-        paths = (self.folder / CHECKPOINT, self.folder / BEFORE)
+        places = Places(*(self.folder / name for name in (CHECKPOINT, BEFORE, FOLDER, FOLDER_BEFORE)))
         seed_all(options.seed)
         mechanism = mechanism_of(options)
         row["backend"] = options.backend or name_of(mechanism)
         progress.label = f"{row['backend']} {task.name}"
-        parts, history, known = assemble(options, mechanism, task), History(), (str(row["id"]), row["data"])
+        world, known = self.world, (str(row["id"]), row["data"])
+        parts, history = assemble(options, mechanism, task, world), History()
         others = elsewhere(options, parts)
         self.trainer = parts.trainer
-        step, lines = resume(paths, *known, parts.trainer, history, steps=options.steps, progress=progress)
+        step, lines = resume(places, *known, parts.trainer, history, steps=options.steps, progress=progress)
         row["resumed_at"] = step
-        JsonlTracker.rewind(self.folder, step or 0, lines, on_bad=progress.warn)
-        figures = JsonlTracker(self._info())
+        figures: JsonlTracker | None = None
+        if world.first:
+            JsonlTracker.rewind(self.folder, step or 0, lines, on_bad=progress.warn)
+            figures = JsonlTracker(self._info())
         assert self.follower is not None
-        tracker = Trackers([figures, self.follower])
+        tracker = self.follower if figures is None else Trackers([figures, self.follower])
         if parts.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
 
         def save_all() -> None:
             history.peak_bytes = _peak_bytes(history, parts.device)
-            save(paths, *known, parts.trainer, history, figures.lines)
+            save(places, *known, parts.trainer, history, figures.lines if figures else 0)
 
-        with progress, graceful() as asked:
+        with progress, graceful() as told:
+            asked = world.agreed(told)
             last = fit(
                 parts.trainer,
                 history,
@@ -246,6 +268,7 @@ class _Run:
                 progress=progress,
                 asked=asked,
                 step=partial(observed_step, parts.trainer, history) if parts.device == "cpu" else None,
+                clocked=world.everybody.shared,
             )
             evaluations = {parts.main: last}
             further = ((name, parts.score(name, asked)) for name in list(parts.sets)[1:])
@@ -258,7 +281,7 @@ class _Run:
         if row["rates"] is not None:
             row["rates"]["judged_on"] = parts.main
         row["given"] = self._given(parts.model, options)
-        save_model(parts.finished(), self.folder / MODEL)
+        world.by_first(lambda: save_model(parts.finished(), self.folder / MODEL))
         for name, result in list(evaluations.items())[1:]:
             tracker.log({f"evaluate/{name}_{k}": v for k, v in result.metrics.items()}, parts.trainer.done)
         history.peak_bytes = _peak_bytes(history, parts.device)
@@ -274,7 +297,7 @@ class _Run:
         try:
             return found | given_to(model, options.seq_len)  # type: ignore[return-value]
         except Exception as error:
-            self.progress.warn(f"what the mechanism was given cannot be counted: {_line(error)}")
+            self.progress.warn(f"what the mechanism was given cannot be counted: {line_of(error)}")
             return found
 
     def _info(self) -> RunInfo:
@@ -291,8 +314,8 @@ class _Run:
         try:
             return self._follow()
         except Exception as error:  # of the tracker itself, which may be why the run failed
-            if _line(error) not in (self.row["error"] or ""):
-                self.progress.warn(f"the tracker does not start: {_line(error)}")
+            if line_of(error) not in (self.row["error"] or ""):
+                self.progress.warn(f"the tracker does not start: {line_of(error)}")
             return NoTracker(self._info())
 
 
@@ -332,30 +355,3 @@ def _say_kept(row: Row, progress: Progress) -> None:
 
 def _peak_bytes(history: History, device: str) -> int | None:
     return history.peak_bytes if device == "cpu" else max(history.peak_bytes or 0, torch.cuda.max_memory_allocated())
-
-
-def _line(error: BaseException) -> str:
-    """One line for the row; the type is told where the text alone is no sentence of ours."""
-    try:
-        text = " ".join(str(error).split())
-    except Exception:  # an exception whose own text fails is still this run's result
-        text = "no message"
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return text if isinstance(error, ValueError | NotFinite) and text else f"{type(error).__name__}: {text}"[:500]
-
-
-def report_line(row: Row, folder: str | Path) -> str:
-    """How a run ended, for people."""
-    name = f"{row['backend']} {row['task'] or ''}".strip()
-    if row["status"] != "ok":
-        return f"{name}: {row['status']}: {row['error']}"
-    figures = ", ".join(f"{metric} {value:.4f}" for metric, value in row["metrics"].items())
-    return f"{name}: {figures}, {row['train_seconds']:.1f} s of training, in {folder}"
-
-
-def show(row: Row, folder: str | Path) -> bool:
-    """Print `report_line`, on standard error where it went wrong; whether it went well."""
-    ok = row["status"] == "ok"
-    print(report_line(row, folder), file=sys.stdout if ok else sys.stderr, flush=True)
-    return ok

@@ -32,8 +32,13 @@ class Stream:
         source = self.model.encode(batch.source, batch.source_tokens, batch.source_seen)[0]
         return batch._replace(source=source, source_tokens=None, source_seen=None)
 
-    def __call__(self, batch: Batch) -> Any:
-        """The model's output on the batch; afterwards `state` is what the next batch continues from."""
+    def __call__(self, batch: Batch, *, anew: bool | None = None) -> Any:
+        """The model's output on the batch; afterwards `state` is what the next batch continues from.
+
+        Args:
+            anew: whether all rows start something new, those that other processes read beside these included; default
+                whether these do.
+        """
         given: dict[str, Any] = {} if batch.types is None else {"types": batch.types}
         if batch.source is not None:
             whole = batch.source_tokens is None and batch.source_seen is None
@@ -41,7 +46,7 @@ class Stream:
         if not self.carry:
             return self.model(batch.ids, batch.tokens, **given)
         fresh = None
-        if self.state is None or bool(batch.fresh.all()):
+        if self.state is None or (bool(batch.fresh.all()) if anew is None else anew):
             self.state = self.model.initial_state(len(batch.ids))
         elif bool(batch.fresh.any()):
             fresh = batch.fresh

@@ -1,26 +1,36 @@
 """One optimisation step, exactly resumable: forward, backward, clip, step, carry.
 
 Accumulation splits a batch's rows: the parts' gradients add up to those of the whole batch, since each part's loss is
-divided by the number of scored tokens of the whole. A carried state is kept per part.
+divided by the number of scored tokens of the whole. A carried state is kept per part. Several processes share the rows
+first: each draws the whole batch, so that all know what it asks for, and reads its own rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from attention_zoo.parallel.rows import all_of_part, own_part
+from attention_zoo.parallel.sequence.cut import Cut
+from attention_zoo.parallel.sharded import Whole
+from attention_zoo.parallel.shared import Shared
+from attention_zoo.parallel.world import World
 from attention_zoo.tasks.task import Batch, Batches
 from attention_zoo.training.checkpoint import check_like, check_optimizer, foreign, load_weights, pack, unpack
 from attention_zoo.training.following import steps_of
-from attention_zoo.training.objective import MAIN, counts, losses
+from attention_zoo.training.objective import MAIN, counts
 from attention_zoo.training.precision import Precision
+from attention_zoo.training.reading import Reading
 from attention_zoo.training.schedule import Schedule
 from attention_zoo.training.streams import Stream
+
+SENT = "sent"
+"""Bytes, summed as losses are."""
 
 
 class NotFinite(ArithmeticError):
@@ -29,13 +39,14 @@ class NotFinite(ArithmeticError):
 
 class Step(NamedTuple):
     """What one step was like: mean loss in nats of the scored tokens, further losses by name, gradient norm before
-    clipping, learning rate, tokens read."""
+    clipping, learning rate, tokens read; bytes that processes sent each other since they share the tokens of a row."""
 
     loss: float
     auxiliary: dict[str, float]
     gradient_norm: float
     lr: float
     tokens: int
+    sent: int = 0
 
 
 class Trainer:
@@ -51,6 +62,9 @@ class Trainer:
         precision: how to compute.
         carry: whether to carry the model's state over consecutive segments.
         check: is shown the first batch, and raises where it is none.
+        world: the processes that train it together; default this one alone.
+        whole: of a model whose parameters are shared out among them; see `parallel.sharded`.
+        order: the optimizer's parameters as it was built with them; default as it has them.
     """
 
     def __init__(
@@ -66,15 +80,22 @@ class Trainer:
         carry: bool,
         device: str,
         check: Callable[[Batch], None] = lambda batch: None,
+        world: World | None = None,
+        whole: Whole | None = None,
+        order: Sequence[torch.Tensor] | None = None,
     ):
         self.model, self.optimizer, self.schedule, self.batches = model, optimizer, schedule, batches
         self.accumulate, self.clip, self.precision, self.device = accumulate, clip, precision, device
         self.streams = [Stream(model, carry=carry) for _ in range(accumulate)]
         self.after_step = steps_of(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.order = self.parameters_by_index() if order is None else list(order)
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
         self.done = 0
         self.check: Callable[[Batch], None] | None = check
+        self.world = World(device=device) if world is None else world
+        self.shared = Shared(Reading(model), self.world, whole=whole)
+        self.cut = Cut(model, self.world.sequence)
 
     def step(self) -> Step:
         """Read one batch and move the weights once.
@@ -90,27 +111,30 @@ class Trainer:
             self.check(batch)
             self.check = None
         scored = counts(batch)
+        read = batch.ids.numel() + (0 if batch.source is None else batch.source.numel())
+        anew = all_of_part(batch.fresh, self.accumulate, self.world.data)
+        batch = own_part(batch, self.world.data)
         rows = len(batch.ids) // self.accumulate
         batch = batch.to(self.device)
-        loss, auxiliary = 0.0, dict[str, float]()
+        total = dict[str, float]()
         scaler = self.precision.scaler
         self.optimizer.zero_grad(set_to_none=True)
         for index, stream in enumerate(self.streams):
-            part = batch.rows(slice(index * rows, (index + 1) * rows))
-            with self.precision.autocast():
-                output = stream(part)
-            parts = losses(output, part, scored)
-            main = parts.pop(MAIN)
-            extra = parts | {name: value / self.accumulate for name, value in output.losses.items()}
-            loss += float(main.detach())
-            for name, value in extra.items():
-                auxiliary[name] = auxiliary.get(name, 0.0) + float(value.detach())
-            scaler.scale(main + sum(extra.values())).backward()
+            part = self.cut(batch.rows(slice(index * rows, (index + 1) * rows)))
+            with self.shared.reducing(last=index == self.accumulate - 1):
+                with self.precision.autocast():
+                    found = self.shared(stream, part, scored, self.accumulate * self.world.data.size, anew[index])
+                for name, value in found.items():
+                    total[name] = total.get(name, 0.0) + float(value.detach())
+                main = found.pop(MAIN)
+                self.shared.backward(scaler.scale(main + sum(found.values())))
+        self.shared.finish()
+        auxiliary = self.shared.summed(total | {SENT: float(self.cut.sent())})
+        loss, sent = auxiliary.pop(MAIN), int(auxiliary.pop(SENT))
         if not math.isfinite(loss + sum(auxiliary.values())):
             raise NotFinite(self._advice(f"the loss became {loss + sum(auxiliary.values())}"))
         scaler.unscale_(self.optimizer)
-        limit = math.inf if self.clip is None else self.clip
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        norm = self.shared.norm(self.parameters, math.inf if self.clip is None else self.clip)
         # a scaled float16 gradient may overflow: the scaler then skips the step and halves its scale
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
             raise NotFinite(self._advice(f"the gradient's norm became {norm}"))
@@ -119,8 +143,7 @@ class Trainer:
         for after in self.after_step:
             after()
         self.done += 1
-        read = batch.ids.numel() + (0 if batch.source is None else batch.source.numel())
-        return Step(loss, auxiliary, norm, self.base_lr[0] * factor, read)
+        return Step(loss, auxiliary, norm, self.base_lr[0] * factor, read, sent)
 
     def _advice(self, what: str) -> str:
         tries = [] if self.precision.dtype == torch.float32 else ["trainer.precision=float32"]

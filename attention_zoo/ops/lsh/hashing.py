@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -53,11 +54,21 @@ def seeded_rotations(seed: int, heads: int, rounds: int, width: int, factors: tu
     return tuple(found)
 
 
-def fresh_rotations(heads: int, rounds: int, width: int, factors: tuple[int, ...], like: Tensor) -> tuple[Tensor, ...]:
-    """The same from torch's default generator of the device, which checkpointing replays."""
-    return tuple(
-        torch.randn(heads, width, rounds, count // 2, dtype=like.dtype, device=like.device) for count in factors
-    )
+def drawn_number() -> int:
+    """From torch's default generator of the CPU, which checkpointing replays: one a call, whatever rows are in it, so
+    that processes which share the rows of a batch draw the same."""
+    return int(torch.empty((), dtype=torch.int64).random_())
+
+
+def fresh_rotations(
+    heads: int, rounds: int, width: int, factors: tuple[int, ...], like: Tensor, number: int
+) -> tuple[Tensor, ...]:
+    """The same for this call alone, by a number that was drawn for it; on the device and in the dtype of `like`."""
+    place = sum(count * 0x9E3779B9 << 8 * index for index, count in enumerate(factors))
+    generator = torch.Generator(like.device)
+    generator.manual_seed((number + place) % 2**63)
+    given: Any = {"generator": generator, "dtype": like.dtype, "device": like.device}
+    return tuple(torch.randn(heads, width, rounds, count // 2, **given) for count in factors)
 
 
 def released_rotations(

@@ -10,10 +10,10 @@ from typing import Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from attention_zoo.contract import check_scale
 from attention_zoo.layout.layout import Layout, ends
 from attention_zoo.layout.ledger import Columns
 from attention_zoo.layout.reach import Band, Blocks, Reach
+from attention_zoo.rules import check_scale
 from attention_zoo.tokens import Tokens
 
 

@@ -1,0 +1,1 @@
+"""A state that goes from one process to the next: what is sent, and how gradients come back."""

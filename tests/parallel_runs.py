@@ -1,0 +1,76 @@
+"""Whole runs of several processes, some of them cut off: `python tests/parallel_runs.py RUNS OUTPUT`.
+
+RUNS is a JSON list of {name, processes, words, folder, ...}, done one after the other by forked processes; OUTPUT gets
+{name: [what each rank found]}. `cut` is {rank, step, how}: a signal that a rank gets when it begins that step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from parallel_processes import TINY, forked, started
+
+KEPT = (
+    "status", "error", "steps", "curve", "quality_curve", "metrics", "evaluations", "loss_by_position", "by_group",
+    "resumed_at", "stopped", "parameters", "readings", "notices", "id", "model_sha256", "given", "refused",
+)  # fmt: skip
+
+
+def one(run: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+    """In one process of several, or in one alone: how the run ended here."""
+    from attention_zoo import stopping
+    from attention_zoo.training.run import run_training
+    from attention_zoo.training.trainer import Trainer
+
+    cut, rank = run.get("cut"), int(os.environ.get("RANK", "0"))
+    stopping.install()
+    if cut is not None and cut["rank"] in (rank, None):
+        step = Trainer.step
+
+        def reached(self: Trainer) -> Any:
+            if self.done == cut["step"]:
+                os.kill(os.getpid(), getattr(signal, cut["how"]))
+                if cut["how"] == "SIGSTOP":
+                    time.sleep(1)
+            return step(self)
+
+        Trainer.step = reached  # type: ignore[method-assign]
+    began = time.monotonic()
+    try:
+        row = run_training(config, run["folder"])
+    except stopping.Stopped as stopped:
+        return {"status": str(stopped), "seconds": time.monotonic() - began}
+    return {name: row.get(name) for name in KEPT} | {"seconds": time.monotonic() - began}
+
+
+def main() -> None:
+    import torch
+
+    from attention_zoo.training.config import compose_training
+
+    torch.set_num_threads(1)
+    runs = json.loads(Path(sys.argv[1]).read_text())
+    configs: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    for run in runs:
+        key = json.dumps(run["words"])
+        configs[key] = configs.get(key) or compose_training([*TINY, *run["words"]])
+        ended = forked(run["processes"], lambda _, run=run, key=key: one(run, configs[key]), join=False)
+        found[run["name"]] = [each.get("value", each) for each in ended]
+        Path(sys.argv[2]).write_text(json.dumps(found))
+
+
+def rows(runs: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """How each run ended, rank by rank."""
+    return started(Path(__file__), runs, folder)
+
+
+if __name__ == "__main__":
+    main()
