@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from parallel_processes import TINY, forked, started
+from parallel_processes import LIMIT_S, TINY, forked, started
 
 KEPT = (
     "status", "error", "steps", "curve", "quality_curve", "metrics", "evaluations", "loss_by_position", "by_group",
@@ -62,7 +62,12 @@ def main() -> None:
     for run in runs:
         key = json.dumps(run["words"])
         configs[key] = configs.get(key) or compose_training([*TINY, *run["words"]])
-        ended = forked(run["processes"], lambda _, run=run, key=key: one(run, configs[key]), join=False)
+
+        def work(_: Any, run: Any = run, key: str = key) -> Any:
+            return one(run, configs[key])
+
+        # one that is stopped for ever ends when the others have told of it
+        ended = forked(run["processes"], work, join=False, timeout_s=run.get("left_s", LIMIT_S))
         found[run["name"]] = [each.get("value", each) for each in ended]
         Path(sys.argv[2]).write_text(json.dumps(found))
 
