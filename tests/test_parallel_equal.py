@@ -6,7 +6,7 @@ carried states, further losses, accumulated parts, hashes that are drawn, weight
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +72,13 @@ def found(cases: Sequence[Case], folder: Path) -> dict[str, list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def fast(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    yield found(FAST, tmp_path_factory.mktemp("fast"))
+def fast(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found(FAST, tmp_path_factory.mktemp("fast"))
 
 
 @pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    yield found(SLOW, tmp_path_factory.mktemp("slow"))
+def slow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found(SLOW, tmp_path_factory.mktemp("slow"))
 
 
 @pytest.mark.parametrize("case", FAST, ids=lambda case: "-".join(map(str, case)))
