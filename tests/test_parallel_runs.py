@@ -1,4 +1,4 @@
-"""Whole runs of several processes: cut off, damaged, in another number of processes, and the row as one process has it."""
+"""Whole runs of several processes: cut off, damaged, in another number of processes; the row is as of one."""
 
 from __future__ import annotations
 

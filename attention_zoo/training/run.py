@@ -206,6 +206,8 @@ class _Run:
             torch.set_num_threads(options.threads)
         self.config, name = full, world.by_first(lambda: run_identity(full))
         row |= {"id": name, "config": full, "environment": environment()}
+        if world.size > 1:
+            row["environment"] = {**environment(), "processes": world.size}
         row |= {"seed": options.seed, "seq_len": options.seq_len, "batch": options.batch}
         task = build(options.task, "task")
         check_task(task)
