@@ -23,6 +23,9 @@ def start(words: list[str] | None = None, program: str | None = None) -> None:
     for number in NUMBERS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda by, _frame: _end(by, again(sys.argv[1:] if words is None else words, program)))
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # torch would warn on each process that it looks for weights without a gradient, which is meant
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from attention_zoo.commands.main import main
 
     atexit.register(_through)
