@@ -72,10 +72,11 @@ def test_the_table_of_results_is_that_of_the_committed_rows(name):
     assert markdown_table(Findings.of(read([ROOT / path]))) in between(name)
 
 
-def test_the_published_table_of_rounds_stands_beside_the_committed_rows():
-    (path,) = re.findall(r"\(([\w/.-]+results\.jsonl)\)", between("rounds"))
+@pytest.mark.parametrize("preset", ["rounds", "sinks", "longer_memory"])
+def test_the_published_table_stands_beside_the_committed_rows(preset):
+    (path,) = re.findall(r"\(([\w/.-]+results\.jsonl)\)", between(preset))
     (beside,) = published(read([ROOT / path]))
-    assert overview.markdown(beside.table.headers, beside.table.cells) in between("rounds")
+    assert overview.markdown(beside.table.headers, beside.table.cells) in between(preset)
 
 
 def test_the_matrix_of_problems_is_that_of_the_committed_rows():
