@@ -175,7 +175,7 @@ def test_the_command_follows_a_sweep_that_really_runs(tmp_path: Path) -> None:
     finally:
         for process in (sweep, *([page] if page else [])):
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 # --- folders and tables ----------------------------------------------------------------------------------------------

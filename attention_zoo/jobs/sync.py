@@ -62,7 +62,7 @@ def sync(config: SyncConfig, say: Callable[[str], None] = print) -> str:
     Raises:
         ValueError: for folders that are not there.
     """
-    found = [each for folder in folders_of(config.runs) for each in receipts(folder)]
+    found = [each for folder in folders_of(config.runs) for each in receipts(folder, say)]
     lacking = [(folder, each) for folder, each in found if not arrived(folder, each)]
     if not lacking:
         say(f"W&B has all of {_runs(len(found))}" if found else "no run was followed here")

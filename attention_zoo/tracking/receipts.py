@@ -12,7 +12,7 @@ had written by then.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -80,16 +80,25 @@ def receipt(folder: str | Path, identity: str) -> Receipt | None:
     return None
 
 
-def receipts(folder: str | Path) -> Iterator[tuple[Path, Receipt]]:
-    """All beneath a folder, each with the folder of its run, in order."""
+def receipts(folder: str | Path, on_bad: Callable[[str], None] = lambda line: None) -> Iterator[tuple[Path, Receipt]]:
+    """All beneath a folder, each with the folder of its run, in order.
+
+    Args:
+        folder: to look beneath.
+        on_bad: told in one line about each file that should be one and is not.
+    """
     for place, inner, files in os.walk(folder):
         inner.sort()
         if Path(place).name != PLACE:
             continue
         inner.clear()
         for name in sorted(files):
-            if name.endswith(END) and (found := receipt(Path(place).parent, name.removesuffix(END))) is not None:
+            if not name.endswith(END):
+                continue
+            if (found := receipt(Path(place).parent, name.removesuffix(END))) is not None:
                 yield Path(place).parent, found
+            else:
+                on_bad(f"{Path(place) / name} is no receipt of a followed run")
 
 
 def arrived(folder: str | Path, found: Receipt) -> bool:

@@ -7,22 +7,16 @@ zoo.load = data => {
   for (const run of zoo.runs) Object.assign(run, searched(run));
   zoo.varying = data.fields.map(([name]) => name).filter(name => zoo.distinct(name) > 1);
 
-  // A list stands as JSON, which escapes quotes and backslashes of its words: they are looked for as they are.
-  function unescaped(word) {
-    if (!/^[[{].*\\/s.test(word)) return word;
-    try {
-      return whole(JSON.parse(word));
-    } catch {
-      return word;
-    }
-  }
-
-  function whole(value) {
-    if (Array.isArray(value)) return `[${value.map(whole).join(', ')}]`;
-    if (value === null || typeof value !== 'object') return typeof value === 'string' ? `"${value}"` : `${value}`;
-    return `{${Object.keys(value)
-      .map(key => `"${key}": ${whole(value[key])}`)
-      .join(', ')}}`;
+  // A list stands as JSON, in a mechanism's name, too; quotes and backslashes of its words are looked for as they are.
+  function unescaped(said) {
+    if (!/(^|=)[[{].*\\/s.test(said)) return said;
+    return said.replace(/"(?:[^"\\]|\\.)*"/g, word => {
+      try {
+        return `"${JSON.parse(word)}"`;
+      } catch {
+        return word;
+      }
+    });
   }
 
   // A word is looked for in what a run says, and one such as seed=3 in what it says under a name, too.
