@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from attention_zoo.layout.needs import needs
 from attention_zoo.layout.placement import Placement, contiguous, zigzag
 from attention_zoo.layout.reach import Band
 from attention_zoo.measure.exchanges import timeline
+from attention_zoo.ops.exchange.columns import Pending
+from attention_zoo.ops.exchange.messages import Messages
 from attention_zoo.rules import Unsupported
 
 B, HEADS, WIDTH, BYTES = 2, 2, 16, 8
@@ -297,7 +300,24 @@ def keys_travel_while_rows_are_computed() -> list[str]:
     return found
 
 
+def nothing_is_left_behind() -> list[str]:
+    """When a call's graph goes, so do its messages and what they hold; without waiting for a collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        for name, options in (("longformer", {"window": 9}), ("full", {}), ("bigbird", {"block": 4, "random": 1})):
+            run(layer_of(name, **options), Tokens.all_valid(B, 40))
+            with torch.no_grad():
+                own = Placement.of(Tokens.all_valid(B, 40)).own
+                layer_of(name, **options)(torch.ones(*own.valid.shape, WIDTH, dtype=torch.float64), own)
+        left = [each for each in gc.get_objects() if isinstance(each, Messages | Pending)]
+    finally:
+        gc.enable()
+    return [f"{len(left)} exchanges are left: {left}"] if left else []
+
+
 CHECKS = [
+    nothing_is_left_behind,
     keys_travel_while_rows_are_computed,
     bytes_of_a_window,
     wide_windows_reach_several,
