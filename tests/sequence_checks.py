@@ -310,13 +310,41 @@ def nothing_is_left_behind() -> list[str]:
             with torch.no_grad():
                 own = Placement.of(Tokens.all_valid(B, 40)).own
                 layer_of(name, **options)(torch.ones(*own.valid.shape, WIDTH, dtype=torch.float64), own)
-        left = [each for each in gc.get_objects() if isinstance(each, Messages | Pending)]
+        left = [each for each in gc.get_objects() if type(each) in (Messages, Pending)]
     finally:
         gc.enable()
     return [f"{len(left)} exchanges are left: {left}"] if left else []
 
 
+def autocast_is_the_same() -> list[str]:
+    """Half precision travels as such, and what comes of it is as near as on one process."""
+    found, flags = [], torch.zeros(B, 21, dtype=torch.bool)
+    flags[:, 4] = True
+    for name, options in (("longformer", {"window": 5}), ("full", {}), ("memory_compressed", {})):
+        layer = layer_of(name, **options).float()
+        tokens = Tokens.of(torch.ones_like(flags), flags if name == "longformer" else None)
+        x = torch.randn(B, 21, WIDTH, generator=torch.Generator().manual_seed(9))
+        placement = Placement.of(tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            wanted = placement.take(layer(x, tokens).hidden)
+            got = layer(placement.take(x), placement.own).hidden
+        if got.dtype != wanted.dtype or not torch.allclose(got, wanted, rtol=2e-2, atol=2e-2):
+            found.append(f"{name}: {got.dtype}, off by {float((got - wanted).abs().max().detach())}")
+    return found
+
+
+def compiled_is_the_same() -> list[str]:
+    """`torch.compile` does not lose the placement, which would silently cut the sequence."""
+    layer, tokens = layer_of("longformer", window=5), Tokens.all_valid(B, 24)
+    x = torch.randn(B, 24, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    placement, wanted, _ = run(layer, tokens, x=x)
+    got = torch.compile(layer, backend="eager")(placement.take(x), placement.own).hidden
+    return [] if torch.allclose(got, wanted, rtol=0, atol=1e-12) else ["compiled: differs"]
+
+
+SLOW_CHECKS = [compiled_is_the_same]
 CHECKS = [
+    autocast_is_the_same,
     nothing_is_left_behind,
     keys_travel_while_rows_are_computed,
     bytes_of_a_window,
