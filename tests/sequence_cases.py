@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,8 @@ import attention_zoo as zoo
 from attention_zoo import Tokens
 from attention_zoo.layout.placement import Placement, contiguous, zigzag
 
+LIMIT_S = 180
+"""Nobody waits longer for another process."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -154,7 +157,8 @@ def differs(case: Case, group: Any = None) -> list[str]:
 def work(rank: int, size: int, path: str, cases: list[Case], checks: list[Callable[[], list[str]]]) -> None:
     """What one process does; what is wrong goes to a file of its own."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=size)
+    store, limit = f"file://{path}/store", timedelta(seconds=LIMIT_S)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=limit)
     found = []
     try:
         for case in cases:
