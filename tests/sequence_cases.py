@@ -86,7 +86,7 @@ def packed_only(length: int) -> Tokens:
 
 
 def uneven(length: int, size: int) -> list[np.ndarray]:
-    """The first owns hardly anything, the second nothing at all where there are three."""
+    """The first owns hardly anything, the second nothing at all where there are three or more."""
     borders = [0, min(1, length), *([min(1, length)] if size > 2 else []), length]
     while len(borders) < size + 1:
         borders.insert(-1, (borders[-2] + length) // 2)
@@ -187,6 +187,9 @@ BAND = [
     Case("longformer", 1, {"window": 2}),
     Case("longformer", 41, {"window": 3}, plain, dtype=torch.float32),
     Case("longformer", 23, {"window": 3, "scale": -0.5}, padded),
+    Case("longformer", 40, {"window": 3, "scale": 60.0}, padded),
+    Case("reformer.local", 41, {"chunk": 4}, packed, zigzag),
+    Case("reformer.local", 41, {"chunk": 4, "causal": False}, packed_only, uneven),
     Case("memory_compressed.local", 31, {"block": 4}, padded),
     Case("memory_compressed.local", 31, {"block": 5, "causal": False}, packed_only, uneven),
     Case("adaptive_span", 37, {"limit": 20, "ramp": 3, "start": 6.0}, packed_only),
@@ -213,6 +216,7 @@ BLOCKS = [
     Case("bigbird", 23, {"block": 4, "random": 1, "causal": False, "plan": "reference"}, packed),
     Case("bigbird", 83, {"block": 4, "random": 1, "causal": False, "plan": "reference_eval"}, marked),
     Case("bigbird", 67, {"block": 4, "random": 1, "kv_heads": 2}, padded, heads=4),
+    Case("bigbird", 40, {"block": 4, "random": 1, "sink_logit": True}, padded),
     Case("bigbird", 2, {"block": 4, "random": 1}),
     Case("bigbird", 67, {"block": 4, "random": 2}, padded, dtype=torch.float32),
 ]
@@ -228,6 +232,7 @@ RING = [
     Case("full", 300, {}, padded, zigzag),
     Case("full", 300, {}, packed_only, zigzag, dtype=torch.float32),
     Case("full", 37, {"kernel": "tiles"}, padded),
+    Case("full", 40, {"scale": 60.0}, padded, zigzag),
 ]
 GROUPS = [
     Case("memory_compressed", 29, {"compression": 3}),
