@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from sequence_cases import Case, differs, marked
 
 import attention_zoo as zoo
 from attention_zoo import Tokens
+from attention_zoo.attention import h_transformer_1d, placed_rows
 from attention_zoo.attention import placed as placed_
-from attention_zoo.attention import placed_rows
+from attention_zoo.layout import needs as needs_
 from attention_zoo.layout.needs import needs
 from attention_zoo.layout.placement import Placement, contiguous, zigzag
 from attention_zoo.layout.reach import Band
 from attention_zoo.measure.exchanges import timeline
+from attention_zoo.ops.exchange import everyone, ring
+from attention_zoo.ops.exchange.columns import Pending
+from attention_zoo.ops.exchange.messages import Messages
 from attention_zoo.rules import Unsupported
 
 B, HEADS, WIDTH, BYTES = 2, 2, 16, 8
@@ -297,7 +304,90 @@ def keys_travel_while_rows_are_computed() -> list[str]:
     return found
 
 
+def nothing_is_left_behind() -> list[str]:
+    """When a call's graph goes, so do its messages and what they hold; without waiting for a collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        for name, options in (("longformer", {"window": 9}), ("full", {}), ("bigbird", {"block": 4, "random": 1})):
+            run(layer_of(name, **options), Tokens.all_valid(B, 40))
+            with torch.no_grad():
+                own = Placement.of(Tokens.all_valid(B, 40)).own
+                layer_of(name, **options)(torch.ones(*own.valid.shape, WIDTH, dtype=torch.float64), own)
+        left = [each for each in gc.get_objects() if type(each) in (Messages, Pending)]
+    finally:
+        gc.enable()
+    return [f"{len(left)} exchanges are left: {left}"] if left else []
+
+
+def autocast_is_the_same() -> list[str]:
+    """Half precision travels as such, and what comes of it is as near as on one process."""
+    found, flags = [], torch.zeros(B, 21, dtype=torch.bool)
+    flags[:, 4] = True
+    for name, options in (("longformer", {"window": 5}), ("full", {}), ("memory_compressed", {})):
+        layer = layer_of(name, **options).float()
+        tokens = Tokens.of(torch.ones_like(flags), flags if name == "longformer" else None)
+        x = torch.randn(B, 21, WIDTH, generator=torch.Generator().manual_seed(9))
+        placement = Placement.of(tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            wanted = placement.take(layer(x, tokens).hidden)
+            got = layer(placement.take(x), placement.own).hidden
+        if got.dtype != wanted.dtype or not torch.allclose(got, wanted, rtol=2e-2, atol=2e-2):
+            found.append(f"{name}: {got.dtype}, off by {float((got - wanted).abs().max().detach())}")
+    return found
+
+
+def compiled_is_the_same() -> list[str]:
+    """`torch.compile` does not lose the placement, which would silently cut the sequence."""
+    layer, tokens = layer_of("longformer", window=5), Tokens.all_valid(B, 24)
+    x = torch.randn(B, 24, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    placement, wanted, _ = run(layer, tokens, x=x)
+    got = torch.compile(layer, backend="eager")(placement.take(x), placement.own).hidden
+    return [] if torch.allclose(got, wanted, rtol=0, atol=1e-12) else ["compiled: differs"]
+
+
+def planted_bugs_are_found() -> list[str]:
+    """Cases tell what is wrong: a key too few, gradients that stay away, answers that are not merged."""
+    ranges, post, gathering = needs_._ranges, Pending.post, h_transformer_1d.gathering
+
+    def a_key_too_few(whole: Any, back: int, ahead: int, causal: bool) -> Any:
+        return ranges(whole, back - 1, ahead, causal)
+
+    def no_gradients(self: Pending, sent: Any, like: Any, counts: Any, direction: str) -> None:
+        post(self, [torch.zeros_like(x) if direction == "backward" else x for x in sent], like, counts, direction)
+
+    def mean_of_answers(found: Any, valid: Any, sink: Any) -> Any:
+        return found[..., :-1].nan_to_num().mean(1).transpose(1, 2)
+
+    def not_added(going: Any, dk: Any, dv: Any) -> None:
+        if going is not None:
+            going[0].end()
+
+    def parts_as_wholes(*given: Any, mean: bool) -> Any:
+        return gathering(*given, mean=False)
+
+    window = Case("longformer", 23, {"window": 3})
+    plants = (
+        (needs_, "_ranges", a_key_too_few, window),
+        (Pending, "post", no_gradients, window),
+        (everyone, "_merged", mean_of_answers, Case("longformer", 29, {"window": 3, "causal": False}, marked)),
+        (ring, "_settle", not_added, Case("full", 23)),
+        (h_transformer_1d, "gathering", parts_as_wholes, Case("h_transformer_1d", 61, {"block": 2})),
+    )
+    found = []
+    for where, name, bug, case in plants:
+        with mock.patch.object(where, name, bug):
+            wrong = torch.tensor([len(differs(case))])
+        dist.all_reduce(wrong)
+        if not int(wrong):
+            found.append(f"{case}: nobody notices {name} as {bug.__name__}")
+    return found
+
+
+SLOW_CHECKS = [compiled_is_the_same, planted_bugs_are_found]
 CHECKS = [
+    autocast_is_the_same,
+    nothing_is_left_behind,
     keys_travel_while_rows_are_computed,
     bytes_of_a_window,
     wide_windows_reach_several,
