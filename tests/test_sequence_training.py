@@ -25,7 +25,7 @@ RUNS: dict[str, list[str]] = {
     "memory_tokens": ["attention=memory_tokens", "attention.segment_length=16", "attention.count=2"],
     "hourglass": ["attention=longformer", "attention.window=8", "model.depth=3", "+model.shorten=1@1 1@2 1@1"],
     "accumulate": [*XL, "trainer.accumulate=2"],
-    "recall, padded": ["task=mqar", "attention=longformer", "attention.window=8"],
+    "recall, padded": ["task=mqar", "task.test_examples=20", "attention=longformer", "attention.window=8"],
     "recomputed blocks": [*XL, "parallel.checkpoint=true"],
 }
 REFUSED = {
@@ -86,7 +86,14 @@ def test_options_that_do_not_go_with_it_are_refused_by_name() -> None:
 def test_a_run_under_torchrun_says_what_it_sent(tmp_path: Path) -> None:
     """Bytes a token stand in the row, beside time and memory."""
     words = ["task=text", "seq_len=64", "batch=4", "steps=3", "tracker=none", "model=tiny", "trainer.progress=none"]
-    words += ["trainer.carry_state=false", "device=cpu", "threads=1", *XL]
+    words += ["trainer.carry_state=false", "device=cpu", "threads=1", "task.evaluation_rows=2", "model.short_conv=0", *XL]
+        "trainer.carry_state=false",
+        "device=cpu",
+        "threads=1",
+        "task.evaluation_rows=2",
+        *XL,
+        "model.short_conv=0",
+    ]
     rows = []
     for count in (1, 2):
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
