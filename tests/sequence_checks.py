@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from attention_zoo.layout.needs import needs
 from attention_zoo.layout.placement import Placement, contiguous, zigzag
 from attention_zoo.layout.reach import Band
 from attention_zoo.measure.exchanges import timeline
+from attention_zoo.ops.exchange.columns import Pending
+from attention_zoo.ops.exchange.messages import Messages
 from attention_zoo.rules import Unsupported
 
 B, HEADS, WIDTH, BYTES = 2, 2, 16, 8
@@ -297,7 +300,52 @@ def keys_travel_while_rows_are_computed() -> list[str]:
     return found
 
 
+def nothing_is_left_behind() -> list[str]:
+    """When a call's graph goes, so do its messages and what they hold; without waiting for a collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        for name, options in (("longformer", {"window": 9}), ("full", {}), ("bigbird", {"block": 4, "random": 1})):
+            run(layer_of(name, **options), Tokens.all_valid(B, 40))
+            with torch.no_grad():
+                own = Placement.of(Tokens.all_valid(B, 40)).own
+                layer_of(name, **options)(torch.ones(*own.valid.shape, WIDTH, dtype=torch.float64), own)
+        left = [each for each in gc.get_objects() if type(each) in (Messages, Pending)]
+    finally:
+        gc.enable()
+    return [f"{len(left)} exchanges are left: {left}"] if left else []
+
+
+def autocast_is_the_same() -> list[str]:
+    """Half precision travels as such, and what comes of it is as near as on one process."""
+    found, flags = [], torch.zeros(B, 21, dtype=torch.bool)
+    flags[:, 4] = True
+    for name, options in (("longformer", {"window": 5}), ("full", {}), ("memory_compressed", {})):
+        layer = layer_of(name, **options).float()
+        tokens = Tokens.of(torch.ones_like(flags), flags if name == "longformer" else None)
+        x = torch.randn(B, 21, WIDTH, generator=torch.Generator().manual_seed(9))
+        placement = Placement.of(tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            wanted = placement.take(layer(x, tokens).hidden)
+            got = layer(placement.take(x), placement.own).hidden
+        if got.dtype != wanted.dtype or not torch.allclose(got, wanted, rtol=2e-2, atol=2e-2):
+            found.append(f"{name}: {got.dtype}, off by {float((got - wanted).abs().max().detach())}")
+    return found
+
+
+def compiled_is_the_same() -> list[str]:
+    """`torch.compile` does not lose the placement, which would silently cut the sequence."""
+    layer, tokens = layer_of("longformer", window=5), Tokens.all_valid(B, 24)
+    x = torch.randn(B, 24, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    placement, wanted, _ = run(layer, tokens, x=x)
+    got = torch.compile(layer, backend="eager")(placement.take(x), placement.own).hidden
+    return [] if torch.allclose(got, wanted, rtol=0, atol=1e-12) else ["compiled: differs"]
+
+
+SLOW_CHECKS = [compiled_is_the_same]
 CHECKS = [
+    autocast_is_the_same,
+    nothing_is_left_behind,
     keys_travel_while_rows_are_computed,
     bytes_of_a_window,
     wide_windows_reach_several,

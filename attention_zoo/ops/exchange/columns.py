@@ -45,13 +45,15 @@ class Pending:
 
     def __init__(self, x: Tensor, route: Route, kind: str):
         self.route, self.kind, self.shape, self.number = route, kind, x.shape, next_number(route.placement)
-        self.mark: Tensor = x  # ties what comes to where x was made
+        self.mark: Tensor | None = None  # ties what comes to where x was made
         self.under_way: Messages | None = None
         self.came: list[Tensor] = []
 
     def wait(self) -> Float[Tensor, "B n E"]:
         """What came, sender after sender."""
-        return _Finish.apply(self.mark, self)
+        mark, self.mark = self.mark, None  # its graph holds this object: nobody else would free the two
+        assert mark is not None, "an exchange is waited for once"
+        return _Finish.apply(mark, self)
 
     def post(self, sent: list[Tensor], like: Tensor, counts: list[int], direction: str) -> None:
         """Messages one way; those of the other way are gone by then."""

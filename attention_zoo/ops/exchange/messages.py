@@ -6,6 +6,7 @@ told apart by it, so that it does not matter when each process comes to send or 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -84,5 +85,6 @@ class Messages:
 
     def __del__(self) -> None:
         going, self.going = getattr(self, "going", []), []
-        for work in going:
-            work.wait()
+        if not sys.is_finalizing():  # else there is no process group any more
+            for work in going:
+                work.wait()
