@@ -7,10 +7,14 @@ is a JSON list of {name, words, processes, dtype, ...}; OUTPUT gets {name: what 
 from __future__ import annotations
 
 import json
+import math
 import os
+import selectors
+import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -123,13 +127,24 @@ def forked(
             os._exit(0)
         os.close(write)
         children.append((child, read))
-    found = []
-    for child, read in children:
-        with os.fdopen(read) as pipe:
-            text = pipe.read()
-        os.waitpid(child, 0)
-        found.append(json.loads(text) if text else {"error": "died"})
-    return found
+    said = {child: b"" for child, _ in children}
+    with selectors.DefaultSelector() as waiting:
+        for child, read in children:
+            waiting.register(read, selectors.EVENT_READ, child)
+        first_ended = math.inf
+        while waiting.get_map():
+            for key, _ in waiting.select(1.0):
+                if text := os.read(key.fd, 1 << 16):
+                    said[key.data] += text
+                    continue
+                waiting.unregister(key.fd)
+                os.close(key.fd)
+                os.waitpid(key.data, 0)
+                first_ended = min(first_ended, time.monotonic())
+            if time.monotonic() > first_ended + timeout_s:  # whoever hangs, hangs
+                for key in list(waiting.get_map().values()):
+                    os.kill(key.data, signal.SIGKILL)
+    return [json.loads(text) if text else {"error": "died"} for text in said.values()]
 
 
 def main() -> None:

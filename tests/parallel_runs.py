@@ -1,21 +1,24 @@
 """Whole runs of several processes, some of them cut off: `python tests/parallel_runs.py RUNS OUTPUT`.
 
 RUNS is a JSON list of {name, processes, words, folder, ...}, done one after the other by forked processes; OUTPUT gets
-{name: [what each rank found]}. `cut` is {rank, step, how}: a signal that a rank gets when it begins that step.
+{name: [what each rank found]}. `cut` is {rank, step, how}: a signal that a rank (null: every one) gets when it begins
+that step; or {rank, after, how}: so many seconds after it has begun. `damage` names what is done to the folder before.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from parallel_processes import TINY, forked, started
+from parallel_processes import LIMIT_S, TINY, forked, started
 
 KEPT = (
     "status", "error", "steps", "curve", "quality_curve", "metrics", "evaluations", "loss_by_position", "by_group",
@@ -34,8 +37,13 @@ def one(run: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
     if cut is not None and cut["rank"] in (rank, None):
         step = Trainer.step
 
+        if "after" in cut:
+            timer = threading.Timer(cut["after"], os.kill, (os.getpid(), getattr(signal, cut["how"])))
+            timer.daemon = True
+            timer.start()
+
         def reached(self: Trainer) -> Any:
-            if self.done == cut["step"]:
+            if self.done == cut.get("step"):
                 os.kill(os.getpid(), getattr(signal, cut["how"]))
                 if cut["how"] == "SIGSTOP":
                     time.sleep(1)
@@ -50,6 +58,27 @@ def one(run: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
     return {name: row.get(name) for name in KEPT} | {"seconds": time.monotonic() - began}
 
 
+def damaged(folder: Path, kind: str) -> None:
+    """Do to a run's checkpoint what a disk or a kill may do."""
+    newest = folder / "checkpoint.processes"
+    tensors = sorted(newest.glob("*.safetensors"))[-1]
+    if kind == "torn":
+        tensors.write_bytes(tensors.read_bytes()[:-7])
+    elif kind == "state":
+        state = newest / "state.json"
+        state.write_text(state.read_text()[: state.stat().st_size // 2])
+    elif kind == "missing":
+        tensors.unlink()
+    elif kind == "renaming":  # killed between the two renames
+        shutil.rmtree(folder / "checkpoint.processes.before", ignore_errors=True)
+        newest.rename(folder / "checkpoint.processes.before")
+    else:  # killed while it is written
+        assert kind == "half", kind
+        half = folder / ".checkpoint.processes.0123abcd.d"
+        half.mkdir()
+        (half / tensors.name).write_bytes(tensors.read_bytes()[:100])
+
+
 def main() -> None:
     import torch
 
@@ -62,7 +91,14 @@ def main() -> None:
     for run in runs:
         key = json.dumps(run["words"])
         configs[key] = configs.get(key) or compose_training([*TINY, *run["words"]])
-        ended = forked(run["processes"], lambda _, run=run, key=key: one(run, configs[key]), join=False)
+
+        def work(_: Any, run: Any = run, key: str = key) -> Any:
+            return one(run, configs[key])
+
+        if "damage" in run:
+            damaged(Path(run["folder"]), run["damage"])
+        # one that is stopped for ever ends when the others have told of it
+        ended = forked(run["processes"], work, join=False, timeout_s=run.get("left_s", LIMIT_S))
         found[run["name"]] = [each.get("value", each) for each in ended]
         Path(sys.argv[2]).write_text(json.dumps(found))
 

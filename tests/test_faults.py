@@ -6,7 +6,7 @@ import pytest
 from faults import Counts
 from faults.kinds import KINDS
 
-LASTING = {"cells", "followed", "fuzz", "kills", "odd", "searches", "sweeps", "wandb"}
+LASTING = {"cells", "distributed", "followed", "fuzz", "kills", "odd", "searches", "sweeps", "wandb"}
 """Kinds whose small version, too, starts many processes."""
 
 

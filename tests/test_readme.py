@@ -146,10 +146,12 @@ def test_the_examples_of_integrations_run(what, tmp_path, monkeypatch):
         torch.testing.assert_close(longer, names["logits"], atol=1e-5, rtol=1e-5)
 
 
+LAUNCHERS = re.compile(r"^(torchrun|srun) .*?-m experiments\.")
 COMMANDS = [
     line
     for block in blocks("bash")
-    for line in block.splitlines()
+    for given in block.splitlines()
+    for line in [LAUNCHERS.sub("python -m experiments.", given)]
     if line.startswith(("python -m experiments.", "attention-zoo "))
 ]
 

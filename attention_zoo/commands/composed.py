@@ -22,6 +22,7 @@ from attention_zoo.commands.launch import DEBUG, OK, say
 from attention_zoo.commands.refusals import choices, flags, of_hydra, of_sweep
 from attention_zoo.commands.sweeps import Dry, Sweep, Sweeping
 from attention_zoo.commands.work import COMMANDS
+from attention_zoo.parallel.launched import launched
 from attention_zoo.searchpath import register
 from attention_zoo.settings import one_line, said_of
 
@@ -45,6 +46,7 @@ def run(name: str, words: Sequence[str], program: str) -> int:
     if "--help" in words or "-h" in words:
         print(page(name, [word for word in words if not word.startswith("-")], program))
         return OK
+    _alone(name, words)
     job = Job(name, os.environ.get(DEBUG) == "1", command)
     sweep = Sweep(job)
     overrides = [word for word in words if not word.startswith("-")]
@@ -68,6 +70,20 @@ def run(name: str, words: Sequence[str], program: str) -> int:
     if wrong and len(outcomes) > 1:
         say(f"{len(wrong)} of {len(outcomes)} runs failed")
     return min(wrong, default=OK)
+
+
+def _alone(name: str, words: Sequence[str]) -> None:
+    """Refuse what several processes would each do as a whole."""
+    size = launched().size
+    if size == 1:
+        return
+    if name != "train":
+        raise ValueError(f"{name} is the work of one process, got WORLD_SIZE={size}; experiments.train takes several")
+    if {"-m", "--multirun"} & set(words):
+        raise ValueError(
+            f"-m must be started by one process, which starts one for each run, got WORLD_SIZE={size}; "
+            f"leave -m out, or start the sweep without torchrun"
+        )
 
 
 @contextmanager

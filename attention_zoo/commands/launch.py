@@ -40,7 +40,8 @@ def launch(work: Callable[[], Any], again: str = "the same command") -> int:
             sys.stdout.flush()
     except KeyboardInterrupt as asked:
         stop = asked if isinstance(asked, stopping.Stopped) else stopping.Stopped()
-        say(f"{stop}; what is finished is kept, and this goes on from there: {again}")
+        if _speaks():
+            say(f"{stop}; what is finished is kept, and this goes on from there: {again}")
         return stop.code
     except SystemExit as ended:  # the parsers of others end so, having told why
         if isinstance(ended.code, str):
@@ -54,6 +55,16 @@ def launch(work: Callable[[], Any], again: str = "the same command") -> int:
     except Exception as error:
         return told(error)
     return OK if code is None else int(code)
+
+
+def _speaks() -> bool:
+    """Whether this process tells what all of a run have to tell."""
+    from attention_zoo.parallel.launched import launched
+
+    try:
+        return launched().first
+    except ValueError:
+        return True
 
 
 @contextmanager

@@ -81,6 +81,7 @@ class Command:
 def _train(composed: DictConfig) -> Outcome:
     from hydra.core.hydra_config import HydraConfig
 
+    from attention_zoo.parallel.launched import launched
     from attention_zoo.training.config import plain
     from attention_zoo.training.run import run_folder, run_training
     from attention_zoo.training.saying import show
@@ -90,7 +91,8 @@ def _train(composed: DictConfig) -> Outcome:
     if config["dry"]:
         from attention_zoo.jobs.ahead import one_ahead
 
-        print(one_ahead(config, folder))
+        if launched().first:
+            print(one_ahead(config, folder))
         return Outcome()
     row = run_training(config, folder)
     show(row, folder)

@@ -22,6 +22,9 @@ def start(words: list[str] | None = None, program: str | None = None) -> None:
     for number in NUMBERS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _end)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # torch would warn on each process that it looks for weights without a gradient, which is meant
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from attention_zoo.commands.main import main
 
     atexit.register(_through)

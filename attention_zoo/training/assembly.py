@@ -7,15 +7,17 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from attention_zoo.model.encoder_decoder import EncoderDecoder
 from attention_zoo.model.norm import BatchNorm
 from attention_zoo.parallel.dropout import by_rank
 from attention_zoo.parallel.recompute import prepare
 from attention_zoo.parallel.refusals import refuse
 from attention_zoo.parallel.rows import check_divides
 from attention_zoo.parallel.sequence.cut import Asked, refuse_options
-from attention_zoo.parallel.sharded import apart, shard
+from attention_zoo.parallel.sharded import apart, is_sharded, shard, whole_state
 from attention_zoo.parallel.world import World
 from attention_zoo.tasks.task import Batch, Task
 from attention_zoo.training.ahead import drawn_ahead
@@ -41,6 +43,7 @@ class Assembly:
         carry: whether the model's state crosses from batch to batch.
         decode: how an encoder-decoder writes in evaluation.
         world: the processes that do it.
+        rebuild: a model of the same config with weights of its own, whole in this process.
     """
 
     task: Task
@@ -52,6 +55,7 @@ class Assembly:
     device: str
     decode: Mapping[str, Any]
     world: World
+    rebuild: Callable[[], nn.Module]
 
     @property
     def main(self) -> str:
@@ -60,15 +64,26 @@ class Assembly:
 
     def score(self, name: str, stop: Callable[[], object]) -> Evaluation | None:
         """The model on one set; None where `stop` had it given up."""
+        # who writes freely calls halves of a model, and each as often as its rows need
+        model = self.whole() if isinstance(self.model, EncoderDecoder) else self.model
         return evaluate(
-            self.model, self.task, self.sets[name],
+            model, self.task, self.sets[name],
             precision=self.precision, device=self.device, carry=self.carry, stop=stop,
-            decode=self.decode, cut=self.trainer.cut,
+            decode=self.decode, world=self.world, cut=self.trainer.cut,
         )  # fmt: skip
 
+    def whole(self) -> nn.Module:
+        """The model as one process has it; where it is shared out a copy, which all processes must ask for."""
+        if not is_sharded(self.model):
+            return self.model
+        state = whole_state(self.model)
+        model = self.rebuild().to(self.device)
+        model.load_state_dict(state)
+        return model.train(self.model.training)
+
     def finished(self) -> nn.Module:
-        """The model as it is saved: adapters become part of its weights."""
-        return merged(self.model)
+        """The model as it is saved: whole, and adapters become part of its weights."""
+        return merged(self.whole())
 
 
 def writing(decode: DecodeConfig) -> dict[str, Any]:
@@ -137,7 +152,12 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task, world: World | No
     )
     sets = _watched_first(task.evaluation_sets(options.batch, options.seq_len), task, options.trainer)
     figure(task, "chance", task.chance(options.seq_len))  # what is none is said before training, not after
-    return Assembly(task, model, trainer, sets, precision, carry, device, writing(options.decode), world)
+
+    def rebuild() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):  # it draws numbers that training must not miss
+            return model_of(options, mechanism, task, objective_of(task))
+
+    return Assembly(task, model, trainer, sets, precision, carry, device, writing(options.decode), world, rebuild)
 
 
 def _watched_first(

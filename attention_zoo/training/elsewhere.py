@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attention_zoo.parallel.sharded import whole_state
 from attention_zoo.rules import shown
 from attention_zoo.tasks.task import Task
 from attention_zoo.training.assembly import Assembly, check_positions
@@ -123,7 +124,7 @@ def scored(
         if entry.mechanism is not None:
             with torch.random.fork_rng(devices=[]):
                 model = built_at(entry, options, parts.task).to(parts.device)
-            model.load_state_dict(parts.model.state_dict())
+            model.load_state_dict(whole_state(parts.model))
         sets = parts.task.evaluation_sets(options.batch, entry.seq_len)
         there = replace(parts, model=model, sets=sets)
         for name in entry.sets:

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo.model.generate import generate
+from attention_zoo.parallel.rows import own_rows
 from attention_zoo.parallel.sequence.cut import Cut
-from attention_zoo.parallel.world import Team
+from attention_zoo.parallel.sharded import is_sharded
+from attention_zoo.parallel.world import Team, World
 from attention_zoo.tasks.task import IGNORED, Batch, Task
 from attention_zoo.training.following import readings_of
-from attention_zoo.training.objective import MAIN, Answers, answers
+from attention_zoo.training.objective import MAIN, Answers, answers, counts
 from attention_zoo.training.precision import Precision
 from attention_zoo.training.streams import Stream
 
@@ -58,6 +60,23 @@ class _Seen:
         self.groups: dict[str, list[Tensor]] = defaultdict(list)
         self.exact: list[Tensor] = []
 
+    def gather(self, team: Team) -> None:
+        """What all processes were told of each batch, in the order of its rows."""
+        if team.size == 1:
+            return
+        told = team.gathered((dict(self.answers), self.exact))
+        for name in self.answers:
+            by_batch = zip(*(answers[name] for answers, _ in told))
+            self.answers[name] = [Answers(*(torch.cat(parts) for parts in zip(*each))) for each in by_batch]
+        self.exact = [torch.cat(each) for each in zip(*(exact for _, exact in told))]
+
+    def nothing(self, batch: Batch, *, encoded: bool) -> None:
+        """Of a batch that this process has no row of."""
+        for name in counts(batch):
+            self.answers[name].append(Answers(torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.bool)))
+        if encoded:
+            self.exact.append(torch.zeros(0, dtype=torch.bool))
+
     def whole(self, name: str) -> Answers:
         return Answers(*(torch.cat(parts) for parts in zip(*self.answers[name])))
 
@@ -73,6 +92,7 @@ def evaluate(
     carry: bool,
     stop: Callable[[], object] = lambda: None,
     decode: Mapping[str, Any] | None = None,
+    world: World | None = None,
     cut: Cut | None = None,
 ) -> Evaluation | None:
     """Score a model on one set. The model is put in evaluation mode and left in the mode it had.
@@ -81,6 +101,8 @@ def evaluate(
         carry: whether the state crosses from batch to batch, as in training.
         stop: asked before every batch; where it answers anything true, the evaluation is given up.
         decode: how an encoder-decoder writes, see `generate`; default greedily.
+        world: the processes that share the rows of every batch, of which all get the same result; default this one
+            alone. `stop` must answer alike in all.
         cut: of the processes that share the tokens of a row; default there is one.
 
     Returns:
@@ -89,6 +111,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
+    team, sharded = (World() if world is None else world).data, is_sharded(model)
     cut = Cut(model, Team()) if cut is None else cut
     stream, seen, longest, read, began = Stream(model, carry=carry), _Seen(), 0, 0, time.perf_counter()
     before = torch.zeros(0, dtype=torch.long)
@@ -100,24 +123,36 @@ def evaluate(
             longest = max(longest, length if batch.source is None else batch.source.shape[1])
             read += batch.ids.numel() + (0 if batch.source is None else batch.source.numel())
             before = torch.where(batch.fresh, 0, before) if len(before) == len(batch.fresh) else batch.fresh.long() * 0
-            moved = batch.to(device)
-            with precision.autocast():
-                if batch.source is not None:
-                    moved = stream.encoded(moved)
-                    seen.exact.append(_exact(model, moved, decode or {"greedy": True}))
-                moved = cut(moved)
-                output = stream(moved)
-            said = {name: Answers(x.losses.double().cpu(), x.hits.cpu()) for name, x in answers(output, moved).items()}
-            for name, each in cut.whole(said, moved).items():
-                seen.answers[name].append(each)
             scored = batch.targets != IGNORED
             if task.streams:
                 seen.places.append((before[:, None] + torch.arange(length))[scored])
             for name, group in batch.groups.items():
                 seen.groups[name].append(group[scored])
             before = before + length
+            anew = bool(batch.fresh.all())
+            mine = own_rows(len(batch.ids), team)
+            kept = mine.stop - mine.start
+            if not kept and not sharded:
+                seen.nothing(batch, encoded=batch.source is not None)
+                continue
+            # where parameters are shared out, who has no row reads one nevertheless: the others need its shares
+            part = batch.rows(mine if kept else slice(0, 1)) if team.size > 1 else batch
+            moved = part.to(device)
+            with precision.autocast():
+                if batch.source is not None:
+                    moved = stream.encoded(moved)
+                    seen.exact.append(_exact(model, moved, decode or {"greedy": True}))
+                moved = cut(moved)
+                output = stream(moved, anew=anew)
+            if not kept:
+                seen.nothing(batch, encoded=False)
+                continue
+            said = {name: Answers(x.losses.double().cpu(), x.hits.cpu()) for name, x in answers(output, moved).items()}
+            for name, each in cut.whole(said, moved).items():
+                seen.answers[name].append(each)
     finally:
         model.train(was_training)
+    seen.gather(team)
     rate = read / max(time.perf_counter() - began, 1e-9)
     return _evaluation(task, seen)._replace(readings=readings_of(model), seq_len=longest, tokens_per_second=rate)
 

@@ -206,6 +206,8 @@ class _Run:
             torch.set_num_threads(options.threads)
         self.config, name = full, world.by_first(lambda: run_identity(full))
         row |= {"id": name, "config": full, "environment": environment()}
+        if world.size > 1:
+            row["environment"] = {**environment(), "processes": world.size}
         row |= {"seed": options.seed, "seq_len": options.seq_len, "batch": options.batch}
         task = build(options.task, "task")
         check_task(task)
@@ -277,8 +279,9 @@ class _Run:
                 evaluations[name] = found
         if row["rates"] is not None:
             row["rates"]["judged_on"] = parts.main
-        row["given"] = self._given(parts.model, options)
-        world.by_first(lambda: save_model(parts.finished(), self.folder / MODEL))
+        model = parts.finished()
+        row["given"] = self._given(parts.whole(), options)
+        world.by_first(lambda: save_model(model, self.folder / MODEL))
         for name, result in list(evaluations.items())[1:]:
             tracker.log({f"evaluate/{name}_{k}": v for k, v in result.metrics.items()}, parts.trainer.done)
         history.peak_bytes = _peak_bytes(history, parts.device)

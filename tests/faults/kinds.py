@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from . import Counts, cells, disk, followed, fuzz, kills, odd, reports, scores, searches, sweeps, torn, wandb_server
+from . import (
+    Counts,
+    cells,
+    disk,
+    distributed,
+    followed,
+    fuzz,
+    kills,
+    odd,
+    reports,
+    scores,
+    searches,
+    sweeps,
+    torn,
+    wandb_server,
+)
 
 
 class Kind(Protocol):
@@ -26,6 +41,7 @@ KINDS: dict[str, Kind] = {
     "scores": scores,
     "fuzz": fuzz,
     "kills": kills,
+    "distributed": distributed,
     "cells": cells,
     "sweeps": sweeps,
     "searches": searches,

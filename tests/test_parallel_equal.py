@@ -1,0 +1,121 @@
+"""Steps of several processes are those of one: losses to a relative 1e-5 over 20 steps in float32, 1e-11 in float64.
+
+With rows of which some ask for much and some for next to nothing, padding, global tokens that only some processes have,
+carried states, further losses, accumulated parts, hashes that are drawn, weights that layers share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from parallel_processes import outcomes
+
+STEPS = 20
+NEAR = {"float32": 1e-5, "float64": 1e-11}
+STREAMS = ["task=text", "task.held_out=null", "task.evaluation_rows=5", "task.span=3", "seq_len=12", "batch=8"]
+RAGGED = ["task=copy", "seq_len=11", "batch=8"]
+"""The task itself is given from Python."""
+MECHANISMS: dict[str, tuple[list[str], bool]] = {
+    "full": (["attention=full", "trainer.accumulate=2"], True),
+    "longformer": (["attention=longformer", "attention.window=3"], True),
+    "transformer_xl": (
+        ["attention=transformer_xl", "attention.segment_length=5", "attention.memory_length=7", "trainer.clip=0.1"],
+        False,
+    ),
+    "adaptive_span": (
+        ["attention=adaptive_span", "attention.limit=9", "attention.ramp=3", "attention.span_loss=0.01"],
+        False,
+    ),
+    "reformer": (["attention=reformer", "attention.chunk=4"], False),
+    "memory_tokens": (["attention=memory_tokens", "attention.count=2", "attention.segment_length=5"], False),
+    "bigbird": (["attention=bigbird", "attention.block=3", "parallel.checkpoint=true"], True),
+    "reversible": (["attention=longformer", "attention.window=3", "model.reversible=true"], True),
+}
+"""Words, and whether rows are ragged; else they are streams."""
+FAST = [
+    ("longformer", "float64", "ddp", 2),
+    ("longformer", "float64", "fsdp", 2),
+    ("transformer_xl", "float32", "fsdp", 2),
+    ("adaptive_span", "float64", "fsdp", 2),
+    ("reformer", "float64", "ddp", 2),
+    ("full", "float32", "ddp", 2),
+]
+SLOW = [
+    (name, dtype, data, processes)
+    for name in MECHANISMS
+    for dtype in NEAR
+    for data in ("ddp", "fsdp")
+    for processes in (2, 4)
+    if (name, dtype, data, processes) not in FAST and (name, data) != ("reversible", "fsdp")
+]
+Case = tuple[str, str, str, int]
+
+
+def found(cases: Sequence[Case], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The cases, and each beside it in one process."""
+    text = folder / "text"
+    text.mkdir()
+    for index in range(6):
+        (text / f"{index}.txt").write_bytes(bytes(97 + (7 * k * k + index * k) % 23 for k in range(90 + 37 * index)))
+    asked = []
+    for name, dtype, data, processes in dict.fromkeys([*cases, *((n, t, "ddp", 1) for n, t, _, _ in cases)]):
+        words, ragged = MECHANISMS[name]
+        own = RAGGED if ragged else [*STREAMS, f"task.path={text}"]
+        given = {"ragged": {}} if ragged else {}
+        key = "-".join(map(str, (name, dtype, data, processes)))
+        words = [*own, *words, f"parallel.data={data}"]
+        asked.append({"name": key, "words": words, "processes": processes, "dtype": dtype, "count": STEPS, **given})
+    return outcomes(asked, folder)
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found(FAST, tmp_path_factory.mktemp("fast"))
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found(SLOW, tmp_path_factory.mktemp("slow"))
+
+
+@pytest.mark.parametrize("case", FAST, ids=lambda case: "-".join(map(str, case)))
+def test_several_processes_take_the_steps_of_one(case: Case, fast: dict[str, Any]) -> None:
+    compare(case, fast)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW, ids=lambda case: "-".join(map(str, case)))
+def test_four_processes_and_every_mechanism_take_the_steps_of_one(case: Case, slow: dict[str, Any]) -> None:
+    compare(case, slow)
+
+
+def compare(case: Case, outcome: dict[str, Any]) -> None:
+    name, dtype, data, processes = case
+    ranks, near = outcome[f"{name}-{dtype}-{data}-{processes}"], NEAR[dtype]
+    (one,) = outcome[f"{name}-{dtype}-ddp-1"]
+    assert "error" not in one, one
+    assert len(ranks) == processes
+    for rank in ranks:
+        assert rank == ranks[0], "all processes say the same"
+    found = ranks[0]
+    assert found["loss"] == pytest.approx(one["loss"], rel=near)
+    assert found["tokens"] == one["tokens"]
+    assert found["norm"] == pytest.approx(one["norm"], rel=30 * near)
+    for step, alone in zip(found["auxiliary"], one["auxiliary"]):
+        assert step == pytest.approx(alone, rel=near)
+    assert bool(one["auxiliary"][0]) == (name == "adaptive_span")
+    assert found["metrics"] == pytest.approx(one["metrics"], rel=near)
+    assert [at for at, _ in found["by_position"]] == [at for at, _ in one["by_position"]]
+    assert [x for _, x in found["by_position"]] == pytest.approx([x for _, x in one["by_position"]], rel=10 * near)
+    assert found["by_group"].keys() == one["by_group"].keys()
+    for group, rows in one["by_group"].items():
+        assert [row[::3] for row in found["by_group"][group]] == [row[::3] for row in rows], "groups and their counts"
+    assert found["readings"].keys() == one["readings"].keys()
+    for reading, numbers in one["readings"].items():
+        assert found["readings"][reading] == pytest.approx(numbers, rel=100 * near)
+    assert found["weights"].keys() == one["weights"].keys()
+    for weight, total in one["weights"].items():
+        assert found["weights"][weight] == pytest.approx(total, rel=1e-3, abs=1e-2 if dtype == "float32" else 1e-6)
