@@ -55,6 +55,9 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "memory_tokens around transformer_xl": (
         {"attention": TINY["memory_tokens"] | {"inner": XL}}, "gradients end with a call",
     ),
+    "global tokens in the first call alone": (
+        {"attention": TINY["global_tokens"] | {"inner": "longformer"}}, "only its first call may bring some",
+    ),
     "two-sided memory_tokens": ({"attention": TINY["memory_tokens"], "causal": False}, "two-sided"),
     "two-sided hourglass": ({"attention": "full", "depth": 3, "shorten": "1@1 1@2 1@1", "causal": False}, "two-sided"),
     "pooled": (
@@ -71,7 +74,7 @@ Case = tuple[str, str, int]
 @pytest.fixture(scope="module")
 def two() -> tuple[dict[Case, Found], dict[str, Found]]:
     """Two processes: models that run, and those that do not."""
-    cases, refusals = FAST[1::2], [(options, "none", 13, "float64") for options, _ in REFUSED.values()]
+    cases, refusals = FAST[1::2], [(options, "documents", 29, "float64") for options, _ in REFUSED.values()]
     found, refused = ran(2, cases, refusals)
     return found, dict(zip(REFUSED, refused, strict=True))
 

@@ -50,7 +50,7 @@ def sharded(batch: Batch, group: Any, model: nn.Module) -> Batch:
     missing = size - batch.ids.shape[1]
     tokens = batch.tokens
     if tokens is None:
-        tokens = Layout.plain(*batch.ids.shape, batch.ids.device)
+        tokens = Layout.plain(batch.ids.shape[0], batch.ids.shape[1], batch.ids.device)
     if missing > 0:  # every process has a column, be it of padding
         tokens, batch = _padded(tokens, missing), batch.each(lambda x: _wider(x, batch.ids.shape, missing))
     placement = Placement.of(tokens, group, columns_for(model, tokens.valid.shape[1], size))
@@ -93,7 +93,7 @@ def borders_for(model: nn.Module, length: int, size: int) -> list[int]:
     them and each process gets one at least.
     """
     found = [each for each in model.modules() if isinstance(each, Attention)]
-    lengths = {each.segment_length for each in found if getattr(each, "segment_length", None) is not None}
+    lengths: set[Any] = {getattr(each, "segment_length", None) for each in found} - {None}
     grain = math.lcm(*lengths) if lengths else 1
     if grain == 1 or length < grain * size:
         return [length * rank // size for rank in range(size + 1)]
