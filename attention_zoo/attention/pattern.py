@@ -273,10 +273,10 @@ class PatternAttention(Attention):
     def _attended(
         self, x: Tensor, layout: Layout, state: Columns | ByHeads | None = None, source: Source | None = None
     ) -> Output:
-        layout = self._marked(layout)
         if layout.placement is not None:
             return output_in_place(self, x, layout)
         q, turned = self._heads(self.to_q(x)), None
+        layout = self._marked(layout)
         if isinstance(state, ByHeads):
             return self._attended_by_heads(x, self.scheme.turn(q, layout), layout, state)
         if self.cross:

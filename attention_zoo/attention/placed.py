@@ -68,7 +68,7 @@ def output_in_place(layer: Any, x: Float[Tensor, "B L E"], layout: Layout) -> Ou
 
     Losses of parameters alone are shares: their sum over all processes is what one has.
     """
-    hidden = layer.to_out(answered_in_place(layer, x, layout).transpose(1, 2).flatten(2))
+    hidden = layer.to_out(answered_in_place(layer, x, layer._marked(layout)).transpose(1, 2).flatten(2))
     return Output(hidden, None, {name: loss / layout.placement.size for name, loss in layer.losses().items()})
 
 

@@ -4,7 +4,8 @@
 
 Starts the processes on this machine (gloo, one thread each), runs forward and backward, and prints for each exchange
 when its messages were posted, how long operators ran until somebody waited for them, and how long that was. What is
-waited for was not hidden. With a folder, writes a trace of each process, for chrome://tracing or ui.perfetto.dev.
+waited for was not hidden. Then the bytes that all processes sent together, for each token of the sequence. With a
+folder, writes a trace of each process, for chrome://tracing or ui.perfetto.dev.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from attention_zoo.contract import Attention
 from attention_zoo.layout.placement import Placement, zigzag
 from attention_zoo.registry import build
 from attention_zoo.tokens import Tokens
+
+STEPS = 2
+"""Forward and backward calls, of which the last is looked at."""
 
 
 class Exchange(NamedTuple):
@@ -52,7 +56,8 @@ def timeline(layer: Attention, x: Tensor, placement: Placement, trace: Path | No
     def step() -> None:
         layer(x.detach().requires_grad_(), placement.own).hidden.sum().backward()
 
-    step()
+    for _ in range(STEPS - 1):
+        step()
     dist.barrier(placement.group)
     with profile(activities=[ProfilerActivity.CPU]) as found:
         step()
@@ -99,6 +104,8 @@ def _work(rank: int, folder: str, options: argparse.Namespace) -> None:
     x = torch.randn(1, len(placement.columns[rank]), options.dim)
     trace = None if options.traces is None else options.traces / f"process_{rank}.json"
     found = timeline(layer, x, placement, trace)
+    counts = torch.tensor([placement.traffic.bytes(way) for way in ("forward", "backward")])
+    dist.all_reduce(counts)
     for turn in range(options.processes):
         dist.barrier()
         if turn == rank:
@@ -106,6 +113,9 @@ def _work(rank: int, folder: str, options: argparse.Namespace) -> None:
                 print(
                     f"process {rank}  {name:24} posted {posted:8.1f} ms, computed {computed:8.1f}, waited {waited:6.1f}"
                 )
+    if not rank:
+        forward, backward = (counts / STEPS / options.length).tolist()
+        print(f"bytes sent per token: {forward:.1f} forward, {backward:.1f} backward")
     dist.destroy_process_group()
 
 
