@@ -27,6 +27,7 @@ RUNS: dict[str, list[str]] = {
     "accumulate": [*XL, "trainer.accumulate=2"],
     "recall, padded": ["task=mqar", "task.test_examples=20", "attention=longformer", "attention.window=8"],
     "recomputed blocks": [*XL, "parallel.checkpoint=true"],
+    "shared parameters": [*RECURRENT, "parallel.data=fsdp"],
 }
 REFUSED = {
     "a carried state": (["trainer.carry_state=true", *XL], "trainer.carry_state=true"),
@@ -94,11 +95,12 @@ def test_a_run_under_torchrun_says_what_it_sent(tmp_path: Path) -> None:
         command = [sys.executable, *start, "-m", "experiments.train", *words, f"parallel.sequence={count}"]
         folder = tmp_path / str(count)
         done = subprocess.run(
-            [*command, f"hydra.run.dir={folder}"], cwd=ROOT, capture_output=True, text=True, timeout=900,
+            [*command, f"output={folder}"], cwd=ROOT, capture_output=True, text=True, timeout=900,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
-        rows.append(json.loads((folder / "result.json").read_text()))
+        (result,) = folder.rglob("result.json")
+        rows.append(json.loads(result.read_text()))
     one, two = rows
     assert one["sent_bytes_per_token"] == 0
     layers, width, memory, tokens = 2, 64, 8, 4 * 64
