@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,8 @@ import attention_zoo as zoo
 from attention_zoo import Tokens
 from attention_zoo.layout.placement import Placement, contiguous, zigzag
 
+LIMIT_S = 180
+"""Nobody waits longer for another process."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -83,7 +86,7 @@ def packed_only(length: int) -> Tokens:
 
 
 def uneven(length: int, size: int) -> list[np.ndarray]:
-    """The first owns hardly anything, the second nothing at all where there are three."""
+    """The first owns hardly anything, the second nothing at all where there are three or more."""
     borders = [0, min(1, length), *([min(1, length)] if size > 2 else []), length]
     while len(borders) < size + 1:
         borders.insert(-1, (borders[-2] + length) // 2)
@@ -154,7 +157,8 @@ def differs(case: Case, group: Any = None) -> list[str]:
 def work(rank: int, size: int, path: str, cases: list[Case], checks: list[Callable[[], list[str]]]) -> None:
     """What one process does; what is wrong goes to a file of its own."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=size)
+    store, limit = f"file://{path}/store", timedelta(seconds=LIMIT_S)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=limit)
     found = []
     try:
         for case in cases:
@@ -183,6 +187,9 @@ BAND = [
     Case("longformer", 1, {"window": 2}),
     Case("longformer", 41, {"window": 3}, plain, dtype=torch.float32),
     Case("longformer", 23, {"window": 3, "scale": -0.5}, padded),
+    Case("longformer", 40, {"window": 3, "scale": 60.0}, padded),
+    Case("reformer.local", 41, {"chunk": 4}, packed, zigzag),
+    Case("reformer.local", 41, {"chunk": 4, "causal": False}, packed_only, uneven),
     Case("memory_compressed.local", 31, {"block": 4}, padded),
     Case("memory_compressed.local", 31, {"block": 5, "causal": False}, packed_only, uneven),
     Case("adaptive_span", 37, {"limit": 20, "ramp": 3, "start": 6.0}, packed_only),
@@ -209,6 +216,7 @@ BLOCKS = [
     Case("bigbird", 23, {"block": 4, "random": 1, "causal": False, "plan": "reference"}, packed),
     Case("bigbird", 83, {"block": 4, "random": 1, "causal": False, "plan": "reference_eval"}, marked),
     Case("bigbird", 67, {"block": 4, "random": 1, "kv_heads": 2}, padded, heads=4),
+    Case("bigbird", 40, {"block": 4, "random": 1, "sink_logit": True}, padded),
     Case("bigbird", 2, {"block": 4, "random": 1}),
     Case("bigbird", 67, {"block": 4, "random": 2}, padded, dtype=torch.float32),
 ]
@@ -224,6 +232,7 @@ RING = [
     Case("full", 300, {}, padded, zigzag),
     Case("full", 300, {}, packed_only, zigzag, dtype=torch.float32),
     Case("full", 37, {"kernel": "tiles"}, padded),
+    Case("full", 40, {"scale": 60.0}, padded, zigzag),
 ]
 GROUPS = [
     Case("memory_compressed", 29, {"compression": 3}),

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import gc
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from sequence_cases import Case, differs, marked
 
 import attention_zoo as zoo
 from attention_zoo import Tokens
+from attention_zoo.attention import h_transformer_1d, placed_rows
 from attention_zoo.attention import placed as placed_
-from attention_zoo.attention import placed_rows
+from attention_zoo.layout import needs as needs_
 from attention_zoo.layout.needs import needs
 from attention_zoo.layout.placement import Placement, contiguous, zigzag
 from attention_zoo.layout.reach import Band
 from attention_zoo.measure.exchanges import timeline
+from attention_zoo.ops.exchange import everyone, ring
 from attention_zoo.ops.exchange.columns import Pending
 from attention_zoo.ops.exchange.messages import Messages
 from attention_zoo.rules import Unsupported
@@ -342,7 +346,45 @@ def compiled_is_the_same() -> list[str]:
     return [] if torch.allclose(got, wanted, rtol=0, atol=1e-12) else ["compiled: differs"]
 
 
-SLOW_CHECKS = [compiled_is_the_same]
+def planted_bugs_are_found() -> list[str]:
+    """Cases tell what is wrong: a key too few, gradients that stay away, answers that are not merged."""
+    ranges, post, gathering = needs_._ranges, Pending.post, h_transformer_1d.gathering
+
+    def a_key_too_few(whole: Any, back: int, ahead: int, causal: bool) -> Any:
+        return ranges(whole, back - 1, ahead, causal)
+
+    def no_gradients(self: Pending, sent: Any, like: Any, counts: Any, direction: str) -> None:
+        post(self, [torch.zeros_like(x) if direction == "backward" else x for x in sent], like, counts, direction)
+
+    def mean_of_answers(found: Any, valid: Any, sink: Any) -> Any:
+        return found[..., :-1].nan_to_num().mean(1).transpose(1, 2)
+
+    def not_added(going: Any, dk: Any, dv: Any) -> None:
+        if going is not None:
+            going[0].end()
+
+    def parts_as_wholes(*given: Any, mean: bool) -> Any:
+        return gathering(*given, mean=False)
+
+    window = Case("longformer", 23, {"window": 3})
+    plants = (
+        (needs_, "_ranges", a_key_too_few, window),
+        (Pending, "post", no_gradients, window),
+        (everyone, "_merged", mean_of_answers, Case("longformer", 29, {"window": 3, "causal": False}, marked)),
+        (ring, "_settle", not_added, Case("full", 23)),
+        (h_transformer_1d, "gathering", parts_as_wholes, Case("h_transformer_1d", 61, {"block": 2})),
+    )
+    found = []
+    for where, name, bug, case in plants:
+        with mock.patch.object(where, name, bug):
+            wrong = torch.tensor([len(differs(case))])
+        dist.all_reduce(wrong)
+        if not int(wrong):
+            found.append(f"{case}: nobody notices {name} as {bug.__name__}")
+    return found
+
+
+SLOW_CHECKS = [compiled_is_the_same, planted_bugs_are_found]
 CHECKS = [
     autocast_is_the_same,
     nothing_is_left_behind,
