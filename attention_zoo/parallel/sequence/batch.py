@@ -76,7 +76,7 @@ def _wider(x: Tensor, shape: torch.Size, missing: int) -> Tensor:
 def columns_for(model: nn.Module, length: int, size: int) -> tuple[Array, ...]:
     """Which columns each of `size` processes has: in runs (`borders_for`), or zig-zag where all attention is by rings,
     whose causal work that balances."""
-    if is_of_rings(model):
+    if is_of_rings(model) and length >= 2 * size:  # each process has a column at least
         return zigzag(length, size)
     return tuple(np.arange(a, b) for a, b in pairwise(borders_for(model, length, size)))
 

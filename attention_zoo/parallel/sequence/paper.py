@@ -103,7 +103,7 @@ def sent(model: Any, shape: Shape, known: Known | None = None) -> list[Sent]:
     """
     refuse(model)
     borders = borders_for(model, shape.length, shape.processes)
-    zigzag = is_of_rings(model)
+    zigzag = is_of_rings(model) and shape.length >= 2 * shape.processes
     known = {} if known is None else known
     return list(_sent(model.stack, borders, zigzag, shape, model, known))
 
