@@ -102,7 +102,7 @@ def test_models_equal_one_process(two: tuple[dict[Case, Found], dict[str, Found]
 
 
 def test_models_of_three_processes_equal_one() -> None:
-    check_equal(ran(3, FAST[::4])[0], 1e-12)
+    check_equal(ran(3, FAST[::6])[0], 1e-12)
 
 
 def test_what_has_no_way_is_refused_by_name(two: tuple[dict[Case, Found], dict[str, Found]]) -> None:
