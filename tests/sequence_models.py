@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from attention_zoo import registry
 from attention_zoo.contract import Unsupported
+from attention_zoo.layout.placement import Placement
+from attention_zoo.model.placed import called
 from attention_zoo.model.transformer import Transformer
 from attention_zoo.parallel.sequence.batch import sharded
 from attention_zoo.parallel.sequence.gradients import sum_gradients, summed
@@ -113,4 +116,32 @@ def all_compared(cases: Sequence[tuple[dict[str, Any], str, int, str]]) -> list[
         assert len({each is None for each in errors}) == 1, f"some processes refuse, others do not: {case}"
         if found[-1].error is not None:
             found[-1] = found[-1]._replace(error=max(errors))  # type: ignore[type-var]
+    return found
+
+
+def layers(names: Sequence[str]) -> dict[str, list[float]]:
+    """Of single layers by name: how far they are from one process; from themselves with NaN in the padding; and, in
+    columns before, from themselves with another future. The largest of all processes."""
+    found = {}
+    for name in names:
+        torch.manual_seed(0)
+        cls, _ = registry.recipe(name)
+        layer = registry.build(name, dim=8, heads=2, causal=True, **cls.tiny).double()
+        tokens = tokens_of("documents", 29)
+        assert tokens is not None
+        x, border = torch.randn(ROWS, 29, 8, dtype=torch.float64), 20
+        placement = Placement.of(tokens)
+        own, past = placement.own, torch.from_numpy(placement.columns[placement.rank] < border)
+        later = torch.cat([x[:, :border], torch.randn_like(x[:, border:])], 1)
+        with torch.no_grad():
+            whole = placement.take(layer(x, tokens).hidden).masked_fill(~own.valid[..., None], 0)
+            out, blank, other = (
+                called(layer, placement.take(each), own, state=None, source=None, choices=None).hidden
+                for each in (x, x.masked_fill(~tokens.valid[..., None], torch.nan), later)
+            )
+        gaps = [each.masked_fill(~own.valid[..., None], 0) for each in (out - whole, blank - out, other - out)]
+        gaps[2] = gaps[2][:, past]
+        errors = torch.tensor([float(gap.abs().max()) if gap.numel() else 0.0 for gap in gaps], dtype=torch.float64)
+        dist.all_reduce(errors, dist.ReduceOp.MAX)
+        found[name] = errors.tolist()
     return found

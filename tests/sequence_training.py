@@ -13,7 +13,8 @@ from attention_zoo.parallel.world import World, joined
 from attention_zoo.training.config import check, compose_training
 from tests.parallel_processes import TINY, steps
 
-WORDS = (*TINY, "task=text", "seq_len=64", "batch=4", "trainer.carry_state=false")
+WORDS = (*TINY, "seq_len=64", "batch=4", "trainer.carry_state=false")
+TEXT = ("task=text", "task.evaluation_rows=2", "task.max_bytes=200000", "task.held_out=null")
 
 
 def trained(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -23,7 +24,8 @@ def trained(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # a group is there already
     found = []
     for case in cases:
-        words = [*WORDS, *case["words"]]
+        own = any(word.startswith("task=") for word in case["words"])
+        words = [*WORDS, *(() if own else TEXT), *case["words"]]
         said: dict[str, Any] = {}
         try:
             many = check(compose_training([*words, f"parallel.sequence={case['sequence']}"]))

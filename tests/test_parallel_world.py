@@ -24,7 +24,7 @@ from attention_zoo.parallel.world import Team, World, is_lost, joined
 from attention_zoo.rules import Unsupported
 from attention_zoo.training.config import check, compose_training
 from attention_zoo.training.run import run_training
-from attention_zoo.training.shares import Uneven, divided_anew
+from attention_zoo.training.shares import Uneven, divided_anew, lifted, lowered, referred
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SLURM = {
@@ -199,6 +199,19 @@ def test_carried_states_are_divided_anew_by_rows() -> None:
         divided_anew(parts, World(), 1)
     with pytest.raises(Uneven, match="12 rows are not 5 equal parts"):
         divided_anew(parts[:1] * 4, World(Team(1, 5), Team(1, 5)), 1)
+
+
+def test_a_state_comes_back_as_it_lay_in_memory() -> None:
+    tree = {"items": [torch.arange(24.0).view(2, 3, 4).transpose(0, 2), torch.tensor(3.0)], "again": 1, "plain": None}
+    found: dict[str, torch.Tensor] = {}
+    plain = json.loads(json.dumps(lifted(tree, "carried.3", found)))
+    assert all(each.is_contiguous() for each in found.values())
+    assert sorted(referred(plain)) == sorted(found)
+    back = lowered(plain, found)
+    for one, other in zip(back["items"], tree["items"]):  # type: ignore[call-overload]
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+    assert (back["again"], back["plain"]) == (1, None)
 
 
 def stored(folder: Path, number: float) -> None:

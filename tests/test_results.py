@@ -32,7 +32,7 @@ TRAINING = [
     "quality_curve", "readings", "metrics", "evaluations", "loss_by_position", "metric", "better", "by_group",
     "chance", "baselines", "further_baselines", "carries_state", "stopped", "resumed_at", "data",
     "model_sha256", "refused", "wall_seconds", "by_set", "evaluation_tokens_per_second",
-    "given", "regime", "rates",
+    "given", "regime", "rates", "sent_bytes_per_token",
 ]  # fmt: skip
 LOST = [
     "kind", "id", "backend", "status", "error", "environment", "config", "task", "data", "seed", "seq_len", "batch",

@@ -55,6 +55,9 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "memory_tokens around transformer_xl": (
         {"attention": TINY["memory_tokens"] | {"inner": XL}}, "gradients end with a call",
     ),
+    "global tokens in the first call alone": (
+        {"attention": TINY["global_tokens"] | {"inner": "longformer"}}, "only its first call may bring some",
+    ),
     "two-sided memory_tokens": ({"attention": TINY["memory_tokens"], "causal": False}, "two-sided"),
     "two-sided hourglass": ({"attention": "full", "depth": 3, "shorten": "1@1 1@2 1@1", "causal": False}, "two-sided"),
     "pooled": (
@@ -64,14 +67,15 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
 
 FAST = [(name, padding, length) for name in MODELS for padding, length in (("none", 13), ("documents", 29))]
 """The one or the other in the fast tests."""
-SLOW = [(name, padding, length) for name in MODELS for padding in PADDINGS for length in (1, 2, 3, 24, 31)]
+LENGTHS = {"none": (1, 24), "right": (2, 31), "left": (3, 17), "documents": (5, 31)}
+SLOW = [(name, padding, length) for name in MODELS for padding in PADDINGS for length in LENGTHS[padding]]
 Case = tuple[str, str, int]
 
 
 @pytest.fixture(scope="module")
 def two() -> tuple[dict[Case, Found], dict[str, Found]]:
     """Two processes: models that run, and those that do not."""
-    cases, refusals = FAST[1::2], [(options, "none", 13, "float64") for options, _ in REFUSED.values()]
+    cases, refusals = FAST[1::2], [(options, "documents", 29, "float64") for options, _ in REFUSED.values()]
     found, refused = ran(2, cases, refusals)
     return found, dict(zip(REFUSED, refused, strict=True))
 
@@ -98,7 +102,7 @@ def test_models_equal_one_process(two: tuple[dict[Case, Found], dict[str, Found]
 
 
 def test_models_of_three_processes_equal_one() -> None:
-    check_equal(ran(3, FAST[::4])[0], 1e-12)
+    check_equal(ran(3, FAST[::6])[0], 1e-12)
 
 
 def test_what_has_no_way_is_refused_by_name(two: tuple[dict[Case, Found], dict[str, Found]]) -> None:
@@ -106,6 +110,15 @@ def test_what_has_no_way_is_refused_by_name(two: tuple[dict[Case, Found], dict[s
         assert error is None, name
         assert REFUSED[name][1] in str(refused), name
         assert "; use " in str(refused), name
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_layers_are_blind_to_padding_and_future(size: int) -> None:
+    names = [name for name in TINY if name != "reformer"]
+    for name, (whole, padding, future) in together(size, "tests.sequence_models:layers", names).items():
+        assert whole <= 1e-12, name
+        assert padding == 0, name
+        assert future == 0, name
 
 
 @pytest.mark.slow

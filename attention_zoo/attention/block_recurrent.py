@@ -28,6 +28,7 @@ Here: the gate is "skip", fixed or LSTM, by the paper's formulae. Scores are sca
 positions of the house (`none`, `rotary`, `alibi`) instead of T5's; keys that the state sees are not rotated. Blocks
 count the tokens of a document, not columns or calls: an open block waits in the state of decoding, for its tokens are
 among the keys of the window. `truncate` says after how many blocks gradients stop.
+Processes that share a row hand window and state on, one after the other in a layer (model/placed.py).
 
 When: something small must be carried far, at constant cost. Flip-flop (128 tokens, window and states 8, model=tiny, one
 seed): accuracy 0.71 after 300 steps beside 0.67 of a window of 8, and 0.997 after 800 beside 0.63; RMT's copy task with

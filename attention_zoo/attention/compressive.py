@@ -23,6 +23,8 @@ Paper: as above, S = M = 512 to 1,024 and C up to 4,096 at c = 2 to 4; best was 
 Released code: none. lucidrains' port (compressive-transformer-pytorch 0.4.0) detaches to_kv in place, so that it never
 learns again after the first overflow, and takes its loss over all memory instead of what is evicted.
 
+Several processes that share a row fetch the hidden states that all of this is made of, and compress them again.
+
 Here: segments follow positions, not calls, and groups the tokens of a document: cuts, padding and packing change
 nothing. Only whole groups leave memory: with S or M no multiple of c, memory is up to c - 1 tokens longer than M.
 "dilated" is one convolution with c taps, every other token, stride c. "most_used" keeps the n/c states of the n evicted

@@ -61,7 +61,7 @@ class PatternAttention(Attention):
     tile = 64
     """Query rows of a tile, few so that little of what is read is hidden; twice as many where tiles must be looked for.
     Smaller in tests, so that short lengths straddle many borders."""
-    travels = "keys within reach; a ring of all keys where nothing ends it"
+    travels: str | None = "keys within reach; a ring of all keys where nothing ends it"
     computes_apart = False
     """Whether `finish` computes rows of global queries in another way, by the q, k, v of `global_operands`."""
 

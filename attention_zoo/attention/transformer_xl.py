@@ -217,7 +217,7 @@ class TransformerXL(RelativeAttention):
         return state
 
     def _oldest_needed(self, position: Array) -> Array:
-        return self._oldest(position)  # type: ignore[no-any-return]
+        return self._oldest(position)
 
     @property
     def _sees(self) -> tuple[Any, ...]:

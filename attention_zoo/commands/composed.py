@@ -78,7 +78,7 @@ def _alone(name: str, words: Sequence[str]) -> None:
     if size == 1:
         return
     if name != "train":
-        raise ValueError(f"{name} is the work of one process, got WORLD_SIZE={size}; experiments.train takes several")
+        raise ValueError(f"{name} is the work of one process, got WORLD_SIZE={size}; train takes several")
     if {"-m", "--multirun"} & set(words):
         raise ValueError(
             f"-m must be started by one process, which starts one for each run, got WORLD_SIZE={size}; "

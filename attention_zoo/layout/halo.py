@@ -27,13 +27,13 @@ class Halo(NamedTuple):
     Fields:
         needs: of each process, rising columns of the whole sequence.
         keys: this process's halo and own columns, one after another; what it fetches without needing it is padding.
-        count: columns of this process's halo.
+        width: columns of this process's halo.
         within: whether some process's halo holds tokens of the segment that its own columns go on with.
     """
 
     needs: tuple[Array, ...]
     keys: Layout
-    count: int
+    width: int
     within: bool
 
 

@@ -59,9 +59,9 @@ def _inner(level: Any, placement: Placement) -> Placement:
     for part in parts[1:]:
         whole = whole.then(part)
     borders = np.cumsum([0, *(part.valid.shape[1] for part in parts)])
-    columns = tuple(np.arange(a, b) for a, b in pairwise(borders))
+    owned = tuple(np.arange(a, b) for a, b in pairwise(borders))
     made = Layout.known(whole, placement.whole.valid.device)
-    return Placement(placement.group, placement.rank, placement.size, made, columns, placement.traffic)
+    return Placement(placement.group, placement.rank, placement.size, made, owned, placement.traffic)
 
 
 def _padding(rows: int) -> Host:
@@ -75,16 +75,16 @@ def _beside(
 
     Own columns go on from here, so that whoever sends some hears of their gradients, also who fetches none.
     """
-    own = x[:, beside.count :]
-    if not beside.count:
+    own = x[:, beside.width :]
+    if not beside.width:
         return None, own
 
     def find() -> Any:
-        there = beside.keys.host.valid[:, : beside.count]
+        there = beside.keys.host.valid[:, : beside.width]
         # a stable order: what is not there first, then what is, as it stands
         order = np.argsort(there, axis=1, kind="stable")
-        columns = np.pad(order, ((0, 0), (max(0, count - beside.count), 0)))[:, -count:]
-        held = np.pad(np.take_along_axis(there, order, 1), ((0, 0), (max(0, count - beside.count), 0)))[:, -count:]
+        columns = np.pad(order, ((0, 0), (max(0, count - beside.width), 0)))[:, -count:]
+        held = np.pad(np.take_along_axis(there, order, 1), ((0, 0), (max(0, count - beside.width), 0)))[:, -count:]
         return tensor_of(columns, x.device), tensor_of(~held[..., None], x.device), beside
 
     columns, missing, _ = layout.plan(("pushed to the right", id(beside), count, x.device), find)

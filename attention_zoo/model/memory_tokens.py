@@ -24,7 +24,7 @@ over the valid tokens of each document, whatever the calls, so that padding, pac
 carries memory, the open segment, and gradients. Only a complete segment writes, when something follows it.
 `truncate=k` counts from the end of what the call has of a document: memory is cut off before every (k+1)-th segment,
 hence gradients of the last one reach k segments back and no other's reach further; and they never leave the call then.
-Processes that share a row hand memory and the open segment on, rows in lots (model/placed.py); not with `truncate`.
+Processes that share a row hand memory and the open segment on, rows in lots (model/placed.py), without `truncate`.
 Losses of what is inside are averaged over the segments. What keeps no state itself has none in segments either. With
 `write="front"` a causal memory is the same layer applied to itself, once a segment, so that roundings add up: the error
 of bfloat16 rises from .4 % in the first segment to 2 % in the twelfth, in the definition's loop as here.

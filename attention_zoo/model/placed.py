@@ -34,7 +34,7 @@ def called(
     """
     placement = getattr(tokens, "placement", None)
     if placement is None or layer.travels is not None:
-        return layer(x, tokens, state=state, source=source, choices=choices)  # type: ignore[no-any-return]
+        return layer(x, tokens, state=state, source=source, choices=choices)
     assert isinstance(tokens, Layout)
     return handed_over(layer, x, tokens, parts=parts)
 
@@ -43,11 +43,11 @@ def stacked(model: Any, x: Tensor, tokens: Tokens | None, *, state: Any, source:
     """What the model's stack makes of its input; refused where some part of the model has no way for a placement."""
     placement = getattr(tokens, "placement", None)
     if placement is None:
-        return model.stack(x, tokens, state=state, source=source)  # type: ignore[no-any-return]
+        return model.stack(x, tokens, state=state, source=source)
     if state is not None or source is not None:
         given = "a state" if source is None else "a source"
         raise Unsupported("this model", f"{OPTION} with {given}", "a sequence is one call of a decoder", "none of it")
-    placement.own.plan(("checked", id(model)), lambda: (check(model, placement), model))
+    placement.own.plan(("checked", id(model)), lambda: check(model, placement))
     return called(model.stack, x, tokens, state=None, source=None, choices=None, parts=2 * placement.size)
 
 
@@ -58,7 +58,7 @@ def handed_over(layer: Layer, x: Tensor, layout: Layout, *, parts: int = 1) -> O
         Unsupported: unless the layer's state says all that later columns need, gradients included.
     """
     placement: Placement = layout.placement
-    layout.plan(("may be handed over", id(layer)), lambda: (check_handed_over(layer, placement), layer))
+    layout.plan(("may be handed over", id(layer)), lambda: check_handed_over(layer, placement))
     outs = in_turn(
         lambda part, tokens, state, rows: layer(part, tokens, state=state),
         layer.initial_state, x, alone(layout), neighbours(placement, x.device), parts,
@@ -96,8 +96,8 @@ def refuse_handed_over(layer: Layer) -> None:
         raise Unsupported(_name(layer), OPTION, why, f"{OPTION}=1, or {instead}")
 
 
-def check_handed_over(layer: Layer, placement: Placement) -> None:
-    """The same, and unless these columns and tokens go with that."""
+def check_handed_over(layer: Layer, placement: Placement) -> Layer:
+    """The layer. As `refuse_handed_over`, and raise unless these columns and tokens go with that."""
     refuse_handed_over(layer)
     name = _name(layer)
     if not np.array_equal(np.concatenate(placement.columns), np.arange(placement.whole.valid.shape[1])):
@@ -105,10 +105,16 @@ def check_handed_over(layer: Layer, placement: Placement) -> None:
             name, f"{OPTION} with columns in several runs", "its state goes from each process to the next",
             "contiguous columns (zig-zag is for models of rings alone)",
         )  # fmt: skip
-    if placement.whole.any_global and any(each.abilities.global_tokens != "any" for each in mechanisms(layer)):
+    host, first = placement.whole.host, [each for each in mechanisms(layer) if each.abilities.global_tokens != "any"]
+    put_in = any(getattr(each, "adds_global_tokens", False) for each in first)
+    begins = host.valid & (host.position == 0)  # where a wrapper puts some in
+    later = (host.is_global & host.valid) | (begins & put_in)
+    if first and bool(later[:, len(placement.columns[0]) :].any()):
         raise Unsupported(
-            name, f"{OPTION} with global tokens", "only its first call may bring some", "no global tokens",
+            name, f"{OPTION} with global tokens that come later", "only its first call may bring some",
+            "global tokens in the columns of the first process alone, or full inside",
         )  # fmt: skip
+    return layer
 
 
 def mechanisms(layer: nn.Module) -> Iterator[Attention]:
@@ -139,12 +145,13 @@ def why_not(layer: Layer) -> str | None:
     return None
 
 
-def check(model: nn.Module, placement: Placement) -> None:
-    """Raise Unsupported unless every part of a model has a way to run on these columns of a sequence."""
+def check(model: Any, placement: Placement) -> Any:
+    """The model. Raise Unsupported unless every part of it has a way to run on these columns of a sequence."""
     refuse(model)
     for layer in beyond_columns(model.stack):
         if layer.travels is None:
             check_handed_over(layer, placement)
+    return model
 
 
 def refuse(model: Any) -> None:

@@ -93,7 +93,7 @@ class Convolution(Layer):
         """Of a process that has some columns of a sequence, behind those that its first tokens mix with."""
         found = halo(tokens, ("taps", self.width), lambda position: position - self.width + 1, last=self.width - 1)
         x = behind_halo(x, tokens, found, "taps")
-        return self._mix_valid(x, found.keys)[:, found.count :]
+        return self._mix_valid(x, found.keys)[:, found.width :]
 
     def _last(self, keys: Layout) -> tuple[Tensor | None, Layout]:
         """The columns that later tokens mix with, and what they are."""

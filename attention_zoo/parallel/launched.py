@@ -63,7 +63,7 @@ def _of_torchrun(given: Mapping[str, str]) -> Launched:
     if missing := [name for name in LAUNCHER if not given.get(name)]:
         raise ValueError(
             f"{' and '.join(missing)} must be set where WORLD_SIZE={size} is; start the run with "
-            f"torchrun --nproc-per-node {size} -m experiments.train ..."
+            f"torchrun --nproc-per-node {size} -m attention_zoo train ..."
         )
     rank = _number(given, "RANK", 0)
     local_rank = _number(given, "LOCAL_RANK", 0) if given.get("LOCAL_RANK") else rank

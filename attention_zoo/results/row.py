@@ -84,6 +84,8 @@ class Environment(TypedDict):
     package: NotRequired[Words | None]
     source: NotRequired[Words | None]
     cuda: NotRequired[Any]
+    processes: NotRequired[Count]
+    """That shared the work; one where it is not said."""
 
 
 @with_config(STRICT)

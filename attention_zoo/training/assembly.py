@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -110,7 +110,9 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task, world: World | No
         task: already built.
         world: the processes of the run; default this one alone.
     """
-    world = World(device=device_of(options.device)) if world is None else world
+    world = World() if world is None else world
+    if world.size == 1:
+        world = replace(world, device=device_of(options.device))
     device = world.device
     check_divides(options.batch, options.trainer.accumulate, world.data)
     model = model_of(options, mechanism, task, objective_of(task)).to(device)

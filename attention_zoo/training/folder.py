@@ -197,7 +197,7 @@ def _divided(trees: list[Any] | None, trainer: Trainer, notes: list[str]) -> lis
         wrong = str(error)
     reasons = [each for each in trainer.world.everybody.gathered(wrong) if each is not None]
     if reasons:
-        notes.append(f"{AFRESH} in {trainer.world.size} processes: {reasons[0]}")
+        notes.append(f"{AFRESH}, since another number of processes goes on and {reasons[0]}")
         return empty
     return found
 

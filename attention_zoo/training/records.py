@@ -80,6 +80,7 @@ def blank_row(config: Mapping[str, Any]) -> TrainingRow:
         "given": None,
         "regime": cast(str, config.get("regime")),
         "rates": rates_of(config),
+        "sent_bytes_per_token": None,
     }
 
 

@@ -116,11 +116,16 @@ def like(value: Tensor, own: Tensor) -> Tensor:
 
 
 def lifted(tree: Any, name: str, found: dict[str, Tensor]) -> Any:
-    """What `checkpoint.pack` gave as JSON can hold it; its tensors are put into `found` by names that begin so."""
+    """What `checkpoint.pack` gave as JSON can hold it; its tensors are put into `found` by names that begin so.
+
+    A file holds rows one after another, so a tensor goes there in the order in which it lies in memory: kernels, and
+    with them the last bits of what they give, may depend on it.
+    """
     if isinstance(tree, Tensor):
         key = f"{name}.{len(found)}"
-        found[key] = tree
-        return {REFERENCE: key}
+        order = sorted(range(tree.ndim), key=lambda axis: -tree.stride(axis))
+        found[key] = tree.permute(order).contiguous()
+        return {REFERENCE: key, "order": order}
     if isinstance(tree, list):
         return [lifted(each, name, found) for each in tree]
     if isinstance(tree, dict):
@@ -134,7 +139,7 @@ def referred(tree: Any) -> Iterator[str]:
         for each in tree:
             yield from referred(each)
     elif isinstance(tree, dict):
-        if tree.keys() == {REFERENCE}:
+        if REFERENCE in tree:
             yield tree[REFERENCE]
         else:
             for each in tree.values():
@@ -146,8 +151,9 @@ def lowered(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(tree, list):
         return [lowered(each, tensors) for each in tree]
     if isinstance(tree, dict):
-        if tree.keys() == {REFERENCE}:
-            return tensors[tree[REFERENCE]]
+        if REFERENCE in tree:
+            order = tree["order"]
+            return tensors[tree[REFERENCE]].permute([order.index(axis) for axis in range(len(order))])
         return {key: lowered(each, tensors) for key, each in tree.items()}
     return tree
 

@@ -25,7 +25,11 @@ def world_of(config: Mapping[str, Any]) -> Iterator[World]:
     Args:
         config: as it was given; of what is wrong in it beside `device` and `parallel` the run itself tells.
     """
-    device, found = device_of(config.get("device", "auto")), launched()
+    found = launched()
+    if found.size == 1:  # what is wrong with its device the run tells, in its row
+        yield World()
+        return
+    device = device_of(config.get("device", "auto"))
     said = config.get("parallel")
     known = {field.name for field in fields(ParallelConfig)}
     options = ParallelConfig(**{key: said[key] for key in known & said.keys()} if isinstance(said, Mapping) else {})

@@ -32,12 +32,12 @@ class Neighbours(NamedTuple):
 
     Fields:
         before, after: whom states come from and go to; None at the ends.
-        count: is told how many bytes were sent, and in which pass: "forward" or "backward".
+        told: in which pass, "forward" or "backward", how many bytes were sent.
     """
 
     before: Wire | None
     after: Wire | None
-    count: Count
+    told: Count
 
 
 def received(x: Tensor, pattern: Any, wire: Wire, count: Count) -> tuple[Tensor, Any]:

@@ -50,7 +50,7 @@ def sharded(batch: Batch, group: Any, model: nn.Module) -> Batch:
     missing = size - batch.ids.shape[1]
     tokens = batch.tokens
     if tokens is None:
-        tokens = Layout.plain(*batch.ids.shape, batch.ids.device)
+        tokens = Layout.plain(batch.ids.shape[0], batch.ids.shape[1], batch.ids.device)
     if missing > 0:  # every process has a column, be it of padding
         tokens, batch = _padded(tokens, missing), batch.each(lambda x: _wider(x, batch.ids.shape, missing))
     placement = Placement.of(tokens, group, columns_for(model, tokens.valid.shape[1], size))
@@ -76,7 +76,7 @@ def _wider(x: Tensor, shape: torch.Size, missing: int) -> Tensor:
 def columns_for(model: nn.Module, length: int, size: int) -> tuple[Array, ...]:
     """Which columns each of `size` processes has: in runs (`borders_for`), or zig-zag where all attention is by rings,
     whose causal work that balances."""
-    if is_of_rings(model):
+    if is_of_rings(model) and length >= 2 * size:  # each process has a column at least
         return zigzag(length, size)
     return tuple(np.arange(a, b) for a, b in pairwise(borders_for(model, length, size)))
 
@@ -93,7 +93,7 @@ def borders_for(model: nn.Module, length: int, size: int) -> list[int]:
     them and each process gets one at least.
     """
     found = [each for each in model.modules() if isinstance(each, Attention)]
-    lengths = {each.segment_length for each in found if getattr(each, "segment_length", None) is not None}
+    lengths: set[Any] = {getattr(each, "segment_length", None) for each in found} - {None}
     grain = math.lcm(*lengths) if lengths else 1
     if grain == 1 or length < grain * size:
         return [length * rank // size for rank in range(size + 1)]

@@ -103,7 +103,7 @@ def sent(model: Any, shape: Shape, known: Known | None = None) -> list[Sent]:
     """
     refuse(model)
     borders = borders_for(model, shape.length, shape.processes)
-    zigzag = is_of_rings(model)
+    zigzag = is_of_rings(model) and shape.length >= 2 * shape.processes
     known = {} if known is None else known
     return list(_sent(model.stack, borders, zigzag, shape, model, known))
 
@@ -264,7 +264,7 @@ def _line(layer: Layer, rows: int, dtype: torch.dtype, farthest: int, known: Kno
 
 def state_bytes(layer: Layer, rows: int, columns: int, dtype: torch.dtype) -> State:
     """What is sent of a layer's state after so many columns, and of its gradients: counted of a call."""
-    width = next(module.dim for module in layer.modules() if hasattr(module, "dim"))
+    width: Any = next(module.dim for module in layer.modules() if hasattr(module, "dim"))
     with torch.enable_grad():
         x = torch.randn(rows, columns, width, dtype=dtype, requires_grad=True)
         state = layer(x, Layout.plain(rows, columns), state=layer.initial_state(rows)).state
