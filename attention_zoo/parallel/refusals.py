@@ -15,8 +15,8 @@ def refuse_compiled_states(options: ParallelConfig, carry: bool) -> None:
     """Raise Unsupported for blocks that are compiled and carry states: what a state keeps is planned on the host."""
     if options.compile and carry:
         raise Unsupported(
-            "parallel.compile=true", "trainer.carry_state=true for this task and model", "what a state keeps is planned "
-            "on the host, between blocks", "trainer.carry_state=false, or parallel.compile=false",
+            "parallel.compile=true", "trainer.carry_state=true for this task and model",
+            "what a state keeps is planned on the host", "trainer.carry_state=false, or parallel.compile=false",
         )  # fmt: skip
 
 
