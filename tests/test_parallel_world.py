@@ -16,7 +16,7 @@ from attention_zoo.parallel.config import ParallelConfig
 from attention_zoo.parallel.dropout import RankDropout, by_rank
 from attention_zoo.parallel.launched import Launched, first_host, launched
 from attention_zoo.parallel.recompute import prepare
-from attention_zoo.parallel.refusals import refuse
+from attention_zoo.parallel.refusals import refuse, refuse_compiled_states
 from attention_zoo.parallel.rows import all_of_part, check_divides, own_rows
 from attention_zoo.parallel.sharded import kept_whole, shared_parameters
 from attention_zoo.parallel.stored import STATE, Unreadable, fetch, said_in, sizes, store
@@ -170,6 +170,12 @@ def test_what_cannot_be_is_refused_by_name(
     with pytest.raises(Unsupported, match=said):
         refuse(made, ParallelConfig(**options), TWO, precision)
     refuse(made, ParallelConfig(), World(), precision)
+
+
+def test_compiled_blocks_carry_no_states() -> None:
+    refuse_compiled_states(ParallelConfig(compile=True), carry=False)
+    with pytest.raises(Unsupported, match=r"parallel.compile=true: trainer.carry_state=true"):
+        refuse_compiled_states(ParallelConfig(compile=True), carry=True)
 
 
 @pytest.mark.parametrize("attention", ["full", "reformer", "compressive"])

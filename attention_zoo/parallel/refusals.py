@@ -11,6 +11,15 @@ from attention_zoo.parallel.world import World
 from attention_zoo.rules import Unsupported
 
 
+def refuse_compiled_states(options: ParallelConfig, carry: bool) -> None:
+    """Raise Unsupported for blocks that are compiled and carry states: what a state keeps is planned on the host."""
+    if options.compile and carry:
+        raise Unsupported(
+            "parallel.compile=true", "trainer.carry_state=true for this task and model",
+            "what a state keeps is planned on the host", "trainer.carry_state=false, or parallel.compile=false",
+        )  # fmt: skip
+
+
 def refuse(model: nn.Module, options: ParallelConfig, world: World, precision: str) -> None:
     """Raise Unsupported for what does not go with these options, naming both and what does.
 

@@ -14,7 +14,7 @@ from attention_zoo.model.encoder_decoder import EncoderDecoder
 from attention_zoo.model.norm import BatchNorm
 from attention_zoo.parallel.dropout import by_rank
 from attention_zoo.parallel.recompute import prepare
-from attention_zoo.parallel.refusals import refuse
+from attention_zoo.parallel.refusals import refuse, refuse_compiled_states
 from attention_zoo.parallel.rows import check_divides
 from attention_zoo.parallel.sequence.cut import Asked, refuse_options
 from attention_zoo.parallel.sharded import apart, is_sharded, shard, whole_state
@@ -130,6 +130,7 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task, world: World | No
     carry = bool(options.trainer.carry_state and task.streams and getattr(model, "carries", False))
     if world.sequence.size > 1:
         refuse_options(model, Asked(options.parallel.checkpoint, options.parallel.compile, carry))
+    refuse_compiled_states(options.parallel, carry)
     if carry:
         check_positions(model, options.seq_len, getattr(task, "span", 1))
     precision = Precision(options.trainer.precision, device)

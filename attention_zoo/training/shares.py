@@ -123,7 +123,7 @@ def lifted(tree: Any, name: str, found: dict[str, Tensor]) -> Any:
     """
     if isinstance(tree, Tensor):
         key = f"{name}.{len(found)}"
-        order = sorted(range(tree.ndim), key=lambda axis: -tree.stride(axis))
+        order = sorted(range(tree.ndim), key=lambda axis: -tree.stride()[axis])
         found[key] = tree.permute(order).contiguous()
         return {REFERENCE: key, "order": order}
     if isinstance(tree, list):
