@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd import profiler
@@ -66,7 +67,7 @@ def peak_memory(call: Callable[[], object], device: str | torch.device = "cpu") 
     finally:
         with _without_its_notes():
             profile.__exit__(*sys.exc_info())
-    results = profile.kineto_results
+    results: Any = profile.kineto_results
     assert results is not None
     events = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
     largest = max((change for _, change in events), default=0)
