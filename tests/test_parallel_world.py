@@ -174,7 +174,7 @@ def test_what_cannot_be_is_refused_by_name(
 
 def test_blocks_that_run_as_often_as_rows_need_are_not_shared_out() -> None:
     made = Transformer(attention="memory_tokens", vocab=5, dim=16, heads=2)
-    with pytest.raises(Unsupported, match="memory_tokens: parallel.data=fsdp"):
+    with pytest.raises(Unsupported, match=r"memory_tokens: parallel.data=fsdp"):
         refuse(made, ParallelConfig(data="fsdp"), TWO, "float32")
 
 
