@@ -172,6 +172,12 @@ def test_what_cannot_be_is_refused_by_name(
     refuse(made, ParallelConfig(), World(), precision)
 
 
+def test_blocks_that_run_as_often_as_rows_need_are_not_shared_out() -> None:
+    made = Transformer(attention="memory_tokens", vocab=5, dim=16, heads=2)
+    with pytest.raises(Unsupported, match=r"memory_tokens: parallel.data=fsdp"):
+        refuse(made, ParallelConfig(data="fsdp"), TWO, "float32")
+
+
 def test_compiled_blocks_carry_no_states() -> None:
     refuse_compiled_states(ParallelConfig(compile=True), carry=False)
     with pytest.raises(Unsupported, match=r"parallel.compile=true: trainer.carry_state=true"):

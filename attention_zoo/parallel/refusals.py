@@ -57,6 +57,11 @@ def refuse(model: nn.Module, options: ParallelConfig, world: World, precision: s
             "trainer.precision=float16", "parallel.data=fsdp", "each process would scale its share of the gradients "
             "by itself", "trainer.precision=bfloat16, or parallel.data=ddp",
         )  # fmt: skip
+    if any(getattr(part, "name", None) == "memory_tokens" for part in parts):
+        raise Unsupported(
+            "memory_tokens", "parallel.data=fsdp", "blocks run as often as a process's rows need, and all must gather "
+            "their weights as often", "parallel.data=ddp",
+        )  # fmt: skip
     scalars = [name for name, parameter in model.named_parameters() if not parameter.ndim]
     if scalars:
         raise Unsupported(
