@@ -28,6 +28,7 @@ import torch
 from torch.autograd import profiler
 
 CPU_METHOD = "torch profiler memory events, tensor bytes above the start of the call"
+_NOTES = b"USDT:", b"CPUAllocator.cpp"
 CUDA_METHOD = "torch.cuda.max_memory_allocated, bytes above the start of the call"
 
 
@@ -59,14 +60,8 @@ def peak_memory(call: Callable[[], object], device: str | torch.device = "cpu") 
     if torch.device(device).type == "cuda":
         return _cuda_peak(call, torch.device(device))
     # The autograd profiler is what torch.profiler wraps; used bare it spares 1.4 s of imports in every cell.
-    profile = profiler.profile(use_device=None, profile_memory=True)
-    with _without_its_notes():
-        profile.__enter__()
-    try:
+    with _without_its_notes(), profiler.profile(use_device=None, profile_memory=True) as profile:
         call()
-    finally:
-        with _without_its_notes():
-            profile.__exit__(*sys.exc_info())
     results: Any = profile.kineto_results
     assert results is not None
     events = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
@@ -76,8 +71,8 @@ def peak_memory(call: Callable[[], object], device: str | torch.device = "cpu") 
 
 @contextmanager
 def _without_its_notes() -> Iterator[None]:
-    """Kineto writes two lines of its own to standard error ("USDT: ... profiler_start"), at whatever log level. What
-    else is written there meanwhile comes after."""
+    """The profiler writes lines of its own to standard error, at whatever log level: that it starts and stops, and that
+    it does not know the size of what was there before. What else is written there meanwhile comes after."""
     sys.stderr.flush()
     own = os.dup(2)
     with tempfile.TemporaryFile() as said:
@@ -89,7 +84,7 @@ def _without_its_notes() -> Iterator[None]:
             os.dup2(own, 2)
             os.close(own)
             said.seek(0)
-            rest = b"".join(line for line in said if not line.startswith(b"USDT:"))
+            rest = b"".join(line for line in said if not any(note in line for note in _NOTES))
             if rest:
                 os.write(2, rest)
 
