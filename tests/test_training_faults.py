@@ -36,6 +36,7 @@ SMALL = [
 ]  # fmt: skip
 TIMES = (
     "train_seconds", "wall_seconds", "step_seconds", "tokens_per_second", "evaluation_tokens_per_second", "resumed_at",
+    "peak_bytes",
 )  # fmt: skip
 
 

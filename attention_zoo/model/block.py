@@ -12,6 +12,7 @@ Dropout is on the outputs of branches only: inside attention, fused and recomput
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from jaxtyping import Float
@@ -53,8 +54,8 @@ class Chain(Layer):
     ) -> Output:
         states, losses, made = [], [], []
         for index, layer in enumerate(self.layers):
-            out = called(
-                layer,
+            call = layer if getattr(tokens, "placement", None) is None else partial(called, layer)
+            out = call(
                 x,
                 tokens,
                 state=None if state is None else state[index],

@@ -7,7 +7,8 @@ decoding, but each process waits for the one before. What has neither way is ref
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,11 +40,14 @@ def called(
     return handed_over(layer, x, tokens, parts=parts)
 
 
-def stacked(model: Any, x: Tensor, tokens: Tokens | None, *, state: Any, source: Source | None) -> Output:
-    """What the model's stack makes of its input; refused where some part of the model has no way for a placement."""
-    placement = getattr(tokens, "placement", None)
-    if placement is None:
-        return model.stack(x, tokens, state=state, source=source)
+def stack_of(model: Any) -> Callable[..., Output]:
+    """The model's stack, for the columns that this process owns."""
+    return partial(_stacked, model)
+
+
+def _stacked(model: Any, x: Tensor, tokens: Tokens | None, *, state: Any, source: Source | None) -> Output:
+    """What the model's stack makes of its columns; refused where some part of the model has no way for a placement."""
+    placement: Placement = tokens.placement  # type: ignore[union-attr]
     if state is not None or source is not None:
         given = "a state" if source is None else "a source"
         raise Unsupported("this model", f"{OPTION} with {given}", "a sequence is one call of a decoder", "none of it")

@@ -31,9 +31,7 @@ from attention_zoo.contract import (
     check_place,
     check_tokens,
     is_integers,
-    named,
     of_tensor,
-    shown,
 )
 from attention_zoo.layout.layout import Layout
 from attention_zoo.model.block import Block, Stack, Taps
@@ -49,11 +47,11 @@ from attention_zoo.model.mechanisms import (
     outer,
     positions_of,
     wrapped,
-)
+)  # fmt: skip
 from attention_zoo.model.norm import BatchNorm, build_norm, check_last_only
 from attention_zoo.model.output import ModelOutput
 from attention_zoo.model.parameters import current_names, parameter_count
-from attention_zoo.model.placed import stacked
+from attention_zoo.model.placed import stack_of
 from attention_zoo.model.reversible import ReversibleStack
 from attention_zoo.model.shorten import shape_of
 from attention_zoo.model.state import Running
@@ -61,7 +59,7 @@ from attention_zoo.model.wrapper import Nested, abilities_of
 from attention_zoo.options import Depth, Heads, Named, Positive, Probability, Seed, checked
 from attention_zoo.place import place_of
 from attention_zoo.positions import added_to_embeddings
-from attention_zoo.rules import OneOf
+from attention_zoo.rules import OneOf, named, shown
 
 ENDS = "false, true or both"
 
@@ -271,7 +269,8 @@ class Transformer(nn.Module):
         elif state is not None:
             tokens, new = _placed(state, tokens, (ids.shape[0], ids.shape[1]), fresh)
         x = self._embed(ids, tokens, types)
-        out = stacked(self, x, tokens, state=None if state is None else state.layers, source=source)
+        run = self.stack if getattr(tokens, "placement", None) is None else stack_of(self)
+        out = run(x, tokens, state=None if state is None else state.layers, source=source)
         hidden, asked = out.hidden, tokens.valid if said and tokens is not None else None
         if last_only:
             hidden, asked = last_valid(hidden, None if _is_dense(tokens) else asked), None

@@ -1,4 +1,4 @@
-"""How the processes of a run share its work, as conf/parallel/*.yaml says it."""
+"""How the processes of a run share its work, as conf/train.yaml says it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DATA = ("ddp", "fsdp")
 
 @dataclass
 class ParallelConfig:
-    """conf/parallel/*.yaml. One process takes it, too, and the same config goes on with any number of them.
+    """`parallel` of conf/train.yaml. One process takes it, too, and the same config goes on with any number of them.
 
     Fields:
         data: ddp: every process holds the whole model | fsdp: each holds its share of every block (FSDP2).
