@@ -88,6 +88,7 @@ def test_several_processes_take_the_steps_of_one(case: Case, fast: dict[str, Any
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("case", SLOW, ids=lambda case: "-".join(map(str, case)))
 def test_four_processes_and_every_mechanism_take_the_steps_of_one(case: Case, slow: dict[str, Any]) -> None:
     compare(case, slow)

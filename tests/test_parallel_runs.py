@@ -113,6 +113,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("data", ["ddp", "fsdp"])
 @pytest.mark.parametrize("how", ["killed", "asked"])
 def test_as_many_processes_go_on_to_the_same_bits(data: str, how: str, slow: dict[str, Any]) -> None:
@@ -131,6 +132,7 @@ def test_as_many_processes_go_on_to_the_same_bits(data: str, how: str, slow: dic
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("data", ["ddp", "fsdp"])
 def test_a_process_that_hangs_is_waited_for_as_long_as_is_said(data: str, slow: dict[str, Any]) -> None:
     first, second = slow[f"hung {data}"]
@@ -141,6 +143,7 @@ def test_a_process_that_hangs_is_waited_for_as_long_as_is_said(data: str, slow: 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_four_processes_go_on_from_two(slow: dict[str, Any]) -> None:
     for row in slow["four"]:
         assert row["resumed_at"] == 6
@@ -149,6 +152,7 @@ def test_four_processes_go_on_from_two(slow: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_cannot_be_shared_is_refused_before_training(slow: dict[str, Any]) -> None:
     for row in slow["refused"]:
         assert row["refused"]

@@ -112,7 +112,7 @@ def test_what_has_no_way_is_refused_by_name(two: tuple[dict[Case, Found], dict[s
         assert "; use " in str(refused), name
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=(pytest.mark.slow, pytest.mark.long))])
 def test_layers_are_blind_to_padding_and_future(size: int) -> None:
     names = [name for name in TINY if name != "reformer"]
     for name, (whole, padding, future) in together(size, "tests.sequence_models:layers", names).items():
@@ -122,11 +122,13 @@ def test_layers_are_blind_to_padding_and_future(size: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_models_equal_one_process_at_all_lengths(size: int) -> None:
     check_equal(ran(size, SLOW)[0], 1e-12)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_models_equal_one_process_in_float32() -> None:
     check_equal(ran(3, FAST, dtype="float32")[0], 1e-5)

@@ -28,5 +28,6 @@ def test_some_processes_are_one(size: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.slow
+@pytest.mark.long
 def test_processes_are_one(size: int, tmp_path: Path) -> None:
     assert ran(size, tmp_path, CASES, CHECKS + SLOW_CHECKS) == ""

@@ -20,6 +20,7 @@ from tests.processes import together
 from tests.sequence_models import ROWS, SHARED, Found
 from tests.test_sequence_model import MODELS, TINY
 
+LONG = pytest.mark.slow, pytest.mark.long
 EXACT = {
     "longformer": {"attention": TINY["longformer"]},
     "a window beyond neighbours": {"attention": {"name": "longformer", "window": 40}},
@@ -50,7 +51,14 @@ def on_paper(options: dict[str, Any], length: int, processes: int) -> list[Sent]
     return sent(model, Shape(ROWS, length, processes, torch.float64))
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "size",
+    [
+        2,
+        pytest.param(3, marks=LONG),
+        pytest.param(4, marks=LONG),
+    ],
+)
 def test_formulas_say_what_is_sent(size: int) -> None:
     cases = [(name, length) for name in EXACT for length in LENGTHS[: 1 if size == 2 else 2]]
     ran = together(size, "tests.sequence_models:all_compared", [(EXACT[n], "none", at, "float64") for n, at in cases])
@@ -109,9 +117,7 @@ def tables(text: str) -> dict[str, str]:
     return {"": head.strip()} | {part.split("\n", 1)[0]: part.split("\n", 1)[1].strip() for part in parts}
 
 
-@pytest.mark.parametrize(
-    "names", [pytest.param(QUICK, id="some"), pytest.param(None, id="all", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("names", [pytest.param(QUICK, id="some"), pytest.param(None, id="all", marks=LONG)])
 def test_the_page_is_of_today(names: tuple[str, ...] | None) -> None:
     """`python -m experiments.plan output=experiments/results/plan.md` writes it again."""
     said = {key: value for key, value in OmegaConf.load(CONF).items() if key not in ("defaults", "hydra", "backends")}

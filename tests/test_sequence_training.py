@@ -62,21 +62,25 @@ def test_two_processes_train_as_one() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_as_one_for_twenty_steps() -> None:
     check_equal(ran(2, 2, list(RUNS), 20, "float64"), 1e-11)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_as_one_in_float32() -> None:
     check_equal(ran(2, 2, list(RUNS)[:5], 20, "float32"), 1e-5)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_rows_and_tokens_are_shared_at_once() -> None:
     check_equal(ran(4, 2, ["transformer_xl", "block_recurrent", "full", "hourglass"], 20, "float64"), 1e-11)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_options_that_do_not_go_with_it_are_refused_by_name() -> None:
     cases = [{"words": words, "sequence": 2, "count": 1, "dtype": "float64"} for words, _ in REFUSED.values()]
     found = together(2, "tests.sequence_training:trained", cases)
@@ -85,6 +89,7 @@ def test_options_that_do_not_go_with_it_are_refused_by_name() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_under_torchrun_says_what_it_sent(tmp_path: Path) -> None:
     """Bytes a token stand in the row, beside time and memory."""
     words = ["task=text", "seq_len=64", "batch=4", "steps=3", "tracker=none", "model=tiny", "trainer.progress=none"]

@@ -101,6 +101,7 @@ def test_a_run_whose_w_and_b_was_ended_before_it_wrote_is_sent_whole(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_w_and_b_killed_in_a_training_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Server() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
@@ -131,6 +132,7 @@ def test_w_and_b_killed_in_a_training_loses_nothing(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_server_that_refuses_and_is_not_heard_of_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Server("refuses", "stream") as broken:
         monkeypatch.setenv("WANDB_BASE_URL", broken.url)
@@ -153,6 +155,7 @@ def test_a_server_that_refuses_and_is_not_heard_of_is_heard_of(tmp_path: Path, m
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_was_written_offline_is_sent_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row: Any = run_training(compose_training([*WORDS, "tracker.mode=offline"]), tmp_path / "run")
     assert (row["notices"], states(tmp_path)) == ([], ["written"])
@@ -175,6 +178,7 @@ def test_what_wandb_sync_has_sent_is_not_sent_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_part_that_never_arrived_is_not_forgotten_when_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +201,7 @@ def test_a_part_that_never_arrived_is_not_forgotten_when_the_run_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_cells_and_their_report_are_sent_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = compose_training(["tracker.mode=online", "tracker.finish_timeout=0.2"])["tracker"]
     sizes = {"lengths": [16, 24], "heads": 1, "head_width": 8, "threads": 1, "device": "cpu", "repeats": 1}
