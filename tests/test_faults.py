@@ -8,11 +8,15 @@ from faults.kinds import KINDS
 
 LASTING = {"cells", "distributed", "followed", "fuzz", "kills", "odd", "searches", "sweeps", "wandb"}
 """Kinds whose small version, too, starts many processes."""
+LONG = {"distributed"}
+"""Kinds of which even that takes longer than CI has: torch is started anew by every process of every try."""
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in LASTING else ()) for kind in KINDS]
-)
+def marks(kind: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] * (kind in LASTING) + [pytest.mark.long] * (kind in LONG)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=marks(kind)) for kind in KINDS])
 def test_nothing_wins(kind: str) -> None:
     found = KINDS[kind].run(KINDS[kind].SMALL, 0)
     assert isinstance(found, Counts)
