@@ -21,7 +21,7 @@ from attention_zoo.jobs.sync import SyncConfig, sync
 from attention_zoo.locks import owning
 from attention_zoo.measure.config import BenchmarkConfig
 from attention_zoo.tracking import RunInfo, WandbTracker
-from attention_zoo.tracking.receipts import arrived, receipts
+from attention_zoo.tracking.receipts import Receipt, arrived, ended, receipt, receipts
 from attention_zoo.tracking.wandb_process import undelivered
 from attention_zoo.training.config import compose_training
 from attention_zoo.training.run import run_training
@@ -264,3 +264,22 @@ def test_a_log_says_what_did_not_arrive(tmp_path: Path) -> None:
     assert undelivered(log) == "filestream: fatal error: 401"
     log.write_text(fine + '{"level":"ERROR","msg":"runfiles: CreateRunFiles returned error","error":"403"}\n')
     assert undelivered(log) == "runfiles: CreateRunFiles returned error 403"
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "then"),
+    [
+        (None, "delivered", "delivered"),
+        (None, "written", "written"),
+        ("begun", "delivered", "begun"),
+        ("written", "delivered", "written"),
+        ("delivered", "written", "written"),
+    ],
+)
+def test_what_a_run_lacked_before_it_went_on_it_lacks_still(before: Any, now: Any, then: str, tmp_path: Path) -> None:
+    """What W&B has of the last part alone is not the whole run."""
+    Receipt("one").write(tmp_path)
+    ended(tmp_path, "one", None if before is None else Receipt("one", state=before), now)
+    found = receipt(tmp_path, "one")
+    assert found is not None
+    assert found.state == then
