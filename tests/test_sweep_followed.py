@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +23,9 @@ from attention_zoo.files import write_row
 from attention_zoo.jobs.plan import Plan
 from attention_zoo.jobs.status import StatusConfig, status
 from attention_zoo.locks import CLAIMS, owner, owning
+from attention_zoo.training.progress import Progress
 from attention_zoo.training.records import METRICS, RESULT, blank_row
+from attention_zoo.words import say
 
 
 class Unread:
@@ -107,3 +111,40 @@ def test_a_folder_that_can_only_be_read_tells_who_works_there(
 
 def test_the_command_that_goes_on_can_be_typed_from_any_folder() -> None:
     assert Plan("zoo train", "/my runs/it's", []).again() == "cd '/my runs/it'\"'\"'s' && zoo train"
+
+
+@contextmanager
+def unheard() -> Iterator[int]:
+    """Standard error is a pipe whose reader has ended: `2>&1 | head`, a terminal that was closed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as stream, redirect_stderr(stream):
+        yield writer  # closing it writes what is left, and would fail
+
+
+@pytest.mark.parametrize("kind", ["lines", "bar", "none"])
+def test_a_run_goes_on_whoever_hears_of_it(kind: str) -> None:
+    with unheard(), Progress("full text", 10, kind) as progress:
+        progress.notice("goes on after step 3")
+        progress.warn("the disk is slow")
+        progress.update(4, 2.0, 100.0)
+        progress.notice("through")
+    assert progress.warnings == ["the disk is slow"]
+
+
+def test_words_that_nobody_hears_end_nothing() -> None:
+    with unheard() as where:
+        say("error: once")
+        say("error: and again")
+        assert stat.S_ISCHR(os.fstat(where).st_mode), "it goes nowhere from then on"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
+def test_words_on_a_full_disk_are_left_out() -> None:
+    stream = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    with redirect_stderr(stream):
+        say("error: once")
+        assert os.fstat(stream.fileno()).st_rdev == os.stat("/dev/full").st_rdev, "there may be room later"
+        with pytest.raises(OSError, match="No space"):
+            stream.close()
+        say("error: into a file that was closed")

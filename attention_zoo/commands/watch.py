@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,6 +18,7 @@ from attention_zoo.jobs.progress import outcome
 from attention_zoo.jobs.states import remaining_s, states
 from attention_zoo.report import units
 from attention_zoo.training.records import RESULT, read_row
+from attention_zoo.words import say
 
 LOOK_S = 0.3
 SAY_S = 2.0
@@ -80,7 +80,7 @@ class Watch:
         except Exception as error:
             if (wrong := f"{type(error).__name__}: {error}") not in self.wrong:
                 self.wrong.add(wrong)
-                print(f"how far the sweep is cannot be told: {wrong}", file=sys.stderr, flush=True)
+                say(f"how far the sweep is cannot be told: {wrong}")
 
     def _tell(self) -> None:
         """A line for each cell that has ended since the last look, whoever did it."""
