@@ -75,20 +75,43 @@ def owning(
 
 
 def owner(folder: str | Path, names: Names = WRITES) -> dict[str, object] | None:
-    """Who owns a folder now, as pid, host and since (seconds since 1970); None where nobody does."""
+    """Who owns a folder now, as pid, host and since (seconds since 1970); None where nobody does.
+
+    The folder may be one that can only be read: a colleague's, or a disk that is mounted so.
+    """
     folder = Path(folder)
-    if not (folder / names.lock).is_file():
+    if not (folder / names.lock).is_file() or not _held(folder / names.lock):
         return None
-    lock = FileLock(folder / names.lock, is_singleton=False)
+    try:
+        return dict(read_json(folder / names.owner))
+    except (Damaged, FileNotFoundError):  # it has the lock and has not said its name yet
+        return {"pid": None, "host": None, "since": None}
+
+
+def _held(path: Path) -> bool:
+    lock = FileLock(path, is_singleton=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        try:
-            return dict(read_json(folder / names.owner))
-        except (Damaged, FileNotFoundError):  # it has the lock and has not said its name yet
-            return {"pid": None, "host": None, "since": None}
+        return True
+    except OSError:  # the library opens it for writing, which may not be allowed, or its folder goes away just now
+        return _held_by_others(path)
     lock.release()
-    return None
+    return False
+
+
+def _held_by_others(path: Path) -> bool:
+    """The same of a file that may only be read; where that cannot be asked either, nobody is known to have it."""
+    try:
+        import fcntl
+
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back as the file is closed
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        return False
+    return False
 
 
 def _said(folder: Path, names: Names) -> str:

@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "constants",
         "place",
         "hub",
+        "words",
     ),
     ("layout",),
     ("contract",),

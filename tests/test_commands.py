@@ -92,6 +92,10 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("report results=[nope.jsonl]", "nope.jsonl"),
         ("evaluate", "source and task.path must be given, got ???"),
         ("convert output=x", "source must be given, got ???"),
+        ("inspect run=nope text=x", "run must name folders of finished runs, got 'nope', which is no folder"),
+        ("inspect run=null text=x", "run must name folders of finished runs, got None"),
+        ("inspect run=[/,7] text=x", "run must name folders of finished runs, got '/', which holds no model."),
+        ("context run=7", "run must name folders of finished runs, got 7, which is no folder"),
         ("generate nope x", "nope: no such model file"),
         ("generate nope", "the following arguments are required: prompt"),
         ("generate nope x --device banana", "device must be cpu, cuda or cuda:<number>, got 'banana'"),
@@ -111,6 +115,13 @@ def test_an_output_that_is_a_file_is_named(tmp_path: Path, capsys: pytest.Captur
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {file}")
     assert file.read_text() == "mine"
+
+
+def test_a_sweep_whose_folder_cannot_be_made_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main(["train", "-m", "task=mqar", "seed=0,1", f"output={tmp_path / 'file'}", "dry=true"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: {tmp_path / 'file' / 'sweep'}: Not a directory"
 
 
 ENDINGS: list[tuple[BaseException, int, str]] = [

@@ -50,6 +50,7 @@ def test_a_report_of_the_folder_draws_it(tmp_path: Path) -> None:
         ({"contexts": [8, 24, 16]}, "contexts must be two or more, in rising order"),
         ({"runs": []}, "runs must be one or more"),
         ({"threshold": "much"}, "threshold: "),
+        ({"threshold": "nan"}, "threshold: Input should be a finite number"),
         ({"kind": "attention"}, "kind: "),
     ],
 )  # fmt: skip

@@ -88,6 +88,35 @@ def test_a_file_that_is_none_is_named_and_left_out(tmp_path: Path) -> None:
     assert said["shape"] == "a, layer 0: blocks must be rectangles of one shape"
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (("blocks", 0, 0, 0), "nan", "runs.0.layers.0.blocks.0.0.0: Input should be a finite number"),
+        (("blocks", 0, 0, 0), "inf", "runs.0.layers.0.blocks.0.0.0: Input should be a finite number"),
+        (("blocks", 0), [], "runs.0.layers.0.blocks.0: List should have at least 1 item after validation, not 0"),
+        (("blocks", 0), [[]], "runs.0.layers.0.blocks.0.0: List should have at least 1 item after validation, not 0"),
+        (("distance", 1), "nan", "runs.0.layers.0.distance.1: Input should be a finite number"),
+        (("mass", 0), "-inf", "runs.0.layers.0.mass.0: Input should be a finite number"),
+    ],
+)
+def test_figures_that_no_chart_can_show_cost_their_file_alone(
+    place: tuple[Any, ...], value: Any, said: str, tmp_path: Path
+) -> None:
+    """A model whose weights went wrong is inspected, too, and its file says "nan"."""
+    seen = attention(("a", "full", None))
+    at = seen["runs"][0]["layers"][0]
+    for each in place[:-1]:
+        at = at[each]
+    at[place[-1]] = value
+    write_atomic(tmp_path / "odd" / "attention.json", json.dumps(seen))
+    write_atomic(tmp_path / "results.jsonl", "\n".join(json.dumps(row) for row in made_up()) + "\n")
+    (left,) = inspected([tmp_path]).left_out
+    assert left.what == said
+    path = report(ReportConfig(runs=str(tmp_path)))
+    assert path is not None
+    assert said in path.read_text()
+
+
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator[Browser]:
     path = report(ReportConfig(runs=str(written(tmp_path))))

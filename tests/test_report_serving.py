@@ -8,12 +8,15 @@ import json
 import re
 import shlex
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +95,33 @@ def test_a_server_tells_what_is_new_and_nothing_else(tmp_path: Path) -> None:
         assert "connect-src 'self'" in page
         assert fetched(port, "/../../etc/passwd")[0] == 404
         assert fetched(port, "/data.json", Host="evil.example:80")[0] == 403
+
+
+def test_a_reader_who_does_not_wait_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone, told = threading.Event(), threading.Event()
+    page, tell = Watched.page, ThreadingHTTPServer.shutdown_request
+
+    def late(self: Watched) -> str:
+        gone.wait(60)
+        return page(self)
+
+    def ended(self: ThreadingHTTPServer, request: Any) -> None:
+        tell(self, request)
+        told.set()
+
+    monkeypatch.setattr(Watched, "page", late)
+    monkeypatch.setattr(ThreadingHTTPServer, "shutdown_request", ended)
+    with serving(tmp_path) as port:
+        link = socket.create_connection(("127.0.0.1", port))
+        link.sendall(b"GET /?from=a-link HTTP/1.1\r\nHost: 127.0.0.1:1\r\n\r\n")
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # as a browser resets it
+        link.close()
+        gone.set()
+        assert told.wait(60)
+        assert fetched(port, "/?from=a-link")[0] == 200
+    assert capsys.readouterr().err == ""
 
 
 def test_a_port_that_is_taken_is_said_in_one_line(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from attention_zoo.parallel.launched import launched
 from attention_zoo.searchpath import register
 from attention_zoo.settings import one_line, said_of
 
+SYSTEM = (OSError, PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+"""Errors that come from the system as they are; Hydra has heirs of some for what it cannot find itself."""
 CONF = "pkg://attention_zoo.conf"
 
 
@@ -57,7 +59,8 @@ def run(name: str, words: Sequence[str], program: str) -> int:
         except Dry:
             return OK
         except Exception as error:
-            line = of_hydra(error) or one_line(error)
+            # what the system says, such as of a disk that Hydra cannot write, is about no word of the command line
+            line = None if type(error) in SYSTEM else of_hydra(error) or one_line(error)
             if line is None:
                 raise
             raise ValueError(said_of(of_sweep(line, overrides), overrides)) from error

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from attention_zoo import stopping
+from attention_zoo import stopping, words
 from attention_zoo.commands.refusals import missing_package, of_hydra
 
 OK, FAILED, REFUSED = 0, 1, 2
@@ -103,7 +103,7 @@ def told(error: BaseException) -> int:
 
 def say(line: str) -> None:
     """One line on standard error, whatever the text holds."""
-    print(" ".join(line.split()), file=sys.stderr, flush=True)
+    words.say(" ".join(line.split()))
 
 
 def ending(error: BaseException) -> tuple[int, str]:

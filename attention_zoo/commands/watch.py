@@ -18,6 +18,7 @@ from attention_zoo.jobs.progress import outcome
 from attention_zoo.jobs.states import remaining_s, states
 from attention_zoo.report import units
 from attention_zoo.training.records import RESULT, read_row
+from attention_zoo.words import say
 
 LOOK_S = 0.3
 SAY_S = 2.0
@@ -42,6 +43,7 @@ class Watch:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
         self.task = self.bar.add_task("cells", total=total, left="")
+        self.wrong: set[str] = set()
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True, name="watch the sweep")
 
@@ -52,21 +54,33 @@ class Watch:
     def __exit__(self, *error: object) -> None:
         self.over.set()
         self.thread.join()
-        self._tell()
-        self.bar.stop()
         self.stop.unlink(missing_ok=True)
+        self._speak(self._tell)
+        self._speak(self.bar.stop)
 
     def _run(self) -> None:
+        """It lasts as long as the sweep, whatever becomes of its words: without it nobody would hear of a signal."""
         since = SAY_S
         while not self.over.wait(LOOK_S):
             if self.asked():
                 with suppress(OSError):  # a full disk: the others then end with this process
                     self.stop.touch()
-            self._tell()
+            self._speak(self._tell)
             since += LOOK_S
             if self.console.is_terminal and since >= SAY_S:
                 since = 0.0
-                self._advance()
+                self._speak(self._advance)
+
+    def _speak(self, words: Callable[[], None]) -> None:
+        """Tell something, which is not worth a sweep: what is wrong with telling it is told once."""
+        try:
+            words()
+        except SystemExit:  # by Rich, whose reader has gone (`... | head`): from now on it says nothing
+            pass
+        except Exception as error:
+            if (wrong := f"{type(error).__name__}: {error}") not in self.wrong:
+                self.wrong.add(wrong)
+                say(f"how far the sweep is cannot be told: {wrong}")
 
     def _tell(self) -> None:
         """A line for each cell that has ended since the last look, whoever did it."""

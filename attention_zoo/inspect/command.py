@@ -13,6 +13,7 @@ import torch
 
 from attention_zoo.files import plain, read_json, write_atomic
 from attention_zoo.inspect.figures import figures
+from attention_zoo.inspect.given import folders_of
 from attention_zoo.inspect.picture import png, section
 from attention_zoo.inspect.probe import calls_of
 from attention_zoo.model.saved import load
@@ -71,9 +72,7 @@ def inspect(config: InspectConfig) -> Path:
     check_fields(InspectConfig, config)
     if config.tracker:
         check_tracker(config.tracker)
-    folders = [Path(each) for each in ([config.run] if isinstance(config.run, str) else config.run)]
-    if not folders:
-        raise ValueError("run must be the folder of a finished run, or a list of them, got none")
+    folders = folders_of(config.run)
     text, said = _read("text", config.text, config.ids)
     if not text:
         raise ValueError("text must be at least one token, or @FILE, got none")

@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import nn
 
 from attention_zoo.files import read_json, write_json
+from attention_zoo.inspect.given import folders_of
 from attention_zoo.measure.relative_context import SHARES, THRESHOLD, losses_after, places_for, relative_context
 from attention_zoo.model.saved import load
 from attention_zoo.model.transformer import Transformer
@@ -83,9 +84,7 @@ def context(config: ContextConfig) -> Path:
     """
     check_fields(ContextConfig, config)
     device = device_of(config.device)
-    folders = [Path(each) for each in ([config.run] if isinstance(config.run, str) else config.run)]
-    if not folders:
-        raise ValueError("run must be the folder of a finished run, or a list of them, got none")
+    folders = folders_of(config.run)
     runs = _named([_open(folder) for folder in folders])
     contexts = _contexts(config, runs)
     text, ends = _text(config, runs)

@@ -6,10 +6,8 @@ whoever started it, and when it is asked to stop it saves where it is.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from attention_zoo.results.row import Row
 from attention_zoo.training.records import RESULT, lost_row
 from attention_zoo.training.run import run_training
 from attention_zoo.training.timing import FIRST
+from attention_zoo.words import say
 
 __all__ = ["FIRST", "ready", "train", "train_alone"]
 
@@ -52,7 +51,7 @@ def train_alone(
     found = nursery.call("attention_zoo.jobs.alone:train", given, timeout_s=limit, look=look, leave_s=LEAVE_S)
     if isinstance(found, Ended):
         row = _unfinished(config, folder, found)
-        send_end(row, folder, say=partial(print, file=sys.stderr, flush=True))
+        send_end(row, folder, say=say)
         return row
     return found["row"] or _unfinished(config, folder, Ended("lost", f"{found['stopped']}; the next call goes on"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
@@ -70,7 +71,7 @@ class Plan:
             return ""
         said = " ".join([self.command, *(word for word in words if word not in self.command.split())])
         said = " ".join(word for word in said.split(" ") if word != "dry=true")
-        return said if self.where == os.getcwd() else f"cd {self.where} && {said}"
+        return said if self.where == os.getcwd() else f"cd {shlex.quote(self.where)} && {said}"
 
 
 def write_plan(folder: str | Path, command: str, cells: Sequence[Planned], *, parallel: int = 1) -> Path:

@@ -29,6 +29,7 @@ from attention_zoo.training.building import build
 from attention_zoo.training.config import options_of
 from attention_zoo.training.records import RESULT, kept_row, lost_row, read_row
 from attention_zoo.training.run import run_identity, run_training
+from attention_zoo.words import say
 
 POLL_S = 0.25
 GRACE_S = 120.0
@@ -87,7 +88,7 @@ def run_trainings(
     parallel: int = 2,
     retry: str | None = None,
     on_event: Callable[[RunEvent], None] = lambda event: None,
-    on_bad: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    on_bad: Callable[[str], None] = say,
 ) -> list[Row]:
     """Train everything that is not trained yet.
 

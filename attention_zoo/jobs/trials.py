@@ -7,7 +7,6 @@ folder is as that of any training; a trial that is taken up again goes on from i
 from __future__ import annotations
 
 import shlex
-import sys
 import threading
 import time
 import warnings
@@ -38,6 +37,7 @@ from attention_zoo.stopping import Stopped, graceful
 from attention_zoo.training.building import build
 from attention_zoo.training.config import compose_training, device_of
 from attention_zoo.training.records import METRICS, RESULT, lost_row
+from attention_zoo.words import say
 
 WAIT_S = 1.0
 """Between two looks at trials that others are at work on."""
@@ -293,4 +293,4 @@ def _short(word: str) -> str:
 
 
 def _say(line: str) -> None:
-    print(f"search: {line}", file=sys.stderr, flush=True)
+    say(f"search: {line}")

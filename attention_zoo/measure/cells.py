@@ -10,7 +10,6 @@ outside is measured again by the next call, and so is one whose file cannot be r
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from attention_zoo.measure.kept import keep_row, read_rows
 from attention_zoo.measure.nursery import WIDER, Nursery
 from attention_zoo.measure.predict import expected_wall_s, over_budget, too_slow
 from attention_zoo.results.row import Limits, Row, SpeedRow, no_figures
+from attention_zoo.words import say
 
 __all__ = ["CellEvent", "SpeedCell", "read_cells", "run_cell", "run_cells"]
 
@@ -146,7 +146,7 @@ def read_cells(folder: str | Path, on_bad: Callable[[str], None] | None = None) 
 
 
 def _complain(line: str) -> None:
-    print(line, file=sys.stderr)
+    say(line)
 
 
 def _is_final(row: Row, limits: Limits, retry: str | None) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from attention_zoo.files import Damaged, read_json
@@ -21,10 +21,10 @@ DIGITS = 5
 class Reached(TypedDict):
     """The relative effective context of a model at one share of the positions, see `measure.relative_context`."""
 
-    share: float
+    share: FiniteFloat
     tokens: int
     falls: bool
-    gains: list[float]
+    gains: list[FiniteFloat]
 
 
 class Read(TypedDict):
@@ -33,7 +33,7 @@ class Read(TypedDict):
     name: str
     backend: str | None
     id: str | None
-    bits_per_byte: list[float]
+    bits_per_byte: list[FiniteFloat]
     reach: list[Reached]
 
 
@@ -43,7 +43,7 @@ class Group(TypedDict):
     kind: Literal["context"]
     contexts: list[int]
     positions: int
-    threshold: float
+    threshold: FiniteFloat
     runs: list[Read]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NotRequired
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from attention_zoo.files import Damaged, read_json
@@ -20,6 +20,9 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 DIGITS = 5
 FIGURES = ("distance", "entropy", "outside", "sinks", "mass", "share")
 
+Blocks = Annotated[list[Annotated[list[FiniteFloat], Field(min_length=1)]], Field(min_length=1)]
+"""Weights of a head: a row for each block of queries."""
+
 
 class Layer(TypedDict):
     """What `inspect.figures` says of one attention of a layer, lists over its heads. Files of before lack some."""
@@ -27,13 +30,13 @@ class Layer(TypedDict):
     layer: str
     number: NotRequired[int]
     keys: NotRequired[str]
-    share: NotRequired[list[float] | None]
-    blocks: list[list[list[float]]]
-    distance: list[float] | None
-    entropy: list[float] | None
-    outside: list[float] | None
-    sinks: list[float] | None
-    mass: list[float]
+    share: NotRequired[list[FiniteFloat] | None]
+    blocks: list[Blocks]
+    distance: list[FiniteFloat] | None
+    entropy: list[FiniteFloat] | None
+    outside: list[FiniteFloat] | None
+    sinks: list[FiniteFloat] | None
+    mass: list[FiniteFloat]
 
 
 class Seen(TypedDict):

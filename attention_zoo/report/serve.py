@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from attention_zoo.report.build import document, sections
 from attention_zoo.report.contexts import CONTEXT, contexts
@@ -90,6 +92,13 @@ def _files(folder: Path) -> Iterator[Path]:
                 yield Path(place) / name
 
 
+class _Serving(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A page that is closed or loaded anew does not wait for its answer, which is nobody's fault."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def server(watched: Watched, port: int) -> ThreadingHTTPServer:
     """A server of the page, on loopback alone; `serve_forever` runs it.
 
@@ -102,11 +111,12 @@ def server(watched: Watched, port: int) -> ThreadingHTTPServer:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            path = self.path.partition("?")[0]
             if self.headers.get("Host", "").rpartition(":")[0] not in (HOST, "localhost"):
                 self.send_error(403, "this page is for the machine that it runs on")  # a foreign name that points here
-            elif self.path == "/":
+            elif path == "/":
                 self._answer("text/html; charset=utf-8", watched.page().encode(errors="backslashreplace"))
-            elif self.path == DATA:
+            elif path == DATA:
                 name, data = watched.data()
                 if self.headers.get("If-None-Match") == name:
                     self.send_response(304)
@@ -130,6 +140,6 @@ def server(watched: Watched, port: int) -> ThreadingHTTPServer:
             """The terminal is the sweep's."""
 
     try:
-        return ThreadingHTTPServer((HOST, port), Handler)
+        return _Serving((HOST, port), Handler)
     except OSError as error:
         raise OSError(f"port {port} of {HOST} cannot be served ({error.strerror}); port=0 takes a free one") from error

@@ -247,7 +247,7 @@ class WandbTracker(Tracker):
             if mode == "offline":
                 self._say(f"W&B does not start: {problem}; {self._cure()}")
             else:
-                sync = f"wandb sync {self.info.folder}/wandb/offline-run-*"
+                sync = f"wandb sync {shlex.quote(str(self.info.folder))}/wandb/offline-run-*"
                 self._say(f"W&B: {problem}; this run goes on offline ({sync})", lacks=False)
         return None
 

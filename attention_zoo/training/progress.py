@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from attention_zoo.contract import one_of
+from attention_zoo.words import say, silence
 
 KINDS = ("auto", "bar", "lines", "none")
 LINE_SECONDS = 10.0
@@ -55,7 +57,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.bar is not None:
-            self.bar.stop()
+            with _whoever_looks():
+                self.bar.stop()
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Say that `step` steps are done."""
@@ -74,17 +77,27 @@ class Progress:
     def notice(self, line: str) -> None:
         """Show one line, unless nothing is to be shown."""
         if self.bar is not None:
-            self.bar.console.print(f"{self.label}: {line}", markup=False, soft_wrap=True)
+            with _whoever_looks():
+                self.bar.console.print(f"{self.label}: {line}", markup=False, soft_wrap=True)
         elif self.kind == "lines":
-            print(f"{self.label}: {line}", file=sys.stderr, flush=True)
+            say(f"{self.label}: {line}")
 
     def warn(self, line: str) -> None:
         """Show one line that nobody must miss, also where nothing else is shown; it is kept in `warnings`."""
         self.warnings.append(line)
         if self.kind == "none":
-            print(f"{self.label}: {line}", file=sys.stderr, flush=True)
+            say(f"{self.label}: {line}")
         else:
             self.notice(line)
+
+
+@contextmanager
+def _whoever_looks() -> Iterator[None]:
+    """A stretch that draws on a terminal, which may be closed: that is no fault of the run."""
+    try:
+        yield
+    except (OSError, SystemExit):  # Rich ends the program for a broken pipe
+        silence()
 
 
 class Silent(Progress):
