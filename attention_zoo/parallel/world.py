@@ -37,6 +37,18 @@ COMMUNICATION = re.compile(
 class Lost(RuntimeError):
     """Another process of the run is gone, or has not answered in time. One line."""
 
+    @classmethod
+    def because(cls, error: BaseException, timeout_s: float) -> Lost:
+        """Of an error of torch's.
+
+        Args:
+            timeout_s: how long others are waited for.
+        """
+        text = " ".join(str(error).split())[:200]
+        return cls(
+            f"another process of the run is gone or has not answered within parallel.timeout_s={timeout_s:g}: {text}"
+        )
+
 
 class SaidByFirst(ValueError):
     """What process 0 could not do, as the others hear of it. One line, that of its own error."""
@@ -200,11 +212,7 @@ def telling(timeout_s: float) -> Iterator[None]:
     except (RuntimeError, ConnectionError) as error:
         if isinstance(error, Lost | NotImplementedError) or not is_lost(error):
             raise
-        text = " ".join(str(error).split())
-        raise Lost(
-            f"another process of the run is gone or has not answered within parallel.timeout_s={timeout_s:g}: "
-            f"{text[:200]}"
-        ) from error
+        raise Lost.because(error, timeout_s) from error
 
 
 def is_lost(error: BaseException) -> bool:
