@@ -93,6 +93,20 @@ def steps(config: Mapping[str, Any], world: Any, *, dtype: str, count: int, task
     }
 
 
+def warm() -> None:
+    """Import what a training imports on its way, once for all that are forked: most of a short one's time. Nothing is
+    computed backward, since autograd's threads do not live on in a fork."""
+    import torch._dynamo
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp  # noqa: F401
+
+    from attention_zoo.parallel.world import World
+    from attention_zoo.training.config import check, compose_training
+
+    words = ("task=copy", "seq_len=11", "batch=8", "attention=longformer", "attention.window=3")
+    steps(check(compose_training([*TINY, *words])), World(), dtype="float32", count=0, task=Ragged())
+
+
 def forked(
     size: int, work: Callable[[Any], Any], *, sequence: int = 1, timeout_s: float = LIMIT_S, join: bool = True
 ) -> list[Any]:
@@ -155,6 +169,7 @@ def main() -> None:
     from attention_zoo.training.config import check, compose_training
 
     torch.set_num_threads(1)
+    warm()
     cases = json.loads(Path(sys.argv[1]).read_text())
     configs: dict[str, Any] = {}
     for case in cases:
