@@ -43,6 +43,9 @@ FAST = [
     ("reformer", "float64", "ddp", 2),
     ("full", "float32", "ddp", 2),
 ]
+UNSEEN = ".to_k.bias"
+"""It moves all scores of a query alike, which softmax does not see: its gradient is rounding alone, of which Adam makes
+steps of full length."""
 Case = tuple[str, str, str, int]
 EVERY: list[Case] = [
     (name, dtype, data, processes)
@@ -133,4 +136,6 @@ def compare(case: Case, outcome: dict[str, Any]) -> None:
         assert found["readings"][reading] == pytest.approx(numbers, rel=100 * near)
     assert found["weights"].keys() == one["weights"].keys()
     for weight, total in one["weights"].items():
+        if weight.endswith(UNSEEN):
+            continue
         assert found["weights"][weight] == pytest.approx(total, rel=1e-3, abs=1e-2 if dtype == "float32" else 1e-6)
