@@ -32,6 +32,11 @@ MECHANISMS: dict[str, tuple[list[str], bool]] = {
     "reformer": (["attention=reformer", "attention.chunk=4"], False),
     "memory_tokens": (["attention=memory_tokens", "attention.count=2", "attention.segment_length=5"], False),
     "bigbird": (["attention=bigbird", "attention.block=3", "parallel.checkpoint=true"], True),
+    # groups of 8 tokens, 4 at a time: in a process without a group that opens the others run what is inside
+    "hourglass": (
+        ["attention=full", "model.depth=3", "model.shorten=1@1 1@8 1@1", "seq_len=4", "task.span=9"],
+        False,
+    ),
     "reversible": (["attention=longformer", "attention.window=3", "model.reversible=true"], True),
 }
 """Words, and whether rows are ragged; else they are streams."""
@@ -40,6 +45,7 @@ FAST = [
     ("longformer", "float64", "fsdp", 2),
     ("transformer_xl", "float32", "fsdp", 2),
     ("adaptive_span", "float64", "fsdp", 2),
+    ("hourglass", "float64", "fsdp", 2),
     ("reformer", "float64", "ddp", 2),
     ("full", "float32", "ddp", 2),
 ]

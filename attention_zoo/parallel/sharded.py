@@ -1,6 +1,6 @@
 """FSDP2: every process holds its share of each block, and has the whole block while it computes it.
 
-Zhao et al. 2023, "PyTorch FSDP"; torch's `fully_shard`. Three things are ours:
+Zhao et al. 2023, "PyTorch FSDP"; torch's `fully_shard`. Four things are ours:
 
 - A parameter that blocks share (Transformer-XL's u and v over depth) can belong to no block: it is the root's, which
   holds it for a whole pass. Sharing is found by identity.
@@ -9,6 +9,8 @@ Zhao et al. 2023, "PyTorch FSDP"; torch's `fully_shard`. Three things are ours:
 - torch reduces a block's gradients as one piece and takes for granted that every process has the same ones. What a row
   needs may depend on the row (projections of global tokens): a parameter that some process needs gets a gradient of
   zeros in the others, and one that none needs gets none anywhere, as in one process.
+- All must run the same blocks in the same order. Within an hourglass that a stream is read with, blocks run where a
+  group opens: then everywhere, if need be on padding (`Level.always_inside`).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from attention_zoo.model.block import Block
+from attention_zoo.model.level import Level
 from attention_zoo.model.wrapper import Wrapper
 from attention_zoo.parallel.world import Team, World
 
@@ -47,6 +50,9 @@ def shard(model: nn.Module, world: World) -> Whole:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
     blocks = {name: part for name, part in model.named_modules() if isinstance(part, Block)}
+    for part in model.modules():
+        if isinstance(part, Level):
+            part.always_inside = True
     kept = kept_whole(model)
     shared = shared_parameters(model, list(blocks.values())) - kept
     whole = Whole(kept)
