@@ -24,6 +24,18 @@ from attention_zoo.model.resample import Pool, Up, taken
 from attention_zoo.place import place_of
 
 
+class Beside(torch.autograd.Function):
+    """The same; a mark in the graph: what lies behind is computed for others' sake, no loss depends on it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 class Halfway(NamedTuple):
     """State of a level.
 
@@ -100,13 +112,15 @@ class Level(Layer):
         groups = self.pool(first.hidden, held, at)
         # between two groups nothing inside is run
         middle = Output(groups, given[1])
-        if (count := groups.shape[1]) or self.always_inside:
-            inner = at.groups
-            if not count:
-                groups, inner = first.hidden[:, :1] * 0, Layout.known(padding(len(x)), x.device)
+        if groups.shape[1] or self.always_inside:
             seen = Source(first.hidden, layout) if self.unpooled else source
-            middle = self.inside(groups, inner, state=given[1], source=seen, choices=chosen[1])
-            middle = middle._replace(hidden=middle.hidden[:, :count])
+            call: dict[str, Any] = {"state": given[1], "source": seen, "choices": chosen[1]}
+            if groups.shape[1]:
+                middle = self.inside(groups, at.groups, **call)
+            else:
+                beside = Layout.known(padding(len(x)), x.device)
+                middle = self.inside(first.hidden[:, :1] * 0, beside, **call)
+                middle = middle._replace(hidden=groups + Beside.apply(middle.hidden)[:, :0], losses={})
         latest = None if state is None else state.groups
         wide = self.up(first.hidden, middle.hidden, latest, at)
         last = self.after(wide, layout, state=given[2], source=source, choices=chosen[2])
