@@ -24,6 +24,7 @@ from torch import Tensor
 from torch import distributed as there
 
 from attention_zoo.parallel.launched import Launched, launched
+from attention_zoo.parallel.meeting import store_of
 
 T = TypeVar("T")
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -190,9 +191,11 @@ def joined(device: str, *, sequence: int = 1, timeout_s: float, found: Launched 
     ours = not there.is_initialized()
     with telling(timeout_s):
         if ours:
+            store = store_of(found, timeout_s)
             there.init_process_group(
                 BACKENDS[kind],
-                init_method=found.meeting,
+                init_method=found.meeting if store is None else None,
+                store=store,
                 rank=found.rank,
                 world_size=found.size,
                 timeout=timedelta(seconds=timeout_s),
