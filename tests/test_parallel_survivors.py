@@ -54,10 +54,12 @@ class Planned:
 
 
 def said(row: dict[str, Any]) -> int:
-    """The step that was saved, as the row of a process says that has lost another."""
+    """The step that was saved, as the row of a process says that has lost another; -1 for one that a third saves."""
     assert row["status"] == "lost", row
     assert "another process of the run is gone" in row["error"]
     words = row["error"].rpartition("; ")[2]
+    if words == "another process saves the last step":
+        return -1
     assert words.startswith("step "), row["error"]
     assert " is saved" in words
     return int(words.split()[1])
