@@ -26,6 +26,8 @@ from attention_zoo.tasks.generated import Generated, of
 
 HERE = Path(__file__)
 LIMIT_S = 120.0
+ALL_S = 3600.0
+"""For a whole list: 100 s of two idle cores, of which a busy machine may leave a tenth."""
 TINY = (
     "tracker=none", "device=cpu", "trainer.progress=none", "model.dim=16", "model.heads=2", "model.depth=2",
     "model.ff_mult=2", "steps=20", "threads=1", "optimizer.lr=0.01", "schedule=constant",
@@ -91,6 +93,20 @@ def steps(config: Mapping[str, Any], world: Any, *, dtype: str, count: int, task
     }
 
 
+def warm() -> None:
+    """Import what a training imports on its way, once for all that are forked: most of a short one's time. Nothing is
+    computed backward, since autograd's threads do not live on in a fork."""
+    import torch._dynamo
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp  # noqa: F401
+
+    from attention_zoo.parallel.world import World
+    from attention_zoo.training.config import check, compose_training
+
+    words = ("task=copy", "seq_len=11", "batch=8", "attention=longformer", "attention.window=3")
+    steps(check(compose_training([*TINY, *words])), World(), dtype="float32", count=0, task=Ragged())
+
+
 def forked(
     size: int, work: Callable[[Any], Any], *, sequence: int = 1, timeout_s: float = LIMIT_S, join: bool = True
 ) -> list[Any]:
@@ -153,6 +169,7 @@ def main() -> None:
     from attention_zoo.training.config import check, compose_training
 
     torch.set_num_threads(1)
+    warm()
     cases = json.loads(Path(sys.argv[1]).read_text())
     configs: dict[str, Any] = {}
     for case in cases:
@@ -193,11 +210,11 @@ def outcomes(cases: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, list
 
 
 def started(script: Path, given: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """What a script of this kind makes of a list."""
+    """What a script of this kind makes of a list. Who hangs ends much sooner: by the limit of what it waits for."""
     (folder / "given.json").write_text(json.dumps(list(given)))
     command = [sys.executable, str(script), str(folder / "given.json"), str(folder / "found.json")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=ALL_S)
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(json.loads((folder / "found.json").read_text()))
 

@@ -2,7 +2,8 @@
 
 RUNS is a JSON list of {name, processes, words, folder, ...}, done one after the other by forked processes; OUTPUT gets
 {name: [what each rank found]}. `cut` is {rank, step, how}: a signal that a rank (null: every one) gets when it begins
-that step; or {rank, after, how}: so many seconds after it has begun. `damage` names what is done to the folder before.
+that step, or with `calls` when it has called so many Python functions since; or {rank, after, how}: so many seconds
+after it has begun. `damage` names what is done to the folder before.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from parallel_processes import LIMIT_S, TINY, forked, started
+from parallel_processes import LIMIT_S, TINY, forked, started, warm
 
 KEPT = (
     "status", "error", "steps", "curve", "quality_curve", "metrics", "evaluations", "loss_by_position", "by_group",
@@ -44,10 +45,15 @@ def one(run: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
 
         def reached(self: Trainer) -> Any:
             if self.done == cut.get("step"):
-                os.kill(os.getpid(), getattr(signal, cut["how"]))
+                if "calls" in cut:
+                    sys.setprofile(after_calls(cut["calls"], cut["how"]))
+                else:
+                    os.kill(os.getpid(), getattr(signal, cut["how"]))
                 if cut["how"] == "SIGSTOP":
                     time.sleep(1)
-            return step(self)
+            taken = step(self)
+            Path(f"{run['folder']}.done").write_text(str(self.done))
+            return taken
 
         Trainer.step = reached  # type: ignore[method-assign]
     began = time.monotonic()
@@ -56,6 +62,20 @@ def one(run: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
     except stopping.Stopped as stopped:
         return {"status": str(stopped), "seconds": time.monotonic() - began}
     return {name: row.get(name) for name in KEPT} | {"seconds": time.monotonic() - began}
+
+
+def after_calls(count: int, how: str) -> Any:
+    """A profile function that sends a signal: at moments that are anywhere, and the same on every machine."""
+    left = [count]
+
+    def called(_frame: Any, event: str, _argument: Any) -> None:
+        if event == "call":
+            left[0] -= 1
+            if not left[0]:
+                sys.setprofile(None)
+                os.kill(os.getpid(), getattr(signal, how))
+
+    return called
 
 
 def damaged(folder: Path, kind: str) -> None:
@@ -85,6 +105,7 @@ def main() -> None:
     from attention_zoo.training.config import compose_training
 
     torch.set_num_threads(1)
+    warm()
     runs = json.loads(Path(sys.argv[1]).read_text())
     configs: dict[str, Any] = {}
     found: dict[str, Any] = {}

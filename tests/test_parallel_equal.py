@@ -32,6 +32,11 @@ MECHANISMS: dict[str, tuple[list[str], bool]] = {
     "reformer": (["attention=reformer", "attention.chunk=4"], False),
     "memory_tokens": (["attention=memory_tokens", "attention.count=2", "attention.segment_length=5"], False),
     "bigbird": (["attention=bigbird", "attention.block=3", "parallel.checkpoint=true"], True),
+    # groups of 8 tokens, 4 at a time: in a process without a group that opens the others run what is inside
+    "hourglass": (
+        ["attention=full", "model.depth=3", "model.shorten=1@1 1@8 1@1", "seq_len=4", "task.span=9"],
+        False,
+    ),
     "reversible": (["attention=longformer", "attention.window=3", "model.reversible=true"], True),
 }
 """Words, and whether rows are ragged; else they are streams."""
@@ -40,19 +45,24 @@ FAST = [
     ("longformer", "float64", "fsdp", 2),
     ("transformer_xl", "float32", "fsdp", 2),
     ("adaptive_span", "float64", "fsdp", 2),
+    ("hourglass", "float64", "fsdp", 2),
     ("reformer", "float64", "ddp", 2),
     ("full", "float32", "ddp", 2),
 ]
-SLOW = [
+UNSEEN = ".to_k.bias"
+"""It moves all scores of a query alike, which softmax does not see: its gradient is rounding alone, of which Adam makes
+steps of full length."""
+Case = tuple[str, str, str, int]
+EVERY: list[Case] = [
     (name, dtype, data, processes)
+    for processes in (2, 4)
     for name in MECHANISMS
     for dtype in NEAR
     for data in ("ddp", "fsdp")
-    for processes in (2, 4)
-    if (name, dtype, data, processes) not in FAST
-    and (name, data) not in [("reversible", "fsdp"), ("memory_tokens", "fsdp")]
+    if (name, data) not in [("reversible", "fsdp"), ("memory_tokens", "fsdp")]
 ]
-Case = tuple[str, str, str, int]
+TWO = [case for case in EVERY if case[3] == 2 and case not in FAST]
+FOUR = [case for case in EVERY if case[3] == 4]
 
 
 def found(cases: Sequence[Case], folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -78,8 +88,13 @@ def fast(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return found(SLOW, tmp_path_factory.mktemp("slow"))
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found(TWO, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found(FOUR, tmp_path_factory.mktemp("four"))
 
 
 @pytest.mark.parametrize("case", FAST, ids=lambda case: "-".join(map(str, case)))
@@ -89,9 +104,16 @@ def test_several_processes_take_the_steps_of_one(case: Case, fast: dict[str, Any
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize("case", SLOW, ids=lambda case: "-".join(map(str, case)))
-def test_four_processes_and_every_mechanism_take_the_steps_of_one(case: Case, slow: dict[str, Any]) -> None:
-    compare(case, slow)
+@pytest.mark.parametrize("case", TWO, ids=lambda case: "-".join(map(str, case)))
+def test_two_processes_take_the_steps_of_one_with_every_mechanism(case: Case, two: dict[str, Any]) -> None:
+    compare(case, two)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("case", FOUR, ids=lambda case: "-".join(map(str, case)))
+def test_four_processes_take_the_steps_of_one(case: Case, four: dict[str, Any]) -> None:
+    compare(case, four)
 
 
 def compare(case: Case, outcome: dict[str, Any]) -> None:
@@ -120,4 +142,6 @@ def compare(case: Case, outcome: dict[str, Any]) -> None:
         assert found["readings"][reading] == pytest.approx(numbers, rel=100 * near)
     assert found["weights"].keys() == one["weights"].keys()
     for weight, total in one["weights"].items():
+        if weight.endswith(UNSEEN):
+            continue
         assert found["weights"][weight] == pytest.approx(total, rel=1e-3, abs=1e-2 if dtype == "float32" else 1e-6)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed import HashStore
 
 from attention_zoo.commands.main import main
 from attention_zoo.model.transformer import Transformer
 from attention_zoo.parallel.config import ParallelConfig
 from attention_zoo.parallel.dropout import RankDropout, by_rank
 from attention_zoo.parallel.launched import Launched, first_host, launched
+from attention_zoo.parallel.meeting import agreed_name
 from attention_zoo.parallel.recompute import prepare
 from attention_zoo.parallel.refusals import refuse, refuse_compiled_states
 from attention_zoo.parallel.rows import all_of_part, check_divides, own_rows
@@ -68,6 +71,19 @@ def test_the_first_of_slurms_machines(nodes: str, first: str) -> None:
 def test_a_wrong_environment_is_named(changes: dict[str, str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         launched({**TORCHRUN, **changes})
+
+
+def test_processes_of_an_attempt_meet_beside_what_a_dead_one_left() -> None:
+    store = HashStore()
+    store.set("word of 1", "of the dead")
+    store.set("answer to of the dead", "an attempt before")
+    with ThreadPoolExecutor(3) as each:
+        names = [each.submit(agreed_name, store, rank, 3, 10.0) for rank in (2, 1, 0)]
+        found = {name.result(timeout=20) for name in names}
+    assert len(found) == 1
+    assert found != {"an attempt before"}
+    with pytest.raises(torch.distributed.DistStoreError, match="process 1 has not come"):
+        agreed_name(HashStore(), 0, 2, 0.1)
 
 
 def test_a_world_of_one_asks_nobody() -> None:
@@ -234,7 +250,7 @@ def stored(folder: Path, number: float) -> None:
 def test_a_folder_of_tensors_comes_back_and_keeps_the_one_before(tmp_path: Path) -> None:
     for number in (1.0, 2.0, 3.0):
         stored(tmp_path, number)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["before", "now"]
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["before", "now"]
     assert [said_in(tmp_path / name, World())["number"] for name in ("before", "now")] == [2.0, 3.0]
     assert sizes(tmp_path / "now")["a"] == ((5, 2), torch.float32)
     taken = {"a": torch.zeros(5, 2), "step": torch.tensor(0.0), "flag": torch.tensor([False, True])}

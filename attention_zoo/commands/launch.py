@@ -1,7 +1,8 @@
 """However a command ends, it costs one line to read and an exit code that a script can act on.
 
 0 all well; 1 something went wrong on the way or was recorded as failed; 2 the command line or the config was refused;
-75 a scheduler stopped it with everything saved; 130 Ctrl-C.
+75 a scheduler stopped it with everything saved, or another process of the same training was lost: the same command goes
+on; 130 Ctrl-C.
 """
 
 from __future__ import annotations

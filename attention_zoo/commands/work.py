@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from attention_zoo.commands.launch import FAILED, OK, REFUSED
 from attention_zoo.settings import settings
+from attention_zoo.stopping import REQUEUE
 
 T = TypeVar("T")
 WAIT_S = 1.0
@@ -96,7 +97,9 @@ def _train(composed: DictConfig) -> Outcome:
         return Outcome()
     row = run_training(config, folder)
     show(row, folder)
-    return Outcome.of(row, folder, told=True)
+    ended = Outcome.of(row, folder, told=True)
+    # another process of this run has died: the same command goes on from what is saved
+    return replace(ended, code=REQUEUE) if row["status"] == "lost" else ended
 
 
 def _cell(composed: DictConfig, hydra: Any) -> Any:

@@ -18,7 +18,7 @@ import torch
 
 COSMETIC = frozenset(
     {"tracker", "progress", "out", "output", "output_dir", "folder", "force", "retry", "dry", "hydra"}
-    | {"trainer.progress", "trainer.ahead", "parallel.timeout_s"}
+    | {"trainer.progress", "trainer.ahead", "parallel.timeout_s", "parallel.copy_states"}
 )
 """Keys (dotted where nested) that change where a result goes or how it is shown, never what it is."""
 

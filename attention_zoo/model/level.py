@@ -19,9 +19,21 @@ from attention_zoo.contract import Layer, Output, Source, Tokens, add_losses
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.windows import Windows, windows
 from attention_zoo.model.block import attentions
-from attention_zoo.model.level_placed import output_in_place
+from attention_zoo.model.level_placed import output_in_place, padding
 from attention_zoo.model.resample import Pool, Up, taken
 from attention_zoo.place import place_of
+
+
+class Beside(torch.autograd.Function):
+    """The same; a mark in the graph: what lies behind is computed for others' sake, no loss depends on it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 class Halfway(NamedTuple):
@@ -50,7 +62,13 @@ class Level(Layer):
         reach: how many groups a token's up-sampling reads, its own among them.
         causal: whether groups end with the token that opens them; else they begin with it.
         unpooled: whether what is inside has the tokens that were pooled for its source.
+
+    Attributes:
+        always_inside: whether what is inside is run also where no group opens, on a column of padding, which changes
+            nothing: its weights may be shared out among processes, of which others have such groups.
     """
+
+    always_inside = False
 
     def __init__(
         self, before: Layer, inside: Layer, after: Layer, *, pool: Pool, up: Up, reach: int = 1, causal: bool = True,
@@ -94,9 +112,15 @@ class Level(Layer):
         groups = self.pool(first.hidden, held, at)
         # between two groups nothing inside is run
         middle = Output(groups, given[1])
-        if groups.shape[1]:
+        if groups.shape[1] or self.always_inside:
             seen = Source(first.hidden, layout) if self.unpooled else source
-            middle = self.inside(groups, at.groups, state=given[1], source=seen, choices=chosen[1])
+            call: dict[str, Any] = {"state": given[1], "source": seen, "choices": chosen[1]}
+            if groups.shape[1]:
+                middle = self.inside(groups, at.groups, **call)
+            else:
+                beside = Layout.known(padding(len(x)), x.device)
+                middle = self.inside(first.hidden[:, :1] * 0, beside, **call)
+                middle = middle._replace(hidden=groups + Beside.apply(middle.hidden)[:, :0], losses={})
         latest = None if state is None else state.groups
         wide = self.up(first.hidden, middle.hidden, latest, at)
         last = self.after(wide, layout, state=given[2], source=source, choices=chosen[2])

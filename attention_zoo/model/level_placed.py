@@ -54,7 +54,7 @@ def _inner(level: Any, placement: Placement) -> Placement:
     for columns in placement.columns:
         tokens = Placement.chosen(placement.whole, columns)
         host = windows(tokens, level.size, causal=True, reach=level.reach).groups.host
-        parts.append(host if host.valid.shape[1] else _padding(len(host.valid)))
+        parts.append(host if host.valid.shape[1] else padding(len(host.valid)))
     whole = parts[0]
     for part in parts[1:]:
         whole = whole.then(part)
@@ -64,7 +64,8 @@ def _inner(level: Any, placement: Placement) -> Placement:
     return Placement(placement.group, placement.rank, placement.size, made, owned, placement.traffic)
 
 
-def _padding(rows: int) -> Host:
+def padding(rows: int) -> Host:
+    """One column of each row, which is none."""
     return Host.plain(rows, 1)._replace(valid=np.zeros((rows, 1), bool))
 
 

@@ -21,6 +21,8 @@ class ParallelConfig:
         timeout_s: how long a process waits for the others before the run ends as lost.
         checkpoint: activations of a block are computed again in backward instead of kept.
         compile: blocks are compiled by torch.compile.
+        copy_states: what rows carry from segment to segment is copied to all processes in each step (ddp), so that
+            nothing of it is lost with one that dies.
     """
 
     data: Annotated[str, OneOf(*DATA)] = "ddp"
@@ -28,3 +30,4 @@ class ParallelConfig:
     timeout_s: Seconds = 600.0
     checkpoint: bool = False
     compile: bool = False
+    copy_states: bool = True

@@ -1,6 +1,6 @@
 """FSDP2: every process holds its share of each block, and has the whole block while it computes it.
 
-Zhao et al. 2023, "PyTorch FSDP"; torch's `fully_shard`. Three things are ours:
+Zhao et al. 2023, "PyTorch FSDP"; torch's `fully_shard`. Four things are ours:
 
 - A parameter that blocks share (Transformer-XL's u and v over depth) can belong to no block: it is the root's, which
   holds it for a whole pass. Sharing is found by identity.
@@ -9,6 +9,8 @@ Zhao et al. 2023, "PyTorch FSDP"; torch's `fully_shard`. Three things are ours:
 - torch reduces a block's gradients as one piece and takes for granted that every process has the same ones. What a row
   needs may depend on the row (projections of global tokens): a parameter that some process needs gets a gradient of
   zeros in the others, and one that none needs gets none anywhere, as in one process.
+- All must run the same blocks in the same order. Within an hourglass that a stream is read with, blocks run where a
+  group opens: then everywhere, if need be on padding (`Level.always_inside`).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from attention_zoo.model.block import Block
+from attention_zoo.model.level import Beside, Level
 from attention_zoo.model.wrapper import Wrapper
 from attention_zoo.parallel.world import Team, World
 
@@ -47,9 +50,12 @@ def shard(model: nn.Module, world: World) -> Whole:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
     blocks = {name: part for name, part in model.named_modules() if isinstance(part, Block)}
+    for part in model.modules():
+        if isinstance(part, Level):
+            part.always_inside = True
     kept = kept_whole(model)
     shared = shared_parameters(model, list(blocks.values())) - kept
-    whole = Whole(kept)
+    whole = Whole(model, kept)
     for name, block in blocks.items():
         whole.follow(name, block)  # before torch's own, which shares out again
         fully_shard(block, mesh=mesh, ignored_params=shared | kept)
@@ -92,12 +98,14 @@ class Whole:
     """The parameters of a model in one process as its last forward had them.
 
     Args:
-        kept: those that are never shared out.
+        model: whose parameters are shared out.
+        kept: those that are never.
     """
 
-    def __init__(self, kept: set[nn.Parameter]) -> None:
-        self.kept = kept
+    def __init__(self, model: nn.Module, kept: set[nn.Parameter]) -> None:
+        self.model, self.kept = model, kept
         self.found: dict[str, nn.Parameter] = {}
+        self.needed: set[str] = set()
 
     def follow(self, name: str, module: nn.Module) -> None:
         """Note those of a part whenever it has computed."""
@@ -116,11 +124,17 @@ class Whole:
         names = sorted(self.found)
         here = torch.tensor([id(self.found[name]) in needed for name in names], dtype=torch.int32)
         anywhere = team.sum(here.clone()) > 0
+        self.needed.update(name for name, needs in zip(names, anywhere.tolist()) if needs)
         missing = [self.found[name] for name, lacks in zip(names, (anywhere & (here == 0)).tolist()) if lacks]
         return _Completed.apply(loss, *missing) if missing else loss
 
     def reduce(self, team: Team) -> None:
-        """The mean over all processes for the gradients that torch leaves to us, as it makes for the others."""
+        """The mean over all processes for the gradients that torch leaves to us, as it makes for the others; and none
+        for what was computed for others' sake alone, which they did not need either."""
+        for name, parameter in self.model.named_parameters():
+            if name in self.found and name not in self.needed:
+                parameter.grad = None
+        self.needed.clear()
         for name in sorted(self.found):
             if self.found[name] in self.kept and (grad := self.found[name].grad) is not None:
                 grad.copy_(team.sum(grad.clone()) / team.size)
@@ -151,11 +165,11 @@ class _Completed(torch.autograd.Function):
 
 
 def _leaves(loss: Tensor) -> set[int]:
-    """Identities of all tensors that a backward of the loss gives a gradient to."""
+    """Identities of all tensors that the loss depends on; see `Beside`."""
     found, seen, left = set(), set(), [loss.grad_fn]
     while left:
         node = left.pop()
-        if node is None or node in seen:
+        if node is None or node in seen or getattr(node, "_forward_cls", None) is Beside:
             continue
         seen.add(node)
         if (variable := getattr(node, "variable", None)) is not None:

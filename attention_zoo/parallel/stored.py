@@ -27,10 +27,14 @@ from torch import Tensor
 from torch.distributed import checkpoint
 
 from attention_zoo.files import write_json
+from attention_zoo.locks import Names, owning
 from attention_zoo.parallel.world import World
 
 STATE = "state.json"
 FORMAT = "attention_zoo checkpoint of several processes 1"
+RENAMES = Names(".renames", ".renamer.json")
+"""Of who puts a folder in its place."""
+RENAMED_S = 10.0
 _LEFT = re.compile(r"\..+\.[0-9a-f]{8}\.d")
 
 
@@ -68,11 +72,13 @@ def store(folder: Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any], 
 def _finish(made: Path, folder: Path, before: Path, said: dict[str, Any]) -> None:
     write_json(made / STATE, {**said, "digest": _digest_of(said)})
     old = made.with_name(f"{made.name[:-2]}0.d")
-    if folder.is_dir():
-        if before.is_dir():
-            os.replace(before, old)
-        os.replace(folder, before)
-    os.replace(made, folder)
+    # whoever outlives a process of the run may save at the same moment as another that has not heard of it yet
+    with owning(folder.parent, names=RENAMES, wait_s=RENAMED_S, notice=lambda line: None):
+        if folder.is_dir():
+            if before.is_dir():
+                os.replace(before, old)
+            os.replace(folder, before)
+        os.replace(made, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch import distributed as there
 
 from attention_zoo.parallel.launched import Launched, launched
+from attention_zoo.parallel.meeting import store_of
 
 T = TypeVar("T")
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
@@ -36,6 +37,18 @@ COMMUNICATION = re.compile(
 
 class Lost(RuntimeError):
     """Another process of the run is gone, or has not answered in time. One line."""
+
+    @classmethod
+    def because(cls, error: BaseException, timeout_s: float) -> Lost:
+        """Of an error of torch's.
+
+        Args:
+            timeout_s: how long others are waited for.
+        """
+        text = " ".join(str(error).split())[:200]
+        return cls(
+            f"another process of the run is gone or has not answered within parallel.timeout_s={timeout_s:g}: {text}"
+        )
 
 
 class SaidByFirst(ValueError):
@@ -178,9 +191,11 @@ def joined(device: str, *, sequence: int = 1, timeout_s: float, found: Launched 
     ours = not there.is_initialized()
     with telling(timeout_s):
         if ours:
+            store = store_of(found, timeout_s)
             there.init_process_group(
                 BACKENDS[kind],
-                init_method=found.meeting,
+                init_method=found.meeting if store is None else None,
+                store=store,
                 rank=found.rank,
                 world_size=found.size,
                 timeout=timedelta(seconds=timeout_s),
@@ -200,11 +215,7 @@ def telling(timeout_s: float) -> Iterator[None]:
     except (RuntimeError, ConnectionError) as error:
         if isinstance(error, Lost | NotImplementedError) or not is_lost(error):
             raise
-        text = " ".join(str(error).split())
-        raise Lost(
-            f"another process of the run is gone or has not answered within parallel.timeout_s={timeout_s:g}: "
-            f"{text[:200]}"
-        ) from error
+        raise Lost.because(error, timeout_s) from error
 
 
 def is_lost(error: BaseException) -> bool:

@@ -152,6 +152,7 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task, world: World | No
         world=world,
         whole=whole,
         order=order,
+        copies=options.parallel.copy_states,
     )
     sets = _watched_first(task.evaluation_sets(options.batch, options.seq_len), task, options.trainer)
     figure(task, "chance", task.chance(options.seq_len))  # what is none is said before training, not after

@@ -126,9 +126,12 @@ def fit(
             clock()
             if found is None:
                 return None
-            history.stopped = _judge(found, history, done, task, options, tracker, progress)
         most = options.max_seconds
-        if history.stopped is None and most is not None and clocked(history.seconds) >= most:
+        # asked before anything is noted: of an answer that never comes nothing may be half noted
+        over = most is not None and clocked(history.seconds) >= most
+        if found is not None:
+            history.stopped = _judge(found, history, done, task, options, tracker, progress)
+        if history.stopped is None and over:
             history.stopped = f"time: {most:g} s were over after step {done} of {steps}"
             progress.notice(f"stopped by trainer.max_seconds={most:g} after step {done} of {steps}")
         if history.stopped is None and done >= steps:

@@ -42,7 +42,7 @@ from attention_zoo.training.shares import (
     tensors_of,
     weights_of,
 )
-from attention_zoo.training.trainer import Trainer
+from attention_zoo.training.trainer import Standing, Trainer
 
 AFRESH = "carried states start afresh"
 
@@ -58,23 +58,53 @@ def save_folder(
     """
     world = trainer.world
     tensors = tensors_of(trainer)
-    random = _lifted(_own_device(random_state()), "random", tensors)
     own = [_lifted(pack(stream.state), f"carried.{world.rank}", tensors) for stream in trainer.streams]
-    said = {
+    standing = Standing(trainer.batches.state_dict(), random_state(), world.everybody.gathered(own))
+    said = _said(identity, data, trainer, history, lines, standing, tensors)
+    stored.store(paths[0], tensors, said, world, before=paths[1])
+
+
+def save_by_one(
+    paths: tuple[Path, Path], identity: str, data: Any, trainer: Trainer, history: History, lines: int
+) -> None:
+    """The same by this process alone, which holds the whole model and knows what all carried: without the others.
+
+    Args:
+        paths, identity, data, lines: as of `save_folder`.
+    """
+    tensors, standing = tensors_of(trainer), trainer.standing()
+    assert standing.carried is not None
+    carried = [
+        [_lifted(tree, f"carried.{rank}", tensors) for tree in parts] for rank, parts in enumerate(standing.carried)
+    ]
+    said = _said(identity, data, trainer, history, lines, standing._replace(carried=carried), tensors)
+    stored.store(paths[0], tensors, said, World(), before=paths[1])
+
+
+def _said(
+    identity: str,
+    data: Any,
+    trainer: Trainer,
+    history: History,
+    lines: int,
+    standing: Standing,
+    tensors: dict[str, Tensor],
+) -> dict[str, Any]:
+    """What a folder says beside its tensors, which get those of the generators."""
+    return {
         "identity": identity,
         "data": plain(data),
         "step": trainer.done,
-        "processes": world.size,
-        "sequence": world.sequence.size,
-        "carried": world.everybody.gathered(own),
-        "random": random,
+        "processes": trainer.world.size,
+        "sequence": trainer.world.sequence.size,
+        "carried": standing.carried,
+        "random": _lifted(_own_device(standing.random), "random", tensors),
         "optimizer": plain_of(trainer),
         "scaler": trainer.precision.scaler.state_dict(),
-        "batches": trainer.batches.state_dict(),
+        "batches": standing.batches,
         "history": history.state_dict(),
         "lines": lines,
     }
-    stored.store(paths[0], tensors, said, world, before=paths[1])
 
 
 def load_folder(path: Path, identity: str, data: Any, trainer: Trainer, history: History, notes: list[str]) -> int:
@@ -207,7 +237,7 @@ def _go_on(trainer: Trainer, history: History, said: dict[str, Any], carried: li
     trainer.batches.load_state_dict(said["batches"])
     for stream, tree in zip(trainer.streams, carried, strict=True):
         stream.state = unpack(tree, trainer.device)
-    trainer.done = said["step"]
+    trainer.done, trainer.carried = said["step"], None
     history.load_state_dict(said["history"])
     restore_random_state(random)
 
@@ -221,7 +251,7 @@ def _lifted(tree: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 def _own_device(state: dict[str, Any]) -> dict[str, Any]:
     """Of several devices of a machine each process has one, whose generator walks as the others'."""
-    return state | {"cuda": [torch.cuda.get_rng_state()] if state["cuda"] else []}
+    return state | {"cuda": state["cuda"][torch.cuda.current_device() :][:1] if state["cuda"] else []}
 
 
 def _random(state: dict[str, Any]) -> dict[str, Any]:

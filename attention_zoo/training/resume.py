@@ -49,15 +49,16 @@ def save(places: Places, identity: str, data: Any, trainer: Trainer, history: Hi
     """
     if trainer.world.size > 1:
         save_folder((places.folder, places.folder_before), identity, data, trainer, history, lines)
-        trainer.world.by_first(lambda: _remove(places.file, places.file_before))
+        trainer.world.by_first(lambda: remove(places.file, places.file_before))
         return
     content = {"identity": identity, "data": data, "trainer": trainer.state_dict()}
     content |= {"history": history.state_dict(), "random": random_state(), "lines": lines}
     save_checkpoint(places.file, content, before=places.file_before)
-    _remove(places.folder, places.folder_before)
+    remove(places.folder, places.folder_before)
 
 
-def _remove(*paths: Path) -> None:
+def remove(*paths: Path) -> None:
+    """Files and folders, where they are there."""
     for path in paths:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -121,7 +122,7 @@ def _put_first(path: Path, places: Places) -> None:
     first = places.file if path in (places.file, places.file_before) else places.folder
     if path != first:
         if path.is_dir() and first.exists():
-            _remove(first)
+            remove(first)
         os.replace(path, first)
 
 

@@ -69,6 +69,7 @@ from attention_zoo.training.records import (
 from attention_zoo.training.resume import Places, resume, save
 from attention_zoo.training.saying import line_of
 from attention_zoo.training.seed import contained, seed_all
+from attention_zoo.training.survivors import Unwritten, surviving
 from attention_zoo.training.together import folder_of, world_of
 from attention_zoo.training.trainer import Trainer
 
@@ -243,20 +244,24 @@ class _Run:
         self.trainer = parts.trainer
         step, lines = resume(places, *known, parts.trainer, history, steps=options.steps, progress=progress)
         row["resumed_at"] = step
-        figures: JsonlTracker | None = None
-        if world.first:
+
+        def rewound() -> int:
             JsonlTracker.rewind(self.folder, step or 0, lines, on_bad=progress.warn)
-            figures = JsonlTracker(self._info())
+            return JsonlTracker(self._info()).lines
+
+        written = world.by_first(rewound)
+        figures = JsonlTracker(self._info()) if world.first else Unwritten(self._info(), written)
         assert self.follower is not None
-        tracker = self.follower if figures is None else Trackers([figures, self.follower])
+        tracker = Trackers([figures, self.follower])
         if parts.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
 
         def save_all() -> None:
             history.peak_bytes = _peak_bytes(history, parts.device)
-            save(places, *known, parts.trainer, history, figures.lines if figures else 0)
+            save(places, *known, parts.trainer, history, figures.lines)
 
-        with progress, graceful() as told:
+        kept = surviving(places, *known, parts.trainer, history, figures)
+        with progress, graceful() as told, kept:
             asked = world.agreed(told)
             last = fit(
                 parts.trainer,

@@ -21,12 +21,21 @@ from attention_zoo.parallel.sharded import Whole
 from attention_zoo.parallel.shared import Shared
 from attention_zoo.parallel.world import World
 from attention_zoo.tasks.task import Batch, Batches
-from attention_zoo.training.checkpoint import check_like, check_optimizer, foreign, load_weights, pack, unpack
+from attention_zoo.training.checkpoint import (
+    check_like,
+    check_optimizer,
+    foreign,
+    load_weights,
+    on_host,
+    pack,
+    unpack,
+)
 from attention_zoo.training.following import steps_of
 from attention_zoo.training.objective import MAIN, counts
 from attention_zoo.training.precision import Precision
 from attention_zoo.training.reading import Reading
 from attention_zoo.training.schedule import Schedule
+from attention_zoo.training.seed import random_state
 from attention_zoo.training.streams import Stream
 
 SENT = "sent"
@@ -49,6 +58,20 @@ class Step(NamedTuple):
     sent: int = 0
 
 
+class Standing(NamedTuple):
+    """Where a run stands between two steps, beside its weights and their averages.
+
+    Fields:
+        batches: the place in the data.
+        random: of all generators.
+        carried: of every process, for each part of its rows, the packed state; None where it is not known here.
+    """
+
+    batches: dict[str, Any]
+    random: dict[str, Any]
+    carried: list[list[Any]] | None
+
+
 class Trainer:
     """A model in training.
 
@@ -65,6 +88,7 @@ class Trainer:
         world: the processes that train it together; default this one alone.
         whole: of a model whose parameters are shared out among them; see `parallel.sharded`.
         order: the optimizer's parameters as it was built with them; default as it has them.
+        copies: whether each process has what the rows of all carry; see `parallel.copy_states`.
     """
 
     def __init__(
@@ -83,6 +107,7 @@ class Trainer:
         world: World | None = None,
         whole: Whole | None = None,
         order: Sequence[torch.Tensor] | None = None,
+        copies: bool = True,
     ):
         self.model, self.optimizer, self.schedule, self.batches = model, optimizer, schedule, batches
         self.accumulate, self.clip, self.precision, self.device = accumulate, clip, precision, device
@@ -96,6 +121,11 @@ class Trainer:
         self.world = World(device=device) if world is None else world
         self.shared = Shared(Reading(model), self.world, whole=whole)
         self.cut = Cut(model, self.world.sequence)
+        # whoever holds all weights can tell where all stood when a step's communication fails: see `survivors`
+        self.tells = self.world.size > 1 and whole is None
+        self.copies = self.tells and carry and copies
+        self.carried: list[list[Any]] | None = None
+        self.in_flight: Standing | None = None
 
     def step(self) -> Step:
         """Read one batch and move the weights once.
@@ -106,6 +136,9 @@ class Trainer:
         factor = self.schedule(self.done)
         for group, lr in zip(self.optimizer.param_groups, self.base_lr):
             group["lr"] = lr * factor
+        if self.copies and self.carried is None:
+            self.carried = self._gathered()
+        self.in_flight = self.standing() if self.tells else None
         batch = next(self.batches)
         if self.check is not None:
             self.check(batch)
@@ -138,12 +171,27 @@ class Trainer:
         # a scaled float16 gradient may overflow: the scaler then skips the step and halves its scale
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
             raise NotFinite(self._advice(f"the gradient's norm became {norm}"))
+        carried = self._gathered() if self.copies else None
+        # from here to the end of the step nobody else is asked: no peer that dies leaves weights half changed
         scaler.step(self.optimizer)
         scaler.update()
         for after in self.after_step:
             after()
         self.done += 1
+        self.carried, self.in_flight = carried, None
         return Step(loss, auxiliary, norm, self.base_lr[0] * factor, read, sent)
+
+    def standing(self) -> Standing:
+        """Where the run stood after the last step that was finished, also from within the one after it."""
+        if self.in_flight is not None:
+            return self.in_flight
+        nothing = [[pack(None)] * self.accumulate] * self.world.size
+        carried = self.carried if self.streams[0].carry else nothing
+        return Standing(self.batches.state_dict(), random_state(), carried)
+
+    def _gathered(self) -> list[list[Any]]:
+        """What the rows of all processes carry."""
+        return self.world.everybody.gathered([on_host(pack(stream.state)) for stream in self.streams])
 
     def _advice(self, what: str) -> str:
         tries = [] if self.precision.dtype == torch.float32 else ["trainer.precision=float32"]
@@ -191,6 +239,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.precision.scaler.load_state_dict(state["scaler"])
         self.batches.load_state_dict(state["batches"])
+        self.carried = None
         for stream, carried in zip(self.streams, state["carried"], strict=True):
             stream.state = unpack(carried, self.device)
         self.done = state["step"]
