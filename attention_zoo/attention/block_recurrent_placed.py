@@ -29,6 +29,7 @@ from attention_zoo.ops.exchange.columns import Pending, start
 from attention_zoo.ops.exchange.halo import route_of
 from attention_zoo.ops.hand_over.pipeline import neighbours, received, sent
 from attention_zoo.ops.pattern.one_of import attend_to_one_of
+from attention_zoo.ops.softmax.function import zeros_for
 
 if TYPE_CHECKING:
     from attention_zoo.attention.block_recurrent import BlockRecurrent
@@ -68,11 +69,11 @@ def output_in_place(layer: BlockRecurrent, x: Float[Tensor, "B L E"], layout: La
         assert vectors is not None
         handed = Handed(vectors.index_select(0, tensor_of(order.last, x.device)))
         far_q = sent(far_q, handed, after, count)
-    far = attend_to_one_of(far_q, k, v, order.which, block=layer.window, scale=layer.scale, asked=own.asked)
+    if x.shape[1]:
+        far = attend_to_one_of(far_q, k, v, order.which, block=layer.window, scale=layer.scale, asked=own.asked)
+    else:  # nobody asks: what came and went gets its gradients all the same
+        far = zeros_for(far_q, (far_q, k, *columns.held))
     both = torch.cat([part.transpose(1, 2).flatten(2) for part in (near, far)], -1)
-    if not x.shape[1]:  # nobody asks: what came and went must get its gradients all the same
-        tied = (far_q.flatten()[:0].sum() + k.flatten()[:0].sum() + columns.held[0].flatten()[:0].sum()) * 0
-        both = both + tied.to(both.dtype)
     return Output(layer.to_out(both))
 
 
