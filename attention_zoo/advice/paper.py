@@ -110,13 +110,13 @@ class Mechanism:
         return None
 
     def at(self, length: int, devices: int, device: Device) -> Cost:
-        """One step on so many devices."""
+        """One step on so many devices; on one nothing is sent, and there is a cost whatever is refused."""
         model, shape = self.model, Shape(self.model.rows, length, devices, self.dtype)
         if self.column is None:
             self.column = column(self.built, self.dtype)
             self.core = core_flops(build(self.name, dim=model.dim, heads=model.heads, causal=True))
         own = model.rows * -(-length // devices)
-        layers = sent(self.built, shape, self.known)
+        layers = sent(self.built, shape, self.known) if devices > 1 else []
         kept = model.depth * own * self.column.kept
         travelling = model.depth * sum(each.held for each in layers)
         weights = self.parameters * (2 * shape.width + ADAM)

@@ -35,7 +35,7 @@ class Cuts(NamedTuple):
     """Rows that need no key of others, of the own keys; and the others, of all keys, before and behind them.
 
     Fields:
-        kept: which rows of `alone` these are. Two-sided it is all rows on all own keys, since the kernels of a band want
+        kept: which rows of `alone` these are. Two-sided it is all rows on all own keys, since kernels of a band want
             queries that end with their keys: a few rows more are computed, and left out.
     """
 
