@@ -24,6 +24,7 @@ from attention_zoo.layout.placement import Placement, contiguous, zigzag
 from attention_zoo.layout.reach import Band
 from attention_zoo.measure.exchanges import timeline
 from attention_zoo.measure.memory import peak_memory
+from attention_zoo.model.transformer import Transformer
 from attention_zoo.ops.exchange import everyone, ring
 from attention_zoo.ops.exchange.columns import Pending
 from attention_zoo.ops.exchange.messages import Messages
@@ -342,6 +343,9 @@ def what_cannot_be_is_refused() -> list[str]:
         longformer(x, placement.own, state=longformer.initial_state(1))
     with pytest.raises(Unsupported, match="kernel=sdpa with a sequence on several processes"):
         layer_of("full", kernel="sdpa")(x, placement.own)
+    model = Transformer(attention="longformer", vocab=5, dim=WIDTH, depth=1, heads=HEADS)
+    with pytest.raises(Unsupported, match="last_only=True: parallel.sequence is not supported"):
+        model(torch.zeros_like(placement.own.position), placement.own, last_only=True)
     with pytest.raises(ValueError, match="columns must give each of 16 columns to one process"):
         Placement.of(Tokens.all_valid(1, 16), None, [np.arange(16)] * size)
     with pytest.raises(ValueError, match="columns must be rising numbers for each of"):

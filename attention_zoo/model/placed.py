@@ -38,8 +38,16 @@ def called(
     return handed_over(layer, x, tokens, parts=parts)
 
 
-def stack_of(model: Any) -> Callable[..., Output]:
-    """The model's stack, for the columns that this process owns."""
+def stack_of(model: Any, *, last_only: bool) -> Callable[..., Output]:
+    """The model's stack, for the columns that this process owns.
+
+    Raises:
+        Unsupported: for `last_only`.
+    """
+    if last_only:
+        raise Unsupported(
+            "last_only=True", OPTION, "a row's last token is with one process alone", "last_only=False and its columns"
+        )
     return partial(_stacked, model)
 
 
