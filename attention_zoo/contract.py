@@ -82,10 +82,11 @@ def add_losses(*many: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class Layer(nn.Module):
     """Whatever answers the one call: an attention, a block, a stack, a wrapper.
 
-    `travels` is as of `Attention`; "": nothing, each column is alike to it.
+    `travels` and `hands_on` are as of `Attention`; travels = "": nothing, each column is alike to it.
     """
 
     travels: str | None = None
+    hands_on: bool = False
 
     def initial_state(self, batch_size: int) -> Any:
         """An empty state for `batch_size` rows, on the layer's device and in its dtype.
@@ -169,6 +170,7 @@ class Attention(Layer):
             method `losses`.
         wraps: whether it stands around another layer, its option `inner`; see `model.wrapper`.
         travels: what it sends where several processes own a sequence (layout/placement.py); None: it refuses that.
+        hands_on: whether part of that is a state that each process waits for from the one before.
 
     Raises:
         Unsupported: for what the mechanism does not declare in `declared`.

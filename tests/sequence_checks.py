@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from sequence_cases import Case, differs, marked
+from sequence_random import a_few_random_ones_are_one, many_random_ones_are_one
 
 import attention_zoo as zoo
 from attention_zoo import Tokens
@@ -21,12 +23,24 @@ from attention_zoo.layout.needs import needs
 from attention_zoo.layout.placement import Placement, contiguous, zigzag
 from attention_zoo.layout.reach import Band
 from attention_zoo.measure.exchanges import timeline
+from attention_zoo.measure.memory import peak_memory
+from attention_zoo.model.transformer import Transformer
 from attention_zoo.ops.exchange import everyone, ring
 from attention_zoo.ops.exchange.columns import Pending
 from attention_zoo.ops.exchange.messages import Messages
+from attention_zoo.ops.hand_over.wire import settle
 from attention_zoo.rules import Unsupported
 
 B, HEADS, WIDTH, BYTES = 2, 2, 16, 8
+SYSTEM = Path("/proc/self/io")
+HEADERS = 1 << 13
+"""Bytes that gloo writes besides: 144 a message, and a barrier's."""
+SENDERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("longformer", {"window": 64}), ("longformer", {"window": 64, "causal": False}), ("full", {}),
+    ("bigbird", {"block": 8, "random": 2}), ("memory_compressed", {}), ("h_transformer_1d", {"block": 8}),
+    ("transformer_xl", {"segment_length": 96, "memory_length": 64}),
+    ("block_recurrent", {"window": 64, "states": 16, "positions": "rotary"}),
+)  # fmt: skip
 
 
 class Counted(dist.ProcessGroup):
@@ -87,6 +101,30 @@ def bytes_of_a_window() -> list[str]:
                     f"window of {length}, causal={causal}: {said}, not {(forward, backward)} on {rank} of {size}"
                 )
     return found
+
+
+def the_system_counts_the_same() -> list[str]:
+    """What the kernel saw each process write to sockets is what it says to have sent, and little beside."""
+    if not SYSTEM.is_file():
+        return []
+    found = []
+    for name, options in SENDERS:
+        layer = layer_of(name, **options)
+        run(layer, Tokens.all_valid(B, 512))  # processes connect when they first meet
+        dist.barrier()
+        start = written()
+        placement = run(layer, Tokens.all_valid(B, 512))[0]
+        settle()
+        dist.barrier()  # all is gone by then
+        system, said = written() - start, placement.traffic.bytes()
+        if not said <= system <= 1.02 * said + HEADERS:
+            found.append(f"{name} {options}: says {said} bytes, the system {system}")
+    return found
+
+
+def written() -> int:
+    """Bytes that this process has written, to files and sockets."""
+    return int(next(line for line in SYSTEM.read_text().splitlines() if line.startswith("wchar")).split()[1])
 
 
 def wide_windows_reach_several() -> list[str]:
@@ -209,6 +247,30 @@ def a_ring_holds_two_blocks() -> list[str]:
     return [] if max(largest) <= block else [f"a tensor of {max(largest)} bytes, a block has {block}"]
 
 
+def a_ring_takes_the_same_room_whatever_its_size() -> list[str]:
+    """By the allocator: with as many own columns, the peak of a call is no higher in a larger ring."""
+    size, rank, own = dist.get_world_size(), dist.get_rank(), 512
+    pair = dist.new_group([0, 1])
+    if size == 2:
+        return []
+    layer, peaks = layer_of("full", causal=False), []
+    for group, count in ((pair, 2), (None, size)):
+        if rank >= count:
+            continue
+        placement = Placement.of(Tokens.all_valid(B, own * count), group)
+        x = torch.randn(B, own, WIDTH, dtype=torch.float64, requires_grad=True)
+
+        def step(x: Any = x, placement: Placement = placement) -> None:
+            layer(x, placement.own).hidden.sum().backward()
+
+        step()  # its gradients and plans are there from then on
+        peaks.append(peak_memory(step).peak_bytes)
+    block = B * own * WIDTH * BYTES
+    if len(peaks) == 2 and peaks[1] > peaks[0] + block:
+        return [f"a ring of {size} peaks at {peaks[1]} bytes, one of 2 at {peaks[0]}; a block's keys have {block}"]
+    return []
+
+
 def the_future_is_not_seen() -> list[str]:
     """What a later process holds changes no bit of an earlier one's output; nor does padding, NaN included."""
     size, rank = dist.get_world_size(), dist.get_rank()
@@ -281,6 +343,9 @@ def what_cannot_be_is_refused() -> list[str]:
         longformer(x, placement.own, state=longformer.initial_state(1))
     with pytest.raises(Unsupported, match="kernel=sdpa with a sequence on several processes"):
         layer_of("full", kernel="sdpa")(x, placement.own)
+    model = Transformer(attention="longformer", vocab=5, dim=WIDTH, depth=1, heads=HEADS)
+    with pytest.raises(Unsupported, match="last_only=True: parallel"):
+        model(torch.zeros_like(placement.own.position), placement.own, last_only=True)
     with pytest.raises(ValueError, match="columns must give each of 16 columns to one process"):
         Placement.of(Tokens.all_valid(1, 16), None, [np.arange(16)] * size)
     with pytest.raises(ValueError, match="columns must be rising numbers for each of"):
@@ -384,8 +449,13 @@ def planted_bugs_are_found() -> list[str]:
     return found
 
 
-SLOW_CHECKS = [compiled_is_the_same, planted_bugs_are_found]
+SLOW_CHECKS = [
+    compiled_is_the_same, planted_bugs_are_found, a_ring_takes_the_same_room_whatever_its_size,
+    many_random_ones_are_one,
+]  # fmt: skip
 CHECKS = [
+    a_few_random_ones_are_one,
+    the_system_counts_the_same,
     autocast_is_the_same,
     nothing_is_left_behind,
     keys_travel_while_rows_are_computed,

@@ -33,8 +33,8 @@ EXACT = {
         name: MODELS[name]
         for name in (
             "transformer_xl", "transformer_xl, same length", "transformer_xl, long memory", "compressive",
-            "compressive, dilated", "block_recurrent", "memory_tokens", "hierarchical", "h_transformer_1d",
-            "short convolution", "gated convolution", "hourglass",
+            "compressive, dilated", "block_recurrent", "block_recurrent, rotary", "memory_tokens", "hierarchical",
+            "h_transformer_1d", "short convolution", "gated convolution", "hourglass",
         )
     },
 }  # fmt: skip

@@ -18,7 +18,7 @@ from attention_zoo.contract import Unsupported
 from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.transformer import Transformer
 from attention_zoo.parallel.sequence.held import Column, column, core_flops
-from attention_zoo.parallel.sequence.paper import Known, Shape, sent
+from attention_zoo.parallel.sequence.paper import Known, Sent, Shape, sent
 from attention_zoo.registry import available, build, wrappers
 from attention_zoo.results.row import Row
 
@@ -110,13 +110,13 @@ class Mechanism:
         return None
 
     def at(self, length: int, devices: int, device: Device) -> Cost:
-        """One step on so many devices."""
+        """One step on so many devices; on one nothing is sent, and there is a cost whatever is refused."""
         model, shape = self.model, Shape(self.model.rows, length, devices, self.dtype)
         if self.column is None:
             self.column = column(self.built, self.dtype)
             self.core = core_flops(build(self.name, dim=model.dim, heads=model.heads, causal=True))
         own = model.rows * -(-length // devices)
-        layers = sent(self.built, shape, self.known)
+        layers = sent(self.built, shape, self.known) if devices > 1 else []
         kept = model.depth * own * self.column.kept
         travelling = model.depth * sum(each.held for each in layers)
         weights = self.parameters * (2 * shape.width + ADAM)
@@ -125,14 +125,22 @@ class Mechanism:
         core = model.depth * model.rows * self.core(length) / devices * (self.slower or 1.0)
         computing = (model.depth * own * self.column.flops + core) / device.matmul
         linking = model.depth * each_layer / device.link
-        lots = model.depth if any(each.waits for each in layers) else 0
-        if lots and layers[0].waits and self.built.stack.travels is None:
-            lots = min(model.rows, 2 * devices)
-        busy = lots / (lots + devices - 1) if lots else 1.0
+        busy = self._busy(layers, devices, computing * device.matmul / model.depth)
         return Cost(
             kept, travelling, held, each_layer, model.depth * each_layer, computing, linking, busy,
             _breaks(held / device.memory, linking / max(computing, 1e-12), busy, computing / busy + linking),
         )  # fmt: skip
+
+    def _busy(self, layers: Sequence[Sent], devices: int, flops: float) -> float:
+        """The share of the time that no device waits for the one before, where one computes so much for a layer."""
+        waiting = [each for each in layers if each.waits]
+        if not waiting:
+            return 1.0
+        at_once = layers[0].waits and self.built.stack.travels is None
+        lots = min(self.model.rows, 2 * devices) if at_once else self.model.depth
+        turn = waiting[0].turn
+        share = 1.0 if turn is None else min(1.0, (turn.products + turn.scores * (self.slower or 1.0)) / flops)
+        return lots / (lots + (devices - 1) * share)
 
 
 def _breaks(memory: float, link: float, busy: float, seconds: float) -> tuple[str, float]:

@@ -26,6 +26,16 @@ HEAD = (
     "columns", "devices", "activations", "from others", "held in all", "sent a layer", "sent a step", "computing",
     "link", "busy", "a step", "breaks first",
 )  # fmt: skip
+ASSUMED: dict[str, tuple[Any, str]] = {
+    "memory": ("80GB", "of an H100 SXM, by its data sheet"),
+    "matmul": (3.5e14, "assumed: 70 % of the 494 TFLOP/s of dense TF32 in the H100 SXM's data sheet"),
+    "link": (
+        5e10, "assumed: 400 Gb/s of NDR InfiniBand a device, as in NVIDIA's DGX H100 data sheet, also between devices "
+        "of one machine, whose NVLink is faster",
+    ),
+}  # fmt: skip
+"""What a device is taken for until somebody says, and on whose word. No GPU of ours was measured."""
+GIVEN = "given by whoever asked"
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Many = Annotated[list[Positive], Field(min_length=1)]
 
@@ -39,7 +49,7 @@ class PlanConfig:
         memory: of a device, such as 80GB.
         matmul: FLOPs a second of large matrix products on it.
         link: bytes a second that it sends to another.
-        stated: where these three come from; stands on the page.
+        stated: where these three come from; stands on the page. null: what `ASSUMED` says of those that are its own.
         dim, heads, depth, vocab, rows: of the model, and of a batch.
         dtype: float32 | bfloat16, of weights and activations.
         backends: names; null: all.
@@ -49,10 +59,10 @@ class PlanConfig:
 
     lengths: Many = field(default_factory=lambda: [2**20, 2**22, 2**24])
     devices: Many = field(default_factory=lambda: [8, 64, 512])
-    memory: Any = "80GB"
-    matmul: Rate = 3.5e14
-    link: Rate = 5e10
-    stated: Text = "assumed"
+    memory: Any = ASSUMED["memory"][0]
+    matmul: Rate = ASSUMED["matmul"][0]
+    link: Rate = ASSUMED["link"][0]
+    stated: Text | None = None
     dim: Positive = 512
     heads: Positive = 8
     depth: Positive = 12
@@ -99,7 +109,7 @@ def page(config: PlanConfig) -> Iterator[str]:
         f"{config.dtype}, causal, every mechanism at its default options, parallel.sequence = devices; AdamW, no "
         f"recomputing of blocks. Nothing here was run at these lengths. A device has {units.size(device.memory)}, "
         f"{device.matmul / 1e12:g} TFLOP/s in large matrix products, and sends {device.link / 1e9:g} GB/s: "
-        f"{config.stated}."
+        f"{_sources(config)}."
     )
     yield ""
     yield (
@@ -117,11 +127,20 @@ def page(config: PlanConfig) -> Iterator[str]:
         yield f"## {mechanism.name}"
         yield ""
         if (refused := mechanism.refused()) is not None:
-            yield f"No way yet: {refused}."
-            continue
+            yield f"No way over several devices yet: {refused}. What one device would need:"
+            yield ""
         yield _measured(mechanism, known)
         yield ""
-        yield markdown(HEAD, list(lines(mechanism, config.lengths, config.devices, device)))
+        devices = config.devices if refused is None else [1]
+        yield markdown(HEAD, list(lines(mechanism, config.lengths, devices, device)))
+
+
+def _sources(config: PlanConfig) -> str:
+    """Where the figures of a device come from."""
+    if config.stated is not None:
+        return config.stated
+    said = [f"{name} {source if getattr(config, name) == own else GIVEN}" for name, (own, source) in ASSUMED.items()]
+    return "; ".join([*said, "nothing of it was measured here"])
 
 
 def lines(mechanism: Mechanism, lengths: Sequence[int], devices: Sequence[int], device: Device) -> Iterator[list[str]]:

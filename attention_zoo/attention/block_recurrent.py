@@ -28,7 +28,8 @@ Here: the gate is "skip", fixed or LSTM, by the paper's formulae. Scores are sca
 positions of the house (`none`, `rotary`, `alibi`) instead of T5's; keys that the state sees are not rotated. Blocks
 count the tokens of a document, not columns or calls: an open block waits in the state of decoding, for its tokens are
 among the keys of the window. `truncate` says after how many blocks gradients stop.
-Processes that share a row hand window and state on, one after the other in a layer (model/placed.py).
+Processes that share a row fetch the window's keys from their owners and attend to it all at once; only the state goes
+from one to the next (attention/block_recurrent_placed.py).
 
 When: something small must be carried far, at constant cost. Flip-flop (128 tokens, window and states 8, model=tiny, one
 seed): accuracy 0.71 after 300 steps beside 0.67 of a window of 8, and 0.997 after 800 beside 0.63; RMT's copy task with
@@ -54,6 +55,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attention_zoo.attention.block_recurrent_placed import output_in_place
 from attention_zoo.attention.operator import one_operator
 from attention_zoo.attention.pattern import PatternAttention, hide
 from attention_zoo.contract import Abilities, Attention, Output, Source, Tokens, at_least
@@ -115,6 +117,8 @@ class BlockRecurrent(Attention):
         positions=("none", "rotary", "alibi"),
         grouped_heads=True,
     )
+    travels = "keys of the window by need, and the state, from each process to the next"
+    hands_on = True
 
     def __init__(
         self,
@@ -191,6 +195,8 @@ class BlockRecurrent(Attention):
     ) -> Output:
         """See `Layer`. With a state, every call's output equals the last rows of the whole prefix."""
         x, layout = self.enter(x, tokens, state, source, choices)
+        if layout.placement is not None:
+            return output_in_place(self, x, layout)
         near, columns = self.local.look(x, layout, None if state is None else state.columns)
         held = Host.plain(len(x), 0) if state is None else state.columns.ledger.host
         order = self._turns(layout, columns.tokens, held, state is not None)
@@ -223,13 +229,19 @@ class BlockRecurrent(Attention):
             if torch.is_grad_enabled() and k.is_inference():
                 k, v = k.clone(), v.clone()  # autograd saves no tensor of inference mode
             return state.vectors, k, v
+        return self.gone_through(order, columns, None if state is None else state.vectors)
+
+    def gone_through(
+        self, order: Turns, columns: Columns, held: Float[Tensor, "B S E"] | None
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """All states, as `_states`; `held`: what rows held before, None: nothing is kept."""
         # sums over many blocks are kept in float32 at least
         first = self.initial.to(torch.promote_types(self.initial.dtype, torch.float32))[None]
-        if state is not None:
-            first = torch.cat([first, state.vectors.to(first.dtype)])
+        if held is not None:
+            first = torch.cat([first, held.to(first.dtype)])
         k, v = (self._blocks(each, order) for each in self.local.plain(columns))
         stops = None if self.truncate is None else (order.block + 1) % self.truncate == 0
-        course = Course(order.counts, order.start, stops, self.scale, keeps=state is not None)
+        course = Course(order.counts, order.start, stops, self.scale, keeps=held is not None)
         k, v, vectors = recur(first, k, v, self._weights(first.dtype), course)
         return vectors, k, v
 
@@ -292,14 +304,22 @@ class Window(PatternAttention):
 
     def look(self, x: Tensor, layout: Layout, held: Columns | None) -> tuple[Float[Tensor, "B H L D"], Columns]:
         """What tokens see of the window, and the columns that it was seen in."""
-        q, k, v = (self._heads(to(x)) for to in (self.to_q, self.to_k, self.to_v))
-        turned = self.scheme.turn(k, layout)
-        new = (turned, v, k) if self.rotates else (k, v)
+        q, new = self._heads(self.to_q(x)), self.own(x, layout)
         columns = Columns.of(layout, *new) if held is None else held.append(layout, *new, horizon=self._horizon)
+        return self.seen(q, layout, columns), columns
+
+    def own(self, x: Tensor, layout: Layout) -> tuple[Float[Tensor, "B K L D"], ...]:
+        """Keys and values of tokens; and keys without positions, where those have some."""
+        k, v = (self._heads(to(x)) for to in (self.to_k, self.to_v))
+        turned = self.scheme.turn(k, layout)
+        return (turned, v, k) if self.rotates else (k, v)
+
+    def seen(self, q: Float[Tensor, "B H L D"], layout: Layout, columns: Columns) -> Float[Tensor, "B H L D"]:
+        """What queries, not turned yet, see of the window in some columns, of which theirs are the last."""
         keys, values, *_ = columns.held
         q = self.scheme.turn(q, layout)
         call = PatternCall(self, q, keys, values, layout, columns.tokens, self.scale, columns=columns)
-        return self._run(call, self.kernel), columns
+        return self._run(call, self.kernel)
 
     def plain(self, columns: Columns) -> tuple[Float[Tensor, "B K S D"], Float[Tensor, "B K S D"]]:
         """Keys without positions, and values."""

@@ -203,6 +203,8 @@ class Compressive(RelativeAttention):
         sizes, L = self._sizes, x.shape[1]
         columns = self._append(x, layout, None if state is None else state.columns)
         hidden, keys = columns.held[0].to(x.dtype), columns.tokens
+        if not L:  # a process may own no column, and takes part in what is fetched
+            return Output(self.to_out(zeros_for(q, (q, hidden))))
         slots, states = self._slots(hidden, keys, state)
         table = torch.cat([states.detach(), hidden], 1) if states.shape[1] else hidden
         losses: dict[str, Tensor] = {}

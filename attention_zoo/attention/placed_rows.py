@@ -32,9 +32,15 @@ class Cut(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """Rows that need no key of others, of the own keys; and the others, of all keys, before and behind them."""
+    """Rows that need no key of others, of the own keys; and the others, of all keys, before and behind them.
+
+    Fields:
+        kept: which rows of `alone` these are. Two-sided it is all rows on all own keys, since kernels of a band want
+            queries that end with their keys: a few rows more are computed, and left out.
+    """
 
     alone: Cut
+    kept: slice
     rest: tuple[Cut, ...]
 
 
@@ -65,7 +71,10 @@ def cuts_of(
         return Cut(rows, slice(*np.searchsorted(held, [low, high]).tolist()))
 
     rest = [cut(start, stop_, columns) for start, stop_ in ((0, a), (b, len(own))) if stop_ > start]
-    return Cuts(cut(a, b, own), tuple(rest))
+    every = slice(0, len(own))
+    if causal:
+        return Cuts(cut(a, b, own), slice(0, b - a), tuple(rest))
+    return Cuts(Cut(every, every), slice(a, b), tuple(rest))
 
 
 def _longest(mask: Bool[np.ndarray, " n"]) -> tuple[int, int]:
@@ -103,7 +112,7 @@ def in_order(
         alone: the call on the own keys.
         whole: waits for the others' keys: the call on all of them.
     """
-    found = {cuts.alone.rows.start: run(part_of(alone, cuts.alone))}
+    found = {cuts.alone.rows.start + cuts.kept.start: run(part_of(alone, cuts.alone))[:, :, cuts.kept]}
     call = whole()
     for cut in cuts.rest:
         found[cut.rows.start] = run(part_of(call, cut))

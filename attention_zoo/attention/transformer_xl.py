@@ -163,6 +163,8 @@ class TransformerXL(RelativeAttention):
         q = self._heads(q)
         columns = self._append(x, layout, self._begun(state, x, layout) if self.starts_blank else state)
         hidden, keys = columns.held[0].to(x.dtype), columns.tokens
+        if not x.shape[1]:  # a process may own no column, and takes part in what is fetched
+            return Output(self.to_out(zeros_for(q, (q, hidden)).transpose(1, 2).flatten(2)))
         kernel = choose(self.name, KERNELS, self.kernel, self._call(x, keys, self._lowest)).name
         if kernel == "absorbed":
             key = ("few", x.shape[1], *self._lengths)

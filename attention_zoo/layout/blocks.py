@@ -161,6 +161,8 @@ def _in_turns(lane: Int[np.ndarray, " n"]) -> tuple[Array, Int[np.ndarray, " G"]
 
 def _filled(which: Array, valid: Array, otherwise: Array) -> Array:
     """Padding joins whoever stands before it, or after it, so that it parts nobody; rows of padding are `otherwise`."""
+    if not which.shape[1]:  # a process may own no column
+        return which
     column = np.where(valid, np.arange(which.shape[1]), valid.argmax(1)[:, None])
     filled = np.take_along_axis(which, np.maximum.accumulate(column, 1), 1)
     return np.where(valid.any(1, keepdims=True), filled, otherwise)

@@ -70,10 +70,7 @@ def _halo(layout: Layout, asked: Placement, oldest: Oldest, segment: int, last: 
     mine: list[Array] = []
     for rank, columns in enumerate(placement.columns):
         if len(columns) and int(columns[-1] - columns[0]) + 1 != len(columns):
-            raise Unsupported(
-                "a halo", "columns in several runs", "what stands before the own columns is one stretch",
-                "contiguous columns (zig-zag is for models of rings alone)",
-            )  # fmt: skip
+            raise _in_several_runs()
         rows = []
         for row, there in enumerate(valid):
             tokens = asked.columns[rank][asking.valid[row, asked.columns[rank]]]
@@ -95,10 +92,58 @@ def _halo(layout: Layout, asked: Placement, oldest: Oldest, segment: int, last: 
         needs.append(np.unique(np.concatenate(rows)) if rows else np.zeros(0, np.int64))
         if rank == placement.rank:
             mine = rows
-    own_needs = needs[placement.rank]
-    before = Placement.chosen(placement.whole, own_needs)
-    wanted = np.stack([np.isin(own_needs, row) for row in mine]) if mine else np.zeros((0, len(own_needs)), bool)
+    return _behind(layout, tuple(needs), mine, within=within)
+
+
+def held_before(layout: Layout, span: int) -> Halo:
+    """What a state that came from the process before would hold: of each row's document that stood last before the own
+    columns its tokens within `span` positions of the next, whether an own token goes on with it or not.
+
+    `keys` knows which document that is and where it stands, be there own tokens or none.
+
+    Raises:
+        Unsupported: where columns are not in the order of processes, in one run each.
+    """
+    return layout.plan(("held before", span), lambda: _held_before(layout, span))
+
+
+def _held_before(layout: Layout, span: int) -> Halo:
+    placement: Placement = layout.placement
+    host = placement.whole.host
+    starts = np.cumsum([0, *map(len, placement.columns)])
+    if not np.array_equal(np.concatenate(placement.columns), np.arange(starts[-1])):
+        raise _in_several_runs()
+    valid = [np.flatnonzero(row) for row in host.valid]
+    needs = []
+    mine: list[Array] = []
+    for rank, start in enumerate(starts[:-1]):
+        rows = []
+        for row, there in enumerate(valid):
+            stop = int(np.searchsorted(there, start))
+            found = there[max(0, stop - span) : stop]
+            if len(found):
+                position, document = host.position[row, found], host.document[row, found]
+                found = found[(document == document[-1]) & (position > position[-1] - span)]
+            rows.append(found)
+        needs.append(np.unique(np.concatenate(rows)) if rows else np.zeros(0, np.int64))
+        if rank == placement.rank:
+            mine = rows
+    return _behind(layout, tuple(needs), mine, within=True)
+
+
+def _behind(layout: Layout, needs: tuple[Array, ...], mine: list[Array], *, within: bool) -> Halo:
+    """Args: mine: of each row, which of this process's needs."""
+    placement: Placement = layout.placement
+    own = needs[placement.rank]
+    before = Placement.chosen(placement.whole, own)
+    wanted = np.stack([np.isin(own, row) for row in mine]) if mine else np.zeros((0, len(own)), bool)
     if not bool(wanted.all()):
         before = Layout.known(before.host.only(wanted), layout.valid.device)
-    keys = behind(before, layout) if len(own_needs) else layout
-    return Halo(tuple(needs), keys, len(own_needs), within)
+    return Halo(needs, behind(before, layout) if len(own) else layout, len(own), within)
+
+
+def _in_several_runs() -> Unsupported:
+    return Unsupported(
+        "a halo", "columns in several runs", "what stands before the own columns is one stretch",
+        "contiguous columns (zig-zag is for models of rings alone)",
+    )  # fmt: skip

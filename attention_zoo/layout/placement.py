@@ -122,6 +122,11 @@ class Placement:
         return found
 
 
+def alone(layout: Layout) -> Layout:
+    """A shard's tokens, as if there were no others; one object."""
+    return layout.plan("alone", lambda: Layout(*layout)._with(layout.host))
+
+
 def contiguous(length: int, size: int) -> tuple[Array, ...]:
     """Columns in runs of about the same length, one for each process: what a window wants."""
     at_least(0, length=length)

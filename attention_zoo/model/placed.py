@@ -17,12 +17,10 @@ from torch import Tensor, nn
 
 from attention_zoo.contract import Attention, Layer, Output, Source, Tokens, Unsupported, able, add_losses
 from attention_zoo.layout.layout import Layout
-from attention_zoo.layout.placement import Placement
-from attention_zoo.ops.hand_over.pipeline import Neighbours, in_turn
-from attention_zoo.ops.hand_over.wire import Wire
+from attention_zoo.layout.placement import Placement, alone
+from attention_zoo.ops.hand_over.pipeline import in_turn, neighbours
 
 OPTION = "parallel.sequence"
-KIND = "states"
 
 
 def called(
@@ -40,8 +38,16 @@ def called(
     return handed_over(layer, x, tokens, parts=parts)
 
 
-def stack_of(model: Any) -> Callable[..., Output]:
-    """The model's stack, for the columns that this process owns."""
+def stack_of(model: Any, *, last_only: bool) -> Callable[..., Output]:
+    """The model's stack, for the columns that this process owns.
+
+    Raises:
+        Unsupported: for `last_only`.
+    """
+    if last_only:
+        raise Unsupported(
+            "last_only=True", OPTION, "a row's last token is with one process alone", "last_only=False and its columns"
+        )
     return partial(_stacked, model)
 
 
@@ -73,21 +79,6 @@ def handed_over(layer: Layer, x: Tensor, layout: Layout, *, parts: int = 1) -> O
     return Output(torch.cat([out.hidden for out in outs]) if len(outs) > 1 else outs[0].hidden, None, losses)
 
 
-def alone(layout: Layout) -> Layout:
-    """The same tokens, as if there were no others; one object."""
-    return layout.plan("alone", lambda: Layout(*layout)._with(layout.host))
-
-
-def neighbours(placement: Placement, device: torch.device) -> Neighbours:
-    """Of this process, where columns are in the order of processes."""
-    rank, size = placement.rank, placement.size
-
-    def wire(peer: int) -> Wire | None:
-        return Wire(placement.group, peer, device) if 0 <= peer < size else None
-
-    return Neighbours(wire(rank - 1), wire(rank + 1), lambda way, count: placement.traffic.add(KIND, way, count))
-
-
 def _name(layer: Layer) -> str:
     return str(getattr(layer, "name", type(layer).__name__))
 
@@ -108,6 +99,11 @@ def check_handed_over(layer: Layer, placement: Placement) -> Layer:
         raise Unsupported(
             name, f"{OPTION} with columns in several runs", "its state goes from each process to the next",
             "contiguous columns (zig-zag is for models of rings alone)",
+        )  # fmt: skip
+    if not all(map(len, placement.columns)):
+        raise Unsupported(
+            name, f"{OPTION} with a process that owns no column", "its state goes through a call of each process",
+            "a column for every process, be it padding",
         )  # fmt: skip
     host, first = placement.whole.host, [each for each in mechanisms(layer) if each.abilities.global_tokens != "any"]
     put_in = any(getattr(each, "adds_global_tokens", False) for each in first)

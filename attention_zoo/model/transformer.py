@@ -269,7 +269,7 @@ class Transformer(nn.Module):
         elif state is not None:
             tokens, new = _placed(state, tokens, (ids.shape[0], ids.shape[1]), fresh)
         x = self._embed(ids, tokens, types)
-        run = self.stack if getattr(tokens, "placement", None) is None else stack_of(self)
+        run = self.stack if getattr(tokens, "placement", None) is None else stack_of(self, last_only=last_only)
         out = run(x, tokens, state=None if state is None else state.layers, source=source)
         hidden, asked = out.hidden, tokens.valid if said and tokens is not None else None
         if last_only:

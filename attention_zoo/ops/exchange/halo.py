@@ -27,16 +27,25 @@ def behind_halo(
     """
     if not any(map(len, halo.needs)):
         return x
-    placement, length = layout.placement, layout.placement.whole.valid.shape[1]
+    found = route_of(layout, halo, x.device)
+    return torch.cat([fetched(x if learns else x.detach(), found.route, kind), x], 1)
+
+
+def route_of(layout: Layout, halo: Halo, device: torch.device) -> Fetch:
+    """How a halo's columns come; one object for each.
+
+    Args:
+        layout: of the own columns, with their placement.
+    """
 
     def route() -> tuple[Fetch, Halo]:
+        placement, length = layout.placement, layout.placement.whole.valid.shape[1]
         wanted = [np.zeros((1, length), bool) for _ in halo.needs]
         for mask, columns in zip(wanted, halo.needs):
             mask[0, columns] = True
-        found = fetching(placement, wanted, x.device)
+        found = fetching(placement, wanted, device)
         assert np.array_equal(found.columns, halo.needs[placement.rank]), "columns lie in the order of processes"
         return found, halo
 
     # the plan keeps what the key's id is of
-    found = layout.plan(("halo's route", id(halo), x.device), route)[0]
-    return torch.cat([fetched(x if learns else x.detach(), found.route, kind), x], 1)
+    return layout.plan(("halo's route", id(halo), device), route)[0]

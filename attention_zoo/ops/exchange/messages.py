@@ -18,7 +18,8 @@ from torch import Tensor
 from attention_zoo.layout.placement import Placement
 
 KINDS = 4
-"""Of messages of one exchange between the same two processes, one way: see `Messages`."""
+"""Of messages of one exchange between the same two processes, one way: see `Messages`. The last is never one of them:
+its tags are those of states that are handed on (ops/hand_over/wire.py)."""
 _LARGEST = 1 << 30  # of a tag, an int32
 _counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
@@ -46,7 +47,7 @@ class Messages:
 
         Args:
             number: of the exchange.
-            kind: below `KINDS`, tells messages of one exchange between the same two processes apart.
+            kind: below `KINDS - 1`, tells messages of one exchange between the same two processes apart.
             sent, received: for each process, contiguous; what is received is written there until `wait` returns.
             names: under which they are counted: (what, forward or backward).
         """

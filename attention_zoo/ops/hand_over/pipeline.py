@@ -21,10 +21,13 @@ import torch
 from torch import Tensor
 
 from attention_zoo.layout.layout import Layout
+from attention_zoo.layout.placement import Placement
 from attention_zoo.ops.hand_over.tree import Leaf, flattened, grown, leaves
 from attention_zoo.ops.hand_over.wire import GRADIENTS, STATES, Wire
 
 Count = Callable[[str, int], None]
+KIND = "states"
+"""Under which bytes are counted."""
 
 
 class Neighbours(NamedTuple):
@@ -38,6 +41,16 @@ class Neighbours(NamedTuple):
     before: Wire | None
     after: Wire | None
     told: Count
+
+
+def neighbours(placement: Placement, device: torch.device) -> Neighbours:
+    """Of this process, where columns are in the order of processes."""
+    rank, size = placement.rank, placement.size
+
+    def wire(peer: int) -> Wire | None:
+        return Wire(placement.group, peer, device) if 0 <= peer < size else None
+
+    return Neighbours(wire(rank - 1), wire(rank + 1), lambda way, count: placement.traffic.add(KIND, way, count))
 
 
 def received(x: Tensor, pattern: Any, wire: Wire, count: Count) -> tuple[Tensor, Any]:

@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from attention_zoo.ops.exchange.messages import KINDS
 from attention_zoo.ops.hand_over.tree import Leaf
 
 GRAIN = 16
 """Bytes at whose multiples each tensor begins in the buffer: at least the size of any number."""
-STATES, GRADIENTS = 11, 12
-"""Tags of the two directions."""
+STATES, GRADIENTS = KINDS - 1, 2 * KINDS - 1
+"""Tags of the two directions, which no exchange has (ops/exchange/messages.py): a model may do both."""
 
 _on_the_way: list[tuple[Any, Tensor]] = []
 

@@ -98,7 +98,7 @@ def refuse_options(model: nn.Module, asked: Asked) -> None:
             "trainer.carry_state=true", OPTION, "a sequence is one call, from its beginning",
             "trainer.carry_state=false",
         )  # fmt: skip
-    handed = [layer for layer in beyond_columns(model) if layer.travels is None]
+    handed = [layer for layer in beyond_columns(model) if layer.travels is None or layer.hands_on]
     if asked.recompute and handed:
         name = str(getattr(handed[0], "name", type(handed[0]).__name__))
         raise Unsupported(

@@ -11,6 +11,7 @@ For causal models on rows without padding, N processes, L columns, D head width,
     hidden states     Σ_r (start_r - oldest_r) · E         backward as many where a cut lies within a segment, else none
     taps              Σ_r min(width - 1, start_r) · E
     a handed state    Σ_r bytes(start_r)                   counted of states at two lengths, a line through them
+    block_recurrent   a window, and (N - 1) · S vectors    keys without rotation travel besides where there is one
 
 Everything but the links and the line is exact, and tested against what processes send (tests/test_sequence_plan.py).
 """
@@ -27,6 +28,8 @@ import torch
 from torch import nn
 
 from attention_zoo.attention.bigbird import BigBird
+from attention_zoo.attention.block_recurrent import BlockRecurrent
+from attention_zoo.attention.block_recurrent_placed import Handed
 from attention_zoo.attention.h_transformer_1d import HTransformer1D
 from attention_zoo.attention.memory_compressed import MemoryCompressed
 from attention_zoo.attention.pattern import PatternAttention
@@ -67,6 +70,18 @@ class Shape:
         return self.dtype.itemsize
 
 
+class Turn(NamedTuple):
+    """What one process computes of a layer between a state that comes and one that goes: FLOPs, forward and backward.
+
+    Fields:
+        products: of projections.
+        scores: of scores and weighted values.
+    """
+
+    products: float
+    scores: float
+
+
 class Sent(NamedTuple):
     """Bytes that all processes together send for one layer.
 
@@ -75,6 +90,7 @@ class Sent(NamedTuple):
         forward, backward: bytes.
         held: of what comes to the process that gets most: bytes that it keeps until backward.
         waits: whether each process waits for the one before.
+        turn: with what it waits; None: with all that the layer computes.
     """
 
     way: str
@@ -82,6 +98,7 @@ class Sent(NamedTuple):
     backward: float
     held: float
     waits: bool = False
+    turn: Turn | None = None
 
     @property
     def bytes(self) -> float:
@@ -121,7 +138,10 @@ def _sent(
         yield from _sent(module.inside, counts, zigzag, inside, model, known)
         yield from _sent(module.after, borders, zigzag, shape, model, known)
     elif isinstance(module, Layer) and module.travels != "":
-        yield _of_layer(module, borders, zigzag, shape, model, known)
+        if isinstance(module, BlockRecurrent):
+            yield from _of_blocks(module, borders, shape)
+        else:
+            yield _of_layer(module, borders, zigzag, shape, model, known)
     else:
         for child in module.children():
             yield from _sent(child, borders, zigzag, shape, model, known)
@@ -152,6 +172,22 @@ def _of_layer(layer: Any, borders: list[int], zigzag: bool, shape: Shape, model:
     if isinstance(layer, PatternAttention) and isinstance(layer.reach, Band):
         return _halo("need", _banded(layer, layer.reach, starts), keys)
     raise Unsupported(str(layer.name), f"{OPTION} on paper", "no formula says what it sends", "a run, which counts it")
+
+
+def _of_blocks(layer: BlockRecurrent, borders: list[int], shape: Shape) -> Iterator[Sent]:
+    """Keys of the window, and the state that goes on."""
+    starts, tensors = borders[1:-1], 3 if layer.local.rotates else 2
+    each = tensors * layer.kv_heads * layer.head_width * shape.rows * shape.width
+    yield _halo("need", [min(layer.window, at) for at in starts], each)
+    tensor, codes = flattened(Handed(layer.initial_state(shape.rows).vectors))
+    state = sum(map(_room, tensor))
+    forward, count = state + 8 * (len(codes) + 1), len(starts)
+    S, E, D, out = layer.states, layer.dim, layer.head_width, 1 if layer.gate == "fixed" else 3
+    blocks = shape.rows * shape.length / shape.processes / layer.window
+    # of each vector: keys, values, queries of two kinds, and what is made of what it found
+    projected = 2 * E * D * (2 * layer.kv_heads + 2 * layer.heads) + 2 * 2 * layer.heads * D * E * out
+    turn = Turn(3.0 * blocks * S * projected, 3.0 * blocks * S * 4 * layer.heads * D * (S + layer.window))
+    yield Sent("states", count * forward, count * state, forward if count else 0.0, waits=True, turn=turn)
 
 
 def _halo(way: str, columns: list[float] | list[int], each: int) -> Sent:
