@@ -105,7 +105,7 @@ def _beside(x: Float[Tensor, "B ... L D"], cos: Tensor, sin: Tensor) -> tuple[Te
 
 def _turned(x: Float[Tensor, "B ... L D"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B ... L D"]:
     if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-        return _Turn.apply(x, cos, sin, 1)  # type: ignore[no-any-return]
+        return _Turn.apply(x, cos, sin, 1, _dense(x))  # type: ignore[no-any-return]
     return _mixed(x, cos, sin, 1)
 
 
@@ -114,15 +114,26 @@ def _mixed(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, value=way)
 
 
+def _dense(x: Tensor) -> tuple[int, ...] | None:
+    """Its strides, where it is what a projection writes, seen by heads: so its gradient has to lie for that, too."""
+    if x.ndim != 4:
+        return None
+    _, H, L, D = x.shape
+    return x.stride() if x.stride() == (L * H * D, D, H * D, 1) else None
+
+
 class _Turn(torch.autograd.Function):
-    """Its gradient is turned back. Only angles are saved."""
+    """Its gradient is turned back, into memory as x lies. Only angles are saved."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, way: int, strides: tuple[int, ...] | None) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.way = way
-        return _mixed(x, cos, sin, way)
+        ctx.way, ctx.strides = way, strides
+        if strides is None or x.stride() == strides:
+            return _mixed(x, cos, sin, way)
+        out = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+        return torch.mul(x, cos, out=out).addcmul_(x.roll(x.shape[-1] // 2, -1), sin, value=way)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Turn.apply(grad, *ctx.saved_tensors, -ctx.way), None, None, None
+        return _Turn.apply(grad, *ctx.saved_tensors, -ctx.way, ctx.strides), None, None, None, None
