@@ -57,13 +57,14 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.attention.compressive_functions import LEARNED, Compression, picked, queries_of, with_frozen
+from attention_zoo.attention.compressive_functions import LEARNED, Compression, used_most
+from attention_zoo.attention.compressive_loss import Picked, squares
 from attention_zoo.attention.compressive_lots import lots_of
-from attention_zoo.attention.compressive_plans import Evicted, Sizes, Slots, few_of, pieces_of, slots_of
+from attention_zoo.attention.compressive_plans import Sizes, Slots, few_of, pieces_of, slots_of
 from attention_zoo.attention.operator import refuse_export
 from attention_zoo.attention.relative import RelativeAttention
 from attention_zoo.contract import Operands, Output
-from attention_zoo.layout.host import Array, tensor_of
+from attention_zoo.layout.host import Array
 from attention_zoo.layout.kernel import choose, triton_reason
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon, gathered, none
@@ -75,6 +76,7 @@ from attention_zoo.ops.softmax.function import watch, zeros_for
 from attention_zoo.options import Natural, NonNegative, Positive
 from attention_zoo.rules import OneOf
 from attention_zoo.tokens import Tokens
+
 
 class Memories(NamedTuple):
     """What the next token can still see, detached.
@@ -285,12 +287,13 @@ class Compressive(RelativeAttention):
         B = len(hidden)
         before = keys.plan("no slots", lambda: none(B, hidden.device).layout) if state is None else state.slots.tokens
         slots = slots_of(keys, before, self._sizes, LEARNED.get(self.compression, 1))
-        held = hidden[:, :0].detach() if state is None else state.slots.held[0].to(hidden.dtype)
+        held = None if state is None else state.slots.held[0].to(hidden.dtype)
         if not slots.new:
-            return slots, held
+            return slots, hidden[:, :0].detach() if held is None else held
         used_most = self.compression == "most_used"
         made = gathered(hidden.detach(), self._used_most(hidden, slots)) if used_most else self._made(hidden, slots)
-        return slots, torch.cat([held, made.to(hidden.dtype)], 1)
+        made = made.to(hidden.dtype)
+        return slots, made if held is None else torch.cat([held, made], 1)
 
     def _made(self, hidden: Float[Tensor, "B N E"], slots: Slots) -> Float[Tensor, "B new E"]:
         taps = slots.taps.flatten(1)
@@ -315,57 +318,38 @@ class Compressive(RelativeAttention):
         if not evicted:
             return {"reconstruction": q.new_zeros(())} if count else {}
         G, new = states.shape[1], slots.new
-        k, v, q = k.detach()[:, G:], v.detach()[:, G:], q.detach()
         if q.shape[1] < hidden.shape[1]:  # the segment began in an earlier call
             with torch.no_grad():
                 q = self._heads(self.to_q(hidden))
-        fresh = states[:, G - new :]
-        k_new, v_new = (self._heads(with_frozen(layer, fresh)) for layer in (self.to_k, self.to_v))
-        total = fresh.new_zeros((), dtype=torch.promote_types(fresh.dtype, torch.float32))
-        for each in evicted:
-            asked, rows, at = queries_of(each, q)
-            with torch.no_grad():
-                wanted = self._content(asked, *(picked(x, each.row, each.tokens) for x in (k, v)))
-            found = self._content(asked, *(picked(x, each.row, each.slots) for x in (k_new, v_new)))
-            gap = (found - wanted).to(total.dtype).square().mean((1, 3))
-            total = total + (gap[rows, at] if at is not None else gap).sum()
-        return {"reconstruction": self.reconstruction * total / count}
+        total = squares(
+            q, k, v, states[:, G - new :] if new < G else states, (self.to_k, self.to_v), evicted, held=G - new,
+            scale=self.scale,
+        )  # fmt: skip
+        return {"reconstruction": total * (self.reconstruction / (self.heads * self.head_width * count))}
 
-    def _evicted(self, slots: Slots, columns: int, layout: Layout) -> tuple[tuple[Evicted, ...], int]:
+    def _evicted(self, slots: Slots, columns: int, layout: Layout) -> tuple[tuple[Picked, ...], int]:
         """What leaves memory at the end of a segment in this call, and how many queries the loss is a mean of."""
+        device = layout.valid.device
         if layout.placement is None:
-            return slots.evicted, sum(int((each.queries >= 0).sum()) for each in slots.evicted)
+
+            def find() -> tuple[tuple[Picked, ...], int, Slots]:
+                count = sum(int((each.queries >= 0).sum()) for each in slots.evicted)
+                return tuple(Picked.of(each, device) for each in slots.evicted), count, slots
+
+            return layout.plan(("evicted", id(slots)), find)[:2]
         whole = layout.placement.whole
         before = whole.plan("no slots", lambda: none(len(whole.valid), whole.valid.device).layout)
         everything = slots_of(whole, before, self._sizes, LEARNED.get(self.compression, 1)).evicted
         fetched = columns - layout.valid.shape[1]
         mine = (each.only(each.queries.max(1) >= fetched) for each in slots.evicted)
-        return tuple(each for each in mine if len(each.row)), sum(int((x.queries >= 0).sum()) for x in everything)
-
-    def _content(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "n H S D"]:
-        """Attention without positions, of [n, S, H, D]."""
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        found = tuple(Picked.of(each, device) for each in mine if len(each.row))
+        return found, sum(int((x.queries >= 0).sum()) for x in everything)
 
     @torch.no_grad()
     def _used_most(self, hidden: Float[Tensor, "B N E"], slots: Slots) -> Int[Tensor, "B new"]:
         """The columns of the states that are kept."""
         q, k = (self._heads(layer(hidden)) for layer in (self.to_q, self.to_k))
-        kept = torch.zeros(len(hidden), slots.new, dtype=torch.long, device=hidden.device)
-        for each in slots.evicted:
-            asked, *_ = queries_of(each, q)
-            keys, count = picked(k, each.row, each.tokens), each.slots.shape[1]
-            there = tensor_of(each.queries >= 0, q.device)
-            for item, (mine, theirs) in enumerate(zip(asked, keys)):
-                scores = torch.einsum("shd,thd->hst", mine, theirs) * self.scale
-                used = (
-                    scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)) * there[item, :, None]
-                ).sum((0, 1))
-                best = used.topk(count).indices.sort().values
-                row = int(each.row[item])
-                columns = tensor_of(each.tokens[item], q.device)[best]
-                kept[row, tensor_of(each.slots[item], q.device)] = columns
-        return kept
+        return used_most(q, k, slots, scale=self.scale)
 
     # --- scores ----------------------------------------------------------------------------------------------------
 

@@ -13,9 +13,7 @@ from attention_zoo.layout.layout import Layout
 from attention_zoo.ops.relative.gathered import NUMBERS, PROGRAMS, Lot, LotPlan
 
 
-def lots_of(
-    keys: Layout, slots: Layout, queries: int, sizes: Sizes, *, heads: int, head_width: int
-) -> LotPlan | str:
+def lots_of(keys: Layout, slots: Layout, queries: int, sizes: Sizes, *, heads: int, head_width: int) -> LotPlan | str:
     """The last `queries` columns of the keys as queries; what they see stands in a table of the slots, then the keys.
 
     Made once for the same of all. Or why the kernel does not take them.

@@ -235,7 +235,7 @@ def _of_pattern(call: PatternCall) -> Tensor | None:
         return None
     n = bucket((reach.farthest or 0) + 2)  # beyond it is as at its ends: -inf
     find = lambda: (Layout.plain(1, 1, call.q.device, start=n), Layout.plain(1, 2 * n, call.q.device))  # noqa: E731
-    found = call.pattern.bias(*call.keys.plan(("distances", n), find))[0, :, 0]
+    found = call.pattern.bias(*call.keys.plan(("distances", n), find)).flatten(0, 2)
     return found.expand(call.q.shape[1], -1)
 
 

@@ -144,4 +144,3 @@ def _behind(like: Tensor, dtype: torch.dtype, whole: bool) -> Tensor:
     """A row more than this one has, for what nobody asked for; zeros where not all others are written."""
     made = like.new_empty(len(like) + 1, *like.shape[1:], dtype=dtype)
     return made if whole else made.zero_()
-

@@ -164,7 +164,7 @@ def gradients(
 ) -> tuple[
     Float[Tensor, "B H L D"], Float[Tensor, "4 B S H D"], Float[Tensor, "T H D"], Float[Tensor, "2 H D"]
 ]:  # fmt: skip
-    """Of q, [B, L, H, D] in memory; of k, v, k_own and v_own; of r, whose distances rise, and of u and w, in float32."""
+    """Of q, [B, L, H, D] in memory; of k, v, k_own, v_own; of r, whose distances rise; of u and w in float32."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     (B, H, L, D), S, T = q.shape, k.shape[2], table.shape[1]
     grad = grad.to(q.dtype)
