@@ -182,8 +182,10 @@ class AdaptiveSpan(PatternAttention):
         distance = (queries.position[:, :, None] - keys.position[:, None, :])[:, None].abs()
         left = ends - distance
         seen = left > 0 if self.own_token else (left > 0) & (distance > 0)
-        weight = (left / self.ramp).where(seen, 1).clamp(max=1)
-        return weight.log().masked_fill(~seen, -torch.inf)
+        hidden = ~seen
+        # the logarithm of what is hidden would have no finite gradient
+        weight = (left / self.ramp).masked_fill(hidden, 1).clamp(max=1)
+        return weight.log().masked_fill(hidden, -torch.inf)
 
     def bias_parameters(self) -> tuple[Tensor, ...]:
         return (self.span,)

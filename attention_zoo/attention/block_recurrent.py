@@ -257,6 +257,8 @@ class BlockRecurrent(Attention):
     def _blocks(self, x: Tensor, order: Turns) -> Float[Tensor, "n K W D"]:
         """The tokens of the blocks, of all columns [B, K, S, D]; a view where blocks stand side by side in one row."""
         members = order.members.reshape(-1)
+        if not len(members):
+            return x.detach().new_empty(0, x.shape[1], self.window, x.shape[3])
         start = int(members[0]) if len(members) else 0
         if len(x) == 1 and bool((members == np.arange(start, start + len(members))).all()):
             found = x[0].narrow(1, start, len(members)).transpose(0, 1)

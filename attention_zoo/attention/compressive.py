@@ -57,28 +57,25 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.attention.compressive_functions import LEARNED, Compression, picked, queries_of, with_frozen
-from attention_zoo.attention.compressive_plans import Evicted, Sizes, Slots, few_of, pieces_of, slots_of
+from attention_zoo.attention.compressive_functions import LEARNED, Compression, used_most
+from attention_zoo.attention.compressive_loss import Picked, squares
+from attention_zoo.attention.compressive_lots import lots_of
+from attention_zoo.attention.compressive_plans import Sizes, Slots, few_of, pieces_of, slots_of
 from attention_zoo.attention.operator import refuse_export
 from attention_zoo.attention.relative import RelativeAttention
 from attention_zoo.contract import Operands, Output
-from attention_zoo.layout.host import Array, tensor_of
-from attention_zoo.layout.kernel import Kernel, choose, triton_reason
+from attention_zoo.layout.host import Array
+from attention_zoo.layout.kernel import choose, triton_reason
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon, gathered, none
-from attention_zoo.ops.relative.call import KERNELS as RELATIVE
-from attention_zoo.ops.relative.call import RelativeCall
-from attention_zoo.ops.relative.projections import streams
+from attention_zoo.ops.relative.call import SEGMENTS, RelativeCall
+from attention_zoo.ops.relative.gathered import LotPlan, gathered_attention
+from attention_zoo.ops.relative.projections import streams, streams_of_several
 from attention_zoo.ops.relative.segments import segment_attention
 from attention_zoo.ops.softmax.function import watch, zeros_for
 from attention_zoo.options import Natural, NonNegative, Positive
 from attention_zoo.rules import OneOf
 from attention_zoo.tokens import Tokens
-
-KERNELS: tuple[Kernel[RelativeCall], ...] = (
-    RELATIVE[0],
-    Kernel("segments", lambda call: "segments", (), "each segment with its keys beside each other"),
-)
 
 
 class Memories(NamedTuple):
@@ -110,14 +107,14 @@ class Compressive(RelativeAttention):
         compression: mean | max | conv | dilated | most_used.
         reconstruction: factor on the loss of conv and dilated, which learn from nothing else; 0: they stay as drawn.
         untie_r: give each layer its own u and v, instead of one pair shared over depth.
-        kernel: auto | absorbed | segments. "absorbed" is for few queries and gives no gradients, "segments" does
-            everything. auto takes the first that fits.
+        kernel: auto | absorbed | triton | segments. "absorbed" is for few queries and gives no gradients, "segments"
+            does everything. auto takes the first that fits.
         shared: the options of `Attention`. `positions` may be "none" or "relative", which mean the same here. `bias`
             does not concern W_r, which has none.
     """
 
     name = "compressive"
-    kernels = KERNELS
+    kernels = SEGMENTS
     tiny = {"segment_length": 4, "memory_length": 3, "compressed_length": 3, "ratio": 2}
     token_losses = ("reconstruction",)
 
@@ -131,7 +128,7 @@ class Compressive(RelativeAttention):
         compression: Annotated[str, OneOf("mean", "max", "conv", "dilated", "most_used")] = "conv",
         reconstruction: NonNegative = 1.0,
         untie_r: bool = False,
-        kernel: Annotated[str, OneOf("auto", "absorbed", "segments")] = "auto",
+        kernel: Annotated[str, OneOf("auto", "absorbed", "triton", "segments")] = "auto",
         **shared: Any,
     ):
         super().__init__(
@@ -209,20 +206,50 @@ class Compressive(RelativeAttention):
         table = torch.cat([states.detach(), hidden], 1) if states.shape[1] else hidden
         losses: dict[str, Tensor] = {}
         q = self._heads(q)
-        if choose(self.name, KERNELS, self.kernel, self._call(x, keys)).name == "absorbed":
+        kernel = self._kernel(x, keys, slots.layout)
+        if kernel == "absorbed":
             few = few_of(keys, slots.layout, L, sizes)
             out = self._absorbed(q.transpose(1, 2), table, few).transpose(1, 2)
         else:
-            plan = pieces_of(keys, slots.layout, L, sizes, together=triton_reason(x.device) is None)
-            k, k_own = map(self._heads, streams(self.to_k, table))
-            v, v_own = map(self._heads, streams(self.to_v, table))
-            r = self._heads(self.to_r(self._waves(plan.distances)))
-            out = segment_attention(q, k, v, k_own, v_own, r, self.u, self.v, plan, scale=self.scale)
+            out, k, v = self._segments(kernel, q, table, keys, slots.layout)
             if self.reconstruction and not self.compress.frozen():
                 losses = self._reconstruction(q, k, v, hidden, states, slots, layout)
         out = out if state is None else watch(out, keys)
         out = self.to_out(out.flatten(2))
         return Output(out, None if state is None else self._keep(columns, slots, states, layout), losses)
+
+    def _kernel(self, x: Tensor, keys: Layout, slots: Layout) -> str:
+        def gathered() -> str | None:
+            found = self._lots(keys, slots, x.shape[1])
+            return found if isinstance(found, str) else None
+
+        return choose(self.name, SEGMENTS, self.kernel, self._call(x, keys, gathered=gathered)).name
+
+    def _lots(self, keys: Layout, slots: Layout, queries: int) -> LotPlan | str:
+        return lots_of(keys, slots, queries, self._sizes, heads=self.heads, head_width=self.head_width)
+
+    def _segments(
+        self, kernel: str, q: Float[Tensor, "B L H D"], table: Float[Tensor, "B T E"], keys: Layout, slots: Layout
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What queries see of the table of slots and tokens, and its keys and values, [B, T, H, D]."""
+        L, options = q.shape[1], {"scale": self.scale}
+        if kernel == "triton":
+            lots = self._lots(keys, slots, L)
+            assert isinstance(lots, LotPlan)  # it was chosen
+            kv, own = (
+                each.unflatten(-1, (2, self.heads, -1)) for each in streams_of_several(table, self.to_k, self.to_v)
+            )
+            out = gathered_attention(q, kv, own, self._distances(lots.distances), self.u, self.v, lots, **options)
+            k, v = kv.detach().unbind(2)
+            return out, k, v
+        plan = pieces_of(keys, slots, L, self._sizes, together=triton_reason(q.device) is None)
+        k, k_own = map(self._heads, streams(self.to_k, table))
+        v, v_own = map(self._heads, streams(self.to_v, table))
+        r = self._distances(plan.distances)
+        return segment_attention(q, k, v, k_own, v_own, r, self.u, self.v, plan, **options), k, v
+
+    def _distances(self, count: int) -> Float[Tensor, "n H D"]:
+        return self._heads(self.to_r(self._waves(count)))
 
     def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Memories) -> Memories:
         """See `Attention`: hidden states as they come, and what they push out."""
@@ -262,12 +289,13 @@ class Compressive(RelativeAttention):
         B = len(hidden)
         before = keys.plan("no slots", lambda: none(B, hidden.device).layout) if state is None else state.slots.tokens
         slots = slots_of(keys, before, self._sizes, LEARNED.get(self.compression, 1))
-        held = hidden[:, :0].detach() if state is None else state.slots.held[0].to(hidden.dtype)
+        held = None if state is None else state.slots.held[0].to(hidden.dtype)
         if not slots.new:
-            return slots, held
+            return slots, hidden[:, :0].detach() if held is None else held
         used_most = self.compression == "most_used"
         made = gathered(hidden.detach(), self._used_most(hidden, slots)) if used_most else self._made(hidden, slots)
-        return slots, torch.cat([held, made.to(hidden.dtype)], 1)
+        made = made.to(hidden.dtype)
+        return slots, made if held is None else torch.cat([held, made], 1)
 
     def _made(self, hidden: Float[Tensor, "B N E"], slots: Slots) -> Float[Tensor, "B new E"]:
         taps = slots.taps.flatten(1)
@@ -292,57 +320,38 @@ class Compressive(RelativeAttention):
         if not evicted:
             return {"reconstruction": q.new_zeros(())} if count else {}
         G, new = states.shape[1], slots.new
-        k, v, q = k.detach()[:, G:], v.detach()[:, G:], q.detach()
         if q.shape[1] < hidden.shape[1]:  # the segment began in an earlier call
             with torch.no_grad():
                 q = self._heads(self.to_q(hidden))
-        fresh = states[:, G - new :]
-        k_new, v_new = (self._heads(with_frozen(layer, fresh)) for layer in (self.to_k, self.to_v))
-        total = fresh.new_zeros((), dtype=torch.promote_types(fresh.dtype, torch.float32))
-        for each in evicted:
-            asked, rows, at = queries_of(each, q)
-            with torch.no_grad():
-                wanted = self._content(asked, *(picked(x, each.row, each.tokens) for x in (k, v)))
-            found = self._content(asked, *(picked(x, each.row, each.slots) for x in (k_new, v_new)))
-            gap = (found - wanted).to(total.dtype).square().mean((1, 3))
-            total = total + (gap[rows, at] if at is not None else gap).sum()
-        return {"reconstruction": self.reconstruction * total / count}
+        total = squares(
+            q, k, v, states[:, G - new :] if new < G else states, (self.to_k, self.to_v), evicted, held=G - new,
+            scale=self.scale,
+        )  # fmt: skip
+        return {"reconstruction": total * (self.reconstruction / (self.heads * self.head_width * count))}
 
-    def _evicted(self, slots: Slots, columns: int, layout: Layout) -> tuple[tuple[Evicted, ...], int]:
+    def _evicted(self, slots: Slots, columns: int, layout: Layout) -> tuple[tuple[Picked, ...], int]:
         """What leaves memory at the end of a segment in this call, and how many queries the loss is a mean of."""
+        device = layout.valid.device
         if layout.placement is None:
-            return slots.evicted, sum(int((each.queries >= 0).sum()) for each in slots.evicted)
+
+            def find() -> tuple[tuple[Picked, ...], int, Slots]:
+                count = sum(int((each.queries >= 0).sum()) for each in slots.evicted)
+                return tuple(Picked.of(each, device) for each in slots.evicted), count, slots
+
+            return layout.plan(("evicted", id(slots)), find)[:2]
         whole = layout.placement.whole
         before = whole.plan("no slots", lambda: none(len(whole.valid), whole.valid.device).layout)
         everything = slots_of(whole, before, self._sizes, LEARNED.get(self.compression, 1)).evicted
         fetched = columns - layout.valid.shape[1]
         mine = (each.only(each.queries.max(1) >= fetched) for each in slots.evicted)
-        return tuple(each for each in mine if len(each.row)), sum(int((x.queries >= 0).sum()) for x in everything)
-
-    def _content(self, q: Tensor, k: Tensor, v: Tensor) -> Float[Tensor, "n H S D"]:
-        """Attention without positions, of [n, S, H, D]."""
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        found = tuple(Picked.of(each, device) for each in mine if len(each.row))
+        return found, sum(int((x.queries >= 0).sum()) for x in everything)
 
     @torch.no_grad()
     def _used_most(self, hidden: Float[Tensor, "B N E"], slots: Slots) -> Int[Tensor, "B new"]:
         """The columns of the states that are kept."""
         q, k = (self._heads(layer(hidden)) for layer in (self.to_q, self.to_k))
-        kept = torch.zeros(len(hidden), slots.new, dtype=torch.long, device=hidden.device)
-        for each in slots.evicted:
-            asked, *_ = queries_of(each, q)
-            keys, count = picked(k, each.row, each.tokens), each.slots.shape[1]
-            there = tensor_of(each.queries >= 0, q.device)
-            for item, (mine, theirs) in enumerate(zip(asked, keys)):
-                scores = torch.einsum("shd,thd->hst", mine, theirs) * self.scale
-                used = (
-                    scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)) * there[item, :, None]
-                ).sum((0, 1))
-                best = used.topk(count).indices.sort().values
-                row = int(each.row[item])
-                columns = tensor_of(each.tokens[item], q.device)[best]
-                kept[row, tensor_of(each.slots[item], q.device)] = columns
-        return kept
+        return used_most(q, k, slots, scale=self.scale)
 
     # --- scores ----------------------------------------------------------------------------------------------------
 
@@ -372,13 +381,24 @@ class Compressive(RelativeAttention):
             return zeros_for(q, (q, k, v, z, y, r, self.u, self.v))
         keys = Layout.plain(B, L, q.device)
         slots = slots_of(keys, none(B, q.device).layout, self._sizes, LEARNED.get(self.compression, 1))
-        plan = pieces_of(keys, slots.layout, L, self._sizes, together=triton_reason(q.device) is None)
+        wanted = "auto" if self.kernel == "absorbed" else self.kernel  # there is nothing to absorb
+        call = RelativeCall(L, L + G, D, q.device, q.dtype, wanted=wanted)
+        plan: Any
+        if choose(self.name, SEGMENTS[1:], wanted, call).name == "triton":
+            plan = self._lots(keys, slots.layout, L)
+        else:
+            plan = pieces_of(keys, slots.layout, L, self._sizes, together=triton_reason(q.device) is None)
         if r.shape[1:] != (H, D) or len(r) < plan.distances:
             raise ValueError(f"r must be [at least {plan.distances}, {H}, {D}], got {tuple(r.shape)}")
         k, v = (torch.cat(pair, 2).transpose(1, 2) for pair in ((z, k), (y, v)))
-        own = k.detach(), v.detach()
         q, r = q.transpose(1, 2), r[: plan.distances]
-        return segment_attention(q, k, v, *own, r, self.u, self.v, plan, scale=self.scale).transpose(1, 2)
+        if isinstance(plan, LotPlan):
+            kv = torch.stack([k, v], 2)
+            out = gathered_attention(q, kv, kv.detach(), r, self.u, self.v, plan, scale=self.scale)
+        else:
+            own = k.detach(), v.detach()
+            out = segment_attention(q, k, v, *own, r, self.u, self.v, plan, scale=self.scale)
+        return out.transpose(1, 2)
 
     def _heads(self, x: Tensor) -> Float[Tensor, "... H D"]:
         return rearrange(x, "... (h d) -> ... h d", h=self.heads)

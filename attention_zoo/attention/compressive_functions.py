@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.attention.compressive_plans import Evicted
+from attention_zoo.attention.compressive_plans import Evicted, Slots
 from attention_zoo.layout.host import tensor_of
 
 LEARNED = {"conv": 1, "dilated": 2}
@@ -65,3 +65,21 @@ def queries_of(each: Evicted, q: Tensor) -> tuple[Float[Tensor, "n S H D"], Tens
         return asked, None, None
     rows, at = there.nonzero()
     return asked, tensor_of(rows, q.device), tensor_of(at, q.device)
+
+
+def used_most(
+    q: Float[Tensor, "B N H D"], k: Float[Tensor, "B N H D"], slots: Slots, *, scale: float
+) -> Int[Tensor, "B new"]:
+    """The columns of the states that are kept of those that leave memory: whom the segment that evicts attends to."""
+    kept = torch.zeros(len(q), slots.new, dtype=torch.long, device=q.device)
+    for each in slots.evicted:
+        asked, *_ = queries_of(each, q)
+        keys, count = picked(k, each.row, each.tokens), each.slots.shape[1]
+        there = tensor_of(each.queries >= 0, q.device)
+        for item, (mine, theirs) in enumerate(zip(asked, keys)):
+            scores = torch.einsum("shd,thd->hst", mine, theirs) * scale
+            weights = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32))
+            best = (weights * there[item, :, None]).sum((0, 1)).topk(count).indices.sort().values
+            columns = tensor_of(each.tokens[item], q.device)[best]
+            kept[int(each.row[item]), tensor_of(each.slots[item], q.device)] = columns
+    return kept

@@ -6,6 +6,7 @@ m(s) = floor((s·S - M)/c)·c, or 0; before it stand the groups 0 ... m(s)/c - 1
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -211,6 +212,34 @@ def pieces_of(keys: Layout, slots: Layout, queries: int, sizes: Sizes, *, togeth
 
 
 def _pieces(keys: Layout, slots: Layout, queries: int, sizes: Sizes, together: bool) -> PiecePlan:
+    host, device = keys.host, keys.valid.device
+    N, table = host.valid.shape[1], host.valid.shape[1] + slots.host.valid.shape[1]
+    found = list(sized(keys, slots, queries, sizes, together=together))
+    groups = tuple(_group(each, queries, table, together, len(host.valid) * queries, device) for each in found)
+    whole = bool(groups) and bool(host.valid[:, N - queries :].all())
+    return PiecePlan(groups, max((int(each.seen.max()) for each in found), default=1), whole, together)
+
+
+class Sized(NamedTuple):
+    """Pieces that run together, n of them, filled up to R queries and W columns; the last ones stand in the last.
+
+    Fields:
+        row: [n, 1].
+        asked: [n, R], columns among the queries; negative where there is none.
+        columns: [n, W], columns of the table of slots and keys that the last query sees; negative where there is none.
+        seen: [n, 1], how many of these there are, the last ones.
+        own: [n, 1], how many of these are of the queries' own segment.
+    """
+
+    row: Int[np.ndarray, "n 1"]
+    asked: Int[np.ndarray, "n R"]
+    columns: Int[np.ndarray, "n W"]
+    seen: Int[np.ndarray, "n 1"]
+    own: Int[np.ndarray, "n 1"]
+
+
+def sized(keys: Layout, slots: Layout, queries: int, sizes: Sizes, *, together: bool) -> Iterator[Sized]:
+    """The pieces of `pieces_of`."""
     host, compressed = keys.host, slots.host
     N, G, S = host.valid.shape[1], compressed.valid.shape[1], sizes.segment
     documents = np.union1d(np.union1d(host.document, compressed.document), [0])
@@ -226,10 +255,9 @@ def _pieces(keys: Layout, slots: Layout, queries: int, sizes: Sizes, together: b
     seen = (memory // sizes.ratio).clip(max=sizes.slots)
     # queries, keys among the tokens, compressed ones, keys of the own segment
     shapes = np.stack([high - low + 1, high + 1 - memory, seen, high + 1 - segment * S], 1)
-    groups, device = [], keys.valid.device
     for alike in _alike(shapes, together):
-        mine, sized = (row[alike][:, None], document[alike][:, None]), shapes[alike]
-        (asks, width, count, own), last = sized.T[..., None], high[alike][:, None]
+        mine, here = (row[alike][:, None], document[alike][:, None]), shapes[alike]
+        (asks, width, count, own), last = here.T[..., None], high[alike][:, None]
         R, W = int(asks.max()), int((width + count).max())
         back = np.arange(R)[::-1]  # how far before the last one
         asked = tokens(*mine, np.where(back < asks, last - back, -1)) - (N - queries)
@@ -237,10 +265,7 @@ def _pieces(keys: Layout, slots: Layout, queries: int, sizes: Sizes, together: b
         group = memory[alike][:, None] // sizes.ratio - 1 - (back - width)
         token = tokens(*mine, np.where(back < width, last - back, -1))
         before = summaries(*mine, np.where((back >= width) & (back < width + count), group, -1))
-        columns = np.where(token < 0, before, token + G)
-        groups.append(_group(mine[0], asked, columns, queries, G + N, own, together, len(host.valid) * queries, device))
-    whole = len(row) > 0 and bool(host.valid[:, N - queries :].all())
-    return PiecePlan(tuple(groups), int((shapes[:, 1] + shapes[:, 2]).max(initial=1)), whole, together)
+        yield Sized(mine[0], asked, np.where(token < 0, before, token + G), width + count, own)
 
 
 def _alike(shapes: Int[np.ndarray, "n 4"], together: bool) -> list[Array]:
@@ -258,10 +283,8 @@ def _alike(shapes: Int[np.ndarray, "n 4"], together: bool) -> list[Array]:
     return [which == n for n in range(which.max() + 1)]
 
 
-def _group(
-    row: Array, asked: Array, columns: Array, queries: int, table: int, own: Array, together: bool, every: int,
-    device: torch.device,
-) -> Pieces:  # fmt: skip
+def _group(found: Sized, queries: int, table: int, together: bool, every: int, device: torch.device) -> Pieces:
+    row, asked, columns, _, own = found
     here, there = asked >= 0, columns >= 0
     apart = -2 - 2 * np.arange(columns.shape[1])  # what is not there goes on with nothing
     runs = () if together else tuple(map(_runs, np.where(there, columns + row * table, apart)))

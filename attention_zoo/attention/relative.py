@@ -159,14 +159,15 @@ class RelativeAttention(Attention):
 
     # --- scores ----------------------------------------------------------------------------------------------------
 
-    def _call(self, x: Tensor, keys: Layout, lowest: int = 0) -> RelativeCall:
+    def _call(self, x: Tensor, keys: Layout, lowest: int = 0, **more: Any) -> RelativeCall:
         """What kernels need to know of a call; `lowest`: the lowest position that there may be."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         plain = all(map(is_plain, (self.to_k, self.to_v, self.to_r)))
         consecutive = runs_of(keys, lowest).consecutive
         columns = keys.valid.shape[1]
-        return RelativeCall(x.shape[1], columns, self.head_width, x.device, dtype, consecutive, plain, self.kernel)
+        width, wanted = self.head_width, self.kernel
+        return RelativeCall(x.shape[1], columns, width, x.device, dtype, consecutive, plain, wanted, **more)
 
     def _absorbed(self, q: Float[Tensor, "B H L D"], states: Float[Tensor, "B S E"], few: Few) -> Tensor:
         """See ops/relative/few.py."""

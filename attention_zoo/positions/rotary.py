@@ -9,7 +9,7 @@ only those whose wavelength the training length did not hold (`llama3`: the rele
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -67,11 +67,12 @@ class Rotary(AttentionPositions):
         self.original_length = original_length
 
     def rotate(self, x: Tensor, position: Tensor) -> Tensor:
-        return _turned(x, *self.angles(position, x.dtype))
+        return _turned(x, *_beside(x, *self.angles(position, x.dtype)))
 
     def turn(self, x: Tensor, layout: Layout) -> Tensor:
         key = "angles", self.head_width, self.base, self.scaling, self.factor, self.turns, self.original_length, x.dtype
-        return _turned(x, *layout.plan(key, lambda: self.angles(layout.position, x.dtype)))
+        made = layout.plan((*key, x.ndim), lambda: _beside(x, *self.angles(layout.position, x.dtype)))
+        return _turned(x, *made)
 
     def angles(self, position: Int[Tensor, "B L"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each pair's angle, [B, L, D/2]."""
@@ -95,8 +96,44 @@ class Rotary(AttentionPositions):
         return (1 - share) * step / self.factor + share * step
 
 
+def _beside(x: Float[Tensor, "B ... L D"], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """What each channel is multiplied by, and what its partner is, [B, ..., L, D] for every head of x."""
+    shape = len(cos), *[1] * (x.ndim - 3), cos.shape[1], x.shape[-1]
+    with torch.inference_mode(False):  # they may outlive the call
+        return torch.cat([cos, cos], -1).view(shape), torch.cat([-sin, sin], -1).view(shape)
+
+
 def _turned(x: Float[Tensor, "B ... L D"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B ... L D"]:
-    shape = len(cos), *[1] * (x.ndim - 3), *cos.shape[1:]
-    cos, sin = cos.view(shape), sin.view(shape)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+        return _Turn.apply(x, cos, sin, 1, _dense(x))  # type: ignore[no-any-return]
+    return _mixed(x, cos, sin, 1)
+
+
+def _mixed(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
+    """Three operators, since short calls wait for the host; no pair is cut apart and put together again."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, value=way)
+
+
+def _dense(x: Tensor) -> tuple[int, ...] | None:
+    """Its strides, where it is what a projection writes, seen by heads: so its gradient has to lie for that, too."""
+    if x.ndim != 4:
+        return None
+    _, H, L, D = x.shape
+    return x.stride() if x.stride() == (L * H * D, D, H * D, 1) else None
+
+
+class _Turn(torch.autograd.Function):
+    """Its gradient is turned back, into memory as x lies. Only angles are saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, way: int, strides: tuple[int, ...] | None) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.way, ctx.strides = way, strides
+        if strides is None or x.stride() == strides:
+            return _mixed(x, cos, sin, way)
+        out = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+        return torch.mul(x, cos, out=out).addcmul_(x.roll(x.shape[-1] // 2, -1), sin, value=way)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Turn.apply(grad, *ctx.saved_tensors, -ctx.way, ctx.strides), None, None, None, None

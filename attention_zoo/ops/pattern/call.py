@@ -81,9 +81,16 @@ class PatternCall:
 
     def blank(self, out: Tensor, seen: Tensor | None = None) -> Tensor:
         """The output with zeros where no query is, nor, if given, any of the `seen` keys, bool [#B, 1, #L, S]."""
-        rows = self.asked if seen is None else seen.any(-1, keepdim=True) & self.queries.valid[:, None, :, None]
-        if rows is None:
-            return out
+        rows = self.asked if seen is None else self.seeing(seen)
+        return out if rows is None else self.blank_rows(out, rows)
+
+    def seeing(self, seen: Tensor) -> Tensor:
+        """Bool [B, 1, L, 1], which rows are queries that see a key."""
+        return seen.any(-1, keepdim=True) & self.queries.valid[:, None, :, None]
+
+    @staticmethod
+    def blank_rows(out: Tensor, rows: Tensor) -> Tensor:
+        """The output with zeros outside these rows."""
         # in the order of memory: the copy that this makes is the one that the next projection reads
         return out.transpose(1, 2).masked_fill(~rows.transpose(1, 2), 0).transpose(1, 2)
 

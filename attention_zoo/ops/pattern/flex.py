@@ -234,8 +234,8 @@ def _of_pattern(call: PatternCall) -> Tensor | None:
     if reach.weights != "distance":
         return None
     n = bucket((reach.farthest or 0) + 2)  # beyond it is as at its ends: -inf
-    token = Layout.plain(1, 1, call.q.device, start=n)
-    found = call.pattern.bias(token, Layout.plain(1, 2 * n, call.q.device))[0, :, 0]
+    find = lambda: (Layout.plain(1, 1, call.q.device, start=n), Layout.plain(1, 2 * n, call.q.device))  # noqa: E731
+    found = call.pattern.bias(*call.keys.plan(("distances", n), find)).flatten(0, 2)
     return found.expand(call.q.shape[1], -1)
 
 

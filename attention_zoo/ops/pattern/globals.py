@@ -240,12 +240,12 @@ class _Put(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, rows: Tensor, columns: Tensor, valid: Tensor) -> Tensor:
         index = columns.expand_as(rows)
-        ctx.save_for_backward(index, valid)
+        ctx.save_for_backward(index, valid, ~valid)
         return out.clone().scatter_(2, index, rows.where(valid, out.gather(2, index)))
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-        index, valid = saved
+        index, valid, filler = saved
         rows = grad.gather(2, index)
-        return grad.clone().scatter_(2, index, rows.masked_fill(valid, 0)), rows.masked_fill(~valid, 0), None, None
+        return grad.clone().scatter_(2, index, rows.masked_fill(valid, 0)), rows.masked_fill(filler, 0), None, None

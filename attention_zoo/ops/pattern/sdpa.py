@@ -15,9 +15,8 @@ def run_sdpa(call: PatternCall) -> Tensor:
     """The call, whose pattern hides and weighs nothing; a mask of L x S where its tokens need one."""
     q, k, v = call.q, call.k, call.v
     if facts.unmasked(call) is not None:
-        rows = slice(0, 1 if call.rows_alike else None)
-        seen = call.seen(call.queries.cut(slice(None), rows), call.keys.cut(slice(None), rows))
-        return call.blank(fused(q, k, v, _mask(seen, q.dtype), scale=call.scale), seen)
+        mask, rows = _planned(call)
+        return call.blank_rows(fused(q, k, v, mask, scale=call.scale), rows)
     if call.pattern.causal and q.shape[2] > 1:
         # right padding lies in the future of every valid token
         return call.blank(fused(q, k, v, scale=call.scale, causal=True))
@@ -25,6 +24,20 @@ def run_sdpa(call: PatternCall) -> Tensor:
         return call.blank(fused(q, k, v, scale=call.scale))
     seen = call.keys.valid[:, None, None, :]
     return call.blank(fused(q, k, v, _mask(seen, q.dtype), scale=call.scale), seen)
+
+
+def _planned(call: PatternCall) -> tuple[Tensor, Tensor]:
+    """What is added to the scores, and which rows see something, once for all layers: backward keeps the first."""
+
+    def find() -> tuple[Tensor, Tensor, object]:
+        rows = slice(0, 1 if call.rows_alike else None)
+        seen = call.seen(call.queries.cut(slice(None), rows), call.keys.cut(slice(None), rows))
+        with torch.inference_mode(False):  # they may outlive the call
+            return _mask(seen, call.q.dtype), call.seeing(seen), call.queries
+
+    key = ("mask", id(call.queries), call.pattern.causal, call.one_document, call.rows_alike, call.q.dtype)
+    mask, seeing, _ = call.keys.plan(key, find)
+    return mask, seeing
 
 
 def _mask(seen: Tensor, dtype: torch.dtype) -> Tensor:

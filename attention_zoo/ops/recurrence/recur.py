@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from attention_zoo.ops.recurrence.back import Back
-from attention_zoo.ops.recurrence.turns import Course, Run, Weights, renewed
+from attention_zoo.ops.recurrence.turns import EPS, Course, Run, Weights, renewed
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 from attention_zoo.ops.softmax.pages import large_pages
 
@@ -40,7 +41,45 @@ def recur(
         first: the vectors that are there before the first turn.
         k, v: of the tokens of each block, in the order of turns.
     """
+    if not len(course.counts):
+        keys, values = _Unmoved.apply(first, k.shape[1], k.shape[3], *weights)
+        return keys, values, first if course.keeps else None
     return _Recur.apply(first, k, v, course, *weights)
+
+
+class _Unmoved(torch.autograd.Function):
+    """Keys and values of the states that are there first, where no block is gone through.
+
+    Weights of what no state goes through have gradients of zeros, as they have wherever there are blocks: processes
+    that train together wait for each other's.
+    """
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx: Any, first: Tensor, K: int, D: int, *weights: Any) -> tuple[Tensor, Tensor]:
+        identity, into, bias, *_ = weights
+        normal, mean, deviation = torch.native_layer_norm(first, first.shape[-1:], None, None, EPS)
+        seen = normal.add_(identity)
+        made = F.linear(seen, into[: 2 * K * D], None if bias is None else bias[: 2 * K * D])
+        ctx.save_for_backward(first, mean, deviation, *weights)
+        keys, values = made.view(*first.shape[:2], 2, K, D).unbind(2)
+        return keys, values
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, saved: tuple[Any, ...], *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first, mean, deviation, identity, into, bias, *others = saved
+        dmade = torch.stack(grads, 2).flatten(0, 1).flatten(1)
+        seen = torch.native_layer_norm(first, first.shape[-1:], None, None, EPS)[0].add_(identity)
+        dinto, some = torch.zeros_like(into), slice(dmade.shape[1])
+        torch.mm(dmade.T, seen.flatten(0, 1), out=dinto[some])
+        dbias = None if bias is None else F.pad(dmade.sum(0), (0, len(bias) - dmade.shape[1]))
+        dseen = (dmade @ into[some]).view(first.shape)
+        dfirst = torch.ops.aten.native_layer_norm_backward(
+            dseen, first, first.shape[-1:], mean, deviation, None, None, [True, False, False]
+        )[0]
+        unused = (None if each is None else torch.zeros_like(each) for each in others)
+        return dfirst, None, None, dseen.sum(0), dinto, dbias, *unused
 
 
 class _Recur(torch.autograd.Function):

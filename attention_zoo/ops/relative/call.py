@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ class RelativeCall:
         consecutive: whether tokens stand in consecutive columns at consecutive positions.
         plain: whether projections are matrices that may be multiplied by past their modules.
         wanted: the kernel that was asked for.
+        gathered: why keys that are gathered segment by segment cannot stand in columns as they count; None: they can.
+            Asked only where it matters.
     """
 
     queries: int
@@ -29,6 +32,7 @@ class RelativeCall:
     consecutive: bool = True
     plain: bool = True
     wanted: str = "auto"
+    gathered: Callable[[], str | None] = lambda: None
 
 
 def _is_few(call: RelativeCall) -> str | None:
@@ -65,6 +69,10 @@ def _consecutive(call: RelativeCall) -> str | None:
     return None if call.consecutive else "columns are not positions here (holes, or forgotten keys)"
 
 
+def _gathers(call: RelativeCall) -> str | None:
+    return call.gathered()
+
+
 def _name(kernel: str) -> Any:
     return lambda call: kernel
 
@@ -76,3 +84,11 @@ KERNELS: tuple[Kernel[RelativeCall], ...] = (
     Kernel("gather", _name("gather"), (), "chunks; distances are gathered, between any positions"),
 )
 """Fastest first. The mechanism runs the one that is chosen."""
+SEGMENTS: tuple[Kernel[RelativeCall], ...] = (
+    KERNELS[0],
+    Kernel(
+        "triton", _name("triton"), (_has_triton, _triton_takes, _gathers), "each segment a sequence of a Triton kernel"
+    ),
+    Kernel("segments", _name("segments"), (), "each segment with its keys beside each other"),
+)
+"""Of mechanisms whose segments see keys that are gathered for them."""

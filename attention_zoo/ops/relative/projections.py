@@ -6,6 +6,7 @@ or sharded layer, one with hooks) is called as the module that it is, so that it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,23 +58,59 @@ def project_streams(
     return _Project.apply(x, weight, bias)
 
 
+def streams_of_several(x: Tensor, *layers: nn.Module) -> tuple[Tensor, Tensor]:
+    """What `streams` gives of each layer, side by side: of plain ones by one product."""
+    if all(map(is_plain, layers)):
+        return _Project.apply(x, *(layer.weight for layer in layers), *(layer.bias for layer in layers))
+    several = (streams(layer, x) for layer in layers)
+    first, second = (torch.cat(parts, -1) for parts in zip(*several))
+    return first, second
+
+
 class _Project(torch.autograd.Function):
+    """Of several projections of the same x, side by side: their weights, then their biases."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, weight)
-        y = torch.nn.functional.linear(x, weight, bias)
+    def forward(ctx: Any, x: Tensor, *layers: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, *layers[: len(layers) // 2])
+        y = torch.nn.functional.linear(x, *_side_by_side(layers))
         return y, y.detach()
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], for_weight: Tensor, for_x: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = saved
-        need_x, need_weight, need_bias = ctx.needs_input_grad
+        x, *weights = saved
+        need_x, *needed = ctx.needs_input_grad
+        n, sizes = len(weights), [len(weight) for weight in weights]
+        dtypes = [weight.dtype for weight in weights]
         # under autocast the gradient is narrower than what was saved
-        dx = (for_x @ weight.to(for_x.dtype)).to(x.dtype) if need_x else None
+        dx = (for_x @ _one(weights).to(for_x.dtype)).to(x.dtype) if need_x else None
         flat = for_weight.flatten(0, 1)
-        dweight = (flat.T @ x.flatten(0, 1).to(flat.dtype)).to(weight.dtype) if need_weight else None
-        return dx, dweight, flat.sum(0).to(weight.dtype) if need_bias else None
+        dweights = _parts(flat.T @ x.flatten(0, 1).to(flat.dtype), sizes) if any(needed[:n]) else [None] * n
+        dbiases = _parts(flat.sum(0), sizes) if any(needed[n:]) else [None] * n
+        found = [
+            each.to(dtype) if each is not None and need else None
+            for each, dtype, need in zip([*dweights, *dbiases], dtypes * 2, needed)
+        ]
+        return dx, *found
+
+
+def _side_by_side(layers: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Of weights, then biases."""
+    n = len(layers) // 2
+    weights, biases = [each for each in layers[:n] if each is not None], layers[n:]
+    if all(bias is None for bias in biases):
+        return _one(weights), None
+    present = [w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases)]
+    return _one(weights), _one(present)
+
+
+def _one(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _parts(x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    return [x] if len(sizes) == 1 else x.split(sizes)
 
 
 class _Streams(torch.autograd.Function):

@@ -107,18 +107,7 @@ class _Relative(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, q, k, v, k_own, v_own, r, u, w, starts: Starts, scale: float) -> Tensor:
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        B, H, L, D = q.shape
-        out = q.new_empty(B, L, H, D).transpose(1, 2)
-        lse = q.new_empty(B, H, L, dtype=torch.float32)
-        table = _falling(r, q.dtype)
-        tile, meta = _meta("relative_forward", q, k, v, table, out)
-        first, low = starts.first, starts.oldest(tile)
-        kernels.forward[(triton.cdiv(L, tile), B * H)](
-            q, k, v, table, u.contiguous(), w.contiguous(), first, low, out, lse,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *table.stride()[:2], *out.stride()[:3],
-            *_batch(first, low), H, L, k.shape[2], len(r), scale, **meta,
-        )  # fmt: skip
+        out, lse = attend(q, k, v, falling(r, q.dtype), u, w, starts, scale)
         ctx.save_for_backward(q, k, v, r, u, w, out, lse)
         ctx.starts, ctx.scale = starts, scale
         return out
@@ -127,47 +116,97 @@ class _Relative(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, r, u, w, out, lse = saved
-        (B, H, L, D), S, T, scale, starts = q.shape, k.shape[2], len(r), ctx.scale, ctx.starts
-        grad = grad.to(q.dtype)
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        delta = (grad.float() * out.float()).sum(-1).contiguous()
-        first, own, u_, w_ = starts.first, starts.own, u.contiguous(), w.contiguous()
-        table, sizes = _falling(r, q.dtype), (H, L, S, T)
-        given = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *table.stride()[:2], *grad.stride()[:3])
-        operands = q, k, v, table, u_, w_, first
-
-        dq = q.new_empty(B, L, H, D).transpose(1, 2)
-        tile, meta = _meta("relative_backward_q", q, k, v, table, grad, dq)
-        tiles, low = triton.cdiv(L, tile), starts.oldest(tile)
-        du, dw = shares = torch.empty(2, B, H, tiles, D, device=q.device)
-        kernels.backward_q[(tiles, B * H)](
-            *operands, low, grad, delta, lse, dq, du, dw, *given, *dq.stride()[:3], *_batch(first, low), *sizes, scale,
-            **meta,
-        )  # fmt: skip
-
-        gradients = k.new_empty(4, B, S, H, D).transpose(2, 3).unbind()
-        tile, meta = _meta("relative_backward_kv", q, k, v, table, grad, gradients[0])
-        last = starts.last_seer(tile)
-        kernels.backward_kv[(triton.cdiv(S, tile), B * H)](
-            *operands, own, last, grad, delta, lse, *gradients, *given, *gradients[0].stride()[:3],
-            *_batch(first, own, last), *sizes, scale, **meta,
-        )  # fmt: skip
-
-        tile, meta = _meta("relative_backward_r", q, k, v, table, grad)
-        tiles = triton.cdiv(L, tile)
-        # enough programs to fill a device, also where there are few distances
-        pieces = max(1, min(tiles, 1024 // max(1, triton.cdiv(T, tile) * B * H)))
-        rows = triton.cdiv(tiles, pieces) * tile
-        dr = torch.empty(B, H, pieces, T, D, device=q.device)
-        kernels.backward_r[(triton.cdiv(T, tile), pieces, B * H)](
-            *operands, grad, delta, lse, dr, *given, *_batch(first), *sizes, rows, scale, **meta
+        dq, dkeys, dr, shares = gradients(
+            q, k, v, falling(r, q.dtype), u, w, out, lse, grad, starts=ctx.starts, scale=ctx.scale
         )
-        dr = dr.sum((0, 2)).flip(1).transpose(0, 1).to(r.dtype)
-        du, dw = shares.sum((1, 3)).to(u.dtype).unbind()
-        return dq, *gradients, dr, du, dw, None, None
+        du, dw = shares.to(u.dtype).unbind()
+        return dq, *dkeys.transpose(2, 3).unbind(), dr.to(r.dtype), du, dw, None, None
 
 
-def _falling(r: Float[Tensor, "T H D"], dtype: torch.dtype) -> Float[Tensor, "H T D"]:
+def attend(
+    q: Float[Tensor, "B H L D"],
+    k: Float[Tensor, "B H S D"],
+    v: Float[Tensor, "B H S D"],
+    table: Float[Tensor, "H T D"],
+    u: Float[Tensor, "H D"],
+    w: Float[Tensor, "H D"],
+    starts: Starts,
+    scale: float,
+) -> tuple[Float[Tensor, "B H L D"], Float[Tensor, "B H L"]]:
+    """The output, [B, L, H, D] in memory, and the log-sum-exp, without a graph; `table`: of `falling`."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    B, H, L, D = q.shape
+    out = q.new_empty(B, L, H, D).transpose(1, 2)
+    lse = q.new_empty(B, H, L, dtype=torch.float32)
+    tile, meta = _meta("relative_forward", q, k, v, table, out)
+    first, low = starts.first, starts.oldest(tile)
+    kernels.forward[(triton.cdiv(L, tile), B * H)](
+        q, k, v, table, u.contiguous(), w.contiguous(), first, low, out, lse,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *table.stride()[:2], *out.stride()[:3],
+        *_batch(first, low), H, L, k.shape[2], table.shape[1], scale, **meta,
+    )  # fmt: skip
+    return out, lse
+
+
+def gradients(
+    q: Float[Tensor, "B H L D"],
+    k: Float[Tensor, "B H S D"],
+    v: Float[Tensor, "B H S D"],
+    table: Float[Tensor, "H T D"],
+    u: Float[Tensor, "H D"],
+    w: Float[Tensor, "H D"],
+    out: Float[Tensor, "B H L D"],
+    lse: Float[Tensor, "B H L"],
+    grad: Float[Tensor, "B H L D"],
+    *,
+    starts: Starts,
+    scale: float,
+) -> tuple[
+    Float[Tensor, "B H L D"], Float[Tensor, "4 B S H D"], Float[Tensor, "T H D"], Float[Tensor, "2 H D"]
+]:  # fmt: skip
+    """Of q, [B, L, H, D] in memory; of k, v, k_own, v_own; of r, whose distances rise; of u and w in float32."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    (B, H, L, D), S, T = q.shape, k.shape[2], table.shape[1]
+    grad = grad.to(q.dtype)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    delta = (grad.float() * out.float()).sum(-1).contiguous()
+    first, own, u, w = starts.first, starts.own, u.contiguous(), w.contiguous()
+    sizes = (H, L, S, T)
+    given = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *table.stride()[:2], *grad.stride()[:3])
+    operands = q, k, v, table, u, w, first
+
+    dq = q.new_empty(B, L, H, D).transpose(1, 2)
+    tile, meta = _meta("relative_backward_q", q, k, v, table, grad, dq)
+    tiles, low = triton.cdiv(L, tile), starts.oldest(tile)
+    du, dw = shares = torch.empty(2, B, H, tiles, D, device=q.device)
+    kernels.backward_q[(tiles, B * H)](
+        *operands, low, grad, delta, lse, dq, du, dw, *given, *dq.stride()[:3], *_batch(first, low), *sizes, scale,
+        **meta,
+    )  # fmt: skip
+
+    dkeys = k.new_empty(4, B, S, H, D)
+    each = dkeys.transpose(2, 3).unbind()
+    tile, meta = _meta("relative_backward_kv", q, k, v, table, grad, each[0])
+    last = starts.last_seer(tile)
+    kernels.backward_kv[(triton.cdiv(S, tile), B * H)](
+        *operands, own, last, grad, delta, lse, *each, *given, *each[0].stride()[:3],
+        *_batch(first, own, last), *sizes, scale, **meta,
+    )  # fmt: skip
+
+    tile, meta = _meta("relative_backward_r", q, k, v, table, grad)
+    tiles = triton.cdiv(L, tile)
+    # enough programs to fill a device, also where there are few distances
+    pieces = max(1, min(tiles, 1024 // max(1, triton.cdiv(T, tile) * B * H)))
+    rows = triton.cdiv(tiles, pieces) * tile
+    dr = torch.empty(B, H, pieces, T, D, device=q.device)
+    kernels.backward_r[(triton.cdiv(T, tile), pieces, B * H)](
+        *operands, grad, delta, lse, dr, *given, *_batch(first), *sizes, rows, scale, **meta
+    )
+    return dq, dkeys, dr.sum((0, 2)).flip(1).transpose(0, 1), shares.sum((1, 3))
+
+
+def falling(r: Float[Tensor, "T H D"], dtype: torch.dtype) -> Float[Tensor, "H T D"]:
+    """The table of each head, from the largest distance down to 0."""
     return r.to(dtype).transpose(0, 1).flip(1).contiguous()
 
 

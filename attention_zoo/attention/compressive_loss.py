@@ -1,0 +1,121 @@
+"""How far attention to compressed states is from attention to what they are made of. Rae et al. 2019, §3.1.2.
+
+    mean ‖attn(h_s, evicted) - attn(h_s, f(evicted))‖²        of segments whose end evicts; attn has no positions
+
+f alone learns from it: queries, keys, values and the weights of attention are detached. Compressed states are among the
+table that the layer has projected, so their keys and values are taken from there; only their gradient is new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from attention_zoo.attention.compressive_functions import with_frozen
+from attention_zoo.attention.compressive_plans import Evicted
+from attention_zoo.layout.host import Array, tensor_of
+from attention_zoo.ops.relative.projections import is_plain
+from attention_zoo.ops.softmax.function import differentiable_once
+
+
+class Picked(NamedTuple):
+    """`Evicted` on the device.
+
+    Fields:
+        row: [n, 1].
+        queries: [n, S]; any where there is none.
+        hidden: [n, 1, S, 1], where there is none; None: nowhere.
+        slots: [n, g], which of the new slots.
+        tokens: [n, g · c].
+    """
+
+    row: Int[Tensor, "n 1"]
+    queries: Int[Tensor, "n S"]
+    hidden: Bool[Tensor, "n 1 S 1"] | None
+    slots: Int[Tensor, "n g"]
+    tokens: Int[Tensor, "n gc"]
+
+    @staticmethod
+    def of(each: Evicted, device: torch.device) -> Picked:
+        missing = each.queries < 0
+        some = tensor_of(missing[:, None, :, None], device) if bool(missing.any()) else None
+
+        def here(x: Array) -> Tensor:
+            return tensor_of(x, device)
+
+        return Picked(
+            here(each.row[:, None]), here(each.queries.clip(min=0)), some, here(each.slots), here(each.tokens)
+        )
+
+
+def squares(
+    q: Float[Tensor, "B L H D"],
+    k: Float[Tensor, "B T H D"],
+    v: Float[Tensor, "B T H D"],
+    fresh: Float[Tensor, "B new E"],
+    layers: tuple[nn.Module, nn.Module],
+    picked: Sequence[Picked],
+    *,
+    held: int,
+    scale: float,
+) -> Float[Tensor, ""]:
+    """The sum over all queries, heads and widths, in float32 at least.
+
+    Args:
+        k, v: of the table: `held` slots that are older, the new ones, then the tokens.
+        fresh: the new compressed states; alone they receive gradients.
+        layers: projections of keys and of values.
+    """
+    new, exact = fresh.shape[1], torch.float64 if fresh.dtype == torch.float64 else torch.float32
+    plain = all(map(is_plain, layers))
+    made = () if plain else tuple(with_frozen(layer, fresh).unflatten(-1, k.shape[2:]) for layer in layers)
+    total: Any = None
+    for each in picked:
+        with torch.no_grad():
+            asked = q[each.row, each.queries].transpose(1, 2)
+            columns = each.tokens + (held + new)
+            wanted = _attention(asked, *(x[each.row, columns] for x in (k, v)), scale)
+        if plain:
+            weights = (layer.weight for layer in layers)
+            compressed = _Again.apply(fresh, k, v, *weights, each.row, each.slots, held)
+        else:
+            compressed = (x[each.row, each.slots] for x in made)
+        found = _attention(asked, *compressed, scale)
+        if each.hidden is not None:
+            found, wanted = (x.masked_fill(each.hidden, 0) for x in (found, wanted))
+        gap = nn.functional.mse_loss(found.to(exact), wanted.to(exact), reduction="sum")
+        total = gap if total is None else total + gap
+    return total  # type: ignore[no-any-return]
+
+
+def _attention(q: Float[Tensor, "n H S D"], k: Tensor, v: Tensor, scale: float) -> Float[Tensor, "n H S D"]:
+    """Without positions, of keys and values [n, m, H, D]."""
+    k, v = (x.transpose(1, 2) for x in (k, v))
+    return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+class _Again(torch.autograd.Function):
+    """Keys and values of some new slots, [n, g, H, D], as the table has them; gradients go to what they are made of."""
+
+    @staticmethod
+    def forward(ctx: Any, fresh, k, v, to_k, to_v, row, slots, held: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(fresh, to_k, to_v, row, slots)
+        columns = slots + held if held else slots
+        return k[row, columns], v[row, columns]
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, saved: tuple[Tensor, ...], dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        fresh, to_k, to_v, row, slots = saved
+        made = torch.addmm(_flat(dk) @ to_k.to(dk.dtype), _flat(dv), to_v.to(dv.dtype))
+        into = torch.zeros_like(fresh)
+        into[row, slots] = made.view(*slots.shape, -1).to(into.dtype)  # each slot leaves memory once
+        return into, *[None] * 7
+
+
+def _flat(x: Float[Tensor, "n g H D"]) -> Float[Tensor, "ng HD"]:
+    return x.flatten(2).flatten(0, 1)
