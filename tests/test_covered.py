@@ -93,6 +93,8 @@ def test_where_it_is_taken(causal):
     assert taken(1259, causal=causal, block=32, random=64) == "covered"
     assert taken(2048, causal=causal, random=64) == "covered"
     assert taken(4096, tokens=documents(4096, 24), causal=causal) == "covered"
+    assert taken(2048, tokens=documents(2048, 48), causal=causal, block=16) == "covered", "of three blocks each"
+    assert taken(4096, tokens=documents(4096, 24), causal=causal, block=16) == "blocks", "of eleven blocks each"
     assert taken(4096, causal=causal) == "blocks"
     assert taken(4096, tokens=documents(4096, 2), causal=causal) == "blocks"
     assert taken(316, tokens=documents(316, 24), causal=causal) == "short"

@@ -7,6 +7,7 @@ from collections.abc import Container, Iterator
 
 import pytest
 import torch
+from count_reads import Count
 from references.reformer import factors, hash_document, reference, visible
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +17,7 @@ from attention_zoo.contract import Tokens, Unsupported
 from attention_zoo.layout.kernel import choose
 from attention_zoo.layout.layout import Layout
 from attention_zoo.measure.memory import peak_memory
-from attention_zoo.ops.lsh import call, chunks, hashing, short
+from attention_zoo.ops.lsh import call, chunks, hashing, kept, short
 from attention_zoo.ops.softmax.dense import dense
 
 DIM, HEADS = 12, 3
@@ -143,6 +144,7 @@ def test_many_steps_and_blocks_of_heads(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(chunks._SCORES, "cpu", 64)
     monkeypatch.setitem(chunks._SLOTS, "cpu", 1)
     monkeypatch.setattr(call, "WORTH", 100)
+    monkeypatch.setattr(kept, "CELLS", 0)
     assert_equals_reference(build(kernel="short"), 29, build(kernel="chunks"))
     options = {"causal": False, "wrap": "reference"}
     assert_equals_reference(build(kernel="short", **options), 19, build(kernel="chunks", **options))
@@ -150,9 +152,12 @@ def test_many_steps_and_blocks_of_heads(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("options", [{}, {"correct_duplicates": True}, {"fill": 12, "look_back": 2}], ids=str)
 @pytest.mark.parametrize("causal", [True, False])
-def test_short_documents_equal_their_chunks(monkeypatch: pytest.MonkeyPatch, causal: bool, options: dict):
+@pytest.mark.parametrize("cells", [0, kept.CELLS], ids=["again", "kept"])
+def test_short_documents_equal_their_chunks(monkeypatch: pytest.MonkeyPatch, cells: int, causal: bool, options: dict):
     """Several lots of rows of each document; also behind a state, where a few tokens alone are asked for."""
-    monkeypatch.setattr(short, "ROWS", 8)
+    for module in (short, kept):
+        monkeypatch.setattr(module, "ROWS", 8)
+    monkeypatch.setattr(kept, "CELLS", cells)
     monkeypatch.setattr(call, "WORTH", 100)
     ours, theirs = (build(causal=causal, rounds=8, kernel=kernel, **options) for kernel in ("short", "chunks"))
     for name, tokens in layouts(23):
@@ -167,6 +172,34 @@ def test_short_documents_equal_their_chunks(monkeypatch: pytest.MonkeyPatch, cau
                 state = layer(x[:, :16], tokens.cut(slice(0, 16)), state=layer.initial_state(len(x))).state
                 parts.append(layer(x[:, 16:], tokens.cut(slice(16, 23)), state=state).hidden)
             torch.testing.assert_close(*parts, atol=1e-12, rtol=0, msg=lambda m, n=name: f"{n}, state: {m}")
+
+
+@pytest.mark.parametrize("size", [1.0, 40.0])
+def test_kept_weights_equal_the_definition(monkeypatch: pytest.MonkeyPatch, size: float):
+    """Also where scores are beyond 100, and where tokens see nobody else."""
+    monkeypatch.setattr(call, "WORTH", 100)
+    for length, more in ((9, {}), (61, {}), (131, {"correct_duplicates": True}), (150, {"causal": False})):
+        layer = build(chunk=8, rounds=2, **more)
+        q, v = (torch.randn(2, layer.heads, length, layer.head_width, dtype=torch.float64) for _ in range(2))
+        given = [(size * q).requires_grad_(), v.requires_grad_()]
+        found = []
+        for name in ("short", "dense"):
+            layer.kernel = name
+            out = layer.attend(*given)
+            weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+            found.append([out, *torch.autograd.grad(out, given, weight)])
+        for pair in zip(*found):
+            torch.testing.assert_close(*pair, atol=1e-11, rtol=1e-10)
+
+
+def test_operators_of_kept_weights():
+    """Of short rows they are what costs: counted at the length at which documents no longer fit into one window."""
+    layer = build(torch.float32, chunk=64, rounds=4)
+    q, v = (torch.randn(1, layer.heads, 150, layer.head_width, requires_grad=True) for _ in range(2))
+    layer.attend(q, v)  # plans are kept
+    with Count() as count:
+        layer.attend(q, v).sum().backward()
+    assert count.operators <= 240, count.operators
 
 
 @pytest.mark.parametrize(

@@ -356,7 +356,7 @@ class Reformer(HashedAttention):
             return kernel.run(call)(qk, v, together)
         shape: Any = {name: getattr(self, name) for name in ("rounds", "chunk", "look_back", "look_ahead")}
         shape |= {"across_rounds": self.wrap == "reference", "slots": documents.slots if self.fill else None}
-        make = partial(lsh_layout.lay_out, documents.sizes, **shape, device=qk.device)
+        make = partial(lsh_layout.laid_out, documents.sizes, **shape, device=qk.device)
         layout = keys.plan(("hashed", *list(shape.values())[:5], self.fill), make)
         plan = chunks.HashedPlan(
             layout=layout,

@@ -25,7 +25,6 @@ from attention_zoo.layout.visible import runs_of
 from attention_zoo.ops.exchange.halo import behind_halo
 from attention_zoo.ops.relative.call import RelativeCall
 from attention_zoo.ops.relative.few import Few, absorbed
-from attention_zoo.ops.relative.projections import is_plain
 from attention_zoo.ops.relative.waves import falling_waves, waves
 from attention_zoo.options import Natural, Positive
 from attention_zoo.place import place_of
@@ -163,11 +162,11 @@ class RelativeAttention(Attention):
         """What kernels need to know of a call; `lowest`: the lowest position that there may be."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        plain = all(map(is_plain, (self.to_k, self.to_v, self.to_r)))
-        consecutive = runs_of(keys, lowest).consecutive
+        projections = self.to_k, self.to_v, self.to_r
+        consecutive = keys.implied or runs_of(keys, lowest).consecutive
         columns = keys.valid.shape[1]
         width, wanted = self.head_width, self.kernel
-        return RelativeCall(x.shape[1], columns, width, x.device, dtype, consecutive, plain, wanted, **more)
+        return RelativeCall(x.shape[1], columns, width, x.device, dtype, consecutive, projections, wanted, **more)
 
     def _absorbed(self, q: Float[Tensor, "B H L D"], states: Float[Tensor, "B S E"], few: Few) -> Tensor:
         """See ops/relative/few.py."""

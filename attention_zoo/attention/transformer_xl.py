@@ -38,24 +38,25 @@ Other checkpoints: tests/test_weights_transformer_xl.py. Token by token: tests/r
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from attention_zoo.attention.operator import refuse_export
 from attention_zoo.attention.relative import RelativeAttention
+from attention_zoo.attention.segment_plans import Lengths, plan_of, segments_of
 from attention_zoo.contract import Operands, Output
-from attention_zoo.layout.host import Array, Host, tensor_of
+from attention_zoo.layout.host import Array, Host
 from attention_zoo.layout.kernel import choose
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon
-from attention_zoo.layout.visible import first_columns, runs_of
+from attention_zoo.layout.visible import runs_of
 from attention_zoo.ops.relative.call import KERNELS, RelativeCall
-from attention_zoo.ops.relative.chunks import ChunkPlan, chunk_borders, plan_chunks, relative_attention
+from attention_zoo.ops.relative.chunks import ChunkPlan, relative_attention
 from attention_zoo.ops.relative.few import few_of
 from attention_zoo.ops.relative.projections import streams
 from attention_zoo.ops.relative.short import is_short, short, short_or_chunked
@@ -63,16 +64,6 @@ from attention_zoo.ops.softmax.function import watch, zeros_for
 from attention_zoo.options import Natural, Positive
 from attention_zoo.rules import OneOf, Unsupported
 from attention_zoo.tokens import Tokens
-
-
-class Segments(NamedTuple):
-    """Where the keys of each query begin: the first column that it sees, and the first of its own segment, [B, L].
-
-    One more than its own column where it sees nothing.
-    """
-
-    first: Int[np.ndarray, "B L"]
-    own: Int[np.ndarray, "B L"]
 
 
 class TransformerXL(RelativeAttention):
@@ -168,7 +159,7 @@ class TransformerXL(RelativeAttention):
         kernel = choose(self.name, KERNELS, self.kernel, self._call(x, keys, self._lowest)).name
         if kernel == "absorbed":
             key = ("few", x.shape[1], *self._lengths)
-            few = keys.plan(key, lambda: few_of(keys, self._segments(keys, x.shape[1]).first))
+            few = keys.plan(key, lambda: few_of(keys, segments_of(keys, x.shape[1], self._lengths).first))
             out = self._absorbed(q, hidden, few)
         else:
             out = self._chunked(q, hidden, keys, kernel)
@@ -261,7 +252,7 @@ class TransformerXL(RelativeAttention):
             raise ValueError(f"r must be [at least {seen}, {H}, {D}], got {tuple(r.shape)}")
         if not (B and L):
             return zeros_for(q, (q, k, v, r, self.u, self.v))
-        consecutive = runs_of(keys, self._lowest).consecutive
+        consecutive = keys.implied or runs_of(keys, self._lowest).consecutive
         call = RelativeCall(L, S, D, q.device, q.dtype, consecutive, wanted=self.kernel)
         plan = self._plan(keys, L, choose(self.name, KERNELS[1:], self.kernel, call).name)
         if len(r) != plan.distances:  # cutting and padding cost a copy of the table each, and one of its gradient
@@ -290,42 +281,13 @@ class TransformerXL(RelativeAttention):
 
     def _oldest(self, position: Any) -> Any:
         """The oldest position that a token there sees; may be negative."""
-        start = position if self.same_length else position - position % self.segment_length
-        return start - self.memory_length
+        return self._lengths.oldest(position)
 
     @property
-    def _lengths(self) -> tuple[Any, ...]:
+    def _lengths(self) -> Lengths:
         """All that says which keys a query sees."""
-        return self.segment_length, self.memory_length, self.same_length, self._lowest
-
-    def _segments(self, keys: Layout, length: int) -> Segments:
-        """Of the last `length` columns of the keys."""
-
-        def find() -> Segments:
-            host = keys.host.cut(slice(keys.valid.shape[1] - length, None))
-            at = np.where(host.valid, host.position, 0)
-            border = at - at % self.segment_length
-            return Segments(*(first_columns(keys, start, self._lowest) for start in (self._oldest(at), border)))
-
-        return keys.plan(("segments", length, *self._lengths), find)
+        return Lengths(self.segment_length, self.memory_length, self.same_length, self._lowest)
 
     def _plan(self, keys: Layout, length: int, kernel: str) -> ChunkPlan:
-        """The queries in chunks, once for all layers that see alike."""
-        return keys.plan(("chunks", length, kernel, *self._lengths), lambda: self._cut(keys, length, kernel))
-
-    def _cut(self, keys: Layout, length: int, kernel: str) -> ChunkPlan:
-        first, own = self._segments(keys, length)
-        columns, device = keys.valid.shape[1], keys.valid.device
-        if kernel == "triton":
-            # no pair is farther apart than this
-            farthest = self.memory_length + (1 if self.same_length else self.segment_length)
-            starts = tensor_of(first, device), tensor_of(own, device)
-            from attention_zoo.ops.relative.triton import Starts
-
-            return ChunkPlan(*starts, (), min(columns, farthest), None, None, Starts(*starts, columns))
-        # chunks follow the segments of the first row: its queries need no key that its own segment does not
-        mine = keys.host.cut(slice(columns - length, None))
-        query = int(mine.valid[0].argmax())
-        phase = int(mine.position[0, query]) - query
-        borders = chunk_borders(length, self.segment_length, phase)
-        return plan_chunks(first, own, borders, columns, keys=keys if kernel == "gather" else None, device=device)
+        """The queries in chunks."""
+        return plan_of(keys, length, kernel, self._lengths)

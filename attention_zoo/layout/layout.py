@@ -67,7 +67,7 @@ class Layout(Tokens):
         made = Layout(position, valid, torch.zeros_like(valid), zero, ends)
         made.__dict__.update(dense=True, any_global=False, one_document=True, aligned=True, rows_alike=True)
         made.__dict__.update(
-            starts_at_zero=not start or not length, implied=True, _start=start, padding=None, asked=None
+            starts_at_zero=not start or not length, implied=True, start=start, padding=None, asked=None
         )
         return made
 
@@ -83,7 +83,8 @@ class Layout(Tokens):
 
     implied = False
     """Whether nothing was said of the tokens: they are what the shape of a call implies."""
-    _start = 0
+    start = 0
+    """Position of the first column, where they are implied."""
 
     placement: Any = None
     """The `Placement` of the whole sequence, if these are the columns of one process alone."""
@@ -105,7 +106,7 @@ class Layout(Tokens):
     def host(self) -> Host:
         """All fields in numpy: the one place where a call's tokens are read from the device."""
         if self.implied:
-            return Host.plain(self.valid.shape[0], self.valid.shape[1], self._start)
+            return Host.plain(self.valid.shape[0], self.valid.shape[1], self.start)
         whole = torch.stack([self[0], self[3], self[4], self[1], self[2]]) if self._whole is None else self._whole
         position, document, length, valid, is_global = whole.numpy(force=True)
         self._whole = None

@@ -71,9 +71,9 @@ def first_columns(keys: Layout, oldest: Int[np.ndarray, "B L"], lowest: int = 0)
 
     One more than its own column at padding.
     """
-    runs, L = runs_of(keys, lowest), oldest.shape[1]
     if keys.implied:  # columns are positions, but for where they begin
         return (oldest - keys.host.position[:, :1]).clip(0, keys.valid.shape[1])
+    runs, L = runs_of(keys, lowest), oldest.shape[1]
     asked = slice(keys.valid.shape[1] - L, None)
     wanted = (runs.run * runs.stride)[:, asked] + oldest.clip(min=lowest) - lowest
     found = np.stack([np.searchsorted(row, at) for row, at in zip(runs.place, wanted)]) if len(wanted) else wanted

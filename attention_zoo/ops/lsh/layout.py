@@ -7,7 +7,7 @@ Letters as in ops/lsh/chunks.py.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from attention_zoo.layout.host import tensor_of
+
+KEPT, KEPT_DOCUMENTS = 1024, 64
+"""Most tokens, and documents, of a layout that is kept for later calls."""
 
 
 class ChunkLayout(NamedTuple):
@@ -91,6 +94,21 @@ def lay_out(
     place = partial(tensor_of, device=device)
     fields = (place(document), place(slot), place(neighbours), place(present))
     return ChunkLayout(chunk, *fields, rounds, across_rounds, {})
+
+
+def laid_out(
+    sizes: Int[np.ndarray, " K"], *, slots: Int[np.ndarray, " K"] | None, device: torch.device, **shape: Any
+) -> ChunkLayout:
+    """`lay_out`; of few tokens the same object for the same arguments, since a short call would wait for it."""
+    if sizes.sum() > KEPT or len(sizes) > KEPT_DOCUMENTS or device.type != "cpu":
+        return lay_out(sizes, slots=slots, device=device, **shape)
+    given = None if slots is None else tuple(slots.tolist())
+    return _kept(tuple(sizes.tolist()), given, tuple(shape.items()))
+
+
+@lru_cache(maxsize=16)
+def _kept(sizes: tuple[int, ...], slots: tuple[int, ...] | None, shape: tuple[tuple[str, Any], ...]) -> ChunkLayout:
+    return lay_out(np.array(sizes), slots=None if slots is None else np.array(slots), **dict(shape))
 
 
 def sort_tokens(buckets: Int[Tensor, "H R M"], document: Int[Tensor, " M"]) -> Int[Tensor, "H R M"]:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from attention_zoo.layout.kernel import Kernel, triton_reason
+from attention_zoo.ops.relative.projections import is_plain
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class RelativeCall:
     Fields:
         queries, keys: how many there are.
         consecutive: whether tokens stand in consecutive columns at consecutive positions.
-        plain: whether projections are matrices that may be multiplied by past their modules.
+        projections: whose matrices a kernel may multiply by past these modules, where they are plain.
         wanted: the kernel that was asked for.
         gathered: why keys that are gathered segment by segment cannot stand in columns as they count; None: they can.
             Asked only where it matters.
@@ -30,7 +32,7 @@ class RelativeCall:
     device: torch.device
     dtype: torch.dtype
     consecutive: bool = True
-    plain: bool = True
+    projections: tuple[nn.Module, ...] = ()
     wanted: str = "auto"
     gathered: Callable[[], str | None] = lambda: None
 
@@ -48,7 +50,7 @@ def _no_gradients(call: RelativeCall) -> str | None:
 
 
 def _is_plain(call: RelativeCall) -> str | None:
-    if call.plain:
+    if all(map(is_plain, call.projections)):
         return None
     return "it multiplies by the matrices of to_k, to_v and to_r, one of which is wrapped, hooked or no nn.Linear"
 

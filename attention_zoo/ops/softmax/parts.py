@@ -15,6 +15,43 @@ Bias = Callable[[slice], Tensor | None]
 Learn = Callable[[Sequence[Tensor], Tensor, slice], None]
 
 
+class Windows(NamedTuple):
+    """Equal windows of consecutive columns at equal distances, which may overlap: one for each of as many groups of
+    rows. A view without a copy.
+
+    Fields:
+        first: where the first begins.
+        width: columns of each.
+        step: from the beginning of one to that of the next, at most `width`.
+        blocks: of rows, a window for each.
+    """
+
+    first: int
+    width: int
+    step: int
+    blocks: int
+
+    def of(self, x: Float[Tensor, "S D"], start: int = 0, stop: int | None = None) -> Float[Tensor, "blocks n D"]:
+        """Columns `start` to `stop` of each window."""
+        stop, (row, column) = self.width if stop is None else stop, x.stride()
+        shape, strides = (self.blocks, stop - start, x.shape[1]), (self.step * row, row, column)
+        return x.as_strided(shape, strides, x.storage_offset() + (self.first + start) * row)
+
+    def near(self, x: Float[Tensor, "S D"], place: Callable[[tuple[int, int]], Tensor]) -> Float[Tensor, "blocks n D"]:
+        """All of each window, with columns side by side in memory: products of few rows take half as long again where
+        heads lie between them. What is read from there is copied to a place of that shape."""
+        if x.stride(0) == x.shape[1]:
+            return self.of(x)
+        some = x[self.first : self.first + self.step * (self.blocks - 1) + self.width]
+        return self._replace(first=0).of(place((len(some), x.shape[1])).copy_(some))
+
+    def add(self, into: Float[Tensor, "S D"], grad: Float[Tensor, "blocks n D"]) -> None:
+        """Add what belongs to the columns of each window: piece by piece, so that no two are one memory."""
+        for start in range(0, self.width, self.step):
+            stop = min(start + self.step, self.width)
+            self.of(into, start, stop).add_(grad[:, start:stop])
+
+
 class Part(NamedTuple):
     """Keys that one tile sees, with their bias.
 
@@ -23,7 +60,8 @@ class Part(NamedTuple):
             batch rows; int [B, n] is each row's own, and is gathered once for all tiles that hold the same tensor;
             int [B, h, g, m] is the own of each of the tile's heads for each of g equal groups of the tile's rows, as
             `blocks_in` counts blocks of `block` columns: n = m · block. k and v must then be contiguous; gathering long
-            contiguous runs is what makes this fast (20 times, measured on CPU).
+            contiguous runs is what makes this fast (20 times, measured on CPU). `Windows` are for tiles of one head and
+            steps of one batch row, g = blocks of them.
         bias: called with the batch rows that it is needed for, forward and again backward; -inf unseen, or None.
             [b|1, H|1, rows|1, n] for b batch rows, of all heads; with groups, of the tile's,
             [b|1, h|1, g, rows / g|1, n].
@@ -33,7 +71,7 @@ class Part(NamedTuple):
         turned: whether rows, of a slice, ask with their other queries (`run_tiles`).
     """
 
-    keys: slice | Tensor
+    keys: slice | Tensor | Windows
     bias: Bias
     block: int = 1
     learn: Learn | None = None
@@ -61,6 +99,12 @@ def packed(x: Float[Tensor, "B K S D"]) -> Float[Tensor, "B K S D"]:
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
+def _groups(keys: slice | Tensor | Windows) -> int:
+    if isinstance(keys, Windows):
+        return keys.blocks
+    return keys.shape[2] if isinstance(keys, Tensor) and keys.ndim == 4 else 0
+
+
 def some_rows(x: Tensor, batch: slice | None) -> Tensor:
     return x if batch is None else x[batch]
 
@@ -76,17 +120,20 @@ class View:
         self.part, self.keys, self.block, self.batch = part, part.keys, part.block, batch
         self.rows_heads, first, last = heads, *heads.indices(q.shape[1])[:2]
         self.heads, group = last - first, q.shape[1] // k.shape[1]
-        self.key_heads = slice(first // group, last // group)
+        self.key_heads = slice(first // group, -(-last // group))
         # 0: all heads and rows see the same keys
-        self.groups = part.keys.shape[2] if isinstance(part.keys, Tensor) and part.keys.ndim == 4 else 0
-        self.apart = self.heads * self.groups or last // group - first // group
+        self.groups = _groups(part.keys)
+        self.apart = self.heads * self.groups or self.key_heads.stop - self.key_heads.start
 
     def fold(self, x: Tensor) -> Tensor:
         """[b, h, rows, d] of queries -> [N, n, d]; a view if x is contiguous."""
         return fold(x, self.apart)
 
     def sees(self, x: Tensor) -> bool:
-        """Whether `fold` of this is a view of it."""
+        """Whether products may go there: `fold` of this is a view of it, and for `Windows` one run of memory, without
+        which each window's product is a call of its own."""
+        if isinstance(self.keys, Windows) and not x.is_contiguous():
+            return False
         return self.fold(x).data_ptr() == x.data_ptr()
 
     def shape(self, query: Tensor) -> tuple[int, int, int]:
@@ -108,6 +155,8 @@ class View:
         keys = self.keys
         if isinstance(keys, slice):
             return self._mine(k, keys), self._mine(v, keys)
+        if isinstance(keys, Windows):
+            return self._windows(k, "k", scratch), self._windows(v, "v", scratch)
         if keys.ndim == 4:
             return self._gather(k, "k", scratch), self._gather(v, "v", scratch)
         if keys.ndim == 2:
@@ -120,6 +169,9 @@ class View:
         keys = self.keys
         if isinstance(keys, slice):
             return self._mine(dk, keys), self._mine(dv, keys)
+        if isinstance(keys, Windows):
+            shape = (keys.blocks, keys.width, dk.shape[3])
+            return scratch("dk", shape, dk), scratch("dv", shape, dv)
         if keys.ndim == 2:
             dk, dv = shared.gradients(keys, dk)
             return self._mine(dk), self._mine(dv)
@@ -130,13 +182,16 @@ class View:
     @property
     def fresh(self) -> bool:
         """Whether the gradients have a place of their own."""
-        return isinstance(self.keys, Tensor) and self.keys.ndim != 2
+        return isinstance(self.keys, Windows) or (isinstance(self.keys, Tensor) and self.keys.ndim != 2)
 
     def add(self, dk: Tensor, dv: Tensor, dkeys: Tensor, dvalues: Tensor) -> None:
         if not self.fresh:
             return
-        assert isinstance(self.keys, Tensor)
         for into, grad in ((dk, dkeys), (dv, dvalues)):
+            if isinstance(self.keys, Windows):
+                self.keys.add(self._one(into), grad)
+                continue
+            assert isinstance(self.keys, Tensor)
             if self.keys.ndim == 1:
                 self._mine(into).index_add_(1, self.keys, grad)
             else:
@@ -150,6 +205,14 @@ class View:
         """
         x = some_rows(x, self.batch)[:, self.key_heads, columns]
         return x[0] if len(x) == 1 else x.view(-1, *x.shape[2:])
+
+    def _windows(self, x: Tensor, name: str, scratch: Scratch) -> Tensor:
+        assert isinstance(self.keys, Windows)
+        return self.keys.near(self._one(x), lambda shape: scratch(name, shape, x))
+
+    def _one(self, x: Tensor) -> Tensor:
+        """[columns, D] of the one batch row and key head that the step is about."""
+        return some_rows(x, self.batch)[0, self.key_heads.start]
 
     def _gather(self, x: Tensor, name: str, scratch: Scratch) -> Tensor:
         assert isinstance(self.keys, Tensor)

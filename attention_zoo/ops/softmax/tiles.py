@@ -19,7 +19,7 @@ from attention_zoo.layout.host import array_of
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 from attention_zoo.ops.softmax.pages import large_pages
 from attention_zoo.ops.softmax.partial import LOG2E, Asked, Scratch, Sums, partial_backward
-from attention_zoo.ops.softmax.parts import Part, Shared, View, some_rows
+from attention_zoo.ops.softmax.parts import Part, Shared, View, Windows, some_rows
 
 SCORES = {"cpu": 1 << 19}
 """Scores that a step should hold, over batch and heads: near the cache on a CPU. See `scores_at_once`."""
@@ -45,7 +45,7 @@ class Tile(NamedTuple):
     `Rows`, which then decides alone. Rows in none yield zeros.
 
     Fields:
-        heads: which query heads; a group that shares a key head stays together.
+        heads: which query heads: one, or whole groups of those that share a key head.
     """
 
     rows: slice | Rows
@@ -108,7 +108,7 @@ class _Tiles(torch.autograd.Function):
         for step in _steps(q, k, v, tiles):
             if not step.parts:
                 continue
-            query = step.rows(q)
+            query = step.near(step.rows(q), "q", scratch)
             sums = Sums(query, scratch, all_mild if all_mild or mild is None else step.rows(mild))
             if sink is not None:
                 sums.start(step.scores(sink))
@@ -160,8 +160,8 @@ class _Tiles(torch.autograd.Function):
             if not step.parts:
                 continue
             mine = deciding.pop(0) if isinstance(step.tile.rows, Rows) else step.rows(shift)
-            query = step.rows(q)
-            asked = Asked(step.rows(grad).to(exact), query, step.rows(delta), mine)
+            query = step.near(step.rows(q), "q", scratch)
+            asked = Asked(step.near(step.rows(grad), "grad", scratch).to(exact), query, step.rows(delta), mine)
             if sink is not None:
                 weights = (step.scores(sink) * LOG2E + mine).exp2_()
                 dsink[step.tile.heads] += (weights * asked.delta).sum((0, 2, 3))
@@ -236,6 +236,12 @@ class _Step(NamedTuple):
         rows, x = self.tile.rows, some_rows(x, self.batch)
         return x[:, self.tile.heads, rows] if isinstance(rows, slice) else x.gather(2, self._index(rows, x))
 
+    def near(self, x: Shaped[Tensor, "b h n d"], name: str, scratch: Scratch) -> Shaped[Tensor, "b h n d"]:
+        """The same rows, side by side in memory where `Windows` are for them."""
+        if not any(isinstance(part.keys, Windows) for part in self.parts) or x.is_contiguous():
+            return x
+        return scratch(name, x.shape, x).copy_(x)
+
     def scores(self, sink: Float[Tensor, " H"]) -> Float[Tensor, "h 1 1"]:
         """Of the tile's heads, in float32 at least."""
         return sink[self.tile.heads].to(torch.promote_types(sink.dtype, torch.float32)).view(-1, 1, 1)
@@ -287,4 +293,6 @@ def _widest(tile: Tile, columns: int) -> int:
 
 
 def _width(part: Part, columns: int) -> int:
+    if isinstance(part.keys, Windows):
+        return part.keys.width
     return len(range(columns)[part.keys]) if isinstance(part.keys, slice) else part.keys.shape[-1] * part.block

@@ -1,0 +1,173 @@
+"""Short documents side by side, and how often the windows of all rounds show each token to each other.
+
+With C the one-hot matrix of tokens and the chunks of all rounds, S of how often the window of a chunk shows another,
+n = C S Cᵀ, a product of few columns. Letters as in ops/lsh/short.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from attention_zoo.layout.host import Array, array_of, tensor_of
+from attention_zoo.ops.lsh.chunks import HashedPlan
+from attention_zoo.ops.lsh.layout import ChunkLayout
+
+ROWS = 128
+"""Queries at once of a causal document: keys that are future for all of them are left out."""
+
+
+class Grid(NamedTuple):
+    """Rows of a ragged list, document by document.
+
+    Fields:
+        rows: [K, n], which they are; any where a document has fewer. None: n each, in the order of the list.
+        there: flat places of the grid that hold one, in the order of the list; None: all.
+        columns: n.
+    """
+
+    rows: Int[Tensor, "K n"] | None
+    there: Int[Tensor, " M"] | None
+    columns: int
+
+    @staticmethod
+    def of(document: Int[np.ndarray, " M"], documents: int, device: torch.device) -> Grid:
+        """Rows of these documents, whose numbers are in order and below `documents`."""
+        sizes = np.bincount(document, minlength=documents)
+        columns = int(sizes.max())
+        if bool((sizes == columns).all()):
+            return Grid(None, None, columns)
+        number = np.arange(len(document))
+        there = document * columns + number - (sizes.cumsum() - sizes)[document]
+        rows = np.zeros(documents * columns, np.int64)
+        rows[there] = number
+        return Grid(tensor_of(rows.reshape(documents, columns), device), tensor_of(there, device), columns)
+
+    def lay(self, x: Float[Tensor, "M h d"]) -> Float[Tensor, "K n h d"]:
+        """A view where no document is shorter than another."""
+        return x.unflatten(0, (-1, self.columns)) if self.rows is None else x[self.rows]
+
+    def spread(self, numbers: Int[np.ndarray, " M"]) -> Int[np.ndarray, "K n"]:
+        """These numbers, one for each row of the list, in the grid's places; -1 elsewhere."""
+        if self.there is None:
+            return numbers.reshape(-1, self.columns)
+        assert self.rows is not None
+        found = np.full(self.rows.numel(), -1)
+        found[array_of(self.there)] = numbers
+        return found.reshape(-1, self.columns)
+
+    def back(self, x: Float[Tensor, "K n h d"]) -> Float[Tensor, "M h d"]:
+        flat = x.flatten(0, 1)
+        return flat if self.there is None else flat.index_select(0, self.there)
+
+
+class ShortLayout(NamedTuple):
+    """Documents side by side.
+
+    Fields:
+        documents: K.
+        keys, queries: where the tokens are, and those that are asked for.
+        bias: [K|1, 1, m, n], -inf for what a query never sees: itself, causally the future, and what is no token.
+        chunk: [R, M], of the i-th token in sorted order in each round, its chunk among the c of its document.
+        shown: [K|1, 1, c, c], how often a chunk's window shows another; None: all pairs alike.
+    """
+
+    documents: int
+    keys: Grid
+    queries: Grid
+    bias: Float[Tensor, "_ 1 m n"]
+    chunk: Int[Tensor, "R M"]
+    shown: Float[Tensor, "_ 1 c c"] | None
+
+
+def lay_short(plan: HashedPlan, dtype: torch.dtype) -> ShortLayout:
+    """Of a plan's documents, with biases in this dtype; kept with the layout where all tokens are asked for."""
+    if plan.asked is not None:
+        return _lay(plan, dtype)
+    key = "short", plan.causal, dtype
+    if key not in plan.layout.kept:
+        with torch.inference_mode(False):  # it may outlive the call
+            plan.layout.kept[key] = _lay(plan, dtype)
+    found: ShortLayout = plan.layout.kept[key]
+    return found
+
+
+def _lay(plan: HashedPlan, dtype: torch.dtype) -> ShortLayout:
+    document, device = array_of(plan.layout.document), plan.layout.document.device
+    K, every = int(document[-1]) + 1, np.arange(len(document))
+    asked = every if plan.asked is None else array_of(plan.asked)
+    keys = Grid.of(document, K, device)
+    queries = keys if plan.asked is None else Grid.of(document[asked], K, device)
+    key, query = keys.spread(every)[:, None], queries.spread(asked)[:, :, None]
+    seen = (key < query if plan.causal else key != query) & (key >= 0) & (query >= 0)
+    seen = seen[:1] if bool((seen == seen[:1]).all()) else seen
+    bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(tensor_of(~seen, device), -torch.inf)
+    chunk, shown = _shown(plan.layout, document)
+    weights = None if shown is None else tensor_of(shown[:, None], device).to(dtype)
+    return ShortLayout(K, keys, queries, bias[:, None], tensor_of(chunk, device), weights)
+
+
+def _shown(layout: ChunkLayout, document: Int[np.ndarray, " M"]) -> tuple[Array, Array | None]:
+    """`ShortLayout.chunk` and `shown`."""
+    R, at = layout.rounds, array_of(layout.slot) // layout.chunk
+    first = at[np.searchsorted(document, np.arange(document[-1] + 1))]  # chunk of each document
+    number = np.arange(len(layout.neighbours))
+    round_, inside = np.divmod(number, len(number) // R)
+    owner = np.searchsorted(first, inside, side="right") - 1
+    n = int(np.bincount(owner).max()) // R
+    local = round_ * n + inside - first[owner]
+    shown = np.zeros((len(first), R * n, R * n))
+    places = owner[:, None], local[:, None], local[array_of(layout.neighbours)]
+    np.add.at(shown, places, array_of(layout.present))
+    chunk = np.arange(R)[:, None] * n + at - first[document]
+    there = np.zeros((len(first), R * n), bool)
+    there[owner, local] = True
+    blocks = shown.reshape(-1, R, n, R, n)
+    alike = (blocks == blocks[:, :, :1, :, :1]).reshape(shown.shape)
+    if bool((alike | ~there[:, :, None] | ~there[:, None]).all()):
+        return chunk, None
+    return chunk, (shown[:1] if bool((shown == shown[:1]).all()) else shown)
+
+
+class Windows:
+    """Of each token of a grid the chunks that it is in (`keys`), and those that its windows show (`queries`).
+
+    Attributes:
+        keys, queries: [K, n, H, c] and [K, m, H, c]; None where all pairs are shown alike.
+    """
+
+    def __init__(self, plan: HashedPlan, laid: ShortLayout, heads: int):
+        self.laid, self.once, self.heads = laid, plan.once, heads
+        self.keys: Tensor | None = None
+        if laid.shown is None or plan.order is None:
+            return
+        order = plan.order.long()
+        chunk = torch.empty_like(order).scatter_(2, order, laid.chunk.expand_as(order))
+        shape = order.shape[2], heads, laid.shown.shape[-1]
+        chosen = laid.shown.new_zeros(shape).scatter_(2, chunk.permute(2, 0, 1), 1)
+        self.keys = laid.keys.lay(chosen)
+        queries = self.keys if plan.asked is None else laid.queries.lay(chosen[plan.asked])
+        self.queries = (queries.flatten(1, 2) @ laid.shown[:, 0]).view(queries.shape)
+
+    def logarithm(self, met: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
+        """Of how often pairs are shown, fresh: -inf where never; `once`, 0 where ever."""
+        if self.once:
+            return torch.threshold(met, 0.5, -torch.inf).clamp_(max=0)
+        # the logarithm of 0 takes five times as long as another
+        return torch.threshold_(met.clamp(min=0.5).log_(), -0.5, -torch.inf)
+
+    def all_heads(self, rows: slice, columns: slice) -> tuple[Float[Tensor, "N l s"], Float[Tensor, "N l s"]]:
+        """The bias of these pairs of all documents and heads, N = K · H, and a place for as many numbers; fresh."""
+        bias = self.laid.bias[:, :, rows, columns]
+        if self.keys is None:
+            bias = bias.expand(self.laid.documents, self.heads, -1, -1).flatten(0, 1).clone()
+            return bias, torch.empty_like(bias)
+        pairs = self.queries[:, rows].transpose(1, 2), self.keys[:, columns].permute(0, 2, 3, 1)
+        met = torch.bmm(*(x.flatten(0, 1) for x in pairs))
+        found = self.logarithm(met)
+        found.unflatten(0, (self.laid.documents, -1)).add_(bias)
+        return found, met
