@@ -44,7 +44,7 @@ class Failed(Exception):
 
 
 class _Database(RDBStorage):
-    """One that may have no room for a sign of life: the thread that gives them lives on, and the next may be written."""
+    """One that may have no room for a sign of life: its thread lives on, and the next may be written."""
 
     def record_heartbeat(self, trial_id: int) -> None:
         with suppress(SQLAlchemyError, StorageInternalError):
@@ -158,7 +158,7 @@ class Study:
 
 
 def _of_database(error: BaseException) -> str | None:
-    """What a database said, such as that its disk is full, where that is behind an error: Optuna fails again over it."""
+    """What a database said, such as that it is full, where that is behind an error: Optuna fails over it again."""
     chain: list[BaseException] = [error]
     while (behind := chain[-1].__cause__ or chain[-1].__context__) is not None and behind not in chain:
         chain.append(behind)
