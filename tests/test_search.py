@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -28,6 +29,8 @@ from attention_zoo.training.config import compose_training
 from attention_zoo.training.run import run_training
 
 optuna = pytest.importorskip("optuna")
+
+from optuna.exceptions import StorageInternalError  # noqa: E402
 
 from attention_zoo.jobs import study, trials  # noqa: E402 - they need optuna
 
@@ -206,6 +209,38 @@ def test_what_a_full_disk_ended_is_taken_up_again(
     found = drawn(tmp_path)
     assert [state for state, _, _ in found] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
     assert [values for _, values, _ in found[2:]] == [values for _, values, _ in before]
+
+
+def test_a_database_without_room_is_one_line_and_the_same_command_goes_on(
+    inside: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_given: Any, **_named: Any) -> None:
+        raise StorageInternalError("An exception is raised") from sqlite3.OperationalError("database or disk is full")
+
+    alive, given = optuna.storages.RDBStorage.record_heartbeat, list[int]()
+
+    def once(self: Any, trial_id: int) -> None:
+        given.append(trial_id)
+        full() if len(given) > 1 else alive(self, trial_id)
+
+    def train(runs: Any, folder: Any, **_named: Any) -> Any:
+        while len(given) < 3:
+            time.sleep(0.05)
+        return run(runs, folder, **_named)
+
+    run, words = trials.run_trainings, ["search", *TINY, RATE, "trials=1", "heartbeat=1", f"output={tmp_path}"]
+    with monkeypatch.context() as here:
+        here.setattr(trials, "run_trainings", train)
+        here.setattr(optuna.storages.RDBStorage, "set_trial_state_values", full)
+        here.setattr(optuna.storages.RDBStorage, "record_heartbeat", once)
+        assert main(words) == 1
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    (database,) = tmp_path.glob("*/study.db")
+    cannot = "cannot be written: database or disk is full; the same command goes on"
+    assert told.splitlines()[-1] == f"error: {database} {cannot}"
+    assert main(words) == 0
+    assert [state for state, _, _ in drawn(tmp_path)][-1] == "COMPLETE"
 
 
 def test_nothing_that_ended_well_is_an_error(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -283,3 +284,14 @@ def test_what_a_run_lacked_before_it_went_on_it_lacks_still(before: Any, now: An
     found = receipt(tmp_path, "one")
     assert found is not None
     assert found.state == then
+
+
+def test_a_folder_that_can_only_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(folder))
+
+    Receipt("id", name="longformer-text").write(tmp_path / "run")
+    monkeypatch.setattr("attention_zoo.jobs.sync.owning", refuse)
+    wrong, said = sent(tmp_path)
+    assert wrong == "1 of 1 run did not arrive; the same command sends them"
+    assert said == [f"[1/1] longformer-text: {tmp_path / 'run'}: Read-only file system"]

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import optuna
 from filelock import FileLock
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
@@ -41,6 +43,14 @@ class Failed(Exception):
     """A trial came to nothing; the others go on."""
 
 
+class _Database(RDBStorage):
+    """One that may have no room for a sign of life: its thread lives on, and the next may be written."""
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        with suppress(SQLAlchemyError, StorageInternalError):
+            super().record_heartbeat(trial_id)
+
+
 class Study:
     """One study, as one process sees it. Threads may share it.
 
@@ -62,7 +72,7 @@ class Study:
         self.retry = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
         try:
             with self._lock():
-                self.storage = RDBStorage(
+                self.storage = _Database(
                     url,
                     engine_kwargs=more,
                     heartbeat_interval=options.heartbeat,
@@ -74,7 +84,7 @@ class Study:
                 for trial in self.standing():
                     if trial.state == TrialState.FAIL and (options.retry or trial.user_attrs.get(OUTSIDE)):
                         self.retry(self._study(0), trial)
-        except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError) as error:
+        except (SQLAlchemyError, ImportError, StorageInternalError) as error:
             said = " ".join(str(error).split())[:300]
             raise ValueError(f"storage must be the URL of a database that can be written, got {url}: {said}") from None
 
@@ -131,6 +141,11 @@ class Study:
                 # it gave no sign of life for so long that others took it over, such as on a machine that slept
                 if not begun or not study.trials[begun[0]].state.is_finished():
                     raise
+            except Exception as error:
+                if (wrong := _of_database(error)) is None:
+                    raise
+                name = "the database of storage=" if self.options.storage else self.folder / DATABASE
+                raise OSError(f"{name} cannot be written: {wrong}; the same command goes on") from error
         return "done"
 
     def frozen(self, trial: optuna.Trial) -> FrozenTrial:
@@ -140,6 +155,16 @@ class Study:
     def again(self, trial: optuna.Trial) -> None:
         """Have a trial that is given up taken up again later, by whatever process."""
         self.retry(self._study(0), self.frozen(trial))
+
+
+def _of_database(error: BaseException) -> str | None:
+    """What a database said, such as that it is full, where that is behind an error: Optuna fails over it again."""
+    chain: list[BaseException] = [error]
+    while (behind := chain[-1].__cause__ or chain[-1].__context__) is not None and behind not in chain:
+        chain.append(behind)
+    if not any(isinstance(each, SQLAlchemyError | StorageInternalError) for each in chain):
+        return None
+    return " ".join(str(chain[-1]).split())[:300]
 
 
 def original(trial: FrozenTrial) -> int:

@@ -26,6 +26,7 @@ from attention_zoo.tracking import Guarded, RunInfo, Tracker, WandbTracker
 from attention_zoo.tracking.receipts import Receipt, arrived, kept, receipt, receipts, supersede
 from attention_zoo.tracking.tables import pictures
 from attention_zoo.training.records import METRICS, MODEL, RESULT
+from attention_zoo.training.saying import line_of
 
 MOST_FAILED = 3
 """Runs one after the other that do not arrive: whatever keeps them is not theirs, and each takes its time."""
@@ -80,7 +81,7 @@ def sync(config: SyncConfig, say: Callable[[str], None] = print) -> str:
             say(f"{name}: left alone, {error}")
             continue
         except OSError as error:
-            why = str(error)
+            why = line_of(error)
         say(f"{name}: {why or 'sent'}")
         failed, in_a_row = failed + bool(why), in_a_row + 1 if why else 0
         if in_a_row == MOST_FAILED and number < len(lacking):
