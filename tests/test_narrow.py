@@ -144,6 +144,26 @@ def test_a_learned_sink_takes_its_share_of_blocks(blocks):
     assert blocks
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("kind", "positions"), [("plain", "none"), ("packed", "alibi"), ("left", "none")])
+def test_spans_learn_by_blocks(blocks, causal, kind, positions):
+    """A bias of each head's own, which all blocks hand a gradient to, and edges that hand theirs to another."""
+    torch.manual_seed(0)
+    options = {"limit": 32, "ramp": 4, "causal": causal, "positions": positions}
+    made = zoo.build("adaptive_span", dim=32, heads=4, **options).double()
+    made.tile, some, found = 7, tokens(kind, 61), []
+    with torch.no_grad():
+        made.span.copy_(torch.tensor([0.05, 0.1, 0.2, 0.25]).view_as(made.span))
+    x = torch.randn(2, 61, 32, dtype=torch.float64, requires_grad=True)
+    for kernel in ("banded", "dense"):
+        made.kernel = kernel
+        out = made(x, some).hidden.masked_fill(~some.valid[..., None], 0)
+        found.append([out, *torch.autograd.grad(out.pow(2).sum(), [x, *made.parameters()])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-9)
+    assert blocks
+
+
 def test_few_products_of_many_blocks(monkeypatch, blocks):
     """Whole rows of a head are one step, and a window of 16 costs 32 keys a query, not the 80 of a tile."""
     monkeypatch.undo()

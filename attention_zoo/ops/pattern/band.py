@@ -48,7 +48,7 @@ def _stride_tiles(call: PatternCall, heads: slice, stride: int, reach: int, lear
         row = (key - (S - L)) % stride  # and its first query
         before = (row + S - L - key) // stride  # keys of the class before the first query
         rows, keys = len(range(row, L, stride)), len(range(key, S, stride))
-        inner, found = narrow_tiles(call, heads, reach) if stride == 1 else (slice(0, 0), [])
+        inner, found = narrow_tiles(call, heads, reach, learned) if stride == 1 else (slice(0, 0), [])
         tiles += found
         runs = [(a, min(a + size, inner.start)) for a in range(0, inner.start, size)]
         runs += [(a, min(a + size, rows)) for a in range(inner.stop, rows, size)]

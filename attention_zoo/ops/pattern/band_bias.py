@@ -83,6 +83,13 @@ class BandBias:
         into = self._cut(into[:, self.heads] if into.shape[1] > 1 else into, rows, columns)
         into += dscores.sum_to_size(into.shape)
 
+    def learned_blocks(self, head: int, sums: Sequence[Tensor], dscores: Tensor, batch: slice) -> None:
+        """The same of blocks of a head, [1, blocks, size, width]."""
+        del batch  # all rows share the bias
+        into = sums[self.place]
+        into = into[:, head : head + 1] if into.shape[1] > 1 else into
+        into += dscores.sum_to_size(into.shape)
+
     def _whole(self) -> Tensor:
         """Of queries at `reach`, `reach` + 1, ... and all the keys that one of them sees, from `first` on."""
         call, device = self.call, self.call.q.device

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from functools import partial
 
+from torch import Tensor
+
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.band_bias import BandBias
 from attention_zoo.ops.pattern.call import PatternCall
@@ -27,11 +29,12 @@ GLOBALS = 16
 """Most global keys of a row, which each step sees besides."""
 
 
-def narrow_tiles(call: PatternCall, heads: slice, reach: int) -> tuple[slice, list[Tile]]:
+def narrow_tiles(call: PatternCall, heads: slice, reach: int, learned: list[Tensor]) -> tuple[slice, list[Tile]]:
     """The rows of a band without gaps that go into blocks, as all of their windows are whole, and tiles for them.
 
     Args:
         reach: keys of a window on each side; causal, the past alone.
+        learned: what the tiles hand gradients to; a bias of these blocks is added where it learns.
     """
     (L, S), ahead = call.lengths, 0 if call.pattern.causal else reach
     size, before = max(ROWS, reach), S - L
@@ -41,16 +44,19 @@ def narrow_tiles(call: PatternCall, heads: slice, reach: int) -> tuple[slice, li
         return slice(0, 0), []
     most = max(1, SCORES // (size * (size + reach + ahead)))
     bias = BandBias(call, size, reach, 1)
+    if call.learned:
+        bias.learn(heads, learned)
     tiles = []
     for a in range(0, blocks, most):
         count, row = min(most, blocks - a), start + a * size
         windows = Windows(row + before - reach, size + reach + ahead, size, count)
         for head in range(*heads.indices(call.q.shape[1])):
-            part = Part(windows, partial(bias.blocks, windows, row, head))
+            learn = partial(bias.learned_blocks, head) if call.learned else None
+            part = Part(windows, partial(bias.blocks, windows, row, head), learn=learn)
             tiles.append(Tile(slice(row, row + count * size), [part], slice(head, head + 1)))
     return slice(start, start + blocks * size), tiles
 
 
 def _is_narrow(call: PatternCall, reach: int) -> bool:
     few = not call.any_global_key or global_columns(call.keys)[0].shape[1] <= GLOBALS
-    return reach <= REACH and few and not call.learned and facts.on_cpu(call) is None
+    return reach <= REACH and few and facts.on_cpu(call) is None
