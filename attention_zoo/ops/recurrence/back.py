@@ -38,7 +38,7 @@ class Back:
         # views of all turns at once, since a turn's own would each be an operator
         self.left, self.held, self.looked_up = run.by_states(vectors), run.by_states(kv, 1), run.by_blocks(found)
         self.into, self.into_keys = run.weights.into, run.weights.into[: run.KV]
-        self.open_gate = None if self.gate is None else 1 - self.gate
+        self.open_gate: Any = None if self.gate is None else 1 - self.gate
         self.first_turn = run.G
         w = run.weights
         self.sums = {name: torch.zeros_like(x) for name, x in w._asdict().items() if x is not None}
