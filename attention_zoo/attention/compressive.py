@@ -14,9 +14,9 @@ memories, earlier states do not. The loss alone teaches f: states and the weight
 attn has no positions: softmax(scale · (W_q h)·(W_k m)) W_v m, heads side by side, not yet projected out.
 
 All segments of a call run at once, since what a loop would hand from one to the next are inputs of this layer: on a
-CPU those of one size, with Triton's devices of any, in as many operators for many segments as for two.
-O(L·(S + M + C)) time, O(L·E) memory (ops/relative/segments.py). Decoding projects the query, not the keys, and holds
-M + S + c - 1 hidden and C compressed states.
+CPU those of one size, by a Triton kernel (ops/relative/gathered.py) those of any, in as many operators for many as for
+two. O(L·(S + M + C)) time, O(L·E) memory (ops/relative/segments.py). Decoding projects the query, not the keys, and
+holds M + S + c - 1 hidden and C compressed states.
 
 Paper: as above, S = M = 512 to 1,024 and C up to 4,096 at c = 2 to 4; best was convolution with this loss.
 
@@ -53,7 +53,6 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -219,11 +218,8 @@ class Compressive(RelativeAttention):
         return Output(out, None if state is None else self._keep(columns, slots, states, layout), losses)
 
     def _kernel(self, x: Tensor, keys: Layout, slots: Layout) -> str:
-        def gathered() -> str | None:
-            found = self._lots(keys, slots, x.shape[1])
-            return found if isinstance(found, str) else None
-
-        return choose(self.name, SEGMENTS, self.kernel, self._call(x, keys, gathered=gathered)).name
+        call = self._call(x, keys, gathered=lambda: self._lots(keys, slots, x.shape[1]))
+        return choose(self.name, SEGMENTS, self.kernel, call).name
 
     def _lots(self, keys: Layout, slots: Layout, queries: int) -> LotPlan | str:
         return lots_of(keys, slots, queries, self._sizes, heads=self.heads, head_width=self.head_width)
@@ -323,10 +319,8 @@ class Compressive(RelativeAttention):
         if q.shape[1] < hidden.shape[1]:  # the segment began in an earlier call
             with torch.no_grad():
                 q = self._heads(self.to_q(hidden))
-        total = squares(
-            q, k, v, states[:, G - new :] if new < G else states, (self.to_k, self.to_v), evicted, held=G - new,
-            scale=self.scale,
-        )  # fmt: skip
+        fresh, layers = states[:, G - new :] if new < G else states, (self.to_k, self.to_v)
+        total = squares(q, k, v, fresh, layers, evicted, held=G - new, scale=self.scale)
         return {"reconstruction": total * (self.reconstruction / (self.heads * self.head_width * count))}
 
     def _evicted(self, slots: Slots, columns: int, layout: Layout) -> tuple[tuple[Picked, ...], int]:
@@ -401,4 +395,4 @@ class Compressive(RelativeAttention):
         return out.transpose(1, 2)
 
     def _heads(self, x: Tensor) -> Float[Tensor, "... H D"]:
-        return rearrange(x, "... (h d) -> ... h d", h=self.heads)
+        return x.unflatten(-1, (self.heads, -1))

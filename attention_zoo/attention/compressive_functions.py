@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.attention.compressive_plans import Evicted, Slots
+from attention_zoo.attention.compressive_plans import Slots
 from attention_zoo.layout.host import tensor_of
 
 LEARNED = {"conv": 1, "dilated": 2}
@@ -57,23 +57,13 @@ def picked(x: Float[Tensor, "B N H D"], row: Any, columns: Any) -> Float[Tensor,
     return x[tensor_of(row, x.device)[:, None], tensor_of(columns, x.device)]
 
 
-def queries_of(each: Evicted, q: Tensor) -> tuple[Float[Tensor, "n S H D"], Tensor | None, Tensor | None]:
-    """Of the segments that evict; and which of them are there, as indices, where some are not."""
-    there = each.queries >= 0
-    asked = picked(q, each.row, each.queries.clip(min=0))
-    if bool(there.all()):
-        return asked, None, None
-    rows, at = there.nonzero()
-    return asked, tensor_of(rows, q.device), tensor_of(at, q.device)
-
-
 def used_most(
     q: Float[Tensor, "B N H D"], k: Float[Tensor, "B N H D"], slots: Slots, *, scale: float
 ) -> Int[Tensor, "B new"]:
     """The columns of the states that are kept of those that leave memory: whom the segment that evicts attends to."""
     kept = torch.zeros(len(q), slots.new, dtype=torch.long, device=q.device)
     for each in slots.evicted:
-        asked, *_ = queries_of(each, q)
+        asked = picked(q, each.row, each.queries.clip(min=0))
         keys, count = picked(k, each.row, each.tokens), each.slots.shape[1]
         there = tensor_of(each.queries >= 0, q.device)
         for item, (mine, theirs) in enumerate(zip(asked, keys)):

@@ -80,8 +80,7 @@ def squares(
             columns = each.tokens + (held + new)
             wanted = _attention(asked, *(x[each.row, columns] for x in (k, v)), scale)
         if plain:
-            weights = (layer.weight for layer in layers)
-            compressed = _Again.apply(fresh, k, v, *weights, each.row, each.slots, held)
+            compressed = _Again.apply(fresh, (k, v), [layer.weight for layer in layers], each.row, each.slots, held)
         else:
             compressed = (x[each.row, each.slots] for x in made)
         found = _attention(asked, *compressed, scale)
@@ -99,13 +98,16 @@ def _attention(q: Float[Tensor, "n H S D"], k: Tensor, v: Tensor, scale: float) 
 
 
 class _Again(torch.autograd.Function):
-    """Keys and values of some new slots, [n, g, H, D], as the table has them; gradients go to what they are made of."""
+    """Keys and values of some new slots, [n, g, H, D], as the table has them; gradients go to what they are made of.
+
+    Table and weights come in a tuple and a list, where autograd does not look: they learn nothing here.
+    """
 
     @staticmethod
-    def forward(ctx: Any, fresh, k, v, to_k, to_v, row, slots, held: int) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(fresh, to_k, to_v, row, slots)
+    def forward(ctx: Any, fresh: Tensor, table: Any, weights: Any, row: Tensor, slots: Tensor, held: int) -> Any:
+        ctx.save_for_backward(fresh, *weights, row, slots)
         columns = slots + held if held else slots
-        return k[row, columns], v[row, columns]
+        return tuple(x[row, columns] for x in table)
 
     @staticmethod
     @differentiable_once
@@ -114,7 +116,7 @@ class _Again(torch.autograd.Function):
         made = torch.addmm(_flat(dk) @ to_k.to(dk.dtype), _flat(dv), to_v.to(dv.dtype))
         into = torch.zeros_like(fresh)
         into[row, slots] = made.view(*slots.shape, -1).to(into.dtype)  # each slot leaves memory once
-        return into, *[None] * 7
+        return into, *[None] * 5
 
 
 def _flat(x: Float[Tensor, "n g H D"]) -> Float[Tensor, "ng HD"]:

@@ -105,7 +105,8 @@ def _beside(x: Float[Tensor, "B ... L D"], cos: Tensor, sin: Tensor) -> tuple[Te
 
 def _turned(x: Float[Tensor, "B ... L D"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B ... L D"]:
     if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-        return _Turn.apply(x, cos, sin, 1, _dense(x))  # type: ignore[no-any-return]
+        out: Tensor = _Turn.apply(x, cos, sin, 1, _dense(x))
+        return out
     return _mixed(x, cos, sin, 1)
 
 

@@ -32,18 +32,22 @@ class Back:
     dprojected: Tensor
     draw: Tensor
 
-    def __init__(self, run: Run, vectors: Tensor, found: Tensor, grads: tuple[Any, ...]):
+    def __init__(self, run: Run, vectors: Tensor, kv: Tensor, found: Tensor, grads: tuple[Any, ...]):
         """`grads`: of keys and values of all states, and of their vectors, where they were asked for."""
         self.run, self.vectors, self.found, self.gate, self.grads = run, vectors, found, run.gate(), grads
+        # views of all turns at once, since a turn's own would each be an operator
+        self.left, self.held, self.looked_up = run.by_states(vectors), run.by_states(kv, 1), run.by_blocks(found)
+        self.into, self.into_keys = run.weights.into, run.weights.into[: run.KV]
+        self.open_gate: Any = None if self.gate is None else 1 - self.gate
+        self.first_turn = run.G
         w = run.weights
         self.sums = {name: torch.zeros_like(x) for name, x in w._asdict().items() if x is not None}
         self.windows = run.windows()
         self._open()
 
-    def mine(self, held: Float[Tensor, "w S *f"], turn: int) -> Float[Tensor, "b S *f"]:
-        """Of the window's, those that a turn leaves."""
-        states = self.run.left(turn)
-        return held[states.start - self.states.start : states.stop - self.states.start]
+    def mine(self, what: str, turn: int) -> Float[Tensor, "b S *f"]:
+        """Of the window's tensor of that name, what a turn leaves."""
+        return self.parts[what][turn - self.first_turn]
 
     def _open(self) -> None:
         """The next window."""
@@ -57,6 +61,12 @@ class Back:
         into = self.dprojected[..., : run.KV].unflatten(-1, (2, run.K, run.D))
         into[:, :, 0], into[:, :, 1] = dkeys, dvalues
         self.draw = run.scratch("draw", (*rows, len(run.weights.out)), vectors)
+        stop = self.first_turn
+        while self.first_turn >= 0 and run.left(self.first_turn - 1).start >= self.states.start:
+            self.first_turn -= 1
+        sizes = [self.run.first if turn < 0 else run.counts[turn] for turn in range(self.first_turn, stop)]
+        names = "seen", "mean", "deviation", "dvectors", "dprojected", "draw"
+        self.parts = {name: getattr(self, name).split(sizes) for name in names}
 
     def _close(self) -> None:
         """The window's share of the gradients of weights."""
@@ -81,49 +91,49 @@ class Back:
 
     def through_projections(self, turn: int) -> None:
         """Of the vectors before a turn: what comes through their projections is added to the rest."""
-        width = self.run.KV if turn == self.run.G else None
-        dseen = self.mine(self.dprojected, turn - 1)[..., :width] @ self.run.weights.into[:width]
+        dprojected = self.mine("dprojected", turn - 1)
+        last = turn == self.run.G  # nobody looks from there
+        dseen = dprojected[..., : self.run.KV] @ self.into_keys if last else dprojected @ self.into
         self.sums["identity"] += dseen.sum(0)
-        vectors = self.vectors[self.run.left(turn - 1)]
-        mean, deviation = (self.mine(x, turn - 1) for x in (self.mean, self.deviation))
+        vectors = self.left[turn]
+        mean, deviation = self.mine("mean", turn - 1), self.mine("deviation", turn - 1)
         more = torch.ops.aten.native_layer_norm_backward(
             dseen, vectors, vectors.shape[-1:], mean, deviation, None, None, [True, False, False]
         )[0]
-        self.mine(self.dvectors, turn - 1).add_(more)
+        self.mine("dvectors", turn - 1).add_(more)
 
     def through_gate(self, turn: int, before: Float[Tensor, "c S E"]) -> tuple[Tensor, Tensor]:
         """Of what a turn found, [2, c, H, S, D], and its sums with that, negative, [2, c, H, S, 1]."""
         run, blocks = self.run, self.run.blocks(turn)
-        grad, found, stops = self.mine(self.dvectors, turn), self.found[blocks], run.course.stops
+        grad, found, stops = self.mine("dvectors", turn), self.looked_up[turn], run.course.stops
         if stops is not None and stops[blocks].any():
             grad.masked_fill_(tensor_of(stops[blocks], grad.device)[:, None, None], 0)
         if self.gate is not None:
-            draw = torch.mul(grad, 1 - self.gate, out=self.mine(self.draw, turn))
+            draw = torch.mul(grad, self.open_gate, out=self.mine("draw", turn))
             old = grad * self.gate
         else:
             with torch.enable_grad():
                 held, raw = (x.detach().requires_grad_() for x in (before, run.raw(found)))
                 old, draw = torch.autograd.grad(renewed(held, raw, None), (held, raw), grad)
-            self.mine(self.draw, turn).copy_(draw)
+            self.mine("draw", turn).copy_(draw)
         dfound = draw @ run.weights.out
         delta = (dfound * found).unflatten(-1, (2, -1, run.D)).sum(-1, keepdim=True).neg_()
-        if run.left(turn).start == self.states.start:
+        if turn == self.first_turn:
             self._close()
             self._open()
-        self._add(self.dvectors, turn, old)
+        self._add("dvectors", turn, old)
         return run.by_heads(dfound).contiguous(), delta.permute(2, 0, 3, 1, 4).contiguous()
 
     def hand(self, turn: int, down: Float[Tensor, "2 c K S D"], dqueries: Float[Tensor, "2 c H S D"]) -> None:
         """What the states before a turn get of it."""
-        KV, D = self.run.KV, self.run.D
-        for grad, into in (down, self.dprojected[..., :KV]), (dqueries, self.dprojected[..., KV:]):
-            self._add(into.unflatten(-1, (2, -1, D)), turn, grad.permute(1, 3, 0, 2, 4))
+        of_keys, of_queries = (grad.permute(1, 3, 0, 2, 4).flatten(2) for grad in (down, dqueries))
+        self._add("dprojected", turn, torch.cat([of_keys, of_queries], -1))
 
-    def _add(self, into: Float[Tensor, "w S *f"], turn: int, grad: Float[Tensor, "c S *f"]) -> None:
+    def _add(self, what: str, turn: int, grad: Float[Tensor, "c S *f"]) -> None:
         """To the states that a turn began with."""
-        states = self.mine(into, turn - 1)
+        states = self.mine(what, turn - 1)
         if turn:
-            states[: len(grad)] += grad
+            (states if len(states) == len(grad) else states[: len(grad)]).add_(grad)
         else:
             start = tensor_of(self.run.course.start, grad.device)
             states.index_put_((start,), grad, accumulate=True)  # in a fixed order

@@ -90,22 +90,21 @@ class _Recur(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         run = Run(first, k, v, Weights(*weights), course)
         vectors, kv, found = run.room(first)
-        vectors[: len(first)] = first
+        left, held, looked_up = run.by_states(vectors), run.by_states(kv, 1), run.by_blocks(found)
+        left[0].copy_(first)
         gate = run.gate()
         for turn, count in enumerate([*course.counts, 0]):
-            states = run.left(turn - 1)
-            projected = run.project(run.seen(vectors[states])[0], None if count else slice(run.KV))
-            kv[:, states] = run.by_heads(projected[..., : run.KV])
+            projected = run.project(run.seen(left[turn])[0], None if count else slice(run.KV))
+            held[turn].copy_(run.by_heads(projected[..., : run.KV] if count else projected))
             if not count:
                 break
-            before, keys, values = (run.before(x, turn) for x in (vectors, *kv))
+            before, keys, values = (run.chosen(x, turn) for x in (left[turn], *held[turn].unbind()))
             queries = run.by_heads(run.chosen(projected, turn)[..., run.KV :]).contiguous()
-            blocks = run.blocks(turn)
             looked = run.scratch("found", tuple(queries.shape), queries)
-            for look in run.looks(queries, (keys, values), blocks):
+            for look in run.looks(queries, (keys, values), turn):
                 look.forward(looked)
-            run.by_heads(found[blocks]).copy_(looked)
-            renewed(before, run.raw(found[blocks]), gate, into=vectors[run.left(turn)])
+            run.by_heads(looked_up[turn]).copy_(looked)
+            renewed(before, run.raw(looked_up[turn]), gate, into=left[turn + 1])
         ctx.save_for_backward(k, v, vectors, kv, found, *weights)
         ctx.course, ctx.first = course, len(first)
         keys, values = kv.transpose(2, 3).unbind(0)
@@ -116,20 +115,20 @@ class _Recur(torch.autograd.Function):
     def backward(ctx: Any, saved: tuple[Any, ...], *grads: Any) -> tuple[Tensor | None, ...]:
         k, v, vectors, kv, found, *weights = saved
         run = Run(vectors[: ctx.first], k, v, Weights(*weights), ctx.course)
-        back = Back(run, vectors, found, grads)
+        back = Back(run, vectors, kv, found, grads)
         dkeys, dvalues = (large_pages(vectors.new_empty(x.shape)) for x in (k, v))
+        for_keys, for_values = (run.by_blocks(x.flatten(0, 1), run.K) for x in (dkeys, dvalues))
         for turn in reversed(range(run.G)):
-            blocks = run.blocks(turn)
             back.through_projections(turn + 1)
-            before, keys, values = (run.before(x, turn) for x in (vectors, *kv))
+            before, keys, values = (run.chosen(x, turn) for x in (back.left[turn], *back.held[turn].unbind()))
             dfound, delta = back.through_gate(turn, before)
-            seen = run.chosen(back.mine(back.seen, turn - 1), turn)
+            seen = run.chosen(back.mine("seen", turn - 1), turn)
             queries = run.by_heads(run.project(seen, slice(run.KV, None))).contiguous()
             dqueries = run.scratch("dqueries", tuple(queries.shape), queries)
             down = run.scratch("dkv", (2, *keys.shape), queries)
-            own, block = run.looks(queries, (keys, values), blocks)
-            own.backward(dfound, delta, dqueries, *down)
-            block.backward(dfound, delta, dqueries, dkeys[blocks], dvalues[blocks])
+            own, block = run.looks(queries, (keys, values), turn)
+            own.backward(dfound, delta, dqueries, *down.flatten(1, 2).unbind())
+            block.backward(dfound, delta, dqueries, for_keys[turn], for_values[turn])
             back.hand(turn, down, dqueries)
         back.through_projections(0)
-        return back.mine(back.dvectors, -1), dkeys.to(k.dtype), dvalues.to(v.dtype), None, *back.weights()
+        return back.mine("dvectors", -1), dkeys.to(k.dtype), dvalues.to(v.dtype), None, *back.weights()

@@ -72,8 +72,18 @@ class Run:
         (self.n, self.K, self.W, self.D), self.S = k.shape, len(weights.identity)
         self.G, self.KV = len(course.counts), 2 * self.K * self.D
         self.H = (len(weights.into) - self.KV) // (2 * self.D)
-        self.ends = course.counts.cumsum().tolist()
+        self.ends, self.counts = course.counts.cumsum().tolist(), course.counts.tolist()
         self.scratch = Scratch()
+        # views of all turns at once, since a turn's own would each be an operator
+        self.keys, self.values = self.by_blocks(self.k), self.by_blocks(self.v)
+
+    def by_states(self, x: Float[Tensor, "N *rest"], dim: int = 0) -> tuple[Tensor, ...]:
+        """Views of what is there first, and of what each turn leaves; states stand in this dimension."""
+        return x.split([self.first, *self.counts], dim)
+
+    def by_blocks(self, x: Float[Tensor, "n *rest"], each: int = 1) -> tuple[Tensor, ...]:
+        """Views of what each turn goes through, of so many rows a block."""
+        return x.split([each * count for count in self.counts])
 
     def room(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For vectors [N, S, E], keys and values [2, N, K, S, D], and what blocks find [n, S, Q]."""
@@ -114,12 +124,8 @@ class Run:
     def chosen(self, left: Float[Tensor, "b *rest"], turn: int) -> Float[Tensor, "c *rest"]:
         """Of what is there before a turn, what its lanes begin with."""
         if turn:
-            return left[: self.course.counts[turn]]
+            return left if len(left) == self.counts[turn] else left[: self.counts[turn]]
         return left.index_select(0, tensor_of(self.course.start, left.device))
-
-    def before(self, states: Float[Tensor, "N *rest"], turn: int) -> Float[Tensor, "c *rest"]:
-        """Those that a turn begins with."""
-        return self.chosen(states[self.left(turn - 1)], turn)
 
     def by_heads(self, x: Float[Tensor, "b S Q"]) -> Float[Tensor, "2 b H S D"]:
         return x.unflatten(-1, (2, -1, self.D)).permute(2, 0, 3, 1, 4)
@@ -143,11 +149,9 @@ class Run:
         """The share of the old that a fixed gate keeps."""
         return None if self.weights.keep is None else self.weights.keep.sigmoid()
 
-    def looks(
-        self, queries: Float[Tensor, "2 b H S D"], own: tuple[Tensor, Tensor], blocks: slice
-    ) -> tuple[Look, Look]:
-        """At the vectors themselves, and at the block."""
-        return Look(self, 0, queries, *own), Look(self, 1, queries, self.k[blocks], self.v[blocks])
+    def looks(self, queries: Float[Tensor, "2 b H S D"], own: tuple[Tensor, Tensor], turn: int) -> tuple[Look, Look]:
+        """At the vectors themselves, of which keys and values are given [b, K, S, D], and at the turn's blocks."""
+        return Look(self, 0, queries, *own), Look(self, 1, queries, self.keys[turn], self.values[turn])
 
 
 class Look:
@@ -164,46 +168,53 @@ class Look:
         """A view of a contiguous tensor."""
         return x[self.kind].view(x.shape[1] * self.run.K, -1, x.shape[-1])
 
-    def pieces(self) -> Iterator[tuple[slice, slice, bool]]:
-        """Key heads, and queries of one step; whether it is the first to see these keys."""
+    def pieces(self) -> Iterator[tuple[slice | None, slice | None, bool]]:
+        """Key heads, and queries of one step, None: all; whether it is the first to see these keys."""
         heads, queries, _ = self.q.shape
         limit = scores_at_once(self.q) // self.k.shape[1]
         some, rows = max(1, limit // queries), min(queries, max(1, limit))
         for head in range(0, heads, some):
             for at in range(0, queries, rows):
-                yield slice(head, head + some), slice(at, at + rows), not at
+                of_heads = None if some >= heads else slice(head, head + some)
+                yield of_heads, None if rows == queries else slice(at, at + rows), not at
 
-    def weights(self, q: Float[Tensor, "h l D"], heads: slice) -> Float[Tensor, "h l m"]:
+    def weights(self, q: Float[Tensor, "h l D"], k: Float[Tensor, "h m D"]) -> Float[Tensor, "h l m"]:
         """Those of the softmax, in the scratch."""
-        k = self.k[heads]
         scores, weights = (self.run.scratch(name, (*q.shape[:2], k.shape[1]), q) for name in ("scores", "weights"))
         scores.baddbmm_(q, k.transpose(1, 2), beta=0, alpha=self.run.course.scale)
         return torch.softmax(scores, -1, out=weights)
 
     def forward(self, found: Float[Tensor, "2 b H S D"]) -> None:
         into = self.rows(found)
-        for heads, queries, _ in self.pieces():
-            into[heads, queries].baddbmm_(self.weights(self.q[heads, queries], heads), self.v[heads], beta=0)
+        for heads, rows, _ in self.pieces():
+            q, k, v = _cut(self.q, heads, rows), _cut(self.k, heads), _cut(self.v, heads)
+            _cut(into, heads, rows).baddbmm_(self.weights(q, k), v, beta=0)
 
     def backward(
         self,
         dfound: Tensor,
         delta: Tensor,
         dqueries: Tensor,
-        dk: Float[Tensor, "b K m D"],
-        dv: Float[Tensor, "b K m D"],
+        dk: Float[Tensor, "bK m D"],
+        dv: Float[Tensor, "bK m D"],
     ) -> None:
         """Gradients of queries, keys and values, into their places."""
         grad, gap, dq, scale = self.rows(dfound), self.rows(delta), self.rows(dqueries), self.run.course.scale
-        dk, dv = dk.flatten(0, 1), dv.flatten(0, 1)
-        for heads, queries, fresh in self.pieces():
-            q, dout, beta = self.q[heads, queries], grad[heads, queries], 0 if fresh else 1
-            weights = self.weights(q, heads)
-            dv[heads].baddbmm_(weights.transpose(1, 2), dout, beta=beta)
-            dscores = self.run.scratch("scores", tuple(weights.shape), q).copy_(gap[heads, queries])
-            dscores.baddbmm_(dout, self.v[heads].transpose(1, 2)).mul_(weights)
-            dq[heads, queries].baddbmm_(dscores, self.k[heads], beta=0, alpha=scale)
-            dk[heads].baddbmm_(dscores.transpose(1, 2), q, beta=beta, alpha=scale)
+        for heads, rows, fresh in self.pieces():
+            q, dout, beta = _cut(self.q, heads, rows), _cut(grad, heads, rows), 0 if fresh else 1
+            k, v = _cut(self.k, heads), _cut(self.v, heads)
+            weights = self.weights(q, k)
+            _cut(dv, heads).baddbmm_(weights.transpose(1, 2), dout, beta=beta)
+            dscores = self.run.scratch("scores", tuple(weights.shape), q).copy_(_cut(gap, heads, rows))
+            dscores.baddbmm_(dout, v.transpose(1, 2)).mul_(weights)
+            _cut(dq, heads, rows).baddbmm_(dscores, k, beta=0, alpha=scale)
+            _cut(dk, heads).baddbmm_(dscores.transpose(1, 2), q, beta=beta, alpha=scale)
+
+
+def _cut(x: Tensor, heads: slice | None, rows: slice | None = None) -> Tensor:
+    """Some heads, and of these some rows; itself where it is all of them."""
+    x = x if heads is None else x[heads]
+    return x if rows is None else x[:, rows]
 
 
 def renewed(

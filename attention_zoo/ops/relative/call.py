@@ -22,8 +22,8 @@ class RelativeCall:
         consecutive: whether tokens stand in consecutive columns at consecutive positions.
         projections: whose matrices a kernel may multiply by past these modules, where they are plain.
         wanted: the kernel that was asked for.
-        gathered: why keys that are gathered segment by segment cannot stand in columns as they count; None: they can.
-            Asked only where it matters.
+        gathered: finds the plan by which keys are gathered segment by segment, or a sentence why there is none. Asked
+            only where it matters.
     """
 
     queries: int
@@ -34,7 +34,7 @@ class RelativeCall:
     consecutive: bool = True
     projections: tuple[nn.Module, ...] = ()
     wanted: str = "auto"
-    gathered: Callable[[], str | None] = lambda: None
+    gathered: Callable[[], object] = lambda: None
 
 
 def _is_few(call: RelativeCall) -> str | None:
@@ -72,7 +72,8 @@ def _consecutive(call: RelativeCall) -> str | None:
 
 
 def _gathers(call: RelativeCall) -> str | None:
-    return call.gathered()
+    found = call.gathered()
+    return found if isinstance(found, str) else None
 
 
 def _name(kernel: str) -> Any:

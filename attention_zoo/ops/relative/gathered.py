@@ -120,10 +120,10 @@ class _Gathered(torch.autograd.Function):
         plan, table, wants_own = ctx.plan, triton.falling(r, q.dtype), ctx.needs_input_grad[2]
         dq, dkv = _behind(q, q.dtype, plan.whole), torch.zeros_like(kv, dtype=torch.float32)
         own = _behind(kv, kv.dtype, False) if wants_own else None
-        dr: Tensor | None = None
-        duw: Tensor | None = None
+        dr: Any = None  # sums over lots
+        duw: Any = None
         for lot, lse in zip(plan.lots, statistics):
-            query, keys, values = lot.queries(q), *lot.keys_and_values(kv)
+            query, (keys, values) = lot.queries(q), lot.keys_and_values(kv)
             asked, dkeys, for_r, for_uw = triton.gradients(
                 query, keys, values, table, u, w, lot.queries(out), lse, lot.queries(grad),
                 starts=lot.starts, scale=ctx.scale,
