@@ -292,6 +292,7 @@ def test_every_damage_is_found_in_one_line(kind: str, tmp_path: Path) -> None:
 
 def test_errors_of_lost_peers_are_told_from_others() -> None:
     assert is_lost(RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1707"))
+    assert is_lost(RuntimeError("Application timeout caused pair closure"))
     assert is_lost(torch.distributed.DistBackendError("x"))
     assert not is_lost(RuntimeError("The size of tensor a (3) must match"))
     assert not is_lost(ValueError("gloo"))

@@ -30,7 +30,7 @@ T = TypeVar("T")
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """What is asked and agreed upon is a number or two on the host, whatever the model runs on."""
 COMMUNICATION = re.compile(
-    r"gloo|nccl|connection (reset|closed|refused)|broken pipe|process ?group|tcpstore|socket", re.I
+    r"gloo|nccl|connection (reset|closed|refused)|pair closure|broken pipe|process ?group|tcpstore|socket", re.I
 )
 """Words of the errors that torch raises for a peer that is gone or does not answer."""
 
