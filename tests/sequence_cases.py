@@ -148,7 +148,7 @@ def differs(case: Case, group: Any = None) -> list[str]:
         target = placed.take(whole) if name in ("hidden", "x") else whole
         # some gradients are exactly zero (of a bias of keys): what is left of them is rounding of others
         beside = by_name.get(name.replace("bias", "weight"), whole)
-        scale = max(float(whole.abs().max()), float(beside.abs().max()), largest / 100)
+        scale = max(float(whole.abs().max()), float(beside.abs().max()), largest / 100, 1e-9)
         error = float((mine - target).abs().max()) / scale if mine.numel() else 0.0
         if not error <= TOLERANCE[case.dtype]:
             found.append(f"{case}: {name} differs by {error:.1e} on process {placed.rank} of {size}")

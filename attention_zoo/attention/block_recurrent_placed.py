@@ -12,7 +12,7 @@ gradients follow.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -31,9 +31,6 @@ from attention_zoo.ops.hand_over.pipeline import neighbours, received, sent
 from attention_zoo.ops.pattern.one_of import attend_to_one_of
 from attention_zoo.ops.softmax.function import zeros_for
 
-if TYPE_CHECKING:
-    from attention_zoo.attention.block_recurrent import BlockRecurrent
-
 
 class Handed(NamedTuple):
     """What goes from process to process: the state that the next token of each row's document sees."""
@@ -41,10 +38,11 @@ class Handed(NamedTuple):
     vectors: Float[Tensor, "B S E"]
 
 
-def output_in_place(layer: BlockRecurrent, x: Float[Tensor, "B L E"], layout: Layout) -> Output:
+def output_in_place(layer: Any, x: Float[Tensor, "B L E"], layout: Layout) -> Output:
     """A call on a shard.
 
     Args:
+        layer: a `BlockRecurrent`.
         x: hidden states of this process's own columns, zeros at padding.
         layout: with a placement.
 
@@ -94,5 +92,5 @@ def _with(new: tuple[Tensor, ...], pending: Pending | None) -> tuple[Tensor, ...
     return tuple(torch.cat(pair, 2) for pair in zip(came.split(D, -1), new, strict=True))
 
 
-def _turns(layer: BlockRecurrent, own: Layout, keys: Layout, held: Halo) -> Turns:
+def _turns(layer: Any, own: Layout, keys: Layout, held: Halo) -> Turns:
     return turns(own, keys, keys.host.cut(slice(0, held.width)), layer.window, keeps=True)

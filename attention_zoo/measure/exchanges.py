@@ -4,8 +4,9 @@
 
 Starts the processes on this machine (gloo, one thread each), runs forward and backward, and prints for each exchange
 when its messages were posted, how long operators ran until somebody waited for them, and how long that was. What is
-waited for was not hidden. Then the bytes that all processes sent together, for each token of the sequence. With a
-folder, writes a trace of each process, for chrome://tracing or ui.perfetto.dev.
+waited for was not hidden. Then the bytes that all processes sent together, for each token of the sequence, and the peak
+of tensor bytes of the process that needs most. With a folder, writes a trace of each process, for chrome://tracing or
+ui.perfetto.dev.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from attention_zoo.contract import Attention
 from attention_zoo.layout.placement import Placement, zigzag
+from attention_zoo.measure.memory import peak_memory
+from attention_zoo.model.placed import called
 from attention_zoo.registry import build
 from attention_zoo.tokens import Tokens
 
@@ -54,7 +57,7 @@ def timeline(layer: Attention, x: Tensor, placement: Placement, trace: Path | No
     from torch.profiler import ProfilerActivity, profile  # as in trace.py: slow to import
 
     def step() -> None:
-        layer(x.detach().requires_grad_(), placement.own).hidden.sum().backward()
+        _step(layer, x, placement)
 
     for _ in range(STEPS - 1):
         step()
@@ -65,6 +68,11 @@ def timeline(layer: Attention, x: Tensor, placement: Placement, trace: Path | No
         trace.parent.mkdir(parents=True, exist_ok=True)
         found.export_chrome_trace(str(trace))
     return exchanges_of(list(found.events()))
+
+
+def _step(layer: Attention, x: Tensor, placement: Placement) -> None:
+    x = x.detach().requires_grad_()
+    called(layer, x, placement.own, state=None, source=None, choices=None).hidden.sum().backward()
 
 
 def exchanges_of(events: list[Any]) -> list[Exchange]:
@@ -106,6 +114,8 @@ def _work(rank: int, folder: str, options: argparse.Namespace) -> None:
     found = timeline(layer, x, placement, trace)
     counts = torch.tensor([placement.traffic.bytes(way) for way in ("forward", "backward")])
     dist.all_reduce(counts)
+    peak = torch.tensor(peak_memory(lambda: _step(layer, x, placement)).peak_bytes)
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
     for turn in range(options.processes):
         dist.barrier()
         if turn == rank:
@@ -116,6 +126,7 @@ def _work(rank: int, folder: str, options: argparse.Namespace) -> None:
     if not rank:
         forward, backward = (counts / STEPS / options.length).tolist()
         print(f"bytes sent per token: {forward:.1f} forward, {backward:.1f} backward")
+        print(f"peak of a process: {int(peak) / 2**20:.1f} MiB above the start of a call")
     dist.destroy_process_group()
 
 
