@@ -65,12 +65,12 @@ def halo(
 def _halo(layout: Layout, asked: Placement, oldest: Oldest, segment: int, last: int | None) -> Halo:
     placement: Placement = layout.placement
     host, asking = placement.whole.host, asked.whole.host
+    if not np.array_equal(np.concatenate(placement.columns), np.arange(host.valid.shape[1])):
+        raise _in_several_runs()  # what comes lies in the order of processes
     valid = [np.flatnonzero(row) for row in host.valid]
     needs, within = [], False
     mine: list[Array] = []
     for rank, columns in enumerate(placement.columns):
-        if len(columns) and int(columns[-1] - columns[0]) + 1 != len(columns):
-            raise _in_several_runs()
         rows = []
         for row, there in enumerate(valid):
             tokens = asked.columns[rank][asking.valid[row, asked.columns[rank]]]
