@@ -78,17 +78,19 @@ def squares(
         with torch.no_grad():
             asked = q[each.row, each.queries].transpose(1, 2)
             columns = each.tokens + (held + new)
-            wanted = _attention(asked, *(x[each.row, columns] for x in (k, v)), scale)
+            wanted = _attention(asked, k[each.row, columns], v[each.row, columns], scale)
         if plain:
-            compressed = _Again.apply(fresh, (k, v), [layer.weight for layer in layers], each.row, each.slots, held)
+            found_k, found_v = _Again.apply(
+                fresh, (k, v), [layer.weight for layer in layers], each.row, each.slots, held
+            )
         else:
-            compressed = (x[each.row, each.slots] for x in made)
-        found = _attention(asked, *compressed, scale)
+            found_k, found_v = (x[each.row, each.slots] for x in made)
+        found = _attention(asked, found_k, found_v, scale)
         if each.hidden is not None:
             found, wanted = (x.masked_fill(each.hidden, 0) for x in (found, wanted))
         gap = nn.functional.mse_loss(found.to(exact), wanted.to(exact), reduction="sum")
         total = gap if total is None else total + gap
-    return total  # type: ignore[no-any-return]
+    return total
 
 
 def _attention(q: Float[Tensor, "n H S D"], k: Tensor, v: Tensor, scale: float) -> Float[Tensor, "n H S D"]:
