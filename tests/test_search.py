@@ -321,8 +321,9 @@ def test_who_is_asked_to_stop_has_the_trial_gone_on_with(
     assert inside == ["trial-0000", "trial-0000", "trial-0002"]
 
 
+@pytest.mark.parametrize("born", [True, False])
 def test_a_trial_without_signs_of_life_is_taken_over(
-    inside: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inside: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, born: bool
 ) -> None:
     warnings.simplefilter("ignore")  # Optuna tells that nobody gives signs of life for this one
     monkeypatch.setattr(study, "STALE", 1)
@@ -330,10 +331,12 @@ def test_a_trial_without_signs_of_life_is_taken_over(
     ended = study.Study.turn
 
     def dies(self: study.Study, objective: Any) -> Any:
-        """As a process that is killed with its trial begun."""
+        """As a process that is killed with its trial begun, or just before its first sign of life."""
         trial = optuna.load_study(study_name=self.name, storage=self.storage).ask()
         trial.suggest_float("optimizer.lr", 1e-4, 1e-1, log=True)
-        self.storage.record_heartbeat(trial._trial_id)
+        if born:
+            self.storage.record_heartbeat(trial._trial_id)
+            trial.set_user_attr(study.BEGUN, trial.number)
         raise RuntimeError("killed")
 
     monkeypatch.setattr(study.Study, "turn", dies)

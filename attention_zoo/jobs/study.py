@@ -33,6 +33,9 @@ RETRIES = 10
 BUSY_S = 120
 """How long SQLite waits for another writer."""
 
+BEGUN = "begun"
+"""Of a trial: its own number, once its first sign of life is written."""
+
 OUTSIDE = "outside"
 """Of a failed trial: whether it was no fault of its own, such as a full disk. The next call takes it up again."""
 
@@ -127,10 +130,13 @@ class Study:
 
         def see_through(trial: optuna.Trial) -> float:
             begun.append(trial.number)
+            self.storage.record_heartbeat(self._id(trial.number))
+            trial.set_user_attr(BEGUN, trial.number)
             return objective(trial, lock.release)
 
         with lock:
             optuna.storages.fail_stale_trials(self._study(0))
+            self._fail_unborn()
             standing = self.standing()
             if sum(trial.state != TrialState.WAITING for trial in standing) >= self.options.trials:
                 return "elsewhere" if any(trial.state == TrialState.RUNNING for trial in standing) else "over"
@@ -147,6 +153,23 @@ class Study:
                 name = "the database of storage=" if self.options.storage else self.folder / DATABASE
                 raise OSError(f"{name} cannot be written: {wrong}; the same command goes on") from error
         return "done"
+
+    def _fail_unborn(self) -> None:
+        """Take up again what died before its first sign of life, whose absence Optuna never misses.
+
+        Only for who holds the lock: until then nobody else is about to begin a trial.
+        """
+        study = self._study(0)
+        for trial in self.standing():
+            if trial.state == TrialState.RUNNING and trial.user_attrs.get(BEGUN) != trial.number:
+                self.storage.set_trial_state_values(self._id(trial.number), state=TrialState.FAIL)
+                self.retry(study, study.trials[trial.number])
+
+    def _id(self, number: int) -> int:
+        """The database's own number of a trial."""
+        return self.storage.get_trial_id_from_study_id_trial_number(
+            self.storage.get_study_id_from_name(self.name), number
+        )
 
     def frozen(self, trial: optuna.Trial) -> FrozenTrial:
         """A trial as it stands in the database now."""
