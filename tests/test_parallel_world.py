@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed import HashStore
 
 from attention_zoo.commands.main import main
@@ -214,6 +216,29 @@ def test_recomputed_blocks_give_the_same_gradients(attention: str) -> None:
     for one, other in zip(*found):
         assert (one is None) == (other is None)
         assert one is None or torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which torch's own tracing reads
+@pytest.mark.parametrize("attention", ["full", "reformer", "transformer_xl"])
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_compiled_blocks_are_compiled_however_many_there_are(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter, found = CompileCounter(), []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Transformer(attention=attention, vocab=7, dim=8, heads=2, depth=10).double()
+        prepare(model, recompute=False, compiled=compiled)
+        for rows, length in ((2, 13), (3, 7)):
+            torch.manual_seed(1)  # of hashes
+            out = model(torch.arange(rows * length).view(rows, length) % 7)
+            out.logits.square().sum().backward()
+        found.append([out.logits.detach(), *(x.grad for x in model.parameters())])
+    assert counter.frame_count >= 10
+    for one, other in zip(*found):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(other, one, rtol=1e-11, atol=1e-11)
 
 
 def test_carried_states_are_divided_anew_by_rows() -> None:

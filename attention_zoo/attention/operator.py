@@ -181,12 +181,13 @@ def _attend(
 
 @_attend.register_fake
 def _(x, tokens, source, choices, parameters, learns, layer, autocast, record):
+    module = layer_of(int(layer))  # where blocks share their code, torch makes a symbol of what differs
     if is_for_a_file():
-        raise no_file(layer_of(layer).name, "ahead-of-time compilation")
-    shape = layer_of(layer).choices_shape(*x.shape[:2]) or (0,)
+        raise no_file(module.name, "ahead-of-time compilation")
+    shape = module.choices_shape(*x.shape[:2]) or (0,)
     return (
         torch.empty_like(x, dtype=autocast or x.dtype, memory_format=torch.contiguous_format),
-        x.new_empty(len(layer_of(layer).token_losses), dtype=torch.float32),
+        x.new_empty(len(module.token_losses), dtype=torch.float32),
         x.new_empty(shape, dtype=torch.int32),
         torch.empty(1, dtype=torch.int64),
     )

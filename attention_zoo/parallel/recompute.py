@@ -17,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_zoo.model.block import Block
 
+RECOMPILATIONS = 8
+"""Of one block, for calls of several kinds: torch counts those of all blocks together, whose code is the same."""
+
 
 def prepare(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
     """Change every block of a model.
@@ -25,12 +28,17 @@ def prepare(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
         recompute: keep no activations within a block.
         compiled: run it through torch.compile.
     """
-    for block in model.modules():
-        if isinstance(block, Block):
-            if compiled:
-                block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
-            if recompute:
-                block.forward = partial(_again, block.forward)  # type: ignore[method-assign]
+    blocks = [part for part in model.modules() if isinstance(part, Block)]
+    if compiled:
+        import torch._dynamo
+
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, RECOMPILATIONS * len(blocks))
+    for block in blocks:
+        if compiled:
+            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        if recompute:
+            block.forward = partial(_again, block.forward)  # type: ignore[method-assign]
 
 
 def _again(forward: Callable[..., Any], *given: Any, **named: Any) -> Any:
