@@ -44,7 +44,8 @@ class Output(NamedTuple):
     Fields:
         hidden: [B, L, E], finite at padding.
         state: None in, None out.
-        losses: auxiliary losses by name, weighted already; depth sums them.
+        losses: auxiliary losses by name, weighted already; depth sums them. One that is made of tokens is a mean over
+            the call's valid ones, so that calls add up by their numbers of tokens; see `weighed`.
         choices: discrete decisions (LSH buckets), to be handed back to replay them.
     """
 
@@ -77,6 +78,22 @@ def add_losses(*many: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, value in losses.items():
             total[name] = total[name] + value if name in total else value
     return total
+
+
+def weighed(
+    losses: Mapping[str, Tensor], layer: nn.Module, tokens: float, parameters: float = 1.0
+) -> dict[str, Tensor]:
+    """Losses of a call inside a layer's call, as shares of that: by how many of its tokens the call inside has read.
+
+    Args:
+        layer: what was called inside.
+        tokens: the factor of losses that are made of tokens.
+        parameters: that of losses of parameters alone, which all calls repeat.
+    """
+    if not losses:
+        return {}
+    of_tokens = {name for each in layer.modules() for name in getattr(each, "token_losses", ())}
+    return {name: value * (tokens if name in of_tokens else parameters) for name, value in losses.items()}
 
 
 class Layer(nn.Module):

@@ -92,7 +92,7 @@ def test_the_loss_is_of_what_is_evicted_alone(function, sizes):
                 for _, columns in documents(tokens, row):
                     positions = [int(tokens.position[row, column]) for column in columns]
                     evictions += document(layer, [x[row, column] for column in columns], positions)[2]
-            expected = 0.5 * reconstruction(layer, evictions)
+            expected = 0.5 * reconstruction(layer, evictions, int(tokens.valid.sum()))
             found = layer(x, tokens).losses["reconstruction"]
             close(found, expected, name)
             mine, theirs = (torch.autograd.grad(loss, list(layer.compress.parameters())) for loss in (found, expected))
@@ -144,15 +144,23 @@ def test_a_call_of_padding_alone_forgets_no_slot_where_memory_is_empty():
 def test_losses_over_calls_are_those_of_one_call():
     layer, x = case().build(), case().data(2, 29)
     whole = layer(x).losses["reconstruction"]
-    total, evicting, state = 0.0, 0, layer.initial_state(2)
+    total, state = 0.0, layer.initial_state(2)
     for start, stop in ((0, 5), (5, 6), (6, 15), (15, 29)):
         out = layer(x[:, start:stop], piece(Tokens.all_valid(2, 29), start, stop), state=state)
         state = out.state
         count = sum((s + 1) * 4 - 3 >= 2 and start < (s + 1) * 4 <= stop for s in range(8))
         assert ("reconstruction" in out.losses) == bool(count), (start, stop)
         if count:
-            total, evicting = total + out.losses["reconstruction"] * count, evicting + count
-    close(total / evicting, whole, "over calls")
+            total = total + out.losses["reconstruction"] * (stop - start)
+    close(total / 29, whole, "over calls")
+
+
+def test_losses_of_rows_are_those_of_the_batch():
+    layer, x, valid = case().build(), case().data(3, 29), torch.ones(3, 29, dtype=torch.bool)
+    valid[1, 12:], valid[2, 4:] = False, False  # the last row has nothing to lose
+    each = [layer(x[row : row + 1], Tokens.of(valid[row : row + 1])).losses for row in range(3)]
+    total = sum(found.get("reconstruction", 0.0) * valid[row].sum() for row, found in enumerate(each))
+    close(total / valid.sum(), layer(x, Tokens.of(valid)).losses["reconstruction"], "over rows")
 
 
 def test_the_loss_and_its_gradients_are_there_when_compiled():

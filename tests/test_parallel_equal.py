@@ -18,33 +18,45 @@ NEAR = {"float32": 1e-5, "float64": 1e-11}
 STREAMS = ["task=text", "task.held_out=null", "task.evaluation_rows=5", "task.span=3", "seq_len=12", "batch=8"]
 RAGGED = ["task=copy", "seq_len=11", "batch=8"]
 """The task itself is given from Python."""
-MECHANISMS: dict[str, tuple[list[str], bool]] = {
-    "full": (["attention=full", "trainer.accumulate=2"], True),
-    "longformer": (["attention=longformer", "attention.window=3"], True),
+MECHANISMS: dict[str, tuple[list[str], dict[str, Any] | None]] = {
+    "full": (["attention=full", "trainer.accumulate=2"], {}),
+    "longformer": (["attention=longformer", "attention.window=3"], {}),
     "transformer_xl": (
         ["attention=transformer_xl", "attention.segment_length=5", "attention.memory_length=7", "trainer.clip=0.1"],
-        False,
+        None,
     ),
     "adaptive_span": (
         ["attention=adaptive_span", "attention.limit=9", "attention.ramp=3", "attention.span_loss=0.01"],
-        False,
+        None,
     ),
-    "reformer": (["attention=reformer", "attention.chunk=4"], False),
-    "memory_tokens": (["attention=memory_tokens", "attention.count=2", "attention.segment_length=5"], False),
-    "bigbird": (["attention=bigbird", "attention.block=3", "parallel.checkpoint=true"], True),
+    # rows that lose much, little or nothing
+    "compressive": (
+        [
+            "attention=compressive",
+            "attention.segment_length=3",
+            "attention.memory_length=2",
+            "attention.compressed_length=2",
+            "attention.ratio=2",
+        ],
+        {"marked": False},
+    ),
+    "reformer": (["attention=reformer", "attention.chunk=4"], None),
+    "memory_tokens": (["attention=memory_tokens", "attention.count=2", "attention.segment_length=5"], None),
+    "bigbird": (["attention=bigbird", "attention.block=3", "parallel.checkpoint=true"], {}),
     # groups of 8 tokens, 4 at a time: in a process without a group that opens the others run what is inside
     "hourglass": (
         ["attention=full", "model.depth=3", "model.shorten=1@1 1@8 1@1", "seq_len=4", "task.span=9"],
-        False,
+        None,
     ),
-    "reversible": (["attention=longformer", "attention.window=3", "model.reversible=true"], True),
+    "reversible": (["attention=longformer", "attention.window=3", "model.reversible=true"], {}),
 }
-"""Words, and whether rows are ragged; else they are streams."""
+"""Words, and of what kind of ragged rows; None: they are streams."""
 FAST = [
     ("longformer", "float64", "ddp", 2),
     ("longformer", "float64", "fsdp", 2),
     ("transformer_xl", "float32", "fsdp", 2),
     ("adaptive_span", "float64", "fsdp", 2),
+    ("compressive", "float64", "ddp", 2),
     ("hourglass", "float64", "fsdp", 2),
     ("reformer", "float64", "ddp", 2),
     ("full", "float32", "ddp", 2),
@@ -76,8 +88,8 @@ def found(cases: Sequence[Case], folder: Path) -> dict[str, list[dict[str, Any]]
     asked = []
     for name, dtype, data, processes in dict.fromkeys([*cases, *((n, t, "ddp", 1) for n, t, _, _ in cases)]):
         words, ragged = MECHANISMS[name]
-        own = RAGGED if ragged else [*STREAMS, f"task.path={text}"]
-        given = {"ragged": {}} if ragged else {}
+        own = [*STREAMS, f"task.path={text}"] if ragged is None else RAGGED
+        given = {} if ragged is None else {"ragged": ragged}
         key = "-".join(map(str, (name, dtype, data, processes)))
         words = [*own, *words, f"parallel.data={data}"]
         asked.append({"name": key, "words": words, "processes": processes, "dtype": dtype, "count": STEPS, **given})
@@ -132,7 +144,7 @@ def compare(case: Case, outcome: dict[str, Any]) -> None:
     assert found["norm"] == pytest.approx(one["norm"], rel=30 * near)
     for step, alone in zip(found["auxiliary"], one["auxiliary"]):
         assert step == pytest.approx(alone, rel=near)
-    assert bool(one["auxiliary"][0]) == (name == "adaptive_span")
+    assert bool(one["auxiliary"][0]) == (name in ("adaptive_span", "compressive"))
     assert found["metrics"] == pytest.approx(one["metrics"], rel=near)
     assert [at for at, _ in found["by_position"]] == [at for at, _ in one["by_position"]]
     assert [x for _, x in found["by_position"]] == pytest.approx([x for _, x in one["by_position"]], rel=10 * near)

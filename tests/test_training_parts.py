@@ -111,6 +111,41 @@ def test_accumulated_parts_equal_the_whole_batch(text: Text, carry: bool) -> Non
             torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
 
 
+COMPRESSIVE = {
+    "name": "compressive", "segment_length": 2, "memory_length": 1, "compressed_length": 2, "ratio": 1,
+    "reconstruction": 50.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": COMPRESSIVE},
+        {"attention": COMPRESSIVE, "depth": 3, "shorten": "1@1 1@2 1@1"},
+        {"attention": {"name": "memory_tokens", "inner": COMPRESSIVE, "segment_length": 7, "count": 1}},
+        {"attention": {"name": "adaptive_span", "limit": 9, "start": 3.0, "span_loss": 0.5}},
+    ],
+    ids=["compressive", "shortened", "memory_tokens", "adaptive_span"],
+)
+def test_further_losses_of_accumulated_parts_are_those_of_the_whole_batch(text: Text, options: dict[str, Any]) -> None:
+    """They are means over tokens, of which the parts have many, few or none."""
+    valid, results = torch.ones(4, LENGTH, dtype=torch.bool), []
+    valid[1, 5:], valid[2], valid[3, :7] = False, False, False
+    for accumulate in (1, 2, 4):
+        torch.manual_seed(1)
+        net = Transformer(**({"vocab": 256, "dim": 16, "heads": 2, "depth": 2} | options)).double()
+        one = trainer(net, text, accumulate=accumulate)
+        one.batches = (batch._replace(tokens=Tokens.of(valid)) for batch in iter(one.batches.__next__, None))
+        results.append([(step.loss, step.auxiliary, step.gradient_norm) for step in (one.step() for _ in range(3))])
+    assert all(loss for _, auxiliary, _ in results[0] for loss in auxiliary.values())
+    assert results[0][0][1]
+    for parts in results[1:]:
+        for got, expected in zip(parts, results[0]):
+            assert got[0] == pytest.approx(expected[0], rel=1e-10)
+            assert got[1] == pytest.approx(expected[1], rel=1e-10)
+            assert got[2] == pytest.approx(expected[2], rel=1e-10)
+
+
 def test_clipping_limits_the_step_and_tells_the_norm_before_it(text: Text) -> None:
     net = model()
     one = trainer(net, text, clip=1e-3)

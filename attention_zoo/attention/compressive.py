@@ -7,7 +7,7 @@ positions before it, and the last C of the groups of c tokens that lie before th
     keys(p)  = z_{m/c - C} ... z_{m/c - 1} | h_m ... h_{s·S - 1} | x_{s·S} ... x_p
     z_g      = f(h_{g·c} ... h_{g·c + c - 1})            f: mean, max, conv, dilated, most_used
     score_ij = scale · [(W_q x_i + u)·W_k h_j + (W_q x_i + v)·W_r R_{i-j}]       i, j: columns of the table above
-    loss     = mean ‖attn(h_s, evicted) - attn(h_s, f(evicted))‖²                of segments whose end evicts
+    loss     = sum ‖attn(h_s, evicted) - attn(h_s, f(evicted))‖² / tokens        of segments whose end evicts
 
 So a compressed state counts as one column before the memory, as in the paper. h and z are detached: weights learn from
 memories, earlier states do not. The loss alone teaches f: states and the weights of attention are detached in it.
@@ -29,8 +29,9 @@ Here: segments follow positions, not calls, and groups the tokens of a document:
 nothing. Only whole groups leave memory: with S or M no multiple of c, memory is up to c - 1 tokens longer than M.
 "dilated" is one convolution with c taps, every other token, stride c. "most_used" keeps the n/c states of the n evicted
 ones that receive most of the attention attn(h_s, evicted) of the segment that evicts them, in their order; the paper
-averages the attention of all that saw them. The loss is a mean over queries and widths, and there only where f learns
-and gradients are enabled.
+averages the attention of all that saw them. The loss is a mean over widths and over all tokens of the call, of which
+those of segments that evict nothing count 0: so the losses of calls, rows and processes add up by their tokens. It is
+there only where f learns and gradients are enabled.
 
 When: evidence lies farther back than a memory may, and its gist will do. Two layers of width 64, S = M = 8, C = 24,
 c = 2, one seed: needle (800 steps) 23.1 %, Transformer-XL 11.3 % (chance 6.3 %); flip_flop (150 steps) 86.5 and 55.1 %.
@@ -312,34 +313,30 @@ class Compressive(RelativeAttention):
 
         Of a process that has some of a sequence, its share of the mean: the segments that end there.
         """
-        evicted, count = self._evicted(slots, hidden.shape[1], layout)
+        evicted, read = self._evicted(slots, hidden.shape[1], layout)
         if not evicted:
-            return {"reconstruction": q.new_zeros(())} if count else {}
+            return {} if layout.placement is None else {"reconstruction": q.new_zeros(())}
         G, new = states.shape[1], slots.new
         if q.shape[1] < hidden.shape[1]:  # the segment began in an earlier call
             with torch.no_grad():
                 q = self._heads(self.to_q(hidden))
         fresh, layers = states[:, G - new :] if new < G else states, (self.to_k, self.to_v)
         total = squares(q, k, v, fresh, layers, evicted, held=G - new, scale=self.scale)
-        return {"reconstruction": total * (self.reconstruction / (self.heads * self.head_width * count))}
+        return {"reconstruction": total * (self.reconstruction / (self.heads * self.head_width * read))}
 
     def _evicted(self, slots: Slots, columns: int, layout: Layout) -> tuple[tuple[Picked, ...], int]:
-        """What leaves memory at the end of a segment in this call, and how many queries the loss is a mean of."""
+        """What leaves memory at the end of a segment in this call, and how many tokens the loss is a mean of."""
         device = layout.valid.device
         if layout.placement is None:
 
-            def find() -> tuple[tuple[Picked, ...], int, Slots]:
-                count = sum(int((each.queries >= 0).sum()) for each in slots.evicted)
-                return tuple(Picked.of(each, device) for each in slots.evicted), count, slots
+            def find() -> tuple[tuple[Picked, ...], Slots]:
+                return tuple(Picked.of(each, device) for each in slots.evicted), slots
 
-            return layout.plan(("evicted", id(slots)), find)[:2]
-        whole = layout.placement.whole
-        before = whole.plan("no slots", lambda: none(len(whole.valid), whole.valid.device).layout)
-        everything = slots_of(whole, before, self._sizes, LEARNED.get(self.compression, 1)).evicted
+            return layout.plan(("evicted", id(slots)), find)[0], layout.read
         fetched = columns - layout.valid.shape[1]
         mine = (each.only(each.queries.max(1) >= fetched) for each in slots.evicted)
         found = tuple(Picked.of(each, device) for each in mine if len(each.row))
-        return found, sum(int((x.queries >= 0).sum()) for x in everything)
+        return found, layout.placement.whole.read
 
     @torch.no_grad()
     def _used_most(self, hidden: Float[Tensor, "B N E"], slots: Slots) -> Int[Tensor, "B new"]:

@@ -118,6 +118,11 @@ class Layout(Tokens):
         return bool(self.host.valid.all())
 
     @cached_property
+    def read(self) -> int:
+        """How many tokens are none of padding."""
+        return int(self.host.valid.sum())
+
+    @cached_property
     def any_global(self) -> bool:
         """Whether some token is global."""
         return bool((self.host.is_global & self.host.valid).any())

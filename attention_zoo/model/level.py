@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attention_zoo.contract import Layer, Output, Source, Tokens, add_losses
+from attention_zoo.contract import Layer, Output, Source, Tokens, add_losses, weighed
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.windows import Windows, windows
 from attention_zoo.model.block import attentions
@@ -117,6 +117,8 @@ class Level(Layer):
             call: dict[str, Any] = {"state": given[1], "source": seen, "choices": chosen[1]}
             if groups.shape[1]:
                 middle = self.inside(groups, at.groups, **call)
+                share = at.groups.read / max(1, layout.read)
+                middle = middle._replace(losses=weighed(middle.losses, self.inside, share))
             else:
                 beside = Layout.known(padding(len(x)), x.device)
                 middle = self.inside(first.hidden[:, :1] * 0, beside, **call)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from attention_zoo.contract import Output, add_losses
+from attention_zoo.contract import Output, add_losses, weighed
 from attention_zoo.layout.halo import Halo, halo
 from attention_zoo.layout.host import Host, tensor_of
 from attention_zoo.layout.layout import Layout
@@ -45,7 +45,9 @@ def output_in_place(level: Any, x: Float[Tensor, "B L E"], layout: Layout) -> Ou
     latest, made = _beside(behind_halo(middle.hidden, inner, beside, "groups before"), beside, inner, level.reach)
     wide = level.up(hidden, made[:, :count], latest, at)
     last = called(level.after, wide, layout, **nothing)
-    return Output(last.hidden, None, add_losses(*(out.losses for out in (first, middle, last))))
+    share = inner.placement.whole.read / max(1, layout.placement.whole.read)
+    inside = weighed(middle.losses, level.inside, share)
+    return Output(last.hidden, None, add_losses(first.losses, inside, last.losses))
 
 
 def _inner(level: Any, placement: Placement) -> Placement:

@@ -28,16 +28,26 @@ class Reading(nn.Module):
         self.model = model
 
     def forward(
-        self, stream: Stream, part: Batch, scored: dict[str, int], parts: int, anew: bool | None
+        self, stream: Stream, part: Batch, scored: dict[str, int], share: float, anew: bool | None
     ) -> dict[str, Tensor]:
         """Read on.
 
         Args:
             stream: of the model, which goes on with the part.
             scored: answers in the whole batch, by name.
-            parts: of the batch: further losses are the mean of theirs.
+            share: of the batch's tokens that the part has, see `share_of`; further losses are means over tokens.
             anew: see `Stream`.
         """
         output: Any = stream(part, anew=anew)
-        further = {name: value / parts for name, value in output.losses.items()}
+        further = {name: value * share for name, value in output.losses.items()}
         return losses(output, part, scored) | further
+
+
+def read_by(batch: Batch) -> int:
+    """How many tokens of a batch are none of padding: those that a model with a decoder decodes."""
+    return batch.ids.numel() if batch.tokens is None else int(batch.tokens.valid.sum())
+
+
+def share_of(part: int, whole: int, parts: int) -> float:
+    """How much of a batch a part is, by `read_by` of both; of a batch without tokens, one of its parts."""
+    return part / whole if whole else 1 / parts

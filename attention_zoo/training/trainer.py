@@ -1,8 +1,9 @@
 """One optimisation step, exactly resumable: forward, backward, clip, step, carry.
 
 Accumulation splits a batch's rows: the parts' gradients add up to those of the whole batch, since each part's loss is
-divided by the number of scored tokens of the whole. A carried state is kept per part. Several processes share the rows
-first: each draws the whole batch, so that all know what it asks for, and reads its own rows.
+divided by the number of scored tokens of the whole; further losses are means over tokens, and weigh what the part has
+of them. A carried state is kept per part. Several processes share the rows first: each draws the whole batch, so that
+all know what it asks for, and reads its own rows.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from attention_zoo.training.checkpoint import (
 from attention_zoo.training.following import steps_of
 from attention_zoo.training.objective import MAIN, counts
 from attention_zoo.training.precision import Precision
-from attention_zoo.training.reading import Reading
+from attention_zoo.training.reading import Reading, read_by, share_of
 from attention_zoo.training.schedule import Schedule
 from attention_zoo.training.seed import random_state
 from attention_zoo.training.streams import Stream
@@ -145,18 +146,20 @@ class Trainer:
             self.check = None
         scored = counts(batch)
         read = batch.ids.numel() + (0 if batch.source is None else batch.source.numel())
+        valid, parts = read_by(batch), self.accumulate * self.world.data.size
         anew = all_of_part(batch.fresh, self.accumulate, self.world.data)
         batch = own_part(batch, self.world.data)
         rows = len(batch.ids) // self.accumulate
-        batch = batch.to(self.device)
+        pieces = [batch.rows(slice(index * rows, (index + 1) * rows)) for index in range(self.accumulate)]
+        shares = [share_of(read_by(piece), valid, parts) for piece in pieces]
         total = dict[str, float]()
         scaler = self.precision.scaler
         self.optimizer.zero_grad(set_to_none=True)
-        for index, stream in enumerate(self.streams):
-            part = self.cut(batch.rows(slice(index * rows, (index + 1) * rows)))
+        for index, (stream, share) in enumerate(zip(self.streams, shares, strict=True)):
+            part = self.cut(pieces[index].to(self.device))
             with self.shared.reducing(last=index == self.accumulate - 1):
                 with self.precision.autocast():
-                    found = self.shared(stream, part, scored, self.accumulate * self.world.data.size, anew[index])
+                    found = self.shared(stream, part, scored, share, anew[index])
                 for name, value in found.items():
                     total[name] = total.get(name, 0.0) + float(value.detach())
                 main = found.pop(MAIN)

@@ -92,7 +92,7 @@ def run(seed: int, dtype: torch.dtype) -> Errors:
     memory, hidden, losses = (None, None), [], []
     for part in y.split(S, 1):
         made, held, lost = theirs(part, memory, table)
-        losses += [lost] if memory[0] is not None and memory[0].shape[1] else []
+        losses += [lost] if memory[0] is not None and memory[0].shape[1] else [y.new_zeros(())]
         memory = tuple(each.detach() for each in held)
         hidden.append(made)
     expected = torch.cat(hidden, 1)

@@ -96,8 +96,8 @@ def _weights(layer: Compressive, query: Tensor, keys: list[Tensor]) -> Tensor:
     return (layer.scale * (q * k).sum(-1)).softmax(0).T
 
 
-def reconstruction(layer: Compressive, evictions: list) -> Tensor:
-    """The mean squared gap between attention to what was evicted and to what was made of it."""
+def reconstruction(layer: Compressive, evictions: list, tokens: int) -> Tensor:
+    """The squared gap between attention to what was evicted and to what was made of it, for each token of the call."""
     gaps = []
     for queries, old, new in evictions:
         for query in queries:
@@ -107,7 +107,7 @@ def reconstruction(layer: Compressive, evictions: list) -> Tensor:
                 for keys in (old, new)
             )
             gaps.append((for_old - for_new).square().mean())
-    return torch.stack(gaps).mean()
+    return torch.stack(gaps).sum() / tokens
 
 
 def _token(layer: Compressive, h: Tensor, keys: list[Tensor], distances: list[int]) -> Tensor:
