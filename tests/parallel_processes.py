@@ -60,6 +60,15 @@ class Ragged(Generated):
         return of(ids, targets, valid=valid, is_global=marked)
 
 
+def write_texts(folder: Path, first: int, step: int) -> Path:
+    """The folder, which gets six texts: the first of so many letters, each other of `step` more than the one before."""
+    folder.mkdir()
+    for index in range(6):
+        letters = bytes(97 + (7 * k * k + index * k) % 23 for k in range(first + step * index))
+        (folder / f"{index}.txt").write_bytes(letters)
+    return folder
+
+
 def steps(config: Mapping[str, Any], world: Any, *, dtype: str, count: int, task: Any = None) -> dict[str, Any]:
     """Losses, further losses and norms of a run's first steps, and what it is worth afterwards."""
     import torch

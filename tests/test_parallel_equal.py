@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parallel_processes import outcomes
+from parallel_processes import outcomes, write_texts
 
 STEPS = 20
 NEAR = {"float32": 1e-5, "float64": 1e-11}
@@ -69,10 +69,7 @@ FOUR = [case for case in EVERY if case[3] == 4]
 
 def found(cases: Sequence[Case], folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The cases, and each beside it in one process."""
-    text = folder / "text"
-    text.mkdir()
-    for index in range(6):
-        (text / f"{index}.txt").write_bytes(bytes(97 + (7 * k * k + index * k) % 23 for k in range(90 + 37 * index)))
+    text = write_texts(folder / "text", 90, 37)
     asked = []
     for name, dtype, data, processes in dict.fromkeys([*cases, *((n, t, "ddp", 1) for n, t, _, _ in cases)]):
         words, ragged = MECHANISMS[name]
