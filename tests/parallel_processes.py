@@ -60,8 +60,23 @@ class Ragged(Generated):
         return of(ids, targets, valid=valid, is_global=marked)
 
 
-def steps(config: Mapping[str, Any], world: Any, *, dtype: str, count: int, task: Any = None) -> dict[str, Any]:
-    """Losses, further losses and norms of a run's first steps, and what it is worth afterwards."""
+def write_texts(folder: Path, first: int, step: int) -> Path:
+    """The folder, which gets six texts: the first of so many letters, each other of `step` more than the one before."""
+    folder.mkdir()
+    for index in range(6):
+        letters = bytes(97 + (7 * k * k + index * k) % 23 for k in range(first + step * index))
+        (folder / f"{index}.txt").write_bytes(letters)
+    return folder
+
+
+def steps(
+    config: Mapping[str, Any], world: Any, *, dtype: str, count: int, task: Any = None, moved: int = 0
+) -> dict[str, Any]:
+    """Losses, further losses and norms of a run's first steps, and what it is worth afterwards.
+
+    Args:
+        moved: the seed by which half of the initial weights are moved to the next larger number; 0: none are.
+    """
     import torch
 
     from attention_zoo.parallel.sharded import whole_state
@@ -77,6 +92,10 @@ def steps(config: Mapping[str, Any], world: Any, *, dtype: str, count: int, task
         torch.manual_seed(options.seed)
         task = build(options.task, "task") if task is None else task
         parts = assemble(options, mechanism_of(options), task, world)
+        generator = torch.Generator().manual_seed(moved)
+        for weight in parts.trainer.parameters if moved else ():
+            up = torch.rand(weight.shape, generator=generator) < 0.5
+            weight.data = torch.where(up, weight.data.nextafter(weight.new_tensor(torch.inf)), weight.data)
         found = [parts.trainer.step() for _ in range(count)]
         score = parts.score(parts.main, lambda: None)
         weights = {name: float(value.double().sum()) for name, value in whole_state(parts.model).items()}
@@ -179,7 +198,8 @@ def main() -> None:
 
     def run(case: Mapping[str, Any], world: Any) -> Any:
         task = Ragged(**case["ragged"]) if "ragged" in case else None
-        return steps(configs[json.dumps(case["words"])], world, dtype=case["dtype"], count=case["count"], task=task)
+        config, more = configs[json.dumps(case["words"])], {"task": task, "moved": case.get("moved", 0)}
+        return steps(config, world, dtype=case["dtype"], count=case["count"], **more)
 
     for size in sorted({case["processes"] for case in cases}):
         own = [case for case in cases if case["processes"] == size]

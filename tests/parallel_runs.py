@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from parallel_processes import LIMIT_S, TINY, forked, started, warm
+from parallel_processes import LIMIT_S, TINY, forked, started, warm, write_texts
 
 KEPT = (
     "status", "error", "steps", "curve", "quality_curve", "metrics", "evaluations", "loss_by_position", "by_group",
@@ -99,6 +99,28 @@ def damaged(folder: Path, kind: str) -> None:
         (half / tensors.name).write_bytes(tensors.read_bytes()[:100])
 
 
+class Planned:
+    """Runs over the same texts, in folders of their own.
+
+    Args:
+        words: of all of them.
+    """
+
+    def __init__(self, place: Path, words: Sequence[str]):
+        self.place, self.runs = place, list[dict[str, Any]]()
+        self.words = [*words, f"task.path={write_texts(place / 'text', 109, 36)}"]
+
+    def add(self, name: str, processes: int, folder: str, *words: str, **more: Any) -> None:
+        where = str(self.place / folder)
+        self.runs.append(
+            {"name": name, "processes": processes, "words": [*self.words, *words], "folder": where, **more}
+        )
+
+    def done(self) -> dict[str, list[dict[str, Any]]]:
+        """How each run ended, rank by rank."""
+        return started(Path(__file__), self.runs, self.place)
+
+
 def main() -> None:
     import torch
 
@@ -122,11 +144,6 @@ def main() -> None:
         ended = forked(run["processes"], work, join=False, timeout_s=run.get("left_s", LIMIT_S))
         found[run["name"]] = [each.get("value", each) for each in ended]
         Path(sys.argv[2]).write_text(json.dumps(found))
-
-
-def rows(runs: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """How each run ended, rank by rank."""
-    return started(Path(__file__), runs, folder)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,15 @@ def test_keys_that_are_missing() -> None:
         assert_equal_to_dense(layer, Tokens.all_valid(1, 600).cut(torch.arange(0, 600, 5)), ("tiles",))
 
 
+@pytest.mark.parametrize("plan", ["uniform", "reference", "reference_eval"])
+@pytest.mark.parametrize("held", [1, BLOCK, 2 * BLOCK + 3])
+def test_a_document_s_first_keys_alone(plan: str, held: int) -> None:
+    """As a process has them that owns nothing but a global block: links go to blocks that are not there."""
+    layer = build(False, plan=plan, random=3)
+    tokens = Tokens.all_valid(2, 61).cut(slice(held))
+    assert_equal_to_dense(layer, tokens, ("blocks", "covered", "short", "tiles"))
+
+
 def test_layouts_that_waste_blocks_are_left_to_tiles() -> None:
     layer = build(block=16)
     tokens = Tokens.of(torch.ones(2, 60, dtype=torch.bool), document=torch.arange(60)[None].expand(2, -1) // 2)

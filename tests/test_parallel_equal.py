@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parallel_processes import outcomes
+from parallel_processes import outcomes, write_texts
 
 STEPS = 20
 NEAR = {"float32": 1e-5, "float64": 1e-11}
 STREAMS = ["task=text", "task.held_out=null", "task.evaluation_rows=5", "task.span=3", "seq_len=12", "batch=8"]
 RAGGED = ["task=copy", "seq_len=11", "batch=8"]
 """The task itself is given from Python."""
+LARGE_EPS = "optimizer.eps=1e-6"
+"""Of a query that sees one key alone, as the first group does, the gradients of scores are zero but for rounding, 1e-9
+in float32. By its 1e-8 Adam makes steps of them that are seen in what comes after."""
 MECHANISMS: dict[str, tuple[list[str], dict[str, Any] | None]] = {
     "full": (["attention=full", "trainer.accumulate=2"], {}),
     "longformer": (["attention=longformer", "attention.window=3"], {}),
@@ -45,7 +48,7 @@ MECHANISMS: dict[str, tuple[list[str], dict[str, Any] | None]] = {
     "bigbird": (["attention=bigbird", "attention.block=3", "parallel.checkpoint=true"], {}),
     # groups of 8 tokens, 4 at a time: in a process without a group that opens the others run what is inside
     "hourglass": (
-        ["attention=full", "model.depth=3", "model.shorten=1@1 1@8 1@1", "seq_len=4", "task.span=9"],
+        ["attention=full", "model.depth=3", "model.shorten=1@1 1@8 1@1", "seq_len=4", "task.span=9", LARGE_EPS],
         None,
     ),
     "reversible": (["attention=longformer", "attention.window=3", "model.reversible=true"], {}),
@@ -72,8 +75,6 @@ EVERY: list[Case] = [
     for dtype in NEAR
     for data in ("ddp", "fsdp")
     if (name, data) not in [("reversible", "fsdp"), ("memory_tokens", "fsdp")]
-    # in float32 its rounding grows to 2e-4 in 20 steps, in float64 it stays below 1e-11
-    and (name, dtype) != ("hourglass", "float32")
 ]
 TWO = [case for case in EVERY if case[3] == 2 and case not in FAST]
 FOUR = [case for case in EVERY if case[3] == 4]
@@ -81,10 +82,7 @@ FOUR = [case for case in EVERY if case[3] == 4]
 
 def found(cases: Sequence[Case], folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The cases, and each beside it in one process."""
-    text = folder / "text"
-    text.mkdir()
-    for index in range(6):
-        (text / f"{index}.txt").write_bytes(bytes(97 + (7 * k * k + index * k) % 23 for k in range(90 + 37 * index)))
+    text = write_texts(folder / "text", 90, 37)
     asked = []
     for name, dtype, data, processes in dict.fromkeys([*cases, *((n, t, "ddp", 1) for n, t, _, _ in cases)]):
         words, ragged = MECHANISMS[name]
@@ -128,6 +126,24 @@ def test_two_processes_take_the_steps_of_one_with_every_mechanism(case: Case, tw
 @pytest.mark.parametrize("case", FOUR, ids=lambda case: "-".join(map(str, case)))
 def test_four_processes_take_the_steps_of_one(case: Case, four: dict[str, Any]) -> None:
     compare(case, four)
+
+
+@pytest.mark.slow
+def test_the_hourglass_s_rounding_grows_by_a_small_eps_alone(tmp_path: Path) -> None:
+    """One process whose weights are moved by a unit in the last place differs from itself by as much as several do."""
+    (words, _), seeds, cases = MECHANISMS["hourglass"], range(7), []
+    own = [*STREAMS, f"task.path={write_texts(tmp_path / 'text', 90, 37)}"]
+    for eps in ("1e-8", "1e-6"):
+        given = {"words": [*own, *words, f"optimizer.eps={eps}"], "dtype": "float32", "count": STEPS, "processes": 1}
+        cases += [{"name": f"{eps} {seed}", "moved": seed, **given} for seed in seeds]
+    outcome = outcomes(cases, tmp_path)
+
+    def farthest(eps: str) -> float:
+        one, *moved = (outcome[f"{eps} {seed}"][0]["loss"] for seed in seeds)
+        return max(abs(a / b - 1) for each in moved for a, b in zip(each, one))
+
+    assert farthest("1e-8") > 2 * NEAR["float32"]
+    assert farthest("1e-6") < NEAR["float32"]
 
 
 def compare(case: Case, outcome: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parallel_runs import rows
+from parallel_runs import Planned
 
 import attention_zoo as zoo
 
@@ -16,34 +16,15 @@ WORDS = [
     "trainer.eval_every=4", "trainer.checkpoint_every=2", "trainer.log_every=1", "parallel.timeout_s=20",
     "attention=transformer_xl", "attention.segment_length=5", "attention.memory_length=7",
 ]  # fmt: skip
+"""Rows take whole spans: they start anew together, so that what they carry can be divided anew."""
 KILLED = {"rank": None, "step": 7, "how": "SIGKILL"}
 """Two checkpoints are there then, of steps 4 and 6."""
-
-
-class Planned:
-    """Runs over the same text, in folders of their own. Rows take whole spans: they start anew together, so that what
-    they carry can be divided anew."""
-
-    def __init__(self, place: Path):
-        self.place, self.runs = place, list[dict[str, Any]]()
-        (place / "text").mkdir()
-        for index in range(6):
-            content = bytes(97 + (7 * k * k + index * k) % 23 for k in range(109 + 36 * index))
-            (place / "text" / f"{index}.txt").write_bytes(content)
-
-    def add(self, name: str, processes: int, folder: str, *words: str, **more: Any) -> None:
-        words = (*WORDS, f"task.path={self.place / 'text'}", *words)
-        folder = str(self.place / folder)
-        self.runs.append({"name": name, "processes": processes, "words": words, "folder": folder, **more})
-
-    def done(self) -> dict[str, list[dict[str, Any]]]:
-        return rows(self.runs, self.place)
 
 
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     place = tmp_path_factory.mktemp("runs")
-    plan, shared = Planned(place), "parallel.data=fsdp"
+    plan, shared = Planned(place, WORDS), "parallel.data=fsdp"
     plan.add("whole", 1, "whole", shared)
     plan.add("cut", 2, "cut", shared, cut=KILLED)
     plan.add("on", 1, "cut", shared, damage="torn")
@@ -96,7 +77,7 @@ def test_the_model_of_shares_is_saved_whole(fast: Any) -> None:
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    plan, dropped = Planned(tmp_path_factory.mktemp("runs")), "model.output_dropout=0.1"
+    plan, dropped = Planned(tmp_path_factory.mktemp("runs"), WORDS), "model.output_dropout=0.1"
     for data in ("ddp", "fsdp"):
         words = (f"parallel.data={data}", dropped)
         plan.add(f"whole {data}", 2, f"whole-{data}", *words)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
-from parallel_runs import rows
+from parallel_runs import Planned
 
 WORDS = [
     "task=text", "task.held_out=null", "task.evaluation_rows=3", "task.span=3", "seq_len=12", "batch=8", "steps=9",
@@ -29,28 +28,14 @@ CALLS = 9000
 """Python functions in about three steps and an evaluation."""
 
 
-class Planned:
-    """Runs over the same text, in folders of their own."""
+def lose(plan: Planned, name: str, processes: int, *words: str, **when: Any) -> None:
+    """A run that loses a process, and the same again."""
+    plan.add(f"{name} cut", processes, name, *words, cut={"how": "SIGKILL", **when}, left_s=30.0)
+    plan.add(f"{name} on", processes, name, *words)
 
-    def __init__(self, place: Path):
-        self.place, self.runs = place, list[dict[str, Any]]()
-        (place / "text").mkdir()
-        for index in range(6):
-            content = bytes(97 + (7 * k * k + index * k) % 23 for k in range(109 + 36 * index))
-            (place / "text" / f"{index}.txt").write_bytes(content)
 
-    def add(self, name: str, processes: int, folder: str, words: list[str], **more: Any) -> None:
-        words = [*WORDS, f"task.path={self.place / 'text'}", *words]
-        folder = str(self.place / folder)
-        self.runs.append({"name": name, "processes": processes, "words": words, "folder": folder, **more})
-
-    def cut(self, name: str, processes: int, words: list[str], **cut: Any) -> None:
-        """A run that loses a process, and the same again."""
-        self.add(f"{name} cut", processes, name, words, cut={"how": "SIGKILL", **cut}, left_s=30.0)
-        self.add(f"{name} on", processes, name, words)
-
-    def done(self) -> dict[str, Any]:
-        return {"place": self.place, **rows(self.runs, self.place)}
+def done(plan: Planned) -> dict[str, Any]:
+    return {"place": plan.place, **plan.done()}
 
 
 def said(row: dict[str, Any]) -> int:
@@ -86,10 +71,10 @@ def same(found: dict[str, Any], name: str, whole: str) -> None:
 
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    plan = Planned(tmp_path_factory.mktemp("survivors"))
-    plan.add("whole", 2, "whole", CARRIED)
-    plan.cut("first", 2, CARRIED, rank=0, step=5)
-    return plan.done()
+    plan = Planned(tmp_path_factory.mktemp("survivors"), WORDS)
+    plan.add("whole", 2, "whole", *CARRIED)
+    lose(plan, "first", 2, *CARRIED, rank=0, step=5)
+    return done(plan)
 
 
 def test_process_0_is_killed_and_the_other_saves_the_step_before(fast: dict[str, Any]) -> None:
@@ -112,14 +97,14 @@ def moments(processes: int, seed: int) -> list[tuple[str, dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def anywhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    plan = Planned(tmp_path_factory.mktemp("anywhere"))
+    plan = Planned(tmp_path_factory.mktemp("anywhere"), WORDS)
     for processes in (2, 3):
         words = ["batch=6"] if processes == 3 else []
         for kind, own in KINDS.items():
-            plan.add(f"whole-{processes}-{kind}", processes, f"whole-{processes}-{kind}", [*own, *words])
+            plan.add(f"whole-{processes}-{kind}", processes, f"whole-{processes}-{kind}", *own, *words)
         for number, (kind, cut) in enumerate(moments(processes, 7)):
-            plan.cut(f"{processes}-{number}", processes, [*KINDS[kind], *words], **cut)
-    return plan.done()
+            lose(plan, f"{processes}-{number}", processes, *KINDS[kind], *words, **cut)
+    return done(plan)
 
 
 @pytest.mark.slow
@@ -143,12 +128,12 @@ def test_any_process_is_killed_at_any_moment(processes: int, number: int, anywhe
 
 @pytest.fixture(scope="module")
 def otherwise(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    plan = Planned(tmp_path_factory.mktemp("otherwise"))
-    plan.add("whole", 2, "whole", CARRIED)
-    plan.cut("hung", 2, CARRIED, rank=0, step=5, how="SIGSTOP")
-    plan.cut("shares", 2, [*CARRIED, "parallel.data=fsdp"], rank=1, step=5)
-    plan.cut("uncopied", 2, [*CARRIED, "parallel.copy_states=false"], rank=1, step=5)
-    return plan.done()
+    plan = Planned(tmp_path_factory.mktemp("otherwise"), WORDS)
+    plan.add("whole", 2, "whole", *CARRIED)
+    lose(plan, "hung", 2, *CARRIED, rank=0, step=5, how="SIGSTOP")
+    lose(plan, "shares", 2, *CARRIED, "parallel.data=fsdp", rank=1, step=5)
+    lose(plan, "uncopied", 2, *CARRIED, "parallel.copy_states=false", rank=1, step=5)
+    return done(plan)
 
 
 @pytest.mark.slow

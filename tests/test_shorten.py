@@ -90,6 +90,22 @@ def compare(shorten, causal, **options):
 
 
 @pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_without_a_group_are_run(causal, kinds):
+    """Rows of padding alone, and such that begin inside a group and end before the next one."""
+    valid = torch.tensor([[False, True, False], [False, False, False]])
+    for given in (Tokens.of(valid & False), Tokens.of(valid, start=5)):
+        stack, x = stacked(hourglass(FLAT, *kinds), causal, given)
+        out = stack(x, given).hidden
+        (found,) = torch.autograd.grad((out * given.valid[..., None]).square().sum(), x)
+        assert found.isfinite().all()
+        assert bool(found[given.valid].any()) == bool(given.valid.any())
+        assert not found[~given.valid].any()
+        token = given.cut(slice(1, 2))
+        assert far(out[:, 1][token.valid[:, 0]], stack(x[:, 1:2], token).hidden[token.valid]) < 1e-12
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
 @pytest.mark.parametrize("layout", [FLAT, DEEP])
 def test_every_length_in_pieces_and_at_once(layout, kinds):
     model = small("longformer", shorten=hourglass(layout, *kinds), positions="rotary")

@@ -92,10 +92,12 @@ def _windows(layout: Layout, k: int, causal: bool, reach: int) -> Windows:
     number = (host.position // k)[..., None] + steps
     near = group[..., None] + steps
     seen = (number >= 0) & host.valid[..., None]
-    if not causal:
-        inside = near.clip(0, max(0, G - 1))
+    if not causal and G:
+        inside = near.clip(0, G - 1)
         alike = held[rows[..., None], inside] & (document[rows[..., None], inside] == host.document[..., None])
-        seen = seen & alike & (near >= 0) & (near < G) if G else seen & False
+        seen = seen & alike & (near >= 0) & (near < G)
+    elif not causal:  # no token opens a group, as where all is padding
+        seen = seen & False
     near = np.where(seen & (near >= -past), near + 1 + past, 0)
 
     def of_groups(field: Array) -> Array:
