@@ -19,6 +19,7 @@ from attention_zoo.commands.plain import PLAIN
 from attention_zoo.files import read_json
 from attention_zoo.report import Findings, markdown_table, read, rivals
 from attention_zoo.report.published import published
+from attention_zoo.report.summary import summary
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -69,7 +70,10 @@ def test_the_table_of_faults_is_that_of_the_committed_counts():
 @pytest.mark.parametrize("name", ["results", "families"])
 def test_the_table_of_results_is_that_of_the_committed_rows(name):
     (path,) = re.findall(r"\(([\w/.-]+results\.jsonl)\)", between(name))
-    assert markdown_table(Findings.of(read([ROOT / path]))) in between(name)
+    found = Findings.of(read([ROOT / path]))
+    assert markdown_table(found) in between(name)
+    for note in summary(found).notes:
+        assert note in between(name)
 
 
 @pytest.mark.parametrize("preset", ["rounds", "sinks", "longer_memory", "rmt"])

@@ -49,6 +49,29 @@ def test_summary_holds_the_figures_of_the_rows():
     assert table.names[:2] == ["full (materialised)", "full (fused)"]
 
 
+def test_what_was_learnt_at_other_options_than_its_costs_are_of_says_so(tmp_path):
+    rows = made_up()
+    for row in rows:
+        if row["backend"] == "longformer" and row.get("task") == "mqar":
+            row["config"]["attention"]["window"] = 8
+    found = Findings.of(rows)
+    table = summary(found)
+    columns = [column for _, many in table.groups for column in many]
+    line = dict(zip(columns, table.cells[table.names.index("longformer")]))
+    assert line["mqar: accuracy"] == "41.0 % °"
+    assert "°" not in line["text: bits per byte"] + "".join(table.cells[table.names.index("bigbird")])
+    note = "° trained at other options than the costs of its line are of: mqar: longformer (window=8)"
+    assert note in table.notes
+    assert "41.0 % °" in markdown_table(found)
+    assert note in text_of(build_report(rows, tmp_path / "report.html").read_text())
+    for row in rows:
+        if row["backend"] == "longformer" and row["kind"] == "speed":
+            row["config"]["options"] = {"window": 8}
+    assert not any("°" in note for note in summary(Findings.of(rows)).notes), (
+        "text is of the defaults, a line of its own"
+    )
+
+
 def test_a_task_at_several_lengths_has_columns_that_tell_them_apart():
     rows = [
         quality(backend, "mqar", seq_len=length, id=f"{backend}-{length}")

@@ -212,6 +212,11 @@ def test_quality_stands_beside_the_cost_of_its_own_options():
     found = Findings.of([*rows, *windows()])
     paired = pairs(found.tasks[0], found.series)
     assert [(learnt.label, line.label) for learnt, line in paired] == [("longformer (window=32)",) * 2]
+    found = Findings.of(
+        [*rows[: len(LENGTHS)], *(row for row in windows() if row["config"]["attention"]["window"] == 32)]
+    )
+    assert found.tasks[0].others
+    assert pairs(found.tasks[0], found.series) == [], "costs of the defaults are not those of a window of 32"
 
 
 def test_no_two_lines_of_a_report_look_alike():

@@ -1,6 +1,7 @@
 """What a mechanism learnt beside full attention, by kind of problem: the cells of the matrix.
 
-Each column of one task and file is a family of its own: paired by seed, Holm over its comparisons (see `statistics`).
+All columns of one task and file are one family, paired by seed, so that of all that is said of it at one length
+nothing is false with 95 % (see `statistics`): recall within and beyond reach are two comparisons of each mechanism.
 Where the report gives no verdict there is no figure of a gap either, but "not known" and why.
 """
 
@@ -9,22 +10,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from attention_zoo.advice.kinds import Kind, answers
+from attention_zoo.advice.kinds import KINDS, Kind, answers
 from attention_zoo.advice.lines import Line, line_of
 from attention_zoo.advice.reach import accuracy, reach_of
 from attention_zoo.report import quality, units
-from attention_zoo.report.metrics import difference_words, margin, margin_words, seeds_words, value_words
+from attention_zoo.report.metrics import could_words, difference_words, margin, margin_words, seeds_words, value_words
 from attention_zoo.report.quality import Learnt, Task
 from attention_zoo.report.rows import FROM
 from attention_zoo.results.row import Row
 from attention_zoo.statistics import Pairs, Verdict, judge
 
+Scores = list[tuple[object, float]]
+
 NO_ROWS = "no rows"
 SHORT = (
     ("undertrained", "undertrained"), ("no verdict: one seed", "one seed"), ("no verdict: the runs", "runs differ"),
     ("unequal training", "unequal training"), ("no verdict: no full", "no full attention beside"),
-    ("its runs differ", "runs differ"), ("one seed", "one seed"), ("no seed", "no seed in common"),
-    ("the same difference", "too few seeds"),
+    ("no verdict: runs were ended", "ended at a figure"), ("its runs differ", "runs differ"),
+    ("one seed", "one seed"), ("no seed", "no seed in common"), ("the same difference", "too few seeds"),
 )  # fmt: skip
 """Why nothing is known, in a word for a table, by how the sentence begins."""
 
@@ -129,7 +132,14 @@ class Gap:
         }[self.judged]  # fmt: skip
         said += f", and yet as good {within}" if self.judged == "worse" and self.as_good else ""
         seeds = len(self.verdict.pairs) if self.verdict else 0
-        return f"{said}, gap {self.gap_words()}, 95 % interval of {seeds} seeds"
+        could = f"; {shown}" if self.judged is None and (shown := self._could_show()) else ""
+        return f"{said}, gap {self.gap_words()}, 95 % interval of {seeds} seeds{could}"
+
+    def _could_show(self) -> str | None:
+        """What these seeds could have shown, and how many would show the gap seen."""
+        if self.task is None or self.verdict is None or self.verdict.detectable is None:
+            return None
+        return could_words(self.verdict, self.task.metric)
 
 
 def gaps(rows: Iterable[Row], kinds: Sequence[Kind]) -> dict[tuple[Line, str], Gap]:
@@ -144,44 +154,54 @@ def gaps(rows: Iterable[Row], kinds: Sequence[Kind]) -> dict[tuple[Line, str], G
             files.setdefault(str(row.get(FROM) or ""), []).append(row)
     every = [task for many in files.values() for task in quality.tasks(many)]
     found: dict[tuple[Line, str], Gap] = {}
-    for kind in kinds:
-        for task in every:
-            if not answers(task, kind):
-                continue
-            for gap in column(task, kind):
-                before = found.get((gap.line, kind.key))
-                if before is None or _order(gap) > _order(before):
-                    found[gap.line, kind.key] = gap
-    return found
+    for task in every:
+        # also those that nobody asks for: what is said of a column depends on the rows alone
+        answered = [kind for kind in dict.fromkeys([*KINDS, *kinds]) if answers(task, kind)]
+        for gap in columns(task, answered):
+            before = found.get((gap.line, gap.kind.key))
+            if gap.kind in kinds and (before is None or _order(gap) > _order(before)):
+                found[gap.line, gap.kind.key] = gap
+    return {cell: gap for kind in kinds for cell, gap in found.items() if cell[1] == kind.key}
 
 
 def _order(gap: Gap) -> tuple[bool, int]:
     return gap.known, len(gap.rows)
 
 
-def column(task: Task, kind: Kind) -> list[Gap]:
-    """All cells of one task in one column."""
+def columns(task: Task, kinds: Sequence[Kind]) -> list[Gap]:
+    """All cells of one task in the columns that it answers."""
     reasons, full = task.obstacles(), task.full
     found = []
     family: dict[str, Pairs] = {}
-    for each in task.others:
-        edge = _edge(each, kind)
-        own, theirs = _by_seed(each, kind, edge), [] if full is None else _by_seed(full, kind, edge)
-        if own and theirs:  # a mechanism that is never asked takes no part in this family
-            family[each.label] = Pairs.of(own, theirs)
+    for kind in kinds:
+        for each in task.others:
+            own, theirs = _beside(each, full, kind)
+            if own and theirs:  # a mechanism that is never asked takes no part in the family
+                family[_cell(each, kind)] = Pairs.of(own, theirs)
     verdicts = judge(family, margin(task.metric))
-    for each in task.learnt:
-        edge = _edge(each, kind)
-        if not each.rows:
-            lost = ", ".join(dict.fromkeys(quality.missing(row) for row in each.failed))
-            found.append(Gap(kind, line_of(each.failed[0]), lost, task, rows=each.failed))
-            continue
-        own, theirs = _by_seed(each, kind, edge), [] if full is None else _by_seed(full, kind, edge)
-        why = reasons[0] if reasons else _refusal(task, each, kind, own, len(family), verdicts.get(each.label))
-        rows = [*each.rows, *(full.rows if full is not None and full is not each else [])]
-        line = line_of(each.rows[0])
-        found.append(Gap(kind, line, why, task, _mean(own), _mean(theirs), verdicts.get(each.label), edge, rows))
+    for kind in kinds:
+        for each in task.learnt:
+            if not each.rows:
+                lost = ", ".join(dict.fromkeys(quality.missing(row) for row in each.failed))
+                found.append(Gap(kind, line_of(each.failed[0]), lost, task, rows=each.failed))
+                continue
+            own, theirs = _beside(each, full, kind)
+            verdict = verdicts.get(_cell(each, kind))
+            why = reasons[0] if reasons else _refusal(task, each, kind, own, len(family), verdict)
+            rows = [*each.rows, *(full.rows if full is not None and full is not each else [])]
+            line, edge = line_of(each.rows[0]), _edge(each, kind)
+            found.append(Gap(kind, line, why, task, _mean(own), _mean(theirs), verdict, edge, rows))
     return found
+
+
+def _cell(each: Learnt, kind: Kind) -> str:
+    return f"{kind.key}: {each.label}"
+
+
+def _beside(each: Learnt, full: Learnt | None, kind: Kind) -> tuple[Scores, Scores]:
+    """Seed and figure of the runs of a mechanism and of full attention, on the same answers."""
+    edge = _edge(each, kind)
+    return _by_seed(each, kind, edge), [] if full is None else _by_seed(full, kind, edge)
 
 
 def _refusal(
@@ -214,7 +234,7 @@ def _edge(each: Learnt, kind: Kind) -> int | None:
     return None if not known or None in known else min(edge for edge in known if edge is not None)
 
 
-def _by_seed(each: Learnt, kind: Kind, edge: int | None) -> list[tuple[object, float]]:
+def _by_seed(each: Learnt, kind: Kind, edge: int | None) -> Scores:
     """Seed and figure of every run that has one."""
     if kind.part == "all":
         return [(row.get("seed"), value) for row, value in zip(each.rows, each.values)]

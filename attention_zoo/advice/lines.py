@@ -40,7 +40,7 @@ class Line(NamedTuple):
 
 def line_of(row: Row) -> Line:
     """Of a training or a cell."""
-    defaults = _defaults(mechanism(row))
+    defaults = _defaults(row)
     own = {
         key: value for key, value in results.options(row).items()
         if key not in SILENT and not (key in defaults and defaults[key] == value)
@@ -51,11 +51,13 @@ def line_of(row: Row) -> Line:
     return Line(row["backend"], tuple(sorted(said)))
 
 
-def _defaults(name: str) -> Mapping[str, Any]:
-    """What somebody else's mechanism, which is not installed here, would take is not known."""
-    if name not in (*registry.available(), *registry.wrappers()):
-        return {}
-    return registry.recipe(name)[1]
+def known(row: Row) -> bool:
+    """Whether the defaults of a row's mechanism are: not of somebody else's that is not installed here."""
+    return mechanism(row) in (*registry.available(), *registry.wrappers())
+
+
+def _defaults(row: Row) -> Mapping[str, Any]:
+    return registry.recipe(mechanism(row))[1] if known(row) else {}
 
 
 class Source(NamedTuple):

@@ -72,8 +72,9 @@ class Costed:
         """
         return Price(None, "no rows") if self.series is None else price(self.series, key, length)
 
-    def longest_within(self, memory: float) -> int | None:
-        """The longest length whose peak stays within some bytes, as far as the rows carry."""
+    def longest_within(self, memory: float) -> tuple[int, bool] | None:
+        """The longest length whose peak stays within some bytes, and whether longer ones do not: False where it is only
+        as far as the rows carry."""
         if self.series is None:
             return None
         points = _points(self.series, PEAK)
@@ -81,7 +82,11 @@ class Costed:
         finite = [length for length, value in points.items() if math.isfinite(value)]
         if found is None or not finite or found.length < min(finite):
             return None
-        return min(found.length, FARTHEST * max(finite))
+        farthest = FARTHEST * max(finite)
+        price = self.price(PEAK, farthest).value
+        if price is None or math.isinf(price):  # its growth has not settled, or it ran out of memory on the way
+            farthest = max(finite)
+        return min(found.length, farthest), found.length <= farthest
 
 
 def costed(rows: Iterable[Row], *, device: str, phase: str, variant: str) -> dict[Line, list[Costed]]:

@@ -95,7 +95,7 @@ def advice(matrix: Matrix, question: Question) -> Advice:
         said.append(_costs(costs, question, where))
         if any(each.rows for each in said):
             found[line] = said
-    ends = [*_nothing_fits(matrix, found, question), _together(found, question)]
+    ends = [*_nothing_fits(matrix, found, question), _together(found, question), *_lengths(matrix, found, question)]
     if (ranking := matrix.ranking()) is not None:
         ends.append(Sentence("all", ranking, [], "not known"))
     return Advice(question, setting, found, ends)
@@ -166,7 +166,7 @@ def _seen(far: Reach) -> str:
     parts = []
     if far.surely is not None:
         parts.append(f"a query of a layer surely sees {far.surely:,} tokens back")
-    if far.layer is not None and far.layer != far.surely:
+    if far.layer is not None and far.layer > (far.surely or 0):
         most = f"at most {far.layer:,}"
         parts.append(most if parts else f"a query of a layer sees {most} tokens back")
     return ", ".join(parts) or "its rows do not say how far a query sees"
@@ -187,6 +187,8 @@ def _learns(line: Line, matrix: Matrix, kind: Kind, asked: Question) -> Sentence
         state = "yes" if gap.as_good else "no" if gap.judged == "worse" else "not known"
     if kind.part != "all" and gap.edge is not None and (asked.distance <= gap.edge) != (kind.part == "within"):
         state = "aside"  # the distance that is asked lies on the other side of the edge
+    elif kind.part != "all" and asked.distance >= gap.task.seq_len:
+        state = "not known"  # no answer that far back was ever scored
     return Sentence("learns", said, gap.rows, state)
 
 
@@ -205,9 +207,10 @@ def _nothing_fits(matrix: Matrix, found: dict[Line, list[Sentence]], asked: Ques
     parts, rows = [], list[Row]()
     for line in found:
         costs = matrix.prices[line]
-        longest = costs.longest_within(asked.memory) if costs.line == line else None
-        if longest is not None and costs.series is not None and longest < asked.length:
-            parts.append(f"{line.label} up to about {_rounded(longest):,} tokens")
+        within = costs.longest_within(asked.memory) if costs.line == line else None
+        if within is not None and costs.series is not None and within[0] < asked.length:
+            carried = "" if within[1] else " at least, as far as its rows carry"
+            parts.append(f"{line.label} up to about {_rounded(within[0]):,} tokens{carried}")
             rows += [row for row in costs.series.rows.values() if row.get(PEAK)]
     would = f"; what would: {units.listed(parts)}" if parts else ""
     said = f"Nothing is known to fit {units.whole(units.size(asked.memory))} at {asked.length:,} tokens{would}."
@@ -224,10 +227,11 @@ def _together(found: dict[Line, list[Sentence]], asked: Question) -> Sentence:
     """Of which all that is asked is known to be so."""
     good, rows = [], list[Row]()
     for line, many in found.items():
-        states = [each.state for each in many if each.about != "costs" and each.state != "aside"]
+        left_out = ("costs", "fits") if asked.memory is None else ("costs",)
+        states = [each.state for each in many if each.about not in left_out and each.state != "aside"]
         if states and all(state == "yes" for state in states):
             good.append(line.label)
-            rows += [row for each in many for row in each.rows]
+            rows += [row for each in many if each.about not in left_out for row in each.rows]
     said = units.listed(good) or "none"
     # of recall the side of the edge that the distance lies on, which differs from mechanism to mechanism
     learn = units.listed(list(dict.fromkeys(
@@ -236,3 +240,15 @@ def _together(found: dict[Line, list[Sentence]], asked: Question) -> Sentence:
     fit = "" if asked.memory is None else "fit, "
     text = f"Known to {fit}see {asked.distance:,} tokens back and learn {learn} as well as full attention: {said}."
     return Sentence("all", text, rows, "yes" if good else "not known")
+
+
+def _lengths(matrix: Matrix, found: Iterable[Line], asked: Question) -> Iterable[Sentence]:
+    """That trainings were of shorter rows than is asked, and so are all that is said to be learnt."""
+    cells = [matrix.cell(line, kind) for line in found for kind in asked.kinds]
+    told = [gap for gap in cells if gap.task is not None and gap.value is not None]
+    lengths = sorted({gap.task.seq_len for gap in told if gap.task is not None and gap.task.seq_len})
+    if lengths and lengths[-1] < asked.length:
+        of = units.listed([f"{length:,}" for length in lengths])
+        text = f"All that is learnt was learnt in rows of {of} tokens: of rows of {asked.length:,} nothing is known."
+        longest = [row for gap in told for row in gap.rows if row.get("seq_len") == lengths[-1]]
+        yield Sentence("all", text, longest[:1], "not known")

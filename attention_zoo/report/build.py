@@ -17,6 +17,7 @@ from attention_zoo.report import rows as results
 from attention_zoo.report.cells import Table
 from attention_zoo.report.contexts import Group
 from attention_zoo.report.data import dashboard
+from attention_zoo.report.endings import ended
 from attention_zoo.report.extract import trainings_table
 from attention_zoo.report.inspected import Inspection
 from attention_zoo.report.published import published
@@ -121,8 +122,7 @@ def _warnings(rows: Rows, found: Findings) -> str:
         said.append(f"{rows.replaced} results of older code are not drawn: the same was measured again.")
     for task in found.tasks:
         said += [f"{task.title}: {obstacle}." for obstacle in task.obstacles()]
-        parity = task.parity()
-        said += [f"{parity}."] if parity else []
+        said += [f"{unequal}." for unequal in (_patience(task), task.parity()) if unequal]
     failed = [row for row in rows if row["status"] == "failed"]
     lost = [row for row in rows if row["status"] not in ("ok", "failed")]
     if failed:
@@ -139,6 +139,14 @@ def _warnings(rows: Rows, found: Findings) -> str:
     if len(machines) > 1:
         said.append(f"Results come from different machines ({'; '.join(sorted(machines))}): times cannot be compared.")
     return page.warning("Before you read on", said)
+
+
+def _patience(task: Task) -> str | None:
+    """A sentence on runs that were trained for unequal steps, each until it was no better on validation."""
+    if not any(ended(row, "patience") for each in task.learnt for row in each.rows):
+        return None
+    said = ", ".join(f"{each.label} {each.span('steps', units.count)}" for each in task.learnt if each.rows)
+    return f"{task.title}: runs ended by their own patience, not after equal steps: {said} steps"
 
 
 def _summary(found: Findings) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attention_zoo.report import units
-from attention_zoo.statistics import preset_seeds
+from attention_zoo.statistics import Verdict, preset_seeds
 
 PRIMARY = {
     "bits_per_byte": True, "bits_per_masked_byte": True, "exact_match": False, "accuracy": False, "loss": True
@@ -60,3 +60,12 @@ def difference_words(value: float, metric: str, *, signed: bool = False, unit: b
     if signed:
         said = ("−" if value < 0 else "+") + said
     return f"{said} points" if share and unit else said
+
+
+def could_words(verdict: Verdict, metric: str) -> str:
+    """Of seeds that tell nothing apart: the smallest difference that they could have shown, and how many would show the
+    one that was seen."""
+    shown = difference_words(verdict.detectable or 0.0, metric)
+    seen = difference_words(abs(verdict.pairs.mean or 0.0), metric)
+    many = f"{verdict.seeds:,}" if verdict.seeds is not None else "more than 1,000"
+    return f"these {len(verdict.pairs)} seeds could have shown {shown}; {many} seeds would show the {seen} seen"

@@ -10,6 +10,7 @@ from typing import Any
 
 from attention_zoo.report import convergence, groups, units
 from attention_zoo.report import rows as results
+from attention_zoo.report.endings import by_its_judge, ended
 from attention_zoo.report.groups import COMPRESS, Group, shortening
 from attention_zoo.report.metrics import PRIMARY, RESULT, SETS, SHARES, metric_words, seeds_words, spoken, value_words
 from attention_zoo.results.row import Row
@@ -74,7 +75,7 @@ class Learnt:
     @property
     def cut_short(self) -> bool:
         """Whether a time budget ended a run, which then saw fewer tokens than others."""
-        return any(str(row.get("stopped") or "").startswith("time") for row in self.rows)
+        return any(ended(row, "time") for row in self.rows)
 
     @property
     def seeds(self) -> int:
@@ -253,7 +254,9 @@ class Task:
             found.append(
                 f"unequal training, no verdict: time was over before the planned steps ({', '.join(cut)} steps)"
             )
-        if any(_stopped_by_its_judge(row) for row in rows):
+        if any(ended(row, "stop_at") for row in rows):
+            found.append("no verdict: runs were ended at a figure (stop_at), at which those that reach it are alike")
+        if any(by_its_judge(row) for row in rows):
             found.append("no verdict: runs were stopped by the set that they are judged by")
         if full is not None and others and not any(full.paired(each) > 1 for each in others):
             found.append(f"no verdict: one seed shows no difference, {seeds_words(len(others))}")
@@ -297,12 +300,6 @@ class Task:
         return (
             f"{self.title}: parameter counts differ by more than 10 % from {name} ({units.millions(reference)}): {said}"
         )
-
-
-def _stopped_by_its_judge(row: Row) -> bool:
-    """Whether a run ended at its best on the set of its result, which then flatters it; validation is for that."""
-    early = str(row.get("stopped") or "").startswith(("stop_at", "patience"))
-    return early and RESULT not in (row.get("evaluations") or {})
 
 
 def tasks(rows: Iterable[Row]) -> list[Task]:

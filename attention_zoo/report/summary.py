@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import textwrap
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -24,8 +23,9 @@ from attention_zoo.overview import markdown
 from attention_zoo.report import costs, groups, lengths, quality, units, verdicts
 from attention_zoo.report import rows as results
 from attention_zoo.report.costs import MEMORY, TIME, Series, Setting
+from attention_zoo.report.joined import Line, at_other_options, lines_of
 from attention_zoo.report.metrics import value_words
-from attention_zoo.report.quality import Learnt, Task
+from attention_zoo.report.quality import Task
 from attention_zoo.report.rows import Rows
 from attention_zoo.report.units import NONE
 from attention_zoo.results.row import Row
@@ -99,21 +99,12 @@ class Summary:
     notes: list[str]
 
 
-@dataclass(frozen=True)
-class _Line:
-    """A line of the summary: what one mechanism costs, and what it learnt on each task."""
-
-    label: str
-    series: Series | None
-    learnt: list[list[Learnt]]
-
-
 def summary(found: Findings) -> Summary:
     """One line per mechanism; per kernel, option set, training and file where there are several."""
     columns: list[tuple[str, str, list[str]]] = []
-    lines = _lines(found)
+    lines = lines_of(found.series, found.tasks)
     for number, (task, name) in enumerate(zip(found.tasks, quality.names_apart(found.tasks))):
-        said = [" / ".join(each.words() for each in line.learnt[number]) for line in lines]
+        said = [" / ".join(line.said(each) for each in line.learnt[number]) for line in lines]
         columns.append(("What it learnt", f"{name}: {task.brief}", [words or NONE for words in said]))
     for number, (task, name) in enumerate(zip(found.tasks, quality.names_apart(found.tasks))):
         if lengths.tested(task):
@@ -154,36 +145,15 @@ def summary(found: Findings) -> Summary:
     for number, task in enumerate(found.tasks):  # what needs no model stands below, in the same columns
         for name, value in task.bars.items():
             trivial.setdefault(f"({name})", [NONE] * len(columns))[number] = value_words(value, task.metric)
-    return Summary(heads, [*names, *trivial], [*cells, *trivial.values()], costs.marks(found.series))
+    return Summary(
+        heads,
+        [*names, *trivial],
+        [*cells, *trivial.values()],
+        [*costs.marks(found.series), *at_other_options(found.tasks, lines)],
+    )
 
 
-def _lines(found: Findings) -> list[_Line]:
-    """What was learnt stands beside the cost of its backend, but where trainings differ in more than the seed: then
-    each group stands beside the cost of its own name, or alone. With costs of several files, their own alone count."""
-    files = {series.place.get("file") for series in found.series}
-    every = [(number, each) for number, task in enumerate(found.tasks) for each in task.learnt]
-    sizes = Counter((number, each.backend) for number, each in every if not each.reads_less)
-
-    def beside(number: int, each: Learnt, series: Series) -> bool:
-        alone = sizes[number, each.backend] == 1 and each.label == each.backend
-        same = len(files) == 1 or dict(each.group.place).get("file") == series.place.get("file")
-        return same and (each.label == series.label or (alone and each.backend == series.backend))
-
-    lines = [
-        _Line(series.label, series, [[each for each in task.learnt if beside(number, each, series)]
-                                     for number, task in enumerate(found.tasks)])
-        for series in found.series
-    ]  # fmt: skip
-    placed = {id(each) for line in lines for many in line.learnt for each in many}
-    rest = dict.fromkeys(each.label for _, each in every if id(each) not in placed)
-    return lines + [
-        _Line(label, None, [[each for each in task.learnt if each.label == label and id(each) not in placed]
-                            for task in found.tasks])
-        for label in rest
-    ]  # fmt: skip
-
-
-def _at(group: str, lines: list[_Line], lengths: Sequence[int | None]) -> Iterator[tuple[str, str, list[str]]]:
+def _at(group: str, lines: list[Line], lengths: Sequence[int | None]) -> Iterator[tuple[str, str, list[str]]]:
     for key, noun in ((TIME, "time"), (MEMORY, "peak memory")):
         yield group, noun, [line.series.said(key, n) if line.series else NONE for line, n in zip(lines, lengths)]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from attention_zoo.report import units
 from attention_zoo.report.cells import Table
-from attention_zoo.report.metrics import difference_words, margin, margin_words, seeds_words, value_words
+from attention_zoo.report.metrics import could_words, difference_words, margin, margin_words, seeds_words, value_words
 from attention_zoo.report.quality import Learnt, Task
 from attention_zoo.statistics import Pairs, Verdict, judge
 
@@ -93,10 +93,7 @@ class Compared:
         if not pairs.spread:
             same = f"the same difference ({self.difference}) in all {count} seeds"
             return f"{same} tells no spread, {seeds_words(self.family)}"
-        shown = difference_words(verdict.detectable or 0.0, metric)
-        many = f"{verdict.seeds:,}" if verdict.seeds is not None else "more than 1,000"
-        seen = difference_words(abs(pairs.mean or 0.0), metric)
-        return f"these {count} seeds could have shown {shown}; {many} seeds would show the {seen} seen"
+        return could_words(verdict, metric)
 
     def _left_out(self) -> str:
         pairs = self.verdict.pairs
