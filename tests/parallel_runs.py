@@ -118,7 +118,7 @@ class Planned:
 
     def done(self) -> dict[str, list[dict[str, Any]]]:
         """How each run ended, rank by rank."""
-        return started(Path(__file__), self.runs, self.place)
+        return rows(self.runs, self.place)
 
 
 def main() -> None:
@@ -144,6 +144,11 @@ def main() -> None:
         ended = forked(run["processes"], work, join=False, timeout_s=run.get("left_s", LIMIT_S))
         found[run["name"]] = [each.get("value", each) for each in ended]
         Path(sys.argv[2]).write_text(json.dumps(found))
+
+
+def rows(runs: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """How each run ended, rank by rank."""
+    return started(Path(__file__), runs, folder)
 
 
 if __name__ == "__main__":
