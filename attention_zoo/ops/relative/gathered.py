@@ -125,7 +125,8 @@ class _Gathered(torch.autograd.Function):
         dr: Any = None  # sums over lots
         duw: Any = None
         for lot, lse in zip(plan.lots, statistics):
-            read = triton.Read(lot.queries(q), *lot.keys_and_values(kv), table, u, w)
+            keys, values = lot.keys_and_values(kv)
+            read = triton.Read(lot.queries(q), keys, values, table, u, w)
             asked, dkeys, for_r, for_uw = triton.gradients(
                 read, lot.queries(out), lse, lot.queries(grad), starts=lot.starts, scale=ctx.scale
             )
