@@ -99,11 +99,13 @@ def weighed(
 class Layer(nn.Module):
     """Whatever answers the one call: an attention, a block, a stack, a wrapper.
 
-    `travels` and `hands_on` are as of `Attention`; travels = "": nothing, each column is alike to it.
+    `travels` and `hands_on` are as of `Attention`; travels = "": nothing, each column is alike to it. constant_state:
+    whether no gradient reaches a state that it is given.
     """
 
     travels: str | None = None
     hands_on: bool = False
+    constant_state: bool = False
 
     def initial_state(self, batch_size: int) -> Any:
         """An empty state for `batch_size` rows, on the layer's device and in its dtype.

@@ -219,8 +219,8 @@ BLOCKS = [
     Case("bigbird", 67, {"block": 4, "random": 1, "kv_heads": 2}, padded, heads=4),
     Case("bigbird", 40, {"block": 4, "random": 1, "sink_logit": True}, padded),
     Case("bigbird", 2, {"block": 4, "random": 1}),
-    Case("bigbird", 3, {"block": 1, "random": 3, "causal": False, "kernel": "blocks"}),
-    Case("bigbird", 13, {"block": 4, "random": 1, "causal": False, "plan": "reference", "kernel": "blocks"}),
+    Case("bigbird", 3, {"block": 1, "random": 3, "causal": False, "sink_logit": True}),
+    Case("bigbird", 13, {"block": 4, "random": 1, "causal": False, "plan": "reference"}),
     Case("bigbird", 67, {"block": 4, "random": 2}, padded, dtype=torch.float32),
 ]
 RING = [

@@ -104,7 +104,8 @@ def test_as_many_processes_go_on_to_the_same_bits(data: str, how: str, slow: dic
     if how == "killed":
         assert cut[0]["status"] == "lost"
         assert "another process of the run is gone" in cut[0]["error"]
-        assert row["resumed_at"] == 4
+        # who holds the whole model saves the step before; of shares there is the last checkpoint
+        assert row["resumed_at"] == {"ddp": 5, "fsdp": 4}[data]
     else:
         assert [each["status"] for each in cut] == ["stopped by SIGTERM"] * 2
         assert row["resumed_at"] == 6, "the step in flight was ended and saved"

@@ -55,6 +55,9 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "memory_tokens around transformer_xl": (
         {"attention": TINY["memory_tokens"] | {"inner": XL}}, "gradients end with a call",
     ),
+    "global tokens around a reversible stack": (
+        {"attention": TINY["global_tokens"] | {"inner": "full"}, "reversible": True}, "a reversible stack inside",
+    ),
     "global tokens in the first call alone": (
         {"attention": TINY["global_tokens"] | {"inner": "longformer"}}, "only its first call may bring some",
     ),

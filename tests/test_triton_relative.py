@@ -8,6 +8,7 @@ from torch import Tensor
 from triton_device import close, on_triton
 
 import attention_zoo as zoo
+from attention_zoo.ops.relative.operands import RelativeOperands
 from attention_zoo.testing.case import Case
 
 __all__ = ["on_triton"]
@@ -67,7 +68,7 @@ def test_equals_the_definition(monkeypatch, on_triton, B, H, L, M, D, dtype, rea
     wants = torch.autograd.grad(want, exact, grad)
     mine = [x.to(on_triton, dtype).requires_grad_() for x in given]
     starts = triton.Starts(first.to(on_triton), own.to(on_triton), S)
-    got = triton.relative_attention(*mine, starts, scale=0.3)
+    got = triton.relative_attention(RelativeOperands(*mine), starts, scale=0.3)
     close(got, want, "output")
     gots = torch.autograd.grad(got, mine, grad.to(got))
     for name, a, b in zip(("q", "k", "v", "k_own", "v_own", "r", "u", "w"), gots, wants):

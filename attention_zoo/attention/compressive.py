@@ -70,6 +70,7 @@ from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon, gathered, none
 from attention_zoo.ops.relative.call import SEGMENTS, RelativeCall
 from attention_zoo.ops.relative.gathered import LotPlan, gathered_attention
+from attention_zoo.ops.relative.operands import RelativeOperands
 from attention_zoo.ops.relative.projections import streams, streams_of_several
 from attention_zoo.ops.relative.segments import segment_attention
 from attention_zoo.ops.softmax.function import watch, zeros_for
@@ -243,7 +244,7 @@ class Compressive(RelativeAttention):
         k, k_own = map(self._heads, streams(self.to_k, table))
         v, v_own = map(self._heads, streams(self.to_v, table))
         r = self._distances(plan.distances)
-        return segment_attention(q, k, v, k_own, v_own, r, self.u, self.v, plan, **options), k, v
+        return segment_attention(RelativeOperands(q, k, v, k_own, v_own, r, self.u, self.v), plan, **options), k, v
 
     def _distances(self, count: int) -> Float[Tensor, "n H D"]:
         return self._heads(self.to_r(self._waves(count)))
@@ -387,8 +388,8 @@ class Compressive(RelativeAttention):
             kv = torch.stack([k, v], 2)
             out = gathered_attention(q, kv, kv.detach(), r, self.u, self.v, plan, scale=self.scale)
         else:
-            own = k.detach(), v.detach()
-            out = segment_attention(q, k, v, *own, r, self.u, self.v, plan, scale=self.scale)
+            given = RelativeOperands(q, k, v, k.detach(), v.detach(), r, self.u, self.v)
+            out = segment_attention(given, plan, scale=self.scale)
         return out.transpose(1, 2)
 
     def _heads(self, x: Tensor) -> Float[Tensor, "... H D"]:

@@ -58,6 +58,7 @@ from attention_zoo.layout.visible import runs_of
 from attention_zoo.ops.relative.call import KERNELS, RelativeCall
 from attention_zoo.ops.relative.chunks import ChunkPlan, relative_attention
 from attention_zoo.ops.relative.few import few_of
+from attention_zoo.ops.relative.operands import RelativeOperands
 from attention_zoo.ops.relative.projections import streams
 from attention_zoo.ops.relative.short import is_short, short, short_or_chunked
 from attention_zoo.ops.softmax.function import watch, zeros_for
@@ -258,8 +259,8 @@ class TransformerXL(RelativeAttention):
         if len(r) != plan.distances:  # cutting and padding cost a copy of the table each, and one of its gradient
             hidden = max(0, plan.distances - len(r))  # distances of hidden pairs
             r = nn.functional.pad(r[: plan.distances], (0, 0, 0, 0, 0, hidden))
-        own = (k.detach(), v.detach())
-        return short_or_chunked(q, k, v, *own, r, self.u, self.v, plan, scale=self.scale)
+        given = RelativeOperands(q, k, v, k.detach(), v.detach(), r, self.u, self.v)
+        return short_or_chunked(given, plan, scale=self.scale)
 
     def _chunked(self, q: Tensor, hidden: Tensor, keys: Layout, kernel: str) -> Float[Tensor, "B H L D"]:
         """Project all keys, then attend in chunks of queries."""
@@ -272,9 +273,9 @@ class TransformerXL(RelativeAttention):
             k_own, v_own = k.detach(), v.detach()
         if is_short(q, k, plan):
             table = self.to_r(self._waves(plan.distances, falling=True)).unflatten(-1, (self.heads, -1)).transpose(0, 1)
-            return short(q, k, v, k_own, v_own, table, self.u, self.v, scale=self.scale)
+            return short(RelativeOperands(q, k, v, k_own, v_own, table, self.u, self.v), scale=self.scale)
         r = rearrange(self.to_r(self._waves(plan.distances)), "n (h d) -> n h d", h=self.heads)
-        return relative_attention(q, k, v, k_own, v_own, r, self.u, self.v, plan, scale=self.scale)
+        return relative_attention(RelativeOperands(q, k, v, k_own, v_own, r, self.u, self.v), plan, scale=self.scale)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -140,6 +140,8 @@ def why_not(layer: Layer) -> str | None:
         return "it keeps no state that could go from process to process"
     if any(each.cuts_gradients for each in inside):
         return "its gradients end with a call, so they would end where processes' columns do"
+    if any(getattr(each, "constant_state", False) for each in layer.modules()):
+        return "a reversible stack inside gives no gradient to the state that it is handed"
     if any(each.token_losses for each in inside):
         return "its loss is a mean over tokens of one call"
     return None

@@ -37,6 +37,7 @@ class ReversibleStack(Stack):
     """
 
     recompute = True
+    constant_state = True
 
     @checked
     def __init__(self, blocks: Sequence[Block], *, end: Annotated[bool | str, OneOf(True, "both")] = True):

@@ -67,10 +67,10 @@ class Links:
             blocks = np.where(keys.valid, reach.blocks_of(keys.length), 0).max(1, keepdims=True)
             same = bool((blocks == blocks[0]).all())
             rows = np.arange(self.first // grid.size, (self.first + L - 1) // grid.size + 1)
-            at_rows, of_rows = reach.lists(rows[None], blocks[:1] if same else blocks)
+            listed, added = reach.lists(rows[None], blocks[:1] if same else blocks)
             # a document may be longer than what is held of it, where others hold the rest (layout/placement.py)
             last = grid.columns // grid.size - 1
-            self.links, self.weight = at_rows.clamp(max=last), torch.where(at_rows > last, -torch.inf, of_rows)
+            self.links, self.weight = listed.clamp(max=last), torch.where(listed > last, -torch.inf, added)
             return
         self.first = grid.first(L)
         mine = slice(self.first // grid.size, None)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from attention_zoo.layout.host import tensor_of
 from attention_zoo.layout.layout import Layout
+from attention_zoo.ops.relative.operands import RelativeOperands, gradients_of
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 from attention_zoo.ops.softmax.pages import large_pages
 from attention_zoo.ops.softmax.partial import LOG2E, Scratch, add_product, partial
@@ -141,33 +142,18 @@ def plan_chunks(
     return ChunkPlan(tensor_of(first, device), tensor_of(own, device), tuple(chunks), distances, *where)
 
 
-def relative_attention(
-    q: Float[Tensor, "B H L D"],
-    k: Float[Tensor, "B H S D"],
-    v: Float[Tensor, "B H S D"],
-    k_own: Float[Tensor, "B H S D"],
-    v_own: Float[Tensor, "B H S D"],
-    r: Float[Tensor, "n H D"],
-    u: Float[Tensor, "H D"],
-    w: Float[Tensor, "H D"],
-    plan: ChunkPlan,
-    *,
-    scale: float,
-) -> Float[Tensor, "B H L D"]:
+def relative_attention(given: RelativeOperands, plan: ChunkPlan, *, scale: float) -> Float[Tensor, "B H L D"]:
     """What each of the last L columns attends to under the plan; zeros where it sees nothing.
 
     Args:
-        k, v: receive the gradients of all pairs.
-        k_own, v_own: the same numbers; receive the gradients of the pairs inside the query's own segment.
-        r: keys of the distances 0, 1, ..., plan.distances - 1.
-        u, w: added to the queries before they meet keys and distances (the paper's u and v).
+        given: with keys of the distances 0, 1, ..., plan.distances - 1.
         scale: factor on both terms.
     """
     if plan.triton is not None:
         from attention_zoo.ops.relative import triton
 
-        return triton.relative_attention(q, k, v, k_own, v_own, r, u, w, plan.triton, scale=scale)
-    return _Relative.apply(q, k, v, k_own, v_own, r, u, w, plan, scale)
+        return triton.relative_attention(given, plan.triton, scale=scale)
+    return _Relative.apply(*given, plan, scale)
 
 
 class _Relative(torch.autograd.Function):
@@ -212,11 +198,8 @@ class _Relative(torch.autograd.Function):
         )
         if not apart:
             dk_own, dv_own = (each if wanted else None for each, wanted in zip((dk, dv), own))
-        dr = dtable[:, :-1].flip(1).transpose(0, 1)
-        gradients = (dq.mul_(ctx.scale), dk, dv, dk_own, dv_own, dr, du.mul_(ctx.scale), dw.mul_(ctx.scale))
-        likes = (q, k, v, k, v, r, u, w)
-        found = (None if grad is None else grad.to(like.dtype) for grad, like in zip(gradients, likes))
-        return *found, None, None
+        streams = dk, dv, dk_own, dv_own
+        return *gradients_of((q, k, v, r, u, w), streams, dtable, dq, du, dw, ctx.scale), None, None
 
 
 def _backward(

@@ -103,7 +103,9 @@ class _Gathered(torch.autograd.Function):
         out, table = _behind(q, q.dtype, plan.whole), triton.falling(r, q.dtype)
         statistics = []
         for lot in plan.lots:
-            found, lse = triton.attend(lot.queries(q), *lot.keys_and_values(kv), table, u, w, lot.starts, scale)
+            found, lse = triton.attend(
+                triton.Read(lot.queries(q), *lot.keys_and_values(kv), table, u, w), lot.starts, scale
+            )
             out[lot.places] = found.transpose(1, 2)
             statistics.append(lse)
         out = out[:-1]
@@ -123,11 +125,11 @@ class _Gathered(torch.autograd.Function):
         dr: Any = None  # sums over lots
         duw: Any = None
         for lot, lse in zip(plan.lots, statistics):
-            query, (keys, values) = lot.queries(q), lot.keys_and_values(kv)
+            keys, values = lot.keys_and_values(kv)
+            read = triton.Read(lot.queries(q), keys, values, table, u, w)
             asked, dkeys, for_r, for_uw = triton.gradients(
-                query, keys, values, table, u, w, lot.queries(out), lse, lot.queries(grad),
-                starts=lot.starts, scale=ctx.scale,
-            )  # fmt: skip
+                read, lot.queries(out), lse, lot.queries(grad), starts=lot.starts, scale=ctx.scale
+            )
             dq[lot.places] = asked.transpose(1, 2)
             # by pieces and columns: [2 streams, n, W, 2, H, D]
             of_all, of_own = dkeys.unflatten(0, (2, 2)).permute(0, 2, 3, 1, 4, 5).unbind()

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attention_zoo.ops.relative.chunks import ROWS, TILE, Shift, falling
+from attention_zoo.ops.relative.operands import RelativeOperands, gradients_of
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 from attention_zoo.ops.softmax.pages import large_pages
 from attention_zoo.ops.softmax.partial import Scratch
@@ -72,29 +73,14 @@ class PiecePlan(NamedTuple):
     together: bool
 
 
-def segment_attention(
-    q: Float[Tensor, "B L H D"],
-    k: Float[Tensor, "B T H D"],
-    v: Float[Tensor, "B T H D"],
-    k_own: Float[Tensor, "B T H D"],
-    v_own: Float[Tensor, "B T H D"],
-    r: Float[Tensor, "n H D"],
-    u: Float[Tensor, "H D"],
-    w: Float[Tensor, "H D"],
-    plan: PiecePlan,
-    *,
-    scale: float,
-) -> Float[Tensor, "B L H D"]:
+def segment_attention(given: RelativeOperands, plan: PiecePlan, *, scale: float) -> Float[Tensor, "B L H D"]:
     """What each query attends to under the plan; zeros where a row is no query.
 
     Args:
-        k, v: receive the gradients of all pairs.
-        k_own, v_own: the same numbers; receive the gradients of the pairs inside the query's own segment.
-        r: keys of the distances 0, 1, ..., plan.distances - 1, or more.
-        u, w: added to the queries before they meet keys and distances.
+        given: q of [B, L, H, D], keys and values of [B, T, H, D], distances up to plan.distances - 1 or more.
         scale: factor on both terms.
     """
-    return _Segments.apply(q, k, v, k_own, v_own, r, u, w, plan, scale)
+    return _Segments.apply(*given, plan, scale)
 
 
 class _Segments(torch.autograd.Function):
@@ -161,12 +147,8 @@ class _Segments(torch.autograd.Function):
             tile.put(dq, dquery)
             tile.add(dk, dk_own, dkeys)
             tile.add(dv, dv_own, dvalues)
-        dq = dq[:-1]
-        dr = dtable[:, :-1].flip(1).transpose(0, 1)
-        gradients = (dq.mul_(scale), dk, dv, dk_own, dv_own, dr, du.mul_(scale), dw.mul_(scale))
-        likes = (q, k, v, k, v, r, u, w)
-        found = (None if x is None else x.to(like.dtype).view(like.shape) for x, like in zip(gradients, likes))
-        return *found, None, None
+        streams = dk, dv, dk_own, dv_own
+        return *gradients_of((q, k, v, r, u, w), streams, dtable, dq[:-1], du, dw, scale), None, None
 
 
 class _Part:

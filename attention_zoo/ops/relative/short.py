@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attention_zoo.ops.relative.chunks import ROWS, ChunkPlan, Shift, falling, relative_attention
+from attention_zoo.ops.relative.operands import RelativeOperands
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 
 CELLS = 1 << 21
@@ -33,43 +34,21 @@ def is_short(q: Float[Tensor, "B H L D"], k: Float[Tensor, "B H S D"], plan: Chu
     return plan.distances == S and not plan.apart and all(chunk.clear == chunk.low == 0 for chunk in plan.chunks)
 
 
-def short_or_chunked(
-    q: Float[Tensor, "B H L D"],
-    k: Float[Tensor, "B H S D"],
-    v: Float[Tensor, "B H S D"],
-    k_own: Float[Tensor, "B H S D"],
-    v_own: Float[Tensor, "B H S D"],
-    r: Float[Tensor, "n H D"],
-    u: Float[Tensor, "H D"],
-    w: Float[Tensor, "H D"],
-    plan: ChunkPlan,
-    *,
-    scale: float,
-) -> Float[Tensor, "B H L D"]:
+def short_or_chunked(given: RelativeOperands, plan: ChunkPlan, *, scale: float) -> Float[Tensor, "B H L D"]:
     """`relative_attention`, by the faster of the two."""
-    if is_short(q, k, plan):
-        return short(q, k, v, k_own, v_own, falling(r, r.dtype), u, w, scale=scale)
-    return relative_attention(q, k, v, k_own, v_own, r, u, w, plan, scale=scale)
+    if is_short(given.q, given.k, plan):
+        return short(given._replace(r=falling(given.r, given.r.dtype)), scale=scale)
+    return relative_attention(given, plan, scale=scale)
 
 
-def short(
-    q: Float[Tensor, "B H L D"],
-    k: Float[Tensor, "B H S D"],
-    v: Float[Tensor, "B H S D"],
-    k_own: Float[Tensor, "B H S D"],
-    v_own: Float[Tensor, "B H S D"],
-    table: Float[Tensor, "H S+1 D"],
-    u: Float[Tensor, "H D"],
-    w: Float[Tensor, "H D"],
-    *,
-    scale: float,
-) -> Float[Tensor, "B H L D"]:
+def short(given: RelativeOperands, *, scale: float) -> Float[Tensor, "B H L D"]:
     """What the last L columns see of all up to their own, where `is_short`.
 
     Args:
-        table: keys of distances, `falling`; the last row is spare and gets no gradient that means anything but zero.
+        given: whose `r` is a table [H, S + 1, D] of distances, `falling`; the last row is spare and gets no gradient
+            that means anything but zero.
     """
-    return _Short.apply(q, k, v, k_own, v_own, table, u, w, scale)
+    return _Short.apply(*given, scale)
 
 
 class _Short(torch.autograd.Function):

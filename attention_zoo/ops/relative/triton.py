@@ -13,7 +13,7 @@ own type. Letters: B batch, H heads, L queries, S keys, D head width, T distance
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attention_zoo.ops.relative import triton_kernels as kernels
+from attention_zoo.ops.relative.operands import RelativeOperands
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 from attention_zoo.ops.triton import card
 from attention_zoo.ops.triton.card import card_of, stages_for, warps_for
@@ -85,21 +86,30 @@ class Starts:
         return first.shape[1] - seers
 
 
-def relative_attention(
-    q: Float[Tensor, "B H L D"],
-    k: Float[Tensor, "B H S D"],
-    v: Float[Tensor, "B H S D"],
-    k_own: Float[Tensor, "B H S D"],
-    v_own: Float[Tensor, "B H S D"],
-    r: Float[Tensor, "T H D"],
-    u: Float[Tensor, "H D"],
-    w: Float[Tensor, "H D"],
-    starts: Starts,
-    *,
-    scale: float,
-) -> Float[Tensor, "B H L D"]:
+class Read(NamedTuple):
+    """What the kernels read.
+
+    Fields:
+        table: keys of distances, of `falling`.
+        u, w: see `RelativeOperands`.
+    """
+
+    q: Float[Tensor, "B H L D"]
+    k: Float[Tensor, "B H S D"]
+    v: Float[Tensor, "B H S D"]
+    table: Float[Tensor, "H T D"]
+    u: Float[Tensor, "H D"]
+    w: Float[Tensor, "H D"]
+
+    def side_by_side(self) -> Read:
+        """The same with the numbers of each row side by side, as kernels take for granted."""
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in self[:3])
+        return Read(q, k, v, self.table, self.u.contiguous(), self.w.contiguous())
+
+
+def relative_attention(given: RelativeOperands, starts: Starts, *, scale: float) -> Float[Tensor, "B H L D"]:
     """See ops/relative/chunks.py; query i stands in column S - L + i."""
-    out: Tensor = _Relative.apply(q, k, v, k_own, v_own, r, u, w, starts, scale)
+    out: Tensor = _Relative.apply(*given, starts, scale)
     return out
 
 
@@ -107,7 +117,7 @@ class _Relative(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, q, k, v, k_own, v_own, r, u, w, starts: Starts, scale: float) -> Tensor:
-        out, lse = attend(q, k, v, falling(r, q.dtype), u, w, starts, scale)
+        out, lse = attend(Read(q, k, v, falling(r, q.dtype), u, w), starts, scale)
         ctx.save_for_backward(q, k, v, r, u, w, out, lse)
         ctx.starts, ctx.scale = starts, scale
         return out
@@ -116,32 +126,22 @@ class _Relative(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, r, u, w, out, lse = saved
-        dq, dkeys, dr, shares = gradients(
-            q, k, v, falling(r, q.dtype), u, w, out, lse, grad, starts=ctx.starts, scale=ctx.scale
-        )
+        read = Read(q, k, v, falling(r, q.dtype), u, w)
+        dq, dkeys, dr, shares = gradients(read, out, lse, grad, starts=ctx.starts, scale=ctx.scale)
         du, dw = shares.to(u.dtype).unbind()
         return dq, *dkeys.transpose(2, 3).unbind(), dr.to(r.dtype), du, dw, None, None
 
 
-def attend(
-    q: Float[Tensor, "B H L D"],
-    k: Float[Tensor, "B H S D"],
-    v: Float[Tensor, "B H S D"],
-    table: Float[Tensor, "H T D"],
-    u: Float[Tensor, "H D"],
-    w: Float[Tensor, "H D"],
-    starts: Starts,
-    scale: float,
-) -> tuple[Float[Tensor, "B H L D"], Float[Tensor, "B H L"]]:
-    """The output, [B, L, H, D] in memory, and the log-sum-exp, without a graph; `table`: of `falling`."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+def attend(read: Read, starts: Starts, scale: float) -> tuple[Float[Tensor, "B H L D"], Float[Tensor, "B H L"]]:
+    """The output, [B, L, H, D] in memory, and the log-sum-exp, without a graph."""
+    q, k, v, table, u, w = read.side_by_side()
     B, H, L, D = q.shape
     out = q.new_empty(B, L, H, D).transpose(1, 2)
     lse = q.new_empty(B, H, L, dtype=torch.float32)
     tile, meta = _meta("relative_forward", q, k, v, table, out)
     first, low = starts.first, starts.oldest(tile)
     kernels.forward[(triton.cdiv(L, tile), B * H)](
-        q, k, v, table, u.contiguous(), w.contiguous(), first, low, out, lse,
+        q, k, v, table, u, w, first, low, out, lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *table.stride()[:2], *out.stride()[:3],
         *_batch(first, low), H, L, k.shape[2], table.shape[1], scale, **meta,
     )  # fmt: skip
@@ -149,12 +149,7 @@ def attend(
 
 
 def gradients(
-    q: Float[Tensor, "B H L D"],
-    k: Float[Tensor, "B H S D"],
-    v: Float[Tensor, "B H S D"],
-    table: Float[Tensor, "H T D"],
-    u: Float[Tensor, "H D"],
-    w: Float[Tensor, "H D"],
+    read: Read,
     out: Float[Tensor, "B H L D"],
     lse: Float[Tensor, "B H L"],
     grad: Float[Tensor, "B H L D"],
@@ -165,12 +160,12 @@ def gradients(
     Float[Tensor, "B H L D"], Float[Tensor, "4 B S H D"], Float[Tensor, "T H D"], Float[Tensor, "2 H D"]
 ]:  # fmt: skip
     """Of q, [B, L, H, D] in memory; of k, v, k_own, v_own; of r, whose distances rise; of u and w in float32."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v, table, u, w = read.side_by_side()
     (B, H, L, D), S, T = q.shape, k.shape[2], table.shape[1]
     grad = grad.to(q.dtype)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     delta = (grad.float() * out.float()).sum(-1).contiguous()
-    first, own, u, w = starts.first, starts.own, u.contiguous(), w.contiguous()
+    first, own = starts.first, starts.own
     sizes = (H, L, S, T)
     given = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *table.stride()[:2], *grad.stride()[:3])
     operands = q, k, v, table, u, w, first

@@ -31,6 +31,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from attention_zoo.ops.relative import triton as relative
+from attention_zoo.ops.relative.operands import RelativeOperands
 from attention_zoo.ops.softmax import triton as blocks
 from attention_zoo.ops.triton.card import SPILLED, Compiled, digest, read
 
@@ -172,7 +173,8 @@ def _relative(D: int, dtype: torch.dtype) -> None:
     r, u, w = (torch.zeros(*shape, 2, D, dtype=dtype, requires_grad=True) for shape in ((S,), (), ()))
     first = torch.zeros(1, L, dtype=torch.int32)
     starts = relative.Starts(first, first, S)
-    relative.relative_attention(q, k, v, k_own, v_own, r, u, w, starts, scale=0.1).sum().backward()
+    given = RelativeOperands(q, k, v, k_own, v_own, r, u, w)
+    relative.relative_attention(given, starts, scale=0.1).sum().backward()
 
 
 def sizes(arguments: argparse.Namespace) -> Iterator[tuple[int, int, int, torch.dtype, bool, bool | None]]:
