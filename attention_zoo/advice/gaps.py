@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from attention_zoo.advice.kinds import KINDS, Kind, answers
-from attention_zoo.advice.lines import Line, line_of
+from attention_zoo.advice.lines import OWN, Line, line_of, positions_of
 from attention_zoo.advice.reach import accuracy, reach_of
 from attention_zoo.report import quality, units
 from attention_zoo.report.metrics import could_words, difference_words, margin, margin_words, seeds_words, value_words
@@ -133,7 +133,17 @@ class Gap:
         said += f", and yet as good {within}" if self.judged == "worse" and self.as_good else ""
         seeds = len(self.verdict.pairs) if self.verdict else 0
         could = f"; {shown}" if self.judged is None and (shown := self._could_show()) else ""
-        return f"{said}, gap {self.gap_words()}, 95 % interval of {seeds} seeds{could}"
+        return f"{said}, gap {self.gap_words()}, 95 % interval of {seeds} seeds{self._positions()}{could}"
+
+    def _positions(self) -> str:
+        """That not the pattern alone is another where a mechanism brings positions: they may be all of the gap."""
+        full = self.task.full if self.task is not None else None
+        theirs = None if full is None else positions_of(full.rows[0])
+        if theirs is None or theirs == OWN or positions_of(self.rows[0]) != OWN:
+            return ""
+        return ", with positions of its own where full attention has " + (
+            "none" if theirs == "none" else f"{theirs} ones"
+        )
 
     def _could_show(self) -> str | None:
         """What these seeds could have shown, and how many would show the gap seen."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from attention_zoo import registry
 from attention_zoo.advice.reach import mechanism
+from attention_zoo.model.mechanisms import has_own_positions
 from attention_zoo.report import groups
 from attention_zoo.report import rows as results
 from attention_zoo.results.row import Row
@@ -58,6 +59,18 @@ def known(row: Row) -> bool:
 
 def _defaults(row: Row) -> Mapping[str, Any]:
     return registry.recipe(mechanism(row))[1] if known(row) else {}
+
+
+OWN = "of its own"
+"""The positions of a mechanism that brings some."""
+
+
+def positions_of(row: Row) -> str | None:
+    """The position scheme that a training had; None where it does not say."""
+    if known(row) and has_own_positions(registry.recipe(mechanism(row))[0]):
+        return OWN
+    said = (row.get("given") or {}).get("positions")
+    return None if said is None else str(said)
 
 
 class Source(NamedTuple):

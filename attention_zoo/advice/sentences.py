@@ -116,7 +116,7 @@ def _amount(price: Price, key: str) -> str:
 def _fits(line: Line, costs: Costed, asked: Question, where: str) -> Sentence:
     price = costs.price(PEAK, asked.length)
     if price.value is None:
-        how = "no costs were measured on this device" if costs.series is None else price.how
+        how = "no costs of it were measured on this device and in this setting" if costs.series is None else price.how
         return Sentence("fits", f"whether it fits is not known: {how}", [], "not known")
     if math.isinf(price.value):
         return Sentence("fits", f"does not fit: {price.how}{where}", price.rows, "no")
