@@ -34,9 +34,9 @@ those of segments that evict nothing count 0: so the losses of calls, rows and p
 there only where f learns and gradients are enabled.
 
 When: evidence lies farther back than a memory may, and its gist will do. Two layers of width 64, S = M = 8, C = 24,
-c = 2: needle (800 steps, one seed) 61.0 %, Transformer-XL 8.6 % (chance 6.3 %); flip_flop (150 steps, three seeds) 61 to
-97 % and 59 to 67 %. Not where tokens must be found exactly, which compression blurs, and M may be as long as M and C
-together: copy (300 steps, one seed) 2.3 %, Transformer-XL with M = 32 95.3 % (chance 1.6 %).
+c = 2: needle (800 steps, one seed) 61.0 %, Transformer-XL 8.6 % (chance 6.3 %); flip_flop (150 steps, three seeds) 61
+to 97 % and 59 to 67 %. Not where tokens must be found exactly, which compression blurs, and M may be as long as M and
+C together: copy (300 steps, one seed) 2.3 %, Transformer-XL with M = 32 95.3 % (chance 1.6 %).
 
     python -m experiments.train task=copy steps=300 model=tiny threads=1 attention=compressive \\
       attention.segment_length=8 attention.memory_length=8 attention.compressed_length=24 attention.ratio=2
