@@ -295,6 +295,14 @@ def test_one_seed_ranks_nothing_and_says_what_would() -> None:
         "No ranking from 1 seed: 7 seeds are needed for 4 mechanisms beside full attention, `preset=choice` runs them."
     )
     assert "not known: one seed; reached 20.0 %" in matrix.markdown()
+
+
+def test_enough_seeds_of_trainings_that_were_too_short_are_not_called_too_few() -> None:
+    rows = [recall(backend, seed, 0.5, 0.2) for backend in OPTIONS for seed in range(7)]
+    matrix = Matrix.of(sift(rows))
+    assert not any(gap.known for gap in matrix.cells.values())
+    assert matrix.ranking() == "No ranking from 7 seeds: each cell says why."
+    assert "undertrained" in matrix.markdown()
     assert Matrix.of(sift(known())).ranking() is None
     _, text = asked(rows)
     assert not re.search(r"better|worse than|as good", text)

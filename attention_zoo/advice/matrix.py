@@ -105,17 +105,19 @@ class Matrix:
         return f"{kind.title}: {', '.join(metrics)} on {'; '.join(tasks)}" if tasks else kind.title
 
     def ranking(self) -> str | None:
-        """That one seed ranks nothing, and what would; None where a gap is known or nothing was trained."""
+        """That so few seeds rank nothing, and what would; None where a gap is known or nothing was trained."""
         learnt = [gap for gap in self.cells.values() if gap.value is not None]
         if not learnt or any(gap.known for gap in learnt):
             return None
         seeds = {row.get("seed") for gap in learnt for row in gap.rows}
         others = max(len(gap.task.others) for gap in learnt if gap.task is not None)
-        word = f"{len(seeds)} seed" + ("" if len(seeds) == 1 else "s")
+        needed, word = preset_seeds(max(others, 1)), f"{len(seeds)} seed" + ("" if len(seeds) == 1 else "s")
+        if len(seeds) >= needed:
+            return f"No ranking from {word}: each cell says why."
         many = f"{others} mechanism" + ("" if others == 1 else "s")
         return (
-            f"No ranking from {word}: {preset_seeds(max(others, 1))} seeds are needed for {many} beside "
-            f"full attention, `preset={PRESET}` runs them."
+            f"No ranking from {word}: {needed} seeds are needed for {many} beside full attention, "
+            f"`preset={PRESET}` runs them."
         )
 
     def bars(self) -> list[str]:
