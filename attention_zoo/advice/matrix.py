@@ -111,10 +111,11 @@ class Matrix:
             return None
         seeds = {row.get("seed") for gap in learnt for row in gap.rows}
         others = max(len(gap.task.others) for gap in learnt if gap.task is not None)
+        comparisons = max(others, 1, *(gap.family for gap in learnt))
         word = f"{len(seeds)} seed" + ("" if len(seeds) == 1 else "s")
         many = f"{others} mechanism" + ("" if others == 1 else "s")
         return (
-            f"No ranking from {word}: {preset_seeds(max(others, 1))} seeds are needed for {many} beside "
+            f"No ranking from {word}: {preset_seeds(comparisons)} seeds are needed for {many} beside "
             f"full attention, `preset={PRESET}` runs them."
         )
 
