@@ -30,7 +30,7 @@ from attention_zoo.commands.main import main
 from attention_zoo.report import build_report, costs
 from attention_zoo.report.costs import PEAK, TIME
 from attention_zoo.report.rows import sift
-from attention_zoo.statistics import Pairs, judge
+from attention_zoo.statistics import Pairs, judge, preset_seeds
 
 SEEDS = 7
 BRIEF = {"curve": [], "quality_curve": [], "loss_by_position": []}
@@ -306,6 +306,20 @@ def test_enough_seeds_of_trainings_that_were_too_short_are_not_called_too_few() 
     assert Matrix.of(sift(known())).ranking() is None
     _, text = asked(rows)
     assert not re.search(r"better|worse than|as good", text)
+
+
+def test_seeds_are_asked_for_as_many_comparisons_as_there_are() -> None:
+    """Thirteen mechanisms are twenty-six comparisons where answers lie within and beyond the reach of each."""
+    rows = [recall("full", 0, 0.99, 0.99)]
+    for window in range(8, 21):
+        row = recall("longformer", 0, 0.99, 0.2)
+        row["config"] = {"attention": {"name": "longformer", "window": window}}
+        rows.append({**row, "id": f"longformer-{window}"})
+    matrix = Matrix.of(sift(rows))
+    assert (preset_seeds(13), preset_seeds(26)) == (8, 9)
+    assert {gap.family for gap in matrix.cells.values()} == {26}
+    assert (matrix.ranking() or "").startswith("No ranking from 1 seed: 9 seeds are needed for 13 mechanisms")
+    assert "9 are needed for 26 comparisons" in asked(rows)[1]
 
 
 def test_undertrained_stands_beside_its_bar() -> None:

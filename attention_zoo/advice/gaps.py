@@ -46,6 +46,7 @@ class Gap:
         verdict: of the tests; None where there are none.
         edge: up to which distance answers are within reach, in columns that ask that.
         rows: what all of this rests on, full attention's last.
+        family: how many comparisons are judged together with this one.
     """
 
     kind: Kind
@@ -57,6 +58,7 @@ class Gap:
     verdict: Verdict | None = None
     edge: int | None = None
     rows: Sequence[Row] = field(default_factory=list)
+    family: int = 0
 
     @property
     def known(self) -> bool:
@@ -180,15 +182,14 @@ def _order(gap: Gap) -> tuple[bool, int]:
 
 def columns(task: Task, kinds: Sequence[Kind]) -> list[Gap]:
     """All cells of one task in the columns that it answers."""
-    reasons, full = task.obstacles(), task.full
-    found = []
+    full, found = task.full, []
     family: dict[str, Pairs] = {}
     for kind in kinds:
         for each in task.others:
             own, theirs = _beside(each, full, kind)
             if own and theirs:  # a mechanism that is never asked takes no part in the family
                 family[_cell(each, kind)] = Pairs.of(own, theirs)
-    verdicts = judge(family, margin(task.metric))
+    verdicts, reasons = judge(family, margin(task.metric)), task.obstacles(len(family))
     for kind in kinds:
         for each in task.learnt:
             if not each.rows:
@@ -200,7 +201,7 @@ def columns(task: Task, kinds: Sequence[Kind]) -> list[Gap]:
             why = reasons[0] if reasons else _refusal(task, each, kind, own, len(family), verdict)
             rows = [*each.rows, *(full.rows if full is not None and full is not each else [])]
             line, edge = line_of(each.rows[0]), _edge(each, kind)
-            found.append(Gap(kind, line, why, task, _mean(own), _mean(theirs), verdict, edge, rows))
+            found.append(Gap(kind, line, why, task, _mean(own), _mean(theirs), verdict, edge, rows, len(family)))
     return found
 
 

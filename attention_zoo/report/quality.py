@@ -234,8 +234,12 @@ class Task:
             return f"reached {units.percent(right)} within the {far} tokens that it surely sees, below {LEARNT:.0%}"
         return None
 
-    def obstacles(self) -> list[str]:
-        """Why nothing may be said of differences between mechanisms on this task; empty where something may."""
+    def obstacles(self, comparisons: int | None = None) -> list[str]:
+        """Why nothing may be said of differences between mechanisms on this task; empty where something may.
+
+        Args:
+            comparisons: of the family, for the seeds that it takes; default one for each mechanism.
+        """
         found = []
         full, others = self.full, self.others
         if full is None:
@@ -259,7 +263,7 @@ class Task:
         if any(by_its_judge(row) for row in rows):
             found.append("no verdict: runs were stopped by the set that they are judged by")
         if full is not None and others and not any(full.paired(each) > 1 for each in others):
-            found.append(f"no verdict: one seed shows no difference, {seeds_words(len(others))}")
+            found.append(f"no verdict: one seed shows no difference, {seeds_words(comparisons or len(others))}")
         return found
 
     def _full_undertrained(self, full: Learnt) -> str | None:
