@@ -111,22 +111,14 @@ class Matrix:
             return None
         seeds = {row.get("seed") for gap in learnt for row in gap.rows}
         others = max(len(gap.task.others) for gap in learnt if gap.task is not None)
-<<<<<<< HEAD
-        needed, word = preset_seeds(max(others, 1)), f"{len(seeds)} seed" + ("" if len(seeds) == 1 else "s")
+        needed = preset_seeds(max(others, 1, *(gap.family for gap in learnt)))
+        word = f"{len(seeds)} seed" + ("" if len(seeds) == 1 else "s")
         if len(seeds) >= needed:
             return f"No ranking from {word}: each cell says why."
         many = f"{others} mechanism" + ("" if others == 1 else "s")
         return (
             f"No ranking from {word}: {needed} seeds are needed for {many} beside full attention, "
             f"`preset={PRESET}` runs them."
-=======
-        comparisons = max(others, 1, *(gap.family for gap in learnt))
-        word = f"{len(seeds)} seed" + ("" if len(seeds) == 1 else "s")
-        many = f"{others} mechanism" + ("" if others == 1 else "s")
-        return (
-            f"No ranking from {word}: {preset_seeds(comparisons)} seeds are needed for {many} beside "
-            f"full attention, `preset={PRESET}` runs them."
->>>>>>> h-judge22
         )
 
     def bars(self) -> list[str]:
