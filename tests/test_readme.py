@@ -76,7 +76,7 @@ def test_the_table_of_results_is_that_of_the_committed_rows(name):
         assert note in between(name)
 
 
-@pytest.mark.parametrize("preset", ["rounds", "sinks", "longer_memory", "rmt"])
+@pytest.mark.parametrize("preset", ["rounds", "sinks", "longer_memory", "rmt", "induction"])
 def test_the_published_table_stands_beside_the_committed_rows(preset):
     (path,) = re.findall(r"\(([\w/.-]+results\.jsonl)\)", between(preset))
     for beside in published(read([ROOT / path])):
