@@ -67,7 +67,7 @@ def test_the_table_of_faults_is_that_of_the_committed_counts():
     assert table(found) in between("faults")
 
 
-@pytest.mark.parametrize("name", ["results", "families"])
+@pytest.mark.parametrize("name", ["results", "families", "short_parity"])
 def test_the_table_of_results_is_that_of_the_committed_rows(name):
     (path,) = re.findall(r"\(([\w/.-]+results\.jsonl)\)", between(name))
     found = Findings.of(read([ROOT / path]))
