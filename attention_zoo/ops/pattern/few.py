@@ -13,8 +13,9 @@ from attention_zoo.ops.pattern.globals import everyone_bias, global_columns
 from attention_zoo.ops.softmax.common import Common
 
 MOST = 8
-"""Global keys of a row; and so many times as wide as there are of them heads are at least: the scores of all rows are
-then little beside queries."""
+"""Global keys of a row."""
+WIDTH = 8
+"""Numbers of a head for each of them, at least: the scores of all rows are then little beside queries."""
 
 
 def with_common_keys(call: PatternCall) -> tuple[PatternCall, Common | None]:
@@ -27,7 +28,7 @@ def with_common_keys(call: PatternCall) -> tuple[PatternCall, Common | None]:
     if not call.any_global_key or call.learned or not isinstance(reach, Band) or reach.weights != "uniform":
         return call, None
     columns, keys = global_columns(call.keys)
-    if columns.shape[1] > min(MOST, call.q.shape[3] // MOST):
+    if columns.shape[1] > min(MOST, call.q.shape[3] // WIDTH):
         return call, None
     bias = everyone_bias(call, call.queries, keys)
     in_band = without_first(call).pattern.bias(call.queries, keys) > -torch.inf
