@@ -107,9 +107,8 @@ def test_a_layer_equals_the_definition(options, projections, kind, kernel):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_band_takes_few_more_operators_for_them(count, monkeypatch):
-    """Less than half of what they take as a part of each tile."""
+def test_a_band_takes_few_more_operators_for_one(monkeypatch):
+    """Less than half of what it takes as a part of each tile."""
     layer = zoo.build("longformer", dim=64, heads=2, window=64, causal=False, kernel="banded", bias=False)
     flags, x = torch.zeros(1, 1024, dtype=torch.bool), torch.randn(1, 1024, 64, requires_grad=True)
 
@@ -119,7 +118,7 @@ def test_a_band_takes_few_more_operators_for_them(count, monkeypatch):
         return counted.operators
 
     plain = operators()
-    flags[:, 500 : 500 + count] = True
+    flags[:, 500] = True
     together = operators()
     monkeypatch.setattr(few, "MOST", 0)
     by_tile = operators()
