@@ -158,16 +158,19 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         x, plain, q, asks, weights, found, some, wq, bq, wk, bk, wv, bv, keys, total = saved
         facts, exact, (B, H, n, D) = ctx.facts, q.dtype, q.shape
-        states, index, dkeys, dwk, dbk = x.to(exact), facts.at(grad), None, None, None
+        states, index, dkeys, dbk = x.to(exact), facts.at(grad), None, None
         drows, dout = grad.gather(2, index), grad if facts.owns_gradient else grad.clone()
         if facts.valid is None:
             dout.scatter_(2, index, 0.0)
         else:
             dout.scatter_(2, index, drows.masked_fill(facts.valid, 0))
             drows = drows.masked_fill(~facts.valid, 0)
+        # one piece of memory for the gradients of all matrices: three of a megabyte are torn from the system each time
+        dwq, dwk, dwv = q.new_empty(len(wq) + len(wk) + len(wv), wq.shape[1]).split([len(wq), len(wk), len(wv)])
         # values, and the sums of hidden states that they were
         drows = facts.by_matrix(drows.to(exact))
-        dwv, dfound = _outer(drows, found), torch.bmm(drows, _heads(wv, facts, exact))
+        _outer(drows, found, dwv)
+        dfound = torch.bmm(drows, _heads(wv, facts, exact))
         dbv = None if bv is None else (drows if total is None else drows * facts.by_matrix(total)).sum(1)
         mean, of_total = facts.by_row((dfound * found).sum(-1, keepdim=True)), None
         if total is not None and bv is not None:
@@ -182,7 +185,8 @@ class _Rows(torch.autograd.Function):
             both = torch.cat([weights, dscores], 1).mT, torch.cat([dfound, asks], 1)
             dasks = facts.by_matrix(torch.bmm(dscores, states))
             by_matrix = facts.by_matrix(q)
-            dq, dwk = torch.bmm(dasks, _heads(wk, facts, exact).mT), _outer(by_matrix, dasks)
+            dq = torch.bmm(dasks, _heads(wk, facts, exact).mT)
+            _outer(by_matrix, dasks, dwk)
             if bk is not None:
                 dbk = torch.zeros_like(bk)
                 if total is not None:
@@ -191,12 +195,14 @@ class _Rows(torch.autograd.Function):
                     dbk = (dsum * by_matrix).sum(1)
             dq = facts.by_row(dq)
         else:
+            dwk = None  # they are the keys' own
             both, dscores = (weights.mT, dfound), dscores.view(B, facts.heads, -1, dscores.shape[2])
             dq, dkeys = dscores @ keys.to(exact), dscores.mT @ q.reshape(B, facts.heads, -1, D)
         dx = torch.bmm(*both, out=large_pages(torch.empty_like(states)))
         # queries
         dq = _turned_back(facts, plain, dq.reshape(q.shape) * facts.scale).transpose(1, 2).reshape(B * n, H * D)
-        dwq, dbq = _outer(dq, some.flatten(0, 1)), None if bq is None else dq.sum(0)
+        _outer(dq[None], some.view(1, B * n, -1), dwq)
+        dbq = None if bq is None else dq.sum(0)
         dsome = (dq @ wq.to(exact)).view_as(some)
         dx.scatter_add_(1, facts.columns[..., None].expand_as(some), dsome)
         gradients = (dx, dkeys, dwq, dbq, dwk, dbk, dwv, dbv)
@@ -212,9 +218,13 @@ def _heads(parameter: Tensor, facts: _Facts, dtype: torch.dtype) -> Float[Tensor
     return parameter.to(dtype).reshape(facts.heads, -1, *parameter.shape[1:])
 
 
-def _outer(left: Float[Tensor, "*K m i"], right: Float[Tensor, "*K m j"]) -> Float[Tensor, "*K i j"]:
+def _outer(left: Float[Tensor, "K m D"], right: Float[Tensor, "K m E"], into: Float[Tensor, "KD E"]) -> None:
     """leftᵀ · right. Of one row torch's product takes longer than writing what it makes."""
-    return left.mT * right if left.shape[-2] == 1 else left.mT @ right
+    into = into.view(len(left), -1, into.shape[1])
+    if left.shape[1] == 1:
+        torch.mul(left.mT, right, out=into)
+    else:
+        torch.bmm(left.mT, right, out=into)
 
 
 def _turned_back(facts: _Facts, plain: Tensor, dturned: Tensor) -> Tensor:
