@@ -166,7 +166,8 @@ class _Rows(torch.autograd.Function):
             dout.scatter_(2, index, drows.masked_fill(facts.valid, 0))
             drows = drows.masked_fill(~facts.valid, 0)
         # one piece of memory for the gradients of all matrices: three of a megabyte are torn from the system each time
-        dwq, dwk, dwv = q.new_empty(len(wq) + len(wk) + len(wv), wq.shape[1]).split([len(wq), len(wk), len(wv)])
+        sizes = [len(wq), len(wk) if keys is None else 0, len(wv)]
+        dwq, dwk, dwv = q.new_empty(sum(sizes), wq.shape[1]).split(sizes)
         # values, and the sums of hidden states that they were
         drows = facts.by_matrix(drows.to(exact))
         _outer(drows, found, dwv)
