@@ -12,7 +12,7 @@ from count_reads import Count, layouts
 from torch import Tensor, nn
 
 import attention_zoo as zoo
-from attention_zoo.layout import kernel
+from attention_zoo.layout import grid, kernel
 from attention_zoo.layout.layout import Layout
 from attention_zoo.ops.lsh import hashing
 from attention_zoo.ops.pattern import facts, flex
@@ -56,6 +56,7 @@ def without_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(facts.on_cuda, "__code__", (lambda call: None).__code__)
     monkeypatch.setattr(facts.on_cpu, "__code__", (lambda call: "it runs on CPU").__code__)
     monkeypatch.setattr(flex, "attend", flex_without_its_kernel)
+    monkeypatch.setattr(grid, "copies_rows", lambda x: False)
 
 
 class _Flex(torch.autograd.Function):
