@@ -23,6 +23,8 @@ from attention_zoo.ops.softmax.rows import attend_rows
 from attention_zoo.ops.softmax.tiles import Rows, Tile, run_tiles, scores_at_once
 from attention_zoo.tokens import Tokens
 
+TILE_PAIRS = 1 << 12
+"""So many more pairs of a row and a key cost about what one more tile does."""
 FUSED_ROWS = 1024
 """Global queries in one fused call: bounds its mask."""
 
@@ -181,18 +183,40 @@ def everyone_bias(call: PatternCall, queries: Tokens, keys: Tokens) -> Tensor:
 
 def _everyone_tiles(call: PatternCall, queries: Layout) -> list[Tile]:
     """Tiles of queries that see everything; their rows count the given queries."""
-    count, size, all_seen = queries.valid.shape[1], 2 * call.pattern.tile, _all_seen(call, call.keys)
+    size, all_seen = 2 * call.pattern.tile, _all_seen(call, call.keys)
 
     def part(rows: slice, keys: slice) -> Part:
         if all_seen:
             return Part(keys, no_bias)
         return Part(keys, lambda batch: _some_bias(call, queries.cut(rows, batch), call.keys, keys, batch))
 
-    runs = [slice(a, min(a + size, count)) for a in range(0, count, size)]
     return [
         Tile(rows, [part(rows, slice(a, b)) for a, b in cuts(some.start, some.stop, most_keys(call, size))])
-        for rows, some in zip(runs, same_documents(call, queries.host, runs, call.keys.host))
+        for rows, some in _runs_of_documents(call, queries, size)
     ]
+
+
+def _runs_of_documents(call: PatternCall, queries: Layout, size: int) -> list[tuple[slice, slice]]:
+    """At most `size` rows each, and the keys of their documents: several documents together only if these are short."""
+    document = queries.host.document
+    borders = [0, *(1 + np.flatnonzero((document[:, 1:] != document[:, :-1]).any(0))).tolist(), document.shape[1]]
+    if call.one_document:
+        borders = [0, document.shape[1]]
+    pieces = [slice(a, min(a + size, stop)) for start, stop in pairwise(borders) for a in range(start, stop, size)]
+    found: list[tuple[slice, slice]] = []
+    for rows, keys in zip(pieces, same_documents(call, queries.host, pieces, call.keys.host)):
+        if found and rows.stop - found[-1][0].start <= size:
+            last, seen = found[-1]
+            both = slice(last.start, rows.stop), slice(min(seen.start, keys.start), max(seen.stop, keys.stop))
+            if _pairs(*both) <= _pairs(last, seen) + _pairs(rows, keys) + TILE_PAIRS:
+                found[-1] = both
+                continue
+        found.append((rows, keys))
+    return found
+
+
+def _pairs(rows: slice, keys: slice) -> int:
+    return (rows.stop - rows.start) * (keys.stop - keys.start)
 
 
 def with_global_rows(call: PatternCall, out: Tensor, *, in_one: bool = False) -> Tensor:
