@@ -115,7 +115,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, out, x, keys, sink, wq, bq, wk, bk, wv, bv, facts: _Facts) -> Tensor:
-        (B, H, _, D), (n, L, E) = out.shape, (facts.columns.shape[1], *x.shape[1:])
+        (B, H, _, D), (_, L, E), n = out.shape, x.shape, facts.columns.shape[1]
         exact = torch.promote_types(x.dtype, torch.float32)
         states = x.to(exact)
         some = states.gather(1, facts.columns[..., None].expand(-1, -1, E))
