@@ -208,9 +208,7 @@ class _Rows(torch.autograd.Function):
         dx.scatter_add_(1, facts.columns[..., None].expand_as(some), dsome)
         gradients = (dx, dkeys, dwq, dbq, dwk, dbk, dwv, dbv)
         likes = (x, keys, wq, bq, wk, bk, wv, bv)
-        given = [
-            None if each is None else each.reshape(like.shape).to(like.dtype) for each, like in zip(gradients, likes)
-        ]
+        given = [None if each is None else _like(each, like) for each, like in zip(gradients, likes)]
         return dout, *given[:2], dsink, *given[2:], None
 
 
@@ -226,6 +224,11 @@ def _outer(left: Float[Tensor, "K m D"], right: Float[Tensor, "K m E"], into: Fl
         torch.mul(left.mT, right, out=into)
     else:
         torch.bmm(left.mT, right, out=into)
+
+
+def _like(gradient: Tensor, of: Tensor) -> Tensor:
+    gradient = gradient if gradient.shape == of.shape else gradient.view(of.shape)
+    return gradient if gradient.dtype == of.dtype else gradient.to(of.dtype)
 
 
 def _turned_back(facts: _Facts, plain: Tensor, dturned: Tensor) -> Tensor:
