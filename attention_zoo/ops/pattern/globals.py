@@ -47,11 +47,15 @@ def global_columns(layout: Layout) -> tuple[Int[Tensor, "B n"], Layout]:
 
 
 def _global_columns(layout: Layout) -> tuple[Tensor, Layout]:
-    mask = layout.host.is_global & layout.host.valid
+    mask, device = layout.host.is_global & layout.host.valid, layout.valid.device
+    row, order = mask.nonzero()
+    count = len(row) // max(1, len(mask))
+    if len(row) == count * len(mask) and bool((row.reshape(len(mask), count) == np.arange(len(mask))[:, None]).all()):
+        order = order.reshape(len(mask), count)  # each row has as many
+        return tensor_of(order, device), Layout.known(layout.host.take(order), device)
     order = np.argsort(~mask, axis=1, kind="stable")[:, : int(mask.sum(1).max(initial=0))]
     chosen = layout.host.take(order)
     chosen = chosen._replace(valid=chosen.valid & np.take_along_axis(mask, order, 1))
-    device = layout.valid.device
     return tensor_of(order, device), Layout.known(chosen, device)
 
 
