@@ -73,3 +73,17 @@ def test_of_a_layout_they_are_those_of_the_definition(causal, options, most, mon
         found.append([rows, *torch.autograd.grad(rows.square().sum(), (q, k, v))])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_columns_are_those_of_each_row_with_fillers_behind(seed):
+    torch.manual_seed(seed)
+    B, L = seed % 4, int(torch.randint(0, 7, ()))
+    valid, flags = torch.rand(B, L) < 0.8, torch.rand(B, L) < (0.1, 0.5, 0.9)[seed % 3]
+    columns, chosen = module.global_columns(Layout.of(Tokens.of(valid, flags & valid)))
+    want = [row.nonzero().flatten().tolist() for row in flags & valid]
+    count = max(map(len, want), default=0)
+    assert columns.shape == chosen.valid.shape == (B, count)
+    for row, mine in enumerate(want):
+        assert columns[row, : len(mine)].tolist() == mine
+        assert chosen.valid[row].tolist() == [True] * len(mine) + [False] * (count - len(mine))
