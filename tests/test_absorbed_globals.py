@@ -96,3 +96,21 @@ def test_a_projection_that_is_no_plain_one_is_called():
     plain = mine(x, some).hidden
     mine.to_v_global.register_forward_hook(lambda module, given, out: out + 1)
     assert not torch.allclose(mine(x, some).hidden, plain)
+
+
+def test_who_keeps_a_gradient_keeps_it_as_it_was():
+    """It is taken out of the gradient of the output in place, only where nobody else has that."""
+    mine, x, some, kept = layer(causal=False), torch.randn(3, 40, 48, dtype=torch.float64), tokens("plain", 40), []
+    mine.to_out.register_full_backward_hook(lambda module, given, got: kept.append((given[0], given[0].clone())))
+    mine(x.requires_grad_(), some).hidden.sum().backward()
+    assert torch.equal(*kept[0])
+
+
+@pytest.mark.parametrize("window", [5, 40])
+def test_backward_twice_gives_the_same(window):
+    mine, x = layer(causal=False, window=window), torch.randn(3, 40, 48, dtype=torch.float64, requires_grad=True)
+    loss = mine(x, tokens("left, holes", 40)).hidden.pow(2).sum()
+    wanted = [x, *mine.parameters()]
+    first, second = torch.autograd.grad(loss, wanted, retain_graph=True), torch.autograd.grad(loss, wanted)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)

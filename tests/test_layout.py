@@ -11,6 +11,7 @@ from torch import Tensor
 
 import attention_zoo as zoo
 from attention_zoo import Tokens
+from attention_zoo.layout import grid as grid_module
 from attention_zoo.layout.grid import Grid
 from attention_zoo.layout.layout import Layout, ends
 from attention_zoo.layout.ledger import Columns, Horizon, none
@@ -311,3 +312,21 @@ def test_tokens_that_a_shape_implies_are_found_as_any_others_are(start: int, len
     for first in range(8):
         some = oldest[:, first : first + length]
         np.testing.assert_array_equal(first_columns(plain, some, -3), first_columns(said, some, -3))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_columns_that_are_copied_are_those_that_are_gathered(causal, monkeypatch):
+    """Packed, with padding on both sides and in holes: outputs and gradients."""
+    torch.manual_seed(0)
+    layer = zoo.build("bigbird", dim=16, heads=2, block=4, causal=causal, kernel="blocks").double()
+    valid = torch.ones(3, 61, dtype=torch.bool)
+    valid[0, :5], valid[0, 55:], valid[1, 7:40:6] = False, False, False
+    tokens = Tokens.of(valid, document=(torch.arange(61) // 19).expand(3, -1))
+    x, found = torch.randn(3, 61, 16, dtype=torch.float64), []
+    for copies in (True, False):
+        monkeypatch.setattr(grid_module, "copies_rows", lambda x, copies=copies: copies)
+        given = x.clone().requires_grad_()
+        out = layer(given, tokens).hidden
+        found.append([out, *torch.autograd.grad(out.square().sum(), [given, *layer.parameters()])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-13, rtol=1e-13)

@@ -170,7 +170,7 @@ class Longformer(PatternAttention):
             if self.scheme.rotates:
                 keys = self.scheme.turn(self._heads(self.to_k_global(x)), call.queries)
                 turned = {"turn": self.scheme.rotate, "keys": keys}
-            return with_absorbed_rows(call, out, x, projections, scale=self.scale, **turned)
+            return with_absorbed_rows(call, out, x, projections, scale=self.scale, to_out=self.to_out, **turned)
         q, k, v = self.global_operands(x, call.queries)
         if earlier := call.k.shape[2] - x.shape[1]:
             # a global query's document begins in its call (checked before): it sees none of the keys before that

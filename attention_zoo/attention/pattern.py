@@ -294,7 +294,7 @@ class PatternAttention(Attention):
         hidden = self.to_out(out.transpose(1, 2).flatten(2))
         return Output(hidden, None if state is None else new, self.losses())
 
-    def _on(self, pattern: Any, q: Tensor, layout: Layout, held: Columns, **more: Tensor | None) -> PatternCall:
+    def _on(self, pattern: Any, q: Tensor, layout: Layout, held: Columns, **more: Any) -> PatternCall:
         """Of queries on columns that are held."""
         learned, apart, (k, v) = self.bias_parameters(), self.computes_apart, held.held
         return PatternCall(pattern, q, k, v, layout, held.tokens, self.scale, learned, apart, held, **more)

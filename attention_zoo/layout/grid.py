@@ -8,11 +8,11 @@ of one document, in their places, and rows end at the same block, so that the qu
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attention_zoo.layout.host import Array, Host, before, tensor_of
@@ -91,17 +91,73 @@ class Grid:
         return known.reshape(len(known), -1, self.size).max(-1)
 
     @cached_property
-    def _index(self) -> Int[Tensor, "B columns"]:
-        return tensor_of(self.source, self.layout.valid.device)
+    def _way(self) -> Way:
+        return Way.of(self.source, self.place.clip(max=self.columns - 1), self.place >= self.columns, self.layout)
 
     def pack(self, x: Tensor) -> Tensor:
-        """[B, H, S, D] in the new columns; anything where there is no token."""
+        """[B, H, S, D] in the new columns; anything where there is no token, and from there comes no gradient."""
         if self.stays:
             return x
         if self.moved:
-            return taken(x, self._index)
+            return self._way.go(x, by_head=True)
         more = self.columns - x.shape[2]
         return _Filled.apply(x, more) if more else x
+
+
+class Way(NamedTuple):
+    """Columns that are moved, each to one place at most, so that its gradient comes from there: a copy, too.
+
+    Fields:
+        there: [B, n], from which of the given columns each new one is taken.
+        back: [B, S], where each of the given ones went.
+        gone: [B, 1, S, 1], which of them went nowhere; None: none did.
+    """
+
+    there: Tensor
+    back: Tensor
+    gone: Tensor | None
+
+    @staticmethod
+    def of(there: Array, back: Array, gone: Array, like: Layout) -> Way:
+        device = like.valid.device
+        return Way(tensor_of(there, device), tensor_of(back, device), mask_of(gone, device) if gone.any() else None)
+
+    def go(self, x: Float[Tensor, "B H S D"], *, by_head: bool = False) -> Float[Tensor, "B H n D"]:
+        """Only what was given goes there, and nobody may ask for the gradient of anything else.
+
+        Args:
+            by_head: whether columns of a head are to be side by side in memory, not heads of a column.
+        """
+        if not copies_rows(x):
+            return taken(x, self.there)
+        found: Tensor = _Moved.apply(x, self, by_head)
+        return found
+
+
+def copies_rows(x: Tensor) -> bool:
+    """Whether rows are copied one by one: on a CPU, where gathering takes each number by itself, five times as long."""
+    return x.is_cpu
+
+
+class _Moved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, way: Way, by_head: bool) -> Tensor:
+        ctx.way = way
+        return _rows(x, way.there, by_head)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        there, back, gone = ctx.way
+        dx: Tensor = _Moved.apply(grad, Way(back, there, None), False)
+        return dx if gone is None else dx.masked_fill(gone, 0), None, None
+
+
+def _rows(x: Float[Tensor, "B H S D"], columns: Int[Tensor, "B n"], by_head: bool) -> Float[Tensor, "B H n D"]:
+    (B, H, _, D), n = x.shape, columns.shape[1]
+    out = x.new_empty(B, H, n, D) if by_head else x.new_empty(B, n, H, D)
+    for row, index, into in zip(x if by_head else x.transpose(1, 2), columns, out):
+        torch.index_select(row, int(by_head), index, out=into)
+    return out if by_head else out.transpose(1, 2)
 
 
 class _Filled(torch.autograd.Function):

@@ -27,9 +27,9 @@ class Alibi(AttentionPositions):
         self.slopes = _slopes(heads)
 
     def bias(self, queries: Tokens, keys: Tokens, dtype: torch.dtype) -> Tensor:
-        distance = (queries.position[:, :, None] - keys.position[:, None, :]).abs()
-        slope = constant(self.slopes, like=distance, dtype=dtype)
-        return -slope[:, None, None] * distance[:, None].to(dtype)
+        distance = (queries.position[:, None, :, None] - keys.position[:, None, None, :]).abs()
+        falls = constant(tuple(-slope for slope in self.slopes), like=distance, dtype=dtype, axes=3)
+        return falls * distance.to(dtype)
 
 
 @lru_cache(maxsize=64)

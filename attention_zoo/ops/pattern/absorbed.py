@@ -48,20 +48,22 @@ def with_absorbed_rows(
     scale: float,
     turn: Turn | None = None,
     keys: Float[Tensor, "B K L D"] | None = None,
+    to_out: nn.Module,
 ) -> Float[Tensor, "B H L D"]:
     """The output, with what global queries see of the call's last L keys (all of their document) in their rows.
 
     Args:
-        out: of the pattern alone.
+        out: of the pattern alone; written to.
         x: hidden states of those keys, of which the queries are some.
         projections: plain ones (`is_plain`) of queries, keys and values.
         turn: (queries or keys, positions) -> the same, turned by them; None: they are not.
         keys: where they are turned.
+        to_out: what alone the output goes to.
     """
     columns, queries = global_columns(call.queries)
     position, valid = queries.position, None if queries.dense else queries.valid[:, None, :, None]
     turn_rows = None if turn is None else lambda q: turn(q, position)
-    facts = _Facts(columns, valid, _seen(call, x.shape[1]), scale, call.k.shape[1], turn_rows)
+    facts = _Facts(columns, valid, _seen(call, x.shape[1]), scale, call.k.shape[1], turn_rows, is_plain(to_out))
     given = [each for layer in projections for each in (layer.weight, layer.bias)]
     return _Rows.apply(out, x, keys, call.sink, *given, facts)
 
@@ -73,6 +75,7 @@ class _Facts(NamedTuple):
         columns: where they are; rows that have fewer are filled up, and `valid` is False there (None: nowhere).
         seen: what is added to their scores; None: nothing.
         heads: of keys, K.
+        owns_gradient: whether nobody else has the output's gradient, which then needs no copy.
     """
 
     columns: Int[Tensor, "B n"]
@@ -81,6 +84,7 @@ class _Facts(NamedTuple):
     scale: float
     heads: int
     turn: Callable[[Tensor], Tensor] | None
+    owns_gradient: bool
 
     def at(self, x: Float[Tensor, "B H L D"]) -> Int[Tensor, "B H n D"]:
         return self.columns[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
@@ -111,30 +115,31 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, out, x, keys, sink, wq, bq, wk, bk, wv, bv, facts: _Facts) -> Tensor:
-        (B, H, _, D), n = out.shape, facts.columns.shape[1]
+        (B, H, _, D), (_, L, E), n = out.shape, x.shape, facts.columns.shape[1]
         exact = torch.promote_types(x.dtype, torch.float32)
-        states, shape = x.to(exact), (B, H, n, x.shape[1])
-        some = states.gather(1, facts.columns[..., None].expand(-1, -1, x.shape[2]))
+        states = x.to(exact)
+        some = states.gather(1, facts.columns[..., None].expand(-1, -1, E))
         plain = nn.functional.linear(some, wq.to(exact), None if bq is None else bq.to(exact))
         plain = plain.view(B, n, H, D).transpose(1, 2)
         q = (plain if facts.turn is None else facts.turn(plain)) * facts.scale
+        by_matrix = facts.by_matrix(q)
         if keys is None:
-            asks = facts.by_row(facts.by_matrix(q) @ _heads(wk, facts, exact))
-            weights = (asks @ states.transpose(1, 2)).view(shape)
+            asks = facts.by_row(torch.bmm(by_matrix, _heads(wk, facts, exact)))
+            weights = torch.bmm(asks, states.mT)
         else:
             asks = q
-            weights = (q.reshape(B, facts.heads, -1, D) @ keys.to(exact).transpose(2, 3)).view(shape)
+            weights = (q.reshape(B, facts.heads, -1, D) @ keys.to(exact).mT).view(B, -1, L)
         if facts.seen is not None:
-            weights = weights + facts.seen
+            weights = (weights.view(B, H, n, L) + facts.seen).view(B, -1, L)
         if sink is not None:
             # the bias of keys adds the same to all scores of a query: only a sink sees it
             if keys is None and bk is not None:
-                weights += facts.by_row(facts.by_matrix(q) @ _heads(bk, facts, exact)[..., None]).view(B, H, n, 1)
-            last = sink.to(exact).view(-1, 1, 1).expand(B, H, n, 1)
+                weights += facts.by_row(by_matrix @ _heads(bk, facts, exact)[..., None])
+            last = sink.to(exact).view(-1, 1, 1).expand(B, H, n, 1).reshape(B, -1, 1)
             weights = torch.cat([weights, last], -1)
-        weights = weights.softmax(-1)[..., : shape[3]].reshape(B, H * n, -1)
-        found = facts.by_matrix(weights @ states)
-        rows = found @ _heads(wv, facts, exact).transpose(1, 2)
+        weights = weights.softmax(-1)[..., :L]
+        found = facts.by_matrix(torch.bmm(weights, states))
+        rows = torch.bmm(found, _heads(wv, facts, exact).mT)
         total = None if sink is None else weights.sum(-1, keepdim=True)
         if bv is not None:
             more = _heads(bv, facts, exact)[:, None]
@@ -144,24 +149,29 @@ class _Rows(torch.autograd.Function):
             rows = rows.where(facts.valid, out.gather(2, index))
         ctx.save_for_backward(x, plain, q, asks, weights, found, some, wq, bq, wk, bk, wv, bv, keys, total)
         ctx.facts, ctx.sink = facts, None if sink is None else sink.dtype
-        return out.clone().scatter_(2, index, rows)
+        # in place, whoever saved it: attention reads its output again times that output's gradient, zero in these rows
+        out.data.scatter_(2, index, rows)
+        return out
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         x, plain, q, asks, weights, found, some, wq, bq, wk, bk, wv, bv, keys, total = saved
         facts, exact, (B, H, n, D) = ctx.facts, q.dtype, q.shape
-        states, index, dkeys, dwk, dbk = x.to(exact), facts.at(grad), None, None, None
-        drows = grad.gather(2, index)
-        dout = grad.clone()
+        states, index, dkeys, dbk = x.to(exact), facts.at(grad), None, None
+        drows, dout = grad.gather(2, index), grad if facts.owns_gradient else grad.clone()
         if facts.valid is None:
             dout.scatter_(2, index, 0.0)
         else:
             dout.scatter_(2, index, drows.masked_fill(facts.valid, 0))
             drows = drows.masked_fill(~facts.valid, 0)
+        # one piece of memory for the gradients of all matrices: three of a megabyte are torn from the system each time
+        sizes = [len(wq), len(wk) if keys is None else 0, len(wv)]
+        dwq, dwk, dwv = q.new_empty(sum(sizes), wq.shape[1]).split(sizes)
         # values, and the sums of hidden states that they were
         drows = facts.by_matrix(drows.to(exact))
-        dwv, dfound = _outer(drows, found), drows @ _heads(wv, facts, exact)
+        _outer(drows, found, dwv)
+        dfound = torch.bmm(drows, _heads(wv, facts, exact))
         dbv = None if bv is None else (drows if total is None else drows * facts.by_matrix(total)).sum(1)
         mean, of_total = facts.by_row((dfound * found).sum(-1, keepdim=True)), None
         if total is not None and bv is not None:
@@ -170,33 +180,35 @@ class _Rows(torch.autograd.Function):
         dfound = facts.by_row(dfound)
         dsink = None if total is None else ((total - 1) * mean).view(B, H, n).sum((0, 2)).to(ctx.sink)
         # weights
-        dscores = dfound @ states.transpose(1, 2)
+        dscores = torch.bmm(dfound, states.mT)
         dscores = dscores.sub_(mean if of_total is None else mean - of_total).mul_(weights)
         if keys is None:
-            both = torch.cat([weights, dscores], 1).transpose(1, 2), torch.cat([dfound, asks], 1)
-            dasks = facts.by_matrix(dscores @ states)
-            dq, dwk = dasks @ _heads(wk, facts, exact).transpose(1, 2), _outer(facts.by_matrix(q), dasks)
+            both = torch.cat([weights, dscores], 1).mT, torch.cat([dfound, asks], 1)
+            dasks = facts.by_matrix(torch.bmm(dscores, states))
+            by_matrix = facts.by_matrix(q)
+            dq = torch.bmm(dasks, _heads(wk, facts, exact).mT)
+            _outer(by_matrix, dasks, dwk)
             if bk is not None:
                 dbk = torch.zeros_like(bk)
                 if total is not None:
                     dsum = facts.by_matrix(dscores.sum(-1, keepdim=True))
                     dq += dsum * _heads(bk, facts, exact)[:, None]
-                    dbk = (dsum * facts.by_matrix(q)).sum(1)
+                    dbk = (dsum * by_matrix).sum(1)
             dq = facts.by_row(dq)
         else:
-            both, dscores = (weights.transpose(1, 2), dfound), dscores.view(B, facts.heads, -1, dscores.shape[2])
-            dq, dkeys = dscores @ keys.to(exact), dscores.transpose(2, 3) @ q.reshape(B, facts.heads, -1, D)
+            dwk = None  # they are the keys' own
+            both, dscores = (weights.mT, dfound), dscores.view(B, facts.heads, -1, dscores.shape[2])
+            dq, dkeys = dscores @ keys.to(exact), dscores.mT @ q.reshape(B, facts.heads, -1, D)
         dx = torch.bmm(*both, out=large_pages(torch.empty_like(states)))
         # queries
         dq = _turned_back(facts, plain, dq.reshape(q.shape) * facts.scale).transpose(1, 2).reshape(B * n, H * D)
-        dwq, dbq = _outer(dq, some.flatten(0, 1)), None if bq is None else dq.sum(0)
+        _outer(dq[None], some.view(1, B * n, -1), dwq)
+        dbq = None if bq is None else dq.sum(0)
         dsome = (dq @ wq.to(exact)).view_as(some)
         dx.scatter_add_(1, facts.columns[..., None].expand_as(some), dsome)
         gradients = (dx, dkeys, dwq, dbq, dwk, dbk, dwv, dbv)
         likes = (x, keys, wq, bq, wk, bk, wv, bv)
-        given = [
-            None if each is None else each.reshape(like.shape).to(like.dtype) for each, like in zip(gradients, likes)
-        ]
+        given = [None if each is None else _like(each, like) for each, like in zip(gradients, likes)]
         return dout, *given[:2], dsink, *given[2:], None
 
 
@@ -205,9 +217,18 @@ def _heads(parameter: Tensor, facts: _Facts, dtype: torch.dtype) -> Float[Tensor
     return parameter.to(dtype).reshape(facts.heads, -1, *parameter.shape[1:])
 
 
-def _outer(left: Float[Tensor, "*K m i"], right: Float[Tensor, "*K m j"]) -> Float[Tensor, "*K i j"]:
+def _outer(left: Float[Tensor, "K m D"], right: Float[Tensor, "K m E"], into: Float[Tensor, "KD E"]) -> None:
     """leftᵀ · right. Of one row torch's product takes longer than writing what it makes."""
-    return left.mT * right if left.shape[-2] == 1 else left.mT @ right
+    into = into.view(len(left), -1, into.shape[1])
+    if left.shape[1] == 1:
+        torch.mul(left.mT, right, out=into)
+    else:
+        torch.bmm(left.mT, right, out=into)
+
+
+def _like(gradient: Tensor, of: Tensor) -> Tensor:
+    gradient = gradient if gradient.shape == of.shape else gradient.view(of.shape)
+    return gradient if gradient.dtype == of.dtype else gradient.to(of.dtype)
 
 
 def _turned_back(facts: _Facts, plain: Tensor, dturned: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ def by_distance(call: PatternCall, length: int) -> Tensor | None:
     """
     if not call.has_position_bias:
         return None
-    token = Layout.plain(1, 1, call.k.device, start=length)
-    found = call.pattern.position_bias(token, Layout.plain(1, 2 * length, call.k.device))
+    device = call.k.device
+    find = lambda: (Layout.plain(1, 1, device, start=length), Layout.plain(1, 2 * length, device))  # noqa: E731
+    found = call.pattern.position_bias(*call.keys.plan(("distances", length), find))
     assert found is not None
     return found[0, :, 0]

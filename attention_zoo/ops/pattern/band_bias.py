@@ -17,7 +17,7 @@ class BandBias:
 
     def __init__(self, call: PatternCall, size: int, reach: int, stride: int):
         self.call, self.size, self.reach, self.stride = call, size, reach, stride
-        self.plain = call.all_valid and call.one_document and not call.any_global_key
+        self.plain = call.all_valid and call.one_document and not call.hides_globals
         self.offset = call.k.shape[2] - call.q.shape[2]
         self.held: Tensor | None = None
 
@@ -29,18 +29,18 @@ class BandBias:
         if self.plain or self._shows_all(columns):
             return bias
         queries, keys = call.queries.cut(rows, batch), call.keys.cut(columns, batch)
-        seen = keys.valid if not call.any_global_key else keys.valid & ~keys.is_global
+        seen = keys.valid if not call.hides_globals else keys.valid & ~keys.is_global
         seen = seen[:, None, None, :]
         if not call.one_document:
             seen = seen & (keys.document[:, None, :] == queries.document[:, :, None])[:, None]
         return bias.masked_fill(~seen, -torch.inf)
 
     def _shows_all(self, columns: slice) -> bool:
-        """Whether there is neither padding nor a global token among these keys, nor another document."""
+        """Whether there is neither padding among these keys nor a global one that is hidden, nor another document."""
         if not self.call.one_document:
             return False
         keys = self.call.keys.host.cut(columns)
-        return bool(keys.valid.all()) and not keys.is_global.any()
+        return bool(keys.valid.all()) and not (self.call.hides_globals and keys.is_global.any())
 
     def blocks(self, windows: Windows, start: int, head: int, batch: slice) -> Tensor:
         """The same of blocks of rows from `start` on, each with its window of keys, [b|1, 1, count|1, size, width]."""
@@ -52,7 +52,7 @@ class BandBias:
         if self.plain or self._shows_all(columns):
             return bias
         keys = call.keys.cut(columns, batch)
-        seen = keys.valid if not call.any_global_key else keys.valid & ~keys.is_global
+        seen = keys.valid if not call.hides_globals else keys.valid & ~keys.is_global
         seen = seen.unfold(1, width, step)[:, None, :, None]
         if not call.one_document:
             queries = call.queries.cut(slice(start, start + count * self.size), batch)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attention_zoo.layout.grid import Grid, is_wasteful, mask_of, taken
+from attention_zoo.layout.grid import Grid, Way, is_wasteful, mask_of
 from attention_zoo.layout.host import Array, array_of, tensor_of
 from attention_zoo.layout.kernel import Kernel
 from attention_zoo.layout.layout import Layout
@@ -96,17 +96,27 @@ class Laid:
         self.call, self.asked = call, call.asked
         self.moved = self.grid.moved and not (self.grid.stays and call.q.shape[2] == call.k.shape[2])
         if self.moved:
-            queries, source, asked = call.queries.plan(("moved", id(self.grid)), lambda: self._move_queries(call))
-            self.asked = asked
-            self.call = replace(call, q=taken(call.q, source), queries=queries)
+            queries, self.way, self.asked = call.queries.plan(
+                ("moved", id(self.grid)), lambda: self._move_queries(call)
+            )
+            self.call = replace(call, q=self.way.go(call.q), queries=queries)
 
-    def _move_queries(self, call: PatternCall) -> tuple[Layout, Tensor, Tensor]:
+    def _move_queries(self, call: PatternCall) -> tuple[Layout, Way, Tensor]:
         """What the columns from the first block on hold: the queries, and where they are taken from."""
-        grid, L, device = self.grid, call.q.shape[2], call.q.device
-        source = grid.source[:, self.first :] - (call.k.shape[2] - L)
-        asks, source = grid.held[:, self.first :] & (source >= 0), source.clip(min=0)
+        L, device = call.q.shape[2], call.q.device
+        source, asks, place, gone = self._places(L)
         queries = Layout.known(call.queries.host.take(source).only(asks), device)
-        return queries, tensor_of(source, device), mask_of(asks, device)
+        return queries, Way.of(source, place, gone, call.queries), mask_of(asks, device)
+
+    def _places(self, queries: int) -> tuple[Array, Array, Array, Array]:
+        """From the first block on, which query each column holds, and whether it does; and where each query is, if
+        anywhere."""
+        grid = self.grid
+        before = grid.place.shape[1] - queries
+        source = grid.source[:, self.first :] - before
+        asks, place = grid.held[:, self.first :] & (source >= 0), grid.place[:, before:]
+        at = (place.clip(max=grid.columns - 1) - self.first).clip(min=0)
+        return source.clip(min=0, max=max(0, queries - 1)), asks, at, place >= grid.columns
 
     @cached_property
     def host(self) -> tuple[Tensor, Tensor]:
@@ -135,14 +145,14 @@ class Laid:
         """Outputs at the queries' own columns; zeros at padding."""
         if not self.moved:
             return out
-        L = self.given.q.shape[2]
+        queries, L = self.given.queries, self.given.q.shape[2]
 
-        def columns() -> Tensor:
-            place = self.grid.place[:, self.grid.place.shape[1] - L :]
-            return tensor_of((place.clip(max=self.grid.columns - 1) - self.first).clip(min=0), out.device)
+        def find() -> Way:
+            source, asks, place, _ = self._places(L)
+            return Way.of(place, source, ~asks, queries)
 
-        found = taken(out, self.given.keys.plan(("back", self.block, L), columns))
-        return found.masked_fill(~self.given.queries.valid[:, None, :, None], 0)
+        found = self.given.keys.plan(("back", self.block, L), find).go(out)
+        return found if queries.asked is None else found.masked_fill(~queries.asked, 0)
 
 
 def _with_whole_rows(call: PatternCall) -> PatternCall:

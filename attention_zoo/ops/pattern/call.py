@@ -42,6 +42,7 @@ class PatternCall:
         apart: whether rows of global queries are not asked for here: whoever calls computes them in another way.
         columns: where k, v and keys are held, if in a state.
         sink: [H], for each head the score of one more key, whose value is zero; None: there is none.
+        tiled: whether global keys are to local tiles as all others are.
         turned: [B, H, L, D], the queries as the first tokens beyond a band see them; None: the same.
     """
 
@@ -57,6 +58,7 @@ class PatternCall:
     columns: Columns | None = None
     sink: Tensor | None = None
     turned: Tensor | None = None
+    tiled: bool = False
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
@@ -75,7 +77,7 @@ class PatternCall:
     def local_bias(self, queries: Tokens, keys: Tokens) -> Tensor:
         """What local tiles use: global keys are left to their own part, where each counts once."""
         seen = self.seen(queries, keys)
-        if self.any_global_key:
+        if self.hides_globals:
             seen = seen & ~keys.is_global[:, None, None, :]
         return self.pattern.scores_bias(queries, keys).masked_fill(~seen, -torch.inf)
 
@@ -113,6 +115,11 @@ class PatternCall:
     @property
     def any_global_key(self) -> bool:
         return self.keys.any_global
+
+    @property
+    def hides_globals(self) -> bool:
+        """Whether local tiles leave out global keys."""
+        return self.any_global_key and not self.tiled
 
     @property
     def any_global_query(self) -> bool:

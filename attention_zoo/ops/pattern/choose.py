@@ -10,6 +10,7 @@ from attention_zoo.ops.pattern.band import band_tiles
 from attention_zoo.ops.pattern.blocks import BLOCKS
 from attention_zoo.ops.pattern.call import PatternCall
 from attention_zoo.ops.pattern.covered import COVERED
+from attention_zoo.ops.pattern.few import with_common_keys
 from attention_zoo.ops.pattern.first import turned_bias, with_first_keys, without_first
 from attention_zoo.ops.pattern.flex import FLEX
 from attention_zoo.ops.pattern.linked_row import LINKED_ROW
@@ -36,10 +37,11 @@ DENSE: Kernel[PatternCall] = Kernel("dense", _run_dense, (), "the definition, L 
 
 
 def _run_tiles(call: PatternCall) -> Tensor:
+    call, common = with_common_keys(call)
     alone = without_first(call)
     tiles, learned = near_tiles(alone)
     tiles = tiles if alone is call else with_first_keys(call, tiles)
-    return run_local(call, tiles, call.asked, learned=learned)
+    return run_local(call, tiles, call.asked, learned=learned, common=common)
 
 
 TILES: Kernel[PatternCall] = Kernel(
@@ -48,8 +50,9 @@ TILES: Kernel[PatternCall] = Kernel(
 
 
 def _run_banded(call: PatternCall) -> Tensor:
+    call, common = with_common_keys(call)
     tiles, learned = band_tiles(call)
-    return run_local(call, with_first_keys(call, tiles), call.asked, learned=learned)
+    return run_local(call, with_first_keys(call, tiles), call.asked, learned=learned, common=common)
 
 
 BANDED: Kernel[PatternCall] = Kernel(

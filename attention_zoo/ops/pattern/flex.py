@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attention_zoo.layout.grid import taken
 from attention_zoo.layout.kernel import Kernel
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.reach import Band
@@ -193,9 +192,10 @@ def _run(call: PatternCall) -> Tensor:
     index, queries, keys = _places(call, Lb, Sb)
     lists = both_sides(call, BLOCK, Lb // BLOCK, Sb // BLOCK, (keys.position.shape[1] - Sb) // BLOCK)
     functions = pair_functions(call, queries, keys, Tables(_of_pattern(call), _by_distance(call)), Sb)
-    k, v = filled(call.k, Sb), filled(call.v, Sb)
-    if index is not None:
-        k, v = (torch.cat([x, taken(x, index)], 2) for x in (k, v))
+    if index is None:
+        k, v = filled(call.k, Sb), filled(call.v, Sb)
+    else:
+        k, v = _WithGlobals.apply(call.k, call.v, *index)
     out, lse = attend(filled(call.q, Lb), k, v, lists, functions, call.scale)
     if call.sink is not None:
         # one more key, whose value is zero; a row that sees nothing else stays zero, with finite gradients
@@ -209,20 +209,47 @@ def filled(x: Tensor, rows: int) -> Tensor:
     return x if x.shape[2] == rows else F.pad(x, (0, 0, 0, rows - x.shape[2]))
 
 
-def _places(call: PatternCall, rows: int, columns: int) -> tuple[Tensor | None, Places, Places]:
-    """Of queries and keys, found once for a layout; global keys stand behind the others, from these columns."""
+class _WithGlobals(torch.autograd.Function):
+    """Keys and values, filled up, and those of global tokens behind them: one copy each."""
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, columns: Tensor, marked: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(marked)
+        ctx.keys = k.shape[2]
+        index = columns.expand(-1, k.shape[1], -1, k.shape[3])
+        return k.gather(2, index), v.gather(2, index)
+
+    @staticmethod
+    def backward(ctx: Any, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        (marked,) = ctx.saved_tensors
+        index, found = marked.expand(-1, dk.shape[1], -1, dk.shape[3]), []
+        for grad in (dk, dv):
+            first = dk.shape[2] - marked.shape[2]
+            found.append(grad[:, :, : ctx.keys].scatter_add(2, index, grad[:, :, first:]))
+        return *found, None, None
+
+
+def _places(call: PatternCall, rows: int, columns: int) -> tuple[tuple[Tensor, Tensor] | None, Places, Places]:
+    """Of queries and keys, found once for a layout; global keys stand behind the others, from these columns.
+
+    With global keys also the columns [B, 1, n, 1] of all of them, the first ones filled up with any, and of those that
+    are global alone.
+    """
 
     def queries() -> Places:
         return Places.of(call.queries, call.queries.valid, -2, rows)
 
-    def keys() -> tuple[Tensor | None, Places]:
+    def keys() -> tuple[tuple[Tensor, Tensor] | None, Places]:
         if not call.any_global_key:
             return None, Places.of(call.keys, call.keys.valid, -1, columns)
         index, chosen = global_columns(call.keys)
         count = bucket(index.shape[1])
         plain = Places.of(call.keys, call.keys.valid & ~call.keys.is_global, -1, columns)
         marked = Places.of(chosen, chosen.valid, -1, count)
-        return F.pad(index, (0, count - index.shape[1])), Places(*(torch.cat(x, 1) for x in zip(plain, marked)))
+        behind, S = F.pad(index, (0, count - index.shape[1])), call.k.shape[2]
+        own = torch.arange(columns, device=index.device).clamp_(max=S - 1).expand(len(index), -1)
+        places = Places(*(torch.cat(x, 1) for x in zip(plain, marked)))
+        return (torch.cat([own, behind], 1)[:, None, :, None], behind[:, None, :, None]), places
 
     index, places = call.keys.plan(("flex keys", BLOCK, columns), keys)
     return index, call.queries.plan(("flex queries", rows), queries), places

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,9 +19,12 @@ from attention_zoo.ops.softmax.dense import dense
 from attention_zoo.ops.softmax.function import differentiable_once
 from attention_zoo.ops.softmax.fused import fused
 from attention_zoo.ops.softmax.parts import Part
+from attention_zoo.ops.softmax.rows import attend_rows
 from attention_zoo.ops.softmax.tiles import Rows, Tile, run_tiles, scores_at_once
 from attention_zoo.tokens import Tokens
 
+TILE_PAIRS = 1 << 12
+"""So many more pairs of a row and a key cost about what one more tile does."""
 FUSED_ROWS = 1024
 """Global queries in one fused call: bounds its mask."""
 
@@ -45,12 +47,32 @@ def global_columns(layout: Layout) -> tuple[Int[Tensor, "B n"], Layout]:
 
 
 def _global_columns(layout: Layout) -> tuple[Tensor, Layout]:
-    mask = layout.host.is_global & layout.host.valid
+    mask, device = layout.host.is_global & layout.host.valid, layout.valid.device
+    row, order = mask.nonzero()
+    count = len(row) // max(1, len(mask))
+    if len(row) == count * len(mask) and bool((row.reshape(len(mask), count) == np.arange(len(mask))[:, None]).all()):
+        order = order.reshape(len(mask), count)  # each row has as many
+        return tensor_of(order, device), Layout.known(layout.host.take(order), device)
     order = np.argsort(~mask, axis=1, kind="stable")[:, : int(mask.sum(1).max(initial=0))]
     chosen = layout.host.take(order)
     chosen = chosen._replace(valid=chosen.valid & np.take_along_axis(mask, order, 1))
-    device = layout.valid.device
     return tensor_of(order, device), Layout.known(chosen, device)
+
+
+def _global_places(layout: Layout) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Where rows [B, H, n, D] of global queries are, which of them are there, and which fill up; None: all are."""
+
+    def find() -> tuple[Tensor, Tensor | None, Tensor | None]:
+        columns, chosen = global_columns(layout)
+        columns, valid = columns[:, None, :, None], chosen.valid[:, None, :, None]
+        return (columns, None, None) if chosen.dense else (columns, valid, ~valid)
+
+    return layout.plan("global places", find)
+
+
+def _global_queries(call: PatternCall) -> Tensor:
+    columns, _, _ = _global_places(call.queries)
+    return call.q.gather(2, columns.expand(-1, call.q.shape[1], -1, call.q.shape[3]))
 
 
 class GlobalKeys:
@@ -165,18 +187,40 @@ def everyone_bias(call: PatternCall, queries: Tokens, keys: Tokens) -> Tensor:
 
 def _everyone_tiles(call: PatternCall, queries: Layout) -> list[Tile]:
     """Tiles of queries that see everything; their rows count the given queries."""
-    count, size, all_seen = queries.valid.shape[1], 2 * call.pattern.tile, _all_seen(call, call.keys)
+    size, all_seen = 2 * call.pattern.tile, _all_seen(call, call.keys)
 
     def part(rows: slice, keys: slice) -> Part:
         if all_seen:
             return Part(keys, no_bias)
         return Part(keys, lambda batch: _some_bias(call, queries.cut(rows, batch), call.keys, keys, batch))
 
-    runs = [slice(a, min(a + size, count)) for a in range(0, count, size)]
     return [
         Tile(rows, [part(rows, slice(a, b)) for a, b in cuts(some.start, some.stop, most_keys(call, size))])
-        for rows, some in zip(runs, same_documents(call, queries.host, runs, call.keys.host))
+        for rows, some in _runs_of_documents(call, queries, size)
     ]
+
+
+def _runs_of_documents(call: PatternCall, queries: Layout, size: int) -> list[tuple[slice, slice]]:
+    """At most `size` rows each, and the keys of their documents: several documents together only if these are short."""
+    document = queries.host.document
+    borders = [0, *(1 + np.flatnonzero((document[:, 1:] != document[:, :-1]).any(0))).tolist(), document.shape[1]]
+    if call.one_document:
+        borders = [0, document.shape[1]]
+    pieces = [slice(a, min(a + size, stop)) for start, stop in pairwise(borders) for a in range(start, stop, size)]
+    found: list[tuple[slice, slice]] = []
+    for rows, keys in zip(pieces, same_documents(call, queries.host, pieces, call.keys.host)):
+        if found and rows.stop - found[-1][0].start <= size:
+            last, seen = found[-1]
+            both = slice(last.start, rows.stop), slice(min(seen.start, keys.start), max(seen.stop, keys.stop))
+            if _pairs(*both) <= _pairs(last, seen) + _pairs(rows, keys) + TILE_PAIRS:
+                found[-1] = both
+                continue
+        found.append((rows, keys))
+    return found
+
+
+def _pairs(rows: slice, keys: slice) -> int:
+    return (rows.stop - rows.start) * (keys.stop - keys.start)
 
 
 def with_global_rows(call: PatternCall, out: Tensor, *, in_one: bool = False) -> Tensor:
@@ -188,11 +232,10 @@ def global_rows(call: PatternCall, *, in_one: bool = False) -> Tensor:
     """What the call's global queries see, [B, H, n, D] in the order of `global_columns`: everything.
 
     Args:
-        in_one: whether fused attention decides them, as on CUDA, and not tiles.
+        in_one: whether few operators decide them, as on CUDA, and not tiles.
     """
-    columns, queries = global_columns(call.queries)
-    q = call.q.gather(2, columns[:, None, :, None].expand(-1, call.q.shape[1], -1, call.q.shape[3]))
-    if (in_one or facts.on_cuda(call) is None) and not call.has_position_bias and call.sink is None:
+    q, (_, queries) = _global_queries(call), global_columns(call.queries)
+    if in_one or facts.on_cuda(call) is None:
         return fused_rows(call, q, queries)
     tiles = _everyone_tiles(call, queries)
     asked = queries.valid[:, None, :, None]
@@ -201,51 +244,65 @@ def global_rows(call: PatternCall, *, in_one: bool = False) -> Tensor:
 
 def dense_global_rows(call: PatternCall) -> Tensor:
     """The same by the definition, materialised."""
-    columns, queries = global_columns(call.queries)
-    q = call.q.gather(2, columns[:, None, :, None].expand(-1, call.q.shape[1], -1, call.q.shape[3]))
+    q, (_, queries) = _global_queries(call), global_columns(call.queries)
     return dense(q, call.k, call.v, everyone_bias(call, queries, call.keys), scale=call.scale, sink=call.sink)
 
 
 def fused_rows(call: PatternCall, q: Tensor, queries: Layout) -> Tensor:
-    """Rows that see everything by torch's fused attention, for GPUs; without a position bias. Masks are rows x S."""
-    found = []
-    for start in range(0, q.shape[2], FUSED_ROWS):
-        some = slice(start, start + FUSED_ROWS)
-        key = ("fused rows", id(call.queries), call.pattern.causal, q.dtype, start)
-        # the plan keeps what the key's id is of
-        bias, _ = call.keys.plan(key, partial(_fused_bias, call, queries, some))
-        found.append(fused(q[:, :, some], call.k, call.v, bias, scale=call.scale))
-    return found[0] if len(found) == 1 else torch.cat(found, 2)
+    """Rows that see everything, for GPUs: by torch's fused attention, or by products where that would round what is
+    added to the scores, or knows no sink. Masks are rows x S."""
+    by_fused = call.sink is None and facts.exact_position_bias(call) is None
+    scores, rows = len(q) * q.shape[1] * call.k.shape[2], q.shape[2]
+    most = FUSED_ROWS if by_fused else max(1, min(FUSED_ROWS, scores_at_once(q) // scores))
+    if rows <= most:
+        return _rows_at_once(call, q, queries, slice(0, rows), by_fused)
+    runs = [slice(start, min(start + most, rows)) for start in range(0, rows, most)]
+    return torch.cat([_rows_at_once(call, q[:, :, some], queries.columns(some), some, by_fused) for some in runs], 2)
 
 
-def _fused_bias(call: PatternCall, queries: Layout, some: slice) -> tuple[Tensor, Layout]:
-    return _seen_by_rows(call, queries, some), call.queries
+def _rows_at_once(call: PatternCall, q: Tensor, queries: Layout, some: slice, by_fused: bool) -> Tensor:
+    """These of the rows."""
+    key = ("fused rows", id(call.queries), call.pattern.causal, q.dtype, some.start, some.stop)
+    # the plan keeps what the key's id is of
+    bias, _ = call.keys.plan(key, lambda: (_seen_by_rows(call, queries), call.queries))
+    if call.has_position_bias:
+        more = call.pattern.position_bias(queries, call.keys)
+        assert more is not None
+        bias = bias + more
+    if by_fused:
+        return fused(q, call.k, call.v, bias, scale=call.scale)
+    return attend_rows(q, call.k, call.v, bias, scale=call.scale, sink=call.sink)
 
 
-def _seen_by_rows(call: PatternCall, queries: Layout, some: slice) -> Tensor:
-    """What is added to the scores of some of them; a filler sees everything: it is thrown away, must only be finite."""
-    seen = call.seen(queries.cut(some), call.keys) | ~queries.valid[:, None, some, None]
+def _seen_by_rows(call: PatternCall, queries: Layout) -> Tensor:
+    """What is added to the scores of rows; a filler sees everything: it is thrown away, must only be finite."""
+    seen = call.seen(queries, call.keys) | ~queries.valid[:, None, :, None]
     return torch.zeros((), dtype=call.q.dtype, device=call.q.device).where(seen, -torch.inf)
 
 
 def put_global_rows(call: PatternCall, out: Tensor, rows: Tensor) -> Tensor:
     """Global rows put over what the pattern alone gave them."""
-    columns, chosen = global_columns(call.queries)
-    return _Put.apply(out, rows, columns[:, None, :, None], chosen.valid[:, None, :, None])
+    found: Tensor = _Put.apply(out, rows, *_global_places(call.queries))
+    return found
 
 
 class _Put(torch.autograd.Function):
-    """Some rows in the place of others, in one copy each way."""
+    """Some rows in the place of others, in one copy each way; fillers nowhere."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, rows: Tensor, columns: Tensor, valid: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, out: Tensor, rows: Tensor, columns: Tensor, valid: Tensor | None, filler: Tensor | None
+    ) -> Tensor:
         index = columns.expand_as(rows)
-        ctx.save_for_backward(index, valid, ~valid)
-        return out.clone().scatter_(2, index, rows.where(valid, out.gather(2, index)))
+        ctx.save_for_backward(index, valid, filler)
+        return out.clone().scatter_(2, index, rows if valid is None else rows.where(valid, out.gather(2, index)))
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         index, valid, filler = saved
         rows = grad.gather(2, index)
-        return grad.clone().scatter_(2, index, rows.masked_fill(valid, 0)), rows.masked_fill(filler, 0), None, None
+        if valid is None:
+            return grad.clone().scatter_(2, index, 0.0), rows, None, None, None
+        dout = grad.clone().scatter_(2, index, rows.masked_fill(valid, 0))
+        return dout, rows.masked_fill(filler, 0), None, None, None

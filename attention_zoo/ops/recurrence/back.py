@@ -21,6 +21,7 @@ class Back:
     Attributes:
         states: the numbers of the window's states.
         seen: [w, S, E], the vectors as projections saw them.
+        queries: [2, w, H, S, D], what they asked, of all of the window by one product.
         dvectors: [w, S, E], of the vectors of each state.
         dprojected: [w, S, F], of what each state was projected to.
         draw: [w, S, R], of what was projected out of heads; of blocks alone.
@@ -28,6 +29,7 @@ class Back:
 
     states: slice
     seen: Tensor
+    queries: Tensor
     dvectors: Tensor
     dprojected: Tensor
     draw: Tensor
@@ -37,6 +39,7 @@ class Back:
         self.run, self.vectors, self.found, self.gate, self.grads = run, vectors, found, run.gate(), grads
         # views of all turns at once, since a turn's own would each be an operator
         self.left, self.held, self.looked_up = run.by_states(vectors), run.by_states(kv, 1), run.by_blocks(found)
+        self.found_by_heads = run.by_heads(found).split(run.counts, 1)
         self.into, self.into_keys = run.weights.into, run.weights.into[: run.KV]
         self.open_gate: Any = None if self.gate is None else 1 - self.gate
         self.first_turn = run.G
@@ -61,18 +64,24 @@ class Back:
         into = self.dprojected[..., : run.KV].unflatten(-1, (2, run.K, run.D))
         into[:, :, 0], into[:, :, 1] = dkeys, dvalues
         self.draw = run.scratch("draw", (*rows, len(run.weights.out)), vectors)
+        self.queries = run.by_heads(run.project(self.seen, slice(run.KV, None))).contiguous()
         stop = self.first_turn
         while self.first_turn >= 0 and run.left(self.first_turn - 1).start >= self.states.start:
             self.first_turn -= 1
         sizes = [self.run.first if turn < 0 else run.counts[turn] for turn in range(self.first_turn, stop)]
         names = "seen", "mean", "deviation", "dvectors", "dprojected", "draw"
         self.parts = {name: getattr(self, name).split(sizes) for name in names}
+        of_keys, of_queries = self.dprojected.split([run.KV, self.dprojected.shape[2] - run.KV], 2)
+        by_heads = {"queries": self.queries, "of_keys": run.by_heads(of_keys), "of_queries": run.by_heads(of_queries)}
+        self.parts |= {name: x.split(sizes, 1) for name, x in by_heads.items()}
 
     def _close(self) -> None:
         """The window's share of the gradients of weights."""
         run, sums = self.run, self.sums
         dprojected = self.dprojected.flatten(0, 1)
         sums["into"].addmm_(dprojected.T, self.seen.flatten(0, 1))
+        # all that comes to what projections saw, by position: the sum goes through them, not each turn's
+        sums["identity"].addmm_(self.dprojected.sum(0), self.into)
         if "into_bias" in sums:
             sums["into_bias"] += dprojected.sum(0)
         blocks = slice(max(0, self.states.start - run.first), self.states.stop - run.first)
@@ -94,7 +103,6 @@ class Back:
         dprojected = self.mine("dprojected", turn - 1)
         last = turn == self.run.G  # nobody looks from there
         dseen = dprojected[..., : self.run.KV] @ self.into_keys if last else dprojected @ self.into
-        self.sums["identity"] += dseen.sum(0)
         vectors = self.left[turn]
         mean, deviation = self.mine("mean", turn - 1), self.mine("deviation", turn - 1)
         more = torch.ops.aten.native_layer_norm_backward(
@@ -117,26 +125,35 @@ class Back:
                 old, draw = torch.autograd.grad(renewed(held, raw, None), (held, raw), grad)
             self.mine("draw", turn).copy_(draw)
         dfound = draw @ run.weights.out
-        delta = (dfound * found).unflatten(-1, (2, -1, run.D)).sum(-1, keepdim=True).neg_()
+        dfound = run.by_heads(dfound).contiguous()
+        delta = (dfound * self.found_by_heads[turn]).sum(-1, keepdim=True).neg_()
         if turn == self.first_turn:
             self._close()
             self._open()
         self._add("dvectors", turn, old)
-        return run.by_heads(dfound).contiguous(), delta.permute(2, 0, 3, 1, 4).contiguous()
+        return dfound, delta
 
     def hand(self, turn: int, down: Float[Tensor, "2 c K S D"], dqueries: Float[Tensor, "2 c H S D"]) -> None:
         """What the states before a turn get of it."""
-        of_keys, of_queries = (grad.permute(1, 3, 0, 2, 4).flatten(2) for grad in (down, dqueries))
-        self._add("dprojected", turn, torch.cat([of_keys, of_queries], -1))
+        self._add("of_keys", turn, down, 1)
+        self._add("of_queries", turn, dqueries, 1)
 
-    def _add(self, what: str, turn: int, grad: Float[Tensor, "c S *f"]) -> None:
-        """To the states that a turn began with."""
+    def asked(self, turn: int) -> Float[Tensor, "2 c H S D"]:
+        """What the vectors that a turn began with asked; those of a kind stand together."""
+        queries = self.mine("queries", turn - 1)
+        if turn:
+            return queries if queries.shape[1] == self.run.counts[turn] else queries[:, : self.run.counts[turn]]
+        return queries.index_select(1, tensor_of(self.run.course.start, queries.device))
+
+    def _add(self, what: str, turn: int, grad: Tensor, dim: int = 0) -> None:
+        """To the states that a turn began with, which stand in this dimension."""
         states = self.mine(what, turn - 1)
         if turn:
-            (states if len(states) == len(grad) else states[: len(grad)]).add_(grad)
+            (states if states.shape == grad.shape else states.narrow(dim, 0, grad.shape[dim])).add_(grad)
         else:
             start = tensor_of(self.run.course.start, grad.device)
-            states.index_put_((start,), grad, accumulate=True)  # in a fixed order
+            # in a fixed order
+            states.movedim(dim, 0).index_put_((start,), grad.movedim(dim, 0), accumulate=True)
 
     def weights(self) -> Weights:
         """Gradients of the weights, behind the first turn."""

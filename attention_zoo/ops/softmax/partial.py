@@ -67,16 +67,31 @@ class Sums:
         if self.shifted:
             self._rows("shift").fill_(_LOWEST)  # of the exponents, base 2
 
-    def start(self, score: Float[Tensor, "#B #H #L 1"]) -> None:
-        """With a key of that score before all others, whose value is zero: it takes weight and gives nothing."""
-        total = self._rows("weights").copy_(score).mul_(LOG2E)
+    def start(self, exponents: Float[Tensor, "#B #H #L m"], values: Float[Tensor, "B H m D"] | None = None) -> None:
+        """With keys before all others.
+
+        Args:
+            exponents: log2(e) · their scores.
+            values: theirs; None: zeros, so that the keys take weight and give nothing.
+        """
+        one, total = exponents.shape[3] == 1, self._rows("weights")
+        weights = total if one else self.scratch("first", (*self.shape[:3], exponents.shape[3]), self.like)
         if self.shifted:
-            shift = self._rows("shift").copy_(total)
+            shift = torch.amax(weights.copy_(exponents), -1, keepdim=True, out=self._rows("shift")).clamp_(min=_LOWEST)
             if isinstance(self.mild, Tensor):
                 shift.masked_fill_(self.mild, 0)
-            total.sub_(shift)
-        total.exp2_()
-        self.scratch("values", self.shape, self.like).zero_()
+            weights.sub_(shift).exp2_()
+        else:
+            torch.exp2(exponents.expand(weights.shape), out=weights)
+        into = self.scratch("values", self.shape, self.like)
+        if not one:
+            torch.sum(weights, -1, keepdim=True, out=total)
+        if values is None:
+            into.zero_()
+        elif one:
+            torch.mul(weights, values, out=into)
+        else:
+            torch.bmm(weights.flatten(0, 1), values.flatten(0, 1), out=into.flatten(0, 1))
         self.empty = False
 
     def add(

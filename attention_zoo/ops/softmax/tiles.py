@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from attention_zoo.layout.host import array_of
+from attention_zoo.ops.softmax.common import Common, CommonKeys
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 from attention_zoo.ops.softmax.pages import large_pages
 from attention_zoo.ops.softmax.partial import LOG2E, Asked, Scratch, Sums, partial_backward
@@ -65,6 +66,7 @@ def run_tiles(
     asked: Bool[Tensor, "B 1 L 1"] | None = None,
     sink: Float[Tensor, " H"] | None = None,
     turned: Float[Tensor, "B H L D"] | None = None,
+    common: Common | None = None,
 ) -> Float[Tensor, "B H L D"]:
     """Attention along the tiles.
 
@@ -74,9 +76,10 @@ def run_tiles(
         asked: rows that are queries; the others yield zeros, and take part in no gradient. None: all.
         sink: the score of one more key for each head, whose value is zero: it takes weight and gives nothing.
         turned: the queries as parts that are so marked see them; default the same.
+        common: keys that all tiles with a slice of rows see besides.
     """
     tiles = sorted(tiles, key=lambda tile: isinstance(tile.rows, Rows))
-    return _Tiles.apply(q, k, v, tiles, scale, mild, asked, sink, turned, *learned)
+    return _Tiles.apply(q, k, v, tiles, scale, mild, asked, sink, turned, common, *learned)
 
 
 class _Tiles(torch.autograd.Function):
@@ -93,25 +96,32 @@ class _Tiles(torch.autograd.Function):
         asked: Tensor | None,
         sink: Tensor | None,
         turned: Tensor | None,
+        common: Common | None,
         *learned: Tensor,
     ) -> Tensor:
         B, H, L, D = q.shape
         exact = torch.promote_types(q.dtype, torch.float32)
         # laid out as the next projection wants it: merging the heads is then free
         out = large_pages(q.new_empty(B, L, H, D)).transpose(1, 2)
-        if not _all_rows(tiles, q):
+        if not _all_rows(tiles, q, common):
             out.zero_()
         lse = q.new_full((B, H, L, 1), -torch.inf, dtype=exact)
         deciding = []  # log-sum-exp of tiles with `Rows`
         scratch, shared = Scratch(), Shared(k, v)
+        everyone = None if common is None else CommonKeys(common, q, k, v, scale)
+        if everyone is not None:
+            everyone.forward(q, sink)
         all_mild = mild is not None and bool(array_of(mild).all())  # known on a CPU alone
         for step in _steps(q, k, v, tiles):
-            if not step.parts:
+            seen = None if isinstance(step.tile.rows, Rows) else everyone
+            if not (step.parts or seen):
                 continue
             query = step.near(step.rows(q), "q", scratch)
             sums = Sums(query, scratch, all_mild if all_mild or mild is None else step.rows(mild))
-            if sink is not None:
-                sums.start(step.scores(sink))
+            if seen is not None:
+                sums.start(*step.of(seen))
+            elif sink is not None:
+                sums.start(step.scores(sink) * LOG2E)
             for part in step.parts:
                 view = View(part, step.tile.heads, step.batch, q, k)
                 keys, values = view.take(k, v, shared, scratch)
@@ -135,7 +145,7 @@ class _Tiles(torch.autograd.Function):
         lse.masked_fill_(lse == -torch.inf, torch.inf)
         given = [x for x in (sink, turned) if x is not None]
         ctx.save_for_backward(q, k, v, out, lse, *given, *deciding, *learned)
-        ctx.tiles, ctx.scale, ctx.deciding = tiles, scale, len(deciding)
+        ctx.tiles, ctx.scale, ctx.deciding, ctx.common = tiles, scale, len(deciding), common
         ctx.sinks, ctx.turns = sink is not None, turned is not None
         return out
 
@@ -148,7 +158,7 @@ class _Tiles(torch.autograd.Function):
         deciding, learned = more[: ctx.deciding], more[ctx.deciding :]
         exact = torch.promote_types(q.dtype, torch.float32)
         dq = large_pages(torch.empty_like(q))
-        if not _all_rows(ctx.tiles, q):
+        if not _all_rows(ctx.tiles, q, ctx.common):
             dq.zero_()
         dk, dv = (large_pages(torch.empty_like(x, dtype=exact)).zero_() for x in (k, v))
         dsink = lse.new_zeros(q.shape[1])
@@ -156,8 +166,12 @@ class _Tiles(torch.autograd.Function):
         dlearned = [torch.zeros_like(x) for x in learned]
         scratch, shared, delta = Scratch(), Shared(k, v), _delta(grad, out, lse)
         shift, *deciding = (x * -LOG2E for x in (lse, *deciding))
+        everyone = None if ctx.common is None else CommonKeys(ctx.common, q, k, v, ctx.scale)
+        if everyone is not None:
+            everyone.backward(q, grad, shift, delta, dk, dv)
         for step in _steps(q, k, v, ctx.tiles):
-            if not step.parts:
+            seen = None if isinstance(step.tile.rows, Rows) else everyone
+            if not (step.parts or seen):
                 continue
             mine = deciding.pop(0) if isinstance(step.tile.rows, Rows) else step.rows(shift)
             query = step.near(step.rows(q), "q", scratch)
@@ -168,7 +182,11 @@ class _Tiles(torch.autograd.Function):
             views = [View(part, step.tile.heads, step.batch, q, k) for part in step.parts]
             in_place = isinstance(step.tile.rows, slice) and dq.dtype == exact
             in_place = in_place and all(view.sees(step.rows(dq)) for view in views)
-            dquery = (step.rows(dq) if in_place else scratch("dq", query.shape, lse)).zero_()
+            dquery = step.rows(dq) if in_place else scratch("dq", query.shape, lse)
+            if seen is None:
+                dquery.zero_()
+            else:
+                step.begin(seen, dquery)
             for view in views:
                 keys, values = view.take(k, v, shared, scratch)
                 dkeys, dvalues = view.gradients(dk, dv, shared, scratch)
@@ -195,7 +213,7 @@ class _Tiles(torch.autograd.Function):
                 step.put(dq, dquery)
         shared.add(dk, dv)
         of_sink, of_turned = None if sink is None else dsink.to(sink.dtype), dturned if ctx.turns else None
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, of_sink, of_turned, *dlearned
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, of_sink, of_turned, None, *dlearned
 
 
 def _delta(grad: Tensor, out: Tensor, like: Float[Tensor, "B H L 1"]) -> Float[Tensor, "B H L 1"]:
@@ -242,9 +260,19 @@ class _Step(NamedTuple):
             return x
         return scratch(name, x.shape, x).copy_(x)
 
-    def scores(self, sink: Float[Tensor, " H"]) -> Float[Tensor, "h 1 1"]:
+    def of(self, everyone: CommonKeys) -> tuple[Tensor, Tensor]:
+        """What sums of the tile's rows begin with."""
+        assert isinstance(self.tile.rows, slice)
+        return everyone.of(self.batch, self.tile.heads, self.tile.rows)
+
+    def begin(self, everyone: CommonKeys, dquery: Float[Tensor, "b h n D"]) -> None:
+        """Begin the gradient of the tile's queries."""
+        assert isinstance(self.tile.rows, slice)
+        everyone.dqueries(self.batch, self.tile.heads, self.tile.rows, dquery)
+
+    def scores(self, sink: Float[Tensor, " H"]) -> Float[Tensor, "1 h 1 1"]:
         """Of the tile's heads, in float32 at least."""
-        return sink[self.tile.heads].to(torch.promote_types(sink.dtype, torch.float32)).view(-1, 1, 1)
+        return sink[self.tile.heads].to(torch.promote_types(sink.dtype, torch.float32)).view(1, -1, 1, 1)
 
     def put(self, into: Float[Tensor, "B H L d"], values: Float[Tensor, "b H n d"]) -> None:
         """Set the tile's rows."""
@@ -273,13 +301,13 @@ def _steps(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile]) -> Iterator[_
             yield _Step(tile, None if size >= B else slice(start, min(start + size, B)))
 
 
-def _all_rows(tiles: Sequence[Tile], q: Tensor) -> bool:
+def _all_rows(tiles: Sequence[Tile], q: Tensor, common: Common | None) -> bool:
     """Whether each row of each head is written by a tile with a slice of rows."""
     H, L = q.shape[1:3]
     written = (
         len(range(H)[tile.heads]) * _count(tile.rows, L)
         for tile in tiles
-        if tile.parts and isinstance(tile.rows, slice)
+        if (tile.parts or common) and isinstance(tile.rows, slice)
     )
     return sum(written) == H * L
 
