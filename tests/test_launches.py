@@ -33,7 +33,7 @@ KERNELS = {
     "reformer": "triton",
     "transformer_xl": "triton",
 }
-TURN = 50, 80
+TURN = 50, 82
 """What each turn adds where states are recurrent by definition (block_recurrent)."""
 GLOBAL = 20, 20
 """What tokens of the model's own add to those that a caller marks, for the whole stack."""

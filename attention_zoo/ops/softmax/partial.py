@@ -76,13 +76,13 @@ class Sums:
         """
         one, total = exponents.shape[3] == 1, self._rows("weights")
         weights = total if one else self.scratch("first", (*self.shape[:3], exponents.shape[3]), self.like)
+        weights.copy_(exponents)
         if self.shifted:
-            shift = torch.amax(weights.copy_(exponents), -1, keepdim=True, out=self._rows("shift")).clamp_(min=_LOWEST)
+            shift = torch.amax(weights, -1, keepdim=True, out=self._rows("shift")).clamp_(min=_LOWEST)
             if isinstance(self.mild, Tensor):
                 shift.masked_fill_(self.mild, 0)
-            weights.sub_(shift).exp2_()
-        else:
-            torch.exp2(exponents.expand(weights.shape), out=weights)
+            weights.sub_(shift)
+        weights.exp2_()  # in place both ways: of rows that lie apart torch computes other last bits
         into = self.scratch("values", self.shape, self.like)
         if not one:
             torch.sum(weights, -1, keepdim=True, out=total)
