@@ -49,8 +49,9 @@ def _kept(values: tuple[float, ...], device: torch.device, dtype: torch.dtype, a
     if device.type == "cpu" and dtype in _NUMPY:
         exact = np.array(values, np.float32 if dtype == torch.float16 else None)
         return torch.from_dlpack(exact.astype(_NUMPY[dtype]).reshape(shape))  # from_numpy is an operator to torch
-    if device.type == "cpu" and dtype == torch.bfloat16 and axes == 1:
+    if device.type == "cpu" and dtype == torch.bfloat16:
         bits = np.array(values, np.float32).view(np.uint32)
         rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # to the nearest, and to even in the middle
-        return torch.frombuffer(rounded.astype(np.uint16), dtype=dtype)
+        with torch._C._DisableTorchDispatch():
+            return torch.frombuffer(rounded.astype(np.uint16), dtype=dtype).view(shape)
     return _made(values, device, dtype, axes)

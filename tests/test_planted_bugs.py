@@ -22,11 +22,12 @@ from attention_zoo.layout.reach import Band
 from attention_zoo.ops.lsh import chunks, hashing
 from attention_zoo.ops.lsh import layout as lsh_layout
 from attention_zoo.ops.pattern import call as pattern_call
-from attention_zoo.ops.pattern import covered, local, short, short_band
+from attention_zoo.ops.pattern import choose, covered, few, local, short, short_band
 from attention_zoo.ops.pattern import globals as globals_
 from attention_zoo.ops.pattern.call import PatternCall
 from attention_zoo.ops.pattern.mild import mild_rows
 from attention_zoo.ops.softmax import tiles
+from attention_zoo.ops.softmax.common import Common
 from attention_zoo.testing import contract_checks
 
 
@@ -120,9 +121,23 @@ def test_a_window_off_by_one() -> None:
 
 def test_a_global_key_that_only_the_first_tile_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = globals_.GlobalKeys.parts
+    monkeypatch.setattr(few, "MOST", 0)  # else all tiles see them together
     monkeypatch.setattr(
         globals_.GlobalKeys, "parts", lambda keys, rows, some: [] if rows.start else parts(keys, rows, some)
     )
+    caught(Longformer, "fast_equals_slow_over_many_tiles")
+
+
+def test_few_global_keys_that_only_the_first_rows_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = few.with_common_keys
+
+    def wrong(call: PatternCall) -> tuple[PatternCall, Common | None]:
+        call, common = right(call)
+        if common is not None:
+            common.bias[:, :, 7:] = -torch.inf
+        return call, common
+
+    monkeypatch.setattr(choose, "with_common_keys", wrong)
     caught(Longformer, "fast_equals_slow_over_many_tiles")
 
 

@@ -231,19 +231,21 @@ class MemoryCompressed(DerivedKeys):
 
     def _compressed(self, k: Tensor, v: Tensor, groups: Pooled) -> Columns:
         """Keys and values of groups, [B, K, G, D]."""
+        if k.device.type == "cpu":  # where half as much is held at a time; elsewhere fewer calls count
+            return Columns.of(groups.groups, *(self._convolved(x, groups)[0] for x in (k, v)))
         return Columns.of(groups.groups, *self._convolved(torch.cat([k, v], 1), groups))
 
     def _convolved(
-        self, x: Float[Tensor, "B KV L D"], groups: Pooled, *, biased: bool = True
-    ) -> Float[Tensor, "2 B K G D"]:
-        """The strided convolution of keys and values, as one product a head."""
+        self, x: Float[Tensor, "B NK L D"], groups: Pooled, *, biased: bool = True
+    ) -> Float[Tensor, "N B K G D"]:
+        """The strided convolution of keys, of values or of both, as one product a head."""
         K = self.kv_heads
         members = rearrange(groups.take(x.transpose(1, 2)), "b g c (n k) d -> k (n b g) (d c)", k=K)
         weight = rearrange(self.compress.weight, "(k e) d c -> k (d c) e", k=K)
         assert self.compress.bias is not None
         bias = self.compress.bias.view(K, 1, -1)
         found = torch.baddbmm(bias, members, weight) if biased else torch.bmm(members, weight)
-        return rearrange(found, "k (n b g) e -> n b k g e", n=2, b=len(x))
+        return rearrange(found, "k (n b g) e -> n b k g e", n=x.shape[1] // K, b=len(x))
 
     def _ends(self, groups: Layout) -> Layout:
         """Groups at the positions of their last tokens."""
