@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from recorded import FIGURES, RECORDED
+from recorded import FIGURES, NEWER, RECORDED
 
 from attention_zoo.measure import regression
 
-GRID = regression.grid(RECORDED)
+GRID = regression.grid([*RECORDED, *NEWER])
 
 
 @pytest.mark.parametrize("name", FIGURES["cells"])
