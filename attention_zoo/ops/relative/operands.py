@@ -34,7 +34,7 @@ class RelativeOperands(NamedTuple):
 def gradients_of(
     likes: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     streams: tuple[Tensor | None, ...],
-    dtable: Float[Tensor, "H n+1 D"],
+    dtable: Float[Tensor, "H m D"],
     dq: Tensor,
     du: Float[Tensor, "H D"],
     dw: Float[Tensor, "H D"],
@@ -45,7 +45,7 @@ def gradients_of(
     Args:
         likes: q, k, v, r, u and w.
         streams: of k, v, k_own and v_own; None: not wanted.
-        dtable: of the table of distances as chunks.py has it, `falling`, with its spare row.
+        dtable: of the table of distances as chunks.py has it, `falling`, with its spare row: m is one more than r has.
         dq, du, dw: without the scale, which they are multiplied by in place.
     """
     q, k, v, r, u, w = likes
