@@ -172,8 +172,7 @@ class Quote(Generated):
         quote, seam = changes.get("quote", self.quote), changes.get("seam", self.seam)
         size, quarter = length - quote - 1, quote // QUARTERS
         document, passage = self._cut(random, rows, size), self._cut(random, rows, quote)
-        unrelated = changes.get("twin") == "unrelated"
-        twin = self._cut(random, rows, quote) if unrelated else _exchanged(random, passage)
+        twin = self._twin(random, passage, changes.get("twin", "exchanged"))
         both, every = np.stack([passage, twin], 1), np.arange(rows)
         stands, asked = random.integers(0, 2, (2, rows))
         placed, missing = both[every, stands], both[every, 1 - stands]
@@ -190,6 +189,16 @@ class Quote(Generated):
             ids, same, types=types, is_global=types if self.global_quote else None,
             groups={"distance": size + 1 - starts[:, 0]},
         )  # fmt: skip
+
+    def _twin(self, random: np.random.Generator, passage: np.ndarray, kind: str) -> np.ndarray:
+        """What is not the passage: "exchanged" quarters as in the task, or in lessons "unrelated" bytes, or "mixed": every
+        row's one or the other."""
+        if kind == "exchanged":
+            return _exchanged(random, passage)
+        other = self._cut(random, *passage.shape)
+        if kind == "unrelated":
+            return other
+        return np.where(random.random((len(passage), 1)) < 0.5, other, _exchanged(random, passage))
 
     def _cut(self, random: np.random.Generator, rows: int, size: int) -> np.ndarray:
         """[rows, size] bytes of the background."""
