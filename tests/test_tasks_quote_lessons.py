@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice, pairwise
+from itertools import combinations, islice, pairwise
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ def twins_of(quote: bytes) -> list[bytes]:
     """The quote with two of its quarters exchanged, in each of the six ways."""
     size = len(quote) // 4
     found = []
-    for i, j in ((i, j) for j in range(4) for i in range(j)):
+    for i, j in combinations(range(4), 2):
         parts = [quote[at : at + size] for at in range(0, len(quote), size)]
         parts[i], parts[j] = parts[j], parts[i]
         found.append(b"".join(parts))

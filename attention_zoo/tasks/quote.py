@@ -191,8 +191,7 @@ class Quote(Generated):
         )  # fmt: skip
 
     def _twin(self, random: np.random.Generator, passage: np.ndarray, kind: str) -> np.ndarray:
-        """What is not the passage: "exchanged" quarters as in the task, or in lessons "unrelated" bytes, or "mixed": every
-        row's one or the other."""
+        """What is not the passage: "exchanged" quarters as in the task, in lessons "unrelated" bytes or either, "mixed"."""
         if kind == "exchanged":
             return _exchanged(random, passage)
         other = self._cut(random, *passage.shape)
