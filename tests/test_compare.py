@@ -20,6 +20,7 @@ from attention_zoo.jobs.compare import CompareConfig, TrainingPlan, register
 from attention_zoo.jobs.refused import refused
 from attention_zoo.jobs.trainings import Run, finished, run_trainings
 from attention_zoo.measure.nursery import Nursery
+from attention_zoo.statistics import preset_seeds
 from attention_zoo.training.possible import impossible
 from attention_zoo.training.run import run_identity
 
@@ -199,6 +200,29 @@ def test_presets_cover_every_backend_both_baselines_and_both_tasks(preset):
     cells = config.measure.cells()
     assert {cell.kernel for cell in cells if cell.backend == "full"} == {"dense", "sdpa"}
     assert {cell.backend for cell in cells} == set(config.names())
+
+
+def test_choice_of_every_family_is_choice_with_more_backends_and_seeds():
+    five, every = composed("preset=choice"), composed("preset=choice_all")
+    assert set(five.names()) < set(every.names())
+    assert set(every.names()) == set(composed("preset=families").names())
+    assert (
+        len(every.seeds)
+        == preset_seeds(len(every.names()) - 1)
+        > len(five.seeds)
+        == preset_seeds(len(five.names()) - 1)
+    )
+    wider = {run.name: run.config for run in every.runs()}
+    assert all(wider[run.name] == run.config for run in five.runs()), "the same trainings, which either may have run"
+    for backend in set(every.names()) - set(five.names()) - {"hourglass", "longformer_sinks", "memory_compressed"}:
+        assert every.measure.options[backend], "at stated options, as the others"
+
+
+def test_a_preset_of_many_backends_goes_with_few_of_them():
+    config = composed("preset=choice", "backends=[full,reformer]")
+    assert {run.config["backend"] for run in config.runs()} == {"full", "reformer"}
+    config.measure.backends = config.measured()
+    assert {cell.backend for cell in config.measure.cells()} == {"full", "reformer"}
 
 
 def test_the_default_preset_measures_and_trains_what_it_says():

@@ -33,7 +33,8 @@ class BenchmarkConfig:
     Fields:
         backends: names, or name/kernel for one kernel of it; null takes every registered backend.
         baselines: whether both forms of full attention are always among them.
-        options: backend -> its own options: 'options={longformer: {window: 128}}' or options.longformer.window=128.
+        options: backend -> its own options: 'options={longformer: {window: 128}}' or
+            options.longformer.window=128; those of a mechanism that is not among the backends are of no use.
         lengths: tokens of each row.
         quadratic_up_to: no length above this for backends whose cost is quadratic; null lifts it.
         phases: forward | forward_backward | train_step | prefill | decode.
@@ -205,7 +206,8 @@ class BenchmarkConfig:
     def _check_options(self, named: Sequence[str], models: Sequence[Mapping[str, Any]]) -> None:
         """Refuse what cannot be meant at once, instead of cell by cell."""
         backends = {each.partition("/")[0] for each in named}
-        for backend in sorted(self.options.keys() - backends):
+        # those of a mechanism that is not measured this time wait for one that is: a preset lists all that it may meet
+        for backend in sorted(self.options.keys() - backends - set(registry.available())):
             raise ValueError(f"options must be of a measured backend ({', '.join(sorted(backends))}), got {backend!r}")
         for backend in sorted(backends):
             options = self.options.get(backend) or {}

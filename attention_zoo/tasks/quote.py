@@ -191,7 +191,7 @@ class Quote(Generated):
         )  # fmt: skip
 
     def _twin(self, random: np.random.Generator, passage: np.ndarray, kind: str) -> np.ndarray:
-        """What is not the passage: "exchanged" quarters as in the task, in lessons "unrelated" bytes or either, "mixed"."""
+        """What is not the passage: "exchanged" quarters, and in lessons "unrelated" bytes or either, "mixed"."""
         if kind == "exchanged":
             return _exchanged(random, passage)
         other = self._cut(random, *passage.shape)
