@@ -174,7 +174,9 @@ def gaps(rows: Iterable[Row], kinds: Sequence[Kind]) -> dict[tuple[Line, str], G
             alone = all(held[file, task.name, task.seq_len] == 1 for file in _files(stratum))
             named = replace(stratum, variation="", stratum=True) if alone else stratum  # other files name it anyhow
             mine = [each for each in said if each.task is stratum]
-            for gap in columns(named, [kind for kind in kinds if answers(stratum, kind)], mine, len(task.family)):
+            for gap in columns(
+                named, [kind for kind in kinds if answers(stratum, kind)], mine, len(task.family(stratum))
+            ):
                 before = found.get((gap.line, gap.kind.key))
                 if before is None or _order(gap) > _order(before):
                     found[gap.line, gap.kind.key] = gap

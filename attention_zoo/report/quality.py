@@ -139,11 +139,11 @@ class Task:
         """All of one stratum."""
         return [] if self.full is None else comparisons(self.name, self.metric, self.others, self.full)
 
-    @cached_property
-    def family(self) -> list[Comparison]:
-        """All that are judged together, over all strata; those of single seeds tell nothing where others have more."""
-        told = [each for each in self.strata if any(len(one.pairs) > 1 for one in each.comparisons)]
-        return [one for each in told or self.strata for one in each.comparisons]
+    def family(self, stratum: Task) -> list[Comparison]:
+        """All that are judged together with those of a stratum: of every other one, too, but where single seeds tell
+        nothing whatever they are."""
+        told = [each for each in self.strata if each is stratum or any(len(one.pairs) > 1 for one in each.comparisons)]
+        return [one for each in told for one in each.comparisons]
 
     def apart(self, each: Learnt) -> list[str]:
         """In what the runs of a mechanism differ from those of the reference beside the mechanism itself."""
@@ -166,7 +166,8 @@ class Task:
 
     def obstacles(self) -> list[str]:
         """Why nothing may be said of differences between mechanisms on this task; empty where something may."""
-        many = [each.hindered(len(self.family)) for each in self.strata if each.others or len(self.strata) == 1]
+        asked = [each for each in self.strata if each.others or len(self.strata) == 1]
+        many = [each.hindered(len(self.family(each))) for each in asked]
         return [] if any(not each for each in many) else list(dict.fromkeys(why for each in many for why in each))
 
     def hindered(self, comparisons: int) -> list[str]:

@@ -142,13 +142,15 @@ def compared(task: Task) -> list[Compared]:
 def compare(task: Task) -> list[Compared]:
     """The same with the obstacles of the task as refusals. All that is said of a task on one page, here and in the
     matrix of `advice`, is of these verdicts, so that it is one family."""
-    verdicts = judge({str(id(each)): each.pairs for each in task.family}, margin(task.metric))
     found = []
     for stratum in task.strata:
-        why = next(iter(stratum.hindered(len(task.family))), None)
-        for each in stratum.comparisons:
-            verdict = verdicts.get(str(id(each))) or Verdict(each.pairs, different=False, equivalent=False, level=0.0)
-            found.append(Compared(stratum, each, verdict, why or _refusal(stratum, each.learnt), len(task.family)))
+        family = task.family(stratum)
+        verdicts = judge({str(place): each.pairs for place, each in enumerate(family)}, margin(task.metric))
+        why = next(iter(stratum.hindered(len(family))), None)
+        for each, verdict in zip(family, verdicts.values()):
+            if any(each is mine for mine in stratum.comparisons):
+                refusal = why or _refusal(stratum, each.learnt)
+                found.append(Compared(stratum, each, verdict, refusal, len(family)))
     return found
 
 
