@@ -161,6 +161,10 @@ def test_seeds_of_two_files_are_pooled_and_of_other_code_each_keeps_its_own_refe
     assert sorted(len(each.verdict.pairs) for each in both) == [5, 7]
     assert {each.kind for each in both} == {"worse"}
     assert {each.family for each in both} == {2}, "what one page says of one task is one family"
+    single = compare(one(rows + [row for row in other if row["seed"] == 0]))
+    assert sorted((len(each.verdict.pairs), each.family) for each in single) == [(1, 2), (7, 1)], (
+        "one seed tells nothing"
+    )
 
 
 def test_what_several_places_are_called() -> None:
