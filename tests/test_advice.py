@@ -23,12 +23,12 @@ from attention_zoo.advice.kinds import KINDS, WORDS, kinds_of
 from attention_zoo.advice.lines import line_of
 from attention_zoo.advice.matrix import Matrix
 from attention_zoo.advice.prices import FARTHEST, price
-from attention_zoo.advice.reach import ALL, accuracy, reach_of
 from attention_zoo.advice.section import section
 from attention_zoo.advice.sentences import Advice, advice
 from attention_zoo.commands.main import main
 from attention_zoo.report import build_report, costs
 from attention_zoo.report.costs import PEAK, TIME
+from attention_zoo.report.reach import ALL, accuracy, reach_of
 from attention_zoo.report.rows import sift
 from attention_zoo.statistics import Pairs, judge, preset_seeds
 

@@ -1,26 +1,28 @@
 """What a mechanism learnt beside full attention, by kind of problem: the cells of the matrix.
 
-All columns of one task and file are one family, paired by seed, so that of all that is said of it at one length
-nothing is false with 95 % (see `statistics`): recall within and beyond reach are two comparisons of each mechanism.
-Where the report gives no verdict there is no figure of a gap either, but "not known" and why.
+Verdicts are those of the report (`report.verdicts`): all comparisons of one task are one family, paired by seed, so
+that of all that a page says of it at one length nothing is false with 95 %, here or there. Where the report gives no
+verdict there is no figure of a gap either, but "not known" and why.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from attention_zoo.advice.kinds import KINDS, Kind, answers
+from attention_zoo.advice.kinds import Kind, answers
 from attention_zoo.advice.lines import OWN, Line, line_of, positions_of
-from attention_zoo.advice.reach import accuracy, reach_of
 from attention_zoo.report import quality, units
-from attention_zoo.report.metrics import could_words, difference_words, margin, margin_words, seeds_words, value_words
-from attention_zoo.report.quality import Learnt, Task
+from attention_zoo.report.comparisons import Score, edge_of, mean, scores
+from attention_zoo.report.learnt import Learnt, missing
+from attention_zoo.report.machines import several
+from attention_zoo.report.metrics import could_words, difference_words, margin_words, seeds_words, value_words
+from attention_zoo.report.quality import Task
 from attention_zoo.report.rows import FROM
+from attention_zoo.report.verdicts import Compared, compare
 from attention_zoo.results.row import Row
-from attention_zoo.statistics import Pairs, Verdict, judge
-
-Scores = list[tuple[object, float]]
+from attention_zoo.statistics import Verdict
 
 NO_ROWS = "no rows"
 SHORT = (
@@ -47,6 +49,7 @@ class Gap:
         edge: up to which distance answers are within reach, in columns that ask that.
         rows: what all of this rests on, full attention's last.
         family: how many comparisons are judged together with this one.
+        several: "2 machines", where its seeds are of several places; "" of one.
     """
 
     kind: Kind
@@ -59,6 +62,7 @@ class Gap:
     edge: int | None = None
     rows: Sequence[Row] = field(default_factory=list)
     family: int = 0
+    several: str = ""
 
     @property
     def known(self) -> bool:
@@ -107,14 +111,15 @@ class Gap:
         """The cell in a table."""
         if self.task is None:
             return f"not known: {NO_ROWS}"
-        reached = value_words(self.value, self.task.metric)
+        of = f" [seeds of {self.several}]" if self.several else ""
+        reached = f"{value_words(self.value, self.task.metric)}{of}"
         if self.reference and self.value is None:
             return "nothing lies there"
         if self.reference:
             return reached if self.why is None else f"{reached} ({self.brief})"
         if not self.known:
             return f"not known: {self.brief}" + ("" if self.value is None else f"; reached {reached}")
-        return f"{self.gap_words()}, {self.verdict_words}"
+        return f"{self.gap_words()}, {self.verdict_words}{of}"
 
     @property
     def brief(self) -> str:
@@ -133,9 +138,9 @@ class Gap:
             "as good": f"as good as full attention {within}", None: "not told apart from full attention",
         }[self.judged]  # fmt: skip
         said += f", and yet as good {within}" if self.judged == "worse" and self.as_good else ""
-        seeds = len(self.verdict.pairs) if self.verdict else 0
+        seeds, of = len(self.verdict.pairs) if self.verdict else 0, f" of {self.several}" if self.several else ""
         could = f"; {shown}" if self.judged is None and (shown := self._could_show()) else ""
-        return f"{said}, gap {self.gap_words()}, 95 % interval of {seeds} seeds{self._positions()}{could}"
+        return f"{said}, gap {self.gap_words()}, 95 % interval of {seeds} seeds{of}{self._positions()}{could}"
 
     def _positions(self) -> str:
         """That not the pattern alone is another where a mechanism brings positions: they may be all of the gap."""
@@ -160,63 +165,62 @@ def gaps(rows: Iterable[Row], kinds: Sequence[Kind]) -> dict[tuple[Line, str], G
     Of several tasks that answer one column, such as those of several files, a line is told by the one with a verdict,
     then by the one with most seeds.
     """
-    files: dict[str, list[Row]] = {}
-    for row in rows:
-        if row["kind"] == "quality":
-            files.setdefault(str(row.get(FROM) or ""), []).append(row)
-    every = [task for many in files.values() for task in quality.tasks(many)]
+    every = quality.tasks(rows)
+    held = Counter((file, task.name, task.seq_len) for task in every for file in _files(task))
     found: dict[tuple[Line, str], Gap] = {}
     for task in every:
-        # also those that nobody asks for: what is said of a column depends on the rows alone
-        answered = [kind for kind in dict.fromkeys([*KINDS, *kinds]) if answers(task, kind)]
-        for gap in columns(task, answered):
-            before = found.get((gap.line, gap.kind.key))
-            if gap.kind in kinds and (before is None or _order(gap) > _order(before)):
-                found[gap.line, gap.kind.key] = gap
+        said = compare(task)
+        for stratum in task.strata:
+            alone = all(held[file, task.name, task.seq_len] == 1 for file in _files(stratum))
+            named = replace(stratum, variation="", stratum=True) if alone else stratum  # other files name it anyhow
+            mine = [each for each in said if each.task is stratum]
+            for gap in columns(
+                named, [kind for kind in kinds if answers(stratum, kind)], mine, len(task.family(stratum))
+            ):
+                before = found.get((gap.line, gap.kind.key))
+                if before is None or _order(gap) > _order(before):
+                    found[gap.line, gap.kind.key] = gap
     return {cell: gap for kind in kinds for cell, gap in found.items() if cell[1] == kind.key}
+
+
+def _files(task: Task) -> set[str]:
+    return {str(row.get(FROM) or "") for each in task.learnt for row in (*each.rows, *each.failed)}
 
 
 def _order(gap: Gap) -> tuple[bool, int]:
     return gap.known, len(gap.rows)
 
 
-def columns(task: Task, kinds: Sequence[Kind]) -> list[Gap]:
-    """All cells of one task in the columns that it answers."""
-    full, found = task.full, []
-    family: dict[str, Pairs] = {}
-    for kind in kinds:
-        for each in task.others:
-            own, theirs = _beside(each, full, kind)
-            if own and theirs:  # a mechanism that is never asked takes no part in the family
-                family[_cell(each, kind)] = Pairs.of(own, theirs)
-    verdicts, reasons = judge(family, margin(task.metric)), task.obstacles(len(family))
+def columns(task: Task, kinds: Sequence[Kind], said: Sequence[Compared], family: int) -> list[Gap]:
+    """All cells of one task in the columns that it answers.
+
+    Args:
+        task: or a stratum of one.
+        kinds: the columns.
+        said: what the report says of it.
+        family: how many comparisons were judged together.
+    """
+    full, reasons, found = task.full, task.hindered(family), []
     for kind in kinds:
         for each in task.learnt:
             if not each.rows:
-                lost = ", ".join(dict.fromkeys(quality.missing(row) for row in each.failed))
+                lost = ", ".join(dict.fromkeys(missing(row) for row in each.failed))
                 found.append(Gap(kind, line_of(each.failed[0]), lost, task, rows=each.failed))
                 continue
-            own, theirs = _beside(each, full, kind)
-            verdict = verdicts.get(_cell(each, kind))
-            why = reasons[0] if reasons else _refusal(task, each, kind, own, len(family), verdict)
+            edge = None if kind.part == "all" else edge_of(each)
+            own, theirs = ([] if one is None else scores(one, kind.part, edge) for one in (each, full))
+            told = next((one for one in said if one.learnt is each and one.comparison.part == kind.part), None)
+            why = reasons[0] if reasons else _refusal(task, each, kind, own, family, told)
             rows = [*each.rows, *(full.rows if full is not None and full is not each else [])]
-            line, edge = line_of(each.rows[0]), _edge(each, kind)
-            found.append(Gap(kind, line, why, task, _mean(own), _mean(theirs), verdict, edge, rows, len(family)))
+            verdict = None if told is None else told.verdict
+            places = several(each.places) if told is None else told.several
+            line = line_of(each.rows[0])
+            found.append(Gap(kind, line, why, task, mean(own), mean(theirs), verdict, edge, rows, family, places))
     return found
 
 
-def _cell(each: Learnt, kind: Kind) -> str:
-    return f"{kind.key}: {each.label}"
-
-
-def _beside(each: Learnt, full: Learnt | None, kind: Kind) -> tuple[Scores, Scores]:
-    """Seed and figure of the runs of a mechanism and of full attention, on the same answers."""
-    edge = _edge(each, kind)
-    return _by_seed(each, kind, edge), [] if full is None else _by_seed(full, kind, edge)
-
-
 def _refusal(
-    task: Task, each: Learnt, kind: Kind, own: Sequence[tuple[object, float]], family: int, verdict: Verdict | None
+    task: Task, each: Learnt, kind: Kind, own: Sequence[Score], family: int, told: Compared | None
 ) -> str | None:
     """Why nothing is known of one mechanism where something may be of others."""
     if not own:
@@ -228,6 +232,7 @@ def _refusal(
         return f"its runs differ from those of full in more than the mechanism ({', '.join(apart)})"
     if undertrained := task.undertrained(each):
         return f"undertrained: it {undertrained}"
+    verdict = None if told is None else told.verdict
     if verdict is None or not len(verdict.pairs):
         return f"no seed in common with full, {seeds_words(family)}"
     if len(verdict.pairs) == 1:
@@ -235,23 +240,3 @@ def _refusal(
     if not verdict.pairs.spread and not (verdict.different or verdict.equivalent):
         return f"the same difference in all {len(verdict.pairs)} seeds tells no spread, {seeds_words(family)}"
     return None
-
-
-def _edge(each: Learnt, kind: Kind) -> int | None:
-    """The nearest edge among the runs: what is within it is so for each of them."""
-    if kind.part == "all":
-        return None
-    known = [reach_of(row).edge for row in each.rows]
-    return None if not known or None in known else min(edge for edge in known if edge is not None)
-
-
-def _by_seed(each: Learnt, kind: Kind, edge: int | None) -> Scores:
-    """Seed and figure of every run that has one."""
-    if kind.part == "all":
-        return [(row.get("seed"), value) for row, value in zip(each.rows, each.values)]
-    told = [(row.get("seed"), accuracy(row, edge, beyond=kind.part == "beyond")) for row in each.rows]
-    return [(seed, value) for seed, value in told if value is not None]
-
-
-def _mean(values: Sequence[tuple[object, float]]) -> float | None:
-    return sum(value for _, value in values) / len(values) if values else None

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from attention_zoo import registry
-from attention_zoo.advice.reach import mechanism
 from attention_zoo.model.mechanisms import has_own_positions
 from attention_zoo.report import groups
 from attention_zoo.report import rows as results
+from attention_zoo.report.reach import mechanism
 from attention_zoo.results.row import Row
 
 SILENT = ("kernel", "seed", "global_projections")

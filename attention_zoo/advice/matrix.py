@@ -177,5 +177,6 @@ def _of_gap(gap: Gap) -> dict[str, Any]:
         "mechanism": gap.line.label, "column": gap.kind.key, "unit": gap.task.metric if gap.task else None,
         "known": gap.known, "why": gap.why, "value": gap.value, "full": gap.full, "edge": gap.edge,
         "gap": pairs.mean if pairs else None, "low": low, "high": high, "seeds": len(pairs) if pairs else None,
+        "seeds_of": gap.several or None,
         "verdict": gap.verdict_words if gap.known else None, "rows": [Source.of(row)._asdict() for row in gap.rows],
     }  # fmt: skip

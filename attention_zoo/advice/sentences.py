@@ -16,9 +16,9 @@ from attention_zoo.advice.kinds import Kind
 from attention_zoo.advice.lines import Line
 from attention_zoo.advice.matrix import Matrix
 from attention_zoo.advice.prices import Costed, Price
-from attention_zoo.advice.reach import ALL, Reach, reach_of
 from attention_zoo.report import units
 from attention_zoo.report.costs import PEAK, TIME, Setting
+from attention_zoo.report.reach import ALL, Reach, reach_of
 from attention_zoo.results.row import Row
 
 

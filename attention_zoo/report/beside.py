@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from attention_zoo.report import groups
 from attention_zoo.report.costs import Series
-from attention_zoo.report.quality import Learnt, Task
+from attention_zoo.report.learnt import Learnt
+from attention_zoo.report.quality import Task
 
 
 def trained_at(learnt: Learnt, series: Series) -> str | None:

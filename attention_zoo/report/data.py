@@ -15,9 +15,10 @@ from attention_zoo.report import rows as results
 from attention_zoo.report.again_by import command_of
 from attention_zoo.report.beside import pairs
 from attention_zoo.report.fields import Fields, facts
+from attention_zoo.report.learnt import missing
 from attention_zoo.report.metrics import SHARES, metric_words
 from attention_zoo.report.palette import styles
-from attention_zoo.report.quality import LEARNT, Task, missing
+from attention_zoo.report.quality import LEARNT, Task
 from attention_zoo.report.summary import Findings, labels
 from attention_zoo.results.row import Row
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from attention_zoo.report.metrics import RESULT
 from attention_zoo.results.row import Row
 
+EARLY = ("time", "stop_at", "patience")
+"""What ends a run before its last step."""
+
 
 def ended(row: Row, by: str) -> bool:
-    """Whether a run ended before its last step by this: "time", "stop_at" or "patience"."""
+    """Whether a run ended before its last step by this, one of `EARLY`."""
     return str(row.get("stopped") or "").startswith(by)
 
 

@@ -22,6 +22,8 @@ from attention_zoo.results.row import Row
 
 Facts = Mapping[str, str]
 """Dotted name -> value in words."""
+Place = tuple[tuple[str, str], ...]
+"""Where and by what a row was made: facts and their values."""
 
 SILENT = COSMETIC | {"retry", "seed", "trainer.log_every", "trainer.checkpoint_every"}
 """Keys of a config that change nothing about what is computed, and the seed, over which a group is taken."""
@@ -46,7 +48,7 @@ class Group(NamedTuple):
     kernel: str
     options: tuple[tuple[str, str], ...]
     made: tuple[tuple[str, str], ...]
-    place: tuple[tuple[str, str], ...]
+    place: Place
 
     @property
     def shared(self) -> dict[str, str]:
@@ -79,7 +81,7 @@ def shortening(row: Row) -> str:
     return " ".join([str(how.get("method")), str(how.get("budget")), *rest])
 
 
-def place_of(row: Row) -> tuple[tuple[str, str], ...]:
+def place_of(row: Row) -> Place:
     """Where and by what a row was made."""
     environment = row.get("environment") or {}
     cuda = environment.get("cuda")

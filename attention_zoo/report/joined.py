@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from attention_zoo.report import quality, units
 from attention_zoo.report.beside import trained_at
 from attention_zoo.report.costs import Series
-from attention_zoo.report.quality import Learnt, Task
+from attention_zoo.report.learnt import Learnt
+from attention_zoo.report.quality import Task
 
 OTHER = "°"
 """The mark of what was learnt at other options than those whose costs stand in the same line."""

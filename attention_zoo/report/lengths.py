@@ -18,8 +18,9 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from attention_zoo.report import units
+from attention_zoo.report.learnt import Learnt
 from attention_zoo.report.metrics import RESULT, SHARES
-from attention_zoo.report.quality import Learnt, Task
+from attention_zoo.report.quality import Task
 from attention_zoo.results.row import Row
 from attention_zoo.training.conditions import SEPARATOR
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from attention_zoo.report import convergence, groups, units
+from attention_zoo.report import convergence, groups, machines, units
 from attention_zoo.report import rows as results
+from attention_zoo.report.comparisons import Comparison, comparisons
 from attention_zoo.report.endings import by_its_judge, ended
-from attention_zoo.report.groups import COMPRESS, Group, shortening
+from attention_zoo.report.groups import COMPRESS, shortening
+from attention_zoo.report.learnt import Learnt
 from attention_zoo.report.metrics import PRIMARY, RESULT, SETS, SHARES, metric_words, seeds_words, spoken, value_words
 from attention_zoo.results.row import Row
 
@@ -22,98 +25,6 @@ PARITY = 1.10
 
 
 @dataclass(frozen=True)
-class Learnt:
-    """One mechanism on one task: runs that differ in their seed alone.
-
-    Fields:
-        backend: of all.
-        label: the backend, and in what it differs from others on the task.
-        rows: finished runs, one a seed.
-        failed: runs without a figure: those that did not finish, and those that were not scored by this metric.
-        metric: that of the task.
-        group: what the runs have in common.
-    """
-
-    backend: str
-    label: str
-    rows: list[Row]
-    failed: list[Row]
-    metric: str
-    group: Group
-
-    @property
-    def reads_less(self) -> bool:
-        """Whether documents were shortened for it and not for all on the task: costs at whole lengths are not its."""
-        return f"{COMPRESS}=" in self.label
-
-    @property
-    def values(self) -> list[float]:
-        return [float(row["metrics"][self.metric]) for row in self.rows]
-
-    @property
-    def mean(self) -> float | None:
-        return sum(self.values) / len(self.values) if self.rows else None
-
-    def also(self, metric: str) -> float | None:
-        """The mean of another metric."""
-        values = [float(row["metrics"][metric]) for row in self.rows if metric in row["metrics"]]
-        return sum(values) / len(values) if values else None
-
-    def on(self, name: str) -> float | None:
-        """The mean of the metric on one evaluation set; None where no run was scored on it."""
-        found = [(row.get("evaluations") or {}).get(name, {}).get(self.metric) for row in self.rows]
-        values = [float(value) for value in found if value is not None]
-        return sum(values) / len(values) if values else None
-
-    def span(self, key: str | Callable[[Row], Any], words: Callable[[Any], str]) -> str:
-        """What the runs say under a key, in words: one figure, or from the least to the most."""
-        ask = key if callable(key) else lambda row: row.get(key)
-        values = sorted(value for row in self.rows if (value := ask(row)) is not None)
-        said = list(dict.fromkeys(words(value) for value in (values[0], values[-1]))) if values else [units.NONE]
-        return " to ".join(said)
-
-    @property
-    def cut_short(self) -> bool:
-        """Whether a time budget ended a run, which then saw fewer tokens than others."""
-        return any(ended(row, "time") for row in self.rows)
-
-    @property
-    def seeds(self) -> int:
-        return len({row.get("seed") for row in self.rows})
-
-    def paired(self, other: Learnt) -> int:
-        """Seeds that both were trained with."""
-        return len({row.get("seed") for row in self.rows} & {row.get("seed") for row in other.rows})
-
-    def words(self) -> str:
-        """The figure, with the range over seeds where there are several; of one seed its interval over rows."""
-        if not self.rows:
-            return ", ".join(dict.fromkeys(missing(row) for row in self.failed)) or units.NONE
-        said = value_words(self.mean, self.metric)
-        if self.seeds > 1:
-            low, high = (value_words(end(self.values), self.metric).removesuffix(" %") for end in (min, max))
-            return f"{said} ({low}–{high})"
-        found = self.over_rows
-        if found is None:
-            return said
-        ends = "–".join(value_words(end, self.metric).removesuffix(" %") for end in found[0])
-        return f"{said} (95 % over {units.count(found[1])} rows: {ends})"
-
-    @property
-    def over_rows(self) -> tuple[list[float], int] | None:
-        """Of a single run: the interval of its figure over the rows that it was evaluated on, and how many they are."""
-        sets = (self.rows[0].get("by_set") or {}) if len(self.rows) == 1 else {}
-        judged: Any = sets.get(RESULT) or next(iter(sets.values()), {})
-        interval = judged.get("interval")
-        return None if interval is None else (interval, judged["rows"])
-
-
-def missing(row: Row) -> str:
-    """Why a row holds no figure: how it ended, or that it was scored otherwise."""
-    return "not scored by it" if results.ok(row) else results.status(row)
-
-
-@dataclass(frozen=True)
 class Task:
     """All mechanisms on one task at one sequence length.
 
@@ -121,9 +32,10 @@ class Task:
         name: of the task.
         seq_len: tokens of a row; 0 where no run lived to tell.
         metric: by which runs are judged.
-        learnt: the groups of runs.
+        learnt: the groups of runs, those of each place apart.
         variation: in what it differs from other tasks of its name and length; mostly nothing.
         better: whether a "higher" or a "lower" metric is better, as the rows say; None: they do not.
+        stratum: whether this is one of the `strata` of a task, whose groups may be of several places.
     """
 
     name: str
@@ -132,6 +44,7 @@ class Task:
     learnt: list[Learnt]
     variation: str = ""
     better: str | None = None
+    stratum: bool = False
 
     @property
     def lower_is_better(self) -> bool:
@@ -209,15 +122,32 @@ class Task:
 
     @property
     def others(self) -> list[Learnt]:
-        """All that is compared with the reference, whether or not anything can be said of it: a family."""
+        """All that is compared with the reference, whether or not anything can be said of it."""
         return [each for each in self.learnt if each.rows and each is not self.full]
+
+    @cached_property
+    def strata(self) -> list[Task]:
+        """The same by what may be compared: each with a full attention of its own, seeds of several machines pooled.
+        Mostly this task alone."""
+        many = [] if self.stratum else machines.strata(self.learnt)
+        if not many or (len(many) == 1 and all(each is mine for each, mine in zip(many[0], self.learnt))):
+            return [self]
+        return [replace(self, learnt=each, stratum=True) for each in many]
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """All of one stratum."""
+        return [] if self.full is None else comparisons(self.name, self.metric, self.others, self.full)
+
+    def family(self, stratum: Task) -> list[Comparison]:
+        """All that are judged together with those of a stratum: of every other one, too, but where single seeds tell
+        nothing whatever they are."""
+        told = [each for each in self.strata if each is stratum or any(len(one.pairs) > 1 for one in each.comparisons)]
+        return [one for each in told for one in each.comparisons]
 
     def apart(self, each: Learnt) -> list[str]:
         """In what the runs of a mechanism differ from those of the reference beside the mechanism itself."""
-        if self.full is None:
-            return []
-        found = groups.differing([self.full.group.shared, each.group.shared])
-        return [key for key in found if not groups.meant(key, [*self.full.rows, *each.rows])]
+        return [] if self.full is None else machines.apart(self.full, each)
 
     def undertrained(self, each: Learnt) -> str | None:
         """Why the trainings of a mechanism were too short to tell what it can learn; None where they were not."""
@@ -234,11 +164,17 @@ class Task:
             return f"reached {units.percent(right)} within the {far} tokens that it surely sees, below {LEARNT:.0%}"
         return None
 
-    def obstacles(self, comparisons: int | None = None) -> list[str]:
-        """Why nothing may be said of differences between mechanisms on this task; empty where something may.
+    def obstacles(self) -> list[str]:
+        """Why nothing may be said of differences between mechanisms on this task; empty where something may."""
+        asked = [each for each in self.strata if each.others or len(self.strata) == 1]
+        many = [each.hindered(len(self.family(each))) for each in asked]
+        return [] if any(not each for each in many) else list(dict.fromkeys(why for each in many for why in each))
+
+    def hindered(self, comparisons: int) -> list[str]:
+        """The same of one stratum.
 
         Args:
-            comparisons: of the family, for the seeds that it takes; default one for each mechanism.
+            comparisons: of the family, for the seeds that it takes.
         """
         found = []
         full, others = self.full, self.others
@@ -263,7 +199,7 @@ class Task:
         if any(by_its_judge(row) for row in rows):
             found.append("no verdict: runs were stopped by the set that they are judged by")
         if full is not None and others and not any(full.paired(each) > 1 for each in others):
-            found.append(f"no verdict: one seed shows no difference, {seeds_words(comparisons or len(others))}")
+            found.append(f"no verdict: one seed shows no difference, {seeds_words(comparisons)}")
         return found
 
     def _full_undertrained(self, full: Learnt) -> str | None:

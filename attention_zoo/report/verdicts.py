@@ -6,19 +6,23 @@ among them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from attention_zoo.report import units
 from attention_zoo.report.cells import Table
+from attention_zoo.report.comparisons import Comparison
+from attention_zoo.report.learnt import Learnt
+from attention_zoo.report.machines import several
 from attention_zoo.report.metrics import could_words, difference_words, margin, margin_words, seeds_words, value_words
-from attention_zoo.report.quality import Learnt, Task
-from attention_zoo.statistics import Pairs, Verdict, judge
+from attention_zoo.report.quality import Task
+from attention_zoo.statistics import Verdict, judge
 
 UNCERTAIN = (
-    "Each mechanism is compared with full attention alone, seed by seed: paired t tests by Holm's steps over all "
-    "mechanisms of the task at that length, and as good is what two one-sided tests hold within a margin. Of all "
-    "verdicts of a task at a length none is false with a probability of 95 %; tasks and lengths stand each for "
+    "Each mechanism is compared with full attention alone, seed by seed, both trained on one machine: paired t tests "
+    "by Holm's steps over all comparisons of the task at that length, recall within and beyond a mechanism's reach "
+    "being two, and as good is what two one-sided tests hold within a margin. Of all verdicts of a task at a length, "
+    "those of the matrix among them, none is false with a probability of 95 %; tasks and lengths stand each for "
     "themselves. Intervals are of each difference alone, 95 %. Mechanisms are not compared with one another."
 )
 
@@ -31,18 +35,36 @@ class Compared:
     """One mechanism beside full attention.
 
     Fields:
-        task: on which.
-        learnt: what it reached.
+        task: on which, or which stratum of it.
+        comparison: what is compared.
         verdict: of the tests; what is shown is not said where there is a refusal.
         refusal: why nothing may be said of it, or None.
-        family: how many mechanisms are compared with full attention there.
+        family: how many comparisons are judged together.
     """
 
     task: Task
-    learnt: Learnt
+    comparison: Comparison
     verdict: Verdict
     refusal: str | None
     family: int
+
+    @property
+    def learnt(self) -> Learnt:
+        """What it reached."""
+        return self.comparison.learnt
+
+    @property
+    def where(self) -> str:
+        """Which answers it is of, as the beginning of a phrase; "" of all."""
+        edge = self.comparison.edge
+        if self.comparison.part == "all" or edge is None:
+            return ""
+        return f"up to {edge:,} back " if self.comparison.part == "within" else f"over {edge:,} back "
+
+    @property
+    def several(self) -> str:
+        """ "2 machines", where its pairs are of several places; "" of one."""
+        return several(self.comparison.places)
 
     @property
     def kind(self) -> str | None:
@@ -73,14 +95,14 @@ class Compared:
         """The verdict as a part of a sentence."""
         pairs, metric = self.verdict.pairs, self.task.metric
         if self.kind is None:
-            return f"no verdict: {self.refusal or self._why()}{self._left_out()}"
+            return f"no verdict: {self.refusal or self._why()}{self._notes()}"
         within = f"(within ± {margin_words(metric)})"
         interval = "" if self.interval == units.NONE else f" (95 %: {self.interval})"
         if self.kind == "as good":
-            return f"as good as full {within}, difference {self.difference}{interval}{self._left_out()}"
+            return f"as good as full {within}, difference {self.difference}{interval}{self._notes()}"
         size = difference_words(abs(pairs.mean or 0.0), metric)
         also = f", and yet as good {within}" if self.verdict.equivalent else ""
-        return f"{self.kind} than full by {size}{interval}{also}{self._left_out()}"
+        return f"{self.kind} than full by {size}{interval}{also}{self._notes()}"
 
     def _why(self) -> str:
         """Why the tests show nothing."""
@@ -95,26 +117,40 @@ class Compared:
             return f"{same} tells no spread, {seeds_words(self.family)}"
         return could_words(verdict, metric)
 
-    def _left_out(self) -> str:
-        pairs = self.verdict.pairs
-        said = []
+    def _notes(self) -> str:
+        pairs, said = self.verdict.pairs, []
+        several_places = several(place for _, place, _ in (*self.comparison.own, *self.comparison.theirs))
         if pairs.unpaired:
-            said.append(f"{pairs.unpaired} {'seed' if pairs.unpaired == 1 else 'seeds'} that only one of both has")
+            alone = "not both have in one place" if several_places else "only one of both has"
+            said.append(f"{pairs.unpaired} {_seeds(pairs.unpaired)} that {alone}")
         if pairs.broken:
-            said.append(f"{pairs.broken} {'seed' if pairs.broken == 1 else 'seeds'} without a finite figure")
-        return f" [without {' and '.join(said)}]" if said else ""
+            said.append(f"{pairs.broken} {_seeds(pairs.broken)} without a finite figure")
+        left = f"without {' and '.join(said)}" if said else ""
+        notes = [f"seeds of {self.several}" if self.several else "", left]
+        return f" [{', '.join(filter(None, notes))}]" if any(notes) else ""
+
+
+def _seeds(count: int) -> str:
+    return "seed" if count == 1 else "seeds"
 
 
 def compared(task: Task) -> list[Compared]:
-    """Every mechanism of a task beside full attention; none where nothing may be said of the task at all."""
-    full, others = task.full, task.others
-    if full is None or not others or task.obstacles():
-        return []
-    family = {each.label: Pairs.of(_by_seed(each), _by_seed(full)) for each in others}
-    verdicts = judge(family, margin(task.metric))
+    """Every comparison of a task with full attention; none where nothing may be said of the task at all."""
+    return [] if task.obstacles() else compare(task)
+
+
+def compare(task: Task) -> list[Compared]:
+    """The same with the obstacles of the task as refusals. All that is said of a task on one page, here and in the
+    matrix of `advice`, is of these verdicts, so that it is one family."""
     found = []
-    for each in others:
-        found.append(Compared(task, each, verdicts[each.label], _refusal(task, each), len(others)))
+    for stratum in task.strata:
+        family = task.family(stratum)
+        verdicts = judge({str(place): each.pairs for place, each in enumerate(family)}, margin(task.metric))
+        why = next(iter(stratum.hindered(len(family))), None)
+        for each, verdict in zip(family, verdicts.values()):
+            if any(each is mine for mine in stratum.comparisons):
+                refusal = why or _refusal(stratum, each.learnt)
+                found.append(Compared(stratum, each, verdict, refusal, len(family)))
     return found
 
 
@@ -126,47 +162,49 @@ def _refusal(task: Task, each: Learnt) -> str | None:
     return None if why is None else f"undertrained, it {why}"
 
 
-def _by_seed(learnt: Learnt) -> list[tuple[Any, float]]:
-    return [(row.get("seed"), value) for row, value in zip(learnt.rows, learnt.values)]
-
-
 def sentence(task: Task) -> str:
     """All that is said of a task's mechanisms, beside what they reached."""
     length = f" ({task.seq_len:,} tokens)" if task.seq_len else ""
     start = f"On {task.named}{length}, {task.judged}: "
-    found, told = compared(task), _told(task)
-    rest = sum(bool(each.rows) for each in task.learnt) - len(told)
+    found = compared(task)
+    many = [each for stratum in task.strata for each in stratum.learnt if each.rows] if found else task.learnt
+    told = _told(task, many)
+    rest = sum(bool(each.rows) for each in many) - len(told)
     more = [f"{rest:,} more, in the table"] if rest else []
-    if not found or task.full is None:
+    if not found:
         figures = [f"{each.label} {each.words()}" for each in told]
         obstacles = task.obstacles()
         tail = f" ({'; '.join(obstacles)})" if obstacles else ""
         return f"{start}{units.listed([*figures, *more])}{tail}."
-    parts = [f"{task.full.label} {task.full.words()}"]
-    parts += [
-        f"{each.learnt.label} {value_words(each.learnt.mean, task.metric)}, {each.words()}"
-        for each in found
-        if any(each.learnt is one for one in told)
-    ]
+    parts = []
+    for learnt in told:
+        own = [each for each in found if each.learnt is learnt]
+        where = f" [seeds of {where}]" if not own and (where := several(learnt.places)) else ""
+        value = value_words(learnt.mean, task.metric) if own else learnt.words()
+        parts.append(", ".join([f"{learnt.label} {value}{where}", *(f"{each.where}{each.words()}" for each in own)]))
     return f"{start}{'; '.join([*parts, *more])}."
 
 
-def _told(task: Task) -> list[Learnt]:
+def _told(task: Task, many: Sequence[Learnt]) -> list[Learnt]:
     """What a sentence names: all, or, of more than anyone reads in one, full attention and the best."""
-    learnt = [each for each in task.learnt if each.rows]
+    learnt = [each for each in many if each.rows]
     if len(learnt) <= MOST_TOLD:
         return learnt
-    full, sign = task.full, 1 if task.lower_is_better else -1
-    best = sorted((each for each in learnt if each is not full), key=lambda each: sign * (each.mean or 0.0))
-    kept = {id(each) for each in best[: MOST_TOLD - (full is not None)]} | {id(full)}
+    references = [task.full, *(stratum.full for stratum in task.strata)]
+    full = [each for each in learnt if any(each is one for one in references)]
+    sign = 1 if task.lower_is_better else -1
+    best = sorted((each for each in learnt if each not in full), key=lambda each: sign * (each.mean or 0.0))
+    kept = {id(each) for each in (*full, *best[: max(0, MOST_TOLD - len(full))])}
     return [each for each in learnt if id(each) in kept]
 
 
 def verdicts_table(task: Task) -> Table:
-    """A line for each mechanism beside full attention; no line where nothing may be said of the task."""
+    """A line for each comparison with full attention; no line where nothing may be said of the task."""
     headers = ["", "reached", "seeds in pairs", "difference from full", "95 % interval", "verdict"]
-    return Table(
-        headers,
-        [[each.learnt.label, value_words(each.learnt.mean, task.metric), str(len(each.verdict.pairs)), each.difference,
-          each.interval, each.words()] for each in compared(task)],
-    )  # fmt: skip
+    cells = []
+    for each in compared(task):
+        seeds = " of ".join(filter(None, [str(len(each.verdict.pairs)), each.several]))
+        name = ", ".join(filter(None, [each.learnt.label, each.where.strip()]))
+        reached = value_words(each.comparison.value, task.metric)
+        cells.append([name, reached, seeds, each.difference, each.interval, each.words()])
+    return Table(headers, cells)

@@ -1,9 +1,10 @@
 """All comparisons of one task at one length: verdicts of which any is false with a probability of at most 5 %.
 
-The family is every mechanism that was trained on the task at that length, against full attention alone; other tasks and
-lengths of a report are families of their own. Two verdicts may be false: "different" where the difference is zero, and
-"as good" where it is the margin or more. No difference is both, so that of k comparisons at most k can go wrong, z in
-the first way and k - z in the second. Equivalence is tested at
+The family is every mechanism that was trained on the task at that length, against full attention alone, and of recall
+both sides of its reach (`report.comparisons`); other tasks and lengths of a report are families of their own. Two
+verdicts may be false: "different" where the difference is zero, and "as good" where it is the margin or more. No
+difference is both, so that of k comparisons at most k can go wrong, z in the first way and k - z in the second.
+Equivalence is tested at
 
     b = α / (2k - 1)                       each: all of α for one comparison, about α / 2k for many
 

@@ -26,6 +26,8 @@ _NOTHING = 1e-12
 """A difference that is such a rounding itself."""
 
 Array = NDArray[np.float64]
+Scores = Iterable[tuple[Hashable, float]]
+"""Seed and figure of runs."""
 
 
 def alike(differences: ArrayLike) -> NDArray[np.bool_]:
@@ -72,7 +74,7 @@ class Pairs:
 
     Fields:
         differences: of the seeds that both have, finite ones alone.
-        unpaired: seeds that only one of both has.
+        unpaired: seeds that only one of both has, or that both have in no place together.
         broken: seeds at which one of both is NaN or infinite.
     """
 
@@ -81,12 +83,23 @@ class Pairs:
     broken: int = 0
 
     @staticmethod
-    def of(own: Iterable[tuple[Hashable, float]], reference: Iterable[tuple[Hashable, float]]) -> Pairs:
+    def of(own: Scores, reference: Scores) -> Pairs:
         """From (seed, value) of both; several values of a seed count as their mean."""
-        mine, theirs = _by_seed(own), _by_seed(reference)
-        both = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-        finite = tuple(each for each in both if math.isfinite(each))
-        return Pairs(finite, len(mine.keys() ^ theirs.keys()), len(both) - len(finite))
+        return Pairs.over([(own, reference)])
+
+    @staticmethod
+    def over(places: Iterable[tuple[Scores, Scores]]) -> Pairs:
+        """The same of several places, such as machines. Both runs of a pair are of one place, which changes both alike;
+        a seed that has pairs in several counts once, with the mean of its differences, for they are no new draws."""
+        both: list[tuple[Hashable, float]] = []
+        seeds: set[Hashable] = set()
+        for own, reference in places:
+            mine, theirs = _by_seed(own), _by_seed(reference)
+            seeds |= mine.keys() | theirs.keys()
+            both += [(seed, mine[seed] - theirs[seed]) for seed in mine if seed in theirs]
+        found = _by_seed(both)
+        finite = tuple(each for each in found.values() if math.isfinite(each))
+        return Pairs(finite, len(seeds) - len(found), len(found) - len(finite))
 
     def __len__(self) -> int:
         return len(self.differences)
@@ -112,7 +125,7 @@ class Pairs:
         return self.mean - half, self.mean + half
 
 
-def _by_seed(values: Iterable[tuple[Hashable, float]]) -> dict[Hashable, float]:
+def _by_seed(values: Scores) -> dict[Hashable, float]:
     found: dict[Hashable, list[float]] = {}
     for seed, value in values:
         found.setdefault(seed, []).append(float(value))

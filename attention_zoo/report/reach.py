@@ -20,6 +20,8 @@ from attention_zoo.results.row import Row
 
 ALL = 2**62
 """Farther than any row."""
+BY_REACH = frozenset({"mqar"})
+"""Tasks of recall, whose accuracy is told within and beyond a mechanism's reach and not as a whole."""
 
 
 class Reach(NamedTuple):
@@ -85,17 +87,18 @@ def mechanism(row: Row) -> str:
 def accuracy(row: Row, edge: int | None, *, beyond: bool) -> float | None:
     """The share of right answers of a run at distances up to an edge, or beyond it.
 
-    A group of several distances is named by the largest and begins behind its half; one that holds both sides of the
-    edge counts for neither. None without any answer there, or without an edge.
+    A group of several distances is named by the largest, which may be longer than the row, and begins behind its half;
+    one that holds both sides of the edge counts for neither. None without any answer there, or without an edge.
     """
     groups: Sequence[Sequence[float]] = (row.get("by_group") or {}).get("distance") or []
     if edge is None:
         return None
     right = asked = 0.0
     names = [int(each[0]) for each in groups]
+    longest = int(row.get("seq_len") or 0) - 1 or ALL
     for distance, share, _, count in groups:
         smallest = _smallest(int(distance), names)
-        if (smallest > edge) if beyond else (0 <= distance <= edge):
+        if (smallest > edge) if beyond else (0 <= min(distance, longest) <= edge):
             right, asked = right + share * count, asked + count
     return right / asked if asked else None
 
