@@ -3,8 +3,8 @@
 RUNS is a JSON list of {name, processes, words, folder, ...}, done one after the other by forked processes; OUTPUT gets
 {name: [what each rank found]}. `cut` is {rank, step, how}: a signal that a rank (null: every one) gets when it begins
 that step, or with `calls` when it has called so many Python functions since; or {rank, after, how}: so many seconds
-after it has begun. `damage` names what is done to the folder before. `refuse` is {rank, calls}: that rank alone cannot do a
-block's call of that number, and lives on for `STAYS_S` when it has said so.
+after it has begun. `damage` names what is done to the folder before. `refuse` is {rank, calls}: that rank alone cannot
+do a block's call of that number, and lives on for `STAYS_S` when it has said so.
 """
 
 from __future__ import annotations
