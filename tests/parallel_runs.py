@@ -74,9 +74,18 @@ def one(run: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
 
 
 def refusing(calls: int) -> None:
-    """Blocks raise as a kernel that is asked for by name and does not run on some shard."""
+    """Blocks raise as a kernel that is asked for by name and does not run on some shard; by 0 calls, the device is none
+    of this process's machine."""
     from attention_zoo.model.block import Block
+    from attention_zoo.training import together
 
+    if not calls:
+
+        def of_no_device(asked: object) -> str:
+            raise ValueError(REFUSAL)
+
+        together.device_of = of_no_device
+        return
     forward, left = Block.forward, [calls]
 
     def called(self: Any, *given: Any, **named: Any) -> Any:

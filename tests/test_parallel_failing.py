@@ -17,9 +17,10 @@ WORDS = [
     "trainer.eval_every=1", "trainer.carry_state=false", "parallel.timeout_s=60", "attention=longformer",
     "attention.window=3",
 ]  # fmt: skip
-FIRST, LATER = 1, 6
-"""Calls of a block: the first of all; in the evaluation after the second step, or before."""
+DEVICE, FIRST, LATER = 0, 1, 6
+"""Before the processes have met; calls of a block: the first of all; one of the second step or of an evaluation."""
 RUNS: dict[str, tuple[int, int, int, list[str]]] = {
+    "device": (2, 1, DEVICE, []),
     "rows": (2, 1, FIRST, []),
     "tokens": (2, 0, LATER, ["parallel.sequence=2"]),
     "shares": (2, 1, LATER, ["parallel.data=fsdp"]),
@@ -43,7 +44,7 @@ def test_all_end_when_one_refuses_and_say_who_and_why(name: str, ended: dict[str
     assert [row["status"] for row in rows] == ["failed"] * processes, rows
     for rank, row in enumerate(rows):
         assert row["error"] == ("" if rank == refuser else f"process {refuser} of {processes}: ") + REFUSAL
-        assert row["refused"] == (calls == FIRST), "before the first step nothing has begun"
+        assert row["refused"] == (calls != LATER), "before the first step nothing has begun"
         # the others know it while the one that refused, its model and its tracebacks live on
         assert row["ended"] - rows[refuser]["ended"] < STAYS_S / 2
 
