@@ -52,6 +52,7 @@ def test_all_end_when_one_refuses_and_say_who_and_why(name: str, ended: dict[str
 def test_the_row_is_written_with_the_reason_of_another(ended: dict[str, Any]) -> None:
     text = (ended["place"] / "rows" / "result.json").read_text()
     assert f"process 1 of 2: {REFUSAL}" in text
+    assert not list((ended["place"] / "rows").glob("checkpoint*")), "no step was finished"
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the system does not list what a process has open")
