@@ -3,7 +3,8 @@
 RUNS is a JSON list of {name, processes, words, folder, ...}, done one after the other by forked processes; OUTPUT gets
 {name: [what each rank found]}. `cut` is {rank, step, how}: a signal that a rank (null: every one) gets when it begins
 that step, or with `calls` when it has called so many Python functions since; or {rank, after, how}: so many seconds
-after it has begun. `damage` names what is done to the folder before.
+after it has begun. `damage` names what is done to the folder before. `refuse` is {rank, calls}: that rank alone cannot
+do a block's call of that number, and lives on for `STAYS_S` when it has said so.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ KEPT = (
     "status", "error", "steps", "curve", "quality_curve", "metrics", "evaluations", "loss_by_position", "by_group",
     "resumed_at", "stopped", "parameters", "readings", "notices", "id", "model_sha256", "given", "refused",
 )  # fmt: skip
+REFUSAL = "kernel='blocks' cannot run here: this shard's rows do not begin at a block"
+STAYS_S = 8.0
 
 
 def one(run: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
@@ -56,12 +59,42 @@ def one(run: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
             return taken
 
         Trainer.step = reached  # type: ignore[method-assign]
+    refuses = "refuse" in run and run["refuse"]["rank"] == rank
+    if refuses:
+        refusing(run["refuse"]["calls"])
     began = time.monotonic()
     try:
         row = run_training(config, run["folder"])
     except stopping.Stopped as stopped:
         return {"status": str(stopped), "seconds": time.monotonic() - began}
-    return {name: row.get(name) for name in KEPT} | {"seconds": time.monotonic() - began}
+    ended = time.monotonic()
+    if refuses:
+        time.sleep(STAYS_S)
+    return {name: row.get(name) for name in KEPT} | {"seconds": ended - began, "ended": ended}
+
+
+def refusing(calls: int) -> None:
+    """Blocks raise as a kernel that is asked for by name and does not run on some shard; by 0 calls, the device is none
+    of this process's machine."""
+    from attention_zoo.model.block import Block
+    from attention_zoo.training import together
+
+    if not calls:
+
+        def of_no_device(asked: object) -> str:
+            raise ValueError(REFUSAL)
+
+        together.device_of = of_no_device
+        return
+    forward, left = Block.forward, [calls]
+
+    def called(self: Any, *given: Any, **named: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            raise ValueError(REFUSAL)
+        return forward(self, *given, **named)
+
+    Block.forward = called  # type: ignore[method-assign]
 
 
 def after_calls(count: int, how: str) -> Any:

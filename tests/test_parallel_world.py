@@ -28,8 +28,9 @@ from attention_zoo.parallel.stored import STATE, Unreadable, fetch, said_in, siz
 from attention_zoo.parallel.world import Team, World, is_lost, joined
 from attention_zoo.rules import Unsupported
 from attention_zoo.training.config import check, compose_training
+from attention_zoo.training.lifted import lifted, lowered, referred
 from attention_zoo.training.run import run_training
-from attention_zoo.training.shares import Uneven, divided_anew, lifted, lowered, referred
+from attention_zoo.training.shares import Uneven, divided_anew
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SLURM = {

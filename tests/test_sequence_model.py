@@ -9,10 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from attention_zoo import registry
+from attention_zoo.model.block import attentions
+from attention_zoo.model.level import Level
+from attention_zoo.model.transformer import Transformer
 from tests.processes import together
-from tests.sequence_models import PADDINGS, Found
+from tests.sequence_models import PADDINGS, SHARED, Found, batch_of
 
 TINY = {name: {"name": name, **registry.recipe(name)[0].tiny} for name in (*registry.available(), *registry.wrappers())}
 XL = {"name": "transformer_xl", "segment_length": 4, "memory_length": 5}
@@ -41,6 +45,10 @@ MODELS: Mapping[str, dict[str, Any]] = {
     "hourglass of rings and windows": {
         "attention": ["full", "longformer", XL], "depth": 5, "shorten": "1@1 1@2 1@6 1@2 1@1",
     },
+    "token losses in a shorter level": {
+        "attention": ["full", COMPRESSIVE, "longformer"], "depth": 3, "shorten": "1@1 1@3 1@1",
+    },
+    "token losses in all levels": {"attention": COMPRESSIVE, "depth": 5, "shorten": "1@1 1@2 1@4 1@2 1@1"},
     "learned positions": {"attention": RECURRENT, "positions": "learned"},
     "options": {"attention": XL, "norm": "rms", "feed_forward": {"name": "swiglu", "chunks": 2}, "tied": False},
 }  # fmt: skip
@@ -70,6 +78,13 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
 
 FAST = [(name, padding, length) for name in MODELS for padding, length in (("none", 13), ("documents", 29))]
 """The one or the other in the fast tests."""
+TOKEN_LOSSES = [
+    (name, padding, length)
+    for name in MODELS
+    if "token losses" in name
+    for padding, length in (("left", 53), ("right", 41))
+]
+"""Long enough for something to be compressed in the shortest level."""
 LENGTHS = {"none": (1, 24), "right": (2, 31), "left": (3, 17), "documents": (5, 31)}
 SLOW = [(name, padding, length) for name in MODELS for padding in PADDINGS for length in LENGTHS[padding]]
 Case = tuple[str, str, int]
@@ -78,7 +93,10 @@ Case = tuple[str, str, int]
 @pytest.fixture(scope="module")
 def two() -> tuple[dict[Case, Found], dict[str, Found]]:
     """Two processes: models that run, and those that do not."""
-    cases, refusals = FAST[1::2], [(options, "documents", 29, "float64") for options, _ in REFUSED.values()]
+    cases, refusals = (
+        [*FAST[1::2], *TOKEN_LOSSES],
+        [(options, "documents", 29, "float64") for options, _ in REFUSED.values()],
+    )
     found, refused = ran(2, cases, refusals)
     return found, dict(zip(REFUSED, refused, strict=True))
 
@@ -105,7 +123,22 @@ def test_models_equal_one_process(two: tuple[dict[Case, Found], dict[str, Found]
 
 
 def test_models_of_three_processes_equal_one() -> None:
-    check_equal(ran(3, FAST[::6])[0], 1e-12)
+    check_equal(ran(3, [*FAST[::6], *TOKEN_LOSSES])[0], 1e-12)
+
+
+@pytest.mark.parametrize(("name", "padding", "length"), TOKEN_LOSSES)
+def test_there_are_token_losses_to_compare(name: str, padding: str, length: int) -> None:
+    """Of all levels, the shorter ones among them: else their equality would say nothing."""
+    torch.manual_seed(0)
+    model, batch = Transformer(**SHARED | MODELS[name]).double(), batch_of(padding, length)
+    shorter = [each for level in model.modules() if isinstance(level, Level) for each in attentions(level.inside)]
+    found: list[dict[str, torch.Tensor]] = []
+    for each in shorter:
+        each.register_forward_hook(lambda _layer, _given, output: found.append(output.losses))
+    total = float(model(batch.ids, batch.tokens).losses["reconstruction"].detach())
+    inside = [float(each["reconstruction"].detach()) for each in found if "reconstruction" in each]
+    assert total > 1e-6
+    assert min(inside) > 1e-6
 
 
 def test_what_has_no_way_is_refused_by_name(two: tuple[dict[Case, Found], dict[str, Found]]) -> None:

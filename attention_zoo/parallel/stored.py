@@ -28,7 +28,7 @@ from torch.distributed import checkpoint
 
 from attention_zoo.files import write_json
 from attention_zoo.locks import Names, owning
-from attention_zoo.parallel.world import World
+from attention_zoo.parallel.world import World, is_lost
 
 STATE = "state.json"
 FORMAT = "attention_zoo checkpoint of several processes 1"
@@ -168,5 +168,7 @@ def _quiet(otherwise: str) -> Iterator[None]:
             yield
     except checkpoint.CheckpointException as error:  # of no kind that others catch
         first = next((each for each, _ in error.failures.values()), error)
+        if isinstance(first, Exception) and is_lost(first):
+            raise first from None
         text = " ".join(str(first).split())[:200]
         raise OSError(f"{otherwise}: {type(first).__name__}: {text}") from None

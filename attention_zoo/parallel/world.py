@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch import distributed as there
 
+from attention_zoo.parallel.failing import Failures, sockets
 from attention_zoo.parallel.launched import Launched, launched
 from attention_zoo.parallel.meeting import store_of
 
@@ -53,6 +54,10 @@ class Lost(RuntimeError):
 
 class SaidByFirst(ValueError):
     """What process 0 could not do, as the others hear of it. One line, that of its own error."""
+
+
+class SaidByOther(ValueError):
+    """What another process could not do, so that this one has ended. One line: which process, and its own error."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ class World:
         sequence: those that share the tokens of the same rows.
         device: of this process: "cpu", "cuda", or "cuda:1" where a machine has several.
         timeout_s: how long one is waited for.
+        failures: why one of them ends, as they tell each other.
     """
 
     everybody: Team = field(default_factory=Team)
@@ -121,6 +127,7 @@ class World:
     sequence: Team = field(default_factory=Team)
     device: str = "cpu"
     timeout_s: float = math.inf
+    failures: Failures | None = None
 
     @property
     def rank(self) -> int:
@@ -157,6 +164,19 @@ class World:
             raise SaidByFirst(wrong)
         return value
 
+    def ended(self, error: BaseException, own: Mapping[str, Any]) -> dict[str, Any]:
+        """How the work of all ends where `error` was raised here, see `Failures.ended`.
+
+        Args:
+            own: what this process says of it.
+        """
+        return dict(own) if self.failures is None else self.failures.ended(own, lost=is_lost(error))
+
+    @property
+    def spoke(self) -> bool:
+        """Whether the work ended by what this process said, before all others."""
+        return self.failures is not None and self.failures.spoke
+
     def agreed(self, asked: Callable[[], signal.Signals | None]) -> Callable[[], signal.Signals | None]:
         """Who asks a process to stop asks all: what each of them was told, as all know it when all have asked."""
         if self.size == 1:
@@ -179,6 +199,7 @@ def joined(device: str, *, sequence: int = 1, timeout_s: float, found: Launched 
     Raises:
         ValueError: for a number that does not divide, or a machine with fewer devices than processes.
         Lost: where the others do not come in time.
+        SaidByOther: where one waits for another that has ended, saying why.
     """
     found = launched() if found is None else found
     if found.size % sequence:
@@ -187,9 +208,9 @@ def joined(device: str, *, sequence: int = 1, timeout_s: float, found: Launched 
     if found.size == 1:
         yield World(device=device)
         return
-    own = _own_device(kind, found.local_rank)
     ours = not there.is_initialized()
     with telling(timeout_s):
+        known = set(sockets()) if ours else None
         if ours:
             store = store_of(found, timeout_s)
             there.init_process_group(
@@ -200,10 +221,21 @@ def joined(device: str, *, sequence: int = 1, timeout_s: float, found: Launched 
                 world_size=found.size,
                 timeout=timedelta(seconds=timeout_s),
             )
+        failures = Failures(found.rank, found.size, known)
         try:
-            yield _divided(found, sequence, own, timeout_s)
+            world = _divided(found, sequence, _own_device(kind, found.local_rank), timeout_s)
+            failures.met()
+            yield replace(world, failures=failures)
+        except Exception as error:
+            text = " ".join(str(error).split())
+            line = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+            said = failures.ended({"error": line}, lost=is_lost(error))
+            if is_lost(error) and failures.first is not None:
+                raise SaidByOther(said["error"]) from error
+            raise
         finally:
             if ours:
+                failures.linger()
                 there.destroy_process_group()
 
 

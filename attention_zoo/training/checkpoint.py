@@ -195,15 +195,6 @@ def pack(value: Any, seen: dict[int, int] | None = None) -> Any:
     raise TypeError(f"a recurrent state must be made of tensors, tuples, lists, dicts and plain values, got {value!r}")
 
 
-def on_host(value: Any) -> Any:
-    """What `pack` gave, with all its tensors on the CPU: other processes have other devices."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {key: on_host(inner) for key, inner in value.items()}
-    return [on_host(inner) for inner in value] if isinstance(value, list) else value
-
-
 def unpack(value: Any, device: Any = "cpu", made: dict[int, Any] | None = None) -> Any:
     """What `pack` was given. Named tuples are looked up among loaded modules; nothing is imported, no code is run."""
     made = {} if made is None else made

@@ -28,15 +28,13 @@ from attention_zoo.training.checkpoint import (
     unpack,
 )
 from attention_zoo.training.fit import History
+from attention_zoo.training.lifted import lifted, lowered, referred
 from attention_zoo.training.seed import random_state, restore_random_state
 from attention_zoo.training.shares import (
     Uneven,
     divided_anew,
-    lifted,
     like,
-    lowered,
     plain_of,
-    referred,
     room_for,
     take,
     tensors_of,
@@ -59,8 +57,8 @@ def save_folder(
     world = trainer.world
     tensors = tensors_of(trainer)
     own = [_lifted(pack(stream.state), f"carried.{world.rank}", tensors) for stream in trainer.streams]
-    standing = Standing(trainer.batches.state_dict(), random_state(), world.everybody.gathered(own))
-    said = _said(identity, data, trainer, history, lines, standing, tensors)
+    standing = Standing(trainer.batches.state_dict(), random_state(), None)
+    said = _said(identity, data, trainer, history, lines, standing, world.everybody.gathered(own), tensors)
     stored.store(paths[0], tensors, said, world, before=paths[1])
 
 
@@ -75,9 +73,10 @@ def save_by_one(
     tensors, standing = tensors_of(trainer), trainer.standing()
     assert standing.carried is not None
     carried = [
-        [_lifted(tree, f"carried.{rank}", tensors) for tree in parts] for rank, parts in enumerate(standing.carried)
+        [_lifted(tree, f"carried.{rank}", tensors) for tree in parts]
+        for rank, parts in enumerate(standing.carried.trees())
     ]
-    said = _said(identity, data, trainer, history, lines, standing._replace(carried=carried), tensors)
+    said = _said(identity, data, trainer, history, lines, standing, carried, tensors)
     stored.store(paths[0], tensors, said, World(), before=paths[1])
 
 
@@ -88,6 +87,7 @@ def _said(
     history: History,
     lines: int,
     standing: Standing,
+    carried: list[list[Any]],
     tensors: dict[str, Tensor],
 ) -> dict[str, Any]:
     """What a folder says beside its tensors, which get those of the generators."""
@@ -97,7 +97,7 @@ def _said(
         "step": trainer.done,
         "processes": trainer.world.size,
         "sequence": trainer.world.sequence.size,
-        "carried": standing.carried,
+        "carried": carried,
         "random": _lifted(_own_device(standing.random), "random", tensors),
         "optimizer": plain_of(trainer),
         "scaler": trainer.precision.scaler.state_dict(),

@@ -14,7 +14,6 @@ import hashlib
 import json
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -32,7 +31,7 @@ from attention_zoo.measure.given import given_to
 from attention_zoo.measure.identity import identity
 from attention_zoo.model.parameters import parameter_count
 from attention_zoo.model.saved import save as save_model
-from attention_zoo.parallel.world import Lost, World, telling
+from attention_zoo.parallel.world import Lost, SaidByOther, World, is_lost
 from attention_zoo.results.row import Given, Row, Status, Trained, TrainingRow
 from attention_zoo.stopping import Stopped, graceful
 from attention_zoo.tasks.task import Task
@@ -72,6 +71,7 @@ from attention_zoo.training.seed import contained, seed_all
 from attention_zoo.training.survivors import Unwritten, surviving
 from attention_zoo.training.together import folder_of, world_of
 from attention_zoo.training.trainer import Trainer
+from attention_zoo.words import say
 
 NAME_LIMIT = 60
 
@@ -116,6 +116,8 @@ def run_training(config: Mapping[str, Any], folder: str | Path, *, wait_s: float
         try:
             with world_of(config) as world, folder_of(world, folder, wait_s):
                 return _Run(config, folder, row, world).recorded()
+        except SaidByOther as error:
+            return row | {"status": "failed", "error": line_of(error), "final": False, "refused": True}
         except Lost as error:
             return row | {"status": "lost", "error": line_of(error), "final": False}
         except (OSError, ValueError, NotImplementedError) as error:  # no lock: busy, read-only, no folder, no flock
@@ -179,14 +181,20 @@ class _Run:
         return old.get("status") == "ok" and old.get("id") == self.row["id"]
 
     def _failed(self, error: BaseException) -> None:
+        world = self.world
+        if world.size > 1 and is_lost(error) and not isinstance(error, Lost):
+            error = Lost.because(error, world.timeout_s)
         status: Status = "unsupported" if isinstance(error, Unsupported) else "failed"
         status = "oom" if ran_out_of_memory(error) else status
         status = "lost" if isinstance(error, Lost) else status
         outside = isinstance(error, CheckpointError | Damaged | OSError | Lost)
         begun = self.trainer is not None and self.trainer.done > 0
         refused = was_refused(error) and not begun and not isinstance(error, CheckpointError | Damaged)
-        self.row |= {"status": status, "error": line_of(error), "final": not outside, "refused": refused}
-        if not self.world.first:
+        own = {"status": status, "error": line_of(error), "final": not outside, "refused": refused}
+        self.row |= world.ended(error, own)  # type: ignore[typeddict-item]
+        if not world.first:
+            if refused and world.spoke:  # `show` leaves to process 0 what all refuse
+                say(f"process {world.rank} of {world.size}: {own['error']}")
             return
         try:
             write_atomic(self.folder / ERROR, "".join(traceback.format_exception(error)))
@@ -224,9 +232,8 @@ class _Run:
             _say_kept(old, progress)
             return old
         self.follower = self._follow() if world.first else NoTracker(self._info())
-        with telling(world.timeout_s) if world.size > 1 else nullcontext():
-            row |= self._train(options, task)
-            world.everybody.wait()
+        row |= self._train(options, task)
+        world.everybody.wait()
         if world.first:
             (self.folder / ERROR).unlink(missing_ok=True)
         return None

@@ -96,6 +96,8 @@ def surviving(
 def _save(
     places: Places, identity: str, data: Any, trainer: Trainer, history: History, figures: JsonlTracker | Unwritten
 ) -> str:
+    if not trainer.done:
+        return "no step was finished"
     if not trainer.tells and _step_of(places, identity) < trainer.done:
         return "its share of the model is gone with it, what is kept is the last checkpoint (trainer.checkpoint_every)"
     try:

@@ -29,12 +29,18 @@ def world_of(config: Mapping[str, Any]) -> Iterator[World]:
     if found.size == 1:  # what is wrong with its device the run tells, in its row
         yield World()
         return
-    device = device_of(config.get("device", "auto"))
+    wrong, device = None, "cpu"
+    try:
+        device = device_of(config.get("device", "auto"))
+    except ValueError as error:  # it may be that of this machine alone, and the others wait: they are met and told
+        wrong = error
     said = config.get("parallel")
     known = {field.name for field in fields(ParallelConfig)}
     options = ParallelConfig(**{key: said[key] for key in known & said.keys()} if isinstance(said, Mapping) else {})
     check_fields(ParallelConfig, options, "parallel.")
     with joined(device, sequence=options.sequence, timeout_s=options.timeout_s, found=found) as world:
+        if wrong is not None:
+            raise wrong
         yield world
 
 

@@ -27,10 +27,10 @@ from attention_zoo.training.checkpoint import (
     check_optimizer,
     foreign,
     load_weights,
-    on_host,
     pack,
     unpack,
 )
+from attention_zoo.training.copies import Copied, Copies, nothing_carried
 from attention_zoo.training.following import steps_of
 from attention_zoo.training.objective import MAIN, counts
 from attention_zoo.training.precision import Precision
@@ -65,12 +65,12 @@ class Standing(NamedTuple):
     Fields:
         batches: the place in the data.
         random: of all generators.
-        carried: of every process, for each part of its rows, the packed state; None where it is not known here.
+        carried: of every process; None where it is not known here.
     """
 
     batches: dict[str, Any]
     random: dict[str, Any]
-    carried: list[list[Any]] | None
+    carried: Copied | None
 
 
 class Trainer:
@@ -124,8 +124,8 @@ class Trainer:
         self.cut = Cut(model, self.world.sequence)
         # whoever holds all weights can tell where all stood when a step's communication fails: see `survivors`
         self.tells = self.world.size > 1 and whole is None
-        self.copies = self.tells and carry and copies
-        self.carried: list[list[Any]] | None = None
+        self.copies = Copies(self.world.everybody) if self.tells and carry and copies else None
+        self.carried: Copied | None = None
         self.in_flight: Standing | None = None
 
     def step(self) -> Step:
@@ -137,8 +137,9 @@ class Trainer:
         factor = self.schedule(self.done)
         for group, lr in zip(self.optimizer.param_groups, self.base_lr):
             group["lr"] = lr * factor
-        if self.copies and self.carried is None:
-            self.carried = self._gathered()
+        if self.copies is not None and self.carried is None:
+            self.copies.begin([stream.state for stream in self.streams])
+            self.carried = self.copies.end()
         self.in_flight = self.standing() if self.tells else None
         batch = next(self.batches)
         if self.check is not None:
@@ -156,12 +157,14 @@ class Trainer:
         scaler = self.precision.scaler
         self.optimizer.zero_grad(set_to_none=True)
         for index, (stream, share) in enumerate(zip(self.streams, shares, strict=True)):
-            part = self.cut(pieces[index].to(self.device))
-            with self.shared.reducing(last=index == self.accumulate - 1):
+            part, last = self.cut(pieces[index].to(self.device)), index == self.accumulate - 1
+            with self.shared.reducing(last=last):
                 with self.precision.autocast():
                     found = self.shared(stream, part, scored, share, anew[index])
                 for name, value in found.items():
                     total[name] = total.get(name, 0.0) + float(value.detach())
+                if last and self.copies is not None:
+                    self.copies.begin([each.state for each in self.streams])
                 main = found.pop(MAIN)
                 self.shared.backward(scaler.scale(main + sum(found.values())))
         self.shared.finish()
@@ -174,7 +177,7 @@ class Trainer:
         # a scaled float16 gradient may overflow: the scaler then skips the step and halves its scale
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
             raise NotFinite(self._advice(f"the gradient's norm became {norm}"))
-        carried = self._gathered() if self.copies else None
+        carried = None if self.copies is None else self.copies.end()
         # from here to the end of the step nobody else is asked: no peer that dies leaves weights half changed
         scaler.step(self.optimizer)
         scaler.update()
@@ -188,13 +191,8 @@ class Trainer:
         """Where the run stood after the last step that was finished, also from within the one after it."""
         if self.in_flight is not None:
             return self.in_flight
-        nothing = [[pack(None)] * self.accumulate] * self.world.size
-        carried = self.carried if self.streams[0].carry else nothing
+        carried = self.carried if self.streams[0].carry else nothing_carried(self.world.size, self.accumulate)
         return Standing(self.batches.state_dict(), random_state(), carried)
-
-    def _gathered(self) -> list[list[Any]]:
-        """What the rows of all processes carry."""
-        return self.world.everybody.gathered([on_host(pack(stream.state)) for stream in self.streams])
 
     def _advice(self, what: str) -> str:
         tries = [] if self.precision.dtype == torch.float32 else ["trainer.precision=float32"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -87,5 +88,6 @@ class Messages:
     def __del__(self) -> None:
         going, self.going = getattr(self, "going", []), []
         if not sys.is_finalizing():  # else there is no process group any more
-            for work in going:
-                work.wait()
+            with suppress(RuntimeError):  # of a peer that is gone hears who waits for it
+                for work in going:
+                    work.wait()
