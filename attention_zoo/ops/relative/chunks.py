@@ -293,10 +293,14 @@ class Shift:
 
     def into(self, product: Tensor, dweights: Tensor, weights: Tensor) -> Float[Tensor, "H B l s"]:
         """dweights · weights, in the view of the product, whose other numbers become zeros."""
-        corners = product.view(*dweights.shape[:2], -1)
+        self.clear(product, dweights.shape[1])
+        return torch.mul(dweights, weights, out=self.view(product, dweights.shape[1]))
+
+    def clear(self, product: Float[Tensor, "H Bl s_and_one"], B: int) -> None:
+        """Zeros, in place, where the view does not look."""
+        corners = product.view(len(product), B, -1)
         corners[..., : self.rows - 1] = 0
         corners[..., -1] = 0
-        return torch.mul(dweights, weights, out=self.view(product, dweights.shape[1]))
 
     def view(self, product: Float[Tensor, "H Bl s_and_one"], B: int) -> Float[Tensor, "H B l s"]:
         l, s = self.rows, self.columns
