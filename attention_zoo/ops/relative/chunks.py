@@ -199,13 +199,13 @@ class _Relative(torch.autograd.Function):
         if not apart:
             dk_own, dv_own = (each if wanted else None for each, wanted in zip((dk, dv), own))
         streams = dk, dv, dk_own, dv_own
-        return *gradients_of((q, k, v, r, u, w), streams, dtable, dq, du, dw, ctx.scale), None, None
+        return *gradients_of((q, k, v, r, u, w), streams, dtable, dq, du, dw), None, None
 
 
 def _backward(
     saved: tuple[Tensor, ...], grad: Tensor, own: tuple[bool, bool], plan: ChunkPlan, scale: float
 ) -> tuple[Any, ...]:
-    """Gradients of q, k, v, k_own and v_own (None where not wanted), the falling table, u and w; most without scale."""
+    """Gradients of q, k, v, k_own and v_own (None where not wanted), the falling table, u and w."""
     q, k, v, r, u, w, out, lse = saved
     L, S, exact = q.shape[2], k.shape[2], lse.dtype
     table = falling(r, exact)
@@ -245,7 +245,7 @@ def _backward(
         du[heads] += for_keys.sum((1, 2))
         dw[heads] += for_distances.sum((1, 2))
         dq[:, heads, rows] = for_keys.add_(for_distances).transpose(0, 1)
-    return dq, dk, dv, dk_own, dv_own, dtable, du, dw
+    return dq.mul_(scale), dk, dv, dk_own, dv_own, dtable, du.mul_(scale), dw.mul_(scale)
 
 
 def _tiles(plan: ChunkPlan, q: Tensor) -> Iterator[tuple[Chunk, slice]]:

@@ -16,6 +16,7 @@ passes over the scores as can be: one product is added to where the other is, wh
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -74,14 +75,17 @@ class PiecePlan(NamedTuple):
     together: bool
 
 
-def segment_attention(given: RelativeOperands, plan: PiecePlan, *, scale: float) -> Float[Tensor, "B L H D"]:
+def segment_attention(
+    given: RelativeOperands, plan: PiecePlan, *, scale: float, slots: tuple[Tensor, Tensor] | None = None
+) -> Float[Tensor, "B L H D"]:
     """What each query attends to under the plan; zeros where a row is no query.
 
     Args:
         given: q of [B, L, H, D], keys and values of [B, T, H, D], distances up to plan.distances - 1 or more.
         scale: factor on both terms.
+        slots: keys and values [B, G, H, D] that stand before the others in the table; None: they are among them.
     """
-    return _Segments.apply(*given, plan, scale)
+    return _Segments.apply(*given, plan, scale, *(slots or (None, None)))
 
 
 class _Segments(torch.autograd.Function):
@@ -89,17 +93,16 @@ class _Segments(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, q, k, v, k_own, v_own, r, u, w, plan: PiecePlan, scale: float) -> Tensor:
+    def forward(ctx: Any, q, k, v, k_own, v_own, r, u, w, plan: PiecePlan, scale: float, slots_k, slots_v) -> Tensor:
         run = _Run(r, u, w, scale, q.dtype)
         out = _buffer(q, q.dtype, zero=not plan.whole, spare=1)
         lse = run.table.new_empty(*out.shape[:2], 1)  # base 2
+        keys_given, values_given = Table(k, slots_k), Table(v, slots_v)
         for tile in _tiles(plan, q):
-            asked = run.sides(tile.rows_of(q, "query", run))
-            keys, values = (tile.keys_of(x, name, run) for x, name in ((k, "keys"), (v, "values")))
-            found, total = (
-                run.scratch("found", asked[0].shape, keys),
-                run.scratch("lse", (*asked[0].shape[:3], 1), keys),
-            )
+            asked = run.sides(tile.rows_of(q))
+            keys, values = (tile.keys_of(x, name, run) for x, name in ((keys_given, "keys"), (values_given, "values")))
+            found = run.scratch("found", asked[0].shape, values)
+            total = run.scratch("lse", (*found.shape[:3], 1), values)
             for part in tile.parts:
                 weights = run.exponents(part, asked, keys, None)
                 peak = weights.amax(-1, keepdim=True).clamp_(min=LOWEST)
@@ -112,42 +115,45 @@ class _Segments(torch.autograd.Function):
             tile.put(out, found)
             tile.put(lse, total)
         out = out[:-1]
-        ctx.save_for_backward(q, k, v, r, u, w, out, lse)
+        ctx.save_for_backward(q, k, v, slots_k, slots_v, r, u, w, out, lse)
         ctx.plan, ctx.scale = plan, scale
         return out.view(q.shape)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, r, u, w, out, lse = saved
-        plan, run = ctx.plan, _Run(r, u, w, ctx.scale, q.dtype)
-        exact, table = run.table.dtype, run.table
+        q, k, v, slots_k, slots_v, r, u, w, out, lse = saved
+        plan, run, scale = ctx.plan, _Run(r, u, w, ctx.scale, q.dtype), ctx.scale
+        exact, table, keys_given, values_given = run.table.dtype, run.table, Table(k, slots_k), Table(v, slots_v)
+        grad, out = grad if len(grad) == 1 else grad.contiguous(), out.view(q.shape)
         dtable, du, dw = torch.zeros_like(table), *(torch.zeros_like(x, dtype=exact) for x in (u, w))
         dq = _buffer(q, exact, zero=not plan.whole, spare=1)
-        dk, dv = (_buffer(k, exact, zero=True) for _ in range(2))
-        dk_own, dv_own = (_buffer(k, exact, zero=True) if want else None for want in ctx.needs_input_grad[3:5])
+        spare = keys_given.front * len(k)
+        dk, dv = (_buffer(k, exact, zero=True, spare=spare) for _ in range(2))
+        own = (_buffer(k, exact, zero=True, spare=spare) if want else None for want in ctx.needs_input_grad[3:5])
+        dk_own, dv_own = own
         for tile in _tiles(plan, q):
-            asked = to_keys, to_distances = run.sides(tile.rows_of(q, "query", run))
-            dout, result = (tile.rows_of(x, name, run) for x, name in ((grad, "dout"), (out.view(q.shape), "found")))
-            shift = tile.rows_of(lse[None], "lse", run).neg_()
+            asked = to_keys, to_distances = run.sides(tile.rows_of(q))
+            shift = _by_heads(tile.rows_of(lse[None]), "lse", run).neg_()
             if tile.empty is not None:
                 shift.masked_fill_(tile.empty, -torch.inf)  # so that its weights are zeros
-            keys, values = (tile.keys_of(x, name, run) for x, name in ((k, "keys"), (v, "values")))
+            keys, values = (tile.keys_of(x, name, run) for x, name in ((keys_given, "keys"), (values_given, "values")))
             dkeys, dvalues = (run.scratch(name, keys.shape, keys) for name in ("dkeys", "dvalues"))
-            delta = (dout * result).sum(-1, keepdim=True).neg_()
-            for_keys = result  # which is not needed any more
-            for_distances = run.scratch("for_distances", for_keys.shape, keys)
+            for_keys, for_distances = (run.scratch(name, to_keys.shape, keys) for name in ("dquery", "more"))
+            dout = _by_heads(tile.rows_of(grad), "dout", run)
+            delta = torch.mul(dout, tile.rows_of(out), out=for_keys).sum(-1, keepdim=True).neg_()
             for part in tile.parts:
                 beta, distances = 0 if part.covers_all else 1, part.shape.cut(table[part.heads])
-                weights, grads = run.exponents(part, asked, keys, part.asked(shift)).exp2_(), part.asked(dout)
+                mine, grads = part.seen(keys), part.asked(dout)
+                weights = run.exponents(part, asked, keys, part.asked(shift)).exp2_()
                 _multiply(part.seen(dvalues), weights.transpose(-1, -2), grads, beta=beta)
                 dweights = run.scratch("dweights", weights.shape, weights).copy_(part.asked(delta))
                 _multiply(dweights, grads, part.seen(values).transpose(-1, -2))
                 dscores = weights.mul_(dweights)
                 _multiply(part.seen(dkeys), dscores.transpose(-1, -2), part.asked(to_keys), beta=beta)
-                _multiply(part.asked(for_keys), dscores, part.seen(keys), beta=0)
+                _multiply(part.asked(for_keys), dscores, mine, beta=0, alpha=scale)
                 dproduct = run.dproduct(part, weights)
-                part.asked(for_distances).flatten(1, 2).baddbmm_(dproduct, distances, beta=0)
+                part.asked(for_distances).flatten(1, 2).baddbmm_(dproduct, distances, beta=0, alpha=scale)
                 rows = part.asked(to_distances).flatten(1, 2)
                 part.shape.cut(dtable[part.heads]).baddbmm_(dproduct.transpose(-1, -2), rows)
             du += for_keys.sum((1, 2))
@@ -155,8 +161,36 @@ class _Segments(torch.autograd.Function):
             tile.put(dq, for_keys.add_(for_distances))
             tile.add(dk, dk_own, dkeys)
             tile.add(dv, dv_own, dvalues)
-        streams = dk, dv, dk_own, dv_own
-        return *gradients_of((q, k, v, r, u, w), streams, dtable, dq[:-1], du, dw, ctx.scale), None, None
+        streams, of_slots = zip(*(keys_given.apart(each) for each in (dk, dv, dk_own, dv_own)))
+        return *gradients_of((q, k, v, r, u, w), streams, dtable, dq[:-1], du, dw), None, None, *of_slots[:2]
+
+
+class Table:
+    """Keys, or values, as [B · T] rows: those of slots first in each of the B, where they are given apart."""
+
+    def __init__(self, x: Float[Tensor, "B S H D"], slots: Float[Tensor, "B G H D"] | None):
+        self.rest, self.slots = x, slots
+        self.front = 0 if slots is None else slots.shape[1]
+        self.size = self.front + x.shape[1]
+
+    @cached_property
+    def whole(self) -> Float[Tensor, "BT H D"]:
+        return _flat(self.rest if self.slots is None else torch.cat([self.slots, self.rest], 1))
+
+    def run(self, start: int, count: int) -> Float[Tensor, "count H D"]:
+        """So many rows, all of slots or none."""
+        if self.slots is None:
+            return self.whole[start : start + count]
+        row, column = divmod(start, self.size)
+        slots = column < self.front
+        return (self.slots if slots else self.rest)[row].narrow(0, column - (0 if slots else self.front), count)
+
+    def apart(self, grad: Float[Tensor, "BT H D"] | None) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the others, and of slots."""
+        if self.slots is None or grad is None:
+            return grad, None
+        slots, rest = grad.view(-1, self.size, *grad.shape[1:]).split([self.front, self.size - self.front], 1)
+        return rest, slots.to(self.slots.dtype)
 
 
 class _Run:
@@ -179,7 +213,11 @@ class _Run:
         return first, second
 
     def exponents(
-        self, part: _Part, asked: tuple[Tensor, Tensor], keys: Tensor, shift: Float[Tensor, "h n l 1"] | None
+        self,
+        part: _Part,
+        asked: tuple[Tensor, Tensor],
+        keys: Float[Tensor, "H n W D"],
+        shift: Float[Tensor, "h n l 1"] | None,
     ) -> Float[Tensor, "h n l s"]:
         """log2(e) · scores + shift, -inf where a key is hidden; in the scratch.
 
@@ -253,19 +291,20 @@ class _Tile:
         starts = range(0, self.R, rows)[::-1]
         self.parts = [_Part(self, some, start, min(start + rows, self.R)) for some in heads for start in starts]
 
-    def rows_of(self, x: Float[Tensor, "B L H D"], name: str, run: _Run) -> Tensor:
-        """The queries' rows, [H, n, R, D], in the scratch."""
+    def rows_of(self, x: Float[Tensor, "B L H D"]) -> Float[Tensor, "H n R D"]:
+        """The queries' rows, a view where it can be."""
         flat = _flat(x)
-        return _by_heads(flat[None, self.alone] if self.alone is not None else flat[self.rows], name, run)
+        return (flat[None, self.alone] if self.alone is not None else flat[self.rows]).permute(2, 0, 1, 3)
 
-    def keys_of(self, x: Float[Tensor, "B T H D"], name: str, run: _Run) -> Tensor:
-        """The keys' rows, [H, n, W, D], in the scratch."""
-        flat = _flat(x)
+    def keys_of(self, table: Table, name: str, run: _Run) -> Float[Tensor, "H n W D"]:
+        """The keys' rows, in the scratch."""
         if self.runs is None or self.missing is not None or len(self.runs) > 1:
-            return _by_heads(flat.index_select(0, self.keys.flatten()).unflatten(0, self.keys.shape), name, run)
-        into = run.scratch(name, (x.shape[2], 1, self.W, x.shape[3]), run.table)
+            found = table.whole.index_select(0, self.keys.flatten()).unflatten(0, self.keys.shape)
+            return _by_heads(found.permute(2, 0, 1, 3), name, run)
+        H, D = table.rest.shape[2:]
+        into = run.scratch(name, (H, 1, self.W, D), run.table)
         for start, at, count in self.runs[0]:
-            into[:, 0, at : at + count] = flat[start : start + count].transpose(0, 1)
+            into[:, 0, at : at + count] = table.run(start, count).transpose(0, 1)
         return into
 
     def put(self, into: Float[Tensor, "BL H D"], found: Float[Tensor, "H n R D"]) -> None:
@@ -322,9 +361,8 @@ def _flat(x: Tensor) -> Float[Tensor, "BL H D"]:
     return x.flatten(0, 1)
 
 
-def _by_heads(x: Float[Tensor, "n R H D"], name: str, run: _Run) -> Float[Tensor, "H n R D"]:
-    n, R, H, D = x.shape
-    return run.scratch(name, (H, n, R, D), run.table).copy_(x.permute(2, 0, 1, 3))
+def _by_heads(x: Float[Tensor, "H n *rest"], name: str, run: _Run) -> Float[Tensor, "H n *rest"]:
+    return run.scratch(name, tuple(x.shape), run.table).copy_(x)
 
 
 def _multiply(
