@@ -18,7 +18,7 @@ from attention_zoo.layout.host import Array, Host, tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.pooled import pooled
 from attention_zoo.ops.relative.few import Few
-from attention_zoo.ops.relative.segments import PiecePlan, Pieces, Run
+from attention_zoo.ops.relative.segment_tiles import PiecePlan, Pieces, Run
 
 FILLED = 2
 """Times as many scores as there are pairs that pieces may be filled up to, to run together."""
