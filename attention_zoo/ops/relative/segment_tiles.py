@@ -175,10 +175,9 @@ class Part:
         self.missing, self.heads = tile.missing, heads
         self.at = None if heads is None else (heads, slice(start, stop))
         self.until = None if heads is None else (heads, slice(self.columns))
-        if isinstance(heads, int):
-            lead, n = (), 1
-        else:
-            lead, n = (tile.H if heads is None else heads.stop - heads.start,), tile.n if heads is None else 1
+        n, lead = tile.n if heads is None else 1, [tile.H]
+        if heads is not None:
+            lead = [] if isinstance(heads, int) else [heads.stop - heads.start]
         self.size = (*lead, n * self.rows, self.columns + 1)
         self.blocks = tuple(n * count for count in lead)
 

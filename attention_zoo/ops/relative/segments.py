@@ -79,7 +79,7 @@ class _Segments(torch.autograd.Function):
         dtable, du, dw = torch.zeros_like(table), *(torch.zeros_like(x, dtype=exact) for x in (u, w))
         dq = _buffer(q, exact, zero=not plan.whole, spare=1)
         wanted, spare = (True, True, *ctx.needs_input_grad[3:5]), tables[0].front * len(k)
-        streams = [_buffer(k, exact, zero=True, spare=spare) if want else None for want in wanted]
+        streams: list[Any] = [_buffer(k, exact, zero=True, spare=spare) if want else None for want in wanted]
         for tile in tiles(plan, q):
             asked = to_keys, to_distances = work.sides(tile.rows_of(q))
             keys, values = (tile.keys_of(each, name, work) for name, each in zip(("keys", "values"), tables))
