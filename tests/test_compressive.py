@@ -10,7 +10,7 @@ import attention_zoo as zoo
 from attention_zoo import Tokens
 from attention_zoo.attention import compressive, compressive_plans
 from attention_zoo.measure.core import Shape, core_of
-from attention_zoo.ops.relative import segments
+from attention_zoo.ops.relative import segment_tiles
 from attention_zoo.testing.case import Case, close, feed, gradients, piece, run
 
 FUNCTIONS = ("mean", "max", "conv", "dilated", "most_used")
@@ -50,8 +50,20 @@ def test_pieces_of_any_size_together_are_the_same(few, scores, monkeypatch):
     """As on a GPU: filled up, all at once or by sizes; outputs and gradients, at any cut."""
     monkeypatch.setattr(compressive, "triton_reason", lambda _: None)
     monkeypatch.setattr(compressive_plans, "FEW_SCORES", few)
-    monkeypatch.setattr(segments, "TILE", {"cuda": scores, "cpu": 1})
-    here = case(kernel="segments")
+    monkeypatch.setattr(segment_tiles, "TILE", {"cuda": scores, "cpu": 1})
+    agrees_with_the_reference(case(kernel="segments"))
+
+
+@pytest.mark.parametrize(("alone", "rows", "scores"), [(1, 2, 1), (1 << 16, 2, 15), (1 << 16, 128, 15)])
+def test_pieces_in_parts_are_the_same(alone, rows, scores, monkeypatch):
+    """As long ones on a CPU: head by head or some heads at once, and some rows after others."""
+    monkeypatch.setattr(segment_tiles, "ALONE", alone)
+    monkeypatch.setattr(segment_tiles, "ROWS", rows)
+    monkeypatch.setattr(segment_tiles, "TILE", {"cuda": 1, "cpu": scores})
+    agrees_with_the_reference(case(kernel="segments", segment_length=5, heads=4))
+
+
+def agrees_with_the_reference(here):
     layer = here.build()
     for name, tokens in here.layouts(29):
         x = here.data(3, 29).requires_grad_()

@@ -42,7 +42,7 @@ states these are what takes the time.
 Checked: against a double loop over blocks and tokens in float64, outputs and gradients to 1e-11
 (tests/references/block_recurrent.py); against the port block-recurrent-transformer-pytorch, outputs and gradients to
 1e-9, once it has the mask of this window (its own shows the whole block before) and the sign of its gate is turned (it
-weighs the new where the paper's weighs the old). Beside the port at 16,384 tokens: 1.7 times as fast. Both need about
+weighs the new where the paper's weighs the old). Beside the port at 16,384 tokens: 1.3 times as fast. Both need about
 as many FLOPs: here scores are computed again in backward, there twice the window is multiplied.
 """
 

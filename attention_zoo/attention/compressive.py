@@ -230,21 +230,23 @@ class Compressive(RelativeAttention):
         self, kernel: str, q: Float[Tensor, "B L H D"], table: Float[Tensor, "B T E"], keys: Layout, slots: Layout
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What queries see of the table of slots and tokens, and its keys and values, [B, T, H, D]."""
-        L, options = q.shape[1], {"scale": self.scale}
+        L = q.shape[1]
         if kernel == "triton":
             lots = self._lots(keys, slots, L)
             assert isinstance(lots, LotPlan)  # it was chosen
             kv, own = (
                 each.unflatten(-1, (2, self.heads, -1)) for each in streams_of_several(table, self.to_k, self.to_v)
             )
-            out = gathered_attention(q, kv, own, self._distances(lots.distances), self.u, self.v, lots, **options)
+            out = gathered_attention(
+                q, kv, own, self._distances(lots.distances), self.u, self.v, lots, scale=self.scale
+            )
             k, v = kv.detach().unbind(2)
             return out, k, v
         plan = pieces_of(keys, slots, L, self._sizes, together=triton_reason(q.device) is None)
         k, k_own = map(self._heads, streams(self.to_k, table))
         v, v_own = map(self._heads, streams(self.to_v, table))
-        r = self._distances(plan.distances)
-        return segment_attention(RelativeOperands(q, k, v, k_own, v_own, r, self.u, self.v), plan, **options), k, v
+        given = RelativeOperands(q, k, v, k_own, v_own, self._distances(plan.distances), self.u, self.v)
+        return segment_attention(given, plan, scale=self.scale), k, v
 
     def _distances(self, count: int) -> Float[Tensor, "n H D"]:
         return self._heads(self.to_r(self._waves(count)))
@@ -382,14 +384,14 @@ class Compressive(RelativeAttention):
             plan = pieces_of(keys, slots.layout, L, self._sizes, together=triton_reason(q.device) is None)
         if r.shape[1:] != (H, D) or len(r) < plan.distances:
             raise ValueError(f"r must be [at least {plan.distances}, {H}, {D}], got {tuple(r.shape)}")
-        k, v = (torch.cat(pair, 2).transpose(1, 2) for pair in ((z, k), (y, v)))
-        q, r = q.transpose(1, 2), r[: plan.distances]
+        q, k, v, z, y = (x.transpose(1, 2) for x in (q, k, v, z, y))
+        r = r[: plan.distances]
         if isinstance(plan, LotPlan):
-            kv = torch.stack([k, v], 2)
+            kv = torch.stack([torch.cat([z, k], 1), torch.cat([y, v], 1)], 2)
             out = gathered_attention(q, kv, kv.detach(), r, self.u, self.v, plan, scale=self.scale)
         else:
             given = RelativeOperands(q, k, v, k.detach(), v.detach(), r, self.u, self.v)
-            out = segment_attention(given, plan, scale=self.scale)
+            out = segment_attention(given, plan, scale=self.scale, slots=(z, y))
         return out.transpose(1, 2)
 
     def _heads(self, x: Tensor) -> Float[Tensor, "... H D"]:

@@ -18,7 +18,7 @@ from attention_zoo.layout.host import Array, Host, tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.pooled import pooled
 from attention_zoo.ops.relative.few import Few
-from attention_zoo.ops.relative.segments import PiecePlan, Pieces, Run
+from attention_zoo.ops.relative.segment_tiles import PiecePlan, Pieces, Run
 
 FILLED = 2
 """Times as many scores as there are pairs that pieces may be filled up to, to run together."""
@@ -215,7 +215,10 @@ def _pieces(keys: Layout, slots: Layout, queries: int, sizes: Sizes, together: b
     host, device = keys.host, keys.valid.device
     N, table = host.valid.shape[1], host.valid.shape[1] + slots.host.valid.shape[1]
     found = list(sized(keys, slots, queries, sizes, together=together))
-    groups = tuple(_group(each, queries, table, together, len(host.valid) * queries, device) for each in found)
+    groups = tuple(
+        _group(each, queries, table, slots.host.valid.shape[1], together, len(host.valid) * queries, device)
+        for each in found
+    )
     whole = bool(groups) and bool(host.valid[:, N - queries :].all())
     return PiecePlan(groups, max((int(each.seen.max()) for each in found), default=1), whole, together)
 
@@ -283,11 +286,14 @@ def _alike(shapes: Int[np.ndarray, "n 4"], together: bool) -> list[Array]:
     return [which == n for n in range(which.max() + 1)]
 
 
-def _group(found: Sized, queries: int, table: int, together: bool, every: int, device: torch.device) -> Pieces:
+def _group(
+    found: Sized, queries: int, table: int, slots: int, together: bool, every: int, device: torch.device
+) -> Pieces:
     row, asked, columns, _, own = found
     here, there = asked >= 0, columns >= 0
     apart = -2 - 2 * np.arange(columns.shape[1])  # what is not there goes on with nothing
-    runs = () if together else tuple(map(_runs, np.where(there, columns + row * table, apart)))
+    first = row * table + slots  # the tokens' first: slots may stand elsewhere
+    runs = () if together else tuple(map(_runs, np.where(there, columns + row * table, apart), first))
     follow = not together and bool((here & (asked - asked[:, :1] == np.arange(asked.shape[1]))).all())
     far = ~there[:, -int(own.max()) :] | (np.arange(int(own.max()))[::-1] >= own)
     rows = asked + row * queries
@@ -304,9 +310,9 @@ def _group(found: Sized, queries: int, table: int, together: bool, every: int, d
     )
 
 
-def _runs(keys: Array) -> tuple[Run, ...]:
-    """Of one piece; negative where there is no key."""
-    starts = np.flatnonzero(np.append(True, np.diff(keys) != 1))
+def _runs(keys: Array, border: Array) -> tuple[Run, ...]:
+    """Of one piece, none across the border; negative where there is no key."""
+    starts = np.flatnonzero(np.append(True, (np.diff(keys) != 1) | (keys[1:] == border)))
     stops = np.append(starts[1:], len(keys))
     return tuple((int(keys[a]), int(a), int(b - a)) for a, b in zip(starts, stops) if keys[a] >= 0)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from attention_zoo.layout.host import Array, Host
@@ -19,7 +19,6 @@ from attention_zoo.ops.pattern.facts import is_band
 from attention_zoo.ops.pattern.globals import most_keys
 from attention_zoo.ops.softmax.parts import Part
 from attention_zoo.ops.softmax.tiles import Tile
-from attention_zoo.tokens import Tokens
 
 AT_ONCE = 64
 """Rows of the matrix of tiles that are held at a time: it must not be quadratic itself."""
@@ -163,26 +162,36 @@ class _Table:
         keys = Layout.plain(1, farthest + 1 + self.ahead, call.k.device)
         bias = call.pattern.scores_bias(query, keys)[0, :, 0].flip(-1)
         self.whole = bias.expand(call.q.shape[1], -1)
-        self.held = nn.functional.pad(self.whole.detach(), (0, 1), value=-torch.inf)  # the last: beyond reach
-        self.last = self.whole.shape[1]
+        # beyond reach, on either side
+        self.held = nn.functional.pad(self.whole.detach(), (1, 1), value=-torch.inf)
 
     def bias(self, rows: slice, columns: slice | Tensor, batch: slice) -> Tensor:
-        queries, keys = self.call.queries.cut(rows, batch), self.call.keys.cut(columns, batch)
-        seen = self.call.seen(queries, keys)
-        if self.call.any_global_key:
-            seen = seen & ~keys.is_global[:, None, None, :]
-        return self.held[:, self._place(queries, keys)].transpose(0, 1).masked_fill(~seen, -torch.inf)
+        place = self._place(rows, columns, batch)
+        return self.held.index_select(1, place.flatten()).unflatten(1, place.shape).transpose(0, 1)
 
     def learned(
         self, rows: slice, columns: slice | Tensor, sums: Sequence[Tensor], dscores: Tensor, batch: slice
     ) -> None:
         """As `Part.learn`. What is hidden has no weight, hence no gradient."""
-        place = self._place(self.call.queries.cut(rows, batch), self.call.keys.cut(columns, batch))
-        place = place.clamp(max=self.last - 1).expand(len(dscores), -1, -1).flatten()
-        head = torch.arange(dscores.shape[1], device=place.device)[:, None]
-        # in a fixed order everywhere, which adding by `scatter_add_` has not
-        sums[0].index_put_((head, place), dscores.transpose(0, 1).flatten(1).to(sums[0].dtype), accumulate=True)
+        place = self._place(rows, columns, batch).sub_(1).clamp_(0, self.whole.shape[1] - 1)
+        place, given = place.expand(len(dscores), -1, -1).flatten(), dscores.transpose(0, 1).flatten(1)
+        given = given.to(sums[0].dtype)
+        if place.is_cpu:
+            sums[0].scatter_add_(1, place.expand(len(given), -1), given)
+            return
+        head = torch.arange(len(given), device=place.device)[:, None]
+        # in a fixed order elsewhere, too, which adding by `scatter_add_` has not
+        sums[0].index_put_((head, place), given, accumulate=True)
 
-    def _place(self, queries: Tokens, keys: Tokens) -> Tensor:
-        gap = queries.position[:, :, None] - keys.position[:, None, :] + self.ahead
-        return gap.where((gap >= 0) & (gap < self.last), self.last)
+    def _place(self, rows: slice, columns: slice | Tensor, batch: slice) -> Int[Tensor, "b l s"]:
+        """Where in the table a pair stands; at an end, what is not seen."""
+        call = self.call
+        queries, keys = call.queries.cut(rows, batch), call.keys.cut(columns, batch)
+        there = keys.valid & ~keys.is_global if call.any_global_key else keys.valid
+        place = (queries.position + (self.ahead + 1))[:, :, None] - keys.position[:, None]
+        place.clamp_(0, self.held.shape[1] - 1)
+        if not call.one_document:
+            place *= queries.document[:, :, None] == keys.document[:, None]
+        if not call.all_valid or call.any_global_key:
+            place *= there[:, None]
+        return place

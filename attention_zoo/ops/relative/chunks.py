@@ -168,12 +168,11 @@ class _Relative(torch.autograd.Function):
         out = rows_first(q, L, q.dtype)
         lse = q.new_empty(B, H, L, dtype=exact)
         scratch = Scratch()
-        for chunk, heads in _tiles(plan, q):
+        for chunk, heads, shape in _tiles(plan, q):
             rows, keys = slice(chunk.start, chunk.stop), slice(chunk.low, chunk.high)
             query = q[:, heads, rows].to(exact)
-            shape = _shape(plan, chunk)
             bias = shape.scores(((query + w[heads, None]) * scale).transpose(0, 1), shape.cut(table[heads]), scratch)
-            _hide(bias, plan, chunk)
+            _hide(bias, plan, chunk, shape)
             out[:, heads, rows], found = partial(
                 query + u[heads, None],
                 k[:, heads, keys],
@@ -199,13 +198,13 @@ class _Relative(torch.autograd.Function):
         if not apart:
             dk_own, dv_own = (each if wanted else None for each, wanted in zip((dk, dv), own))
         streams = dk, dv, dk_own, dv_own
-        return *gradients_of((q, k, v, r, u, w), streams, dtable, dq, du, dw, ctx.scale), None, None
+        return *gradients_of((q, k, v, r, u, w), streams, dtable, dq, du, dw), None, None
 
 
 def _backward(
     saved: tuple[Tensor, ...], grad: Tensor, own: tuple[bool, bool], plan: ChunkPlan, scale: float
 ) -> tuple[Any, ...]:
-    """Gradients of q, k, v, k_own and v_own (None where not wanted), the falling table, u and w; most without scale."""
+    """Gradients of q, k, v, k_own and v_own (None where not wanted), the falling table, u and w."""
     q, k, v, r, u, w, out, lse = saved
     L, S, exact = q.shape[2], k.shape[2], lse.dtype
     table = falling(r, exact)
@@ -217,9 +216,8 @@ def _backward(
     dk_own, dv_own = (rows_first(q, S, exact).zero_() if wanted else None for wanted in own)
     scratch = Scratch()
     du, dw = u.new_zeros(u.shape, dtype=exact), w.new_zeros(w.shape, dtype=exact)
-    for chunk, heads in _tiles(plan, q):
+    for chunk, heads, shape in _tiles(plan, q):
         rows, keys = slice(chunk.start, chunk.stop), slice(chunk.low, chunk.high)
-        shape = _shape(plan, chunk)
         query, dout, result = (x[:, heads, rows].transpose(0, 1).to(exact) for x in (q, grad, out))
         key, value = (x[:, heads, keys].transpose(0, 1).to(exact) for x in (k, v))
         to_keys = (query + u[heads, None, None]) * scale
@@ -231,7 +229,7 @@ def _backward(
         distance_scores = shape.scores(to_distances, distance_keys, scratch)
         exponent = lse[:, heads, rows].transpose(0, 1)[..., None] * -LOG2E
         torch.add(exponent, distance_scores, alpha=LOG2E, out=weights)
-        _hide(weights, plan, chunk)
+        _hide(weights, plan, chunk, shape)
         add_scores(weights, to_keys, key, LOG2E).exp2_()
         dweights.copy_((dout * result).sum(-1, keepdim=True).neg_())
         add_scores(dweights, dout, value)
@@ -245,17 +243,18 @@ def _backward(
         du[heads] += for_keys.sum((1, 2))
         dw[heads] += for_distances.sum((1, 2))
         dq[:, heads, rows] = for_keys.add_(for_distances).transpose(0, 1)
-    return dq, dk, dv, dk_own, dv_own, dtable, du, dw
+    return dq.mul_(scale), dk, dv, dk_own, dv_own, dtable, du.mul_(scale), dw.mul_(scale)
 
 
-def _tiles(plan: ChunkPlan, q: Tensor) -> Iterator[tuple[Chunk, slice]]:
+def _tiles(plan: ChunkPlan, q: Tensor) -> Iterator[tuple[Chunk, slice, Shift | _Gather]]:
     """Every chunk, in groups of as many heads as `TILE` allows; the widest early, so that scratch never grows."""
     B, H = q.shape[:2]
     limit = TILE["cuda" if q.is_cuda else "cpu"]
     for chunk in reversed(plan.chunks):
         group = max(1, limit // (B * (chunk.stop - chunk.start) * (chunk.high - chunk.low)))
+        shape = _shape(plan, chunk)
         for head in range(0, H, group):
-            yield chunk, slice(head, head + group)
+            yield chunk, slice(head, head + group), shape
 
 
 def rows_first(like: Tensor, rows: int, dtype: torch.dtype) -> Float[Tensor, "B H n D"]:
@@ -293,10 +292,14 @@ class Shift:
 
     def into(self, product: Tensor, dweights: Tensor, weights: Tensor) -> Float[Tensor, "H B l s"]:
         """dweights · weights, in the view of the product, whose other numbers become zeros."""
-        corners = product.view(*dweights.shape[:2], -1)
+        self.clear(product, dweights.shape[1])
+        return torch.mul(dweights, weights, out=self.view(product, dweights.shape[1]))
+
+    def clear(self, product: Float[Tensor, "H Bl s_and_one"], B: int) -> None:
+        """Zeros, in place, where the view does not look."""
+        corners = product.view(len(product), B, -1)
         corners[..., : self.rows - 1] = 0
         corners[..., -1] = 0
-        return torch.mul(dweights, weights, out=self.view(product, dweights.shape[1]))
 
     def view(self, product: Float[Tensor, "H Bl s_and_one"], B: int) -> Float[Tensor, "H B l s"]:
         l, s = self.rows, self.columns
@@ -313,7 +316,8 @@ class _Gather:
         rows = plan.position[:, offset + chunk.start : offset + chunk.stop, None]
         distance = rows - plan.position[:, None, chunk.low : chunk.high]
         # hidden pairs may read any row of the table
-        self.row = (self.n - 1 - distance).clamp(0, self.n - 1)
+        self.row = distance.neg_().add_(self.n - 1).clamp_(0, self.n - 1)
+        self.hidden = _hidden(plan, chunk)
 
     def cut(self, table: Tensor) -> Tensor:
         return table
@@ -342,16 +346,27 @@ def add_scores(
     return into
 
 
-def _hide(scores: Float[Tensor, "H B l s"], plan: ChunkPlan, chunk: Chunk) -> None:
+def _places(plan: ChunkPlan, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+    """The first key that each query of the chunk sees, the queries' columns, and the keys'."""
+    device, offset = plan.first.device, chunk.high - chunk.stop
+    row = torch.arange(offset + chunk.start, offset + chunk.stop, device=device)[:, None]
+    return plan.first[:, chunk.start : chunk.stop, None], row, torch.arange(chunk.low, chunk.high, device=device)
+
+
+def _hidden(plan: ChunkPlan, chunk: Chunk) -> Bool[Tensor, "B l s"]:
+    """Which pairs are not seen, where there are holes."""
+    assert plan.valid is not None
+    first, row, column = _places(plan, chunk)
+    return (column < first) | (column > row) | ~plan.valid[:, None, chunk.low : chunk.high]
+
+
+def _hide(scores: Float[Tensor, "H B l s"], plan: ChunkPlan, chunk: Chunk, shape: Shift | _Gather) -> None:
     """-inf, in place, where a pair is not seen. Only the columns that hide something are touched."""
-    first = plan.first[:, chunk.start : chunk.stop, None]
-    offset = chunk.high - chunk.stop
-    row = torch.arange(offset + chunk.start, offset + chunk.stop, device=scores.device)[:, None]
-    column = torch.arange(chunk.low, chunk.high, device=scores.device)
-    if plan.valid is not None:
-        hidden = (column < first) | (column > row) | ~plan.valid[:, None, chunk.low : chunk.high]
-        scores.masked_fill_(hidden, -torch.inf)
+    if isinstance(shape, _Gather):
+        scores.masked_fill_(shape.hidden, -torch.inf)
         return
+    first, row, column = _places(plan, chunk)
+    offset = chunk.high - chunk.stop
     diagonal = offset + chunk.start - chunk.low
     scores[..., diagonal:].masked_fill_(column[diagonal:] > row, -torch.inf)
     old = chunk.clear - chunk.low

@@ -38,7 +38,6 @@ def gradients_of(
     dq: Tensor,
     du: Float[Tensor, "H D"],
     dw: Float[Tensor, "H D"],
-    scale: float,
 ) -> tuple[Tensor | None, ...]:
     """Those of `RelativeOperands`, in the shapes and types of what they are of.
 
@@ -46,11 +45,10 @@ def gradients_of(
         likes: q, k, v, r, u and w.
         streams: of k, v, k_own and v_own; None: not wanted.
         dtable: of the table of distances as chunks.py has it, `falling`, with its spare row: m is one more than r has.
-        dq, du, dw: without the scale, which they are multiplied by in place.
     """
     q, k, v, r, u, w = likes
     dr = dtable[:, :-1].flip(1).transpose(0, 1)
-    found = (dq.mul_(scale), *streams, dr, du.mul_(scale), dw.mul_(scale))
+    found = (dq, *streams, dr, du, dw)
     return tuple(
         None if x is None else x.to(like.dtype).view(like.shape) for x, like in zip(found, (q, k, v, k, v, r, u, w))
     )

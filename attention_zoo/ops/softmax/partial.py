@@ -25,7 +25,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 LOG2E = math.log2(math.e)
-_LOWEST = -1e30  # instead of -inf, since -inf - -inf would be NaN
+LOWEST = -1e30
+"""Instead of -inf, since -inf - -inf would be NaN."""
 
 
 class Scratch:
@@ -65,7 +66,7 @@ class Sums:
         self.shape, self.scratch, self.mild, self.empty = q.shape, scratch, mild, True
         self.shifted = not (mild if isinstance(mild, bool) else bool(mild.all()))
         if self.shifted:
-            self._rows("shift").fill_(_LOWEST)  # of the exponents, base 2
+            self._rows("shift").fill_(LOWEST)  # of the exponents, base 2
 
     def start(self, exponents: Float[Tensor, "#B #H #L m"], values: Float[Tensor, "B H m D"] | None = None) -> None:
         """With keys before all others.
@@ -78,7 +79,7 @@ class Sums:
         weights = total if one else self.scratch("first", (*self.shape[:3], exponents.shape[3]), self.like)
         weights.copy_(exponents)
         if self.shifted:
-            shift = torch.amax(weights, -1, keepdim=True, out=self._rows("shift")).clamp_(min=_LOWEST)
+            shift = torch.amax(weights, -1, keepdim=True, out=self._rows("shift")).clamp_(min=LOWEST)
             if isinstance(self.mild, Tensor):
                 shift.masked_fill_(self.mild, 0)
             weights.sub_(shift)
