@@ -71,7 +71,7 @@ class _Segments(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, slots_k, slots_v, r, u, w, out, lse = saved
         plan, scale, work = ctx.plan, ctx.scale, Work(r, u, w, ctx.scale, q.dtype)
         table, exact, tables = work.table, work.table.dtype, (Table(k, slots_k), Table(v, slots_v))
