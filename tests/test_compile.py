@@ -17,6 +17,7 @@ import attention_zoo as zoo
 from attention_zoo.attention.operator import TAPES
 from attention_zoo.contract import layer_of
 from attention_zoo.integrations.multihead import MultiheadAttention
+from attention_zoo.model.short_conv import Convolution, GatedConvolution, ShortConvolution
 
 # torch's own compiler warns of its own code
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -244,3 +245,21 @@ def test_inductor_builds_the_whole_model() -> None:
     ids = torch.randint(0, 30, (2, 37))
     for a, b in zip(step(compiled, ids), step(model, ids), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", [ShortConvolution, GatedConvolution])
+@torch.no_grad()
+def test_a_short_convolution_that_hands_on_a_state_of_padded_rows(form: type[Convolution]) -> None:
+    torch.manual_seed(0)
+    layer = form(dim=4, width=3).eval()
+    compiled = torch.compile(copy.deepcopy(layer), backend="eager")
+    valid = torch.tensor([[True] * 7, [False] * 5 + [True] * 2, [True, False] * 3 + [True], [False] * 7])
+    x = torch.randn(4, 7, 4)
+    found, state = [], []
+    for each in (layer, compiled):
+        first = each(x, zoo.Tokens.of(valid), state=layer.initial_state(4))
+        after = zoo.Tokens.of(valid, start=valid.sum(1))
+        found.append(each(x, after, state=first.state).hidden)
+        state.append(first.state.tokens)
+    torch.testing.assert_close(found[1][valid], found[0][valid])
+    assert torch.equal(state[1].valid, state[0].valid)

@@ -107,7 +107,7 @@ def _inserted(layout: Layout, count: int) -> Inserted:
     host, device = layout.host, layout.valid.device
     B, L = host.valid.shape
     starts = host.valid & (host.position == 0)
-    before = starts.cumsum(1) * count
+    before = starts.cumsum(1, dtype=np.int64) * count
     columns = np.arange(L) + before
     width = L + (int(before[:, -1].max()) if B else count)
     # every start reserves the `count` columns before its own

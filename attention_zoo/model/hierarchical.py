@@ -173,7 +173,7 @@ def _inserted(layout: Layout, size: int, causal: bool) -> Inserted:
     number = host.position // size
     # the token that a summary stands next to: behind the last of a segment, or before the first
     marks = host.valid & (host.position % size == size - 1) if causal else host.valid & _begins(host, number)
-    added = marks.cumsum(1)
+    added = marks.cumsum(1, dtype=np.int64)
     columns = np.arange(L) + (added - marks if causal else added)
     width = L + int(added[:, -1].max(initial=0))
     row, column = marks.nonzero()

@@ -98,7 +98,8 @@ class Convolution(Layer):
     def _last(self, keys: Layout) -> tuple[Tensor | None, Layout]:
         """The columns that later tokens mix with, and what they are."""
         valid = keys.host.valid
-        after = valid[:, ::-1].cumsum(1)[:, ::-1]  # 1 at the newest valid token
+        # 1 at the newest valid token; without the type, torch.compile's NumPy adds truth values up to one
+        after = valid[:, ::-1].cumsum(1, dtype=np.int64)[:, ::-1]
         columns, kept = chosen(keys.host, valid & (after < self.width))
         device = keys.valid.device
         return (None, keys) if columns is None else (tensor_of(columns, device), Layout.known(kept, device))
