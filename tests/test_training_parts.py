@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -356,3 +357,20 @@ def test_a_score_that_is_nan_says_what_is_known_beside_it() -> None:
         NotFinite, match=r"^strange on the evaluation set became nan at step 3, beside loss 2.5: stopped$"
     ):
         _judge(found, History(), 3, task, TrainerConfig(), Trackers([]), silent)  # type: ignore[arg-type]
+
+
+def test_adamw_takes_one_pass_and_the_steps_of_the_loop() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(7, 5).double()
+    other = copy.deepcopy(net)
+    ours = adamw(net, lr=0.1, weight_decay=0.3)
+    groups = [{"params": [other.weight], "weight_decay": 0.3}, {"params": [other.bias], "weight_decay": 0.0}]
+    loop = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95), fused=False, foreach=False)
+    assert ours.defaults["fused"], "the loop takes several times as long"
+    for _ in range(3):
+        for model, optimizer in ((net, ours), (other, loop)):
+            optimizer.zero_grad()
+            model(torch.linspace(-1, 1, 14, dtype=torch.float64).view(2, 7)).square().sum().backward()
+            optimizer.step()
+    for mine, theirs in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)

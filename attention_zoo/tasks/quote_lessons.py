@@ -12,7 +12,7 @@ those of every evaluation set are from the start.
 
 Why mixed: that any byte of the quote is missing tells other bytes, and says nothing of the order. Full attention that
 had learned so to certainty went back to 50 % with some seeds when only exchanged quarters followed, and stayed there
-for all of 4,500 steps.
+until the end of 4,500 steps.
 
 Source: our own, after curricula from easy to hard (Bengio et al. 2009, "Curriculum learning", §4), with steps in place
 of a look at the loss, so that a run depends on nothing but its options and goes on where it was cut off.
