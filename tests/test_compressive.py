@@ -221,6 +221,17 @@ def test_its_core_is_what_the_layer_computes_between_its_projections():
     close(out, layer(x).hidden, "core")
 
 
+@pytest.mark.parametrize("heads", [2, 4])
+def test_the_gradients_of_its_core_are_those_of_finite_differences(heads):
+    """Those of compressed keys and values among them, which no layer gets by themselves."""
+    layer = case(heads=heads).build()
+    shapes = layer.core(2, 29).shapes
+    torch.manual_seed(0)
+    operands = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    assert min(each.numel() for each in operands) > 0
+    assert torch.autograd.gradcheck(layer.attend, operands, fast_mode=True)
+
+
 def test_without_slots_and_whole_groups_it_is_transformer_xl():
     options = {"dim": 16, "heads": 2, "segment_length": 4, "memory_length": 4}
     ours = zoo.build("compressive", compressed_length=0, ratio=2, **options).double()
