@@ -13,7 +13,7 @@ from report_rows import quality
 
 from attention_zoo.advice.gaps import gaps
 from attention_zoo.advice.kinds import KINDS, kinds_of
-from attention_zoo.report import Findings, build_report, headline
+from attention_zoo.report import Findings, build_report, headline, reach
 from attention_zoo.report.quality import tasks
 from attention_zoo.report.reach import BY_REACH
 from attention_zoo.report.rows import sift
@@ -145,3 +145,10 @@ def test_one_side_stands_for_the_whole_only_where_all_answers_are_on_it() -> Non
 def test_columns_of_one_side_are_those_of_tasks_that_are_told_so() -> None:
     assert {kind.task for kind in KINDS if kind.part != "all"} == BY_REACH
     assert not {kind.task for kind in KINDS if kind.part == "all"} & BY_REACH
+
+
+def test_answers_of_a_bin_that_is_named_beyond_the_row_are_within_a_reach_of_the_whole_row() -> None:
+    row: Any = {"seq_len": 64, "by_group": {"distance": [[32, 1.0, 0.0, 10], [64, 0.5, 0.0, 30]]}}
+    assert reach.accuracy(row, 63, beyond=False) == 25 / 40
+    assert reach.accuracy(row, 63, beyond=True) is None
+    assert reach.accuracy(row, 62, beyond=False) == 1.0
