@@ -49,6 +49,9 @@ class Weighted(PatternAttention):
 def tokens_of(layout: str, length: int) -> zoo.Tokens:
     valid = torch.ones(2, length, dtype=torch.bool)
     flags = document = None
+    if layout == "many global, in one row":
+        valid[0, :7], flags = False, torch.zeros_like(valid)
+        flags[0, 9:40:2] = True  # more than a block of them
     if layout == "left":
         valid[1, : length // 3] = False
     if layout == "holes, documents, global":
@@ -59,15 +62,20 @@ def tokens_of(layout: str, length: int) -> zoo.Tokens:
     return zoo.Tokens.of(valid, flags, document)
 
 
-@pytest.mark.parametrize("layout", ["all", "left", "holes, documents, global"])
+LAYOUTS = "all", "left", "holes, documents, global", "many global, in one row"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("longformer", {"window": 20, "kv_heads": 1}),
         ("longformer", {"window": 5, "dilation": 3, "causal": False, "positions": "alibi"}),
         ("longformer", {"window": 5, "sinks": 3, "positions": "alibi", "sink_logit": True}),
+        ("longformer", {"window": 5, "causal": False, "sink_logit": True, "global_projections": "shared"}),
         ("full", {"positions": "alibi"}),
         ("full", {"causal": False}),
+        ("full", {"sink_logit": True, "kv_heads": 1}),
         ("weighted", {"causal": False, "positions": "alibi"}),
     ],
     ids=lambda value: str(value),
@@ -77,19 +85,80 @@ def test_equals_the_definition(name: str, options: dict, layout: str) -> None:
     layer = Weighted(**shared) if name == "weighted" else zoo.build(name, **shared)
     length = 61
     tokens = tokens_of(layout, length)
+    if layer.sink is not None:
+        layer.sink.data = torch.tensor([0.7, -0.3])
     x = torch.randn(2, length, 32, requires_grad=True)
-    q, k, v = (layer._heads(project(x)) for project in (layer.to_q, layer.to_k, layer.to_v))
-    call, own = layer._call(q, k, v, tokens, tokens, None), {}
-    if layer.computes_apart:
-        projections = layer.to_q_global, layer.to_k_global, layer.to_v_global
-        call.apart, own = True, {"global_qkv": tuple(layer._heads(project(x)) for project in projections)}
+    call, own = call_of(layer, x, tokens)
     inside = tokens.valid[:, None, :, None]
-    weight = torch.randn_like(q) * inside
-    want = layer.attend(q, k, v, tokens, tokens, kernel="dense", **own)
-    got = layer.finish(call, flex.FLEX.run(call), x)
+    weight = torch.randn_like(call.q) * inside
+    want = layer.attend(call.q, call.k, call.v, tokens, tokens, kernel="dense", **own)
+    got = flex.FLEX.run(call)
     torch.testing.assert_close(got * inside, want * inside, atol=2e-5, rtol=2e-5)
-    pairs = [torch.autograd.grad((out * weight).sum(), x, retain_graph=True)[0] for out in (got, want)]
-    torch.testing.assert_close(*pairs, atol=5e-5, rtol=5e-5)
+    inputs = [x] if layer.sink is None else [x, layer.sink]
+    for mine, theirs in zip(
+        *(torch.autograd.grad((out * weight).sum(), inputs, retain_graph=True) for out in (got, want))
+    ):
+        torch.testing.assert_close(mine, theirs, atol=5e-5, rtol=5e-5)
+
+
+def call_of(layer: PatternAttention, x: torch.Tensor, tokens: zoo.Tokens) -> tuple:
+    """The call of a layer on hidden states, and what `attend` takes for global rows beside it."""
+    q, k, v = (layer._heads(project(x)) for project in (layer.to_q, layer.to_k, layer.to_v))
+    call = layer._call(q, k, v, tokens, tokens, None)
+    if not layer.computes_apart:
+        return call, {}
+    projections = layer.to_q_global, layer.to_k_global, layer.to_v_global
+    call.apart, second = True, tuple(layer._heads(project(x)) for project in projections)
+    call.second = second if call.queries.any_global else None
+    return call, {"global_qkv": second}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("options", [{"global_projections": "shared"}, {}], ids=str)
+def test_lists_hold_what_rows_of_global_queries_see(options: dict, layout: str, causal: bool, monkeypatch) -> None:
+    """Against the mask of each pair, which torch asks on a CPU without any lists."""
+    layer = zoo.build("longformer", dim=32, heads=2, window=7, causal=causal, **options)
+    x, tokens, given = torch.randn(2, 200, 32), tokens_of(layout, 200), []
+    attend = flex.attend
+    monkeypatch.setattr(flex, "attend", lambda *args: given.append(args) or attend(*args))
+    flex.FLEX.run(call_of(layer, x, tokens)[0])
+    ((q, k, _, lists, (mask, _), _),) = given
+    seen = torch_flex.create_mask(mask, 2, 1, q.shape[2], k.shape[2], device="cpu")
+    seen = seen[:, 0].unflatten(2, (-1, 16)).unflatten(1, (-1, 16))  # [B, n, 16, m, 16]
+    needed, entirely = seen.any(4).any(2).any(0), seen.all(4).all(2).all(0)
+    part, back, whole, whole_back = (listed(one, needed.shape[1 - n % 2]) for n, one in enumerate(lists))
+    assert torch.equal(part, back.T)
+    assert torch.equal(whole, whole_back.T)
+    assert not (part & whole).any(), "a block is visited once"
+    assert (part | whole | ~needed).all(), "a block with a visible pair is missing"
+    rows = flex.bucket(200) // 16
+    # fillers behind rows of global queries see nothing by the mask, and what they see otherwise is thrown away
+    assert (entirely | ~whole)[:rows].all(), "a block that is not seen whole needs its mask"
+    assert not call_of(layer, x, tokens)[0].queries.any_global or len(needed) > rows
+
+
+def test_fillers_of_global_rows_meet_no_padding() -> None:
+    """What they give is thrown away, but NaN times zero is NaN in the gradients of what they met."""
+    layer = zoo.build("full", dim=32, heads=2, causal=False)
+    valid, flags = torch.ones(2, 61, dtype=torch.bool), torch.zeros(2, 61, dtype=torch.bool)
+    valid[:, :16], flags[0, 20] = False, True
+    tokens = zoo.Tokens.of(valid, flags)
+    call, _ = call_of(layer, torch.randn(2, 61, 32), tokens)
+    plan, queries, keys = flex._places(call)
+    lists = flex.both_sides(call, 16, plan.rows // 16, plan.columns // 16, 1, flex_lists.Asking(1, 0))
+    whole = listed(lists.whole_forth, lists.whole_back.number.shape[-1])
+    assert not whole[plan.rows // 16 :].any(), "the second row of the batch has fillers alone"
+    assert queries.position.shape[1] == plan.rows + 16
+    assert keys.position.shape[1] == plan.columns + 16
+
+
+def listed(lists: flex_lists.BlockLists, columns: int) -> torch.Tensor:
+    """Which blocks are in lists that are those of all heads."""
+    found = torch.zeros(lists.number.shape[-1], columns, dtype=torch.bool)
+    for row, count in enumerate(lists.number[0, 0].tolist()):
+        found[row, lists.blocks[0, 0, row, :count].long()] = True
+    return found
 
 
 @pytest.mark.parametrize("causal", [True, False])
