@@ -219,7 +219,7 @@ def _places(call: PatternCall) -> tuple[Joined, Places, Places]:
     """How queries and keys stand, and what each of them is; found once for a layout."""
     (L, S), second = call.lengths, call.second is not None
     rows, columns, behind = bucket(L), bucket(S), bucket(L) if second else 0
-    asks = call.any_global_query or second
+    asks, (_, H, _, D), K = call.any_global_query or second, call.q.shape, call.k.shape[1]
 
     def find_queries() -> tuple[Places, Tensor | None, Tensor | None]:
         plain = Places.of(call.queries, call.queries.valid, -2, rows)
@@ -231,29 +231,33 @@ def _places(call: PatternCall) -> tuple[Joined, Places, Places]:
         back = np.broadcast_to(np.arange(L), (len(index), L)).copy()
         mask = call.queries.host.is_global & call.queries.host.valid
         back[mask] = (rows + mask.cumsum(1) - 1)[mask]  # in the order of `global_columns`
-        return Places.joined([plain, everyone]), _up_to(index, count), tensor_of(back, index.device)[:, None, :, None]
+        return (
+            Places.joined([plain, everyone]),
+            _up_to(index, count, H, D),
+            _up_to(tensor_of(back, index.device), L, H, D),
+        )
 
     def find_keys() -> tuple[Places, Tensor | None]:
         parts, marked, there = [], None, call.keys.valid
         if call.any_global_key:
             index, chosen = global_columns(call.keys)
             count, there = bucket(index.shape[1]), there & ~call.keys.is_global
-            marked, parts = _up_to(index, count), [Places.of(chosen, chosen.valid, -1, count)]
+            marked, parts = _up_to(index, count, K, D), [Places.of(chosen, chosen.valid, -1, count)]
         parts.insert(0, Places.of(call.keys, there, -1, columns))
         if second:
             parts.append(Places.of(call.queries, call.queries.valid, -1, behind, second=True))
         return Places.joined(parts), marked
 
-    queries, asking, back = call.queries.plan(("flex queries", BLOCK, asks, second), find_queries)
+    queries, asking, back = call.queries.plan(("flex queries", BLOCK, H, D, asks, second), find_queries)
     # the plan keeps what the key's id is of
-    key = ("flex keys", BLOCK, id(call.queries) if second else None)
+    key = ("flex keys", BLOCK, K, D, id(call.queries) if second else None)
     (keys, marked), _ = call.keys.plan(key, lambda: (find_keys(), call.queries))
     return Joined(rows, asking, columns, marked, behind, back), queries, keys
 
 
-def _up_to(columns: Tensor, count: int) -> Tensor:
-    """Columns [B, n] to be gathered, filled up: [B, 1, count, 1]."""
-    return F.pad(columns, (0, count - columns.shape[1]))[:, None, :, None]
+def _up_to(columns: Tensor, count: int, heads: int, width: int) -> Tensor:
+    """Columns [B, n] to be gathered, filled up, for all heads and channels."""
+    return F.pad(columns, (0, count - columns.shape[1]))[:, None, :, None].expand(-1, heads, -1, width)
 
 
 def _of_pattern(call: PatternCall) -> Tensor | None:

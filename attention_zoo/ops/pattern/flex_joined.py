@@ -20,7 +20,8 @@ from attention_zoo.ops.softmax.function import differentiable_once, without_auto
 
 
 class Joined(NamedTuple):
-    """Which rows stand behind others; fillers are of row 0, and nothing is taken of them.
+    """Which rows stand behind others; fillers are of row 0, and nothing is taken of them. Indices are expanded to all
+    heads and channels, which takes no memory.
 
     Fields:
         rows: queries with fillers, without those of global tokens.
@@ -32,11 +33,11 @@ class Joined(NamedTuple):
     """
 
     rows: int
-    asking: Int[Tensor, "B 1 n 1"] | None
+    asking: Int[Tensor, "B H n D"] | None
     columns: int
-    marked: Int[Tensor, "B 1 G 1"] | None
+    marked: Int[Tensor, "B K G D"] | None
     second: int
-    back: Int[Tensor, "B 1 L 1"] | None
+    back: Int[Tensor, "B H L D"] | None
 
 
 def filled(x: Tensor, rows: int) -> Tensor:
@@ -65,14 +66,14 @@ class _Joined(torch.autograd.Function):
         ctx.sizes = q.shape[2], k.shape[2]
         ctx.plan, ctx.apart = plan, q2 is not None
         asked = q if q2 is None else q2
-        queries = [q] if plan.asking is None else [*_up_to(q, plan.rows), asked.gather(2, _at(plan.asking, q))]
+        queries = [q] if plan.asking is None else [*_up_to(q, plan.rows), asked.gather(2, plan.asking)]
         found = []
         for x, x2 in ((k, k2), (v, v2)):
             parts = _up_to(x, plan.columns)
             if plan.marked is not None:
-                parts.append(x.gather(2, _at(plan.marked, x)))
+                parts.append(x.gather(2, plan.marked))
             found.append(torch.cat([*parts, *([] if x2 is None else _up_to(x2, plan.second))], 2))
-        return (torch.cat(queries, 2) if len(queries) > 1 else filled(q, plan.rows)), *found
+        return torch.cat(queries, 2) if len(queries) > 1 else filled(q, plan.rows), found[0], found[1]
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
@@ -81,14 +82,14 @@ class _Joined(torch.autograd.Function):
         if plan.asking is not None or plan.rows > L:
             own, _, rows = dq.split([L, plan.rows - L, dq.shape[2] - plan.rows], 2)
             if plan.asking is not None and ctx.apart:
-                dq2 = torch.zeros_like(own).scatter_add_(2, _at(plan.asking, rows), rows)
+                dq2 = torch.zeros_like(own).scatter_add_(2, plan.asking, rows)
             elif plan.asking is not None:
-                own = own.scatter_add(2, _at(plan.asking, rows), rows)
+                own = own.scatter_add(2, plan.asking, rows)
         count, found, others = 0 if plan.marked is None else plan.marked.shape[2], [], []
         for grad in (dk, dv):
             n = L if ctx.apart else 0
             mine, _, rows, of_second, _ = grad.split([S, plan.columns - S, count, n, plan.second - n], 2)
-            found.append(mine if plan.marked is None else mine.scatter_add(2, _at(plan.marked, rows), rows))
+            found.append(mine if plan.marked is None else mine.scatter_add(2, plan.marked, rows))
             others.append(of_second if ctx.apart else None)
         return own, *found, dq2, *others, None
 
@@ -97,10 +98,6 @@ def _up_to(x: Tensor, rows: int) -> list[Tensor]:
     """x, and zeros behind it, of no memory."""
     missing = rows - x.shape[2]
     return [x, x.new_zeros(()).expand(*x.shape[:2], missing, x.shape[3])] if missing else [x]
-
-
-def _at(rows: Int[Tensor, "B 1 n 1"], x: Tensor) -> Int[Tensor, "B H n D"]:
-    return rows.expand(-1, x.shape[1], -1, x.shape[3])
 
 
 def taken(
@@ -121,27 +118,25 @@ class _Taken(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, out: Tensor, lse: Tensor, sink: Tensor | None, back: Tensor | None, length: int) -> Tensor:
-        ctx.shape, shares, whole = out.shape, None, out
+        ctx.shape, whole = out.shape, out
+        shares: tuple[Tensor, Tensor] | None = None
         if sink is not None:
             # of a row that sees nothing 0, as its output is
-            shares = (lse - sink.to(lse.dtype)[:, None]).sigmoid_()[..., None]
-            whole = (out * shares).to(out.dtype)
+            gap = lse - sink.to(lse.dtype)[:, None]
+            shares = gap.sigmoid()[..., None], gap.neg_().sigmoid_()
+            whole = (out * shares[0]).to(out.dtype)
             ctx.sink = sink.dtype
-        ctx.save_for_backward(None if sink is None else out, shares, back)
-        return whole[:, :, :length].clone() if back is None else whole.gather(2, _at(back, out))
+        ctx.save_for_backward(None if sink is None else out, *(shares or (None, None)), back)
+        return whole[:, :, :length].clone() if back is None else whole.gather(2, back)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-        out, shares, back = saved
-        if back is None:
-            dout = filled(grad, ctx.shape[2])
-        else:
-            dout = grad.new_zeros(ctx.shape).scatter_(2, _at(back, grad), grad)  # each row is taken once
+        out, shares, of_sink, back = saved
+        # each row is taken once
+        dout = filled(grad, ctx.shape[2]) if back is None else grad.new_zeros(ctx.shape).scatter_(2, back, grad)
         if shares is None:
             return dout, None, None, None, None
         dout = dout * shares
-        gained = (dout * out).sum(-1, keepdim=True)
-        dlse = torch.addcmul(gained, gained, shares, value=-1)
-        dsink = dlse.sum((0, 2, 3)).neg_().to(ctx.sink)
-        return dout.to(out.dtype), dlse.squeeze(-1), dsink, None, None
+        dlse = (dout * out).sum(-1).mul_(of_sink)
+        return dout.to(out.dtype), dlse, dlse.sum((0, 2)).neg_().to(ctx.sink), None, None

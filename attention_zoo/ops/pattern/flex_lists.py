@@ -142,7 +142,7 @@ def _of_rows(call: PatternCall, size: int, counts: tuple[int, int, int], asking:
     whole = filled & (q_last >= 0) & (q_first == q_last) & (k_first == q_first) & (k_last == q_first)
     if call.pattern.causal:
         seen, whole = seen & (k_low <= q_high), whole & (k_high <= q_low)
-    row, column = seen.any(0).nonzero()
+    row, column = np.nonzero(seen.any(0))
     yield rows + row, start + column, whole.all(0)[row, column]
 
 
