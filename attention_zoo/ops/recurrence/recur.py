@@ -69,12 +69,12 @@ class _Unmoved(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Any, ...], *grads: Tensor) -> tuple[Tensor | None, ...]:
         first, mean, deviation, identity, into, bias, *others = saved
-        dmade = torch.stack(grads, 2).flatten(0, 1).flatten(1)
+        dmade = torch.stack(grads, 2).view(first.shape[:2].numel(), -1)
         seen = torch.native_layer_norm(first, first.shape[-1:], None, None, EPS)[0].add_(identity)
-        dinto, some = torch.zeros_like(into), slice(dmade.shape[1])
-        torch.mm(dmade.T, seen.flatten(0, 1), out=dinto[some])
-        dbias = None if bias is None else F.pad(dmade.sum(0), (0, len(bias) - dmade.shape[1]))
-        dseen = (dmade @ into[some]).view(first.shape)
+        rest = len(into) - dmade.shape[1]
+        dinto = F.pad(dmade.T @ seen.flatten(0, 1), (0, 0, 0, rest))
+        dbias = None if bias is None else F.pad(dmade.sum(0), (0, rest))
+        dseen = (dmade @ into[: dmade.shape[1]]).view(first.shape)
         dfirst = torch.ops.aten.native_layer_norm_backward(
             dseen, first, first.shape[-1:], mean, deviation, None, None, [True, False, False]
         )[0]
