@@ -71,6 +71,8 @@ LAYOUTS = "all", "left", "holes, documents, global", "many global, in one row"
     [
         ("longformer", {"window": 20, "kv_heads": 1}),
         ("longformer", {"window": 5, "dilation": 3, "causal": False, "positions": "alibi"}),
+        ("longformer", {"window": 5, "dilation": [1, 3], "sink_logit": True}),
+        ("longformer", {"window": 5, "dilation": [2, 1], "causal": False, "positions": "alibi"}),
         ("longformer", {"window": 5, "sinks": 3, "positions": "alibi", "sink_logit": True}),
         ("longformer", {"window": 5, "causal": False, "sink_logit": True, "global_projections": "shared"}),
         ("full", {"positions": "alibi"}),
@@ -248,6 +250,7 @@ def test_it_refuses_with_a_reason(monkeypatch) -> None:
     assert not reason("longformer", q)
     assert not reason("full", q, causal=False)
     assert "float64" in reason("longformer", q.double())
-    assert "patterns of their own" in reason("longformer", q, dilation=[1, 2])
+    assert not reason("longformer", q, dilation=[1, 2])
+    assert "patterns of their own" in reason("longformer", q, dilation=[1, 2], sinks=2)
     assert "16 wide" in reason("longformer", q[..., :8])
     assert "fewer than 16" in reason("longformer", q[:, :, :15])

@@ -169,6 +169,7 @@ def test_keys_made_of_tokens_take_no_more_at_any_length(name: str, length: int) 
         ("bigbird", {"sink_logit": True}, 0),
         ("full", {"sink_logit": True}, 0),
         ("full", {"sink_logit": True, "positions": "rotary"}, 0),
+        ("longformer", {"dilation": [1, 1, 2, 4]}, 0),
         ("longformer", {"sink_logit": True}, 0),
         ("longformer", {"sink_logit": True, "positions": "alibi"}, 0),
         ("longformer", {"sink_logit": True, "global_projections": "shared"}, 0),

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from attention_zoo.layout.host import tensor_of
 from attention_zoo.layout.kernel import Kernel
 from attention_zoo.layout.layout import Layout
-from attention_zoo.layout.reach import Band
+from attention_zoo.layout.reach import Band, Reach
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.band import by_distance
 from attention_zoo.ops.pattern.call import PatternCall
@@ -263,12 +263,22 @@ def _up_to(columns: Tensor, count: int, heads: int, width: int) -> Tensor:
 def _of_pattern(call: PatternCall) -> Tensor | None:
     """The pattern's bias of a key d positions after the query, [H, 2n] at d + n, n in few sizes."""
     reach = call.pattern.reach
-    if reach.weights != "distance":
-        return None
     n = bucket((reach.farthest or 0) + 2)  # beyond it is as at its ends: -inf
+    if _heads_have_bands(reach):
+        return call.keys.plan(("bands", reach, call.q.shape[1], n), lambda: _by_table(call, n))
+    return _by_table(call, n) if reach.weights == "distance" else None
+
+
+def _by_table(call: PatternCall, n: int) -> Tensor:
+    """The pattern's bias of each distance, [H, 2n]."""
     find = lambda: (Layout.plain(1, 1, call.q.device, start=n), Layout.plain(1, 2 * n, call.q.device))  # noqa: E731
     found = call.pattern.bias(*call.keys.plan(("distances", n), find)).flatten(0, 2)
     return found.expand(call.q.shape[1], -1)
+
+
+def _heads_have_bands(reach: Reach) -> bool:
+    """Whether each head sees all within a band of its own, as where they step differently."""
+    return isinstance(reach, Band) and reach.weights == "uniform" and bool(reach.heads) and not reach.first
 
 
 def _by_distance(call: PatternCall) -> Tensor | None:
@@ -312,7 +322,7 @@ def _sums_in_order(call: PatternCall) -> str | None:
 
 def _heads_alike(call: PatternCall) -> str | None:
     reach = call.pattern.reach
-    if reach.weights == "distance":
+    if reach.weights == "distance" or _heads_have_bands(reach):
         return None
     if reach.weights == "uniform" and isinstance(reach, Band) and reach.same_for_all and isinstance(reach.stride, int):
         return None  # the reach says it all
