@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from attention_zoo.layout.host import tensor_of
 from attention_zoo.ops.softmax.pages import large_pages
@@ -162,20 +163,12 @@ class Run:
     def project(self, seen: Float[Tensor, "b S E"], some: slice | None = None) -> Float[Tensor, "b S f"]:
         """Into keys, values and queries, or some of these."""
         _, into, bias, *_ = self.weights
-        if some is None:
-            return _linear(seen, self._into, bias)
-        return _linear(seen, into[some].T, None if bias is None else bias[some])
+        if some is not None:
+            into, bias = into[some], None if bias is None else bias[some]
+        return F.linear(seen, into, bias)
 
     def raw(self, found: Float[Tensor, "b S Q"]) -> Float[Tensor, "b S R"]:
-        return _linear(found, self._out, self.weights.out_bias)
-
-    @cached_property
-    def _into(self) -> Float[Tensor, "E F"]:
-        return self.weights.into.T
-
-    @cached_property
-    def _out(self) -> Float[Tensor, "Q R"]:
-        return self.weights.out.T
+        return F.linear(found, self.weights.out, self.weights.out_bias)
 
     def gate(self) -> Float[Tensor, " E"] | None:
         """The share of the old that a fixed gate keeps."""
@@ -246,13 +239,6 @@ def _cut(x: Tensor, heads: slice | None, rows: slice | None = None) -> Tensor:
     """Some heads, and of these some rows; itself where it is all of them."""
     x = x if heads is None else x[heads]
     return x if rows is None else x[:, rows]
-
-
-def _linear(x: Float[Tensor, "b S e"], weight: Float[Tensor, "e f"], bias: Tensor | None) -> Float[Tensor, "b S f"]:
-    """By a matrix that is transposed already, once for all turns."""
-    rows = x.view(-1, x.shape[2])
-    made = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
-    return made.view(*x.shape[:2], -1)
 
 
 def renewed(
