@@ -36,7 +36,7 @@ seed): accuracy 0.71 after 300 steps beside 0.67 of a window of 8, and 0.997 aft
 window=4 states=12: 0.18 beside 0.10. Not where much must be found again word for word, in little training: MQAR
 anywhere (task.power=1) 0.06. Each block waits for the one before it, forward and
 backward, but documents do not wait for each other. However few its tokens, a turn is some 38 small operators forward
-and 49 backward (views included; tests/test_launches.py), of which 16 and 31 compute or copy, all of them together 20 and
+and 49 backward (views included; tests/test_launches.py), of which 16 and 31 compute or copy; all together add 20 and
 140 more, beside 60 and 40 of a call without one: of small windows and states these are what takes the time.
 
 Checked: against a double loop over blocks and tokens in float64, outputs and gradients to 1e-11
