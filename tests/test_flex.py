@@ -17,6 +17,7 @@ from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Abilities
 from attention_zoo.layout.kernel import unmet
 from attention_zoo.ops.pattern import facts, flex, flex_lists
+from attention_zoo.ops.pattern.flex_joined import Joined, filled, joined, taken
 from attention_zoo.ops.pattern.near import needed_pairs
 
 pytestmark = [
@@ -153,6 +154,56 @@ def test_fillers_of_global_rows_meet_no_padding() -> None:
     assert not whole[plan.rows // 16 :].any(), "the second row of the batch has fillers alone"
     assert queries.position.shape[1] == plan.rows + 16
     assert keys.position.shape[1] == plan.columns + 16
+
+
+@pytest.mark.parametrize("with_rows", [False, True])
+@pytest.mark.parametrize("size", [1.0, 200.0])
+def test_a_sinks_share_has_the_gradients_of_its_formula(size: float, with_rows: bool) -> None:
+    """In float64; of rows that see nothing, too, and of sinks that take all or nothing."""
+    out, lse = torch.randn(2, 3, 20, 4).double(), torch.randn(2, 3, 20).double() * size
+    lse[0, :, 4] = -torch.inf
+    out[0, :, 4] = 0
+    sink = torch.randn(3).double() * size
+    back = torch.arange(15).expand(2, 15).clone()
+    back[0, 7] = 18
+    index = back[:, None, :, None].expand(-1, 3, -1, 4) if with_rows else None
+    plan, inputs, found = Joined(20, None, 20, None, 0, index), [out, lse, sink], []
+    for run in (taken, lambda out, lse, sink, plan, length: by_formula(out, lse, sink, index, length)):
+        leaves = [each.clone().requires_grad_() for each in inputs]
+        given = run(*leaves, plan, 15)
+        found.append([given, *torch.autograd.grad(given.sin().sum(), leaves)])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+        assert a.isfinite().all()
+
+
+def by_formula(out, lse, sink, index, length: int) -> torch.Tensor:
+    shared = out * (lse.clamp(min=-1e30) - sink[:, None]).sigmoid()[..., None]
+    return shared[:, :, :length] if index is None else shared.gather(2, index)
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_joined_operands_have_the_gradients_of_their_copies(second: bool) -> None:
+    """In float64: rows behind others, and where they were taken from."""
+    q, k, v, q2, k2, v2 = (torch.randn(2, heads, 5, 4).double() for heads in (2, 1, 1, 2, 1, 1))
+    asking, marked = (torch.tensor([[4, 0], [1, 3]])[:, None, :, None].expand(-1, heads, -1, 4) for heads in (2, 1))
+    plan = Joined(8, asking, 6, marked, 7 if second else 0, None)
+
+    def copies(q, k, v, q2, k2, v2):
+        queries = torch.cat([filled(q, 8), (q2 if second else q).gather(2, asking)], 2)
+        pairs = ((k, k2), (v, v2))
+        behind = [[filled(b, 7)] if second else [] for _, b in pairs]
+        keys = [torch.cat([filled(a, 6), a.gather(2, marked), *rest], 2) for (a, _), rest in zip(pairs, behind)]
+        return queries, *keys
+
+    found = []
+    for run in (lambda *x: joined(*x[:3], plan, x[3:] if second else None), copies):
+        leaves = [each.clone().requires_grad_() for each in (q, k, v, q2, k2, v2)]
+        given = run(*leaves)
+        used = leaves if second else leaves[:3]
+        found.append([*given, *torch.autograd.grad(sum(each.sin().sum() for each in given), used)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
 def listed(lists: flex_lists.BlockLists, columns: int) -> torch.Tensor:
