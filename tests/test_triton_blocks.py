@@ -50,6 +50,16 @@ def test_bigbird_with_grouped_heads_and_with_links_that_count_twice(on_triton, o
     equal(case, layer, x, tokens, str(options), on_triton)
 
 
+@pytest.mark.parametrize(("size", "causal"), [(0.5, True), (0.5, False), (90.0, True), (-1e4, True)])
+def test_bigbird_with_a_sink(on_triton, size, causal) -> None:
+    """Of a row that sees it alone, too: padding; and one that takes all, or nothing."""
+    case = Case.of("bigbird", block=8)
+    layer = case.build(causal=causal, dtype=torch.float32, sink_logit=True).to(on_triton)
+    layer.sink.data = torch.linspace(size, size / 2, layer.heads).to(on_triton)
+    tokens = dict(case.layouts(17))["global tokens, documents and holes"]
+    equal(case, layer, case.data(3, 17, dtype=torch.float32), tokens, str(size), on_triton)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_bigbird_with_blocks_that_are_seen_whole(monkeypatch, on_triton, causal) -> None:
     """They need no mask: blocks of a power of two, full, of one document, and not of the future."""

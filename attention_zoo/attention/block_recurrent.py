@@ -35,9 +35,9 @@ When: something small must be carried far, at constant cost. Flip-flop (128 toke
 seed): accuracy 0.71 after 300 steps beside 0.67 of a window of 8, and 0.997 after 800 beside 0.63; RMT's copy task with
 window=4 states=12: 0.18 beside 0.10. Not where much must be found again word for word, in little training: MQAR
 anywhere (task.power=1) 0.06. Each block waits for the one before it, forward and
-backward, but documents do not wait for each other. However few its tokens, a turn is some 50 small operators forward
-and 100 backward (views included; tests/test_launches.py), beside 60 and 40 of a call without one: of small windows and
-states these are what takes the time.
+backward, but documents do not wait for each other. However few its tokens, a turn is some 38 small operators forward
+and 49 backward (views included; tests/test_launches.py), of which 16 and 31 compute or copy; all together add 20 and
+140 more, beside 60 and 40 of a call without one: of small windows and states these are what takes the time.
 
 Checked: against a double loop over blocks and tokens in float64, outputs and gradients to 1e-11
 (tests/references/block_recurrent.py); against the port block-recurrent-transformer-pytorch, outputs and gradients to

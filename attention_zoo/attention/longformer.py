@@ -54,11 +54,14 @@ from attention_zoo.attention.operator import refuse_export
 from attention_zoo.attention.pattern import PatternAttention, hide
 from attention_zoo.constants import constant
 from attention_zoo.contract import Abilities, Tokens, Unsupported
+from attention_zoo.layout.kernel import choose
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.reach import Band
+from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.absorbed import is_worth_it, with_absorbed_rows
 from attention_zoo.ops.pattern.call import PatternCall
 from attention_zoo.ops.pattern.globals import dense_global_rows, global_rows, put_global_rows
+from attention_zoo.ops.pattern.heads import reach_by_head
 from attention_zoo.options import Natural, Positive
 from attention_zoo.rules import OneOf
 
@@ -160,10 +163,14 @@ class Longformer(PatternAttention):
         q, k, v = (self._heads(project(x)) for project in (self.to_q_global, self.to_k_global, self.to_v_global))
         return self.scheme.turn(q, layout), self.scheme.turn(k, layout), v
 
-    def finish(self, call: PatternCall, out: Tensor, x: Tensor) -> Tensor:
+    def run(self, call: PatternCall, x: Tensor) -> Tensor:
         """With rows of global queries by the second projection; only computed where there are some."""
         if not (self.computes_apart and call.queries.any_global):
-            return out
+            return self._run(call, self.kernel)
+        if call.q.numel() and self._runs_along(call):
+            call.second = self.global_operands(x, call.queries)
+            return self._run(call, self.kernel)
+        out = self._run(call, self.kernel)
         projections = self.to_q_global, self.to_k_global, self.to_v_global
         if self.kernel != "dense" and is_worth_it(call, *projections):
             turned: dict[str, Any] = {}
@@ -176,6 +183,12 @@ class Longformer(PatternAttention):
             # a global query's document begins in its call (checked before): it sees none of the keys before that
             k, v = (nn.functional.pad(y, (0, 0, earlier, 0)) for y in (k, v))
         return self._with_rows(call, out, q, k, v, self.kernel, self.scale)
+
+    def _runs_along(self, call: PatternCall) -> bool:
+        """Whether the kernel computes rows of global queries in the same call, as none does on a CPU."""
+        if facts.on_cuda(call) is not None or reach_by_head(self.reach) is not None:
+            return False
+        return choose(self.name, self.kernels, self.kernel, call).along
 
     def attend(
         self,

@@ -45,7 +45,7 @@ from attention_zoo.rules import Unsupported
 
 
 class PatternAttention(Attention):
-    """Base of all patterns. Final but for `mark`, `bias`, `reach`, `losses`, `bias_parameters` and `finish`.
+    """Base of all patterns. Final but for `mark`, `bias`, `reach`, `losses`, `bias_parameters` and `run`.
 
     Args:
         sink_logit: learn for each head the score of one more key, whose value is zero, so that it may look at nothing
@@ -63,7 +63,7 @@ class PatternAttention(Attention):
     Smaller in tests, so that short lengths straddle many borders."""
     travels: str | None = "keys within reach; a ring of all keys where nothing ends it"
     computes_apart = False
-    """Whether `finish` computes rows of global queries in another way, by the q, k, v of `global_operands`."""
+    """Whether `run` computes rows of global queries in another way, by the q, k, v of `global_operands`."""
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -136,9 +136,9 @@ class PatternAttention(Attention):
         """Parameters that `bias` depends on."""
         return ()
 
-    def finish(self, call: PatternCall, out: Tensor, x: Tensor) -> Tensor:
+    def run(self, call: PatternCall, x: Tensor) -> Tensor:
         """The output [B, H, L, D] of a call over hidden states x: where `computes_apart`, with its rows put in."""
-        return out
+        return self._run(call, self.kernel)
 
     # --- final: the definition assembled ---------------------------------------------------------------------------
 
@@ -287,7 +287,7 @@ class PatternAttention(Attention):
             k, v = self._own_keys(x, layout)
             new = held = Columns.of(layout, k, v) if state is None else self._append(state, layout, k, v)
         call = self._on(self, q, layout, held, sink=self.sink, turned=turned)
-        out = self.finish(call, self._run(call, self.kernel), x)
+        out = self.run(call, x)
         if state is not None:
             out = watch(out, call.keys)
             new = held if self.cross else held.settle(layout, horizon=self._horizon)[0]

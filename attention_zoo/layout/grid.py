@@ -192,6 +192,27 @@ def taken(x: Tensor, columns: Int[Tensor, "B n"]) -> Tensor:
     return x.gather(2, columns[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
+def with_taken(x: Float[Tensor, "B H S D"], columns: Int[Tensor, "B n"]) -> Float[Tensor, "B H S+n D"]:
+    """All columns, and some of them again behind all."""
+    found: Tensor = _WithTaken.apply(x, columns[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    return found
+
+
+class _WithTaken(torch.autograd.Function):
+    """What both places get is added in one copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        return torch.cat([x, x.gather(2, index)], 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        own, behind = grad.split([grad.shape[2] - index.shape[2], index.shape[2]], 2)
+        return own.scatter_add(2, index, behind), None
+
+
 def is_wasteful(grid: Grid, queries: int) -> bool:
     """Whether most columns would be empty: of documents or queries much shorter than a block, or with many holes."""
     given, used = grid.place.shape[1], grid.columns - grid.first(queries)

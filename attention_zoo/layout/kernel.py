@@ -33,6 +33,7 @@ class Kernel(Generic[Call]):
         about: one line for people.
         fits: facts about the mechanism, known when it is built: one that they exclude does not have this kernel.
         whole: whether heads that reach differently far cost what they see in one call, so that none need run apart.
+        along: whether it runs rows of global queries along, where these have a second projection.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Kernel(Generic[Call]):
     about: str
     fits: tuple[Fact, ...] = ()
     whole: bool = False
+    along: bool = False
 
     def refuse(self, call: Call) -> str | None:
         """Every reason why it cannot run the call exactly, in one line, or None."""

@@ -44,6 +44,8 @@ class PatternCall:
         sink: [H], for each head the score of one more key, whose value is zero; None: there is none.
         tiled: whether global keys are to local tiles as all others are.
         turned: [B, H, L, D], the queries as the first tokens beyond a band see them; None: the same.
+        second: q, k, v of a second projection of the queries' tokens, by which the kernel is to compute rows of global
+            queries; None: it is not, or they have none.
     """
 
     pattern: Pattern
@@ -59,6 +61,7 @@ class PatternCall:
     sink: Tensor | None = None
     turned: Tensor | None = None
     tiled: bool = False
+    second: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         check_scale(self.scale)

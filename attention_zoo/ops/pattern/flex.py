@@ -4,7 +4,7 @@ The pattern's own `bias` is the mask, evaluated on chip from the positions of th
 it is evaluated in is told by `near`, or by plain arithmetic where columns are positions, and blocks that are seen whole
 are taken without it (flex_lists.py). Where a pattern's bias is a function of the distance, it is a table by head, and
 heads visit what they reach themselves. Padding, documents, causality and position biases are honoured in all layouts;
-global keys are copied behind the others, global queries are a few rows more.
+global keys are copied behind the others, and so are global queries, of a second projection, too (flex_joined.py).
 
 Sums are taken in a fixed order, but for the gradient of a table that learns: where deterministic algorithms are asked
 for, torch's switch, such a pattern is refused. float32 is exact.
@@ -22,18 +22,21 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from attention_zoo.layout.host import tensor_of
 from attention_zoo.layout.kernel import Kernel
 from attention_zoo.layout.layout import Layout
-from attention_zoo.layout.reach import Band
+from attention_zoo.layout.reach import Band, Reach
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.band import by_distance
 from attention_zoo.ops.pattern.call import PatternCall
-from attention_zoo.ops.pattern.flex_lists import Sides, both_sides
-from attention_zoo.ops.pattern.globals import global_columns, with_global_rows
+from attention_zoo.ops.pattern.flex_joined import Joined, joined, taken
+from attention_zoo.ops.pattern.flex_lists import Asking, Sides, both_sides
+from attention_zoo.ops.pattern.globals import global_columns
 from attention_zoo.tokens import Tokens
 
 BLOCK = 128
@@ -51,7 +54,8 @@ class Places(NamedTuple):
 
     Fields:
         position, length: see `Tokens`.
-        document: -2 for queries and -1 for keys that are not there.
+        document: -2 for queries and -1 for keys that are not there; from -3 down those of a second projection, whose
+            queries meet its keys alone.
     """
 
     position: Tensor
@@ -59,11 +63,16 @@ class Places(NamedTuple):
     document: Tensor
 
     @staticmethod
-    def of(tokens: Tokens, there: Tensor, missing: int, count: int) -> Places:
+    def of(tokens: Tokens, there: Tensor, missing: int, count: int, *, second: bool = False) -> Places:
         more = (0, count - there.shape[1])
-        document = torch.where(there, tokens.document, missing)
+        document = torch.where(there, -3 - tokens.document if second else tokens.document, missing)
         fields = (F.pad(tokens.position, more), F.pad(tokens.length, more), F.pad(document, more, value=missing))
         return Places(*(field.int().contiguous() for field in fields))
+
+    @staticmethod
+    def joined(parts: list[Places]) -> Places:
+        """One behind the other."""
+        return parts[0] if len(parts) == 1 else Places(*(torch.cat(each, 1) for each in zip(*parts)))
 
 
 def bucket(length: int) -> int:
@@ -75,11 +84,14 @@ def bucket(length: int) -> int:
 # --- what a pair is --------------------------------------------------------------------------------------------------
 
 
-def pair_functions(call: PatternCall, q: Places, k: Places, tables: Tables, beyond: int) -> tuple[Mod, Mod | None]:
+def pair_functions(
+    call: PatternCall, q: Places, k: Places, tables: Tables, rows: int, beyond: int
+) -> tuple[Mod, Mod | None]:
     """Whether a pair is seen, and what is added to its score; of tensors that the compiler captures.
 
     Args:
-        beyond: keys from this column on are those that the pattern does not concern, the global ones.
+        rows, beyond: queries from this row on, and keys from this column on, are those that the pattern does not
+            concern, the global ones.
     """
     pattern, causal = call.pattern, call.pattern.causal
     q_position, q_length, q_document = q
@@ -98,12 +110,17 @@ def pair_functions(call: PatternCall, q: Places, k: Places, tables: Tables, beyo
         n = table.shape[1] // 2
         return table[h, (k_position[b, j] - q_position[b, i] + n).clamp(0, 2 * n - 1)]
 
+    apart = [n for n, places in ((rows, q_position), (beyond, k_position)) if n < places.shape[1]]
+
+    def concerned(i: Tensor, j: Tensor) -> Tensor:
+        return (i < rows) & (j < beyond) if rows < q_position.shape[1] else j < beyond
+
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         found = q_document[b, i] == k_document[b, j]
         if causal:
             found = found & (k_position[b, j] <= q_position[b, i])
         near = bias(b, h, i, j) > -torch.inf
-        return found & (near if beyond == k_position.shape[1] else near | (j >= beyond))
+        return found & (near | ~concerned(i, j) if apart else near)
 
     weighs = pattern.reach.weights != "uniform"
     if tables.position is None and not weighs:
@@ -113,7 +130,7 @@ def pair_functions(call: PatternCall, q: Places, k: Places, tables: Tables, beyo
         if weighs:
             # -inf is the mask's to say
             more = bias(b, h, i, j, tables.pattern).clamp(min=torch.finfo(torch.float32).min)
-            value = value + torch.where(j < beyond, more, 0)
+            value = value + torch.where(concerned(i, j), more, 0)
         return value if tables.position is None else value + at(tables.position, b, h, i, j)
 
     return seen, score
@@ -187,89 +204,87 @@ def attend(
 
 
 def _run(call: PatternCall) -> Tensor:
-    L, S = call.lengths
-    Lb, Sb = bucket(L), bucket(S)
-    index, queries, keys = _places(call, Lb, Sb)
-    lists = both_sides(call, BLOCK, Lb // BLOCK, Sb // BLOCK, (keys.position.shape[1] - Sb) // BLOCK)
-    functions = pair_functions(call, queries, keys, Tables(_of_pattern(call), _by_distance(call)), Sb)
-    if index is None:
-        k, v = filled(call.k, Sb), filled(call.v, Sb)
-    else:
-        k, v = _WithGlobals.apply(call.k, call.v, *index)
-    out, lse = attend(filled(call.q, Lb), k, v, lists, functions, call.scale)
-    if call.sink is not None:
-        # one more key, whose value is zero; a row that sees nothing else stays zero, with finite gradients
-        share = (lse.clamp(min=-1e30) - call.sink[:, None]).sigmoid()[..., None]
-        out = (out * share).to(out.dtype)
-    return with_global_rows(call, out[:, :, :L], in_one=True)
+    plan, queries, keys = _places(call)
+    rows, columns = plan.rows // BLOCK, plan.columns // BLOCK
+    asking = Asking(queries.position.shape[1] // BLOCK - rows, plan.second // BLOCK)
+    more = keys.position.shape[1] // BLOCK - columns - asking.columns
+    lists = both_sides(call, BLOCK, rows, columns, more, asking)
+    tables = Tables(_of_pattern(call), _by_distance(call))
+    functions = pair_functions(call, queries, keys, tables, plan.rows, plan.columns)
+    out, lse = attend(*joined(call.q, call.k, call.v, plan, call.second), lists, functions, call.scale)
+    return taken(out, lse, call.sink, plan, call.lengths[0])
 
 
-def filled(x: Tensor, rows: int) -> Tensor:
-    """With rows of zeros behind it."""
-    return x if x.shape[2] == rows else F.pad(x, (0, 0, 0, rows - x.shape[2]))
+def _places(call: PatternCall) -> tuple[Joined, Places, Places]:
+    """How queries and keys stand, and what each of them is; found once for a layout."""
+    (L, S), second = call.lengths, call.second is not None
+    rows, columns, behind = bucket(L), bucket(S), bucket(L) if second else 0
+    asks, (_, H, _, D), K = call.any_global_query or second, call.q.shape, call.k.shape[1]
 
-
-class _WithGlobals(torch.autograd.Function):
-    """Keys and values, filled up, and those of global tokens behind them: one copy each."""
-
-    @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, columns: Tensor, marked: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(marked)
-        ctx.keys = k.shape[2]
-        index = columns.expand(-1, k.shape[1], -1, k.shape[3])
-        return k.gather(2, index), v.gather(2, index)
-
-    @staticmethod
-    def backward(ctx: Any, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        (marked,) = ctx.saved_tensors
-        index, found = marked.expand(-1, dk.shape[1], -1, dk.shape[3]), []
-        for grad in (dk, dv):
-            first = dk.shape[2] - marked.shape[2]
-            found.append(grad[:, :, : ctx.keys].scatter_add(2, index, grad[:, :, first:]))
-        return *found, None, None
-
-
-def _places(call: PatternCall, rows: int, columns: int) -> tuple[tuple[Tensor, Tensor] | None, Places, Places]:
-    """Of queries and keys, found once for a layout; global keys stand behind the others, from these columns.
-
-    With global keys also the columns [B, 1, n, 1] of all of them, the first ones filled up with any, and of those that
-    are global alone.
-    """
-
-    def queries() -> Places:
-        return Places.of(call.queries, call.queries.valid, -2, rows)
-
-    def keys() -> tuple[tuple[Tensor, Tensor] | None, Places]:
-        if not call.any_global_key:
-            return None, Places.of(call.keys, call.keys.valid, -1, columns)
-        index, chosen = global_columns(call.keys)
+    def find_queries() -> tuple[Places, Tensor | None, Tensor | None]:
+        plain = Places.of(call.queries, call.queries.valid, -2, rows)
+        if not asks:
+            return plain, None, None
+        index, chosen = global_columns(call.queries)
         count = bucket(index.shape[1])
-        plain = Places.of(call.keys, call.keys.valid & ~call.keys.is_global, -1, columns)
-        marked = Places.of(chosen, chosen.valid, -1, count)
-        behind, S = F.pad(index, (0, count - index.shape[1])), call.k.shape[2]
-        own = torch.arange(columns, device=index.device).clamp_(max=S - 1).expand(len(index), -1)
-        places = Places(*(torch.cat(x, 1) for x in zip(plain, marked)))
-        return (torch.cat([own, behind], 1)[:, None, :, None], behind[:, None, :, None]), places
+        everyone = Places.of(chosen, chosen.valid, -2, count, second=second)
+        back = np.broadcast_to(np.arange(L), (len(index), L)).copy()
+        mask = call.queries.host.is_global & call.queries.host.valid
+        back[mask] = (rows + mask.cumsum(1) - 1)[mask]  # in the order of `global_columns`
+        return (
+            Places.joined([plain, everyone]),
+            _up_to(index, count, H, D),
+            _up_to(tensor_of(back, index.device), L, H, D),
+        )
 
-    index, places = call.keys.plan(("flex keys", BLOCK, columns), keys)
-    return index, call.queries.plan(("flex queries", rows), queries), places
+    def find_keys() -> tuple[Places, Tensor | None]:
+        parts, marked, there = [], None, call.keys.valid
+        if call.any_global_key:
+            index, chosen = global_columns(call.keys)
+            count, there = bucket(index.shape[1]), there & ~call.keys.is_global
+            marked, parts = _up_to(index, count, K, D), [Places.of(chosen, chosen.valid, -1, count)]
+        parts.insert(0, Places.of(call.keys, there, -1, columns))
+        if second:
+            parts.append(Places.of(call.queries, call.queries.valid, -1, behind, second=True))
+        return Places.joined(parts), marked
+
+    queries, asking, back = call.queries.plan(("flex queries", BLOCK, H, D, asks, second), find_queries)
+    # the plan keeps what the key's id is of
+    key = ("flex keys", BLOCK, K, D, id(call.queries) if second else None)
+    (keys, marked), _ = call.keys.plan(key, lambda: (find_keys(), call.queries))
+    return Joined(rows, asking, columns, marked, behind, back), queries, keys
+
+
+def _up_to(columns: Tensor, count: int, heads: int, width: int) -> Tensor:
+    """Columns [B, n] to be gathered, filled up, for all heads and channels."""
+    return F.pad(columns, (0, count - columns.shape[1]))[:, None, :, None].expand(-1, heads, -1, width)
 
 
 def _of_pattern(call: PatternCall) -> Tensor | None:
     """The pattern's bias of a key d positions after the query, [H, 2n] at d + n, n in few sizes."""
     reach = call.pattern.reach
-    if reach.weights != "distance":
-        return None
     n = bucket((reach.farthest or 0) + 2)  # beyond it is as at its ends: -inf
+    if _heads_have_bands(reach):
+        return call.keys.plan(("bands", reach, call.q.shape[1], n), lambda: _by_table(call, n))
+    return _by_table(call, n) if reach.weights == "distance" else None
+
+
+def _by_table(call: PatternCall, n: int) -> Tensor:
+    """The pattern's bias of each distance, [H, 2n]."""
     find = lambda: (Layout.plain(1, 1, call.q.device, start=n), Layout.plain(1, 2 * n, call.q.device))  # noqa: E731
     found = call.pattern.bias(*call.keys.plan(("distances", n), find)).flatten(0, 2)
     return found.expand(call.q.shape[1], -1)
 
 
+def _heads_have_bands(reach: Reach) -> bool:
+    """Whether each head sees all within a band of its own, as where they step differently."""
+    return isinstance(reach, Band) and reach.weights == "uniform" and bool(reach.heads) and not reach.first
+
+
 def _by_distance(call: PatternCall) -> Tensor | None:
     """Position bias of a key d positions after the query, [H, 2n] at d + n."""
     reach = call.pattern.reach
-    everywhere = reach.farthest is None or reach.first > 0 or call.any_global_key
+    everywhere = reach.farthest is None or reach.first > 0 or call.any_global_key or call.any_global_query
     if not (call.has_position_bias and everywhere):
         return by_distance(call, (reach.farthest or 0) + 1)
     return by_distance(call, bucket(call.k.shape[2] if call.aligned else int(call.keys.host.position.max()) + 1))
@@ -307,7 +322,7 @@ def _sums_in_order(call: PatternCall) -> str | None:
 
 def _heads_alike(call: PatternCall) -> str | None:
     reach = call.pattern.reach
-    if reach.weights == "distance":
+    if reach.weights == "distance" or _heads_have_bands(reach):
         return None
     if reach.weights == "uniform" and isinstance(reach, Band) and reach.same_for_all and isinstance(reach.stride, int):
         return None  # the reach says it all
@@ -324,4 +339,5 @@ FLEX: Kernel[PatternCall] = Kernel(
     "torch's FlexAttention, compiled: any layout, of patterns that are a function of two positions",
     (facts.is_one_function, facts.first_in_text),
     whole=True,
+    along=True,
 )

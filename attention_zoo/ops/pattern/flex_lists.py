@@ -5,6 +5,7 @@ Lists are made on the host, once for a layout and pattern, as wide as the longes
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from attention_zoo.layout.host import Array, Host, tensor_of
 from attention_zoo.layout.reach import Anywhere, Band
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.globals import global_columns
 from attention_zoo.ops.pattern.heads import SomeHeads, reach_by_head
 from attention_zoo.ops.pattern.near import needed_pairs
 
@@ -40,6 +42,22 @@ class Sides(NamedTuple):
     whole_back: BlockLists
 
 
+class Asking(NamedTuple):
+    """Blocks of rows of the call's global queries, behind those of all queries.
+
+    Fields:
+        rows: how many.
+        columns: how many blocks the tokens of the call's queries have as keys of a second projection, behind all other
+            blocks: what these rows see instead of the others; 0: there is none.
+    """
+
+    rows: int = 0
+    columns: int = 0
+
+
+NONE = Asking()
+
+
 def lists_of_pairs(row: Array, column: Array, rows: int, device: Device = "cpu") -> BlockLists:
     """BlockLists from the pairs of blocks that matter, in any order; widths are powers of two."""
     order = np.argsort(row, kind="stable")
@@ -52,25 +70,26 @@ def lists_of_pairs(row: Array, column: Array, rows: int, device: Device = "cpu")
     return BlockLists(*(tensor_of(x, device) for x in (count[None, None].astype(np.int32), index[None, None])))
 
 
-def both_sides(call: PatternCall, size: int, rows: int, columns: int, more: int = 0) -> Sides:
+def both_sides(call: PatternCall, size: int, rows: int, columns: int, more: int = 0, asking: Asking = NONE) -> Sides:
     """Of the call's blocks of `size`; `rows` and `columns` count fillers, which are in no list.
 
     Args:
         more: blocks of keys behind these, which all queries visit.
+        asking: of global queries.
     """
-    key = ("flex lists", call.pattern.reach, call.pattern.causal, id(call.queries), size, rows, columns, more)
+    key = ("flex lists", call.pattern.reach, call.pattern.causal, id(call.queries), size, rows, columns, more, asking)
     # the plan keeps what the key's id is of
-    return call.keys.plan(key, lambda: (_both_sides(call, size, rows, columns, more), call.queries))[0]
+    return call.keys.plan(key, lambda: (_both_sides(call, size, (rows, columns, more), asking), call.queries))[0]
 
 
-def _both_sides(call: PatternCall, size: int, rows: int, columns: int, more: int) -> Sides:
+def _both_sides(call: PatternCall, size: int, counts: tuple[int, int, int], asking: Asking) -> Sides:
     back = reach_by_head(call.pattern.reach)
     if back is None:
-        return _sides(call, size, rows, columns, more)
+        return _sides(call, size, counts, asking)
     found = {}
     for far in set(back):
         heads = tuple(head for head, other in enumerate(back) if other == far)
-        found[far] = _sides(replace(call, pattern=SomeHeads(call.pattern, heads)), size, rows, columns, more)
+        found[far] = _sides(replace(call, pattern=SomeHeads(call.pattern, heads)), size, counts, asking)
     return Sides(*(_by_head([found[far][n] for far in back]) for n in range(len(Sides._fields))))
 
 
@@ -81,18 +100,50 @@ def _by_head(lists: list[BlockLists]) -> BlockLists:
     return BlockLists(torch.cat([one.number for one in lists], 1), torch.cat(blocks, 1))
 
 
-def _sides(call: PatternCall, size: int, rows: int, columns: int, more: int) -> Sides:
+def _sides(call: PatternCall, size: int, counts: tuple[int, int, int], asking: Asking) -> Sides:
+    rows, columns, more = counts
     row, column = _pairs(call, size, rows, columns)
-    whole, device = seen_whole(call, row, column, size), call.q.device
-    asking = -(-call.lengths[0] // size)
-    row = np.concatenate([row, np.arange(asking).repeat(more)])
-    column = np.concatenate([column, columns + np.tile(np.arange(more), asking)])
-    whole = np.concatenate([whole, np.zeros(asking * more, bool)])
-    lists = []
+    near, local = seen_whole(call, row, column, size), np.arange(-(-call.lengths[0] // size))
+    found = [(row, column, near), _all_of(local, columns, more)]
+    if asking.rows:
+        found += [*_of_rows(call, size, counts, asking)]
+    row, column, whole = (np.concatenate(each) for each in zip(*found))
+    lists, device = [], call.q.device
     for some in (~whole, whole):
-        lists.append(lists_of_pairs(row[some], column[some], rows, device))
-        lists.append(lists_of_pairs(column[some], row[some], columns + more, device))
+        lists.append(lists_of_pairs(row[some], column[some], rows + asking.rows, device))
+        lists.append(lists_of_pairs(column[some], row[some], columns + more + asking.columns, device))
     return Sides(*lists)
+
+
+Pairs = tuple[Array, Array, Bool[np.ndarray, " n"]]
+"""Row and column of blocks, and which of them are seen whole."""
+
+
+def _all_of(rows: Array, start: int, count: int) -> Pairs:
+    """Each of these rows with so many columns from one on."""
+    row = rows.repeat(count)
+    return row, start + np.tile(np.arange(count), len(rows)), np.zeros(len(row), bool)
+
+
+def _of_rows(call: PatternCall, size: int, counts: tuple[int, int, int], asking: Asking) -> Iterator[Pairs]:
+    """What rows of global queries visit: what is of their documents, and not later where that matters."""
+    rows, columns, more = counts
+    keys = call.keys.host
+    held, start = keys._replace(valid=keys.valid & ~keys.is_global), 0
+    if asking.columns:
+        held, start = call.queries.host, columns + more
+    else:
+        yield _all_of(rows + np.arange(asking.rows), columns, more)
+    chosen = global_columns(call.queries)[1].host
+    q_low, q_high, q_first, q_last, _ = (x[:, :, None] for x in _valid_ends(chosen, size))
+    k_low, k_high, k_first, k_last, filled = (x[:, None] for x in _valid_ends(held, size))
+    seen = (q_last >= k_first) & (k_last >= q_first)
+    # a row of the batch without global queries has fillers alone, which must meet no padding
+    whole = filled & (q_last >= 0) & (q_first == q_last) & (k_first == q_first) & (k_last == q_first)
+    if call.pattern.causal:
+        seen, whole = seen & (k_low <= q_high), whole & (k_high <= q_low)
+    row, column = np.nonzero(seen.any(0))
+    yield rows + row, start + column, whole.all(0)[row, column]
 
 
 def _pairs(call: PatternCall, size: int, rows: int, columns: int) -> tuple[Array, Array]:
@@ -136,3 +187,18 @@ def _ends(tokens: Host, size: int) -> tuple[Int[np.ndarray, "B n"], ...]:
         return blocks.min(-1), blocks.max(-1)
 
     return *ends(tokens.position, 0), *ends(np.where(tokens.valid, tokens.document, -1), -1)
+
+
+def _valid_ends(tokens: Host, size: int) -> tuple[Array, ...]:
+    """Lowest and highest position and document of the tokens that are there, and whether all of a block are: [B, n].
+
+    Where none is, the lowest is the largest number and the highest is -1, so that no range meets it.
+    """
+    around = ((0, 0), (0, -tokens.valid.shape[1] % size))
+    there = np.pad(tokens.valid, around).reshape(len(tokens.valid), -1, size)
+    found = []
+    for x in (tokens.position, tokens.document):
+        blocks = np.pad(x, around).astype(np.int64).reshape(there.shape)
+        found.append(np.where(there, blocks, np.iinfo(np.int64).max).min(-1))
+        found.append(np.where(there, blocks, -1).max(-1))
+    return *found, there.all(-1)

@@ -77,7 +77,9 @@ def _by_stretches(
 ) -> Tensor:  # fmt: skip
     """Each stretch of queries is a row of one fused call, with the keys of its set."""
     B, H, L, D = q.shape
-    if bool((np.diff(sets) == 1).all()):
+    if len(k) == 1:
+        k, v = (x.expand(len(sets), -1, -1, -1) for x in (k, v))
+    elif bool((np.diff(sets) == 1).all()):
         k, v = (x.narrow(0, int(sets[0]), len(sets)) for x in (k, v))
     else:
         k, v = (x.index_select(0, tensor_of(sets, q.device)) for x in (k, v))

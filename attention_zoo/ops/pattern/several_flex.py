@@ -20,6 +20,7 @@ from attention_zoo.layout.kernel import triton_reason
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.visible import Seen
 from attention_zoo.ops.pattern import flex
+from attention_zoo.ops.pattern.flex_joined import filled
 from attention_zoo.ops.pattern.flex_lists import Sides, lists_of_pairs
 from attention_zoo.ops.pattern.key_set import Keys
 
@@ -123,7 +124,7 @@ def run_joined(
         return value if weight is None else value + weight[b, j]
 
     functions = shown, None if weight is None else score
-    out, _ = flex.attend(flex.filled(q, flex.bucket(L)), k, v, lists, functions, scale)
+    out, _ = flex.attend(filled(q, flex.bucket(L)), k, v, lists, functions, scale)
     return out[:, :, :L]
 
 

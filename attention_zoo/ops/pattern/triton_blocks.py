@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from attention_zoo.layout.grid import taken
+from attention_zoo.layout.grid import with_taken
 from attention_zoo.layout.host import Array, array_of, tensor_of
 from attention_zoo.layout.kernel import Kernel
 from attention_zoo.ops.pattern import facts
@@ -48,8 +47,8 @@ def _run(call: PatternCall) -> Tensor:
     moved = laid.with_keys()
     k, v = moved.k, moved.v
     if plan.columns is not None:
-        k, v = (torch.cat([x, taken(x, plan.columns)], 2) for x in (k, v))
-    out = block_attention(moved.q, k, v, plan.lists, scale=moved.scale)
+        k, v = (with_taken(x, plan.columns) for x in (k, v))
+    out = block_attention(moved.q, k, v, plan.lists, scale=moved.scale, sink=moved.sink)
     return laid.back(with_global_rows(moved, out, in_one=True) if plan.rows else out)
 
 
@@ -167,7 +166,7 @@ def _takes_blocks(call: PatternCall) -> str | None:
 TRITON_BLOCKS: Kernel[PatternCall] = Kernel(
     "triton",
     _run,
-    (facts.has_triton, facts.no_sink, _takes_blocks, facts.no_position_bias, facts.own_keys, fills_blocks),
+    (facts.has_triton, _takes_blocks, facts.no_position_bias, facts.own_keys, fills_blocks),
     "one Triton kernel walks the list of key blocks of each query block",
     (facts.is_blocks,),
 )

@@ -71,6 +71,10 @@ class Back:
         sizes = [self.run.first if turn < 0 else run.counts[turn] for turn in range(self.first_turn, stop)]
         names = "seen", "mean", "deviation", "dvectors", "dprojected", "draw"
         self.parts = {name: getattr(self, name).split(sizes) for name in names}
+        # of products, which then need no view of their own
+        counts = [size * run.S for size in sizes]
+        for name in ("dprojected", "draw"):
+            self.parts[f"{name}_rows"] = getattr(self, name).flatten(0, 1).split(counts)
         of_keys, of_queries = self.dprojected.split([run.KV, self.dprojected.shape[2] - run.KV], 2)
         by_heads = {"queries": self.queries, "of_keys": run.by_heads(of_keys), "of_queries": run.by_heads(of_queries)}
         self.parts |= {name: x.split(sizes, 1) for name, x in by_heads.items()}
@@ -100,38 +104,38 @@ class Back:
 
     def through_projections(self, turn: int) -> None:
         """Of the vectors before a turn: what comes through their projections is added to the rest."""
-        dprojected = self.mine("dprojected", turn - 1)
+        dprojected, vectors = self.mine("dprojected_rows", turn - 1), self.left[turn]
         last = turn == self.run.G  # nobody looks from there
-        dseen = dprojected[..., : self.run.KV] @ self.into_keys if last else dprojected @ self.into
-        vectors = self.left[turn]
+        dseen = dprojected[:, : self.run.KV] @ self.into_keys if last else dprojected @ self.into
+        dseen = dseen.view(vectors.shape)
         mean, deviation = self.mine("mean", turn - 1), self.mine("deviation", turn - 1)
         more = torch.ops.aten.native_layer_norm_backward(
             dseen, vectors, vectors.shape[-1:], mean, deviation, None, None, [True, False, False]
         )[0]
         self.mine("dvectors", turn - 1).add_(more)
 
-    def through_gate(self, turn: int, before: Float[Tensor, "c S E"]) -> tuple[Tensor, Tensor]:
-        """Of what a turn found, [2, c, H, S, D], and its sums with that, negative, [2, c, H, S, 1]."""
+    def through_gate(self, turn: int, before: Float[Tensor, "c S E"]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Of what a turn found, and its sums with that, negative: of each kind, `Run.kinds`."""
         run, blocks = self.run, self.run.blocks(turn)
         grad, found, stops = self.mine("dvectors", turn), self.looked_up[turn], run.course.stops
         if stops is not None and stops[blocks].any():
             grad.masked_fill_(tensor_of(stops[blocks], grad.device)[:, None, None], 0)
         if self.gate is not None:
-            draw = torch.mul(grad, self.open_gate, out=self.mine("draw", turn))
+            torch.mul(grad, self.open_gate, out=self.mine("draw", turn))
             old = grad * self.gate
         else:
             with torch.enable_grad():
                 held, raw = (x.detach().requires_grad_() for x in (before, run.raw(found)))
                 old, draw = torch.autograd.grad(renewed(held, raw, None), (held, raw), grad)
             self.mine("draw", turn).copy_(draw)
-        dfound = draw @ run.weights.out
+        dfound = (self.mine("draw_rows", turn) @ run.weights.out).view(found.shape)
         dfound = run.by_heads(dfound).contiguous()
         delta = (dfound * self.found_by_heads[turn]).sum(-1, keepdim=True).neg_()
         if turn == self.first_turn:
             self._close()
             self._open()
         self._add("dvectors", turn, old)
-        return dfound, delta
+        return run.kinds(dfound), run.kinds(delta)
 
     def hand(self, turn: int, down: Float[Tensor, "2 c K S D"], dqueries: Float[Tensor, "2 c H S D"]) -> None:
         """What the states before a turn get of it."""

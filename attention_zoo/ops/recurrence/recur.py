@@ -69,12 +69,12 @@ class _Unmoved(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Any, ...], *grads: Tensor) -> tuple[Tensor | None, ...]:
         first, mean, deviation, identity, into, bias, *others = saved
-        dmade = torch.stack(grads, 2).flatten(0, 1).flatten(1)
+        dmade = torch.stack(grads, 2).view(first.shape[:2].numel(), -1)
         seen = torch.native_layer_norm(first, first.shape[-1:], None, None, EPS)[0].add_(identity)
-        dinto, some = torch.zeros_like(into), slice(dmade.shape[1])
-        torch.mm(dmade.T, seen.flatten(0, 1), out=dinto[some])
-        dbias = None if bias is None else F.pad(dmade.sum(0), (0, len(bias) - dmade.shape[1]))
-        dseen = (dmade @ into[some]).view(first.shape)
+        rest = len(into) - dmade.shape[1]
+        dinto = F.pad(dmade.T @ seen.flatten(0, 1), (0, 0, 0, rest))
+        dbias = None if bias is None else F.pad(dmade.sum(0), (0, rest))
+        dseen = (dmade @ into[: dmade.shape[1]]).view(first.shape)
         dfirst = torch.ops.aten.native_layer_norm_backward(
             dseen, first, first.shape[-1:], mean, deviation, None, None, [True, False, False]
         )[0]
@@ -91,19 +91,22 @@ class _Recur(torch.autograd.Function):
         run = Run(first, k, v, Weights(*weights), course)
         vectors, kv, found = run.room(first)
         left, held, looked_up = run.by_states(vectors), run.by_states(kv, 1), run.by_blocks(found)
+        places = run.by_heads(found).split(run.counts, 1)
         left[0].copy_(first)
         gate = run.gate()
         for turn, count in enumerate([*course.counts, 0]):
             projected = run.project(run.seen(left[turn])[0], None if count else slice(run.KV))
-            held[turn].copy_(run.by_heads(projected[..., : run.KV] if count else projected))
             if not count:
+                held[turn].copy_(run.by_heads(projected))
                 break
-            before, keys, values = (run.chosen(x, turn) for x in (left[turn], *held[turn].unbind()))
-            queries = run.by_heads(run.chosen(projected, turn)[..., run.KV :]).contiguous()
-            looked = run.scratch("found", tuple(queries.shape), queries)
-            for look in run.looks(queries, (keys, values), turn):
-                look.forward(looked)
-            run.by_heads(looked_up[turn]).copy_(looked)
+            for_keys, for_queries = projected.split([run.KV, projected.shape[2] - run.KV], 2)
+            held[turn].copy_(run.by_heads(for_keys))
+            before, own = run.chosen(left[turn], turn), run.chosen(held[turn], turn, 1)
+            queries = run.by_heads(run.chosen(for_queries, turn)).contiguous()
+            looked, by_kinds = run.room_by_kinds("found", tuple(queries.shape), queries)
+            for look, into in zip(run.looks(queries, own, turn), by_kinds):
+                look.forward(into)
+            places[turn].copy_(looked)
             renewed(before, run.raw(looked_up[turn]), gate, into=left[turn + 1])
         ctx.save_for_backward(k, v, vectors, kv, found, *weights)
         ctx.course, ctx.first = course, len(first)
@@ -120,14 +123,15 @@ class _Recur(torch.autograd.Function):
         for_keys, for_values = (run.by_blocks(x.flatten(0, 1), run.K) for x in (dkeys, dvalues))
         for turn in reversed(range(run.G)):
             back.through_projections(turn + 1)
-            before, keys, values = (run.chosen(x, turn) for x in (back.left[turn], *back.held[turn].unbind()))
+            before, own = run.chosen(back.left[turn], turn), run.chosen(back.held[turn], turn, 1)
             dfound, delta = back.through_gate(turn, before)
             queries = back.asked(turn)
-            dqueries = run.scratch("dqueries", tuple(queries.shape), queries)
-            down = run.scratch("dkv", (2, *keys.shape), queries)
-            own, block = run.looks(queries, (keys, values), turn)
-            own.backward(dfound, delta, dqueries, *down.flatten(1, 2).unbind())
-            block.backward(dfound, delta, dqueries, for_keys[turn], for_values[turn])
+            dqueries, of_queries = run.room_by_kinds("dqueries", tuple(queries.shape), queries)
+            down, of_own = run.room_by_kinds("dkv", tuple(own.shape), queries)
+            of_blocks = for_keys[turn], for_values[turn]
+            parts = zip(run.looks(queries, own, turn), dfound, delta, of_queries, (of_own, of_blocks))
+            for look, grad, gap, dq, (dk, dv) in parts:
+                look.backward(grad, gap, dq, dk, dv)
             back.hand(turn, down, dqueries)
         back.through_projections(0)
         return back.mine("dvectors", -1), dkeys.to(k.dtype), dvalues.to(v.dtype), None, *back.weights()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,6 +74,7 @@ class Run:
         self.H = (len(weights.into) - self.KV) // (2 * self.D)
         self.ends, self.counts = course.counts.cumsum().tolist(), course.counts.tolist()
         self.scratch = Scratch()
+        self._views: dict[str, dict[tuple[int, ...], tuple[Tensor, Any]]] = {}
         # views of all turns at once, since a turn's own would each be an operator
         self.keys, self.values = self.by_blocks(self.k), self.by_blocks(self.v)
 
@@ -121,14 +122,38 @@ class Run:
         ]
         return np.concatenate([self.course.start, *followed])
 
-    def chosen(self, left: Float[Tensor, "b *rest"], turn: int) -> Float[Tensor, "c *rest"]:
-        """Of what is there before a turn, what its lanes begin with."""
+    def chosen(self, left: Float[Tensor, "b *rest"], turn: int, dim: int = 0) -> Float[Tensor, "c *rest"]:
+        """Of what is there before a turn, what its lanes begin with; states stand in this dimension."""
         if turn:
-            return left if len(left) == self.counts[turn] else left[: self.counts[turn]]
-        return left.index_select(0, tensor_of(self.course.start, left.device))
+            return left if left.shape[dim] == self.counts[turn] else left.narrow(dim, 0, self.counts[turn])
+        return left.index_select(dim, tensor_of(self.course.start, left.device))
 
     def by_heads(self, x: Float[Tensor, "b S Q"]) -> Float[Tensor, "2 b H S D"]:
         return x.unflatten(-1, (2, -1, self.D)).permute(2, 0, 3, 1, 4)
+
+    def kinds(self, x: Float[Tensor, "2 b H S d"]) -> tuple[Tensor, ...]:
+        """Of each kind the rows that share a key head, [bK, gS, d]: views of a contiguous tensor."""
+        return x.view(2, x.shape[1] * self.K, -1, x.shape[4]).unbind()
+
+    def room_by_kinds(self, name: str, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """A piece of the scratch [2, b, H, S, D], and its `kinds`."""
+        whole = self.scratch(name, shape, like)
+        return whole, self._viewed(name, whole, self.kinds)
+
+    def room_turned(self, name: str, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+        """A piece of the scratch [h, l, m], and its transpose."""
+        whole = self.scratch(name, shape, like)
+        return whole, self._viewed(name, whole, lambda x: x.transpose(1, 2))
+
+    def _viewed(self, name: str, whole: Tensor, view: Callable[[Tensor], Any]) -> Any:
+        """Views of a piece of the scratch, made once for as long as turns are alike."""
+        held, shape = self._views.setdefault(name, {}), tuple(whole.shape)
+        if shape not in held or held[shape][0] is not whole:
+            held[shape] = whole, view(whole)
+            for other, (piece, _) in list(held.items()):  # of memory that has become too small: it is to be free
+                if piece.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+                    del held[other]
+        return held[shape][1]
 
     def seen(self, vectors: Float[Tensor, "b S E"]) -> tuple[Tensor, Tensor, Tensor]:
         """The vectors as projections see them; and mean and deviation of each, for backward."""
@@ -149,24 +174,23 @@ class Run:
         """The share of the old that a fixed gate keeps."""
         return None if self.weights.keep is None else self.weights.keep.sigmoid()
 
-    def looks(self, queries: Float[Tensor, "2 b H S D"], own: tuple[Tensor, Tensor], turn: int) -> tuple[Look, Look]:
-        """At the vectors themselves, of which keys and values are given [b, K, S, D], and at the turn's blocks."""
-        return Look(self, 0, queries, *own), Look(self, 1, queries, self.keys[turn], self.values[turn])
+    def looks(
+        self, queries: Float[Tensor, "2 b H S D"], own: Float[Tensor, "2 b K S D"], turn: int
+    ) -> tuple[Look, Look]:
+        """At the vectors themselves, of which keys and values are given, and at the turn's blocks."""
+        to_own, to_blocks = self.kinds(queries)
+        blocks = (x[turn].flatten(0, 1) for x in (self.keys, self.values))
+        return Look(self, to_own, *own.flatten(1, 2).unbind()), Look(self, to_blocks, *blocks)
 
 
 class Look:
-    """Attention of a turn's queries [2, b, H, S, D], of one of the two kinds, to all of some keys [b, K, m, D].
+    """Attention of a turn's queries of one kind, `Run.kinds`, to all of some keys [bK, m, D].
 
     Query heads of one key head are rows of one product; whole rows of scores at once.
     """
 
-    def __init__(self, run: Run, kind: int, queries: Tensor, k: Tensor, v: Tensor):
-        self.run, self.kind = run, kind
-        self.q, self.k, self.v = self.rows(queries), k.flatten(0, 1), v.flatten(0, 1)
-
-    def rows(self, x: Float[Tensor, "2 b H S d"]) -> Float[Tensor, "bK gS d"]:
-        """A view of a contiguous tensor."""
-        return x[self.kind].view(x.shape[1] * self.run.K, -1, x.shape[-1])
+    def __init__(self, run: Run, queries: Tensor, k: Tensor, v: Tensor):
+        self.run, self.q, self.k, self.v = run, queries, k, v
 
     def pieces(self) -> Iterator[tuple[slice | None, slice | None, bool]]:
         """Key heads, and queries of one step, None: all; whether it is the first to see these keys."""
@@ -178,37 +202,37 @@ class Look:
                 of_heads = None if some >= heads else slice(head, head + some)
                 yield of_heads, None if rows == queries else slice(at, at + rows), not at
 
-    def weights(self, q: Float[Tensor, "h l D"], k: Float[Tensor, "h m D"]) -> Float[Tensor, "h l m"]:
-        """Those of the softmax, in the scratch."""
-        scores, weights = (self.run.scratch(name, (*q.shape[:2], k.shape[1]), q) for name in ("scores", "weights"))
+    def weights(self, q: Float[Tensor, "h l D"], k: Float[Tensor, "h m D"]) -> tuple[Tensor, Tensor]:
+        """Those of the softmax [h, l, m], in the scratch, and their transpose."""
+        shape = *q.shape[:2], k.shape[1]
+        scores, (weights, turned) = self.run.scratch("scores", shape, q), self.run.room_turned("weights", shape, q)
         scores.baddbmm_(q, k.transpose(1, 2), beta=0, alpha=self.run.course.scale)
-        return torch.softmax(scores, -1, out=weights)
+        return torch.softmax(scores, -1, out=weights), turned
 
-    def forward(self, found: Float[Tensor, "2 b H S D"]) -> None:
-        into = self.rows(found)
+    def forward(self, into: Float[Tensor, "bK gS D"]) -> None:
         for heads, rows, _ in self.pieces():
             q, k, v = _cut(self.q, heads, rows), _cut(self.k, heads), _cut(self.v, heads)
-            _cut(into, heads, rows).baddbmm_(self.weights(q, k), v, beta=0)
+            _cut(into, heads, rows).baddbmm_(self.weights(q, k)[0], v, beta=0)
 
     def backward(
         self,
-        dfound: Tensor,
-        delta: Tensor,
-        dqueries: Tensor,
+        grad: Float[Tensor, "bK gS D"],
+        gap: Float[Tensor, "bK gS 1"],
+        dq: Float[Tensor, "bK gS D"],
         dk: Float[Tensor, "bK m D"],
         dv: Float[Tensor, "bK m D"],
     ) -> None:
         """Gradients of queries, keys and values, into their places."""
-        grad, gap, dq, scale = self.rows(dfound), self.rows(delta), self.rows(dqueries), self.run.course.scale
+        scale = self.run.course.scale
         for heads, rows, fresh in self.pieces():
             q, dout, beta = _cut(self.q, heads, rows), _cut(grad, heads, rows), 0 if fresh else 1
             k, v = _cut(self.k, heads), _cut(self.v, heads)
-            weights = self.weights(q, k)
-            _cut(dv, heads).baddbmm_(weights.transpose(1, 2), dout, beta=beta)
-            dscores = self.run.scratch("scores", tuple(weights.shape), q).copy_(_cut(gap, heads, rows))
-            dscores.baddbmm_(dout, v.transpose(1, 2)).mul_(weights)
+            weights, turned = self.weights(q, k)
+            _cut(dv, heads).baddbmm_(turned, dout, beta=beta)
+            dscores, turned = self.run.room_turned("scores", tuple(weights.shape), q)
+            dscores.copy_(_cut(gap, heads, rows)).baddbmm_(dout, v.transpose(1, 2)).mul_(weights)
             _cut(dq, heads, rows).baddbmm_(dscores, k, beta=0, alpha=scale)
-            _cut(dk, heads).baddbmm_(dscores.transpose(1, 2), q, beta=beta, alpha=scale)
+            _cut(dk, heads).baddbmm_(turned, q, beta=beta, alpha=scale)
 
 
 def _cut(x: Tensor, heads: slice | None, rows: slice | None = None) -> Tensor:

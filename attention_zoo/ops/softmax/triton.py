@@ -294,29 +294,41 @@ def block_attention(
     lists: Lists,
     *,
     scale: float,
+    sink: Float[Tensor, " H"] | None = None,
 ) -> Float[Tensor, "B H L D"]:
-    """Attention along the lists, differentiable; zeros where a query sees nothing. S is M·C, rows are not gathered."""
-    out: Tensor = _Blocks.apply(q, k, v, lists, scale)
+    """Attention along the lists, differentiable; zeros where a query sees nothing. S is M·C, rows are not gathered.
+
+    Args:
+        sink: for each head the score of one more key, whose value is zero.
+    """
+    out: Tensor = _Blocks.apply(q, k, v, sink, lists, scale)
     return out
 
 
 class _Blocks(torch.autograd.Function):
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lists: Lists, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, lists: Lists, scale: float) -> Tensor:
         B, H, L, D = q.shape
         out = q.new_zeros(B, L, H, D).transpose(1, 2)  # as the next projection reads it
         lse = forward(q, k, v, lists, scale=scale, out=out)
-        ctx.save_for_backward(q, k, v, out, lse)
+        if sink is not None:
+            # merged: backward takes what the whole softmax sums to, whoever its keys are
+            apart, lse = lse, torch.logaddexp(lse, sink.to(lse.dtype)[:, None])
+            out.mul_((apart - lse).exp_()[..., None])
+        ctx.save_for_backward(q, k, v, sink, out, lse)
         ctx.lists, ctx.scale = lists, scale
         return out
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = saved
-        delta = (grad.float() * out.float()).sum(-1)
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, sink, out, lse = saved
+        delta, dsink = (grad.float() * out.float()).sum(-1), None
+        if sink is not None:
+            shares = (sink.to(lse.dtype)[:, None] - lse).exp_()
+            dsink = shares.mul_(delta).sum((0, 2)).neg_().to(sink.dtype)
         dq = torch.zeros_like(out)  # channels last in memory, as the kernels write them, whatever came in
         dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
         backward(grad.to(q.dtype), q, k, v, delta, lse, ctx.lists, scale=ctx.scale, dq=dq, dk=dk, dv=dv)
-        return dq, dk, dv, None, None
+        return dq, dk, dv, dsink, None, None

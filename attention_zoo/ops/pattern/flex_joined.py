@@ -1,0 +1,142 @@
+"""What one call of FlexAttention takes and gives: operands put behind each other, and their rows taken back.
+
+    queries   L of the call | n global ones, which see everything
+    keys      S of the call | G global ones, which all see | L of a second projection, which global queries see alone
+
+Each part is filled up to whole blocks. So global tokens take no further attention, merge nothing, and a sink's share is
+taken of all rows alike. One copy of each operand, which filling up would take anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
+
+
+class Joined(NamedTuple):
+    """Which rows stand behind others; fillers are of row 0, and nothing is taken of them. Indices are expanded to all
+    heads and channels, which takes no memory.
+
+    Fields:
+        rows: queries with fillers, without those of global tokens.
+        asking: of q, or of the second projection's, that ask for everything; None: none.
+        columns: keys with fillers, without those of global tokens.
+        marked: of k and v, that all see; None: none.
+        second: keys of a second projection with fillers; 0: there are none.
+        back: which row of the result each query takes; None: its own.
+    """
+
+    rows: int
+    asking: Int[Tensor, "B H n D"] | None
+    columns: int
+    marked: Int[Tensor, "B K G D"] | None
+    second: int
+    back: Int[Tensor, "B H L D"] | None
+
+
+def filled(x: Tensor, rows: int) -> Tensor:
+    """With rows of zeros behind it."""
+    return x if x.shape[2] == rows else F.pad(x, (0, 0, 0, rows - x.shape[2]))
+
+
+def joined(
+    q: Float[Tensor, "B H L D"],
+    k: Float[Tensor, "B K S D"],
+    v: Float[Tensor, "B K S D"],
+    plan: Joined,
+    second: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands of one call."""
+    if plan.asking is None and plan.marked is None:
+        return filled(q, plan.rows), filled(k, plan.columns), filled(v, plan.columns)
+    found: tuple[Tensor, Tensor, Tensor] = _Joined.apply(q, k, v, *(second or (None, None, None)), plan)
+    return found
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        q2, k2, v2, plan = others
+        ctx.sizes = q.shape[2], k.shape[2]
+        ctx.plan, ctx.apart = plan, q2 is not None
+        asked = q if q2 is None else q2
+        queries = [q] if plan.asking is None else [*_up_to(q, plan.rows), asked.gather(2, plan.asking)]
+        found = []
+        for x, x2 in ((k, k2), (v, v2)):
+            parts = _up_to(x, plan.columns)
+            if plan.marked is not None:
+                parts.append(x.gather(2, plan.marked))
+            found.append(torch.cat([*parts, *([] if x2 is None else _up_to(x2, plan.second))], 2))
+        return torch.cat(queries, 2) if len(queries) > 1 else filled(q, plan.rows), found[0], found[1]
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        plan, (L, S) = ctx.plan, ctx.sizes
+        own, dq2 = dq, None
+        if plan.asking is not None or plan.rows > L:
+            own, _, rows = dq.split([L, plan.rows - L, dq.shape[2] - plan.rows], 2)
+            if plan.asking is not None and ctx.apart:
+                dq2 = torch.zeros_like(own).scatter_add_(2, plan.asking, rows)
+            elif plan.asking is not None:
+                own = own.scatter_add(2, plan.asking, rows)
+        count, found, others = 0 if plan.marked is None else plan.marked.shape[2], [], []
+        for grad in (dk, dv):
+            n = L if ctx.apart else 0
+            mine, _, rows, of_second, _ = grad.split([S, plan.columns - S, count, n, plan.second - n], 2)
+            found.append(mine if plan.marked is None else mine.scatter_add(2, plan.marked, rows))
+            others.append(of_second if ctx.apart else None)
+        return own, *found, dq2, *others, None
+
+
+def _up_to(x: Tensor, rows: int) -> list[Tensor]:
+    """x, and zeros behind it, of no memory."""
+    missing = rows - x.shape[2]
+    return [x, x.new_zeros(()).expand(*x.shape[:2], missing, x.shape[3])] if missing else [x]
+
+
+def taken(
+    out: Float[Tensor, "B H R D"],
+    lse: Float[Tensor, "B H R"],
+    sink: Float[Tensor, " H"] | None,
+    plan: Joined,
+    length: int,
+) -> Float[Tensor, "B H L D"]:
+    """The rows of the call's queries, less what a sink takes: one more key, whose value is zero."""
+    if plan.back is None and sink is None:
+        return out[:, :, :length]
+    found: Tensor = _Taken.apply(out, lse, sink, plan.back, length)
+    return found
+
+
+class _Taken(torch.autograd.Function):
+    @staticmethod
+    @without_autocast
+    def forward(ctx: Any, out: Tensor, lse: Tensor, sink: Tensor | None, back: Tensor | None, length: int) -> Tensor:
+        ctx.shape, whole = out.shape, out
+        shares: tuple[Tensor, Tensor] | None = None
+        if sink is not None:
+            # of a row that sees nothing 0, as its output is
+            gap = lse - sink.to(lse.dtype)[:, None]
+            shares = gap.sigmoid()[..., None], gap.neg_().sigmoid_()
+            whole = (out * shares[0]).to(out.dtype)
+            ctx.sink = sink.dtype
+        ctx.save_for_backward(None if sink is None else out, *(shares or (None, None)), back)
+        return whole[:, :, :length].clone() if back is None else whole.gather(2, back)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, shares, of_sink, back = saved
+        # each row is taken once
+        dout = filled(grad, ctx.shape[2]) if back is None else grad.new_zeros(ctx.shape).scatter_(2, back, grad)
+        if shares is None:
+            return dout, None, None, None, None
+        dout = dout * shares
+        dlse = (dout * out).sum(-1).mul_(of_sink)
+        return dout.to(out.dtype), dlse, dlse.sum((0, 2)).neg_().to(ctx.sink), None, None
