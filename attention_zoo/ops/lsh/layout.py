@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from attention_zoo.layout.host import tensor_of
+from attention_zoo.layout.host import array_of, tensor_of
 
 KEPT, KEPT_DOCUMENTS = 1024, 64
 """Most tokens, and documents, of a layout that is kept for later calls."""
@@ -113,5 +113,15 @@ def _kept(sizes: tuple[int, ...], slots: tuple[int, ...] | None, shape: tuple[tu
 
 def sort_tokens(buckets: Int[Tensor, "H R M"], document: Int[Tensor, " M"]) -> Int[Tensor, "H R M"]:
     """Order by (document, bucket, place)."""
-    key = document * (buckets.amax() + 1) + buckets
-    return key.argsort(dim=-1, stable=True)
+    if buckets.device.type != "cpu":
+        return (document * (buckets.amax() + 1) + buckets).argsort(dim=-1, stable=True)
+    each, place = int(buckets.amax()) + 1, buckets.shape[2].bit_length()
+    most = (int(document[-1]) + 1) * each << place
+    assert most < 1 << 63, "tokens x documents x buckets are numbered by 63 bits"
+    # numbers that all differ, each with its place in its last bits, numpy sorts ten times as fast (AVX-512) as torch
+    # sorts what has to stay in order
+    dtype = torch.int32 if most < 1 << 31 else torch.int64
+    base = (document * each << place) + torch.arange(len(document))
+    keys = base.to(dtype) + (buckets.to(dtype) << place)
+    array_of(keys).sort(-1)
+    return keys.bitwise_and_((1 << place) - 1)
