@@ -136,7 +136,7 @@ def attend(
     if once:  # what is shown again stands beside itself in order
         column = column.masked_fill(~seen, room).sort(-1).values
         seen = (column < room) & (column != F.pad(column, (1, -1), value=-1))
-        column = column.clamp(max=room - 1)
+        column = column.clamp(max=last)  # behind it there may be anything
     places = ((row * room + column) * H + head).flatten()
     chosen, values = (x.reshape(-1, D).index_select(0, places).view(*column.shape, D) for x in (qk, v))
     chosen = chosen.to(torch.promote_types(q.dtype, torch.float32))
