@@ -123,6 +123,6 @@ def sort_tokens(buckets: Int[Tensor, "H R M"], document: Int[Tensor, " M"]) -> I
     # sorts what has to stay in order
     dtype = np.int32 if most < 1 << 31 else np.int64
     base = (number * each << place) + np.arange(len(number))
-    keys = base.astype(dtype) + (bucket.astype(dtype) << place)
+    keys = base.astype(dtype) + np.left_shift(bucket.astype(dtype), place, dtype=dtype)
     keys.sort(-1)
     return tensor_of(keys & ((1 << place) - 1), buckets.device)
