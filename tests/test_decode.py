@@ -48,6 +48,33 @@ def test_inference_mode_and_gradients_take_turns(name):
         close(out.hidden, expected[:, at : at + 1], f"{name}, step {at}")
 
 
+@pytest.fixture
+def unwritten_is_nan():
+    """Memory that nobody has written to."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(False)
+
+
+ONCE = ("reformer", {"correct_duplicates": True})
+
+
+@pytest.mark.usefixtures("unwritten_is_nan")
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in [*RECORDED, *NEWER]), ONCE], ids=str)
+def test_the_room_behind_what_is_held_is_never_read(name, options):
+    case = Case.of(name)
+    layer, x, tokens = case.build(causal=True, **options), case.data(2, 40), Tokens.all_valid(2, 40)
+    expected, state = last_rows(layer, x, tokens, 0), layer.initial_state(2)
+    with torch.no_grad():
+        for start, stop in [(0, 8), *((at, at + 1) for at in range(8, 40))]:
+            out = layer(x[:, start:stop], piece(tokens, start, stop), state=state)
+            state = out.state
+            close(out.hidden, expected[:, start:stop], f"{name}, {start} to {stop}")
+
+
 # --- any option, any layout -------------------------------------------------------------------------------------------
 
 OPTIONS = [

@@ -333,10 +333,10 @@ class Columns(NamedTuple):
         return alike and first.shape[-2] >= self.filled + added and written(first) == self.filled
 
     def _copied(self, room: int, like: tuple[Tensor, ...]) -> Columns:
-        """In buffers of its own with so much room."""
+        """In buffers of its own with so much room, which holds anything: to fill it took as long as a short prompt."""
         with torch.inference_mode(False):
             buffers = tuple(
-                x.new_zeros(*x.shape[:-2], room, x.shape[-1], dtype=torch.promote_types(x.dtype, y.dtype))
+                x.new_empty(*x.shape[:-2], room, x.shape[-1], dtype=torch.promote_types(x.dtype, y.dtype))
                 for x, y in zip(self.buffers, like)
             )
         for buffer, x in zip(buffers, self.held):

@@ -106,15 +106,26 @@ def hash_tokens(
                 turned = turn[heads].flatten(2)
                 # one product a head: several at once are slower where there are many tokens
                 y = vectors @ turned if M <= FEW else torch.stack([x @ r for x, r in zip(vectors, turned)])
-                y = y.view(len(y), M, rounds, -1)
-                best = y.abs().argmax(-1, keepdim=True)
-                # argmax [y; -y]: the largest magnitude, and which half it came from
-                best = torch.where(y.gather(-1, best) >= 0, best, best + count // 2)
+                best = _largest(y.view(len(y), M, rounds, -1))
                 found = best if found is None else found.add_(best, alpha=radix)
                 radix *= count
             assert found is not None
-            buckets[heads] = found[..., 0].transpose(1, 2)
+            buckets[heads] = found.transpose(1, 2)
     return buckets
+
+
+def _largest(y: Float[Tensor, "*tokens n"]) -> Int[Tensor, "*tokens"]:
+    """argmax [y; -y]: the largest magnitude, and which half it came from."""
+    n = y.shape[-1]
+    if n > 2:
+        best = y.abs().argmax(-1, keepdim=True)
+        return torch.where(y.gather(-1, best) >= 0, best, best + n)[..., 0]
+    # argmax over so few takes three times as long as asking for each
+    if n == 1:
+        return (y[..., 0] < 0).int()
+    first, second = y.unbind(-1)
+    other = second.abs() > first.abs()
+    return other.int().add_(torch.where(other, second, first) < 0, alpha=2)
 
 
 def _at_once(q: Float[Tensor, "H M D"], turns: Sequence[Tensor], factors: Sequence[int]) -> Int[Tensor, "H R M"]:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from attention_zoo.layout.host import tensor_of
+from attention_zoo.layout.host import array_of, tensor_of
 
 KEPT, KEPT_DOCUMENTS = 1024, 64
 """Most tokens, and documents, of a layout that is kept for later calls."""
@@ -113,5 +113,16 @@ def _kept(sizes: tuple[int, ...], slots: tuple[int, ...] | None, shape: tuple[tu
 
 def sort_tokens(buckets: Int[Tensor, "H R M"], document: Int[Tensor, " M"]) -> Int[Tensor, "H R M"]:
     """Order by (document, bucket, place)."""
-    key = document * (buckets.amax() + 1) + buckets
-    return key.argsort(dim=-1, stable=True)
+    if buckets.device.type != "cpu":
+        return (document * (buckets.amax() + 1) + buckets).argsort(dim=-1, stable=True)
+    bucket, number = array_of(buckets), array_of(document)
+    each, place = int(bucket.max()) + 1, len(number).bit_length()
+    most = (int(number[-1]) + 1) * each << place
+    assert most < 1 << 63, "tokens x documents x buckets are numbered by 63 bits"
+    # numbers that all differ, each with its place in its last bits, numpy sorts ten times as fast (AVX-512) as torch
+    # sorts what has to stay in order
+    dtype = np.int32 if most < 1 << 31 else np.int64
+    base = (number * each << place) + np.arange(len(number))
+    keys = base.astype(dtype) + np.left_shift(bucket.astype(dtype), place, dtype=dtype)
+    keys.sort(-1)
+    return tensor_of(keys & ((1 << place) - 1), buckets.device)

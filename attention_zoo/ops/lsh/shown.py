@@ -73,7 +73,9 @@ class ShortLayout(NamedTuple):
         keys, queries: where the tokens are, and those that are asked for.
         bias: [K|1, 1, m, n], -inf for what a query never sees: itself, causally the future, and what is no token.
         chunk: [R, M], of the i-th token in sorted order in each round, its chunk among the c of its document.
-        shown: [K|1, 1, c, c], how often a chunk's window shows another; None: all pairs alike.
+        chunks: c, over all rounds.
+        shown: [K|1, s, s], how often a chunk's window shows another: of all rounds (s = c), or of each of them where no
+            window reaches into another round; None: all pairs alike.
     """
 
     documents: int
@@ -81,7 +83,8 @@ class ShortLayout(NamedTuple):
     queries: Grid
     bias: Float[Tensor, "_ 1 m n"]
     chunk: Int[Tensor, "R M"]
-    shown: Float[Tensor, "_ 1 c c"] | None
+    chunks: int
+    shown: Float[Tensor, "_ s s"] | None
 
 
 def lay_short(plan: HashedPlan, dtype: torch.dtype) -> ShortLayout:
@@ -106,31 +109,33 @@ def _lay(plan: HashedPlan, dtype: torch.dtype) -> ShortLayout:
     seen = (key < query if plan.causal else key != query) & (key >= 0) & (query >= 0)
     seen = seen[:1] if bool((seen == seen[:1]).all()) else seen
     bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(tensor_of(~seen, device), -torch.inf)
-    chunk, shown = _shown(plan.layout, document)
-    weights = None if shown is None else tensor_of(shown[:, None], device).to(dtype)
-    return ShortLayout(K, keys, queries, bias[:, None], tensor_of(chunk, device), weights)
+    chunk, chunks, shown = _shown(plan.layout, document)
+    weights = None if shown is None else tensor_of(shown, device).to(dtype)
+    return ShortLayout(K, keys, queries, bias[:, None], tensor_of(chunk, device), chunks, weights)
 
 
-def _shown(layout: ChunkLayout, document: Int[np.ndarray, " M"]) -> tuple[Array, Array | None]:
-    """`ShortLayout.chunk` and `shown`."""
-    R, at = layout.rounds, array_of(layout.slot) // layout.chunk
+def _shown(layout: ChunkLayout, document: Int[np.ndarray, " M"]) -> tuple[Array, int, Array | None]:
+    """`ShortLayout.chunk`, `chunks` and `shown`."""
+    at = array_of(layout.slot) // layout.chunk
     first = at[np.searchsorted(document, np.arange(document[-1] + 1))]  # chunk of each document
-    number = np.arange(len(layout.neighbours))
-    round_, inside = np.divmod(number, len(number) // R)
+    total = len(layout.neighbours) // layout.rounds
+    R = layout.rounds if layout.across_rounds else 1  # where rounds keep to themselves all are as the first
+    number = np.arange(R * total)
+    round_, inside = np.divmod(number, total)
     owner = np.searchsorted(first, inside, side="right") - 1
     n = int(np.bincount(owner).max()) // R
     local = round_ * n + inside - first[owner]
     shown = np.zeros((len(first), R * n, R * n))
-    places = owner[:, None], local[:, None], local[array_of(layout.neighbours)]
-    np.add.at(shown, places, array_of(layout.present))
-    chunk = np.arange(R)[:, None] * n + at - first[document]
+    places = owner[:, None], local[:, None], local[array_of(layout.neighbours)[number]]
+    np.add.at(shown, places, array_of(layout.present)[number])
+    chunk, chunks = np.arange(layout.rounds)[:, None] * n + at - first[document], layout.rounds * n
     there = np.zeros((len(first), R * n), bool)
     there[owner, local] = True
     blocks = shown.reshape(-1, R, n, R, n)
     alike = (blocks == blocks[:, :, :1, :, :1]).reshape(shown.shape)
     if bool((alike | ~there[:, :, None] | ~there[:, None]).all()):
-        return chunk, None
-    return chunk, (shown[:1] if bool((shown == shown[:1]).all()) else shown)
+        return chunk, chunks, None
+    return chunk, chunks, (shown[:1] if bool((shown == shown[:1]).all()) else shown)
 
 
 class Windows:
@@ -147,11 +152,22 @@ class Windows:
             return
         order = plan.order.long()
         chunk = torch.empty_like(order).scatter_(2, order, laid.chunk.expand_as(order))
-        shape = order.shape[2], heads, laid.shown.shape[-1]
-        chosen = laid.shown.new_zeros(shape).scatter_(2, chunk.permute(2, 0, 1), 1)
+        if laid.keys.rows is None and plan.asked is None:
+            # in memory as products of all heads take them
+            places = chunk.unflatten(2, (-1, laid.keys.columns)).permute(2, 0, 3, 1)
+            chosen = laid.shown.new_zeros(*places.shape[:3], laid.chunks).scatter_(3, places, 1)
+            self.keys, self.queries = chosen.transpose(1, 2), self._shown_by(chosen).transpose(1, 2)
+            return
+        chosen = laid.shown.new_zeros(order.shape[2], heads, laid.chunks).scatter_(2, chunk.permute(2, 0, 1), 1)
         self.keys = laid.keys.lay(chosen)
-        queries = self.keys if plan.asked is None else laid.queries.lay(chosen[plan.asked])
-        self.queries = (queries.flatten(1, 2) @ laid.shown[:, 0]).view(queries.shape)
+        self.queries = self._shown_by(self.keys if plan.asked is None else laid.queries.lay(chosen[plan.asked]))
+
+    def _shown_by(self, chosen: Float[Tensor, "K _ _ c"]) -> Float[Tensor, "K _ _ c"]:
+        """What the windows of these chunks show."""
+        shown = self.laid.shown
+        assert shown is not None
+        alike = chosen.reshape(len(chosen) if len(shown) > 1 else 1, -1, shown.shape[-1])
+        return torch.bmm(alike, shown).view(chosen.shape)
 
     def logarithm(self, met: Float[Tensor, "*pairs"]) -> Float[Tensor, "*pairs"]:
         """Of how often pairs are shown, fresh: -inf where never; `once`, 0 where ever."""

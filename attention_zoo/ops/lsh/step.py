@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attention_zoo.ops.lsh.chunks import _factor, _keys
+from attention_zoo.ops.softmax.pages import rows_of
 
 RECENT = 1024
 """Tokens that are merged at each step, at most."""
@@ -136,9 +137,9 @@ def attend(
     if once:  # what is shown again stands beside itself in order
         column = column.masked_fill(~seen, room).sort(-1).values
         seen = (column < room) & (column != F.pad(column, (1, -1), value=-1))
-        column = column.clamp(max=room - 1)
+        column = column.clamp(max=last)  # behind it there may be anything
     places = ((row * room + column) * H + head).flatten()
-    chosen, values = (x.reshape(-1, D).index_select(0, places).view(*column.shape, D) for x in (qk, v))
+    chosen, values = (rows_of(x.reshape(-1, D), places).view(*column.shape, D) for x in (qk, v))
     chosen = chosen.to(torch.promote_types(q.dtype, torch.float32))
     # scores are scaled, not keys: they are D times smaller
     scores = (chosen @ q[..., None].to(chosen.dtype) * _factor(chosen, epsilon))[..., 0] * scale

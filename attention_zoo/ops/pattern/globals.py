@@ -43,20 +43,30 @@ def cuts(start: int, stop: int, most: int) -> list[tuple[int, int]]:
 
 def global_columns(layout: Layout) -> tuple[Int[Tensor, "B n"], Layout]:
     """Columns of each row's global tokens, in order, and what they are; fillers marked invalid at the end."""
-    return layout.plan("global columns", lambda: _global_columns(layout))
+
+    def find() -> tuple[Tensor, Layout]:
+        order, chosen = global_order(layout)
+        device = layout.valid.device
+        return tensor_of(order, device), Layout.known(chosen, device)
+
+    return layout.plan("global columns", find)
 
 
-def _global_columns(layout: Layout) -> tuple[Tensor, Layout]:
-    mask, device = layout.host.is_global & layout.host.valid, layout.valid.device
+def global_order(layout: Layout) -> tuple[Int[np.ndarray, "B n"], Host]:
+    """The same on the host."""
+    return layout.plan("global order", lambda: _global_order(layout))
+
+
+def _global_order(layout: Layout) -> tuple[np.ndarray, Host]:
+    mask = layout.host.is_global & layout.host.valid
     row, order = mask.nonzero()
     count = len(row) // max(1, len(mask))
     if len(row) == count * len(mask) and bool((row.reshape(len(mask), count) == np.arange(len(mask))[:, None]).all()):
         order = order.reshape(len(mask), count)  # each row has as many
-        return tensor_of(order, device), Layout.known(layout.host.take(order), device)
+        return order, layout.host.take(order)
     order = np.argsort(~mask, axis=1, kind="stable")[:, : int(mask.sum(1).max(initial=0))]
     chosen = layout.host.take(order)
-    chosen = chosen._replace(valid=chosen.valid & np.take_along_axis(mask, order, 1))
-    return tensor_of(order, device), Layout.known(chosen, device)
+    return order, chosen._replace(valid=chosen.valid & np.take_along_axis(mask, order, 1))
 
 
 def _global_places(layout: Layout) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -81,7 +91,7 @@ class GlobalKeys:
     def __init__(self, call: PatternCall):
         self.call = call
         self.columns, self.chosen = global_columns(call.keys)
-        self.width, self.all_seen = most_keys(call, call.pattern.tile), _all_seen(call, self.chosen)
+        self.width, self.all_seen = most_keys(call, call.pattern.tile), hides_nothing(call, self.chosen)
         self.pieces: dict[tuple[int, int], Tensor] = {}  # the same tensor for all tiles: it is then gathered once
 
     def parts(self, rows: slice, some: slice) -> list[Part]:
@@ -146,7 +156,7 @@ def no_bias(batch: slice) -> None:
     """Of a part whose keys are all seen: None."""
 
 
-def _all_seen(call: PatternCall, keys: Layout) -> bool:
+def hides_nothing(call: PatternCall, keys: Layout) -> bool:
     """Whether `everyone_bias` is zero at these keys."""
     return keys.dense and _hides_padding_alone(call)
 
@@ -173,11 +183,6 @@ def _some_bias(call: PatternCall, queries: Tokens, keys: Layout, some: slice, ba
     return everyone_bias(call, queries, keys.cut(some, batch))
 
 
-def everyone_seen(call: PatternCall, queries: Tokens, keys: Layout) -> Tensor | None:
-    """`everyone_bias` of all of these keys, or None where it would be all zeros."""
-    return None if _all_seen(call, keys) else everyone_bias(call, queries, keys)
-
-
 def everyone_bias(call: PatternCall, queries: Tokens, keys: Tokens) -> Tensor:
     """Between a global token and anyone: the position bias, padding, document and causality, but no pattern."""
     extra = call.pattern.position_bias(queries, keys)
@@ -187,7 +192,7 @@ def everyone_bias(call: PatternCall, queries: Tokens, keys: Tokens) -> Tensor:
 
 def _everyone_tiles(call: PatternCall, queries: Layout) -> list[Tile]:
     """Tiles of queries that see everything; their rows count the given queries."""
-    size, all_seen = 2 * call.pattern.tile, _all_seen(call, call.keys)
+    size, all_seen = 2 * call.pattern.tile, hides_nothing(call, call.keys)
 
     def part(rows: slice, keys: slice) -> Part:
         if all_seen:

@@ -22,6 +22,7 @@ from attention_zoo.layout.reach import Blocks
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.call import PatternCall
 from attention_zoo.ops.pattern.row import Listed, attend_to, in_order, listed_globals
+from attention_zoo.ops.softmax.pages import rows_of
 from attention_zoo.tokens import Tokens
 
 
@@ -152,7 +153,7 @@ def _gathered(buffers: Sequence[Float[Tensor, "B K room D"]], column: Int[Tensor
     group, device = column.shape[1] // K, column.device
     first = torch.arange(0, B * K * room, room, device=device).view(B, K, 1).expand(-1, -1, group).reshape(B, -1, 1)
     index = (first + column).flatten()
-    return (buffer.view(-1, D).index_select(0, index).view(*column.shape, D) for buffer in buffers)
+    return (rows_of(buffer.view(-1, D), index).view(*column.shape, D) for buffer in buffers)
 
 
 LINKED_ROW: Kernel[PatternCall] = Kernel(

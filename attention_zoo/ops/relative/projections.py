@@ -18,18 +18,21 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from attention_zoo.ops.softmax.function import differentiable_once
 from attention_zoo.place import place_of
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TENSORS = nn.Parameter, Tensor
 
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a call of this module is x · weightᵀ + bias and nothing else, and so may be computed past it."""
-    return (
-        type(layer) in (nn.Linear, NonDynamicallyQuantizableLinear)  # torch's own attention has the second
-        and "forward" not in vars(layer)
-        and not any(getattr(layer, hooks) for hooks in _HOOKS)
-        and not any(getattr(registered, f"_global{hooks}") for hooks in _HOOKS)
-        and all(type(tensor) in (nn.Parameter, Tensor) for tensor in (layer.weight, layer.bias) if tensor is not None)
-    )
+    if type(layer) not in (nn.Linear, NonDynamicallyQuantizableLinear) or "forward" in vars(layer):
+        return False  # torch's own attention has the second kind
+    # asked in each call of a layer, hence name by name
+    mine = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    if mine or registered._global_forward_hooks or registered._global_forward_pre_hooks:
+        return False
+    if registered._global_backward_hooks or registered._global_backward_pre_hooks:
+        return False
+    bias = layer.bias
+    return type(layer.weight) in _TENSORS and (bias is None or type(bias) in _TENSORS)
 
 
 def streams(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from functools import wraps
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ def without_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(forward)
     def guarded(ctx: Any, first: Tensor, *rest: Any) -> Any:
+        if not torch.is_autocast_enabled(first.device.type):
+            return forward(ctx, first, *rest)
         with torch.autocast(first.device.type, enabled=False):
             return forward(ctx, first, *rest)
 
@@ -68,15 +71,20 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def guarded(ctx: Any, *grads: Tensor | None) -> Any:
-        return _Guard.apply(backward, ctx, len(grads), *grads, *ctx.saved_tensors)
+        tensors = grads, ctx.saved_tensors
+        kind = next(each for each in chain(*tensors) if each is not None).device.type
+        # who records nothing (create_graph=False) can ask for no second derivative: a node is some 50 µs
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(kind):
+            return backward(ctx, tensors[1], *grads)
+        return _Guard.apply(kind, backward, ctx, len(grads), *grads, *tensors[1])
 
     return guarded
 
 
 class _Guard(torch.autograd.Function):
     @staticmethod
-    def forward(_: Any, backward: Callable[..., Any], ctx: Any, count: int, *tensors: Any) -> Any:
-        with torch.autocast(tensors[0].device.type, enabled=False):
+    def forward(_: Any, kind: str, backward: Callable[..., Any], ctx: Any, count: int, *tensors: Any) -> Any:
+        with torch.autocast(kind, enabled=False):
             return backward(ctx, tensors[count:], *tensors[:count])
 
     @staticmethod

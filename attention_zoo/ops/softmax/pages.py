@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from functools import cache
 
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 PAGE = 1 << 21
@@ -31,6 +33,11 @@ def large_pages(x: Tensor) -> Tensor:
         stop = (x.data_ptr() + size) // PAGE * PAGE
         _madvise()(start, stop - start, mmap.MADV_HUGEPAGE)
     return x
+
+
+def rows_of(x: Float[Tensor, "n d"], index: Int[Tensor, " m"]) -> Float[Tensor, "m d"]:
+    """These rows, without gradients: what steps of many users gather is as large as what a prompt computes."""
+    return torch.index_select(x, 0, index, out=large_pages(x.new_empty(len(index), x.shape[1])))
 
 
 @cache

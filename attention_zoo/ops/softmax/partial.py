@@ -7,7 +7,9 @@ nothing but output and log-sum-exp is ever saved: memory is O(L·D).
 Each step is matrix products over all heads at once, and as few passes over the scores between them as can be. That
 makes this as fast on a CPU as torch's fused kernel forward, and faster backward, without a private operator:
 
-- the exponential is base 2 (half the cost of base e there), and its factor rides along with the product;
+- the exponential is base 2, and its factor rides along with the product: it takes 0.3 ns whatever the score is, where
+  base e takes 0.2, but 4 to 19 of a key that is hidden or far below the others (measured with AVX-512; with base e
+  whole calls took 1.01 to 1.20 times as long);
 - what is added to the scores stands in their memory before the product does, which adds to it (zeros too: MKL fills
   them in more slowly than `zero_`);
 - rows whose scores are known to be small (ops/pattern/mild.py) take their exponentials as they are: where all rows of
