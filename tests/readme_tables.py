@@ -1,7 +1,8 @@
-"""A table of the README, made from committed rows."""
+"""Tables of the README, made from committed rows."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from attention_zoo.report import read, units
@@ -36,3 +37,20 @@ def reach_table() -> tuple[list[str], list[list[str]]]:
 
 def _most(row: Row) -> str:
     return units.count(row["length"]) + ("" if row["verified"] else " (not verified)")
+
+
+def steps_table() -> tuple[list[str], list[list[str]]]:
+    """Steps of decoding: how many times Mistral's each mechanism's take, over states, by width and rows."""
+    lines = (RESULTS / "steps_cpu" / "steps.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "ratio" in row]
+    batches = sorted({row["batch"] for row in rows})
+    cells = []
+    for name in dict.fromkeys(row["mechanism"] for row in rows):
+        for dim in (512, 1024):
+            line = [name, units.count(dim)]
+            for batch in batches:
+                setting = (name, dim, batch)
+                found = [row["ratio"] for row in rows if (row["mechanism"], row["dim"], row["batch"]) == setting]
+                line.append(f"{min(found):.2f}–{max(found):.2f}")
+            cells.append(line)
+    return ["mechanism", "width", *(f"{batch} {'row' if batch == 1 else 'rows'}" for batch in batches)], cells

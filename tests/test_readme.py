@@ -8,7 +8,7 @@ import pytest
 import torch
 from faults.__main__ import table
 from faults.kinds import KINDS
-from readme_tables import reach_table
+from readme_tables import reach_table, steps_table
 from recorded import NEWER, RECORDED, WRAPPERS
 
 from attention_zoo import overview
@@ -113,6 +113,10 @@ def test_the_table_of_the_newer_families_is_that_of_the_committed_rows():
     assert overview.markdown(table.headers, table.cells) in between("newer")
     goals = rivals.figures_table(rows)
     assert overview.markdown(goals.headers, goals.cells) in (ROOT / path).with_name("figures.md").read_text()
+
+
+def test_the_table_of_steps_is_that_of_the_committed_rows():
+    assert overview.markdown(*steps_table()) in between("steps")
 
 
 def test_what_is_said_of_growth_is_what_the_committed_rows_say():
