@@ -48,6 +48,21 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", ["plain", "padding", "right", "holes", "documents", "holes, global"])
+def test_links_that_global_blocks_make_good_for_take_no_bias(causal, kind, monkeypatch, always_worth_it):
+    layer, taken = build("bigbird", block=7, causal=causal), []
+    monkeypatch.setattr(short, "run_sdpa", lambda call, run=short.run_sdpa: taken.append(call) or run(call))
+    for L in (15, 22, 27, 28):
+        tokens = laid(kind, 3, L)
+        compare(layer, "short", operands(L, L, batch=3), tokens, tokens)
+        assert taken or kind != "plain", L  # four blocks, of which the first and the last see and are seen by all
+        taken.clear()
+    tokens = laid(kind, 3, 63)  # nine, or three documents of few
+    compare(layer, "short", operands(63, 63, batch=3), tokens, tokens)
+    assert not taken or kind == "documents"
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_bigbird_equals_the_definition(options, always_worth_it):
     layer = build("bigbird", **{"block": 11, **options})

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attention_zoo.layout.host import Array, Host, array_of, tensor_of
@@ -68,6 +68,7 @@ class Where:
         everyone: [b, L] and [b, S], which of them are global; None: there are none.
         counts: how many blocks the documents have, as `links` wants to hear it, the fewest first.
         blocks: n, more than the last block of all.
+        plain: [B, rows] and [B, n], which rows of the table, and which blocks, have a token that is not global.
         complete: a batch row without padding, as which all others are seen: whatever they have of padding is the future
             of all their tokens. None: there is none.
         alike: whether one bias serves all batch rows.
@@ -86,6 +87,10 @@ class Where:
         one = all(each is not None for each in merged)
         device, found = call.q.device, [found for found in merged if found is not None]
         at, of_rows, columns, of_columns = found if one else [field for field, _ in fields]
+        self.plain = tuple(
+            _present(at, each.valid & ~each.is_global, size)
+            for at, each, size in ((row, queries, len(self.counts) * self.blocks), (column, keys, self.blocks))
+        )
         self.same_columns = merged[2] is not None
         self.rows = tensor_of(at, device)
         self.columns = tensor_of(columns if merged[2] is None else merged[2], device)
@@ -101,6 +106,13 @@ class Where:
         reach = call.blocks
         key = ("short", reach.size, reach.knows_length, call.pattern.causal, id(call.queries))
         return call.keys.plan(key, lambda: (Where(call), call.queries))[0]
+
+
+def _present(at: Int[np.ndarray, "B n"], of: Bool[np.ndarray, "B n"], size: int) -> Bool[np.ndarray, "B {size}"]:
+    """Which of so many places some of these tokens have."""
+    found = np.zeros((len(at), size), bool)
+    found[of.nonzero()[0], at[of]] = True
+    return found
 
 
 def _complete(keys: Host) -> int | None:
@@ -123,7 +135,7 @@ def _run(call: PatternCall) -> Tensor:
     L, S = call.lengths
     where, causal = Where.of(call), call.pattern.causal
     table = table_of(call, where)
-    if table is None and not call.has_position_bias and facts.mask_is_small(call) is None:
+    if _links_tell_nothing(call, where, table) and not call.has_position_bias and facts.mask_is_small(call) is None:
         return run_sdpa(call)
     # the fused call wants channels side by side
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (call.q, call.k, call.v))
@@ -180,6 +192,22 @@ def table_of(call: PatternCall, where: Where) -> Float[Tensor, "#H C_n n"] | Non
         return bias.expand(len(counts), -1, n, n).transpose(0, 1).flatten(1, 2)
 
     return reach.kept(("short", where.counts.tobytes(), n, dtype), make)
+
+
+def _links_tell_nothing(call: PatternCall, where: Where, table: Tensor | None) -> bool:
+    """Whether what links hide or weigh lies between tokens of which one is global."""
+    if table is None:
+        return True
+    told = call.blocks.kept(("short told", where.counts.tobytes(), where.blocks), lambda: _told(call, where, table))
+    rows, columns = where.plain
+    return not bool((told & rows[:, :, None] & columns[:, None]).any())
+
+
+def _told(call: PatternCall, where: Where, table: Float[Tensor, "H R n"]) -> Bool[np.ndarray, "R n"]:
+    """Between which blocks links hide or weigh something for some head; the future is hidden without them."""
+    each = table.unflatten(1, (len(where.counts), -1))
+    told: Array = array_of(((each.tril() if call.pattern.causal else each) != 0).any(0).flatten(0, 1))
+    return told
 
 
 def _bias(
