@@ -51,12 +51,12 @@ def test_inference_mode_and_gradients_take_turns(name):
 @pytest.fixture
 def unwritten_is_nan():
     """Memory that nobody has written to."""
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filled, exact = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(exact)
 
 
 ONCE = ("reformer", {"correct_duplicates": True})

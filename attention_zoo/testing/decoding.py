@@ -132,7 +132,7 @@ def steps_that_do_not_simply_go_on(case: Case) -> None:
 
 
 class Touched(TorchDispatchMode):
-    """Counts elements that operators read or write; views are free, and gathers read what they yield."""
+    """Elements that operators read or write: views are free, gathers read what they yield, new memory nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Touched(TorchDispatchMode):
             return found
         results = found if isinstance(found, tuple | list) else [found]
         outputs = [each for each in results if isinstance(each, Tensor)]
-        picks = any(word in str(function) for word in ("gather", "index", "embedding"))
+        picks = any(word in str(function) for word in ("gather", "index", "embedding", "new_"))
         inputs = [] if picks else [each for each in args if isinstance(each, Tensor)]
         self.elements += sum(each.numel() for each in (*outputs, *inputs))
         if "copy_" in str(function) or "cat" in str(function):
