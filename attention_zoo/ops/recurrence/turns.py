@@ -122,7 +122,7 @@ class Run:
         ]
         return np.concatenate([self.course.start, *followed])
 
-    def chosen(self, left: Float[Tensor, "b *rest"], turn: int, dim: int = 0) -> Float[Tensor, "c *rest"]:
+    def chosen(self, left: Float[Tensor, "..."], turn: int, dim: int = 0) -> Float[Tensor, "..."]:
         """Of what is there before a turn, what its lanes begin with; states stand in this dimension."""
         if turn:
             return left if left.shape[dim] == self.counts[turn] else left.narrow(dim, 0, self.counts[turn])
