@@ -250,7 +250,7 @@ class _Step(NamedTuple):
     def parts(self) -> Sequence[Part]:
         return self.tile.parts
 
-    def rows(self, x: Shaped[Tensor, "B H L d"]) -> Shaped[Tensor, "b H n d"]:
+    def rows(self, x: Shaped[Tensor, "B H L d"]) -> Shaped[Tensor, "b h n d"]:
         rows, x = self.tile.rows, some_rows(x, self.batch)
         return x[:, self.tile.heads, rows] if isinstance(rows, slice) else x.gather(2, self._index(rows, x))
 
