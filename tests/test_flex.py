@@ -117,13 +117,18 @@ def call_of(layer: PatternAttention, x: torch.Tensor, tokens: zoo.Tokens) -> tup
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "three global"])
 @pytest.mark.parametrize("options", [{"global_projections": "shared"}, {}], ids=str)
 def test_lists_hold_what_rows_of_global_queries_see(options: dict, layout: str, causal: bool, monkeypatch) -> None:
     """Against the mask of each pair, which torch asks on a CPU without any lists."""
     layer = zoo.build("longformer", dim=32, heads=2, window=7, causal=causal, **options)
-    x, tokens, given = torch.randn(2, 200, 32), tokens_of(layout, 200), []
-    attend = flex.attend
+    x, given, attend = torch.randn(2, 200, 32), [], flex.attend
+    if layout == "three global":  # blocks without any, before, between and behind what one block of rows holds
+        flags = torch.zeros(2, 200, dtype=torch.bool)
+        flags[:, [50, 100, 150]] = True
+        tokens = zoo.Tokens.of(torch.ones_like(flags), flags)
+    else:
+        tokens = tokens_of(layout, 200)
     monkeypatch.setattr(flex, "attend", lambda *args: given.append(args) or attend(*args))
     flex.FLEX.run(call_of(layer, x, tokens)[0])
     ((q, k, _, lists, (mask, _), _),) = given
@@ -136,8 +141,11 @@ def test_lists_hold_what_rows_of_global_queries_see(options: dict, layout: str, 
     assert not (part & whole).any(), "a block is visited once"
     assert (part | whole | ~needed).all(), "a block with a visible pair is missing"
     rows = flex.bucket(200) // 16
-    # fillers behind rows of global queries see nothing by the mask, and what they see otherwise is thrown away
     assert (entirely | ~whole)[:rows].all(), "a block that is not seen whole needs its mask"
+    # fillers behind rows of global queries see nothing by the mask, and what they see otherwise is thrown away
+    idle = ~seen.any(4).any(3)  # [B, n, 16]
+    entirely = (seen | idle[..., None, None]).all(4).all(2).all(0)
+    assert (entirely | ~whole)[rows:].all(), "of rows of global queries, too"
     assert not call_of(layer, x, tokens)[0].queries.any_global or len(needed) > rows
 
 
