@@ -143,14 +143,14 @@ def test_default_options_at_any_length(length: int) -> None:
     assert bool(x.grad.isfinite().all())
 
 
-def test_shift_equals_gather_at_length_and_refuses_holes() -> None:
+def test_shift_equals_gather_at_length_and_refuses_gaps() -> None:
     x = data(2, 1500)
     tokens = Tokens.of(torch.arange(1500)[None] >= torch.tensor([[0], [333]]))
     shift, gather = (build(300, 200, kernel=kernel)(x, tokens).hidden for kernel in ("shift", "gather"))
     assert_close(shift[tokens.valid], gather[tokens.valid], "shift against gather", 1e-12)
-    holes = Tokens.of(torch.tensor([[True, False, True]]))
+    gaps = Tokens.all_valid(1, 3)._replace(position=torch.tensor([[0, 2, 3]]))
     with pytest.raises(Unsupported, match=r"kernel=shift is not supported: .*; shift: columns are not positions here"):
-        build(kernel="shift")(data(1, 3), holes)
+        build(kernel="shift")(data(1, 3), gaps)
 
 
 @pytest.mark.parametrize("same_length", [False, True])

@@ -59,6 +59,7 @@ class BigBird(PatternAttention):
     """
 
     name = "bigbird"
+    needs_columns = True
     tiny = {"block": 4, "random": 1}
     declared = Abilities(
         causality="strict",

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attention_zoo.attention.closing import Closing
 from attention_zoo.attention.operator import one_operator, refuse_export
-from attention_zoo.contract import Attention, Output, Source, Tokens, at_least
+from attention_zoo.contract import Output, Source, Tokens, at_least
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon, none
 from attention_zoo.ops.softmax.function import watch, zeros_for
@@ -24,7 +25,7 @@ DOCUMENT = Horizon()
 """What a later token may see: all of its document."""
 
 
-class DerivedKeys(Attention):
+class DerivedKeys(Closing):
     """Base of mechanisms that attend to what they make of keys and values. Final but for
     `keep`, `answer`, `in_place` and costs.
 
@@ -112,6 +113,11 @@ class DerivedKeys(Attention):
     ) -> Output:
         """See `Layer`. With a state, every call's output equals the last rows of the whole prefix."""
         x, layout = self.enter(x, tokens, state, source, choices)
+        if state is None:
+            return self._closed_up(self._attended, x, layout)
+        return self._attended(x, layout, state)
+
+    def _attended(self, x: Float[Tensor, "B L E"], layout: Layout, state: Any = None) -> Output:
         q, k, v = (self._heads(project(x)) for project in (self.to_q, self.to_k, self.to_v))
         if layout.placement is not None:
             out = self.in_place(q, layout, k, v)

@@ -10,16 +10,17 @@ The base alone applies, in this order: mark, bias, global override, position bia
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from attention_zoo.attention.closing import Closing
 from attention_zoo.attention.operator import one_operator, refuse_export
 from attention_zoo.attention.placed import output_in_place
-from attention_zoo.contract import Attention, Output, Source, Tokens, at_least, known_options
+from attention_zoo.contract import Output, Source, Tokens, at_least, known_options
 from attention_zoo.layout.by_heads import ByHeads
 from attention_zoo.layout.kernel import Kernel, check_name, choose, explain, kernels_of
 from attention_zoo.layout.layout import Layout
@@ -37,14 +38,14 @@ from attention_zoo.ops.pattern.heads import (
     reach_by_head,
     runs_whole,
     split,
-)
+)  # fmt: skip
 from attention_zoo.ops.softmax.function import watch, zeros_for
 from attention_zoo.place import place_of
 from attention_zoo.positions import ATTENTION_LEVEL
 from attention_zoo.rules import Unsupported
 
 
-class PatternAttention(Attention):
+class PatternAttention(Closing):
     """Base of all patterns. Final but for `mark`, `bias`, `reach`, `losses`, `bias_parameters` and `run`.
 
     Args:
@@ -77,12 +78,10 @@ class PatternAttention(Attention):
     def __init__(self, *, sink_logit: bool = False, kernel: str = "auto", **shared: Any):
         super().__init__(**shared)
         if self.cross and self.positions != "none":
-            raise Unsupported(
-                self.name, f"positions={self.positions}", "in cross-attention nothing is before", "positions=none"
-            )
+            asked = f"positions={self.positions}"
+            raise Unsupported(self.name, asked, "in cross-attention nothing is before", "positions=none")
         self.kernel = kernel
-        width = self.heads * self.head_width
-        kv_width = self.kv_heads * self.head_width
+        width, kv_width = self.heads * self.head_width, self.kv_heads * self.head_width
         self.to_q = nn.Linear(self.dim, width, bias=self.bias_into)
         self.to_k = nn.Linear(self.dim, kv_width, bias=self.bias_into)
         self.to_v = nn.Linear(self.dim, kv_width, bias=self.bias_into)
@@ -268,6 +267,8 @@ class PatternAttention(Attention):
         self, x: Tensor, tokens: Tokens | None = None, *, state: Any = None, source: Any = None, choices: Any = None
     ) -> Output:
         x, layout = self.enter(x, tokens, state, source, choices)
+        if state is None and not self.cross and self.kernel != "dense":  # which is the definition, of tokens as given
+            return self._closed_up(self._attended, x, layout, front=False)
         return self._attended(x, layout, state, source)
 
     def _attended(
@@ -304,8 +305,8 @@ class PatternAttention(Attention):
         patterns, groups = self._groups(state)
         held, outs = self._append_by_heads(state, layout, *self._own_keys(x, layout)), []
         for pattern, some, part in zip(patterns, split(q, groups), held.parts):
-            call = self._on(pattern, some, layout, part, sink=pattern.of(self.sink))
-            outs.append(watch(self._run(call, self.kernel), call.keys))
+            run = self._run(self._on(pattern, some, layout, part, sink=pattern.of(self.sink)), self.kernel)
+            outs.append(watch(run, part.tokens))
         hidden = self.to_out(merge(outs, groups).transpose(1, 2).flatten(2))
         new = held.settle(layout, horizons=[self._horizon_of(pattern.reach) for pattern in patterns])
         return Output(hidden, new, self.losses())
@@ -344,8 +345,7 @@ class PatternAttention(Attention):
     def _source_keys(self, state: Columns | None, source: Source | None) -> Columns:
         """Keys and values of the source, or those that the state has of it."""
         if source is None:
-            assert state is not None
-            return state
+            return cast(Columns, state)
         hidden, layout = self.enter_source(source)
         return Columns.of(self._marked(layout), self._heads(self.to_k(hidden)), self._heads(self.to_v(hidden)))
 

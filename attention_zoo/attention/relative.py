@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from attention_zoo.attention.closing import Closing
 from attention_zoo.attention.operator import one_operator
-from attention_zoo.contract import Abilities, Attention, Output, Source, at_least
+from attention_zoo.contract import Abilities, Output, Source, at_least
 from attention_zoo.layout.halo import halo
 from attention_zoo.layout.host import Array
 from attention_zoo.layout.kernel import Kernel, explain
@@ -31,7 +32,7 @@ from attention_zoo.place import place_of
 from attention_zoo.tokens import Tokens
 
 
-class RelativeAttention(Attention):
+class RelativeAttention(Closing):
     """Base of attention to the own segment and a memory. A mechanism says what a query sees: `_attended`, `_horizon`.
 
     Args:
@@ -98,6 +99,8 @@ class RelativeAttention(Attention):
         self, x: Tensor, tokens: Tokens | None = None, *, state: Any = None, source: Any = None, choices: Any = None
     ) -> Output:
         x, layout = self.enter(x, tokens, state, source, choices)
+        if state is None:
+            return self._closed_up(lambda x, layout: self._attended(self.to_q(x), x, layout), x, layout)
         return self._attended(self.to_q(x), x, layout, state)
 
     def _attended(self, q: Tensor, x: Tensor, layout: Layout, state: Any = None) -> Output:

@@ -145,3 +145,7 @@ class Segments(PatternAttention):
         after = self.among._attended(x + within.hidden, layout, summaries)
         hidden = within.hidden + after.hidden.to(within.hidden.dtype)
         return Output(hidden, None if state is None else Remembered(within.state, after.state))
+
+    def _of_padding(self, x: Float[Tensor, "B L E"]) -> Float[Tensor, " E"]:
+        within = super()._of_padding(x)
+        return within + self.among._of_padding(x) if self.document else within

@@ -99,6 +99,7 @@ class TransformerXL(RelativeAttention):
     declared = replace(RelativeAttention.declared, adjustable=("segment_length", "memory_length", "same_length"))
     tiny = {"segment_length": 4, "memory_length": 3}
     kernels = KERNELS
+    needs_columns = True
     blank: Tensor
 
     def __init__(

@@ -35,6 +35,13 @@ def is_plain(layer: nn.Module) -> bool:
     return type(layer.weight) in _TENSORS and (bias is None or type(bias) in _TENSORS)
 
 
+def of_zeros(layer: nn.Module, width: int, like: Tensor) -> Float[Tensor, " E"]:
+    """What a projection makes of a vector of so many zeros."""
+    if not is_plain(layer):
+        return layer(like.new_zeros(1, width))[0]
+    return like.new_zeros(layer.out_features) if layer.bias is None else layer.bias  # type: ignore[return-value]
+
+
 def streams(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """layer(x), once, as two streams of the same numbers (they share memory: never write into them).
 
