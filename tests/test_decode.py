@@ -238,3 +238,15 @@ def test_bigbird_picks_no_key_where_all_are_seen():
     assert counted_step(layer, 8).picked == 0
     assert counted_step(layer, 40).picked == 0
     assert 0 < counted_step(layer, 1024).picked <= 2 * layer.heads * 16 * (1 + 2 + 2)
+
+
+@pytest.mark.parametrize("length", [20, 40, 100])
+def test_bigbird_lists_no_more_blocks_than_there_are(length):
+    """However many random ones are asked for, where rows differ and so pick: the host looks at each listed key."""
+    layer = Case.of("bigbird").build(causal=True, dtype=torch.float32, block=16, random=64)
+    valid = torch.ones(2, length, dtype=torch.bool)
+    valid[1, -1] = False
+    tokens, one = Tokens.of(valid), torch.ones(2, 1, dtype=torch.bool)
+    state = run(layer, torch.randn(2, length, layer.dim), tokens, state=layer.initial_state(2)).state
+    run(layer, torch.randn(2, 1, layer.dim), Tokens.of(one, start=tokens.next_position), state=state)
+    assert layer.reach.kept("row", dict)["last"][1].shape[-1] <= length // 16 + 1

@@ -126,7 +126,11 @@ def _links(blocks: Blocks, row: Int[np.ndarray, "B 1"]) -> tuple[Array, Array]:
 
     def find() -> tuple[bytes, Array, Array]:
         links, weight = (x[:, :, 0].numpy(force=True) for x in blocks.lists(row, np.zeros_like(row)))
-        return row.tobytes(), links, weight
+        listed = weight > -np.inf
+        listed[..., -1] = True  # the own block, which stays the last
+        # a document has fewer blocks than are asked for at first
+        order = np.argsort(listed, axis=-1, kind="stable")[..., int((~listed).sum(-1).min()) :]
+        return row.tobytes(), np.take_along_axis(links, order, -1), np.take_along_axis(weight, order, -1)
 
     # of the last rows alone
     known: dict[str, tuple[bytes, Array, Array]] = blocks.kept("row", dict)
