@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 from attention_zoo.report import read, units
@@ -54,3 +55,24 @@ def steps_table() -> tuple[list[str], list[list[str]]]:
                 line.append(f"{min(found):.2f}–{max(found):.2f}")
             cells.append(line)
     return ["mechanism", "width", *(f"{batch} {'row' if batch == 1 else 'rows'}" for batch in batches)], cells
+
+
+def distance_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Recall of each backend by how far behind the question the pair stands: means over seeds, with their range."""
+    trained = [row for row in rows if row["kind"] == "quality" and row["status"] == "ok"]
+    edges = [edge for edge, *_ in trained[0]["by_group"]["distance"]]
+    spans = [f"{a + 1} to {b}" if b > a + 1 else str(b) for a, b in zip([0, *edges], edges)]
+    cells = []
+    for name in dict.fromkeys(row["backend"] for row in trained):
+        mine = [row for row in trained if row["backend"] == name]
+        assert all([edge for edge, *_ in row["by_group"]["distance"]] == edges for row in mine), name
+        keys = mine[0]["given"]["keys_mean"]
+        line = [name, str(len(mine)), "–" if keys is None else f"{keys:.0f}"]
+        for place in range(len(edges)):
+            line.append(_shares([row["by_group"]["distance"][place][1] for row in mine]))
+        cells.append([*line, _shares([row["metrics"]["accuracy"] for row in mine])])
+    return ["mechanism", "seeds", "keys a query sees, mean", *spans, "all"], cells
+
+
+def _shares(found: list[float]) -> str:
+    return f"{100 * statistics.fmean(found):.0f} % ({100 * min(found):.0f}–{100 * max(found):.0f})"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from faults.__main__ import table
 from faults.kinds import KINDS
-from readme_tables import reach_table, steps_table
+from readme_tables import distance_table, reach_table, steps_table
 from recorded import NEWER, RECORDED, WRAPPERS
 
 from attention_zoo import overview
@@ -88,6 +88,11 @@ def test_the_matrix_of_problems_is_that_of_the_committed_rows():
     matrix = Matrix.of(read([ROOT / path]), 4096)
     assert matrix.markdown() in between("choice")
     assert (matrix.ranking() or "") in between("choice")
+
+
+def test_the_table_of_recall_by_distance_is_that_of_the_committed_rows():
+    (path,) = re.findall(r"\(([\w/.-]+results\.jsonl)\)", between("distance"))
+    assert overview.markdown(*distance_table(read([ROOT / path]))) in between("distance")
 
 
 def test_the_pictures_of_the_readme_are_there():
