@@ -375,19 +375,14 @@ class Reformer(HashedAttention):
         window = self.chunk * (1 + self.look_back + self.look_ahead)
         around = 1 if self.wrap == "reference" or self.fill else 1 + self.look_back + self.look_ahead
         longest, tokens = int(documents.sizes.max()), int(documents.sizes.sum())
+        slots = self.rounds * min(asked, int(chunks.sum())) * self.chunk
         return HashedCall(
-            device,
-            dtype,
-            self.chunk,
-            self.head_width,
-            once=self.correct_duplicates,
-            inside=not self.attend_across_buckets,
-            pairs=self.rounds * window * min(asked, int(chunks.sum())) * self.chunk,
+            device, dtype, self.chunk, self.head_width, once=self.correct_duplicates,
+            inside=not self.attend_across_buckets, slots=slots, pairs=slots * window, rounds=self.rounds,
             all_pairs=len(documents.sizes) * longest * max(1, longest * asked // tokens),
-            chunks=self.rounds * int(chunks.max()),
-            whole=asked == tokens and bool(chunks.max() <= around),
-            longest=longest,
-        )
+            chunks=self.rounds * int(chunks.max()), arcs=self.wrap == "row" and not self.fill,
+            whole=asked == tokens and bool(chunks.max() <= around), longest=longest,
+        )  # fmt: skip
 
     def explain_kernels(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
         """See `Attention`."""
