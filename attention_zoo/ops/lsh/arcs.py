@@ -57,13 +57,15 @@ def arcs_of(plan: HashedPlan) -> Arcs:
         cell = bucket.astype(np.promote_types(*(np.min_scalar_type(int(x)) for x in (bucket.min(), bucket.max()))))
         return Arcs(cell, [(cell, None)])
     assert plan.order is not None
-    order = array_of(plan.order).swapaxes(0, 1)
-    sorted_arcs = _of_sorted(plan, order)
-    rank = np.empty(order.shape, np.int32)
-    np.put_along_axis(rank, order, np.arange(order.shape[-1], dtype=np.int32), -1)
+    order = array_of(plan.order).swapaxes(0, 1).astype(np.int64)
+    M = order.shape[2]
+    row = np.arange(0, order.size, M).reshape(*order.shape[:2], 1)
+    sorted_arcs = _of_sorted(plan, order + row)
+    rank = np.empty(order.shape, np.int64)
+    rank.reshape(-1)[order + row] = np.arange(M)
 
     def back(x: Array) -> Array:
-        return x[0, 0].take(rank) if x.shape[:2] == (1, 1) else np.take_along_axis(x, rank, -1)
+        return x.take(rank if x.size == M else rank + row)
 
     return Arcs(back(sorted_arcs.cell), each(sorted_arcs.seen, back))
 
@@ -87,13 +89,14 @@ def _places(plan: HashedPlan) -> tuple[Int[np.ndarray, " M"], Int[np.ndarray, " 
         start = np.searchsorted(document, document)
         last = np.searchsorted(document, document, side="right") - 1
         fields = start, chunk - chunk[start], chunk[last] - chunk[start] + 1
-        layout.kept["places"] = tuple(x.astype(np.int32) for x in fields)
+        small = np.int16 if len(document) < 1 << 15 else np.int32
+        layout.kept["places"] = tuple(x.astype(small) for x in fields)
     found: tuple[Array, Array, Array] = layout.kept["places"]
     return found
 
 
 def _of_sorted(plan: HashedPlan, order: Int[np.ndarray, "R H M"]) -> Arcs:
-    """Of the sorted tokens; [1, 1, M] where all rounds and heads are alike."""
+    """Of the sorted tokens, whose places among all are given; [1, 1, M] where all rounds and heads are alike."""
     _, chunk, chunks = _places(plan)
     back, ahead = plan.layout.look_back, plan.layout.look_ahead
     if plan.inside:
@@ -133,21 +136,23 @@ def _runs(plan: HashedPlan, order: Int[np.ndarray, "R H M"]) -> tuple[Array, Arr
     whether they are all of the document.
     """
     start, chunk, _ = _places(plan)
-    bucket = np.take_along_axis(array_of(_buckets(plan)).swapaxes(0, 1), order, -1)
-    number, M = np.arange(len(start), dtype=np.int32), len(start)
+    bucket = array_of(_buckets(plan)).swapaxes(0, 1).take(order)
+    M = len(start)
+    number = np.arange(M, dtype=start.dtype)
     begins = np.ones(bucket.shape, bool)
     begins[..., 1:] = (bucket[..., 1:] != bucket[..., :-1]) | (start[1:] != start[:-1])
     moves = np.ones(M, bool)
     moves[1:] = (chunk[1:] != chunk[:-1]) | (start[1:] != start[:-1])
-    cell = (begins | moves).cumsum(-1, dtype=np.int32)
+    cell = (begins | moves).cumsum(-1, dtype=start.dtype)
     cell -= cell.take(start, -1)
-    begin = np.maximum.accumulate(np.where(begins, number, 0), -1)
+    begin = np.maximum.accumulate(np.where(begins, number, number[:1]), -1)
     ends = np.ones(bucket.shape, bool)
     ends[..., :-1] = begins[..., 1:]
-    end = np.minimum.accumulate(np.where(ends, number, M)[..., ::-1], -1)[..., ::-1]
+    end = np.minimum.accumulate(np.where(ends, number, number[-1:])[..., ::-1], -1)[..., ::-1]
     last = np.searchsorted(start, start, side="right") - 1
     alone = (begin == start) & (end == last)
-    return cell, np.take_along_axis(cell, begin, -1), chunk.take(begin), chunk.take(end), alone
+    row = np.arange(0, order.size, M).reshape(*order.shape[:2], 1)
+    return cell, cell.take(begin + row), chunk.take(begin), chunk.take(end), alone
 
 
 def times_met(
