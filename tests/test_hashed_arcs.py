@@ -10,8 +10,9 @@ import torch
 from references.reformer import windows
 
 from attention_zoo.attention.reformer import Reformer
-from attention_zoo.ops.lsh import arcs, call, chunks, kept, short, shown
+from attention_zoo.ops.lsh import arcs, call, kept, short, shown
 from attention_zoo.ops.lsh.layout import lay_out
+from attention_zoo.ops.lsh.plan import HashedPlan
 
 
 def counted(layer: Reformer, buckets: list[list[int]]) -> np.ndarray:
@@ -40,7 +41,7 @@ def test_arcs_are_the_windows_of_the_definition(
         buckets = rng.integers(0, count, (1, rounds, sum(sizes)))
         buckets[0, 0] = 0
         layout = lay_out(np.array(sizes), rounds=rounds, chunk=3, look_back=back, look_ahead=ahead, across_rounds=False)
-        plan = chunks.HashedPlan(layout, torch.from_numpy(buckets), inside, None, False, 1.0, 0.0, False).sorted()
+        plan = HashedPlan(layout, torch.from_numpy(buckets), inside, None, False, 1.0, 0.0, False).sorted()
         cell, seen = arcs.arcs_of(plan)
         stop = 0
         for size in sizes:
@@ -53,7 +54,7 @@ def test_arcs_are_the_windows_of_the_definition(
 def test_a_window_that_goes_round_inside_a_bucket_shows_two_arcs() -> None:
     layout = lay_out(np.array([7]), rounds=1, chunk=2, look_back=2, look_ahead=0, across_rounds=False)
     bucket = torch.tensor([[[0, 1, 1, 1, 1, 1, 1]]])
-    found = arcs.arcs_of(chunks.HashedPlan(layout, bucket, True, None, False, 1.0, 0.0, False).sorted())
+    found = arcs.arcs_of(HashedPlan(layout, bucket, True, None, False, 1.0, 0.0, False).sorted())
     assert len(found.seen) == 2
     # token 1 stands in the first chunk and looks at the last two, not at the second
     assert arcs.times_met(*found)[0, 1].tolist() == [0, 1, 0, 0, 1, 1, 1]

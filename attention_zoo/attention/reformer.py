@@ -54,9 +54,10 @@ from attention_zoo.layout.kernel import check_name, choose, explain
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon, Ledger, behind, goes_on, none
 from attention_zoo.layout.ragged import put, take
-from attention_zoo.ops.lsh import chunks, hashing, step
+from attention_zoo.ops.lsh import hashing, step
 from attention_zoo.ops.lsh import layout as lsh_layout
 from attention_zoo.ops.lsh.call import KERNELS, WHOLE, HashedCall
+from attention_zoo.ops.lsh.plan import HashedPlan
 from attention_zoo.ops.lsh.whole import Together
 from attention_zoo.ops.softmax.function import zeros_for
 from attention_zoo.options import LARGEST, Around, Chunk, Fill, Seed
@@ -358,7 +359,7 @@ class Reformer(HashedAttention):
         shape |= {"across_rounds": self.wrap == "reference", "slots": documents.slots if self.fill else None}
         make = partial(lsh_layout.laid_out, documents.sizes, **shape, device=qk.device)
         layout = keys.plan(("hashed", *list(shape.values())[:5], self.fill), make)
-        plan = chunks.HashedPlan(
+        plan = HashedPlan(
             layout=layout,
             buckets=buckets(),
             inside=not self.attend_across_buckets,

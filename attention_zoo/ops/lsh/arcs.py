@@ -21,7 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from attention_zoo.layout.host import Array, array_of
-from attention_zoo.ops.lsh.chunks import HashedPlan
+from attention_zoo.ops.lsh.plan import HashedPlan
 
 AT_ONCE = 1 << 19
 """Bytes of the keys that one query is compared with, so that they stay near the cache."""

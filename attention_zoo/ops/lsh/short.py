@@ -18,8 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attention_zoo.ops.lsh.arcs import order_is_idle
-from attention_zoo.ops.lsh.chunks import HashedPlan, _keys, scores_at_once
+from attention_zoo.ops.lsh.chunks import _keys, scores_at_once
 from attention_zoo.ops.lsh.kept import is_kept, kept_attention
+from attention_zoo.ops.lsh.plan import HashedPlan
 from attention_zoo.ops.lsh.shown import ROWS, ShortLayout, Windows, is_alike, lay_short
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 from attention_zoo.ops.softmax.pages import large_pages

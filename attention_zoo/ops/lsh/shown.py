@@ -16,8 +16,8 @@ from torch import Tensor
 
 from attention_zoo.layout.host import Array, array_of, tensor_of
 from attention_zoo.ops.lsh.arcs import Arcs, arcs_of, each, has_arcs, times_met
-from attention_zoo.ops.lsh.chunks import HashedPlan
 from attention_zoo.ops.lsh.layout import ChunkLayout
+from attention_zoo.ops.lsh.plan import HashedPlan
 
 ROWS = 128
 """Queries at once of a causal document: keys that are future for all of them are left out."""
