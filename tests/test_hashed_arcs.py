@@ -7,9 +7,10 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from references.reformer import windows
+from references.reformer import reference, windows
 
 from attention_zoo.attention.reformer import Reformer
+from attention_zoo.contract import Tokens
 from attention_zoo.ops.lsh import arcs, call, kept, short, shown
 from attention_zoo.ops.lsh.layout import lay_out
 from attention_zoo.ops.lsh.plan import HashedPlan
@@ -28,7 +29,7 @@ def counted(layer: Reformer, buckets: list[list[int]]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["across", "inside"])
-@pytest.mark.parametrize(("back", "ahead"), [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (3, 1), (1, 3)])
+@pytest.mark.parametrize(("back", "ahead"), [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (3, 1), (1, 3), (1024, 0)])
 def test_arcs_are_the_windows_of_the_definition(
     monkeypatch: pytest.MonkeyPatch, back: int, ahead: int, inside: bool
 ) -> None:
@@ -49,6 +50,23 @@ def test_arcs_are_the_windows_of_the_definition(
             here = slice(start, stop)
             got = arcs.times_met(cell[..., here], arcs.each(seen, lambda x, here=here: x[..., here]))
             assert np.array_equal(got[0], counted(layer, buckets[0, :, here].tolist())), (sizes, count)
+
+
+@pytest.mark.parametrize("options", [
+    {"wrap": "reference"}, {"wrap": "reference", "look_back": 2, "look_ahead": 3}, {"wrap": "reference", "rounds": 1},
+    {"fill": 4}, {"fill": 60}, {"fill": 12, "wrap": "reference"}, {"fill": 4, "look_ahead": 1, "wrap": "reference"},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("causal", [True, False])
+def test_inside_buckets_of_one_ring_or_of_filled_rings(monkeypatch: pytest.MonkeyPatch, options: dict, causal: bool):
+    """Short rows by arcs, where windows show such, against the definition, token by token."""
+    monkeypatch.setattr(call, "SLOT", 10_000)
+    for length in (1, 4, 7, 14, 29):
+        layer = Reformer(dim=12, heads=3, **{"chunk": 4, "rounds": 3, "causal": causal, **options},
+                         attend_across_buckets=False, correct_duplicates=length == 14).double().eval()  # fmt: skip
+        x, tokens = torch.randn(2, length, 12, dtype=torch.float64), Tokens.all_valid(2, length)
+        torch.testing.assert_close(layer(x).hidden, reference(layer, x, tokens), atol=1e-12, rtol=0)
+        chosen = dict(layer.explain_kernels(length, torch.device("cpu"), torch.float64))["short"]
+        assert chosen is None or "repeat" in chosen or ("look_back" in options and length < 9)
 
 
 def test_a_window_that_goes_round_inside_a_bucket_shows_two_arcs() -> None:

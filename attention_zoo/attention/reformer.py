@@ -56,6 +56,7 @@ from attention_zoo.layout.ledger import Columns, Horizon, Ledger, behind, goes_o
 from attention_zoo.layout.ragged import put, take
 from attention_zoo.ops.lsh import hashing, step
 from attention_zoo.ops.lsh import layout as lsh_layout
+from attention_zoo.ops.lsh.arcs import shows_arcs
 from attention_zoo.ops.lsh.call import KERNELS, WHOLE, HashedCall
 from attention_zoo.ops.lsh.plan import HashedPlan
 from attention_zoo.ops.lsh.whole import Together
@@ -377,11 +378,15 @@ class Reformer(HashedAttention):
         around = 1 if self.wrap == "reference" or self.fill else 1 + self.look_back + self.look_ahead
         longest, tokens = int(documents.sizes.max()), int(documents.sizes.sum())
         slots = self.rounds * min(asked, int(chunks.sum())) * self.chunk
+        arcs = shows_arcs(
+            chunks, rounds=self.rounds, look_back=self.look_back, look_ahead=self.look_ahead, filled=bool(self.fill),
+            across_rounds=self.wrap == "reference", inside=not self.attend_across_buckets,
+        )  # fmt: skip
         return HashedCall(
             device, dtype, self.chunk, self.head_width, once=self.correct_duplicates,
             inside=not self.attend_across_buckets, slots=slots, pairs=slots * window, rounds=self.rounds,
             all_pairs=len(documents.sizes) * longest * max(1, longest * asked // tokens),
-            chunks=self.rounds * int(chunks.max()), arcs=self.wrap == "row" and not self.fill,
+            chunks=self.rounds * int(chunks.max()), arcs=arcs,
             whole=asked == tokens and bool(chunks.max() <= around), longest=longest,
         )  # fmt: skip
 

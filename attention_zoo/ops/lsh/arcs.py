@@ -14,7 +14,7 @@ Letters as in ops/lsh/chunks.py; A documents and heads, or chunks, whose l queri
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -45,9 +45,33 @@ class Arcs(NamedTuple):
     seen: list[Arc]
 
 
+def shows_arcs(
+    chunks: Int[np.ndarray, " K"],
+    *,
+    rounds: int,
+    look_back: int,
+    look_ahead: int,
+    across_rounds: bool,
+    filled: bool,
+    inside: bool,
+) -> bool:
+    """Whether windows of documents of so many chunks show arcs of their own round, each key as often as any other.
+
+    Where rounds form one ring, inside buckets: these are never those of another round, and no window comes round to its
+    own. Where short rings repeat chunks: there are none, or a chunk is alone.
+    """
+    if across_rounds and rounds > 1:
+        return inside and max(look_back, look_ahead) <= (rounds - 1) * int(chunks.min())
+    return not filled or bool(((chunks == 1) | (chunks > look_back + look_ahead)).all())
+
+
 def has_arcs(plan: HashedPlan) -> bool:
-    """Whether windows show arcs, each of its keys once: rounds are rings of their own, and none is filled up."""
-    return not plan.layout.across_rounds and not plan.layout.filled
+    """See `shows_arcs`."""
+    layout = plan.layout
+    same: dict[str, Any] = {
+        name: getattr(layout, name) for name in ("rounds", "look_back", "look_ahead", "across_rounds", "filled")
+    }
+    return shows_arcs(_places(plan)[2], **same, inside=plan.inside)
 
 
 def arcs_of(plan: HashedPlan) -> Arcs:
@@ -72,8 +96,15 @@ def arcs_of(plan: HashedPlan) -> Arcs:
 
 def order_is_idle(plan: HashedPlan) -> bool:
     """Whether a bucket says all: each window holds its whole document."""
-    layout = plan.layout
-    return plan.inside and bool((_places(plan)[2] <= 1 + layout.look_back + layout.look_ahead).all())
+    layout, chunks = plan.layout, _places(plan)[2]
+    if _is_ring(plan):
+        return plan.inside and bool((chunks <= 1 + layout.look_back + layout.look_ahead).all())
+    return plan.inside and bool((chunks <= 1 + min(layout.look_back, layout.look_ahead)).all())
+
+
+def _is_ring(plan: HashedPlan) -> bool:
+    """Whether the last chunk of a round stands beside its first."""
+    return not plan.layout.across_rounds or plan.layout.rounds == 1
 
 
 def _buckets(plan: HashedPlan) -> Int[Tensor, "H R M"]:
@@ -86,10 +117,10 @@ def _places(plan: HashedPlan) -> tuple[Int[np.ndarray, " M"], Int[np.ndarray, " 
     layout = plan.layout
     if "places" not in layout.kept:
         document, chunk = array_of(layout.document), array_of(layout.slot) // layout.chunk
-        start = np.searchsorted(document, document)
-        last = np.searchsorted(document, document, side="right") - 1
-        fields = start, chunk - chunk[start], chunk[last] - chunk[start] + 1
-        small = np.int16 if len(document) < 1 << 15 else np.int32
+        start, stop = (np.searchsorted(document, document, side) for side in ("left", "right"))
+        every = np.append(chunk, len(layout.neighbours) // layout.rounds)
+        fields = start, chunk - chunk[start], every[stop] - chunk[start]
+        small = np.int16 if max(len(document), int(fields[2].max())) < 1 << 13 else np.int32
         layout.kept["places"] = tuple(x.astype(small) for x in fields)
     found: tuple[Array, Array, Array] = layout.kept["places"]
     return found
@@ -98,15 +129,17 @@ def _places(plan: HashedPlan) -> tuple[Int[np.ndarray, " M"], Int[np.ndarray, " 
 def _of_sorted(plan: HashedPlan, order: Int[np.ndarray, "R H M"]) -> Arcs:
     """Of the sorted tokens, whose places among all are given; [1, 1, M] where all rounds and heads are alike."""
     _, chunk, chunks = _places(plan)
-    back, ahead = plan.layout.look_back, plan.layout.look_ahead
+    # no more than there are, so that sums stay small
+    back, ahead = (min(x, int(chunks.max())) for x in (plan.layout.look_back, plan.layout.look_ahead))
     if plan.inside:
         cell, base, least, most, alone = _runs(plan, order)
     else:
         zero = np.zeros_like(chunk)
         cell, base, least, most, alone = (x[None, None] for x in (chunk, zero, zero, chunks - 1, zero == 0))
-    everything = chunks <= 1 + back + ahead
+    ring = _is_ring(plan)
+    everything = (chunks <= 1 + back + ahead) & ring
     low, high = chunk - back, chunk + ahead
-    early, late = ~everything & (low < 0), ~everything & (high >= chunks)
+    early, late = ring & ~everything & (low < 0), ring & ~everything & (high >= chunks)
     first = np.where(everything, least, np.maximum(least, low))
     last = np.where(everything, most, np.minimum(most, high))
     # what a window shows of the other end of the ring

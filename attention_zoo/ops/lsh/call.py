@@ -30,7 +30,7 @@ class HashedCall:
         all_pairs: those of all documents' tokens, as if each were as long as the longest.
         rounds: of hashing.
         chunks: of the longest document, over all rounds.
-        arcs: whether rounds are rings of their own, none of which is filled up.
+        arcs: whether windows show such (ops/lsh/arcs.py).
         whole: whether every window holds its whole document, of which everything is asked for.
         longest: tokens of the longest document.
     """
@@ -88,7 +88,7 @@ def _has_small_mask(call: HashedCall) -> str | None:
 
 def _tells_buckets(call: HashedCall) -> str | None:
     if call.inside and not call.arcs:
-        return "it tells no buckets apart (attend_across_buckets) where rounds form one ring, or lengths are filled up"
+        return "it tells no buckets apart (attend_across_buckets) where short rings of chunks repeat some"
     return None
 
 
