@@ -99,15 +99,18 @@ def hash_tokens(
         if triton_reason(q.device) is None:
             return _at_once(q.transpose(0, 1).to(exact), turns, factors)
         buckets = torch.zeros(H, rounds, M, dtype=torch.int32, device=q.device)
-        # rotations in the order in which their products are compared: [H, buckets/2 · R, D]
-        rows = [turn.permute(0, 3, 2, 1).flatten(1, 2) for turn in turns]
         for start in range(0, H, some):
             heads = slice(start, min(start + some, H))
-            vectors, found, radix = q[:, heads].permute(1, 2, 0).to(exact), None, 1
-            for turned, count in zip((row[heads] for row in rows), factors):
-                # one product a head: several at once are slower where there are many tokens
-                y = turned @ vectors if M <= FEW or len(vectors) == 1 else _each_product(turned, vectors)
-                best = _largest(y.unflatten(1, (-1, rounds)))
+            vectors, found, radix = q[:, heads].transpose(0, 1).to(exact), None, 1
+            for turn, count in zip(turns, factors):
+                turned = turn[heads].flatten(2)
+                if M <= FEW:
+                    best = _largest_of_few((vectors @ turned).unflatten(2, (rounds, -1))).transpose(1, 2)
+                else:
+                    # one product a head: several at once are slower where there are many tokens
+                    each = [r.T @ x.T for r, x in zip(turned, vectors)]
+                    y = each[0][None] if len(each) == 1 else torch.stack(each)
+                    best = _largest(y.unflatten(1, (rounds, -1)))
                 found = best if found is None else found.add_(best, alpha=radix)
                 radix *= count
             assert found is not None
@@ -115,27 +118,29 @@ def hash_tokens(
     return buckets
 
 
-def _each_product(a: Float[Tensor, "h m D"], b: Float[Tensor, "h D M"]) -> Float[Tensor, "h m M"]:
-    return torch.stack([x @ y for x, y in zip(a, b)])
+def _largest_of_few(y: Float[Tensor, "*tokens n"]) -> Int[Tensor, "*tokens"]:
+    """As `_largest`, in fewer operators."""
+    best, n = y.abs().argmax(-1, keepdim=True), y.shape[-1]
+    return torch.where(y.gather(-1, best) >= 0, best, best + n)[..., 0].int()
 
 
-def _largest(y: Float[Tensor, "h n *rest"]) -> Int[Tensor, "h *rest"]:
+def _largest(y: Float[Tensor, "h R n M"]) -> Int[Tensor, "h R M"]:
     """argmax [y; -y]: the largest magnitude, the first of them, and which half it came from."""
-    n = y.shape[1]
+    n = y.shape[2]
     if n == 1:
-        return (y[:, 0] < 0).int()
+        return (y[:, :, 0] < 0).int()
     if n == 2:
-        first, second = y.unbind(1)
+        first, second = y.unbind(2)
         other = second.abs() > first.abs()
         return other.int().add_(torch.where(other, second, first) < 0, alpha=2)
     # torch's argmax takes four times as long as finding the largest, and then who is as large
     size = y.abs()
-    equals = size == size.amax(1, keepdim=True)
+    equals = size == size.amax(2, keepdim=True)
     kind = torch.uint8 if n <= 255 else torch.int32
-    from_last = torch.arange(n, 0, -1, dtype=kind, device=y.device).view(n, *[1] * (y.ndim - 2))
-    best = n - equals.to(kind).mul_(from_last).amax(1).int()
+    from_last = torch.arange(n, 0, -1, dtype=kind, device=y.device)[:, None]
+    best = n - equals.to(kind).mul_(from_last).amax(2).int()
     best.clamp_(max=n - 1)  # NaN is as large as nobody
-    return best.add_(y.gather(1, best[:, None].long())[:, 0] < 0, alpha=n)
+    return best.add_(y.gather(2, best[:, :, None].long())[:, :, 0] < 0, alpha=n)
 
 
 def _at_once(q: Float[Tensor, "H M D"], turns: Sequence[Tensor], factors: Sequence[int]) -> Int[Tensor, "H R M"]:
