@@ -20,10 +20,11 @@ def test_order_is_by_document_bucket_and_place(sizes, buckets):
         assert got == want
 
 
-@pytest.mark.parametrize("count", [2, 4, 6, 32])
-def test_bucket_is_the_largest_of_a_vector_turned_and_its_opposite(count):
+@pytest.mark.parametrize("tokens", [40, 70])
+@pytest.mark.parametrize("count", [2, 4, 6, 32, 600])
+def test_bucket_is_the_largest_of_a_vector_turned_and_its_opposite(count, tokens):
     torch.manual_seed(0)
-    vectors, turn = torch.randn(70, 2, 8), torch.randn(2, 8, 3, count // 2)
+    vectors, turn = torch.randn(tokens, 2, 8), torch.randn(2, 8, 3, count // 2)
     vectors[5] = 0  # all are as large: the first
     y = torch.einsum("mhd,hdrb->hrmb", vectors, turn)
     want = torch.cat([y, -y], -1).argmax(-1)

@@ -143,7 +143,7 @@ def test_many_steps_and_blocks_of_heads(monkeypatch: pytest.MonkeyPatch):
     """Lengths that a test can afford fit into one step; this forces many, and one head at a time."""
     monkeypatch.setitem(chunks._SCORES, "cpu", 64)
     monkeypatch.setitem(chunks._SLOTS, "cpu", 1)
-    monkeypatch.setattr(call, "WORTH", 100)
+    monkeypatch.setattr(call, "SLOT", 10_000)
     monkeypatch.setattr(kept, "CELLS", 0)
     assert_equals_reference(build(kernel="short"), 29, build(kernel="chunks"))
     options = {"causal": False, "wrap": "reference"}
@@ -158,7 +158,7 @@ def test_short_documents_equal_their_chunks(monkeypatch: pytest.MonkeyPatch, cel
     for module in (short, kept):
         monkeypatch.setattr(module, "ROWS", 8)
     monkeypatch.setattr(kept, "CELLS", cells)
-    monkeypatch.setattr(call, "WORTH", 100)
+    monkeypatch.setattr(call, "SLOT", 10_000)
     ours, theirs = (build(causal=causal, rounds=8, kernel=kernel, **options) for kernel in ("short", "chunks"))
     for name, tokens in layouts(23):
         x = data(len(tokens.valid), 23).requires_grad_()
@@ -177,7 +177,7 @@ def test_short_documents_equal_their_chunks(monkeypatch: pytest.MonkeyPatch, cel
 @pytest.mark.parametrize("size", [1.0, 40.0])
 def test_kept_weights_equal_the_definition(monkeypatch: pytest.MonkeyPatch, size: float):
     """Also where scores are beyond 100, and where tokens see nobody else."""
-    monkeypatch.setattr(call, "WORTH", 100)
+    monkeypatch.setattr(call, "SLOT", 10_000)
     for length, more in ((9, {}), (61, {}), (131, {"correct_duplicates": True}), (150, {"causal": False})):
         layer = build(chunk=8, rounds=2, **more)
         q, v = (torch.randn(2, layer.heads, length, layer.head_width, dtype=torch.float64) for _ in range(2))
@@ -277,9 +277,11 @@ def test_what_is_short_is_said():
     for length, expected in ((32, None), (512, None), (4096, "documents are too long")):
         reason = dict(layer.explain_kernels(length, torch.device("cpu"), torch.float32))["short"]
         assert reason is None if expected is None else expected in reason
-    inside = build(chunk=64, attend_across_buckets=False)
-    reasons = dict(inside.explain_kernels(32, torch.device("cpu"), torch.float32))
-    assert "it tells no buckets apart" in str(reasons["short"])
+    inside = {"chunk": 64, "attend_across_buckets": False}
+    repeats = {"fill": 128, "look_ahead": 1}
+    for more, expected in (({}, None), ({"wrap": "reference"}, None), (repeats, "it tells no buckets apart")):
+        reason = dict(build(**inside, **more).explain_kernels(32, torch.device("cpu"), torch.float32))["short"]
+        assert reason is None if expected is None else expected in reason
 
 
 @pytest.mark.parametrize("causal", [True, False])

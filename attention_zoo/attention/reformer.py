@@ -54,9 +54,11 @@ from attention_zoo.layout.kernel import check_name, choose, explain
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon, Ledger, behind, goes_on, none
 from attention_zoo.layout.ragged import put, take
-from attention_zoo.ops.lsh import chunks, hashing, step
+from attention_zoo.ops.lsh import hashing, step
 from attention_zoo.ops.lsh import layout as lsh_layout
+from attention_zoo.ops.lsh.arcs import shows_arcs
 from attention_zoo.ops.lsh.call import KERNELS, WHOLE, HashedCall
+from attention_zoo.ops.lsh.plan import HashedPlan
 from attention_zoo.ops.lsh.whole import Together
 from attention_zoo.ops.softmax.function import zeros_for
 from attention_zoo.options import LARGEST, Around, Chunk, Fill, Seed
@@ -358,7 +360,7 @@ class Reformer(HashedAttention):
         shape |= {"across_rounds": self.wrap == "reference", "slots": documents.slots if self.fill else None}
         make = partial(lsh_layout.laid_out, documents.sizes, **shape, device=qk.device)
         layout = keys.plan(("hashed", *list(shape.values())[:5], self.fill), make)
-        plan = chunks.HashedPlan(
+        plan = HashedPlan(
             layout=layout,
             buckets=buckets(),
             inside=not self.attend_across_buckets,
@@ -375,19 +377,18 @@ class Reformer(HashedAttention):
         window = self.chunk * (1 + self.look_back + self.look_ahead)
         around = 1 if self.wrap == "reference" or self.fill else 1 + self.look_back + self.look_ahead
         longest, tokens = int(documents.sizes.max()), int(documents.sizes.sum())
+        slots = self.rounds * min(asked, int(chunks.sum())) * self.chunk
+        arcs = shows_arcs(
+            chunks, rounds=self.rounds, look_back=self.look_back, look_ahead=self.look_ahead, filled=bool(self.fill),
+            across_rounds=self.wrap == "reference", inside=not self.attend_across_buckets,
+        )  # fmt: skip
         return HashedCall(
-            device,
-            dtype,
-            self.chunk,
-            self.head_width,
-            once=self.correct_duplicates,
-            inside=not self.attend_across_buckets,
-            pairs=self.rounds * window * min(asked, int(chunks.sum())) * self.chunk,
+            device, dtype, self.chunk, self.head_width, once=self.correct_duplicates,
+            inside=not self.attend_across_buckets, slots=slots, pairs=slots * window, rounds=self.rounds,
             all_pairs=len(documents.sizes) * longest * max(1, longest * asked // tokens),
-            chunks=self.rounds * int(chunks.max()),
-            whole=asked == tokens and bool(chunks.max() <= around),
-            longest=longest,
-        )
+            chunks=self.rounds * int(chunks.max()), arcs=arcs,
+            whole=asked == tokens and bool(chunks.max() <= around), longest=longest,
+        )  # fmt: skip
 
     def explain_kernels(self, length: int, device: torch.device, dtype: torch.dtype) -> list[tuple[str, str | None]]:
         """See `Attention`."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from attention_zoo.layout.kernel import Kernel, triton_reason
 from attention_zoo.ops.lsh.chunks import dense_attention, lsh_attention
 from attention_zoo.ops.lsh.short import short_attention
+from attention_zoo.ops.lsh.shown import few_columns
 from attention_zoo.ops.lsh.whole import LONGEST, whole_attention
 
 Run = Callable[[Tensor, Tensor, Any], Tensor]
@@ -24,9 +25,12 @@ class HashedCall:
     Fields:
         once: whether a key that several rounds show counts once.
         inside: whether a token attends inside its buckets only.
+        slots: places of chunks whose tokens are asked for, of one head in all rounds.
         pairs: query-key pairs that chunks score, of one head.
         all_pairs: those of all documents' tokens, as if each were as long as the longest.
+        rounds: of hashing.
         chunks: of the longest document, over all rounds.
+        arcs: whether windows show such (ops/lsh/arcs.py).
         whole: whether every window holds its whole document, of which everything is asked for.
         longest: tokens of the longest document.
     """
@@ -37,9 +41,12 @@ class HashedCall:
     head_width: int
     once: bool
     inside: bool
+    slots: int
     pairs: int
     all_pairs: int
+    rounds: int
     chunks: int
+    arcs: bool
     whole: bool
     longest: int
 
@@ -79,14 +86,24 @@ def _has_small_mask(call: HashedCall) -> str | None:
     return f"documents of {call.longest} tokens are too long for a mask, at most {LONGEST}"
 
 
-WORTH = 2
-"""So many pairs of all tokens cost what one does whose key is gathered for a chunk, and whose output is merged."""
+def _tells_buckets(call: HashedCall) -> str | None:
+    if call.inside and not call.arcs:
+        return "it tells no buckets apart (attend_across_buckets) where short rings of chunks repeat some"
+    return None
+
+
+SLOT = 265
+"""Pairs that cost what it takes to gather a slot of a chunk, put back what it found, and the same in backward."""
+COMPARED = 5
+"""Columns of a product that cost what it takes to compare a pair in one round."""
 
 
 def _is_short(call: HashedCall) -> str | None:
-    # a pair costs two products of head width, and one more to count in how many windows it is
-    width = 2 * call.head_width
-    if call.all_pairs * (width + call.chunks) <= WORTH * call.pairs * width:
+    # a pair costs two products of head width, and to count in how many windows it is
+    width, count = 2 * call.head_width, call.chunks
+    if call.arcs and (call.inside or not few_columns(call.chunks, call.rounds)):
+        count = COMPARED * call.rounds
+    if call.all_pairs * (width + count) <= (call.pairs + SLOT * call.slots) * width:
         return None
     return f"documents are too long: all their pairs are {call.all_pairs}, those of chunks {call.pairs}"
 
@@ -110,7 +127,7 @@ KERNELS: tuple[Kernel[HashedCall], ...] = (
     Kernel(
         "short",
         lambda call: short_attention,
-        (_on_cpu, _across_buckets, _is_short),
+        (_on_cpu, _tells_buckets, _is_short),
         "all pairs of a short document's tokens, each by the times it is shown",
     ),
     Kernel("chunks", lambda call: lsh_attention, (), "sorted chunks, a few at a time; backward recomputes"),

@@ -17,13 +17,17 @@ Letters: M tokens, H heads, R rounds, D head width, N chunks in a round, C slots
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from attention_zoo.ops.lsh.layout import ChunkLayout, sort_tokens
+from attention_zoo.layout.host import Array, array_of, tensor_of
+from attention_zoo.ops.lsh.arcs import Arcs, arcs_of, each, has_arcs, times_met
+from attention_zoo.ops.lsh.plan import HashedPlan
 from attention_zoo.ops.softmax.dense import dense
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 from attention_zoo.ops.softmax.pages import large_pages
@@ -38,37 +42,6 @@ _SCORES_GPU, _SLOTS_GPU = 2**23, 2**18
 
 def scores_at_once(device: torch.device) -> int:
     return _SCORES.get(device.type, _SCORES_GPU)
-
-
-class HashedPlan(NamedTuple):
-    """One call of LSH attention, but for its vectors.
-
-    Fields:
-        layout: of the M tokens.
-        buckets: [H, R, M]; None: nobody asks for them any more.
-        inside: whether a token attends inside its buckets only; else as far as the windows go.
-        asked: [m], the tokens whose output is wanted; None: all.
-        causal: whether a token sees earlier ones only. Order in the ragged list is order in time.
-        scale: factor on q·k.
-        epsilon: k = q / sqrt(|q|² + D·epsilon).
-        once: whether a key met in several rounds counts once.
-        order: [H, R, M], tokens in sorted order; None: see `sorted`.
-    """
-
-    layout: ChunkLayout
-    buckets: Int[Tensor, "H R M"] | None
-    inside: bool
-    asked: Int[Tensor, " m"] | None
-    causal: bool
-    scale: float
-    epsilon: float
-    once: bool
-    order: Int[Tensor, "H R M"] | None = None
-
-    def sorted(self) -> HashedPlan:
-        """With the order of tokens; as int32, since it is kept for backward."""
-        assert self.buckets is not None
-        return self._replace(order=sort_tokens(self.buckets, self.layout.document).int())
 
 
 def lsh_attention(q: Float[Tensor, "M H D"], v: Float[Tensor, "M H D"], plan: HashedPlan) -> Float[Tensor, "m H D"]:
@@ -167,8 +140,30 @@ class HeadBlock:
             bias.sub_((mine[:, :, None] != theirs[:, None, :]).to(dtype))
         bias.mul_(torch.finfo(dtype).max).mul_(2)  # what is negative becomes -inf, 0 stays 0
         if self.plan.once:
-            bias = bias - self.times_met(queries, keys).clamp_(min=1).to(exact).log_()
+            bias = bias - self.times_shown(queries, keys).clamp_(min=1).to(exact).log_()
         return bias[:, None]
+
+    def times_shown(self, queries: Int[Tensor, "a C"], keys: Int[Tensor, "a K"]) -> Int[Tensor, "a C K"]:
+        """As `times_met`, by arcs where windows show such: on a CPU, where numpy is."""
+        if queries.device.type != "cpu" or not has_arcs(self.plan):
+            return self.times_met(queries, keys)
+        cell, seen = self.arcs
+        shown = each(seen, lambda x: x[:, array_of(queries)])
+        return tensor_of(times_met(cell[:, array_of(keys)], shown), queries.device)
+
+    @cached_property
+    def arcs(self) -> Arcs:
+        """[R, rows and one]; of the empty slot anything."""
+        some = self.plan._replace(
+            order=None if self.plan.order is None else self.plan.order[self.heads],
+            buckets=None if self.plan.buckets is None else self.plan.buckets[self.heads],
+        )
+        cell, seen = arcs_of(some)
+
+        def flat(x: Array) -> Array:
+            return np.concatenate([x.reshape(len(x), -1), x[:, 0, :1]], 1)
+
+        return Arcs(flat(cell), each(seen, flat))
 
     def times_met(self, queries: Int[Tensor, "a C"], keys: Int[Tensor, "a K"]) -> Int[Tensor, "a C K"]:
         """How often the windows of all rounds show each key to each query, before causality."""

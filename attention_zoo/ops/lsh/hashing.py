@@ -104,28 +104,43 @@ def hash_tokens(
             vectors, found, radix = q[:, heads].transpose(0, 1).to(exact), None, 1
             for turn, count in zip(turns, factors):
                 turned = turn[heads].flatten(2)
-                # one product a head: several at once are slower where there are many tokens
-                y = vectors @ turned if M <= FEW else torch.stack([x @ r for x, r in zip(vectors, turned)])
-                best = _largest(y.view(len(y), M, rounds, -1))
+                if M <= FEW:
+                    best = _largest_of_few((vectors @ turned).unflatten(2, (rounds, -1))).transpose(1, 2)
+                else:
+                    # one product a head: several at once are slower where there are many tokens
+                    each = [r.T @ x.T for r, x in zip(turned, vectors)]
+                    y = each[0][None] if len(each) == 1 else torch.stack(each)
+                    best = _largest(y.unflatten(1, (rounds, -1)))
                 found = best if found is None else found.add_(best, alpha=radix)
                 radix *= count
             assert found is not None
-            buckets[heads] = found.transpose(1, 2)
+            buckets[heads] = found
     return buckets
 
 
-def _largest(y: Float[Tensor, "*tokens n"]) -> Int[Tensor, "*tokens"]:
-    """argmax [y; -y]: the largest magnitude, and which half it came from."""
-    n = y.shape[-1]
-    if n > 2:
-        best = y.abs().argmax(-1, keepdim=True)
-        return torch.where(y.gather(-1, best) >= 0, best, best + n)[..., 0]
-    # argmax over so few takes three times as long as asking for each
+def _largest_of_few(y: Float[Tensor, "*tokens n"]) -> Int[Tensor, "*tokens"]:
+    """As `_largest`, in fewer operators."""
+    best, n = y.abs().argmax(-1, keepdim=True), y.shape[-1]
+    return torch.where(y.gather(-1, best) >= 0, best, best + n)[..., 0].int()
+
+
+def _largest(y: Float[Tensor, "h R n M"]) -> Int[Tensor, "h R M"]:
+    """argmax [y; -y]: the largest magnitude, the first of them, and which half it came from."""
+    n = y.shape[2]
     if n == 1:
-        return (y[..., 0] < 0).int()
-    first, second = y.unbind(-1)
-    other = second.abs() > first.abs()
-    return other.int().add_(torch.where(other, second, first) < 0, alpha=2)
+        return (y[:, :, 0] < 0).int()
+    if n == 2:
+        first, second = y.unbind(2)
+        other = second.abs() > first.abs()
+        return other.int().add_(torch.where(other, second, first) < 0, alpha=2)
+    # torch's argmax takes four times as long as finding the largest, and then who is as large
+    size = y.abs()
+    equals = size == size.amax(2, keepdim=True)
+    kind = torch.uint8 if n <= 255 else torch.int32
+    from_last = torch.arange(n, 0, -1, dtype=kind, device=y.device)[:, None]
+    best = n - equals.to(kind).mul_(from_last).amax(2).int()
+    best.clamp_(max=n - 1)  # NaN is as large as nobody
+    return best.add_(y.gather(2, best[:, :, None].long())[:, :, 0] < 0, alpha=n)
 
 
 def _at_once(q: Float[Tensor, "H M D"], turns: Sequence[Tensor], factors: Sequence[int]) -> Int[Tensor, "H R M"]:

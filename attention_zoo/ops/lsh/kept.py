@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attention_zoo.ops.lsh.chunks import HashedPlan, _keys
+from attention_zoo.ops.lsh.chunks import _keys
+from attention_zoo.ops.lsh.plan import HashedPlan
 from attention_zoo.ops.lsh.shown import ROWS, ShortLayout, Windows
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 

@@ -32,6 +32,8 @@ class ChunkLayout(NamedTuple):
         present: [R·N, W], False where a short ring would repeat a chunk and repeats do not count.
         rounds: R.
         across_rounds: whether a window may reach into another round.
+        look_back, look_ahead: chunks of a window, before its own and after it.
+        filled: whether there may be empty chunks, and short rings repeat theirs.
         kept: what a kernel made of the fields above.
     """
 
@@ -42,6 +44,9 @@ class ChunkLayout(NamedTuple):
     present: Bool[Tensor, "RN W"]
     rounds: int
     across_rounds: bool
+    look_back: int
+    look_ahead: int
+    filled: bool
     kept: dict[Hashable, Any]
 
 
@@ -93,7 +98,7 @@ def lay_out(
         present = np.ones_like(present)
     place = partial(tensor_of, device=device)
     fields = (place(document), place(slot), place(neighbours), place(present))
-    return ChunkLayout(chunk, *fields, rounds, across_rounds, {})
+    return ChunkLayout(chunk, *fields, rounds, across_rounds, look_back, look_ahead, slots is not None, {})
 
 
 def laid_out(

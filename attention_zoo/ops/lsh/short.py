@@ -1,8 +1,8 @@
 """Hashed attention of short documents: all pairs of tokens, weighted by how often the windows of all rounds show them.
 
 A softmax over the rounds' keys, where a key met n times counts n times, is one over all keys with log n added to their
-scores. In a document of few chunks that is less work than gathering its windows: see shown.py. Where every window holds
-the whole document, n is the same for all pairs: hashes do not matter, and nothing is sorted.
+scores. In a short document that is less work than gathering its windows: see shown.py. Where every window holds the
+whole document and buckets are not told apart, n is the same for all pairs: hashes do not matter, and nothing is sorted.
 
 O(n²) time for documents of n tokens, O(M·D) memory: pairs are computed again in backward, a few documents at a time.
 Letters as in ops/lsh/chunks.py; K documents of n tokens at most, m of which are asked for, in c chunks over all rounds.
@@ -17,18 +17,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attention_zoo.ops.lsh.chunks import HashedPlan, _keys, scores_at_once
+from attention_zoo.ops.lsh.arcs import order_is_idle
+from attention_zoo.ops.lsh.chunks import _keys, scores_at_once
 from attention_zoo.ops.lsh.kept import is_kept, kept_attention
-from attention_zoo.ops.lsh.shown import ROWS, ShortLayout, Windows, lay_short
+from attention_zoo.ops.lsh.plan import HashedPlan
+from attention_zoo.ops.lsh.shown import ROWS, ShortLayout, Windows, is_alike, lay_short
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 from attention_zoo.ops.softmax.pages import large_pages
 from attention_zoo.ops.softmax.partial import LOG2E, Asked, Scratch, Sums, partial_backward
 
 
 def short_attention(q: Float[Tensor, "M H D"], v: Float[Tensor, "M H D"], plan: HashedPlan) -> Float[Tensor, "m H D"]:
-    """See `lsh_attention`; buckets are not told apart."""
+    """See `lsh_attention`; buckets are told apart where a plan `has_arcs`."""
     laid = lay_short(plan, torch.promote_types(q.dtype, torch.float32))
-    plan = plan if laid.shown is None else plan.sorted()
+    plan = plan if is_alike(plan, laid) or order_is_idle(plan) else plan.sorted()
     if is_kept(plan, laid, q.shape[1]):
         return kept_attention(q, v, plan, laid)
     out: Tensor = _Short.apply(q, v, plan, laid)
@@ -52,14 +54,15 @@ class _Step(NamedTuple):
 class _Pairs:
     """The steps of a call, and their biases."""
 
-    def __init__(self, plan: HashedPlan, laid: ShortLayout, heads: int):
-        self.plan, self.laid, self.H, self.windows = plan, laid, heads, Windows(plan, laid, heads)
+    def __init__(self, plan: HashedPlan, laid: ShortLayout, heads: int, windows: Windows | None = None):
+        self.plan, self.laid, self.H = plan, laid, heads
+        self.windows = windows or Windows(plan, laid, heads)
 
     def __iter__(self) -> Iterator[_Step]:
         laid, H = self.laid, self.H
         K, m, n = laid.documents, laid.queries.columns, laid.keys.columns
         # the fewer, the better: each is some operations on views
-        together = min(K, max(1, scores_at_once(laid.bias.device) // (min(m, ROWS) * n))) if K >= H else 1
+        together = min(K, max(1, scores_at_once(laid.device) // (min(m, ROWS) * n))) if K >= H else 1
         heads = [slice(head, head + 1) for head in range(H)] if K >= H else [slice(0, H)]
         halves = self.plan.causal and self.plan.asked is None
         for start in range(0, K, together):
@@ -70,12 +73,10 @@ class _Pairs:
                     yield _Step(slice(start, min(start + together, K)), some, rows, columns)
 
     def bias(self, step: _Step) -> Float[Tensor, "_ _ l s"]:
-        bias = self.laid.bias if len(self.laid.bias) == 1 else self.laid.bias[step.documents]
-        bias = bias[:, :, step.rows, step.columns]
-        if self.windows.keys is None:
+        bias = self.laid.hidden(step.documents, step.rows, step.columns)
+        if self.windows.alike:
             return bias
-        keys = step.of(self.windows.keys, step.columns)
-        found = self.windows.logarithm(torch.bmm(step.of(self.windows.queries, step.rows), keys.transpose(1, 2)))
+        found = self.windows.logarithm(self.windows.met(step.documents, step.heads, step.rows, step.columns))
         return found.view(self.shape(step, found)).add_(bias)
 
     def shape(self, step: _Step, rows: Float[Tensor, "N l _"]) -> tuple[int, int, int, int]:
@@ -105,7 +106,8 @@ class _Short(torch.autograd.Function):
         out, lse = laid.queries.back(out), laid.queries.back(lse)
         out = torch.where(lse == -torch.inf, v[asked], out)  # who sees nobody else
         ctx.save_for_backward(q, v, out, lse)
-        ctx.plan, ctx.laid = plan._replace(buckets=None), laid
+        ctx.windows = pairs.windows if pairs.windows.lasts else None
+        ctx.plan, ctx.laid = plan._replace(buckets=None, order=None) if pairs.windows.lasts else plan, laid
         return out
 
     @staticmethod
@@ -121,7 +123,7 @@ class _Short(torch.autograd.Function):
         keys, values = laid.keys.lay(k), laid.keys.lay(v)
         dq = large_pages(torch.empty_like(rows.q, dtype=k.dtype))
         dk, dv = (large_pages(torch.empty_like(x, dtype=k.dtype)).zero_() for x in (keys, values))
-        pairs, scratch = _Pairs(plan, laid, q.shape[1]), Scratch()
+        pairs, scratch = _Pairs(plan, laid, q.shape[1], ctx.windows), Scratch()
         for step in pairs:
             mine = Asked(*(step.of(x, step.rows) for x in rows))
             key, value = step.of(keys, step.columns), step.of(values, step.columns)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attention_zoo.ops.lsh import triton_kernels as kernels
-from attention_zoo.ops.lsh.chunks import HashedPlan
+from attention_zoo.ops.lsh.plan import HashedPlan
 from attention_zoo.ops.softmax import triton as blocks
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 from attention_zoo.ops.softmax.triton import Lists
