@@ -57,8 +57,9 @@ def is_blocks(pattern: Pattern) -> str | None:
 
 
 def is_one_function(pattern: Pattern) -> str | None:
-    """Whether the bias of a pair can be computed on chip, from its two tokens."""
-    return None if isinstance(pattern.reach, Band | Anywhere) else "the pattern is no function of two positions alone"
+    """Whether the bias of a pair can be computed on chip, from its two tokens, and the links of the one."""
+    known = isinstance(pattern.reach, Band | Anywhere | Blocks)
+    return None if known else "the pattern is no function of two positions alone"
 
 
 def shows_all(pattern: Pattern) -> str | None:
@@ -182,7 +183,7 @@ def mask_is_small(call: PatternCall) -> str | None:
     if reason is None:
         return None
     (L, S), rows = call.lengths, 1 if call.rows_alike else len(call.q)
-    if call.q.is_cuda or rows * L * S > MASK:
+    if on_cuda(call) is None or rows * L * S > MASK:
         return f"{reason}, and a mask of L x S would be too large"
     if MASKED[call.one_document] >= L or (call.one_document and 2 * L <= S):
         return None

@@ -2,7 +2,7 @@
 
 The pattern's own `bias` is the mask, evaluated on chip from the positions of the two tokens. Which blocks of 128 x 128
 it is evaluated in is told by `near`, or by plain arithmetic where columns are positions, and blocks that are seen whole
-are taken without it (flex_lists.py). Where a pattern's bias is a function of the distance, it is a table by head, and
+are taken without it (flex_lists.py). Patterns of blocks have links besides (flex_links.py). Where a pattern's bias is a function of the distance, it is a table by head, and
 heads visit what they reach themselves. Padding, documents, causality and position biases are honoured in all layouts;
 global keys are copied behind the others, and so are global queries, of a second projection, too (flex_joined.py).
 
@@ -30,19 +30,21 @@ from torch.nn import functional as F
 from attention_zoo.layout.host import tensor_of
 from attention_zoo.layout.kernel import Kernel
 from attention_zoo.layout.layout import Layout
-from attention_zoo.layout.reach import Band, Reach
+from attention_zoo.layout.reach import Band, Blocks, Reach
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.band import by_distance
 from attention_zoo.ops.pattern.call import PatternCall
 from attention_zoo.ops.pattern.flex_joined import Joined, joined, taken
+from attention_zoo.ops.pattern.flex_links import Linked, link_functions, linked
 from attention_zoo.ops.pattern.flex_lists import Asking, Sides, both_sides
 from attention_zoo.ops.pattern.globals import global_columns
 from attention_zoo.tokens import Tokens
 
 BLOCK = 128
 """Rows and columns of a block: torch's kernels need no other."""
-FEWEST = 16
-"""Queries: they are filled up to a block, which costs less than the hundreds of launches that tiles take."""
+FEWEST = 2
+"""Queries: they are filled up to a block, which costs less than the hundreds of launches that tiles take. One alone is a
+step of decoding."""
 RECOMPILATIONS = 128
 """Different shapes and patterns in one process, at most: beyond, torch raises."""
 
@@ -85,19 +87,22 @@ def bucket(length: int) -> int:
 
 
 def pair_functions(
-    call: PatternCall, q: Places, k: Places, tables: Tables, rows: int, beyond: int
+    call: PatternCall, q: Places, k: Places, tables: Tables, rows: int, beyond: int, links: Linked | None = None
 ) -> tuple[Mod, Mod | None]:
     """Whether a pair is seen, and what is added to its score; of tensors that the compiler captures.
 
     Args:
         rows, beyond: queries from this row on, and keys from this column on, are those that the pattern does not
             concern, the global ones.
+        links: of a pattern of blocks.
     """
     pattern, causal = call.pattern, call.pattern.causal
     q_position, q_length, q_document = q
     k_position, k_length, k_document = k
 
     fixed = None if tables.pattern is None else tables.pattern.detach()  # torch's masks know no gradients
+
+    linked_to, of_links = (None, None) if links is None else link_functions(links)
 
     def bias(b: Tensor, h: Tensor, i: Tensor, j: Tensor, table: Tensor | None = fixed) -> Tensor:
         if table is not None:
@@ -119,18 +124,22 @@ def pair_functions(
         found = q_document[b, i] == k_document[b, j]
         if causal:
             found = found & (k_position[b, j] <= q_position[b, i])
-        near = bias(b, h, i, j) > -torch.inf
+        near = bias(b, h, i, j) > -torch.inf if linked_to is None else linked_to(b, h, i, j)
         return found & (near | ~concerned(i, j) if apart else near)
 
-    weighs = pattern.reach.weights != "uniform"
+    weighs = pattern.reach.weights != "uniform" if links is None else links.weight is not None
     if tables.position is None and not weighs:
         return seen, None
 
+    def weight(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if of_links is not None:
+            return of_links(b, h, i, j)
+        # -inf is the mask's to say
+        return bias(b, h, i, j, tables.pattern).clamp(min=torch.finfo(torch.float32).min)
+
     def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if weighs:
-            # -inf is the mask's to say
-            more = bias(b, h, i, j, tables.pattern).clamp(min=torch.finfo(torch.float32).min)
-            value = value + torch.where(concerned(i, j), more, 0)
+            value = value + torch.where(concerned(i, j), weight(b, h, i, j), 0)
         return value if tables.position is None else value + at(tables.position, b, h, i, j)
 
     return seen, score
@@ -210,7 +219,9 @@ def _run(call: PatternCall) -> Tensor:
     more = keys.position.shape[1] // BLOCK - columns - asking.columns
     lists = both_sides(call, BLOCK, rows, columns, more, asking)
     tables = Tables(_of_pattern(call), _by_distance(call))
-    functions = pair_functions(call, queries, keys, tables, plan.rows, plan.columns)
+    both = queries.position.shape[1], keys.position.shape[1]
+    links = linked(call, *both) if isinstance(call.pattern.reach, Blocks) else None
+    functions = pair_functions(call, queries, keys, tables, plan.rows, plan.columns, links)
     out, lse = attend(*joined(call.q, call.k, call.v, plan, call.second), lists, functions, call.scale)
     return taken(out, lse, call.sink, plan, call.lengths[0])
 
@@ -322,7 +333,7 @@ def _sums_in_order(call: PatternCall) -> str | None:
 
 def _heads_alike(call: PatternCall) -> str | None:
     reach = call.pattern.reach
-    if reach.weights == "distance" or _heads_have_bands(reach):
+    if isinstance(reach, Blocks) or reach.weights == "distance" or _heads_have_bands(reach):
         return None
     if reach.weights == "uniform" and isinstance(reach, Band) and reach.same_for_all and isinstance(reach.stride, int):
         return None  # the reach says it all
