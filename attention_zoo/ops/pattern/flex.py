@@ -38,6 +38,7 @@ from attention_zoo.ops.pattern.flex_joined import Joined, joined, taken
 from attention_zoo.ops.pattern.flex_links import Linked, link_functions, linked
 from attention_zoo.ops.pattern.flex_lists import Asking, Sides, both_sides
 from attention_zoo.ops.pattern.globals import global_columns
+from attention_zoo.ops.pattern.triton_blocks import rows_are_costly
 from attention_zoo.tokens import Tokens
 
 BLOCK = 128
@@ -351,4 +352,5 @@ FLEX: Kernel[PatternCall] = Kernel(
     (facts.is_one_function, facts.first_in_text),
     whole=True,
     along=True,
+    leads=rows_are_costly,
 )
