@@ -35,11 +35,6 @@ def is_band_and_first(pattern: Pattern) -> str | None:
     return "the pattern is no band: it depends on more than the distance"
 
 
-def first_in_text(pattern: Pattern) -> str | None:
-    counted = isinstance(pattern.reach, Band) and pattern.reach.in_cache
-    return "positions of the first tokens are counted in a cache" if counted else None
-
-
 def is_uniform(pattern: Pattern) -> str | None:
     return None if pattern.reach.weights == "uniform" else "the pattern weighs its keys"
 
