@@ -45,13 +45,13 @@ class _Launched(torch.autograd.Function):
     """Of one kernel forward, one backward, and what torch computes of the output between them."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.others = others
-        return torch.empty_like(q), q.new_zeros(q.shape[:3])
+    def forward(ctx: Any, *operands: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.operands, (q, _, v, *_) = operands, operands
+        return q.new_empty(*q.shape[:3], v.shape[3]), q.new_zeros(q.shape[:3])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        return torch.empty_like(grad), *map(torch.zeros_like, ctx.others)
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(torch.zeros_like, ctx.operands))
 
 
 def _flex(

@@ -141,12 +141,16 @@ def taken_first(given: Layout, first: int, columns: Int[Tensor, "B n"]) -> Bool[
 
 
 def turned_queries(
-    reach: Reach, q: Float[Tensor, "B H L D"], position: Tensor, rotate: Callable[[Tensor, Tensor], Tensor]
+    reach: Reach, q: Float[Tensor, "B H L D"], layout: Layout, turn: Callable[[Tensor, Layout], Tensor]
 ) -> Float[Tensor, "B H L D"] | None:
     """Queries, not rotated yet, as the first tokens see them; None: as all others do."""
     if not (isinstance(reach, Band) and reach.in_cache):
         return None
-    turned = rotate(q, position.clamp(max=reach.newest))
+    newest = reach.newest
+    # a layout of its own, so that what follows from these positions is found once for all layers, too
+    key = "in cache", newest
+    held = layout.plan(key, lambda: Layout.fresh(layout._replace(position=layout.position.clamp(max=newest))))
+    turned = turn(q, held)
     return None if turned is q else turned
 
 
@@ -165,6 +169,8 @@ def position_bias_in_cache(
     """A scheme's bias of these keys, as a function of the queries, with the first tokens' distances as in a cache."""
     found = bias(queries)
     if not (isinstance(reach, Band) and reach.in_cache):
+        return found
+    if isinstance(keys, Layout) and keys.implied and keys.start >= reach.first:
         return found
     newest = bias(queries._replace(position=queries.position.clamp(max=reach.newest)))
     return torch.where(_of_first(reach, queries, keys), newest, found)

@@ -310,7 +310,7 @@ def _by_table(call: PatternCall, n: int) -> Tensor:
     """The pattern's bias of each distance, [H, 2n]."""
     find = lambda: (Layout.plain(1, 1, call.q.device, start=n), Layout.plain(1, 2 * n, call.q.device))  # noqa: E731
     pattern = BandAlone(call.pattern) if call.pattern.reach.first else call.pattern
-    found = pattern.bias(*call.keys.plan(("distances", n), find)).flatten(0, 2)
+    found = pattern.bias(*call.keys.plan(("distances of the pattern", n), find)).flatten(0, 2)
     return found.expand(call.q.shape[1], -1)
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from attention_zoo.constants import constant
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 
 
@@ -124,7 +125,9 @@ def _beside(x: Tensor) -> Tensor:
 def _up_to(x: Tensor, rows: int) -> list[Tensor]:
     """x, and zeros behind it, of no memory."""
     missing = rows - x.shape[2]
-    return [x, x.new_zeros(()).expand(*x.shape[:2], missing, x.shape[3])] if missing else [x]
+    if not missing:
+        return [x]
+    return [x, constant((0.0,), like=x, dtype=x.dtype, axes=4).expand(*x.shape[:2], missing, x.shape[3])]
 
 
 def taken(
