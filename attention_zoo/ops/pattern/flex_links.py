@@ -68,8 +68,12 @@ def link_functions(of: Linked) -> tuple[Mod, Mod]:
 def linked(call: PatternCall, rows: int, columns: int) -> Linked:
     """Of the call's queries and keys, filled up to so many; found once for a layout."""
     # the plan keeps what the key's id is of
-    key = ("flex links", call.blocks, id(call.queries), rows, columns)
-    return call.keys.plan(key, lambda: (kept(call, key[:1] + key[3:], lambda: _linked(call, *key[3:])), call.queries))[0]
+    key = ("flex links", call.blocks, id(call.queries), rows, columns, call.q.dtype)
+
+    def find() -> Linked:
+        return kept(call, ("flex links", rows, columns), lambda: _linked(call, rows, columns))
+
+    return call.keys.plan(key, lambda: (find(), call.queries))[0]
 
 
 def kept(call: PatternCall, what: tuple[object, ...], make: Callable[[], Found]) -> Found:
@@ -79,7 +83,7 @@ def kept(call: PatternCall, what: tuple[object, ...], make: Callable[[], Found])
         return make()
     host = keys.host
     key = (*what, call.pattern.causal, *keys.valid.shape, host.is_global.tobytes(), host.length.tobytes())
-    return call.blocks.kept((*key, call.q.device), make)
+    return call.blocks.kept((*key, call.q.dtype, call.q.device), make)
 
 
 def _linked(call: PatternCall, rows: int, columns: int) -> Linked:
@@ -103,12 +107,13 @@ def _linked(call: PatternCall, rows: int, columns: int) -> Linked:
     def places(x: np.ndarray, size: int) -> Tensor:
         return tensor_of(np.pad(x, ((0, 0), (0, size - x.shape[1]))).astype(np.int32), device)
 
+    exact = torch.promote_types(call.q.dtype, torch.float32)
     block = np.where(keys.valid, keys.position // reach.size, 0)
     return Linked(
         places(at.reshape(own.shape), rows),
         places(block, columns),
         tensor_of(table(links, -1).astype(np.int32), device),
-        tensor_of(table(weight).astype(np.float32), device) if weight.any() else None,
+        tensor_of(table(weight), device).to(exact) if weight.any() else None,
         None if whole is None or not whole.any() else tensor_of(np.pad(whole, (0, more)).astype(np.int32), device),
     )
 
