@@ -311,6 +311,6 @@ def test_it_refuses_with_a_reason(monkeypatch) -> None:
     assert "float64" in reason("longformer", q.double())
     assert not reason("longformer", q, dilation=[1, 2])
     assert not reason("longformer", q, dilation=[1, 2], sinks=2)
-    assert "16 wide" in reason("longformer", q[..., :8])
+    assert not reason("longformer", q[..., :8])
     assert not reason("longformer", q[:, :, :2])
     assert "fewer than 2" in reason("longformer", q[:, :, :1])

@@ -75,8 +75,10 @@ _FAR = 2**40
 
 
 class _Ramp(torch.autograd.Function):
-    """log clamp(left / ramp, 0, 1), without a gradient where it is hidden or flat: few operators, since a table of it is
-    made at each call."""
+    """log clamp(left / ramp, 0, 1), without a gradient where it is hidden or flat.
+
+    In few operators: a table of it is made at each call.
+    """
 
     @staticmethod
     def forward(ctx: Any, left: Tensor, ramp: int) -> Tensor:

@@ -60,8 +60,8 @@ from attention_zoo.ops.relative.chunks import ChunkPlan, relative_attention
 from attention_zoo.ops.relative.few import few_of
 from attention_zoo.ops.relative.operands import RelativeOperands
 from attention_zoo.ops.relative.projections import streams
-from attention_zoo.ops.relative.side_by_side import SideBySide, side_by_side
 from attention_zoo.ops.relative.short import is_short, short, short_or_chunked
+from attention_zoo.ops.relative.side_by_side import SideBySide, side_by_side
 from attention_zoo.ops.softmax.function import watch, zeros_for
 from attention_zoo.options import Natural, Positive
 from attention_zoo.rules import OneOf, Unsupported
@@ -155,8 +155,8 @@ class TransformerXL(RelativeAttention):
     def _attended(self, q: Tensor, x: Tensor, layout: Layout, state: Columns | None = None) -> Output:
         self._check_lengths()
         if state is None and (together := self._together(x, layout)) is not None:
-            out = self._attended(together.moved(q), together.moved(x), together.tokens)
-            return Output(together.returned(out.hidden))
+            hidden = self._attended(together.moved(q), together.moved(x), together.tokens).hidden
+            return Output(together.returned(hidden))
         q = self._heads(q)
         columns = self._append(x, layout, self._begun(state, x, layout) if self.starts_blank else state)
         hidden, keys = columns.held[0].to(x.dtype), columns.tokens
@@ -181,7 +181,7 @@ class TransformerXL(RelativeAttention):
         apart = self.starts_blank and not bool(layout.host.valid[:, :1].all())
         if not apart and runs_of(layout).consecutive:
             return None
-        call = RelativeCall(*x.shape[1:2] * 2, self.head_width, x.device, self._dtype(x))
+        call = RelativeCall(x.shape[1], x.shape[1], self.head_width, x.device, self._dtype(x))
         return side_by_side(layout) if TRITON.refuse(call) is None else None
 
     def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Columns) -> Columns:

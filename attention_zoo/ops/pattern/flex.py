@@ -2,9 +2,10 @@
 
 The pattern's own `bias` is the mask, evaluated on chip from the positions of the two tokens. Which blocks of 128 x 128
 it is evaluated in is told by `near`, or by plain arithmetic where columns are positions, and blocks that are seen whole
-are taken without it (flex_lists.py). Patterns of blocks have links besides (flex_links.py). Where a pattern's bias is a function of the distance, it is a table by head, and
-heads visit what they reach themselves. Padding, documents, causality and position biases are honoured in all layouts;
-global keys are copied behind the others, and so are global queries, of a second projection, too (flex_joined.py).
+are taken without it (flex_lists.py). Where a pattern's bias is a function of the distance, it is a table by head, and
+heads visit what they reach themselves; of a pattern of blocks it is a table of links (flex_links.py). Padding,
+documents, causality and position biases are honoured in all layouts; global keys are copied behind the others, and so
+are global queries, of a second projection, too, and first tokens that are asked from other positions (flex_joined.py).
 
 Sums are taken in a fixed order, but for the gradient of a table that learns: where deterministic algorithms are asked
 for, torch's switch, such a pattern is refused. float32 is exact.
@@ -45,10 +46,10 @@ from attention_zoo.tokens import Tokens
 BLOCK = 128
 """Rows and columns of a block: torch's kernels need no other."""
 FEWEST = 2
-"""Queries: they are filled up to a block, which costs less than the hundreds of launches that tiles take. One alone is a
-step of decoding."""
-WIDEST = 256
-"""Channels of queries and keys."""
+"""Queries: they are filled up to a block, which costs less than the hundreds of launches that tiles take. One alone is
+a step of decoding."""
+NARROWEST, WIDEST = 16, 256
+"""Channels of queries and keys; fewer are filled up."""
 RECOMPILATIONS = 128
 """Different shapes and patterns in one process, at most: beyond, torch raises."""
 
@@ -205,6 +206,10 @@ def attend(
     # imported here: it loads torch's compiler
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+    if (missing := NARROWEST - v.shape[3]) > 0:  # torch's kernels take no fewer channels
+        q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
+        out, lse = attend(q, k, v, lists, functions, scale)
+        return out[..., :-missing], lse
     (forth, back, whole_forth, whole_back), (seen, score) = lists, functions
     mask = BlockMask(
         seq_lengths=(q.shape[2], k.shape[2]),
@@ -341,8 +346,6 @@ def refuse(q: Tensor) -> str | None:
     """Why it cannot run these queries, or None."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it has no kernel in {q.dtype}".replace("torch.", "")
-    if q.shape[3] < 16:
-        return f"heads must be 16 wide at least, not {q.shape[3]}"
     return None if q.shape[2] >= FEWEST else f"fewer than {FEWEST} queries are no work for it"
 
 
