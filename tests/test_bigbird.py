@@ -504,7 +504,7 @@ def test_the_released_plans_equal_hugging_face(block: int, random: int, length: 
         (
             {"kernel": "banded"},
             Unsupported,
-            "kernel=banded.*linked_row or row or short or triton or covered or blocks or tiles or dense",
+            "kernel=banded.*linked_row or row or short or triton or covered or flex or blocks or tiles or dense",
         ),
         ({"causal": False, "cross": True}, Unsupported, "bigbird: cross=True is not supported"),
     ],

@@ -32,7 +32,7 @@ TRUTH = {
 }  # fmt: skip
 KERNELS = {
     "adaptive_span": ("flex", "banded", "tiles"),
-    "bigbird": ("triton", "blocks", "tiles"),
+    "bigbird": ("triton", "flex", "blocks", "tiles"),
     "full": ("sdpa", "flex", "tiles"),
     "longformer": ("flex", "xformers", "banded", "tiles"),
     "reformer": ("triton", "chunks"),
@@ -61,6 +61,10 @@ def layouts(name: str, length: int) -> dict[str, zoo.Tokens | None]:
     valid = ragged(length, [length, 2 * length // 3], "left")
     document = (torch.arange(length) // (length // 2 + 1)).expand(2, -1)
     found = {"all valid": None, "padded left": zoo.Tokens.of(valid), "documents": zoo.Tokens.of(valid, None, document)}
+    if name == "transformer_xl":
+        holes = torch.ones_like(valid)
+        holes[:, 1::3] = False
+        found["holes"] = zoo.Tokens.of(holes)
     if name not in ("adaptive_span", "reformer", "transformer_xl", *MADE_OF_TOKENS):
         flags = torch.zeros_like(valid)
         flags[:, length - 5] = True
@@ -140,6 +144,28 @@ def test_heads_that_reach_differently_far_equal_the_definition(length: int, dtyp
         exact.span.copy_(torch.tensor([0.0011, 0.1003, 0.2512, 0.753]))  # gradients jump at whole tokens
     for layout, tokens in layouts("adaptive_span", length).items():
         same(exact, dtype, length, tokens, layout, kernel="flex")
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("length", [20, 1009])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("bigbird", {"positions": "alibi"}),
+        ("bigbird", {"causal": False, "sink_logit": True, "kv_heads": 1}),
+        ("bigbird", {"causal": False, "plan": "reference", "positions": "alibi"}),
+        ("longformer", {"sinks": 4, "sink_positions": "cache", "positions": "rotary", "dilation": [1, 3]}),
+        ("longformer", {"sinks": 4, "sink_positions": "cache", "positions": "alibi", "sink_logit": True}),
+        ("longformer", {"head_width": 8, "scale": -0.3}),
+    ],
+    ids=str,
+)
+def test_options_equal_the_definition(name: str, options: dict, length: int, dtype: torch.dtype) -> None:
+    """What FlexAttention is told by tables of links, by copies of first tokens and by further channels."""
+    torch.manual_seed(0)
+    exact = zoo.build(name, dim=128, heads=2, kernel="dense", **{**OPTIONS[name], **options}).cuda().double()
+    for layout, tokens in layouts(name, length).items():
+        same(exact, dtype, length, tokens, f"{name} {options} {layout}", kernel="flex")
 
 
 def same(exact, dtype, length: int, tokens, where: str, kernel: str | None = None) -> None:

@@ -1,40 +1,71 @@
-"""What a layer asks of the host on the path of CUDA, counted on CPU tensors with the launches left out."""
+"""What a layer asks of the host on the path of CUDA, counted on CPU tensors with the launches left out.
+
+With kernel=auto, over the options of each constructor (launch_options.py) in every layout: 60 operators forward and 40
+backward besides the projections, once a layout is planned. What takes more stands in `MORE`, with its reason.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from count_reads import Count, layouts
-from torch import Tensor, nn
+from count_reads import layouts
+from launch_options import NOT_COUNTED, cases, values_of
+from launches import added, counted, without_launches
 
 import attention_zoo as zoo
-from attention_zoo.layout import grid, kernel
 from attention_zoo.layout.layout import Layout
-from attention_zoo.ops.lsh import hashing
-from attention_zoo.ops.pattern import facts, flex
+from attention_zoo.registry import abilities, options_of
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 FORWARD, BACKWARD = 60, 40
 """Operators that a layer adds to its projections, at most, once its layout is planned."""
-KERNELS = {
-    "adaptive_span": "flex",
-    "bigbird": "triton",
-    "block_recurrent": "auto",
-    "compressive": "triton",
-    "full": "auto",
-    "h_transformer_1d": None,
-    "longformer": "flex",
-    "memory_compressed": None,
-    "reformer": "triton",
-    "transformer_xl": "triton",
-}
+
+
+class More(NamedTuple):
+    """Calls that take more, and how many at most.
+
+    Fields:
+        where: what all of their options hold.
+        layout: what the name of their layout holds.
+    """
+
+    name: str
+    where: dict[str, Any]
+    layout: str
+    forward: int
+    backward: int
+    reason: str
+
+
+ROTARY: dict[str, Any] = {"positions": "rotary"}
+MORE = (
+    More(
+        "longformer", {**ROTARY, "sink_logit": True}, "global", 60, 43,
+        "queries and keys of two projections are turned back, and a sink takes its share",
+    ),
+    More(
+        "longformer", {**ROTARY, "sink_positions": "cache"}, "global", 60, 55,
+        "queries of two projections, and those that ask the first tokens, are turned back",
+    ),
+    More("memory_compressed", {"head_width": 8}, "", 60, 43, "FlexAttention takes 16 channels: fewer are filled up"),
+    More("compressive", {"compression": "most_used"}, "", 210, 40, "memories are ranked by how much they were used"),
+    More("reformer", {"attend_across_buckets": False}, "", 75, 40, "chunks are cut by bucket"),
+    More("reformer", {"correct_duplicates": True}, "", 170, 96, "keys that rounds share are counted"),
+    More(
+        "reformer", {"correct_duplicates": True, "attend_across_buckets": False}, "", 800, 800,
+        "no Triton kernel counts the keys that rounds share within buckets",
+    ),
+)  # fmt: skip
 TURN = 38, 50
 """What each turn adds where states are recurrent by definition (block_recurrent)."""
+LSTM = 8, 24
+"""What an LSTM's gate adds to each."""
+STATES = 0, 55
+"""What states that are many times as many as a turn's tokens add to each: they are gone through in pieces."""
 TURNS = 20, 140
 """What all turns add together: views of all of them, a window of states, and gradients of weights."""
 GLOBAL = 20, 20
@@ -46,162 +77,145 @@ HIERARCHICAL = 100, 200
 
 
 @pytest.fixture(autouse=True)
-def without_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.runtime.interpreter import GridExecutor
-    from triton.runtime.jit import JITFunction
-
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
-    monkeypatch.setattr(kernel, "TRITON_DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(GridExecutor, "__call__", lambda *_, **__: None)
-    monkeypatch.setattr(JITFunction, "run", lambda *_, **__: None)
-    # facts are held by kernels already: what they say is replaced, not they
-    monkeypatch.setattr(facts.on_cuda, "__code__", (lambda call: None).__code__)
-    monkeypatch.setattr(facts.on_cpu, "__code__", (lambda call: "it runs on CPU").__code__)
-    monkeypatch.setattr(flex, "attend", flex_without_its_kernel)
-    monkeypatch.setattr(grid, "copies_rows", lambda x: False)
+def on_cuda() -> Iterator[None]:
+    with without_launches():
+        yield
 
 
-class _Flex(torch.autograd.Function):
-    """What is launched besides: forward a kernel, backward one, and delta."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.others = others
-        return torch.empty_like(q), q.new_zeros(q.shape[:3])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        return torch.empty_like(grad), *map(torch.zeros_like, ctx.others)
+def made(name: str, **options: Any) -> zoo.Attention:
+    return zoo.build(name, **{"dim": 64, "heads": 4, **options})
 
 
-def flex_without_its_kernel(
-    q: Tensor, k: Tensor, v: Tensor, lists: object, functions: tuple[Callable[..., Tensor], ...], scale: float
-) -> tuple[Tensor, Tensor]:
-    """Of tables that score by themselves, too, which learn."""
-    tables = [] if functions[1] is None else inspect.getclosurevars(functions[1]).nonlocals.get("tables", ())
-    return _Flex.apply(q, k, v, *(each for each in tables if each is not None))
+def is_refused(layer: zoo.Attention, layout: str) -> bool:
+    """Whether the mechanism itself, whatever its kernel, has no meaning for such tokens."""
+    if "global" in layout and layer.abilities.global_tokens == "none":
+        return True
+    return "packed" in layout and getattr(layer, "starts_blank", False)  # only a row's first document can begin so
 
 
-def counted(make: Callable[[], Tensor]) -> tuple[int, int]:
-    """Operators of the forward and of the backward of what `make` gives, but for a number that the host draws."""
-    with Count() as forward, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hashing, "drawn_number", lambda: 7)
-        out = make()
-    with Count() as backward:
-        out.sum().backward()
-    return forward.operators, backward.operators
+def most(name: str, options: dict[str, Any], layer: zoo.Attention, layout: str, length: int) -> tuple[int, int]:
+    found = [(FORWARD, BACKWARD)]
+    if name == "block_recurrent":
+        turns = -(-length // layer.window)
+        each = [TURN, LSTM if options.get("gate") == "lstm" else (0, 0)]
+        each.append(STATES if layer.states > 2 * layer.window else (0, 0))
+        # of one turn there is nothing that all turns add together
+        along = TURNS if turns > 1 else (0, 0)
+        found.append(tuple(found[0][n] + along[n] + turns * sum(part[n] for part in each) for n in (0, 1)))
+    for more in MORE:
+        if more.name == name and more.layout in layout and more.where.items() <= options.items():
+            found.append((more.forward, more.backward))
+    forward, backward = map(max, zip(*found))
+    return forward, backward
 
 
-def added(
-    name: str, length: int = 300, spans: tuple[int, ...] = (), **options: object
-) -> Iterator[tuple[str, int, int]]:
-    """What a layer adds to its projections in each layout that it takes, forward and backward.
-
-    Args:
-        spans: how far heads reach; as they begin.
-    """
-    layer = zoo.build(name, dim=64, heads=4, **options)
-    if spans:
-        with torch.no_grad():
-            layer.span.copy_(torch.tensor(spans) / layer.limit)
-    x = torch.randn(2, length, 64, requires_grad=True)
-
-    def count(make: Callable[[], Tensor]) -> tuple[int, int]:
-        for each in (x, *layer.parameters()):
-            each.grad = None
-        return counted(make)
-
-    for what, given in layouts(2, length):
-        layout = Layout.plain(2, length) if given is None else Layout.of(zoo.Tokens.of(*given))
-        try:
-            layer(x, layout).hidden.sum().backward()  # plans are made
-        except zoo.Unsupported:
-            continue  # holes, or global tokens
-        used = [
-            module
-            for path, module in layer.named_modules()
-            if isinstance(module, nn.Linear) and module.in_features == 64 and ("global" in what or "global" not in path)
-        ]
-        alone = count(lambda used=used: torch.stack([project(x) for project in used]).sum())
-        found = count(lambda layout=layout: layer(x, layout).hidden)
-        yield what, found[0] - alone[0], found[1] - alone[1]
+def check(name: str, options: dict[str, Any], length: int = 300, layer: zoo.Attention | None = None) -> None:
+    """That no layout takes more, and that none is refused but by the mechanism."""
+    layer = made(name, **options) if layer is None else layer
+    for what, found in added(layer, length):
+        where = f"{name} {options}, {length} tokens, {what}"
+        if isinstance(found, zoo.Unsupported):
+            assert is_refused(layer, what), f"{where}: {found}"
+            continue
+        assert not is_refused(layer, what), where
+        forward, backward = most(name, options, layer, what, length)
+        assert found[0] <= forward, f"{where}: {found[0]} forward, at most {forward}"
+        assert found[1] <= backward, f"{where}: {found[1]} backward, at most {backward}"
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", zoo.available())
 def test_a_layer_adds_few_operators_to_its_projections(name: str) -> None:
-    options = {} if KERNELS[name] is None else {"kernel": KERNELS[name]}
-    layouts_run = []
-    for what, forward, backward in added(name, **options):
-        layouts_run.append(what)
-        assert forward <= FORWARD, f"{what}: {forward} forward"
-        assert backward <= BACKWARD, f"{what}: {backward} backward"
-    assert {"plain", "right padding", "left padding", "packed"} <= set(layouts_run)
-    assert ("global" in layouts_run) == (name in ("bigbird", "full", "longformer"))
+    for options in cases(name):
+        check(name, options)
+
+
+@pytest.mark.parametrize("name", zoo.available())
+def test_so_does_one_of_few_tokens(name: str) -> None:
+    for length in (3, 20):
+        for options in ({}, {"positions": "alibi"}, {"sink_logit": True}):
+            if options.keys() <= values_of(name).keys() and {*options.values()} <= {True, *abilities()[name].positions}:
+                check(name, options, length)
+
+
+def test_every_option_is_counted_or_said_not_to_be() -> None:
+    for name in zoo.available():
+        values, told = values_of(name), list(cases(name))
+        for key, default in options_of(name).items():
+            if key in NOT_COUNTED:
+                continue
+            changed = [options[key] for options in told if key in options and options[key] != default]
+            assert all(value in changed for value in values.get(key, [])), f"{name}: {key} is in no case"
+            can = abilities()[name]
+            assert (
+                key in values
+                or (key, False) in (("causal", can.two_sided), ("kv_heads", can.grouped_heads))
+                or (key == "positions" and len(can.positions) == 1)
+            ), f"{name}: {key} has one value"
+
+
+def test_an_option_that_nobody_has_heard_of_is_in_no_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = options_of("full")
+    monkeypatch.setattr("launch_options.options_of", lambda name: {**given, "power": 2})
+    with pytest.raises(LookupError, match="option power of full is in no case"):
+        values_of("full")
+
+
+def test_every_call_that_takes_more_is_one_of_the_cases() -> None:
+    for more in MORE:
+        assert any(more.where.items() <= options.items() for options in cases(more.name)), more
 
 
 @pytest.mark.parametrize("length", [20, 300])
-def test_heads_that_reach_differently_far_run_as_one(length: int) -> None:
+@pytest.mark.parametrize("options", [{}, {"sink_logit": True, "positions": "rotary"}, {"kv_heads": 2}], ids=str)
+def test_heads_that_reach_differently_far_run_as_one(options: dict[str, Any], length: int) -> None:
     """Of few queries, too, which tiles would take one by one, head by head."""
-    for what, forward, backward in added("adaptive_span", length, spans=(3, 40, 100, 250), limit=400):
-        assert forward <= FORWARD, f"{what}: {forward} forward"
-        assert backward <= BACKWARD, f"{what}: {backward} backward"
+    layer = made("adaptive_span", limit=400, **options)
+    with torch.no_grad():
+        layer.span.copy_(torch.tensor([3, 40, 100, 250]) / layer.limit)
+    check("adaptive_span", options, length, layer)
 
 
-@pytest.mark.parametrize("length", [20, 9000])
 @pytest.mark.parametrize("name", ["h_transformer_1d", "memory_compressed"])
-def test_keys_made_of_tokens_take_no_more_at_any_length(name: str, length: int) -> None:
-    for what, forward, backward in added(name, length):
-        assert forward <= FORWARD, f"{what}: {forward} forward"
-        assert backward <= BACKWARD, f"{what}: {backward} backward"
+def test_keys_made_of_tokens_take_no_more_at_any_length(name: str) -> None:
+    check(name, {}, 9000)
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "more"),
-    [
-        ("adaptive_span", {"positions": "rotary"}, 0),
-        ("bigbird", {"positions": "rotary"}, 0),
-        ("full", {"positions": "rotary"}, 0),
-        ("full", {"positions": "alibi"}, 0),
-        ("longformer", {"positions": "alibi"}, 0),
-        ("longformer", {"positions": "rotary", "global_projections": "shared"}, 0),
-        ("longformer", {"positions": "rotary"}, 0),
-        ("block_recurrent", {"positions": "rotary"}, 0),
-        ("block_recurrent", {"positions": "alibi"}, 0),
-        ("adaptive_span", {"sink_logit": True}, 0),
-        ("bigbird", {"causal": False}, 0),
-        ("bigbird", {"sink_logit": True}, 0),
-        ("bigbird", {"sink_logit": True, "positions": "rotary"}, 0),
-        ("full", {"sink_logit": True}, 0),
-        ("full", {"sink_logit": True, "positions": "rotary"}, 0),
-        ("longformer", {"dilation": [1, 1, 2, 4]}, 0),
-        ("longformer", {"sink_logit": True}, 0),
-        ("longformer", {"sink_logit": True, "positions": "alibi"}, 0),
-        ("longformer", {"sink_logit": True, "global_projections": "shared"}, 0),
-        ("longformer", {"sink_logit": True, "positions": "rotary"}, 3),  # four streams of heads are turned back
-    ],
-    ids=str,
-)
-def test_positions_biases_and_sinks_add_few(name: str, options: dict[str, object], more: int) -> None:
-    """In all layouts, with global tokens where it takes them; `more` of them backward."""
-    for what, forward, backward in added(name, kernel=KERNELS[name], **options):
-        assert forward <= FORWARD, f"{what}: {forward} forward"
-        assert backward <= BACKWARD + more, f"{what}: {backward} backward"
+@pytest.mark.parametrize("options", [{}, {"positions": "alibi"}, {"causal": False, "sink_logit": True}], ids=str)
+def test_blocks_take_no_more_at_any_length(options: dict[str, Any]) -> None:
+    check("bigbird", options, 3000)
 
 
-@pytest.mark.parametrize("length", [300, 900])
-def test_segments_of_memories_run_together(length: int) -> None:
+def test_segments_of_memories_run_together() -> None:
     """No more for more segments, whatever their lengths, with the loss that compression learns from."""
-    for what, forward, backward in added("compressive", length, segment_length=64, memory_length=64):
-        assert forward <= FORWARD, f"{what}: {forward} forward"
-        assert backward <= BACKWARD, f"{what}: {backward} backward"
+    check("compressive", {"segment_length": 64, "memory_length": 64}, 900)
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_heads": 2, "sink_logit": True}], ids=str)
+def test_a_source_takes_few(options: dict[str, Any]) -> None:
+    """Cross-attention, of which there are no positions, to sources of every layout."""
+    for name in zoo.available():
+        if not abilities()[name].cross:
+            continue
+        layer = made(name, cross=True, causal=False, **options)
+        for what, given in layouts(2, 200):
+            tokens = Layout.plain(2, 200) if given is None else Layout.of(zoo.Tokens.of(*given))
+            if "packed" in what or "global" in what:
+                continue  # a source is one document
+            source = zoo.Source(torch.randn(2, 200, 64), tokens)
+            for own, found in added(layer, source=source):
+                if isinstance(found, zoo.Unsupported):
+                    continue  # nor are its queries of several
+                assert found[0] <= FORWARD, f"{name}, {own} to {what}: {found[0]} forward"
+                assert found[1] <= BACKWARD, f"{name}, {own} to {what}: {found[1]} backward"
 
 
 def test_a_turn_of_the_recurrence_takes_a_bounded_number() -> None:
     """Of all documents at once: turns are those of the longest."""
-    for what, forward, backward in added("block_recurrent", window=20, states=8):
-        turns = 7 if "packed" in what else 14
-        assert forward <= FORWARD + TURNS[0] + turns * TURN[0], f"{what}: {forward} forward"
-        assert backward <= BACKWARD + TURNS[1] + turns * TURN[1], f"{what}: {backward} backward"
+    for what, found in added(made("block_recurrent", window=20, states=8)):
+        if "global" not in what:
+            turns = 8 if "packed" in what else 15
+            assert found[0] <= FORWARD + TURNS[0] + turns * TURN[0], f"{what}: {found[0]} forward"
+            assert found[1] <= BACKWARD + TURNS[1] + turns * TURN[1], f"{what}: {found[1]} backward"
 
 
 def of_a_model(length: int = 300, **options: object) -> dict[str, tuple[int, int]]:
@@ -221,7 +235,7 @@ def of_a_model(length: int = 300, **options: object) -> dict[str, tuple[int, int
 
 
 def test_a_models_own_global_tokens_add_little_to_global_ones() -> None:
-    inner = {"name": "longformer", "kernel": "flex"}
+    inner = {"name": "longformer"}
     marked = of_a_model(attention=inner)["global"]
     found = of_a_model(attention={"name": "global_tokens", "inner": [inner]})
     assert len(found) >= 5

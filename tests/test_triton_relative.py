@@ -75,25 +75,37 @@ def test_equals_the_definition(monkeypatch, on_triton, B, H, L, M, D, dtype, rea
         close(a, b, f"gradient of {name}")
 
 
-@pytest.mark.parametrize("options", [{}, {"same_length": True}], ids=str)
-def test_the_layer_equals_itself_with_another_kernel(monkeypatch, on_triton, options) -> None:
+@pytest.mark.parametrize(
+    ("options", "layouts", "other"),
+    [
+        ({}, ("padded left", "documents"), "shift"),
+        ({"same_length": True}, ("padded left", "documents"), "shift"),
+        # moved together: holes, and what stands between blank hidden states and the first token
+        ({}, ("holes",), "gather"),
+        ({"same_length": True}, ("holes", "documents and holes"), "gather"),
+        ({"initial_memory": "zeros"}, ("holes", "padded left"), "gather"),
+    ],
+    ids=str,
+)
+def test_the_layer_equals_itself_with_another_kernel(monkeypatch, on_triton, options, layouts, other) -> None:
     from attention_zoo.ops.relative import triton
 
     monkeypatch.setattr(triton, "TILE", 16)
     case = Case.of("transformer_xl", **options)
     layer = case.build(dtype=torch.float32).to(on_triton)
-    for layout, tokens in case.layouts(21):
-        if layout not in ("padded left", "documents"):
-            continue
+    known = dict(case.layouts(21))
+    known["documents and holes"] = zoo.Tokens.of(known["holes"].valid, document=known["documents"].document)
+    for layout in layouts:
+        tokens = known[layout]
         tokens = zoo.Tokens(*(field.to(on_triton) for field in tokens))
         x = case.data(3, 21, dtype=torch.float32).to(on_triton).requires_grad_()
         found = {}
-        for kernel in ("triton", "shift"):
+        for kernel in ("triton", other):
             layer.kernel = kernel
             out = layer(x, tokens).hidden[tokens.valid]
             weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
             found[kernel] = (out, *torch.autograd.grad((out * weight).sum(), [x, *layer.parameters()]))
-        for number, (a, b) in enumerate(zip(found["triton"], found["shift"])):
+        for number, (a, b) in enumerate(zip(found["triton"], found[other])):
             close(a, b, f"{layout}, result {number}")
 
 

@@ -49,6 +49,7 @@ from torch import Tensor, nn
 from attention_zoo.attention.pattern import PatternAttention
 from attention_zoo.contract import Abilities, Tokens
 from attention_zoo.layout.reach import Band
+from attention_zoo.ops.softmax.function import differentiable_once
 from attention_zoo.options import NonNegative, Positive
 
 _alive: WeakSet[AdaptiveSpan] = WeakSet()
@@ -67,6 +68,28 @@ def _read_all(device: torch.device) -> None:
     found = iter(numbers if device.type == "meta" else torch.cat(ends).tolist())
     for layer, key in zip(stale, now):
         layer._learn_reach(key, [next(found) for _ in range(layer.heads)])
+
+
+_FAR = 2**40
+"""Positions apart, farther than any span."""
+
+
+class _Ramp(torch.autograd.Function):
+    """log clamp(left / ramp, 0, 1), without a gradient where it is hidden or flat.
+
+    In few operators: a table of it is made at each call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, ramp: int) -> Tensor:
+        ctx.save_for_backward(left.masked_fill((left <= 0) | (left > ramp), torch.inf))
+        return (left / ramp).clamp_(0, 1).log_()
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, None]:
+        (left,) = saved
+        return grad / left, None
 
 
 class AdaptiveSpan(PatternAttention):
@@ -128,8 +151,8 @@ class AdaptiveSpan(PatternAttention):
 
     def _spans(self) -> Float[Tensor, " H"]:
         """z of each head in tokens, differentiable; in float32 at least, since bfloat16 counts to 256."""
-        share = self.span.to(torch.promote_types(self.span.dtype, torch.float32))
-        return share.clamp(0, 1) * self.limit
+        wide = self.span.dtype if self.span.dtype.itemsize > 2 else torch.float32
+        return self.span.to(wide).clamp(0, 1) * self.limit
 
     def _ends(self) -> Float[Tensor, " H"]:
         """The distance at which each head's ramp has come to zero."""
@@ -178,14 +201,12 @@ class AdaptiveSpan(PatternAttention):
 
     def bias(self, queries: Tokens, keys: Tokens) -> Float[Tensor, "#B #H L S"]:
         """Log of the ramp."""
-        ends = self._ends()[:, None, None]
+        ends = self._ends().view(-1, 1, 1)
         distance = (queries.position[:, :, None] - keys.position[:, None, :])[:, None].abs()
-        left = ends - distance
-        seen = left > 0 if self.own_token else (left > 0) & (distance > 0)
-        hidden = ~seen
-        # the logarithm of what is hidden would have no finite gradient
-        weight = (left / self.ramp).masked_fill(hidden, 1).clamp(max=1)
-        return weight.log().masked_fill(hidden, -torch.inf)
+        if not self.own_token:
+            distance = distance.masked_fill(distance == 0, _FAR)
+        ramp: Tensor = _Ramp.apply(ends - distance, self.ramp)
+        return ramp
 
     def bias_parameters(self) -> tuple[Tensor, ...]:
         return (self.span,)

@@ -54,7 +54,7 @@ class BigBird(PatternAttention):
         extra_global_tokens: learned tokens that the skeleton puts in front and marks global (ETC); with any, no block
             is global. 0: first and last block are (ITC).
         sink_logit: learn for each head the score of one more key, whose value is zero; see `full`.
-        kernel: auto | linked_row | row | short | triton | covered | blocks | tiles | dense.
+        kernel: auto | linked_row | row | short | triton | covered | flex | blocks | tiles | dense.
         shared: the options of `Attention`.
     """
 

@@ -59,7 +59,7 @@ from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.reach import Band
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.absorbed import is_worth_it, with_absorbed_rows
-from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.call import PatternCall, signed
 from attention_zoo.ops.pattern.globals import dense_global_rows, global_rows, put_global_rows
 from attention_zoo.ops.pattern.heads import reach_by_head
 from attention_zoo.options import Natural, Positive
@@ -168,7 +168,8 @@ class Longformer(PatternAttention):
         if not (self.computes_apart and call.queries.any_global):
             return self._run(call, self.kernel)
         if call.q.numel() and self._runs_along(call):
-            call.second = self.global_operands(x, call.queries)
+            q, k, v = self.global_operands(x, call.queries)
+            call.second = signed(q, self.scale), k, v
             return self._run(call, self.kernel)
         out = self._run(call, self.kernel)
         projections = self.to_q_global, self.to_k_global, self.to_v_global

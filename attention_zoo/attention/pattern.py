@@ -283,7 +283,7 @@ class PatternAttention(Closing):
         if self.cross:
             new = held = self._source_keys(state, source)
         else:
-            turned = turned_queries(self.reach, q, layout.position, self.scheme.rotate)
+            turned = turned_queries(self.reach, q, layout, self.scheme.turn)
             q = self.scheme.turn(q, layout)
             k, v = self._own_keys(x, layout)
             new = held = Columns.of(layout, k, v) if state is None else self._append(state, layout, k, v)

@@ -95,7 +95,7 @@ def answered_in_place(layer: Any, x: Float[Tensor, "B L E"], layout: Layout) -> 
         pending = _sent(k, v, plan)
         k, v = layer._own_keys(x, layout)
     q = layer._heads(layer.to_q(x))
-    turned = turned_queries(layer.reach, q, layout.position, layer.scheme.rotate)
+    turned = turned_queries(layer.reach, q, layout, layer.scheme.turn)
     q = layer.scheme.turn(q, layout)
     operands = q, k, v
     if plan.everyone is not None and layer.computes_apart:

@@ -53,7 +53,7 @@ class Segments(PatternAttention):
     Args:
         segment_length: tokens of a segment, its summary not counted.
         document: whether attention among the summaries of the document follows.
-        kernel: auto | blocks | tiles | dense, of the attention within segments.
+        kernel: auto | flex | blocks | tiles | dense, of the attention within segments.
         shared: the options of `Attention`.
     """
 

@@ -34,6 +34,7 @@ class Kernel(Generic[Call]):
         fits: facts about the mechanism, known when it is built: one that they exclude does not have this kernel.
         whole: whether heads that reach differently far cost what they see in one call, so that none need run apart.
         along: whether it runs rows of global queries along, where these have a second projection.
+        leads: a fact about the call: where it holds, the kernel is faster than those before it; None: it never is.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Kernel(Generic[Call]):
     fits: tuple[Fact, ...] = ()
     whole: bool = False
     along: bool = False
+    leads: Fact | None = None
 
     def refuse(self, call: Call) -> str | None:
         """Every reason why it cannot run the call exactly, in one line, or None."""
@@ -68,7 +70,7 @@ def check_name(backend: str, kernels: Sequence[Kernel[Any]], wanted: str) -> Non
 
 def choose(backend: str, kernels: Sequence[Kernel[Call]], wanted: str, call: Call) -> Kernel[Call]:
     """The kernel that runs this call."""
-    for kernel in kernels:
+    for kernel in _in_order(kernels, call):
         # not `refuse`: the first fact that does not hold is enough, and later ones may cost more
         if wanted in ("auto", kernel.name) and all(fact(call) is None for fact in kernel.needs):
             return kernel
@@ -78,7 +80,13 @@ def choose(backend: str, kernels: Sequence[Kernel[Call]], wanted: str, call: Cal
 
 def explain(kernels: Sequence[Kernel[Call]], call: Call) -> list[tuple[str, str | None]]:
     """Every kernel, fastest first, with all reasons why it cannot run this call, or None."""
-    return [(kernel.name, kernel.refuse(call)) for kernel in kernels]
+    return [(kernel.name, kernel.refuse(call)) for kernel in _in_order(kernels, call)]
+
+
+def _in_order(kernels: Sequence[Kernel[Call]], call: Call) -> Sequence[Kernel[Call]]:
+    """Fastest first for this call."""
+    leading = [kernel for kernel in kernels if kernel.leads is not None and kernel.leads(call) is None]
+    return [*leading, *(kernel for kernel in kernels if kernel not in leading)] if leading else kernels
 
 
 TRITON_DEVICES = ("cuda",)

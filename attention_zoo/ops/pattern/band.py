@@ -71,8 +71,12 @@ def by_distance(call: PatternCall, length: int) -> Tensor | None:
     """
     if not call.has_position_bias:
         return None
-    device = call.k.device
-    find = lambda: (Layout.plain(1, 1, device, start=length), Layout.plain(1, 2 * length, device))  # noqa: E731
-    found = call.pattern.position_bias(*call.keys.plan(("distances", length), find))
+    device, first = call.k.device, call.pattern.reach.first
+    # behind the first tokens, whose distances may be others
+
+    def find() -> tuple[Layout, Layout]:
+        return Layout.plain(1, 1, device, start=first + length), Layout.plain(1, 2 * length, device, start=first)
+
+    found = call.pattern.position_bias(*call.keys.plan(("distances", length, first), find))
     assert found is not None
     return found[0, :, 0]

@@ -90,7 +90,7 @@ class Laid:
 
     def __init__(self, call: PatternCall):
         self.given, self.grid = call, _grid(call)
-        call = _with_whole_rows(call)
+        call = with_whole_rows(call)
         self.first = self.grid.first(call.q.shape[2]) if self.grid.moved else call.k.shape[2] - call.q.shape[2]
         self.block = self.grid.size
         self.call, self.asked = call, call.asked
@@ -155,7 +155,7 @@ class Laid:
         return found if queries.asked is None else found.masked_fill(~queries.asked, 0)
 
 
-def _with_whole_rows(call: PatternCall) -> PatternCall:
+def with_whole_rows(call: PatternCall) -> PatternCall:
     """The call with its rows that see all marked: they run as those of global tokens, but are seen as what they are."""
     reach, queries = call.blocks, call.queries.host
     if reach.whole is None:

@@ -68,9 +68,9 @@ class PatternCall:
         if self.scale > 0:
             return
         # the sign goes into the queries: what hides keys before it scales, or bounds scores, may rely on scale > 0
-        sign, self.scale = (-1, -self.scale) if self.scale else (0, 1.0)
-        self.q = self.q * sign
-        self.turned = None if self.turned is None else self.turned * sign
+        given, self.scale = self.scale, -self.scale or 1.0
+        self.q = signed(self.q, given)
+        self.turned = None if self.turned is None else signed(self.turned, given)
 
     # --- the definition, in pieces ---------------------------------------------------------------------------------
     def seen(self, queries: Tokens, keys: Tokens) -> Tensor:
@@ -171,6 +171,11 @@ class PatternCall:
     def starts_at_zero(self) -> bool:
         """Whether position equals column at every valid token of an aligned call: only right padding, one document."""
         return self.own_keys and self.keys.starts_at_zero
+
+
+def signed(q: Tensor, scale: float) -> Tensor:
+    """Queries with the sign of the scale, so that it can be taken for a positive one."""
+    return q if scale > 0 else q * (-1 if scale else 0)
 
 
 def seen(queries: Tokens, keys: Tokens, *, causal: bool, one_document: bool) -> Tensor:

@@ -64,6 +64,6 @@ BANDED: Kernel[PatternCall] = Kernel(
 )
 
 KERNELS: tuple[Kernel[PatternCall], ...] = (
-    LINKED_ROW, ROW, SDPA, SHORT, SHORT_BAND, TRITON_BLOCKS, COVERED, BLOCKS, FLEX, BANDED, XFORMERS, TILES, DENSE,
+    LINKED_ROW, ROW, SDPA, SHORT, SHORT_BAND, TRITON_BLOCKS, COVERED, FLEX, BLOCKS, BANDED, XFORMERS, TILES, DENSE,
 )  # fmt: skip
 """Every kernel of patterns."""

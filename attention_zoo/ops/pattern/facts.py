@@ -35,11 +35,6 @@ def is_band_and_first(pattern: Pattern) -> str | None:
     return "the pattern is no band: it depends on more than the distance"
 
 
-def first_in_text(pattern: Pattern) -> str | None:
-    counted = isinstance(pattern.reach, Band) and pattern.reach.in_cache
-    return "positions of the first tokens are counted in a cache" if counted else None
-
-
 def is_uniform(pattern: Pattern) -> str | None:
     return None if pattern.reach.weights == "uniform" else "the pattern weighs its keys"
 
@@ -57,8 +52,9 @@ def is_blocks(pattern: Pattern) -> str | None:
 
 
 def is_one_function(pattern: Pattern) -> str | None:
-    """Whether the bias of a pair can be computed on chip, from its two tokens."""
-    return None if isinstance(pattern.reach, Band | Anywhere) else "the pattern is no function of two positions alone"
+    """Whether the bias of a pair can be computed on chip, from its two tokens, and the links of the one."""
+    known = isinstance(pattern.reach, Band | Anywhere | Blocks)
+    return None if known else "the pattern is no function of two positions alone"
 
 
 def shows_all(pattern: Pattern) -> str | None:
@@ -182,7 +178,7 @@ def mask_is_small(call: PatternCall) -> str | None:
     if reason is None:
         return None
     (L, S), rows = call.lengths, 1 if call.rows_alike else len(call.q)
-    if call.q.is_cuda or rows * L * S > MASK:
+    if on_cuda(call) is None or rows * L * S > MASK:
         return f"{reason}, and a mask of L x S would be too large"
     if MASKED[call.one_document] >= L or (call.one_document and 2 * L <= S):
         return None

@@ -17,7 +17,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attention_zoo.layout.host import tensor_of
@@ -35,7 +35,7 @@ def without_first(call: PatternCall) -> PatternCall:
     """The call of the band alone, where first tokens can be a part of their own; see `with_first_keys`."""
     if not call.pattern.reach.first or facts.is_band_and_first(call.pattern) or call.learned:
         return call
-    return replace(call, pattern=_BandAlone(call.pattern))
+    return replace(call, pattern=BandAlone(call.pattern))
 
 
 def with_first_keys(call: PatternCall, local: list[Tile]) -> list[Tile]:
@@ -60,7 +60,7 @@ def with_first_keys(call: PatternCall, local: list[Tile]) -> list[Tile]:
     return found
 
 
-class _BandAlone:
+class BandAlone:
     """A pattern without its first tokens: what it shows of tokens that are none."""
 
     def __init__(self, pattern: Pattern):
@@ -114,20 +114,43 @@ def _any_far(call: PatternCall, rows: slice, keys: Layout, some: slice) -> bool:
 def _bias(call: PatternCall, rows: slice, keys: Layout, some: slice, batch: slice) -> Tensor:
     """The pattern's own, without what the band shows."""
     queries, mine = call.queries.cut(rows, batch), keys.cut(some, batch)
-    hidden = (_BandAlone(call.pattern).bias(queries, mine) > -torch.inf) | ~call.seen(queries, mine)
+    hidden = (BandAlone(call.pattern).bias(queries, mine) > -torch.inf) | ~call.seen(queries, mine)
     return call.pattern.scores_bias(queries, mine).masked_fill(hidden, -torch.inf)
+
+
+def with_first_as_global(call: PatternCall) -> PatternCall:
+    """The call with its first tokens marked as keys that all see, where queries are turned for them."""
+    if call.turned is None:
+        return call
+    first = call.pattern.reach.first
+
+    def find() -> Layout:
+        host = call.keys.host
+        return call.keys.with_globals(host.is_global | ((host.position < first) & host.valid))
+
+    keys = call.keys.plan(("first as global", first), find)
+    return replace(call, keys=keys, turned=call.turned if keys.any_global else None)
+
+
+def taken_first(given: Layout, first: int, columns: Int[Tensor, "B n"]) -> Bool[Tensor, "B 1 n 1"]:
+    """Which of some columns are of first tokens that are not global themselves."""
+    return ((given.position < first) & ~given.is_global).gather(1, columns)[:, None, :, None]
 
 
 # --- positions in a cache --------------------------------------------------------------------------------------------
 
 
 def turned_queries(
-    reach: Reach, q: Float[Tensor, "B H L D"], position: Tensor, rotate: Callable[[Tensor, Tensor], Tensor]
+    reach: Reach, q: Float[Tensor, "B H L D"], layout: Layout, turn: Callable[[Tensor, Layout], Tensor]
 ) -> Float[Tensor, "B H L D"] | None:
     """Queries, not rotated yet, as the first tokens see them; None: as all others do."""
     if not (isinstance(reach, Band) and reach.in_cache):
         return None
-    turned = rotate(q, position.clamp(max=reach.newest))
+    newest = reach.newest
+    # a layout of its own, so that what follows from these positions is found once for all layers, too
+    key = "in cache", newest
+    held = layout.plan(key, lambda: Layout.fresh(layout._replace(position=layout.position.clamp(max=newest))))
+    turned = turn(q, held)
     return None if turned is q else turned
 
 
@@ -146,6 +169,8 @@ def position_bias_in_cache(
     """A scheme's bias of these keys, as a function of the queries, with the first tokens' distances as in a cache."""
     found = bias(queries)
     if not (isinstance(reach, Band) and reach.in_cache):
+        return found
+    if isinstance(keys, Layout) and keys.implied and keys.start >= reach.first:
         return found
     newest = bias(queries._replace(position=queries.position.clamp(max=reach.newest)))
     return torch.where(_of_first(reach, queries, keys), newest, found)

@@ -3,8 +3,9 @@
 The pattern's own `bias` is the mask, evaluated on chip from the positions of the two tokens. Which blocks of 128 x 128
 it is evaluated in is told by `near`, or by plain arithmetic where columns are positions, and blocks that are seen whole
 are taken without it (flex_lists.py). Where a pattern's bias is a function of the distance, it is a table by head, and
-heads visit what they reach themselves. Padding, documents, causality and position biases are honoured in all layouts;
-global keys are copied behind the others, and so are global queries, of a second projection, too (flex_joined.py).
+heads visit what they reach themselves; of a pattern of blocks it is a table of links (flex_links.py). Padding,
+documents, causality and position biases are honoured in all layouts; global keys are copied behind the others, and so
+are global queries, of a second projection, too, and first tokens that are asked from other positions (flex_joined.py).
 
 Sums are taken in a fixed order, but for the gradient of a table that learns: where deterministic algorithms are asked
 for, torch's switch, such a pattern is refused. float32 is exact.
@@ -30,19 +31,25 @@ from torch.nn import functional as F
 from attention_zoo.layout.host import tensor_of
 from attention_zoo.layout.kernel import Kernel
 from attention_zoo.layout.layout import Layout
-from attention_zoo.layout.reach import Band, Reach
+from attention_zoo.layout.reach import Band, Blocks, Reach
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.band import by_distance
 from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.first import BandAlone, taken_first, with_first_as_global
 from attention_zoo.ops.pattern.flex_joined import Joined, joined, taken
+from attention_zoo.ops.pattern.flex_links import Linked, link_functions, linked
 from attention_zoo.ops.pattern.flex_lists import Asking, Sides, both_sides
 from attention_zoo.ops.pattern.globals import global_columns
+from attention_zoo.ops.pattern.triton_blocks import rows_are_costly
 from attention_zoo.tokens import Tokens
 
 BLOCK = 128
 """Rows and columns of a block: torch's kernels need no other."""
-FEWEST = 16
-"""Queries: they are filled up to a block, which costs less than the hundreds of launches that tiles take."""
+FEWEST = 2
+"""Queries: they are filled up to a block, which costs less than the hundreds of launches that tiles take. One alone is
+a step of decoding."""
+NARROWEST, WIDEST = 16, 256
+"""Channels of queries and keys; fewer are filled up."""
 RECOMPILATIONS = 128
 """Different shapes and patterns in one process, at most: beyond, torch raises."""
 
@@ -85,13 +92,14 @@ def bucket(length: int) -> int:
 
 
 def pair_functions(
-    call: PatternCall, q: Places, k: Places, tables: Tables, rows: int, beyond: int
+    call: PatternCall, q: Places, k: Places, tables: Tables, rows: int, beyond: int, links: Linked | None = None
 ) -> tuple[Mod, Mod | None]:
     """Whether a pair is seen, and what is added to its score; of tensors that the compiler captures.
 
     Args:
         rows, beyond: queries from this row on, and keys from this column on, are those that the pattern does not
             concern, the global ones.
+        links: of a pattern of blocks.
     """
     pattern, causal = call.pattern, call.pattern.causal
     q_position, q_length, q_document = q
@@ -99,16 +107,28 @@ def pair_functions(
 
     fixed = None if tables.pattern is None else tables.pattern.detach()  # torch's masks know no gradients
 
+    linked_to, of_links = (None, None) if links is None else link_functions(links)
+
+    first, newest = pattern.reach.first, _newest(pattern.reach)
+
     def bias(b: Tensor, h: Tensor, i: Tensor, j: Tensor, table: Tensor | None = fixed) -> Tensor:
         if table is not None:
-            return at(table, b, h, i, j)
+            found = at(table, b, h, j, q_position[b, i])
+            return torch.where(k_position[b, j] < first, 0, found) if first else found
         queries = _one(q_position[b, i], q_length[b, i], q_document[b, i])
         keys = _one(k_position[b, j], k_length[b, j], k_document[b, j])
         return pattern.bias(queries, keys).reshape(())
 
-    def at(table: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def at(table: Tensor, b: Tensor, h: Tensor, j: Tensor, position: Tensor) -> Tensor:
         n = table.shape[1] // 2
-        return table[h, (k_position[b, j] - q_position[b, i] + n).clamp(0, 2 * n - 1)]
+        return table[h, (k_position[b, j] - position + n).clamp(0, 2 * n - 1)]
+
+    def asks_from(b: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """The query's position to this key."""
+        position = q_position[b, i]
+        if newest is None:
+            return position
+        return torch.where((k_position[b, j] < first) & concerned(i, j), position.clamp(max=newest), position)
 
     apart = [n for n, places in ((rows, q_position), (beyond, k_position)) if n < places.shape[1]]
 
@@ -119,19 +139,23 @@ def pair_functions(
         found = q_document[b, i] == k_document[b, j]
         if causal:
             found = found & (k_position[b, j] <= q_position[b, i])
-        near = bias(b, h, i, j) > -torch.inf
+        near = bias(b, h, i, j) > -torch.inf if linked_to is None else linked_to(b, h, i, j)
         return found & (near | ~concerned(i, j) if apart else near)
 
-    weighs = pattern.reach.weights != "uniform"
+    weighs = pattern.reach.weights != "uniform" if links is None else links.weight is not None
     if tables.position is None and not weighs:
         return seen, None
 
+    def weight(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if of_links is not None:
+            return of_links(b, h, i, j)
+        # -inf is the mask's to say
+        return bias(b, h, i, j, tables.pattern).clamp(min=torch.finfo(torch.float32).min)
+
     def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if weighs:
-            # -inf is the mask's to say
-            more = bias(b, h, i, j, tables.pattern).clamp(min=torch.finfo(torch.float32).min)
-            value = value + torch.where(concerned(i, j), more, 0)
-        return value if tables.position is None else value + at(tables.position, b, h, i, j)
+            value = value + torch.where(concerned(i, j), weight(b, h, i, j), 0)
+        return value if tables.position is None else value + at(tables.position, b, h, j, asks_from(b, i, j))
 
     return seen, score
 
@@ -146,6 +170,11 @@ class Tables(NamedTuple):
 
     pattern: Tensor | None
     position: Tensor | None
+
+
+def _newest(reach: Reach) -> int | None:
+    """The last position from which the first tokens are asked, where positions are counted in a cache."""
+    return reach.newest if isinstance(reach, Band) and reach.in_cache else None
 
 
 def _one(position: Tensor, length: Tensor, document: Tensor) -> Tokens:
@@ -177,6 +206,10 @@ def attend(
     # imported here: it loads torch's compiler
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+    if (missing := NARROWEST - v.shape[3]) > 0:  # torch's kernels take no fewer channels
+        q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
+        out, lse = attend(q, k, v, lists, functions, scale)
+        return out[..., :-missing], lse
     (forth, back, whole_forth, whole_back), (seen, score) = lists, functions
     mask = BlockMask(
         seq_lengths=(q.shape[2], k.shape[2]),
@@ -204,19 +237,26 @@ def attend(
 
 
 def _run(call: PatternCall) -> Tensor:
-    plan, queries, keys = _places(call)
+    given, call = call.keys, with_first_as_global(call)
+    plan, queries, keys = _places(call, given)
     rows, columns = plan.rows // BLOCK, plan.columns // BLOCK
     asking = Asking(queries.position.shape[1] // BLOCK - rows, plan.second // BLOCK)
     more = keys.position.shape[1] // BLOCK - columns - asking.columns
     lists = both_sides(call, BLOCK, rows, columns, more, asking)
     tables = Tables(_of_pattern(call), _by_distance(call))
-    functions = pair_functions(call, queries, keys, tables, plan.rows, plan.columns)
-    out, lse = attend(*joined(call.q, call.k, call.v, plan, call.second), lists, functions, call.scale)
+    both = queries.position.shape[1], keys.position.shape[1]
+    links = linked(call, *both) if isinstance(call.pattern.reach, Blocks) else None
+    functions = pair_functions(call, queries, keys, tables, plan.rows, plan.columns, links)
+    out, lse = attend(*joined(call.q, call.k, call.v, plan, call.second, call.turned), lists, functions, call.scale)
     return taken(out, lse, call.sink, plan, call.lengths[0])
 
 
-def _places(call: PatternCall) -> tuple[Joined, Places, Places]:
-    """How queries and keys stand, and what each of them is; found once for a layout."""
+def _places(call: PatternCall, given: Layout) -> tuple[Joined, Places, Places]:
+    """How queries and keys stand, and what each of them is; found once for a layout.
+
+    Args:
+        given: the keys before first tokens were marked among them.
+    """
     (L, S), second = call.lengths, call.second is not None
     rows, columns, behind = bucket(L), bucket(S), bucket(L) if second else 0
     asks, (_, H, _, D), K = call.any_global_query or second, call.q.shape, call.k.shape[1]
@@ -237,22 +277,24 @@ def _places(call: PatternCall) -> tuple[Joined, Places, Places]:
             _up_to(tensor_of(back, index.device), L, H, D),
         )
 
-    def find_keys() -> tuple[Places, Tensor | None]:
-        parts, marked, there = [], None, call.keys.valid
+    def find_keys() -> tuple[Places, Tensor | None, Tensor | None]:
+        parts, marked, there, first = [], None, call.keys.valid, None
         if call.any_global_key:
             index, chosen = global_columns(call.keys)
             count, there = bucket(index.shape[1]), there & ~call.keys.is_global
+            if call.turned is not None:
+                first = taken_first(given, call.pattern.reach.first, F.pad(index, (0, count - index.shape[1])))
             marked, parts = _up_to(index, count, K, D), [Places.of(chosen, chosen.valid, -1, count)]
         parts.insert(0, Places.of(call.keys, there, -1, columns))
         if second:
             parts.append(Places.of(call.queries, call.queries.valid, -1, behind, second=True))
-        return Places.joined(parts), marked
+        return Places.joined(parts), marked, first
 
     queries, asking, back = call.queries.plan(("flex queries", BLOCK, H, D, asks, second), find_queries)
     # the plan keeps what the key's id is of
     key = ("flex keys", BLOCK, K, D, id(call.queries) if second else None)
-    (keys, marked), _ = call.keys.plan(key, lambda: (find_keys(), call.queries))
-    return Joined(rows, asking, columns, marked, behind, back), queries, keys
+    (keys, marked, first), _ = call.keys.plan(key, lambda: (find_keys(), call.queries))
+    return Joined(rows, asking, columns, marked, behind, back, first), queries, keys
 
 
 def _up_to(columns: Tensor, count: int, heads: int, width: int) -> Tensor:
@@ -266,19 +308,20 @@ def _of_pattern(call: PatternCall) -> Tensor | None:
     n = bucket((reach.farthest or 0) + 2)  # beyond it is as at its ends: -inf
     if _heads_have_bands(reach):
         return call.keys.plan(("bands", reach, call.q.shape[1], n), lambda: _by_table(call, n))
-    return _by_table(call, n) if reach.weights == "distance" else None
+    return _by_table(call, n) if reach.weights == "distance" and not reach.first else None
 
 
 def _by_table(call: PatternCall, n: int) -> Tensor:
     """The pattern's bias of each distance, [H, 2n]."""
     find = lambda: (Layout.plain(1, 1, call.q.device, start=n), Layout.plain(1, 2 * n, call.q.device))  # noqa: E731
-    found = call.pattern.bias(*call.keys.plan(("distances", n), find)).flatten(0, 2)
+    pattern = BandAlone(call.pattern) if call.pattern.reach.first else call.pattern
+    found = pattern.bias(*call.keys.plan(("distances of the pattern", n), find)).flatten(0, 2)
     return found.expand(call.q.shape[1], -1)
 
 
 def _heads_have_bands(reach: Reach) -> bool:
     """Whether each head sees all within a band of its own, as where they step differently."""
-    return isinstance(reach, Band) and reach.weights == "uniform" and bool(reach.heads) and not reach.first
+    return isinstance(reach, Band) and reach.weights == "uniform" and bool(reach.heads)
 
 
 def _by_distance(call: PatternCall) -> Tensor | None:
@@ -303,8 +346,6 @@ def refuse(q: Tensor) -> str | None:
     """Why it cannot run these queries, or None."""
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it has no kernel in {q.dtype}".replace("torch.", "")
-    if q.shape[3] < 16:
-        return f"heads must be 16 wide at least, not {q.shape[3]}"
     return None if q.shape[2] >= FEWEST else f"fewer than {FEWEST} queries are no work for it"
 
 
@@ -315,14 +356,14 @@ def _takes_queries(call: PatternCall) -> str | None:
 def _sums_in_order(call: PatternCall) -> str | None:
     if call.learned and torch.are_deterministic_algorithms_enabled():
         return "the pattern has learned weights, whose gradient it sums in no fixed order"
-    if call.learned and call.pattern.reach.weights != "distance":
+    if call.learned and (call.pattern.reach.weights != "distance" or call.pattern.reach.first):
         return "the pattern has learned weights that are no function of the distance"
     return None
 
 
 def _heads_alike(call: PatternCall) -> str | None:
     reach = call.pattern.reach
-    if reach.weights == "distance" or _heads_have_bands(reach):
+    if isinstance(reach, Blocks) or (reach.weights == "distance" and not reach.first) or _heads_have_bands(reach):
         return None
     if reach.weights == "uniform" and isinstance(reach, Band) and reach.same_for_all and isinstance(reach.stride, int):
         return None  # the reach says it all
@@ -330,14 +371,21 @@ def _heads_alike(call: PatternCall) -> str | None:
     return None if call.pattern.bias(*one).shape[1] == 1 else "heads have patterns of their own"
 
 
-FITS = (_takes_queries, _sums_in_order, _heads_alike)
+def _takes_turned(call: PatternCall) -> str | None:
+    if call.turned is None or 2 * call.q.shape[3] <= WIDEST:
+        return None
+    return f"queries that are turned for first tokens are twice as wide, and may be {WIDEST} wide at most"
+
+
+FITS = (_takes_queries, _takes_turned, _sums_in_order, _heads_alike)
 """What it needs on any device."""
 FLEX: Kernel[PatternCall] = Kernel(
     "flex",
     _run,
     (_on_cuda, _has_compiler, *FITS),
     "torch's FlexAttention, compiled: any layout, of patterns that are a function of two positions",
-    (facts.is_one_function, facts.first_in_text),
+    (facts.is_one_function,),
     whole=True,
     along=True,
+    leads=rows_are_costly,
 )

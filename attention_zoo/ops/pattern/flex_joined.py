@@ -5,6 +5,11 @@
 
 Each part is filled up to whole blocks. So global tokens take no further attention, merge nothing, and a sink's share is
 taken of all rows alike. One copy of each operand, which filling up would take anyway.
+
+Where queries are turned for first tokens (first.py), these stand among the keys that all see, and a row is as wide as
+both products: what the query asks all others, and what it asks the first.
+
+    query   own | turned          key   k | 0, of a first token 0 | k
 """
 
 from __future__ import annotations
@@ -12,10 +17,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from attention_zoo.constants import constant
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
 
 
@@ -30,6 +36,7 @@ class Joined(NamedTuple):
         marked: of k and v, that all see; None: none.
         second: keys of a second projection with fillers; 0: there are none.
         back: which row of the result each query takes; None: its own.
+        first: which of `marked` are asked by queries that are turned.
     """
 
     rows: int
@@ -38,6 +45,7 @@ class Joined(NamedTuple):
     marked: Int[Tensor, "B K G D"] | None
     second: int
     back: Int[Tensor, "B H L D"] | None
+    first: Bool[Tensor, "B 1 G 1"] | None = None
 
 
 def filled(x: Tensor, rows: int) -> Tensor:
@@ -51,53 +59,75 @@ def joined(
     v: Float[Tensor, "B K S D"],
     plan: Joined,
     second: tuple[Tensor, Tensor, Tensor] | None = None,
+    turned: Float[Tensor, "B H L D"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operands of one call."""
     if plan.asking is None and plan.marked is None:
         return filled(q, plan.rows), filled(k, plan.columns), filled(v, plan.columns)
-    found: tuple[Tensor, Tensor, Tensor] = _Joined.apply(q, k, v, *(second or (None, None, None)), plan)
+    found: tuple[Tensor, Tensor, Tensor] = _Joined.apply(q, k, v, *(second or (None, None, None)), turned, plan)
     return found
 
 
 class _Joined(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-        q2, k2, v2, plan = others
+        q2, k2, v2, turned, plan = others
         ctx.sizes = q.shape[2], k.shape[2]
-        ctx.plan, ctx.apart = plan, q2 is not None
-        asked = q if q2 is None else q2
-        queries = [q] if plan.asking is None else [*_up_to(q, plan.rows), asked.gather(2, plan.asking)]
+        ctx.plan, ctx.apart, ctx.turned = plan, q2 is not None, turned is not None
+        wide = q if turned is None else torch.cat([q, turned], 3)
+        queries = _up_to(wide, plan.rows)
+        if plan.asking is not None:
+            rows = (q if q2 is None else q2).gather(2, plan.asking)
+            queries.append(rows if turned is None else torch.cat([rows, rows], 3))
         found = []
-        for x, x2 in ((k, k2), (v, v2)):
-            parts = _up_to(x, plan.columns)
+        for x, x2, double in ((k, k2, turned is not None), (v, v2, False)):
+            parts = _up_to(_beside(x) if double else x, plan.columns)
             if plan.marked is not None:
-                parts.append(x.gather(2, plan.marked))
-            found.append(torch.cat([*parts, *([] if x2 is None else _up_to(x2, plan.second))], 2))
-        return torch.cat(queries, 2) if len(queries) > 1 else filled(q, plan.rows), found[0], found[1]
+                rows = x.gather(2, plan.marked)
+                both = [rows.masked_fill(plan.first, 0), rows.where(plan.first, 0)] if double else []
+                parts.append(torch.cat(both, 3) if double else rows)
+            if x2 is not None:
+                parts += _up_to(_beside(x2) if double else x2, plan.second)
+            found.append(torch.cat(parts, 2))
+        return torch.cat(queries, 2) if len(queries) > 1 else wide, found[0], found[1]
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         plan, (L, S) = ctx.plan, ctx.sizes
-        own, dq2 = dq, None
-        if plan.asking is not None or plan.rows > L:
-            own, _, rows = dq.split([L, plan.rows - L, dq.shape[2] - plan.rows], 2)
-            if plan.asking is not None and ctx.apart:
-                dq2 = torch.zeros_like(own).scatter_add_(2, plan.asking, rows)
-            elif plan.asking is not None:
-                own = own.scatter_add(2, plan.asking, rows)
+        own, _, rows = dq.split([L, plan.rows - L, dq.shape[2] - plan.rows], 2)
+        dq2 = dturned = None
+        if ctx.turned:
+            own, dturned = own.chunk(2, 3)
+            if plan.asking is not None:
+                rows = torch.add(*rows.chunk(2, 3))
+        if plan.asking is not None and ctx.apart:
+            dq2 = torch.zeros_like(own).scatter_add_(2, plan.asking, rows)
+        elif plan.asking is not None:
+            own = own.scatter_add(2, plan.asking, rows)
         count, found, others = 0 if plan.marked is None else plan.marked.shape[2], [], []
-        for grad in (dk, dv):
+        for grad, double in ((dk, ctx.turned), (dv, False)):
             n = L if ctx.apart else 0
             mine, _, rows, of_second, _ = grad.split([S, plan.columns - S, count, n, plan.second - n], 2)
+            if double:
+                mine, of_second = (x[..., : x.shape[3] // 2] for x in (mine, of_second))
+                plain, of_first = rows.chunk(2, 3)
+                rows = torch.where(plan.first, of_first, plain)
             found.append(mine if plan.marked is None else mine.scatter_add(2, plan.marked, rows))
             others.append(of_second if ctx.apart else None)
-        return own, *found, dq2, *others, None
+        return own, *found, dq2, *others, dturned, None
+
+
+def _beside(x: Tensor) -> Tensor:
+    """With as many channels of zeros behind its own."""
+    return F.pad(x, (0, x.shape[3]))
 
 
 def _up_to(x: Tensor, rows: int) -> list[Tensor]:
     """x, and zeros behind it, of no memory."""
     missing = rows - x.shape[2]
-    return [x, x.new_zeros(()).expand(*x.shape[:2], missing, x.shape[3])] if missing else [x]
+    if not missing:
+        return [x]
+    return [x, constant((0.0,), like=x, dtype=x.dtype, axes=4).expand(*x.shape[:2], missing, x.shape[3])]
 
 
 def taken(

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attention_zoo.layout.host import Array, Host, tensor_of
-from attention_zoo.layout.reach import Anywhere, Band
+from attention_zoo.layout.reach import Anywhere, Band, Blocks
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.pattern.call import PatternCall
+from attention_zoo.ops.pattern.flex_links import head_by_head, kept
 from attention_zoo.ops.pattern.globals import global_columns
 from attention_zoo.ops.pattern.heads import SomeHeads, reach_by_head
 from attention_zoo.ops.pattern.near import needed_pairs
@@ -83,6 +84,8 @@ def both_sides(call: PatternCall, size: int, rows: int, columns: int, more: int 
 
 
 def _both_sides(call: PatternCall, size: int, counts: tuple[int, int, int], asking: Asking) -> Sides:
+    if isinstance(call.pattern.reach, Blocks):
+        return kept(call, ("flex lists", size, *counts, asking), lambda: _by_links(call, size, counts, asking))
     back = reach_by_head(call.pattern.reach)
     if back is None:
         return _sides(call, size, counts, asking)
@@ -91,6 +94,11 @@ def _both_sides(call: PatternCall, size: int, counts: tuple[int, int, int], aski
         heads = tuple(head for head, other in enumerate(back) if other == far)
         found[far] = _sides(replace(call, pattern=SomeHeads(call.pattern, heads)), size, counts, asking)
     return Sides(*(_by_head([found[far][n] for far in back]) for n in range(len(Sides._fields))))
+
+
+def _by_links(call: PatternCall, size: int, counts: tuple[int, int, int], asking: Asking) -> Sides:
+    found = [_sides(each, size, counts, asking) for each in head_by_head(call)]
+    return Sides(*(_by_head([each[n] for each in found]) for n in range(len(Sides._fields))))
 
 
 def _by_head(lists: list[BlockLists]) -> BlockLists:

@@ -87,7 +87,7 @@ class _Convolved(torch.autograd.Function):
         dbias = dmade.sum(1).view(-1)
         dweight = torch.bmm(dmade.transpose(1, 2), members).view(weight.shape)
         dmembers = torch.bmm(dmade, weight.view(K, D, -1).to(dmade.dtype))
-        rows = dmembers.view(K, 2, B, G, D, c).permute(2, 3, 5, 1, 0, 4).reshape(B * G * c, -1)
+        rows = dmembers.view(K, 2, B, G, D, c).permute(2, 3, 5, 1, 0, 4).reshape(B * G * c, 2 * K * D)
         dx_k, dx_v = strides.back.sums(rows).view(ctx.shape).unbind(2)
         rest = (each.to(dtype) for each, dtype in zip((dbias, *dnulls), ctx.dtypes))
         return dx_k.transpose(1, 2), dx_v.transpose(1, 2), dweight.to(weight.dtype), *rest, None

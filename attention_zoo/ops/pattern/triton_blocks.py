@@ -17,7 +17,7 @@ from attention_zoo.layout.grid import with_taken
 from attention_zoo.layout.host import Array, array_of, tensor_of
 from attention_zoo.layout.kernel import Kernel
 from attention_zoo.ops.pattern import facts
-from attention_zoo.ops.pattern.blocks import Laid, fills_blocks
+from attention_zoo.ops.pattern.blocks import Laid, fills_blocks, with_whole_rows
 from attention_zoo.ops.pattern.call import PatternCall
 from attention_zoo.ops.pattern.globals import with_global_rows
 
@@ -153,6 +153,16 @@ def _sees_more(call: PatternCall) -> bool:
     earlier = np.maximum.accumulate(np.where(plain, np.arange(plain.shape[1]), -1), 1)
     same = np.take_along_axis(keys.document, earlier.clip(0), 1) == keys.document
     return bool((keys.is_global & keys.valid & (earlier >= 0) & same)[:, plain.shape[1] - L :].any())
+
+
+def rows_are_costly(call: PatternCall) -> str | None:
+    """Whether global queries are an attention of their own here, of many operators: FlexAttention takes them along."""
+    if facts.on_cuda(call) is not None or facts.is_blocks(call.pattern) is not None:
+        return "it is no call of blocks on CUDA"
+    if call.sink is None and call.starts_at_zero and call.q.shape[1] == call.k.shape[1]:
+        return "global queries are one fused call"
+    call = with_whole_rows(call)
+    return None if call.any_global_query and _sees_more(call) else "global queries see what is listed"
 
 
 def _takes_blocks(call: PatternCall) -> str | None:
