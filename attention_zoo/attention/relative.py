@@ -163,17 +163,13 @@ class RelativeAttention(Closing):
 
     def _call(self, x: Tensor, keys: Layout, lowest: int = 0, **more: Any) -> RelativeCall:
         """What kernels need to know of a call; `lowest`: the lowest position that there may be."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         projections = self.to_k, self.to_v, self.to_r
         consecutive = keys.implied or runs_of(keys, lowest).consecutive
         columns = keys.valid.shape[1]
-        width, wanted, dtype = self.head_width, self.kernel, self._dtype(x)
+        width, wanted = self.head_width, self.kernel
         return RelativeCall(x.shape[1], columns, width, x.device, dtype, consecutive, projections, wanted, **more)
-
-    @staticmethod
-    def _dtype(x: Tensor) -> torch.dtype:
-        """Of what projections make of x."""
-        kind = x.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
     def _absorbed(self, q: Float[Tensor, "B H L D"], states: Float[Tensor, "B S E"], few: Few) -> Tensor:
         """See ops/relative/few.py."""

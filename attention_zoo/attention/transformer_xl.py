@@ -55,13 +55,12 @@ from attention_zoo.layout.kernel import choose
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Horizon
 from attention_zoo.layout.visible import runs_of
-from attention_zoo.ops.relative.call import KERNELS, TRITON, RelativeCall
+from attention_zoo.ops.relative.call import KERNELS, RelativeCall
 from attention_zoo.ops.relative.chunks import ChunkPlan, relative_attention
 from attention_zoo.ops.relative.few import few_of
 from attention_zoo.ops.relative.operands import RelativeOperands
 from attention_zoo.ops.relative.projections import streams
 from attention_zoo.ops.relative.short import is_short, short, short_or_chunked
-from attention_zoo.ops.relative.side_by_side import SideBySide, side_by_side
 from attention_zoo.ops.softmax.function import watch, zeros_for
 from attention_zoo.options import Natural, Positive
 from attention_zoo.rules import OneOf, Unsupported
@@ -90,8 +89,7 @@ class TransformerXL(RelativeAttention):
             the released torch code). "zeros": M hidden states of zeros, which are seen like others (the released
             TensorFlow code and checkpoints, and Hugging Face); such a row is one document, from its beginning.
         kernel: auto | absorbed | triton | shift | gather. "absorbed" is for few queries and gives no gradients,
-            "triton" needs CUDA, where it moves tokens together that stand apart, "shift" needs tokens without
-            holes, "gather" does everything. auto takes the
+            "triton" needs CUDA, it and "shift" need tokens without holes, "gather" does everything. auto takes the
             first that fits.
         shared: the options of `Attention`. `positions` may be "none" or "relative", which mean the same here: this
             mechanism always has its own. `bias` does not concern W_r, which has none.
@@ -155,9 +153,6 @@ class TransformerXL(RelativeAttention):
 
     def _attended(self, q: Tensor, x: Tensor, layout: Layout, state: Columns | None = None) -> Output:
         self._check_lengths()
-        if state is None and (together := self._together(x, layout)) is not None:
-            hidden = self._attended(together.moved(q), together.moved(x), together.tokens).hidden
-            return Output(together.returned(hidden))
         q = self._heads(q)
         columns = self._append(x, layout, self._begun(state, x, layout) if self.starts_blank else state)
         hidden, keys = columns.held[0].to(x.dtype), columns.tokens
@@ -173,17 +168,6 @@ class TransformerXL(RelativeAttention):
         out = out if state is None else watch(out, keys)
         out = self.to_out(out.transpose(1, 2).flatten(2))
         return Output(out, None if state is None else self._settled(columns, layout))
-
-    def _together(self, x: Tensor, layout: Layout) -> SideBySide | None:
-        """Tokens between which there is padding, moved together for the Triton kernel; None: as they are."""
-        if layout.implied or layout.placement is not None or self.kernel not in ("auto", "triton"):
-            return None
-        # blank hidden states stand before the first column
-        apart = self.starts_blank and not bool(layout.host.valid[:, :1].all())
-        if not apart and runs_of(layout).consecutive:
-            return None
-        call = RelativeCall(x.shape[1], x.shape[1], self.head_width, x.device, self._dtype(x))
-        return side_by_side(layout) if TRITON.refuse(call) is None else None
 
     def remember(self, x: Float[Tensor, "B L E"], tokens: Tokens, *, state: Columns) -> Columns:
         """See `Attention`: hidden states as they come."""

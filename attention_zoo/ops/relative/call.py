@@ -80,12 +80,9 @@ def _name(kernel: str) -> Any:
     return lambda call: kernel
 
 
-TRITON: Kernel[RelativeCall] = Kernel(
-    "triton", _name("triton"), (_has_triton, _triton_takes, _consecutive), "one Triton kernel, no chunks"
-)
 KERNELS: tuple[Kernel[RelativeCall], ...] = (
     Kernel("absorbed", _name("absorbed"), (_is_few, _no_gradients, _is_plain), "few queries meet hidden states"),
-    TRITON,
+    Kernel("triton", _name("triton"), (_has_triton, _triton_takes, _consecutive), "one Triton kernel, no chunks"),
     Kernel("shift", _name("shift"), (_consecutive,), "chunks; distances are brought to columns by a view"),
     Kernel("gather", _name("gather"), (), "chunks; distances are gathered, between any positions"),
 )
