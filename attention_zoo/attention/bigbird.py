@@ -59,7 +59,6 @@ class BigBird(PatternAttention):
     """
 
     name = "bigbird"
-    needs_columns = True
     tiny = {"block": 4, "random": 1}
     declared = Abilities(
         causality="strict",
@@ -89,6 +88,7 @@ class BigBird(PatternAttention):
         if window_blocks % 2 == 0:
             raise ValueError(f"window_blocks must be odd, the own block and as many on each side, got {window_blocks}")
         super().__init__(sink_logit=sink_logit, kernel=kernel, **shared)
+        self.needs_columns = self.causal  # two-sided, FlexAttention is first, which takes holes
         self.block, self.window_blocks, self.random, self.plan = block, window_blocks, random, plan
         self.extra_global_tokens = extra_global_tokens
         self.side = window_blocks // 2

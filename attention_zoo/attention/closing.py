@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, cast
+from typing import cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -18,12 +18,12 @@ from attention_zoo.ops.relative.projections import of_zeros
 class Closing(Attention):
     """Base of mechanisms that end in a projection `to_out`, and to which padding is as if it were not there.
 
-    Class attributes:
+    Attributes:
         needs_columns: whether its kernels of CUDA, too, ask for columns that are positions. Elsewhere tokens are moved
             on a CPU alone, where operators cost less than tokens.
     """
 
-    needs_columns: ClassVar[bool] = False
+    needs_columns: bool = False
 
     def _closed_up(
         self, run: Callable[[Tensor, Layout], Output], x: Float[Tensor, "B L E"], layout: Layout, *, front: bool = True
