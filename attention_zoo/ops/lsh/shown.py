@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from attention_zoo.layout.host import Array, array_of, tensor_of
@@ -72,7 +72,7 @@ class Grid(NamedTuple):
         """The same of the last axis, and anything elsewhere."""
         return x.reshape(*x.shape[:-1], -1, self.columns) if self.rows is None else x[..., array_of(self.rows)]
 
-    def back(self, x: Float[Tensor, "K n h d"]) -> Float[Tensor, "M h d"]:
+    def back(self, x: Shaped[Tensor, "K n h d"]) -> Shaped[Tensor, "M h d"]:
         flat = x.flatten(0, 1)
         return flat if self.there is None else flat.index_select(0, self.there)
 
