@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from torch import Tensor
 
 from attention_zoo.layout.host import Array, array_of
@@ -46,7 +46,7 @@ class Arcs(NamedTuple):
 
 
 def shows_arcs(
-    chunks: Int[np.ndarray, " K"],
+    chunks: Integer[np.ndarray, " K"],
     *,
     rounds: int,
     look_back: int,
@@ -112,7 +112,7 @@ def _buckets(plan: HashedPlan) -> Int[Tensor, "H R M"]:
     return plan.buckets
 
 
-def _places(plan: HashedPlan) -> tuple[Int[np.ndarray, " M"], Int[np.ndarray, " M"], Int[np.ndarray, " M"]]:
+def _places(plan: HashedPlan) -> tuple[Integer[np.ndarray, " M"], Integer[np.ndarray, " M"], Integer[np.ndarray, " M"]]:
     """Of each sorted token: where its document starts, its chunk in that document, and how many chunks that has."""
     layout = plan.layout
     if "places" not in layout.kept:
@@ -126,7 +126,7 @@ def _places(plan: HashedPlan) -> tuple[Int[np.ndarray, " M"], Int[np.ndarray, " 
     return found
 
 
-def _of_sorted(plan: HashedPlan, order: Int[np.ndarray, "R H M"]) -> Arcs:
+def _of_sorted(plan: HashedPlan, order: Integer[np.ndarray, "R H M"]) -> Arcs:
     """Of the sorted tokens, whose places among all are given; [1, 1, M] where all rounds and heads are alike."""
     _, chunk, chunks = _places(plan)
     # no more than there are, so that sums stay small
@@ -164,7 +164,7 @@ def _of_sorted(plan: HashedPlan, order: Int[np.ndarray, "R H M"]) -> Arcs:
     return Arcs(cell.astype(kind), seen)
 
 
-def _runs(plan: HashedPlan, order: Int[np.ndarray, "R H M"]) -> tuple[Array, Array, Array, Array, Array]:
+def _runs(plan: HashedPlan, order: Integer[np.ndarray, "R H M"]) -> tuple[Array, Array, Array, Array, Array]:
     """Of each sorted token its cell; of the tokens of its bucket the first cell, the first chunk and the last, and
     whether they are all of the document.
     """
@@ -189,8 +189,8 @@ def _runs(plan: HashedPlan, order: Int[np.ndarray, "R H M"]) -> tuple[Array, Arr
 
 
 def times_met(
-    cell: Int[np.ndarray, "R A s"], seen: list[Arc], stops: Int[np.ndarray, " l"] | None = None
-) -> Int[np.ndarray, "A l s"]:
+    cell: Integer[np.ndarray, "R A s"], seen: list[Arc], stops: Integer[np.ndarray, " l"] | None = None
+) -> Integer[np.ndarray, "A l s"]:
     """How often the arcs [R, A, l] show each cell.
 
     Args:
@@ -212,7 +212,9 @@ def each(seen: list[Arc], change: Callable[[Array], Array]) -> list[Arc]:
     return [(change(first), None if span is None else change(span)) for first, span in seen]
 
 
-def _count(cell: Array, seen: list[Arc], stops: Int[np.ndarray, " l"] | None, into: Int[np.ndarray, "a l s"]) -> None:
+def _count(
+    cell: Array, seen: list[Arc], stops: Integer[np.ndarray, " l"] | None, into: Integer[np.ndarray, "a l s"]
+) -> None:
     """Added, one query of each of `a` after the other."""
     R, a, s = cell.shape
     # numpy goes along what lies together, and each start costs as much as some hundred bytes: the fewer, the better
@@ -239,7 +241,7 @@ def _in_order(x: Array, order: tuple[int, ...]) -> Array:
     return np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
 
 
-def _sum(x: Int[np.ndarray, "R a s"]) -> Int[np.ndarray, "a s"]:
+def _sum(x: Integer[np.ndarray, "R a s"]) -> Integer[np.ndarray, "a s"]:
     """Over rounds, in place: halves are added, each of which lies together."""
     rounds = len(x)
     while rounds > 1:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from attention_zoo.layout.host import Array, array_of, tensor_of
@@ -143,7 +143,7 @@ class HeadBlock:
             bias = bias - self.times_shown(queries, keys).clamp_(min=1).to(exact).log_()
         return bias[:, None]
 
-    def times_shown(self, queries: Int[Tensor, "a C"], keys: Int[Tensor, "a K"]) -> Int[Tensor, "a C K"]:
+    def times_shown(self, queries: Int[Tensor, "a C"], keys: Int[Tensor, "a K"]) -> Integer[Tensor, "a C K"]:
         """As `times_met`, by arcs where windows show such: on a CPU, where numpy is."""
         if queries.device.type != "cpu" or not has_arcs(self.plan):
             return self.times_met(queries, keys)
@@ -165,7 +165,7 @@ class HeadBlock:
 
         return Arcs(flat(cell), each(seen, flat))
 
-    def times_met(self, queries: Int[Tensor, "a C"], keys: Int[Tensor, "a K"]) -> Int[Tensor, "a C K"]:
+    def times_met(self, queries: Int[Tensor, "a C"], keys: Int[Tensor, "a K"]) -> Integer[Tensor, "a C K"]:
         """How often the windows of all rounds show each key to each query, before causality."""
         R, C = self.plan.layout.rounds, self.plan.layout.chunk
         chunk_of = (self.slots // C).transpose(0, 1).flatten(1)  # [R, rows]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Integer, Shaped
 from torch import Tensor
 
 from attention_zoo.layout.host import Array, array_of, tensor_of
@@ -43,7 +43,7 @@ class Grid(NamedTuple):
     columns: int
 
     @staticmethod
-    def of(document: Int[np.ndarray, " M"], documents: int, device: torch.device) -> Grid:
+    def of(document: Integer[np.ndarray, " M"], documents: int, device: torch.device) -> Grid:
         """Rows of these documents, whose numbers are in order and below `documents`."""
         sizes = np.bincount(document, minlength=documents)
         columns = int(sizes.max())
@@ -59,7 +59,7 @@ class Grid(NamedTuple):
         """A view where no document is shorter than another."""
         return x.unflatten(0, (-1, self.columns)) if self.rows is None else x[self.rows]
 
-    def spread(self, numbers: Int[np.ndarray, " M"]) -> Int[np.ndarray, "K n"]:
+    def spread(self, numbers: Integer[np.ndarray, " M"]) -> Integer[np.ndarray, "K n"]:
         """These numbers, one for each row of the list, in the grid's places; -1 elsewhere."""
         if self.there is None:
             return numbers.reshape(-1, self.columns)
@@ -68,7 +68,7 @@ class Grid(NamedTuple):
         found[array_of(self.there)] = numbers
         return found.reshape(-1, self.columns)
 
-    def spread_last(self, x: Int[np.ndarray, "*more M"]) -> Int[np.ndarray, "*more K n"]:
+    def spread_last(self, x: Integer[np.ndarray, "*more M"]) -> Integer[np.ndarray, "*more K n"]:
         """The same of the last axis, and anything elsewhere."""
         return x.reshape(*x.shape[:-1], -1, self.columns) if self.rows is None else x[..., array_of(self.rows)]
 
@@ -95,8 +95,8 @@ class ShortLayout(NamedTuple):
     documents: int
     keys: Grid
     queries: Grid
-    key: Int[np.ndarray, "_ 1 n"]
-    query: Int[np.ndarray, "_ m 1"]
+    key: Integer[np.ndarray, "_ 1 n"]
+    query: Integer[np.ndarray, "_ m 1"]
     causal: bool
     dtype: torch.dtype
     bias: Float[Tensor, "_ 1 m n"] | None
@@ -117,8 +117,8 @@ class ShortLayout(NamedTuple):
 
 
 def _bias(
-    key: Int[np.ndarray, "_ 1 s"],
-    query: Int[np.ndarray, "_ l 1"],
+    key: Integer[np.ndarray, "_ 1 s"],
+    query: Integer[np.ndarray, "_ l 1"],
     causal: bool,
     dtype: torch.dtype,
     device: torch.device,
@@ -159,7 +159,7 @@ def _lay(plan: HashedPlan, dtype: torch.dtype) -> ShortLayout:
     )
 
 
-def _shown(layout: ChunkLayout, document: Int[np.ndarray, " M"]) -> tuple[Array, int, Array | None]:
+def _shown(layout: ChunkLayout, document: Integer[np.ndarray, " M"]) -> tuple[Array, int, Array | None]:
     """`ShortLayout.chunk`, `chunks` and `shown`."""
     at = array_of(layout.slot) // layout.chunk
     first = at[np.searchsorted(document, np.arange(document[-1] + 1))]  # chunk of each document
@@ -196,7 +196,7 @@ class Windows:
         self.alike = is_alike(plan, laid)
         self.arcs: Arcs | None = None
         self.lasts = False
-        self.counts: Int[np.ndarray, "K H m n"] | None = None
+        self.counts: Integer[np.ndarray, "K H m n"] | None = None
         if self.alike:
             return
         if plan.inside or (has_arcs(plan) and not few_columns(laid.chunks, plan.layout.rounds)):
@@ -260,10 +260,10 @@ class Windows:
             .view(-1, *found.shape[-2:])
         )
 
-    def _count(self, documents: slice, heads: slice, rows: slice, columns: slice) -> Int[np.ndarray, "N l s"]:
+    def _count(self, documents: slice, heads: slice, rows: slice, columns: slice) -> Integer[np.ndarray, "N l s"]:
         assert self.arcs is not None
 
-        def some(x: Array, places: slice) -> Int[np.ndarray, "R N _"]:
+        def some(x: Array, places: slice) -> Integer[np.ndarray, "R N _"]:
             chosen = x[:, heads, documents, places].swapaxes(1, 2)
             return chosen.reshape(len(x), -1, chosen.shape[3])
 
