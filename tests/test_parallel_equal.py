@@ -134,7 +134,7 @@ def test_four_processes_take_the_steps_of_one(case: Case, four: dict[str, Any]) 
 def test_the_hourglass_s_rounding_grows_by_a_small_eps_alone(tmp_path: Path) -> None:
     """One process whose weights are moved by a unit in the last place differs from itself by as much as several do.
 
-    How far depends on the processor's products: beyond 2e-5 on a Xeon with AVX-512, 1.3e-6 on an EPYC.
+    How far depends on the processor's products: beyond 2e-5 on an Intel Xeon, 1.3e-6 on an AMD EPYC.
     """
     (words, _), seeds, cases = MECHANISMS["hourglass"], range(7), []
     own = [*STREAMS, f"task.path={write_texts(tmp_path / 'text', 90, 37)}"]
