@@ -10,6 +10,7 @@ from recorded import NEWER, RECORDED
 from torch import Tensor
 
 import attention_zoo as zoo
+from attention_zoo.attention.segments import Segments
 from attention_zoo.layout import closed
 from attention_zoo.layout.layout import Layout
 
@@ -110,3 +111,14 @@ def test_rows_stay_where_nothing_is_gained() -> None:
     holes = gaps._replace(valid=gaps.valid & (torch.arange(32) % 5 != 2))
     assert closed.Closed.of(Layout.of(holes), front=True) is None  # columns would be no positions
     assert closed.Closed.of(Layout.of(zoo.Tokens.of(few[:, ::2] & (torch.arange(32) % 5 != 2))), front=False)
+
+
+def test_what_stands_at_padding_is_of_both_attentions_of_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = Segments(dim=24, heads=2, segment_length=5, document=True).double()
+    x, weight = torch.randn(2, 3, 31, 24, dtype=torch.float64)
+    tokens = layout_of("holes", 31)
+    found = of_a_call(layer, x, tokens, weight)
+    monkeypatch.setattr(closed.Closed, "of", lambda *_, **__: None)
+    for one, other in zip(found, of_a_call(layer, x, tokens, weight), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
