@@ -250,3 +250,22 @@ def test_bigbird_lists_no_more_blocks_than_there_are(length):
     state = run(layer, torch.randn(2, length, layer.dim), tokens, state=layer.initial_state(2)).state
     run(layer, torch.randn(2, 1, layer.dim), Tokens.of(one, start=tokens.next_position), state=state)
     assert layer.reach.kept("row", dict)["last"][1].shape[-1] <= length // 16 + 1
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "alibi"}], ids=str)
+@pytest.mark.parametrize("name", ["full", "longformer", "bigbird"])
+def test_a_step_may_begin_a_document_at_a_later_position(name, options):
+    """Of a document whose first tokens nobody holds: what is read is what the definition reads."""
+    case, found = Case.of(name), []
+    x, tokens = case.data(2, 11), Tokens.all_valid(2, 10)
+    one = torch.ones(2, 1, dtype=torch.bool)
+    for kernel in ("auto", "dense"):
+        layer = case.build(causal=True, kernel=kernel, **options)
+        state = run(layer, x[:, :10], tokens, state=layer.initial_state(2)).state
+        for at in range(10, 14):
+            step = Tokens.of(one, document=one.long(), start=torch.full((2,), at))
+            out = run(layer, x[:, 10:], step, state=state)
+            state = out.state
+            found.append(out.hidden)
+    for step, (ours, defined) in enumerate(zip(found[:4], found[4:])):
+        close(ours, defined, f"{name}, step {step}")

@@ -115,7 +115,8 @@ def _find(call: PatternCall, ledger: Ledger, listed: Array) -> tuple[Tensor, Ten
     others = np.concatenate([some, column[..., :-size]], -1)
     scores = np.concatenate([np.where(some < 0, -np.inf, 0), weight[..., :-size]], -1)
     order = np.argsort(scores > -np.inf, axis=-1, kind="stable")[..., int((scores == -np.inf).sum(-1).min()) :]
-    column = np.concatenate([np.take_along_axis(others, order, -1).clip(0, last), column[..., own]], -1)
+    # before the first column where a document goes on that nobody holds: hidden, and yet read
+    column = np.concatenate([np.take_along_axis(others, order, -1).clip(0, last), column[..., own].clip(0)], -1)
     weight = np.concatenate([np.take_along_axis(scores, order, -1), weight[..., own]], -1)
     device = call.q.device
     return tensor_of(column, device), tensor_of(weight, device).float() if weight.any() else None
