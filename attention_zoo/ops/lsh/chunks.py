@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer
-from torch import Tensor
+from torch import Tensor, nn
 
 from attention_zoo.layout.host import Array, array_of, tensor_of
 from attention_zoo.ops.lsh.arcs import Arcs, arcs_of, each, has_arcs, times_met
@@ -113,10 +113,14 @@ class HeadBlock:
         table[: self.rows].view(self.H, -1)[:, asked] = x.T
         return table
 
-    def steps(self, exact: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
-        """A few chunks at a time: which of the active ones, query rows, chunks of the windows, key rows, bias."""
+    def steps(self, exact: torch.dtype, width: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+        """A few chunks at a time: which of the active ones, query rows, chunks of the windows, key rows, bias.
+
+        Args:
+            width: of what is gathered of a key.
+        """
         C, W = self.plan.layout.chunk, self.neighbours.shape[1]
-        size = max(1, scores_at_once(self.contents.device) // (C * C * W))
+        size = max(1, scores_at_once(self.contents.device) // (C * W * max(C, width)))
         for start in range(0, len(self.active), size):
             step = slice(start, min(start + size, len(self.active)))
             chunks = self.active[step]
@@ -219,9 +223,9 @@ class HeadBlock:
         out = large_pages(k.new_empty(len(self.active), C, D))
         lse = k.new_empty(len(self.active), C)
         scratch = Scratch()
-        for step, queries, _, keys, bias in self.steps(k.dtype):
-            rows, (k, v) = _rows(query_table, queries), _rows(key_table, keys).chunk(2, -1)
-            rows, k, v = (x[:, None] for x in (rows, k, v))
+        for step, queries, _, keys, bias in self.steps(k.dtype, 2 * D):
+            shown = _rows(key_table, keys, scratch, "shown").chunk(2, -1)
+            rows, k, v = (x[:, None] for x in (_rows(query_table, queries, scratch, "asked"), *shown))
             part, part_lse = partial(rows, k, v, bias, scale=self.plan.scale, scratch=scratch)
             out[step], lse[step] = part[:, 0], part_lse[:, 0, :, 0]
         return out, lse
@@ -231,23 +235,27 @@ class HeadBlock:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the queries in the slots of the active chunks, of keys and values in all slots."""
         C, D = self.plan.layout.chunk, q.shape[-1]
-        query_table, key_table = self.table(q, grad, out, dtype=k.dtype), self.table(k, v, dtype=k.dtype)
+        query_table, key_table = self.table(q, grad, dtype=k.dtype), self.table(k, v, dtype=k.dtype)
+        delta_table = self.scalars(-(grad.to(k.dtype) * out).sum(-1), 0.0)
         # rows that were not asked, or that see nothing: +inf makes their weights exactly zero
         shift_table = self.scalars(lse.masked_fill(lse == -torch.inf, torch.inf) * -LOG2E, -torch.inf)
         dq_slots = large_pages(k.new_empty(len(self.active), C, D))
         dk_slots, dv_slots = large_pages(k.new_empty(2, len(self.contents), C * D)).zero_()
         scratch = Scratch()
-        for step, queries, windows, keys, bias in self.steps(k.dtype):
-            rows, grads, outs = _rows(query_table, queries).chunk(3, -1)
-            key_rows, values = _rows(key_table, keys).chunk(2, -1)
-            delta = (grads * outs).sum(-1, keepdim=True).neg_()
+        for step, queries, windows, keys, bias in self.steps(k.dtype, 2 * D):
+            rows, grads = _rows(query_table, queries, scratch, "asked").chunk(2, -1)
+            key_rows, values = _rows(key_table, keys, scratch, "shown").chunk(2, -1)
+            delta, shift = (
+                _rows(table[:, None], queries, scratch, name)
+                for table, name in ((delta_table, "delta"), (shift_table, "shift"))
+            )
             parts = (
                 scratch("dq", rows.shape, rows).zero_(),
                 scratch("dk", key_rows.shape, rows),
                 scratch("dv", values.shape, rows),
             )
             partial_backward(
-                Asked(grads, rows, delta, shift_table[queries][..., None]),
+                Asked(grads, rows, delta, shift),
                 key_rows,
                 values,
                 bias,
@@ -259,9 +267,11 @@ class HeadBlock:
             )
             dq_slots[step] = parts[0]
             for total, part in ((dk_slots, parts[1]), (dv_slots, parts[2])):
-                # a chunk is the same neighbour of one other chunk only: no two rows of an index_add meet
-                for window, share in zip(windows.unbind(1), part.reshape(*windows.shape, C * D).unbind(1)):
-                    total.index_add_(0, window, share)
+                own, *others = part.reshape(*windows.shape, C * D).unbind(1)
+                total[step if self.plan.asked is None else windows[:, 0]] += own
+                # a chunk is the same neighbour of one other chunk only: no two rows meet (index_add is slower)
+                for window, share in zip(windows.unbind(1)[1:], others):
+                    total.index_put_((window,), share, accumulate=True)
         return dq_slots, dk_slots, dv_slots
 
 
@@ -278,22 +288,23 @@ def _factor(q: Float[Tensor, "*rows D"], epsilon: float) -> Float[Tensor, "*rows
     return torch.where(square > 0, square, torch.inf).rsqrt()
 
 
-def _rows(table: Float[Tensor, "rows width"], rows: Int[Tensor, "a n"]) -> Float[Tensor, "a n width"]:
-    return table.index_select(0, rows.flatten()).view(*rows.shape, -1)
+def _rows(
+    table: Float[Tensor, "rows width"], rows: Int[Tensor, "a n"], scratch: Scratch, name: str
+) -> Float[Tensor, "a n width"]:
+    """Gathered into the scratch: into fresh memory it takes several times as long."""
+    found = scratch(name, (*rows.shape, table.shape[1]), table)
+    torch.index_select(table, 0, rows.flatten(), out=found.view(-1, table.shape[1]))
+    return found
 
 
 def _sum_rounds(
     x: Float[Tensor, "slots D"], slots: Int[Tensor, "h R n"], weights: Float[Tensor, "h R n"] | None = None
 ) -> Float[Tensor, "h n D"]:
     """Sorted back into the order of tokens and summed over rounds."""
-    total = large_pages(x.new_empty(slots.shape[0], slots.shape[2], x.shape[1])).zero_()
-    for number in range(slots.shape[1]):
-        rows = x.index_select(0, slots[:, number].flatten()).view(total.shape)
-        if weights is None:
-            total.add_(rows)
-        else:
-            total.addcmul_(rows, weights[:, number, :, None])
-    return total
+    each = slots.transpose(1, 2).flatten(0, 1)
+    scale = None if weights is None else weights.transpose(1, 2).flatten(0, 1)
+    total = nn.functional.embedding_bag(each, x, mode="sum", per_sample_weights=scale)
+    return total.view(slots.shape[0], slots.shape[2], -1)
 
 
 def _blocks(plan: HashedPlan, H: int) -> Iterator[HeadBlock]:
