@@ -15,11 +15,22 @@ from attention_zoo.contract import Attention
 from attention_zoo.registry import recipe
 
 Phase = Literal["training", "prefill", "step"]
-Padding = Literal["none", "one", "right", "left", "holes"]
+Padding = Literal["none", "one", "right", "left", "holes", "any", "one long"]
 PHASES: tuple[Phase, ...] = ("training", "prefill", "step")
-PADDING: tuple[Padding, ...] = ("none", "none", "none", "one", "right", "left", "holes")
-WIDTHS = ((1, 64), (2, 32), (4, 16), (4, 64), (8, 32), (8, 64), (8, 128), (12, 64), (16, 64))
+PADDING: tuple[Padding, ...] = ("none", "none", "none", "one", "right", "left", "holes", "any", "one long")
+WIDTHS = (
+    (1, 64), (2, 32), (4, 16), (4, 64), (8, 32), (8, 64), (8, 128), (12, 64), (16, 64),
+    (1, 128), (2, 256), (3, 80), (5, 48), (6, 96), (8, 40), (32, 32),
+)  # fmt: skip
 SIZES = (4, 8, 16, 32, 64, 128, 256, 512)
+ODD_SIZES = (1, 2, 3, 7, 20, 48, 100, 300)
+SCORES: tuple[tuple[str, Any], ...] = (
+    ("kv_heads", 1),
+    ("positions", "rotary"),
+    ("positions", "alibi"),
+    ("sink_logit", True),
+)
+"""What changes the scores, each in a tenth of the settings."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +42,10 @@ class Setting:
         phase: "training" is forward and backward, "prefill" forward into a state, "step" one token behind `length`.
         batch, length, heads, width: of what is given; the model's width is heads · width.
         dtype: "float32" or "bfloat16".
-        padding: of the rows; "one" is a single token in the whole batch.
+        padding: of the rows; "one" is a single token in the whole batch, "any" three tenths anywhere, and in "one long"
+            all rows but the first hold an eighth at most.
         documents: in each row.
-        globals: global tokens of each row.
+        globals: global tokens of each row, anywhere.
     """
 
     name: str
@@ -71,7 +83,10 @@ def draw(rng: random.Random, name: str, most: int) -> Setting:
     heads, width = rng.choice(WIDTHS)
     length = min(20_000, round(2 ** rng.uniform(0, 14.3)))
     batch = min(64, round(2 ** rng.uniform(0, 6)), max(1, most // (length * heads * width)))
-    own = {key: value for key, value in cls.tiny.items() if type(value) is int}
+    sizes = rng.choice((SIZES, SIZES, ODD_SIZES))
+    own = {key: rng.choice(sizes) for key, value in cls.tiny.items() if type(value) is int}
+    options = own if rng.random() < 0.7 else {}
+    options |= {key: value for key, value in SCORES if rng.random() < 0.1}
     return Setting(
         name,
         rng.choice(PHASES),
@@ -82,9 +97,9 @@ def draw(rng: random.Random, name: str, most: int) -> Setting:
         "bfloat16" if rng.random() < 0.2 else "float32",
         rng.random() < 0.6 or not cls.declared.two_sided,
         rng.choice(PADDING),
-        rng.choice((1, 1, 1, 2, 24)),
+        rng.choice((1, 1, 1, 2, 24, 100)),
         rng.choice((0, 0, 0, 1, 4)) if cls.declared.global_tokens != "none" else 0,
-        {key: rng.choice(SIZES) for key in own} if rng.random() < 0.7 else {},
+        options,
     )
 
 
@@ -131,9 +146,15 @@ def tokens_of(setting: Setting) -> zoo.Tokens | None:
         valid = column >= length - kept
     elif setting.padding == "holes":
         valid[:, 1::3] = False
-    first = (column < setting.globals).expand(batch, length) & valid if setting.globals else None
+    g = torch.Generator().manual_seed(length)
+    if setting.padding == "any":
+        valid = torch.rand(batch, length, generator=g) < 0.7
+    elif setting.padding == "one long":
+        valid[1:] = column < torch.randint(1, max(2, length // 8), (batch - 1, 1), generator=g)
+    some = torch.rand(length, generator=g).argsort() < setting.globals
+    marked = some.expand(batch, length) & valid if setting.globals else None
     document = (column * setting.documents // length).expand(batch, length) if setting.documents > 1 else None
-    return zoo.Tokens.of(valid, first, document)
+    return zoo.Tokens.of(valid, marked, document)
 
 
 def work(setting: Setting, layer: Attention) -> Callable[[], object]:
