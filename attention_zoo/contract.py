@@ -297,6 +297,11 @@ class Attention(Layer):
         """
         return None
 
+    def step_pairs(self, length: int) -> float | None:
+        """Those of one decoding step, whose token is the last of `length`: what it adds to all, by default."""
+        pairs = self.pairs(length)
+        return pairs if pairs is None or length < 2 else pairs - (self.pairs(length - 1) or 0)
+
     def keys_seen(self, length: int) -> Sequence[float] | None:
         """Keys that each query of a row scores, mean of heads; of hashing the most. None: a pattern's are counted."""
         return None

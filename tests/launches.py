@@ -16,9 +16,9 @@ from torch.nn.attention import flex_attention
 
 import attention_zoo as zoo
 from attention_zoo.contract import Attention
-from attention_zoo.layout import grid, kernel
+from attention_zoo.layout import host, kernel
 from attention_zoo.layout.layout import Layout
-from attention_zoo.ops.lsh import hashing
+from attention_zoo.ops.lsh import chunks, hashing
 from attention_zoo.ops.pattern import facts
 from attention_zoo.ops.softmax import tiles
 
@@ -36,11 +36,13 @@ def without_launches() -> Iterator[None]:
         patch.setattr(JITFunction, "run", lambda *_, **__: None)
         # facts are held by kernels already: what they say is replaced, not they
         patch.setattr(facts.on_cuda, "__code__", (lambda call: None).__code__)
-        patch.setattr(facts.on_cpu, "__code__", (lambda call: "it runs on CPU").__code__)
+        patch.setattr(host.on_host, "__code__", (lambda device: False).__code__)
         patch.setattr(flex_attention, "flex_attention", _flex)
         patch.setattr(F, "scaled_dot_product_attention", _fused)
-        patch.setattr(grid, "copies_rows", lambda x: False)
         patch.setattr(tiles, "SCORES", {})  # so many at once as a GPU holds
+        patch.setattr(chunks, "_SCORES", {})
+        patch.setattr(chunks, "_SLOTS", {})
+        patch.setattr(chunks, "_ROUNDS", {})
         yield
 
 

@@ -55,11 +55,9 @@ MORE = (
     ),
     More("memory_compressed", {"head_width": 8}, "", 60, 43, "FlexAttention takes 16 channels: fewer are filled up"),
     More("compressive", {"compression": "most_used"}, "", 210, 40, "memories are ranked by how much they were used"),
-    More("reformer", {"attend_across_buckets": False}, "", 75, 40, "chunks are cut by bucket"),
-    More("reformer", {"correct_duplicates": True}, "", 170, 96, "keys that rounds share are counted"),
     More(
-        "reformer", {"correct_duplicates": True, "attend_across_buckets": False}, "", 800, 800,
-        "no Triton kernel counts the keys that rounds share within buckets",
+        "reformer", {"correct_duplicates": True}, "", 288, 293,
+        "no Triton kernel counts the keys that rounds share: chunks are attended to by torch",
     ),
 )  # fmt: skip
 TURN = 38, 50

@@ -13,6 +13,7 @@ from recorded import RECORDED
 from torch.utils.flop_counter import FlopCounterMode
 
 import attention_zoo as zoo
+from attention_zoo.attention.reformer import Reformer
 from attention_zoo.measure import cell as cell_module
 from attention_zoo.measure import flops, identity, speed
 from attention_zoo.measure.cell import SpeedCell, run_cell
@@ -211,6 +212,17 @@ def test_pairs_are_those_of_the_whole_definition(name, length, causal):
     seen = (layer.full_bias(tokens, tokens) > -math.inf).double().mean(1)[0]
     assert flops.count_pairs(layer, length) == pytest.approx(float(seen.sum()))
     assert flops.count_pairs(layer, length, last_row_only=True) == pytest.approx(float(seen[-1].sum()))
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk": 8}, {"chunk": 16, "rounds": 64}], ids=str)
+def test_a_step_of_hashed_attention_scores_its_own_windows(options):
+    """Not what one token more adds to all: chunks and buckets grow by leaps, and buckets shrink."""
+    layer = zoo.build("reformer", dim=8, heads=2, **options)
+    assert isinstance(layer, Reformer)
+    for length in (1, 2, 64, 65, 513, 1024, 1025, 2048):
+        hashing = layer.rounds * sum(layer.factors_for(length)) / 4
+        seen = min(length, layer.rounds * 2 * layer.chunk)
+        assert flops.count_pairs(layer, length, last_row_only=True) == seen + hashing, length
 
 
 def test_long_inputs_are_counted_from_a_sample_of_tiles(monkeypatch):

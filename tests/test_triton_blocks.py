@@ -94,7 +94,12 @@ def test_bigbird_continues_from_a_cache(on_triton) -> None:
 
 @pytest.mark.parametrize(
     ("options", "causal"),
-    [({}, True), ({"attend_across_buckets": False, "wrap": "reference"}, False), ({"look_ahead": 1, "chunk": 5}, True)],
+    [
+        ({}, True),
+        ({"attend_across_buckets": False}, True),
+        ({"attend_across_buckets": False, "wrap": "reference"}, False),
+        ({"look_ahead": 1, "chunk": 5}, True),
+    ],
     ids=str,
 )
 def test_reformer_equals_its_definition(on_triton, causal, options) -> None:

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 
 from attention_zoo.attention.derived_keys import DOCUMENT, DerivedKeys
 from attention_zoo.contract import Abilities, Operands
-from attention_zoo.layout.host import Array, Host, tensor_of
+from attention_zoo.layout.host import Array, Host, on_host, tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import Columns, Ledger, behind, chosen
 from attention_zoo.layout.placement import Placement
@@ -231,7 +231,7 @@ class MemoryCompressed(DerivedKeys):
 
     def _compressed(self, k: Tensor, v: Tensor, groups: Pooled) -> Columns:
         """Keys and values of groups, [B, K, G, D]."""
-        if k.device.type == "cpu":  # where half as much is held at a time; elsewhere fewer calls count
+        if on_host(k.device):  # where half as much is held at a time; elsewhere fewer calls count
             return Columns.of(groups.groups, *(self._convolved(x, groups)[0] for x in (k, v)))
         return Columns.of(groups.groups, *self._convolved(torch.cat([k, v], 1), groups))
 

@@ -154,13 +154,6 @@ class Reformer(HashedAttention):
         self.to_v = nn.Linear(self.dim, width, bias=self.bias_into)
         self.to_out = nn.Linear(width, self.dim, bias=self.bias_out)
 
-    def pairs(self, length: int) -> float:
-        """See `Attention`; hashing counts, too: half a dot product a bucket."""
-        chunks = -(-length // self.chunk)
-        window = min(1 + self.look_back + self.look_ahead, chunks)
-        hashing = length * sum(self.factors_for(length)) / 4
-        return self.rounds * (chunks * self.chunk * window * self.chunk + hashing)
-
     def core(self, batch: int, length: int) -> Operands:
         """See `Attention`: queries that are the keys, and values; hashing and sorting are part of the call."""
         return Operands(((batch, self.heads, length, self.head_width),) * 2, by_rows=True)

@@ -88,13 +88,12 @@ class HashedAttention(Attention):
     ) -> Int[Tensor, "H R M"]:
         """Remembered, replayed, or hashed with as many buckets as the token's document has now."""
         device, missing = qk.device, np.ones_like(is_new)
-        buckets = torch.zeros(self.heads, self.rounds, len(qk), dtype=torch.int32, device=device)
+        known: list[tuple[Bool[np.ndarray, " M"], Tensor]] = []
         if state is not None and self._remembers(state, layout):
-            held = _bucket_rows(state.columns.held[2], state.columns.tokens)
-            _put_at(buckets, ~is_new, held)
+            known.append((~is_new, _bucket_rows(state.columns.held[2], state.columns.tokens)))
             missing = missing & is_new
         if choices is not None:
-            _put_at(buckets, is_new, _bucket_rows(choices, layout).int())
+            known.append((is_new, _bucket_rows(choices, layout).int()))
             missing = missing & ~is_new
         kinds: dict[tuple[int, ...], int] = {}
         kind = np.array([kinds.setdefault(self.factors_for(n), len(kinds)) for n in documents.slots.tolist()], int)
@@ -110,11 +109,9 @@ class HashedAttention(Attention):
             return hashing.hash_kinds(qk, list(rotations.values()), which)
         for factors, drawn in rotations.items():
             mask = chosen[factors]
-            if bool(mask.all()):
-                return hashing.hash_tokens(qk, drawn, factors)
-            tokens = qk.index_select(0, tensor_of(mask.nonzero()[0], device))
-            _put_at(buckets, mask, hashing.hash_tokens(tokens, drawn, factors))
-        return buckets
+            tokens = qk if bool(mask.all()) else qk.index_select(0, tensor_of(mask.nonzero()[0], device))
+            known.append((mask, hashing.hash_tokens(tokens, drawn, factors)))
+        return _together(known, torch.Size((self.heads, self.rounds, len(qk))), device)
 
     def _rotations(self, factors: tuple[int, ...], like: Tensor, number: int) -> Sequence[Tensor]:
         shape = (self.heads, self.rounds, self.head_width, factors)
@@ -138,6 +135,17 @@ class HashedAttention(Attention):
 
     def _hash_alike(self, old: Array, now: Array) -> bool:
         return all(self.factors_for(a) == self.factors_for(b) for a, b in zip(old.tolist(), now.tolist()) if a)
+
+    def pairs(self, length: int) -> float:
+        """See `Attention`; hashing counts, too: half a dot product a bucket."""
+        chunks = -(-length // self.chunk)
+        window = min(1 + self.look_back + self.look_ahead, chunks)
+        hashing = length * sum(self.factors_for(length)) / 4
+        return self.rounds * (chunks * self.chunk * window * self.chunk + hashing)
+
+    def step_pairs(self, length: int) -> float:
+        """See `Attention`: one token's windows, or all tokens where those are fewer, and its hashes."""
+        return self.keys_seen(length)[-1] + self.rounds * sum(self.factors_for(length)) / 4
 
     def keys_seen(self, length: int) -> list[float]:
         """See `Attention`: the most, a chunk and those that it looks at in each round, never more than there are."""
@@ -163,12 +171,17 @@ def since(keys: Layout, count: int) -> Bool[np.ndarray, " M"]:
     return np.broadcast_to(np.arange(columns) >= columns - count, keys.host.valid.shape)[keys.host.valid]
 
 
-def _put_at(into: Int[Tensor, "H R M"], mask: Bool[np.ndarray, " M"], values: Int[Tensor, "H R m"]) -> None:
-    """Set the masked tokens'."""
-    if bool(mask.all()):
-        into.copy_(values)
-    else:
-        into.index_copy_(-1, tensor_of(mask.nonzero()[0], into.device), values.to(into.dtype))
+def _together(
+    known: list[tuple[Bool[np.ndarray, " M"], Tensor]], shape: torch.Size, device: torch.device
+) -> Int[Tensor, "H R M"]:
+    """Buckets of all tokens, from those of each mask."""
+    for mask, values in known:
+        if bool(mask.all()):
+            return values.int()
+    buckets = torch.zeros(shape, dtype=torch.int32, device=device)
+    for mask, values in known:
+        buckets.index_copy_(-1, tensor_of(mask.nonzero()[0], device), values.int())
+    return buckets
 
 
 def _bucket_rows(buckets: Int[Tensor, "B H R S 1"], layout: Layout) -> Int[Tensor, "H R M"]:

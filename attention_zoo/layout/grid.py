@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attention_zoo.layout.host import Array, Host, before, tensor_of
+from attention_zoo.layout.host import Array, Host, before, on_host, tensor_of
 from attention_zoo.layout.layout import Layout
 
 
@@ -136,7 +136,7 @@ class Way(NamedTuple):
 
 def copies_rows(x: Tensor) -> bool:
     """Whether rows are copied one by one: on a CPU, where gathering takes each number by itself, five times as long."""
-    return x.is_cpu
+    return on_host(x.device)
 
 
 class _Moved(torch.autograd.Function):

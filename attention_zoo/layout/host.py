@@ -95,6 +95,11 @@ def tensor_of(array: Array, device: torch.device | str = "cpu") -> Tensor:
         return torch.from_numpy(array).to(device)
 
 
+def on_host(device: torch.device) -> bool:
+    """Whether numpy reads and makes tensors there without waiting, and another operator costs less than more memory."""
+    return device.type == "cpu"
+
+
 def array_of(tensor: Tensor) -> Array:
     """A tensor of the host as an array, without a copy. For plans alone: what is on a device is read by `Layout`."""
     assert tensor.device.type == "cpu", "a plan is made on the host"

@@ -65,9 +65,9 @@ def count_pairs(layer: Attention, length: int, *, last_row_only: bool = False) -
         Exact up to 4096 tokens or with a formula; above, from a sample of query tiles that takes every tile near both
         ends (where global and border blocks are) and evenly spaced ones between. None without formula and pattern.
     """
-    formula = layer.pairs(length)
+    formula = layer.step_pairs(length) if last_row_only else layer.pairs(length)
     if formula is not None:
-        return formula - (layer.pairs(length - 1) or 0) if last_row_only and length > 1 else formula
+        return formula
     if isinstance(layer, Wrapper):
         return _inside(layer, length, last_row_only=last_row_only)
     if not isinstance(layer, PatternAttention):

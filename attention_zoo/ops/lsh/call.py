@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention_zoo.layout.host import on_host
 from attention_zoo.layout.kernel import Kernel, triton_reason
 from attention_zoo.ops.lsh.chunks import dense_attention, lsh_attention
 from attention_zoo.ops.lsh.short import short_attention
@@ -68,8 +69,7 @@ def _triton_takes(call: HashedCall) -> str | None:
 
 
 def _on_cpu(call: HashedCall) -> str | None:
-    device = call.device.type
-    return None if device == "cpu" else f"it runs on CPU, not on {device}"
+    return None if on_host(call.device) else f"it runs on CPU, not on {call.device.type}"
 
 
 def _across_buckets(call: HashedCall) -> str | None:

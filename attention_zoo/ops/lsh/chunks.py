@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
-from attention_zoo.layout.host import Array, array_of, tensor_of
+from attention_zoo.layout.host import Array, array_of, on_host, tensor_of
 from attention_zoo.ops.lsh.arcs import Arcs, arcs_of, each, has_arcs, times_met
 from attention_zoo.ops.lsh.plan import HashedPlan
 from attention_zoo.ops.softmax.dense import dense
@@ -38,6 +38,9 @@ from attention_zoo.ops.softmax.partial import LOG2E, Asked, Scratch, partial, pa
 _SCORES = {"cpu": 2**19}
 _SLOTS = {"cpu": 2**16}
 _SCORES_GPU, _SLOTS_GPU = 2**23, 2**18
+_ROUNDS = {"cpu": 1}
+_ROUNDS_GPU = 8
+"""In so many rounds at once pairs are looked for, a byte each: on a GPU operators cost, on a CPU memory."""
 
 
 def scores_at_once(device: torch.device) -> int:
@@ -57,7 +60,8 @@ def lsh_attention(q: Float[Tensor, "M H D"], v: Float[Tensor, "M H D"], plan: Ha
 class HeadBlock:
     """The chunks of a few heads: rows are (head, token), chunks (head, round, chunk), slots (head, round, chunk, slot).
 
-    Within a document a row's number grows with time; the number `rows` stands for an empty slot.
+    Within a document a row's number grows with time; the number `rows` stands for an empty slot. Behind all chunks is an
+    empty one, for those that a window does not have.
     """
 
     def __init__(self, plan: HashedPlan, heads: slice):
@@ -71,14 +75,14 @@ class HeadBlock:
         per_round = layout.neighbours.shape[0] // R * layout.chunk
         head = torch.arange(self.H, device=device)[:, None, None]
         first = (head * R + torch.arange(R, device=device)[:, None]) * per_round
-        contents = torch.full((self.H, R, per_round), self.rows, device=device)
-        contents[..., layout.slot] = order + head * M
-        self.contents = contents.view(-1, layout.chunk)
+        chunks = self.H * layout.neighbours.shape[0]
+        self.contents = torch.full((chunks + 1, layout.chunk), self.rows, device=device)
+        self.contents[:-1].view(self.H, R, per_round)[..., layout.slot] = order + head * M
         self.slots = torch.empty_like(order).scatter_(-1, order, layout.slot.expand_as(order)) + first  # [H, R, M]
-        self.neighbours = (layout.neighbours + head * layout.neighbours.shape[0]).flatten(0, 1)
-        self.present = layout.present.repeat(self.H, 1)
+        windows = layout.neighbours + head * layout.neighbours.shape[0]
+        self.windows = windows.masked_fill_(~layout.present, chunks).flatten(0, 1)
         if plan.asked is None:
-            self.active, self.asked_slots = torch.arange(len(self.contents), device=device), self.slots
+            self.active, self.asked_slots = torch.arange(chunks, device=device), self.slots
         else:
             asked = self.slots[..., plan.asked]
             self.active, index = torch.unique(asked // layout.chunk, return_inverse=True)
@@ -119,13 +123,13 @@ class HeadBlock:
         Args:
             width: of what is gathered of a key.
         """
-        C, W = self.plan.layout.chunk, self.neighbours.shape[1]
+        C, W = self.plan.layout.chunk, self.windows.shape[1]
         size = max(1, scores_at_once(self.contents.device) // (C * W * max(C, width)))
         for start in range(0, len(self.active), size):
             step = slice(start, min(start + size, len(self.active)))
             chunks = self.active[step]
-            queries, windows = self.contents[chunks], self.neighbours[chunks]
-            keys = self.contents[windows].masked_fill(~self.present[chunks][..., None], self.rows).flatten(1)
+            queries, windows = self.contents[chunks], self.windows[chunks]
+            keys = self.contents[windows].flatten(1)
             yield step, queries, windows, keys, self.bias(chunks, windows, queries, keys, exact)
 
     def bias(
@@ -149,7 +153,7 @@ class HeadBlock:
 
     def times_shown(self, queries: Int[Tensor, "a C"], keys: Int[Tensor, "a K"]) -> Integer[Tensor, "a C K"]:
         """As `times_met`, by arcs where windows show such: on a CPU, where numpy is."""
-        if queries.device.type != "cpu" or not has_arcs(self.plan):
+        if not on_host(queries.device) or not has_arcs(self.plan):
             return self.times_met(queries, keys)
         cell, seen = self.arcs
         shown = each(seen, lambda x: x[:, array_of(queries)])
@@ -170,24 +174,23 @@ class HeadBlock:
         return Arcs(flat(cell), each(seen, flat))
 
     def times_met(self, queries: Int[Tensor, "a C"], keys: Int[Tensor, "a K"]) -> Integer[Tensor, "a C K"]:
-        """How often the windows of all rounds show each key to each query, before causality."""
-        R, C = self.plan.layout.rounds, self.plan.layout.chunk
-        chunk_of = (self.slots // C).transpose(0, 1).flatten(1)  # [R, rows]
-        chunk_of = torch.nn.functional.pad(chunk_of, (0, 1), value=-1)
-        labels = None if self.labels is None else self.labels.view(-1)[self.slots].transpose(0, 1).flatten(1)
-        if labels is not None:
-            labels = torch.nn.functional.pad(labels, (0, 1), value=-1)
+        """How often windows of all rounds show each key to each query, before causality; anything of an empty slot."""
+        pad, many = nn.functional.pad, _ROUNDS.get(queries.device.type, _ROUNDS_GPU)
+        chunk_of = pad((self.slots // self.plan.layout.chunk).transpose(0, 1).flatten(1), (0, 1), value=-1)  # [R, rows]
         met = torch.zeros(*queries.shape, keys.shape[1], dtype=torch.int32, device=queries.device)
-        for mine in range(R):
-            own = chunk_of[mine][queries].clamp(min=0)
-            windows = self.neighbours[own].masked_fill(~self.present[own], -2)  # [a, C, W]
-            for theirs in range(R) if self.plan.layout.across_rounds else [mine]:
-                chunks = chunk_of[theirs][keys][:, None, :]
-                alike: Tensor | bool = True
-                if labels is not None:
-                    alike = labels[mine][queries][:, :, None] == labels[theirs][keys][:, None, :]
-                for window in windows.unbind(-1):
-                    met += (chunks == window[..., None]) & alike
+        for shift in range(len(chunk_of)) if self.plan.layout.across_rounds else [0]:
+            parts = [x.split(many) for x in (chunk_of, chunk_of.roll(shift, 0))]
+            if self.labels is not None:
+                name = pad(self.labels.view(-1)[self.slots].transpose(0, 1).flatten(1), (0, 1), value=-1)
+                parts += [x.split(many) for x in (name, name.roll(shift, 0))]
+            for mine, theirs, *names in zip(*parts):
+                chunks, alike = theirs[:, keys][:, :, None], None
+                if names:
+                    alike = names[0][:, queries][..., None] == names[1][:, keys][:, :, None]
+                for window in self.windows[mine[:, queries].clamp(min=0)].unbind(-1):
+                    shown = chunks == window[..., None]
+                    shown = shown if alike is None else shown & alike
+                    met += shown[0] if len(shown) == 1 else shown.sum(0)
         return met
 
     # --- the block's share: vectors in are [tokens, its heads, D], out [its heads, tokens, D]
@@ -269,7 +272,8 @@ class HeadBlock:
             for total, part in ((dk_slots, parts[1]), (dv_slots, parts[2])):
                 own, *others = part.reshape(*windows.shape, C * D).unbind(1)
                 total[step if self.plan.asked is None else windows[:, 0]] += own
-                # a chunk is the same neighbour of one other chunk only: no two rows meet (index_add is slower)
+                # a chunk is the same neighbour of one other chunk only: no two rows meet, but those of the empty chunk,
+                # which are zeros (index_add is slower)
                 for window, share in zip(windows.unbind(1)[1:], others):
                     total.index_put_((window,), share, accumulate=True)
         return dq_slots, dk_slots, dv_slots

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from attention_zoo.layout.host import array_of, tensor_of
+from attention_zoo.layout.host import array_of, on_host, tensor_of
 
 KEPT, KEPT_DOCUMENTS = 1024, 64
 """Most tokens, and documents, of a layout that is kept for later calls."""
@@ -118,7 +118,7 @@ def _kept(sizes: tuple[int, ...], slots: tuple[int, ...] | None, shape: tuple[tu
 
 def sort_tokens(buckets: Int[Tensor, "H R M"], document: Int[Tensor, " M"]) -> Int[Tensor, "H R M"]:
     """Order by (document, bucket, place)."""
-    if buckets.device.type != "cpu":
+    if not on_host(buckets.device):
         return (document * (buckets.amax() + 1) + buckets).argsort(dim=-1, stable=True)
     bucket, number = array_of(buckets), array_of(document)
     each, place = int(bucket.max()) + 1, len(number).bit_length()

@@ -16,9 +16,9 @@ import torch
 import triton
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from attention_zoo.ops.lsh import triton_kernels as kernels
+from attention_zoo.ops.lsh.layout import sort_tokens
 from attention_zoo.ops.lsh.plan import HashedPlan
 from attention_zoo.ops.softmax import triton as blocks
 from attention_zoo.ops.softmax.function import differentiable_once, without_autocast
@@ -26,8 +26,8 @@ from attention_zoo.ops.softmax.triton import Lists
 
 TOKENS = 32
 """Tokens of a program that puts rounds together."""
-NOBODY, NOTHING = -2, -1
-"""Labels of slots that hold no query, and no key."""
+NOTHING = -1
+"""The label of a slot that holds no key, and none that asks: kernels read nothing there."""
 
 
 class _Still(NamedTuple):
@@ -35,40 +35,47 @@ class _Still(NamedTuple):
 
     Fields:
         lists: without rows and times.
-        inverse: [slots], which of the sorted tokens of its round a slot holds, M where it is empty.
+        inverse: [slots], which of the sorted tokens of all rounds a slot holds, any where it is empty.
+        first, times: [slots], label = first + times · bucket: buckets of two rounds differ where they could meet, and a
+            slot that is empty is `NOTHING`.
         slot: [R, M], where the sorted tokens of a round stand.
     """
 
     lists: Lists
     inverse: Int[Tensor, " slots"]
+    first: Int[Tensor, " slots"]
+    times: Int[Tensor, " slots"]
     slot: Int[Tensor, "R M"]
 
 
 def _still(plan: HashedPlan) -> _Still:
-    layout, order = plan.layout, plan.order
-    assert order is not None
-    (H, R, M), device, kept = order.shape, order.device, layout.kept
+    layout, buckets = plan.layout, plan.buckets
+    assert buckets is not None
+    (H, R, M), device, kept = buckets.shape, buckets.device, layout.kept
     if (H, plan.causal) not in kept:
         per_round = layout.neighbours.shape[0] // R * layout.chunk
         base = torch.arange(R, device=device)[:, None]
         inverse = torch.full((per_round,), M, device=device)
         inverse[layout.slot] = torch.arange(M, device=device)
-        places = torch.where(inverse < M, inverse + base * (M + 1), M).flatten()
+        places = torch.where(inverse < M, inverse + base * M, 0).flatten()
         held = (inverse < M).repeat(R)
+        number = base.expand(R, per_round).flatten() if layout.across_rounds else torch.zeros_like(places)
+        first = torch.where(held, number, NOTHING).int()
+        times = held.int() * (R if layout.across_rounds else 1)
         links, count, _, _ = Lists.packed(layout.neighbours.masked_fill(~layout.present, -1)[None, None])
-        label = torch.zeros(H, R * per_round, dtype=torch.int32, device=device)
+        label = torch.where(held, 0, NOTHING).int().expand(H, -1).contiguous()
         lists = Lists(
             links.expand(H, -1, -1, -1).contiguous(),
             count.expand(H, -1, -1).contiguous(),
             q_time=label,
-            q_label=label.masked_fill(~held, NOBODY),
+            q_label=label,
             k_time=label,
-            k_label=label.masked_fill(~held, NOTHING),
+            k_label=label,
             block=layout.chunk,
             causal=plan.causal,
             strict=True,
         )
-        kept[H, plan.causal] = _Still(lists, places, layout.slot + base * per_round)
+        kept[H, plan.causal] = _Still(lists, places, first, times, layout.slot + base * per_round)
     found: _Still = kept[H, plan.causal]
     return found
 
@@ -82,22 +89,23 @@ class _Sorted(NamedTuple):
 
 def _sorted(plan: HashedPlan) -> _Sorted:
     """Tokens of a document come in the order of time, so that a row's number is its time."""
-    assert plan.order is not None
-    still, order = _still(plan), plan.order.long()
-    _, R, M = order.shape
-    rows = F.pad(order, (0, 1)).flatten(1).index_select(1, still.inverse).int()
+    buckets, still, layout = plan.buckets, _still(plan), plan.layout
+    assert buckets is not None
+    order = sort_tokens(buckets, layout.document).long()
+    M, lists = order.shape[2], still.lists
     slots = order.new_empty(order.shape).scatter_(-1, order, still.slot.expand_as(order))
-    lists = replace(still.lists, q_rows=rows, k_rows=rows, q_time=rows, k_time=rows)
-    if plan.inside and plan.buckets is not None:
-        # numbered through the rounds: buckets of two rounds are never the same
-        buckets = plan.buckets + torch.arange(R, device=order.device)[:, None] * (plan.buckets.amax() + 1)
-        label = torch.zeros_like(rows).scatter_(1, slots.flatten(1), buckets.flatten(1).int())
-        q_label, k_label = (torch.where(x < 0, x, label) for x in (lists.q_label, lists.k_label))
-        lists = replace(lists, q_label=q_label, k_label=k_label)
+    if plan.inside:
+        both = torch.stack([order, buckets.gather(-1, order)]).flatten(2)
+        rows, label = both.index_select(-1, still.inverse).int()
+        label = torch.addcmul(still.first, still.times, label)
+        lists = replace(lists, q_label=label, k_label=label)
+    else:
+        rows = order.flatten(1).index_select(1, still.inverse).int()
+    lists = replace(lists, q_rows=rows, k_rows=rows, q_time=rows, k_time=rows)
     if plan.asked is not None:
         asks = torch.zeros(M, dtype=torch.bool, device=order.device).index_fill_(0, plan.asked, True)
-        label = lists.q_label.masked_fill(~asks[rows.long()], NOBODY)
-        wanted = (label >= 0).unflatten(1, (-1, plan.layout.chunk)).any(-1)[:, None]
+        label = lists.q_label.masked_fill(~asks[rows.long()], NOTHING)
+        wanted = (label >= 0).unflatten(1, (-1, layout.chunk)).any(-1)[:, None]
         return _Sorted(replace(lists, q_label=label, count=lists.count * wanted), slots)
     lists.__dict__["turned"] = still.lists.turned  # it is of the links alone
     return _Sorted(lists, slots)
@@ -105,7 +113,7 @@ def _sorted(plan: HashedPlan) -> _Sorted:
 
 def hashed_attention(q: Float[Tensor, "M H D"], v: Float[Tensor, "M H D"], plan: HashedPlan) -> Float[Tensor, "m H D"]:
     """As `lsh_attention` of ops/lsh/chunks.py."""
-    out: Tensor = _Hashed.apply(q, v, plan.sorted())
+    out: Tensor = _Hashed.apply(q, v, plan)
     return out if plan.asked is None else out[plan.asked]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from attention_zoo.layout.host import Host
+from attention_zoo.layout.host import Host, on_host
 from attention_zoo.layout.kernel import triton_reason
 from attention_zoo.layout.reach import Anywhere, Band, Blocks
 from attention_zoo.ops.pattern.call import Pattern, PatternCall
@@ -85,8 +85,8 @@ def causal(call: PatternCall) -> str | None:
 
 
 def on_cpu(call: PatternCall) -> str | None:
-    device = call.q.device.type
-    return None if device == "cpu" else f"it runs on CPU, not on {device}"
+    device = call.q.device
+    return None if on_host(device) else f"it runs on CPU, not on {device.type}"
 
 
 def on_cuda(call: PatternCall) -> str | None:

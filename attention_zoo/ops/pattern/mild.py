@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from attention_zoo.layout.host import on_host
 from attention_zoo.ops.pattern.call import PatternCall
 
 MILD = 44.0
@@ -27,7 +28,7 @@ def mild_rows(call: PatternCall, first: int | None) -> Bool[Tensor, "B H L 1"] |
         first: the column of the first query, where queries stand in consecutive columns; None: not known. Positions
             rise over the valid columns of a document (`Tokens`), so that a causal query sees none beyond its column.
     """
-    if first is None or call.has_position_bias or not call.q.is_cpu or not call.q.numel():
+    if first is None or call.has_position_bias or not on_host(call.q.device) or not call.q.numel():
         return None
     if call.pattern.reach.weights not in ("uniform", "counts"):
         return None  # its bias may be of any size

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from attention_zoo.layout.host import Array, Host
+from attention_zoo.layout.host import Array, Host, on_host
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.reach import Reach, Tiles
 from attention_zoo.ops.pattern.call import PatternCall
@@ -176,7 +176,7 @@ class _Table:
         place = self._place(rows, columns, batch).sub_(1).clamp_(0, self.whole.shape[1] - 1)
         place, given = place.expand(len(dscores), -1, -1).flatten(), dscores.transpose(0, 1).flatten(1)
         given = given.to(sums[0].dtype)
-        if place.is_cpu:
+        if on_host(place.device):
             sums[0].scatter_add_(1, place.expand(len(given), -1), given)
             return
         head = torch.arange(len(given), device=place.device)[:, None]
