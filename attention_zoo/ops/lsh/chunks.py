@@ -60,8 +60,8 @@ def lsh_attention(q: Float[Tensor, "M H D"], v: Float[Tensor, "M H D"], plan: Ha
 class HeadBlock:
     """The chunks of a few heads: rows are (head, token), chunks (head, round, chunk), slots (head, round, chunk, slot).
 
-    Within a document a row's number grows with time; the number `rows` stands for an empty slot. Behind all chunks is an
-    empty one, for those that a window does not have.
+    Within a document a row's number grows with time; the number `rows` stands for an empty slot. Behind all chunks is
+    an empty one, for those that a window does not have.
     """
 
     def __init__(self, plan: HashedPlan, heads: slice):
