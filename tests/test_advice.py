@@ -87,7 +87,7 @@ def asked(rows: list[Any], **given: Any) -> tuple[Advice, str]:
     config = AdviseConfig(**{"length": 16384, "memory": "8GiB", "problem": "recall", **given})
     question = question_of(config)
     found = advice(Matrix.of(sift(rows), question.length, kinds=question.kinds, device=question.device), question)
-    return found, "\n".join(told(found))
+    return found, "\n".join(map(str, told(found)))
 
 
 def test_reach_is_of_the_options_and_of_what_rows_say() -> None:
@@ -177,7 +177,7 @@ def test_what_is_not_asked_keeps_nobody_from_the_end() -> None:
 def test_costs_of_another_setting_are_not_denied() -> None:
     rows = sift(known())
     question = question_of(AdviseConfig(problem="recall"))
-    text = "\n".join(told(advice(Matrix.of(rows, 4096, kinds=question.kinds, phase="decode"), question)))
+    text = "\n".join(map(str, told(advice(Matrix.of(rows, 4096, kinds=question.kinds, phase="decode"), question))))
     assert "no costs of it were measured on this device and in this setting" in text
     assert "measured on this device\n" not in text
 
@@ -491,6 +491,26 @@ def test_the_command_reads_rows_and_writes_the_matrix(tmp_path: Path, capsys: py
     assert "| longformer (window=16) |" in (tmp_path / "out" / "matrix.md").read_text()
 
 
+def test_what_it_comes_to_is_said_first_and_silence_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*known(), *measured("bigbird", seconds=1.0)]
+    found, _ = asked(rows)
+    (other,) = (line.label for line in found.lines if line.backend == "bigbird")
+    assert [line.label for line in found.telling()] == ["full", "longformer (window=16)"]
+    brief = [each if isinstance(each, str) else "TABLE" for each in told(found, details=False)]
+    ends = [number for number, each in enumerate(brief) if each.startswith("Known to fit")]
+    assert ends[0] < brief.index("TABLE") < brief.index("longformer (window=16)")
+    silent = f"Of these rows give no verdict on what is asked (details=true says why): {other}."
+    assert silent in brief
+    assert other not in brief
+    every = [each if isinstance(each, str) else "TABLE" for each in told(found)]
+    assert other in every
+    assert silent not in every
+    shown = next(each for each in told(found, details=False) if not isinstance(each, str))
+    Console(width=200).print(shown)
+    row = next(each for each in capsys.readouterr().out.splitlines() if "longformer" in each)
+    assert re.search(r"yes, \d+ MiB +no +.*as good +−7\d.*worse +\d+ ms", row), row
+
+
 def test_rows_of_several_files_are_families_of_their_own(tmp_path: Path) -> None:
     other = known(np.random.default_rng(5))
     one = write_rows(tmp_path / "a" / "results.jsonl", [{**row, "id": f"other-{row['id']}"} for row in other])
@@ -503,7 +523,7 @@ def test_rows_of_several_files_are_families_of_their_own(tmp_path: Path) -> None
 
 def test_the_rows_of_a_clone_are_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     out = StringIO()
-    advise(AdviseConfig(length=4096, problem="text"), Console(file=out, width=200))
+    advise(AdviseConfig(length=4096, problem="text", details=True), Console(file=out, width=200))
     assert "experiments/results/compare_cpu/results.jsonl" in out.getvalue()
     assert re.search(r"\d{4}-\d\d-\d\d, commit [0-9a-f]{7}|day not known", out.getvalue())
     told = [line for line in out.getvalue().splitlines() if re.search(r"(worse|better) than full|as good as", line)]

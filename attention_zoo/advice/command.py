@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
+from rich.box import SIMPLE
 from rich.console import Console
+from rich.table import Table
 
 from attention_zoo.advice.kinds import kinds_of
 from attention_zoo.advice.lines import Source
@@ -19,8 +21,12 @@ from attention_zoo.advice.sources import committed, rows_of
 from attention_zoo.files import plain, write_atomic
 from attention_zoo.measure.budget import parse_bytes
 from attention_zoo.options import Positive, Text, check_fields
+from attention_zoo.report import units
 from attention_zoo.rules import OneOf
 from attention_zoo.schemas import store
+
+WIDE = 160
+"""Columns of the table where nobody says how many there are: in a file or a pipe."""
 
 
 @dataclass
@@ -37,6 +43,7 @@ class AdviseConfig:
         phase: of the costs: forward_backward | forward | train_step | prefill | decode.
         variant: of the costs: layer | core | model.
         results: a path or a list of paths: JSONL files or folders; null: the rows that a clone holds.
+        details: whether mechanisms of which rows give no verdict on what is asked are spoken of one by one, too.
         output: folder for matrix.md, matrix.json and matrix.csv; null: none is written.
     """
 
@@ -48,6 +55,7 @@ class AdviseConfig:
     phase: Annotated[str, OneOf("forward_backward", "forward", "train_step", "prefill", "decode")] = "forward_backward"
     variant: Annotated[str, OneOf("layer", "core", "model")] = "layer"
     results: Any = None
+    details: bool = False
     output: Text | None = None
 
 
@@ -92,8 +100,11 @@ def advise(config: AdviseConfig, console: Console | None = None) -> Advice:
     rows = rows_of(config.results)
     costs: dict[str, Any] = {"device": config.device, "phase": config.phase, "variant": config.variant}
     found = advice(Matrix.of(rows, asked.length, kinds=asked.kinds, **costs), asked)
-    for line in told(found):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in told(found, details=config.details):
+        if isinstance(line, str):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            console.print(line, width=console.width if console.is_terminal else WIDE)
     if rows.left_out:
         console.print(f"left out: {len(rows.left_out)} rows or files, {rows.left_out[0]}", markup=False, soft_wrap=True)
     if config.output is not None:
@@ -102,8 +113,12 @@ def advise(config: AdviseConfig, console: Console | None = None) -> Advice:
     return found
 
 
-def told(found: Advice) -> Iterator[str]:
-    """All of it, a line each. Every sentence ends in the numbers of the sources that carry it, listed at the end."""
+def told(found: Advice, *, details: bool = True) -> Iterator[str | Table]:
+    """What it comes to, a table, and all sentences, which end in the numbers of the sources that carry them.
+
+    Args:
+        details: whether mechanisms are spoken of one by one of which rows give no verdict on what is asked.
+    """
     numbers: dict[str, int] = {}
 
     def cite(sentence: Sentence) -> str:
@@ -112,17 +127,40 @@ def told(found: Advice) -> Iterator[str]:
     yield f"Asked: {found.question.words()}."
     if found.setting is not None:
         yield f"Costs are of one {found.setting.words()}."
-    for line, many in found.lines.items():
-        yield ""
-        yield line.label
-        yield from (f"  {each.about:7}{each.text}{cite(each)}" for each in many)
     if not found.lines:
         yield "Nothing is known: no row is of this device, or of this kind of problem."
     yield ""
     yield from (f"{each.text}{cite(each)}" for each in found.ends)
+    telling = found.telling()
+    if telling:
+        yield ""
+        yield table(found)
+    for line in found.lines if details else telling:
+        yield ""
+        yield line.label
+        yield from (f"  {each.about:7}{each.text}{cite(each)}" for each in found.lines[line])
+    silent = [line.label for line in found.lines if line not in telling]
+    if silent and not details:
+        yield ""
+        yield f"Of these rows give no verdict on what is asked (details=true says why): {units.listed(silent)}."
     if numbers:
         yield ""
         yield from (f"[{number}] {source}" for source, number in numbers.items())
+
+
+def table(found: Advice) -> Table:
+    """In brief: what rows tell of each mechanism of which they give a verdict."""
+    asked = found.question
+    fits = "needs" if asked.memory is None else f"fits {units.whole(units.size(asked.memory))}"
+    titles = [kind.title for kind in asked.kinds]
+    shown = Table("mechanism", fits, f"sees {asked.distance:,} back", *titles, "takes", box=SIMPLE)
+    for line in found.telling():
+        many = found.lines[line]
+        learns = [each for each in many if each.about == "learns"]
+        others = {each.about: each for each in many if each.about != "learns"}
+        told = [others["fits"], others["sees"], *learns, others["costs"]]
+        shown.add_row(line.label, *(each.brief or "not known" for each in told))
+    return shown
 
 
 def cited(sentence: Sentence) -> list[str]:

@@ -52,12 +52,14 @@ class Sentence(NamedTuple):
     text: the sentence.
     rows: that carry it; none where something is not known.
     state: yes | no | not known, of what is asked; "aside": of what is not.
+    brief: the same in a word or two, for a table; empty where nothing is known.
     """
 
     about: str
     text: str
     rows: Sequence[Row]
     state: str
+    brief: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,12 @@ class Advice:
     setting: Setting | None
     lines: dict[Line, list[Sentence]]
     ends: list[Sentence]
+
+    def telling(self) -> list[Line]:
+        """Of which rows give a verdict on a problem that is asked, and what they are compared with."""
+        return [
+            line for line, many in self.lines.items() if any(each.about == "learns" and each.brief for each in many)
+        ]
 
 
 def advice(matrix: Matrix, question: Question) -> Advice:
@@ -92,7 +100,7 @@ def advice(matrix: Matrix, question: Question) -> Advice:
         else:
             asked = units.listed([kind.title for kind in question.kinds])
             said.append(Sentence("learns", f"not known, nor how far it sees: no rows of {asked}", [], "not known"))
-        said.append(_costs(costs, question, where))
+        said.append(_costs(line, costs, question, where))
         if any(each.rows for each in said):
             found[line] = said
     ends = [*_nothing_fits(matrix, found, question), _together(found, question), *_lengths(matrix, found, question)]
@@ -113,31 +121,38 @@ def _amount(price: Price, key: str) -> str:
     return f"{price.words(key)}, {price.how}" if price.value is not None else price.words(key)
 
 
+def _brief(price: Price, key: str, own: bool) -> str:
+    return price.words(key) if own else f"{price.words(key)} (other options)"
+
+
 def _fits(line: Line, costs: Costed, asked: Question, where: str) -> Sentence:
     price = costs.price(PEAK, asked.length)
     if price.value is None:
         how = "no costs of it were measured on this device and in this setting" if costs.series is None else price.how
         return Sentence("fits", f"whether it fits is not known: {how}", [], "not known")
     if math.isinf(price.value):
-        return Sentence("fits", f"does not fit: {price.how}{where}", price.rows, "no")
+        return Sentence("fits", f"does not fit: {price.how}{where}", price.rows, "no", "no")
+    brief = _brief(price, PEAK, costs.line == line)
     if asked.memory is None:
-        return Sentence("fits", f"needs {_amount(price, PEAK)}{where}", price.rows, "yes")
+        return Sentence("fits", f"needs {_amount(price, PEAK)}{where}", price.rows, "yes", brief)
     fits = price.value <= asked.memory
     start = "fits: needs" if fits else "does not fit: needs"
     own = costs.line == line
     state = ("yes" if fits else "no") if own else "not known"
     if not own:
         start = f"not known at these options; at others it {'fits' if fits else 'does not fit'}: needs"
-    return Sentence("fits", f"{start} {_amount(price, PEAK)}{where}", price.rows, state)
+    brief = f"{'yes' if fits else 'no'}, {brief}"
+    return Sentence("fits", f"{start} {_amount(price, PEAK)}{where}", price.rows, state, brief)
 
 
-def _costs(costs: Costed, asked: Question, where: str) -> Sentence:
+def _costs(line: Line, costs: Costed, asked: Question, where: str) -> Sentence:
     price = costs.price(TIME, asked.length)
     if price.value is None:
         return Sentence("costs", f"how long it takes is not known: {price.how}", [], "not known")
     if math.isinf(price.value):
-        return Sentence("costs", f"did not finish: {price.how}{where}", price.rows, "no")
-    return Sentence("costs", f"takes {_amount(price, TIME)}{where}", price.rows, "yes")
+        return Sentence("costs", f"did not finish: {price.how}{where}", price.rows, "no", "did not finish")
+    brief = _brief(price, TIME, costs.line == line)
+    return Sentence("costs", f"takes {_amount(price, TIME)}{where}", price.rows, "yes", brief)
 
 
 def _sees(line: Line, matrix: Matrix, asked: Question) -> Sentence:
@@ -150,7 +165,7 @@ def _sees(line: Line, matrix: Matrix, asked: Question) -> Sentence:
     how, back = far.sees(asked.distance), f"{asked.distance:,} tokens back"
     state = {"surely": "yes", "perhaps": "not known", "through layers": "no", "no": "no"}.get(how, "not known")
     if far.surely == ALL:
-        return Sentence("sees", f"sees {back}: every query sees every key before it", [row], "yes")
+        return Sentence("sees", f"sees {back}: every query sees every key before it", [row], "yes", "yes")
     said = {
         "surely": f"sees {back}: every query of a layer sees {far.surely or 0:,}",
         "perhaps": f"may see {back}, but not every key: {_seen(far)}",
@@ -159,7 +174,8 @@ def _sees(line: Line, matrix: Matrix, asked: Question) -> Sentence:
         "no": f"does not see {back}: {_seen(far)}, all layers together {far.model or 0:,}",
         "not known": f"whether it sees {back} is not known: {_seen(far)}, in rows of {far.length:,}",
     }[how]  # fmt: skip
-    return Sentence("sees", said, [row], state)
+    brief = {"surely": "yes", "perhaps": "perhaps", "through layers": "not in one layer", "no": "no"}.get(how, "")
+    return Sentence("sees", said, [row], state, brief)
 
 
 def _seen(far: Reach) -> str:
@@ -189,7 +205,8 @@ def _learns(line: Line, matrix: Matrix, kind: Kind, asked: Question) -> Sentence
         state = "aside"  # the distance that is asked lies on the other side of the edge
     elif kind.part != "all" and asked.distance >= gap.task.seq_len:
         state = "not known"  # no answer that far back was ever scored
-    return Sentence("learns", said, gap.rows, state)
+    words = gap.words()
+    return Sentence("learns", said, gap.rows, state, "" if words.startswith("not known") else words)
 
 
 def _told(kind: Kind, edge: int | None) -> str:
