@@ -58,9 +58,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attention_zoo.attention.compressive_functions import LEARNED, Compression, used_most
-from attention_zoo.attention.compressive_loss import Picked, squares
+from attention_zoo.attention.compressive_loss import squares
 from attention_zoo.attention.compressive_lots import lots_of
-from attention_zoo.attention.compressive_plans import Sizes, Slots, few_of, pieces_of, slots_of
+from attention_zoo.attention.compressive_plans import Picked, Sizes, Slots, few_of, picked_of, pieces_of, slots_of
 from attention_zoo.attention.operator import refuse_export
 from attention_zoo.attention.relative import RelativeAttention
 from attention_zoo.contract import Operands, Output
@@ -173,7 +173,7 @@ class Compressive(RelativeAttention):
         slots = slots_of(tokens, before, self._sizes, LEARNED.get(self.compression, 1))
         taps = slots.taps[0] if slots.missing is None else slots.taps[0].masked_fill(slots.missing[0], -1)
         if self.compression == "most_used":
-            taps = self._used_most(x, slots)[0, :, None]
+            taps = self._used_most(x, slots, tokens)[0, :, None]
         place = torch.arange(tokens.valid.shape[1], device=taps.device)[:, None]
         return torch.cat([taps, nn.functional.pad(place, (0, taps.shape[1] - 1), value=-1)])
 
@@ -293,7 +293,9 @@ class Compressive(RelativeAttention):
         if not slots.new:
             return slots, hidden[:, :0].detach() if held is None else held
         used_most = self.compression == "most_used"
-        made = gathered(hidden.detach(), self._used_most(hidden, slots)) if used_most else self._made(hidden, slots)
+        made = (
+            gathered(hidden.detach(), self._used_most(hidden, slots, keys)) if used_most else self._made(hidden, slots)
+        )
         made = made.to(hidden.dtype)
         return slots, made if held is None else torch.cat([held, made], 1)
 
@@ -331,21 +333,17 @@ class Compressive(RelativeAttention):
         """What leaves memory at the end of a segment in this call, and how many tokens the loss is a mean of."""
         device = layout.valid.device
         if layout.placement is None:
-
-            def find() -> tuple[tuple[Picked, ...], Slots]:
-                return tuple(Picked.of(each, device) for each in slots.evicted), slots
-
-            return layout.plan(("evicted", id(slots)), find)[0], layout.read
+            return picked_of(layout, slots), layout.read
         fetched = columns - layout.valid.shape[1]
         mine = (each.only(each.queries.max(1) >= fetched) for each in slots.evicted)
         found = tuple(Picked.of(each, device) for each in mine if len(each.row))
         return found, layout.placement.whole.read
 
     @torch.no_grad()
-    def _used_most(self, hidden: Float[Tensor, "B N E"], slots: Slots) -> Int[Tensor, "B new"]:
+    def _used_most(self, hidden: Float[Tensor, "B N E"], slots: Slots, keys: Layout) -> Int[Tensor, "B new"]:
         """The columns of the states that are kept."""
         q, k = (self._heads(layer(hidden)) for layer in (self.to_q, self.to_k))
-        return used_most(q, k, slots, scale=self.scale)
+        return used_most(q, k, picked_of(keys, slots), slots.new, scale=self.scale)
 
     # --- scores ----------------------------------------------------------------------------------------------------
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attention_zoo.attention.compressive_plans import Slots
-from attention_zoo.layout.host import tensor_of
+from attention_zoo.attention.compressive_plans import Picked
+from attention_zoo.ops.softmax.tiles import scores_at_once
 
 LEARNED = {"conv": 1, "dilated": 2}
 """Functions with weights, and how many tokens apart their taps stand."""
@@ -53,23 +53,19 @@ def with_frozen(layer: nn.Module, x: Tensor) -> Tensor:
     return made
 
 
-def picked(x: Float[Tensor, "B N H D"], row: Any, columns: Any) -> Float[Tensor, "n m H D"]:
-    return x[tensor_of(row, x.device)[:, None], tensor_of(columns, x.device)]
-
-
 def used_most(
-    q: Float[Tensor, "B N H D"], k: Float[Tensor, "B N H D"], slots: Slots, *, scale: float
+    q: Float[Tensor, "B N H D"], k: Float[Tensor, "B N H D"], evicted: Sequence[Picked], new: int, *, scale: float
 ) -> Int[Tensor, "B new"]:
     """The columns of the states that are kept of those that leave memory: whom the segment that evicts attends to."""
-    kept = torch.zeros(len(q), slots.new, dtype=torch.long, device=q.device)
-    for each in slots.evicted:
-        asked = picked(q, each.row, each.queries.clip(min=0))
-        keys, count = picked(k, each.row, each.tokens), each.slots.shape[1]
-        there = tensor_of(each.queries >= 0, q.device)
-        for item, (mine, theirs) in enumerate(zip(asked, keys)):
-            scores = torch.einsum("shd,thd->hst", mine, theirs) * scale
+    kept = torch.zeros(len(q), new, dtype=torch.long, device=q.device)
+    for many in evicted:
+        # a few segments at a time: of all that evict there are as many scores as tokens times a segment
+        size = max(1, scores_at_once(q) // (q.shape[2] * many.queries.shape[1] * many.tokens.shape[1]))
+        for each in many.split(size):
+            scores = torch.einsum("nshd,nthd->nhst", q[each.row, each.queries], k[each.row, each.tokens]) * scale
             weights = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32))
-            best = (weights * there[item, :, None]).sum((0, 1)).topk(count).indices.sort().values
-            columns = tensor_of(each.tokens[item], q.device)[best]
-            kept[int(each.row[item]), tensor_of(each.slots[item], q.device)] = columns
+            if each.hidden is not None:
+                weights = weights.masked_fill(each.hidden, 0)
+            best = weights.sum((1, 2)).topk(each.slots.shape[1]).indices.sort().values
+            kept[each.row, each.slots] = each.tokens.gather(1, best)
     return kept

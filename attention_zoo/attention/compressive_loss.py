@@ -9,47 +9,16 @@ table that the layer has projected, so their keys and values are taken from ther
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from attention_zoo.attention.compressive_functions import with_frozen
-from attention_zoo.attention.compressive_plans import Evicted
-from attention_zoo.layout.host import Array, tensor_of
+from attention_zoo.attention.compressive_plans import Picked
 from attention_zoo.ops.relative.projections import is_plain
 from attention_zoo.ops.softmax.function import differentiable_once
-
-
-class Picked(NamedTuple):
-    """`Evicted` on the device.
-
-    Fields:
-        row: [n, 1].
-        queries: [n, S]; any where there is none.
-        hidden: [n, 1, S, 1], where there is none; None: nowhere.
-        slots: [n, g], which of the new slots.
-        tokens: [n, g · c].
-    """
-
-    row: Int[Tensor, "n 1"]
-    queries: Int[Tensor, "n S"]
-    hidden: Bool[Tensor, "n 1 S 1"] | None
-    slots: Int[Tensor, "n g"]
-    tokens: Int[Tensor, "n gc"]
-
-    @staticmethod
-    def of(each: Evicted, device: torch.device) -> Picked:
-        missing = each.queries < 0
-        some = tensor_of(missing[:, None, :, None], device) if bool(missing.any()) else None
-
-        def here(x: Array) -> Tensor:
-            return tensor_of(x, device)
-
-        return Picked(
-            here(each.row[:, None]), here(each.queries.clip(min=0)), some, here(each.slots), here(each.tokens)
-        )
 
 
 def squares(

@@ -93,6 +93,41 @@ class Evicted(NamedTuple):
         return Evicted(*(field[mask] for field in self))
 
 
+class Picked(NamedTuple):
+    """`Evicted` on the device.
+
+    Fields:
+        row: [n, 1].
+        queries: [n, S]; any where there is none.
+        hidden: [n, 1, S, 1], where there is none; None: nowhere.
+        slots: [n, g], which of the new slots.
+        tokens: [n, g · c].
+    """
+
+    row: Int[Tensor, "n 1"]
+    queries: Int[Tensor, "n S"]
+    hidden: Bool[Tensor, "n 1 S 1"] | None
+    slots: Int[Tensor, "n g"]
+    tokens: Int[Tensor, "n gc"]
+
+    @staticmethod
+    def of(each: Evicted, device: torch.device) -> Picked:
+        missing = each.queries < 0
+        some = tensor_of(missing[:, None, :, None], device) if bool(missing.any()) else None
+
+        def here(x: Array) -> Tensor:
+            return tensor_of(x, device)
+
+        return Picked(
+            here(each.row[:, None]), here(each.queries.clip(min=0)), some, here(each.slots), here(each.tokens)
+        )
+
+    def split(self, size: int) -> Iterator[Picked]:
+        """So many of the n at a time."""
+        for start in range(0, len(self.row), size):
+            yield Picked(*(None if x is None else x[start : start + size] for x in self))  # type: ignore[arg-type]
+
+
 class Slots(NamedTuple):
     """What a call compresses, and the compressed memory that it works with: slots held, then new ones.
 
@@ -113,6 +148,15 @@ class Slots(NamedTuple):
     evicted: tuple[Evicted, ...]
     kept: Int[Tensor, "B n"] | None
     kept_layout: Layout
+
+
+def picked_of(layout: Layout, slots: Slots) -> tuple[Picked, ...]:
+    """What leaves memory, on the layout's device, found once for all layers."""
+
+    def find() -> tuple[tuple[Picked, ...], Slots]:
+        return tuple(Picked.of(each, layout.valid.device) for each in slots.evicted), slots
+
+    return layout.plan(("evicted", id(slots)), find)[0]
 
 
 def slots_of(keys: Layout, held: Layout, sizes: Sizes, dilation: int) -> Slots:
