@@ -92,7 +92,7 @@ def _tells_buckets(call: HashedCall) -> str | None:
     return None
 
 
-SLOT = 200
+SLOT = 265
 """Pairs that cost what it takes to gather a slot of a chunk, put back what it found, and the same in backward."""
 COMPARED = 5
 """Columns of a product that cost what it takes to compare a pair in one round."""
