@@ -205,7 +205,7 @@ def _in_pieces(layer: Attention, call: Call) -> Tensor:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python tests/random_calls.py", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long (default 60)")
+    parser.add_argument("--seconds", type=_seconds, default=60.0, help="how long (default 60)")
     parser.add_argument("--only", nargs="*", choices=MECHANISMS, default=MECHANISMS, help="mechanisms")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -223,7 +223,13 @@ def main() -> int:
             wrong += 1
             print(f"{each}: {call}")
     print(dict(counts), f"{wrong} differences")
-    return bool(wrong)
+    return bool(wrong) or not counts.total() - counts["refused"]
+
+
+def _seconds(word: str) -> float:
+    if not 0 < (found := float(word)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {word}")
+    return found
 
 
 if __name__ == "__main__":

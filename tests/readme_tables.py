@@ -6,6 +6,7 @@ import json
 import statistics
 from pathlib import Path
 
+from attention_zoo.advice.lines import line_of
 from attention_zoo.report import read, units
 from attention_zoo.report.rows import Row
 
@@ -66,12 +67,17 @@ def distance_table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     for name in dict.fromkeys(row["backend"] for row in trained):
         mine = [row for row in trained if row["backend"] == name]
         assert all([edge for edge, *_ in row["by_group"]["distance"]] == edges for row in mine), name
-        keys = mine[0]["given"]["keys_mean"]
-        line = [name, str(len(mine)), "–" if keys is None else f"{keys:.0f}"]
+        first = mine[0]
+        model, keys = first["config"]["model"], first["given"]["keys_mean"]
+        at = [f"{key}={value}" for key, value in line_of(first).options]
+        if model.get("shorten"):
+            at += [f"shorten={model['shorten']}", f"{model['depth']} layers"]
+        line = [name, ", ".join(at) or "defaults", units.count(first["parameters"]), str(len(mine))]
+        line.append("–" if keys is None else f"{keys:.0f}")
         for place in range(len(edges)):
             line.append(_shares([row["by_group"]["distance"][place][1] for row in mine]))
         cells.append([*line, _shares([row["metrics"]["accuracy"] for row in mine])])
-    return ["mechanism", "seeds", "keys a query sees, mean", *spans, "all"], cells
+    return ["mechanism", "options", "parameters", "seeds", "keys a query sees, mean", *spans, "all"], cells
 
 
 def _shares(found: list[float]) -> str:

@@ -397,6 +397,42 @@ def test_nothing_is_said_too_far_or_too_near_or_from_one_length() -> None:
     assert "no growth is known" in alone.how
 
 
+def test_two_lengths_of_growth_beyond_the_flops_say_nothing_of_a_third() -> None:
+    """A core that leaves its cache between them would go on leaving it."""
+    rows = [*known(), *measured("bigbird", (1024, 4096), seconds=1.0)]
+    for row in rows:
+        if row["kind"] == "speed" and row["backend"] == "bigbird":
+            row["seconds"] = (row["length"] / 1024) ** 1.3
+    said = asked(rows)[0].lines
+    (costs,) = (
+        each for line, many in said.items() if line.backend == "bigbird" for each in many if each.about == "costs"
+    )
+    assert "two lengths do not show whether its growth has settled by 4,096 tokens, length^1.30" in costs.text
+    rows.append({**rows[-1], "id": "third", "length": 512, "seconds": 0.5**1.3, "flops": 512 * 10**6})
+    said = asked(rows)[0].lines
+    (costs,) = (
+        each for line, many in said.items() if line.backend == "bigbird" for each in many if each.about == "costs"
+    )
+    assert "extrapolated from 4,096 tokens as length^1.30" in costs.text
+
+
+def test_reach_that_nobody_knows_is_said_and_what_was_reached() -> None:
+    rows = known()
+    for row in rows:
+        if row["kind"] == "quality" and row["backend"] == "longformer":
+            row["given"] = {**row["given"], "layer_reach": None}
+            row["config"] = {**row["config"], "attention": {"name": "hourglass_of_somebody"}}
+    _, text = asked(rows)
+    assert re.search(r"how far it sees is not known, so that its recall is not told by distance \(in all: \d", text)
+
+
+def test_rows_of_another_verdict_are_told_beside() -> None:
+    found = {key: gap for (line, key), gap in gaps(known(), kinds_of("recall")).items() if line.backend == "longformer"}
+    good, worse = found["recall_within"], found["recall_beyond"]
+    assert re.search(r"; other rows say worse, gap −7\d[^;]*, 7 seeds \(", good.beside(worse).plainly())
+    assert "other rows" not in good.beside(good).plainly()
+
+
 def test_growth_that_has_not_settled_is_not_extended() -> None:
     rows = measured("full", (1024, 4096, 16384))
     rows[2]["seconds"] *= 3  # the square begins to rule

@@ -126,7 +126,11 @@ def told(found: Advice, *, details: bool = True) -> Iterator[str | Table]:
 
     yield f"Asked: {found.question.words()}."
     if found.setting is not None:
-        yield f"Costs are of one {found.setting.words()}."
+        machines = dict.fromkeys(
+            Source.of(row).device for many in found.lines.values() for each in many if each.about == "costs"
+            for row in each.rows
+        )  # fmt: skip
+        yield f"Costs are of one {found.setting.words()}{'; on ' if machines else ''}{units.listed(list(machines))}."
     if not found.lines:
         yield "Nothing is known: no row is of this device, or of this kind of problem."
     yield ""
@@ -164,7 +168,7 @@ def table(found: Advice) -> Table:
 
 
 def cited(sentence: Sentence) -> list[str]:
-    """The sources of a sentence: file with ids of rows, the day and commit that brought it, code and device."""
+    """The sources of a sentence: file with ids of rows, the day and commit of its last change, code and device."""
     files: dict[tuple[str, str, str], list[str]] = {}
     for row in sentence.rows:
         source = Source.of(row)

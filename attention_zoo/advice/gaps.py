@@ -49,6 +49,7 @@ class Gap:
         edge: up to which distance answers are within reach, in columns that ask that.
         rows: what all of this rests on, full attention's last.
         family: how many comparisons are judged together with this one.
+        others: verdicts of other rows of the same mechanism on the same, where they are not this one.
         several: "2 machines", where its seeds are of several places; "" of one.
     """
 
@@ -63,6 +64,7 @@ class Gap:
     rows: Sequence[Row] = field(default_factory=list)
     family: int = 0
     several: str = ""
+    others: tuple[str, ...] = ()
 
     @property
     def known(self) -> bool:
@@ -140,7 +142,16 @@ class Gap:
         said += f", and yet as good {within}" if self.judged == "worse" and self.as_good else ""
         seeds, of = len(self.verdict.pairs) if self.verdict else 0, f" of {self.several}" if self.several else ""
         could = f"; {shown}" if self.judged is None and (shown := self._could_show()) else ""
-        return f"{said}, gap {self.gap_words()}, 95 % interval of {seeds} seeds{of}{self._positions()}{could}"
+        beside = "".join(f"; other rows say {each}" for each in self.others)
+        return f"{said}, gap {self.gap_words()}, 95 % interval of {seeds} seeds{of}{self._positions()}{could}{beside}"
+
+    def beside(self, other: Gap) -> Gap:
+        """With what another task's rows say, where their verdict is another."""
+        if not (self.known and other.known) or self.verdict_words == other.verdict_words or other.verdict is None:
+            return self
+        files = ", ".join(dict.fromkeys(str(row.get(FROM) or "") for row in other.rows))
+        told = f"{other.verdict_words}, gap {other.gap_words()}, {len(other.verdict.pairs)} seeds ({files})"
+        return replace(self, others=(*self.others, told))
 
     def _positions(self) -> str:
         """That not the pattern alone is another where a mechanism brings positions: they may be all of the gap."""
@@ -177,9 +188,10 @@ def gaps(rows: Iterable[Row], kinds: Sequence[Kind]) -> dict[tuple[Line, str], G
             for gap in columns(
                 named, [kind for kind in kinds if answers(stratum, kind)], mine, len(task.family(stratum))
             ):
-                before = found.get((gap.line, gap.kind.key))
-                if before is None or _order(gap) > _order(before):
-                    found[gap.line, gap.kind.key] = gap
+                cell = gap.line, gap.kind.key
+                before = found.get(cell, gap)
+                first, second = (gap, before) if _order(gap) > _order(before) else (before, gap)
+                found[cell] = first if first is second else replace(first, others=before.others).beside(second)
     return {cell: gap for kind in kinds for cell, gap in found.items() if cell[1] == kind.key}
 
 
@@ -223,6 +235,9 @@ def _refusal(
     task: Task, each: Learnt, kind: Kind, own: Sequence[Score], family: int, told: Compared | None
 ) -> str | None:
     """Why nothing is known of one mechanism where something may be of others."""
+    if not own and each.group and kind.part != "all" and edge_of(each) is None:
+        reached = value_words(mean(scores(each, "all", None)), task.metric)
+        return f"how far it sees is not known, so that its recall is not told by distance (in all: {reached})"
     if not own:
         where = {"within": "within its reach", "beyond": "beyond its reach"}.get(kind.part, "")
         return f"no answer {where} was scored" if each.group else NO_ROWS

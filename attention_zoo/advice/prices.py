@@ -2,9 +2,9 @@
 
 Between two measured lengths a figure is interpolated, log against log; beyond the longest it follows the exponent that
 is fitted to the longest three, at most `FARTHEST` times as far. That is never below 1, since the inputs alone grow so,
-and nothing is said where the last step was steeper than the fit, or where FLOPs grow neither in proportion nor as the
-square, as those of full attention before its square rules. Nor is anything below the shortest length, where fixed costs
-rule.
+and nothing is said where the last step was steeper than the fit, where two lengths alone show a figure to grow faster
+than the FLOPs, or where those grow neither in proportion nor as the square, as those of full attention do before its
+square rules. Nor is anything below the shortest length, where fixed costs rule.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from attention_zoo.results.row import Row
 
 FARTHEST = 4
 """Times the longest length that was measured."""
+ENOUGH = 3
+"""Lengths that show whether growth that is faster than that of the FLOPs has settled: caches are left behind once."""
 STEEPER = 0.1
 """Of an exponent: by how much the last step may exceed the fit before growth counts as not settled."""
 
@@ -148,6 +150,15 @@ def price(series: Series, key: str, length: int) -> Price:
     if key == TIME and work is not None and (1 + STEEPER < work < 2 - STEEPER or work > used + STEEPER):
         so_far = f"time as length^{power:.2f}, FLOPs as length^{work:.2f}"
         return Price(None, f"its growth has not settled by {lengths[-1]:,} tokens, {so_far}")
+    if len(finite) < ENOUGH and power > max(work or 1.0, 1.0) + STEEPER:
+        so_far = (
+            f"length^{power:.2f} over {len(finite)} lengths, FLOPs as length^{work:.2f}"
+            if work
+            else f"length^{power:.2f}"
+        )
+        return Price(
+            None, f"two lengths do not show whether its growth has settled by {lengths[-1]:,} tokens, {so_far}"
+        )
     said = "the exponent of its own rows"
     if power < 1:
         said = f"in proportion, since its own rows grow as length^{power:.2f}"

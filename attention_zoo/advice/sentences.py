@@ -141,7 +141,7 @@ def _fits(line: Line, costs: Costed, asked: Question, where: str) -> Sentence:
     state = ("yes" if fits else "no") if own else "not known"
     if not own:
         start = f"not known at these options; at others it {'fits' if fits else 'does not fit'}: needs"
-    brief = f"{'yes' if fits else 'no'}, {brief}"
+    brief = f"{'yes' if fits else 'no'}, {brief}" if own else f"not known, {brief}"
     return Sentence("fits", f"{start} {_amount(price, PEAK)}{where}", price.rows, state, brief)
 
 
@@ -170,7 +170,7 @@ def _sees(line: Line, matrix: Matrix, asked: Question) -> Sentence:
         "surely": f"sees {back}: every query of a layer sees {far.surely or 0:,}",
         "perhaps": f"may see {back}, but not every key: {_seen(far)}",
         "through layers": f"does not see {back} in one layer: {_seen(far)}; layers hand on what lies up to "
-                          f"{far.model or 0:,} back, which recall by content has no use for",
+                          f"{far.model or 0:,} back",
         "no": f"does not see {back}: {_seen(far)}, all layers together {far.model or 0:,}",
         "not known": f"whether it sees {back} is not known: {_seen(far)}, in rows of {far.length:,}",
     }[how]  # fmt: skip
@@ -192,7 +192,8 @@ def _learns(line: Line, matrix: Matrix, kind: Kind, asked: Question) -> Sentence
     gap = matrix.cell(line, kind)
     if gap.task is None:
         return Sentence("learns", f"{kind.title}: not known, no rows", [], "not known")
-    where = f"{kind.title} ({gap.task.title}{_told(kind, gap.edge)})"
+    unsure = kind.part != "all" and reach_of(gap.rows[0]).surely is None
+    where = f"{kind.title} ({gap.task.title}{_told(kind, gap.edge)}{', as far as it may see' if unsure else ''})"
     if gap.reference:
         said = f"{where}: is what others are compared with, reached {gap.words()}"
         if gap.value is None:

@@ -1,4 +1,4 @@
-"""Where rows of advice come from: each keeps the path of its file, and the day and commit that brought it there."""
+"""Where rows of advice come from: each keeps the path of its file, and the day and commit of its last change."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def _named(path: Path) -> str:
 
 @cache
 def committed(file: str) -> str:
-    """ "2026-11-29, commit 4958d69" of the last change of a file that git knows; "" of others."""
+    """ "file last changed 2026-11-29, commit 4958d69" of a file that git knows; "" of others."""
     for base in (Path.cwd(), COMMITTED.parents[1]):
         if not (base / file).exists():
             continue
-        asked = ["git", "-C", str(base), "log", "-1", "--format=%cs, commit %h", "--", file]
+        asked = ["git", "-C", str(base), "log", "-1", "--format=file last changed %cs, commit %h", "--", file]
         try:
             done = subprocess.run(asked, capture_output=True, text=True, timeout=GIT_S, check=False)
         except (OSError, subprocess.TimeoutExpired):
