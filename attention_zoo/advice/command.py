@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from attention_zoo.advice.kinds import kinds_of
 from attention_zoo.advice.lines import Source
@@ -26,7 +26,7 @@ from attention_zoo.rules import OneOf
 from attention_zoo.schemas import store
 
 WIDE = 160
-"""Columns of the table where nobody says how many there are: in a file or a pipe."""
+"""Columns of a file or a pipe."""
 
 
 @dataclass
@@ -95,7 +95,7 @@ def advise(config: AdviseConfig, console: Console | None = None) -> Advice:
         ValueError: for a wrong option, or no rows.
         OSError: naming the file that could not be written.
     """
-    console = console or Console()
+    console = console or (here if (here := Console()).is_terminal else Console(width=WIDE))
     asked = question_of(config)
     rows = rows_of(config.results)
     costs: dict[str, Any] = {"device": config.device, "phase": config.phase, "variant": config.variant}
@@ -104,7 +104,7 @@ def advise(config: AdviseConfig, console: Console | None = None) -> Advice:
         if isinstance(line, str):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
-            console.print(line, width=console.width if console.is_terminal else WIDE)
+            console.print(line)
     if rows.left_out:
         console.print(f"left out: {len(rows.left_out)} rows or files, {rows.left_out[0]}", markup=False, soft_wrap=True)
     if config.output is not None:
@@ -156,8 +156,8 @@ def table(found: Advice) -> Table:
     """In brief: what rows tell of each mechanism of which they give a verdict."""
     asked = found.question
     fits = "needs" if asked.memory is None else f"fits {units.whole(units.size(asked.memory))}"
-    titles = [kind.title for kind in asked.kinds]
-    shown = Table("mechanism", fits, f"sees {asked.distance:,} back", *titles, "takes", box=SIMPLE)
+    titles = ["mechanism", fits, f"sees {asked.distance:,} back", *(kind.title for kind in asked.kinds), "takes"]
+    shown = Table(*(Column(title, overflow="fold") for title in titles), box=SIMPLE)
     for line in found.telling():
         many = found.lines[line]
         learns = [each for each in many if each.about == "learns"]
