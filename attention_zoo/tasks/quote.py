@@ -17,9 +17,9 @@ is then in the document whatever the label is. Longer pieces do tell: that is th
 What it costs: no part of the answer pays before all of it. With 64 dimensions and 2 layers full attention is still at
 50 % after 1,000 steps of 64 rows with quotes of 16 bytes. `lessons` are first steps of easier rows, for training alone
 (`tasks/quote_lessons.py`). With conf/task/quote.yaml, whose heads, batch and rate were chosen for full attention by its
-training losses with seeds 0 to 2, it reached 98.7 to 99.8 % over seven seeds, reformer 99.1 to 99.9, bigbird 97.8 to
-100.0 and longformer, still learning, 74 to 82 %, at the options of `preset=choice` (356d465, one thread of an Intel
-Xeon, two to four minutes each beside other work; experiments/results/choice_cpu). With two heads and batches of 32 some
+training losses with seeds 0 to 2, it reached 98.9 to 99.9 % over seven seeds, reformer 99.1 to 99.9, bigbird 98.0 to
+99.8 and longformer, still learning, 57 to 81 %, at the options of `preset=choice` (41988c6, one thread of an AMD EPYC,
+two to four minutes each beside other work; experiments/results/choice_cpu). With two heads and batches of 32 some
 seeds stayed long at what single bytes tell. Queries and keys of one map, Reformer's, find equal bytes from the first;
 others learn to.
 
