@@ -66,6 +66,8 @@ SIZES: dict[str, list[Any]] = {
     "window_blocks": [1, 3],
 }
 """In place of the numbers that are counted; spans end between tokens, where their ramp has a slope that says little."""
+KERNELS = {"bigbird": "tiles", "full": "tiles", "longformer": "tiles", "reformer": "chunks"}
+"""What runs long calls, which `auto` hardly takes for so few tokens: in a third of the calls."""
 LENGTHS = 1, 2, 3, 5, 8, 9, 16, 17, 31, 33, 64, 70
 PADDING = "none", "none", "holes", "left", "right", "short", "one long"
 PIECES_DIFFER = {"reformer": "tokens that come later change how earlier ones are sorted"}
@@ -109,6 +111,8 @@ def draw(rng: random.Random, name: str) -> Call:
     for key in rng.sample(list(values), min(len(values), rng.choice((0, 1, 1, 2, 3, 4)))):
         words = isinstance(values[key][0], (bool, str))
         options[key] = rng.choice(values[key] if words else SIZES.get(key, values[key]))
+    if name in KERNELS and rng.random() < 1 / 3:
+        options["kernel"] = KERNELS[name]
     options.setdefault("causal", rng.random() < 0.6 or not can.two_sided)
     heads, rows, length = rng.choice((2, 4)), rng.choice((1, 1, 2, 3)), rng.choice(LENGTHS)
     g = torch.Generator().manual_seed(rng.randrange(2**31))

@@ -431,6 +431,15 @@ def test_rows_of_another_verdict_are_told_beside() -> None:
     good, worse = found["recall_within"], found["recall_beyond"]
     assert re.search(r"; other rows say worse, gap −7\d[^;]*, 7 seeds \(", good.beside(worse).plainly())
     assert "other rows" not in good.beside(good).plainly()
+    longer = [{**row, "id": f"longer-{row['id']}", "seq_len": 128} for row in known() if row["kind"] == "quality"]
+    for row in longer:
+        if row["backend"] == "longformer":
+            row["by_group"] = {
+                "distance": [[edge, 0.96 * right, *rest] for edge, right, *rest in row["by_group"]["distance"]]
+            }
+    both = gaps([*known(), *longer], kinds_of("recall_within"))
+    (gap,) = (gap for gap in both.values() if gap.line.backend == "longformer")
+    assert "; other rows say " in gap.plainly(), gap.plainly()
 
 
 def test_growth_that_has_not_settled_is_not_extended() -> None:
