@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations, islice, pairwise
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 from attention_zoo.tasks.generated import PARTS, part_of
 from attention_zoo.tasks.quote import SEPARATOR, Quote
 from attention_zoo.tasks.quote_lessons import Lessons, lesson_at, lessons_for
+from attention_zoo.training import timing
+from attention_zoo.training.building import build
+from attention_zoo.training.config import check, compose_training, options_of
 
 LESSONS = 60
 OPTIONS: dict[str, Any] = {"quote": 16, "seam": 2, "background": "random", "bytes": 32, "test_examples": 64}
@@ -116,3 +120,17 @@ def test_what_is_no_number_of_steps_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"^lessons must be .*, got ") as refused:
         Quote(lessons=value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_run_is_timed_where_its_rows_are_long_too(monkeypatch) -> None:
+    """As if a step took a second a token: the first rows are a fifth of the last."""
+    monkeypatch.setattr(timing, "_seconds", lambda trainer, steps, enough: [float(next(trainer.batches).ids.shape[1])])
+    words = ["task=quote", "attention=full", "device=cpu", "steps=240", "task.lessons=110", "model.depth=1"]
+    config = compose_training(words)
+    task = build(options_of(check(config)).task, "task")
+    batches = task.train_batches(1, config["seq_len"], 0)
+    exact = fmean(next(batches).ids.shape[1] for _ in range(config["steps"]))
+    (found,) = timing.timed_steps(config, 1)["seconds"]
+    assert 0.9 * exact < found < 1.1 * exact
+    (first,) = timing.timed_steps(compose_training([*words, "task.lessons=0"]), 1)["seconds"]
+    assert first == config["seq_len"]

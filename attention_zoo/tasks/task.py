@@ -121,6 +121,8 @@ class Task:
         streams: whether row b of one batch goes on in row b of the next, so that a recurrent state is of use.
         global_tokens: whether rows have tokens that see and are seen by all. Where they have none, weights that only
             such tokens need are not built.
+        lessons: first steps of training whose rows are easier, and may be shorter: the first ones do not tell what a
+            run takes. The place in such batches is {"step": n}.
         metric: name of the main metric among those of `score`.
         better: whether a higher or a lower main metric is better.
     """
@@ -129,6 +131,7 @@ class Task:
     objective: ClassVar[str] = "causal_lm"
     streams: ClassVar[bool] = False
     global_tokens: bool = False
+    lessons: int = 0
     metric: ClassVar[str]
     better: ClassVar[Literal["higher", "lower"]]
     vocab: int

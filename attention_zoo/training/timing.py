@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from attention_zoo.training.models import mechanism_of
 from attention_zoo.training.records import CHECKPOINT, MODEL
 from attention_zoo.training.run import run_identity
 from attention_zoo.training.seed import contained, seed_all
+from attention_zoo.training.trainer import Trainer
 
 FIRST = ("torch._dynamo", "attention_zoo.training.optimizer")
 """What making an optimizer imports: a second of each training's time, unless the process that forks it has it."""
@@ -32,12 +34,14 @@ WARMUP = 1
 ENOUGH_S, MOST = 1.0, 100
 """So long short steps are timed where a run is timed wholly, and so many: one alone may have waited for other work."""
 EVALUATION_S = 20.0
+PLACES = 5
+"""Of a run whose rows grow, evenly apart, where steps are timed: `lessons` of a task begin with short ones."""
 CHECKPOINTS = 2
 """That are on the disk at a time: one is there while the next is written."""
 
 
 def timed_steps(config: Mapping[str, Any], steps: int, *, wholly: bool = False) -> dict[str, Any]:
-    """Seconds of each of a run's first steps after `WARMUP`; nothing is written.
+    """Seconds of each of a run's first steps after `WARMUP`, or the mean over `PLACES`; nothing is written.
 
     Args:
         config: composed conf/train.yaml as plain values.
@@ -62,17 +66,14 @@ def timed_steps(config: Mapping[str, Any], steps: int, *, wholly: bool = False) 
             task = build(options.task, "task")
             task.check(options.seq_len)
             parts = assemble(options, mechanism_of(options), task)
-            trainer, seconds = parts.trainer, list[float]()
+            trainer = parts.trainer
             started = time.perf_counter() - began
-            while len(seconds) < WARMUP + steps or (
-                wholly and sum(seconds[WARMUP:]) < ENOUGH_S and len(seconds) < MOST
-            ):
-                began = time.perf_counter()
-                trainer.step()
-                if trainer.device != "cpu":
-                    torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - began)
-            found: dict[str, Any] = {"seconds": seconds[WARMUP:]}
+            enough = ENOUGH_S if wholly else 0.0
+            if task.lessons:
+                seconds = [fmean(_there(trainer, place, steps, enough / PLACES) for place in _places(options.steps))]
+            else:
+                seconds = _seconds(trainer, steps, enough)
+            found: dict[str, Any] = {"seconds": seconds}
             if wholly:
                 began = time.perf_counter()
                 result = parts.score(parts.main, lambda: time.perf_counter() - began > EVALUATION_S)
@@ -84,6 +85,28 @@ def timed_steps(config: Mapping[str, Any], steps: int, *, wholly: bool = False) 
             return found
         except (ValueError, ArithmeticError, NotImplementedError, RuntimeError) as error:  # the run will say so
             return {"error": " ".join(str(error).split())}
+
+
+def _seconds(trainer: Trainer, steps: int, enough: float) -> list[float]:
+    """Of each step behind `WARMUP`, of so many at least, and of so many seconds."""
+    seconds: list[float] = []
+    while len(seconds) < WARMUP + steps or (sum(seconds[WARMUP:]) < enough and len(seconds) < MOST):
+        began = time.perf_counter()
+        trainer.step()
+        if trainer.device != "cpu":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return seconds[WARMUP:]
+
+
+def _places(steps: int) -> list[int]:
+    return [part * (steps - 1) // (PLACES - 1) for part in range(PLACES)]
+
+
+def _there(trainer: Trainer, place: int, steps: int, enough: float) -> float:
+    """Seconds of a step, from that one on."""
+    trainer.batches.load_state_dict({"step": place})
+    return fmean(_seconds(trainer, steps, enough))
 
 
 def _around(config: Mapping[str, Any], parts: Assembly) -> float:
