@@ -43,16 +43,7 @@ class More(NamedTuple):
     reason: str
 
 
-ROTARY: dict[str, Any] = {"positions": "rotary"}
 MORE = (
-    More(
-        "longformer", {**ROTARY, "sink_logit": True}, "global", 60, 43,
-        "queries and keys of two projections are turned back, and a sink takes its share",
-    ),
-    More(
-        "longformer", {**ROTARY, "sink_positions": "cache"}, "global", 60, 55,
-        "queries of two projections, and those that ask the first tokens, are turned back",
-    ),
     More("memory_compressed", {"head_width": 8}, "", 60, 43, "FlexAttention takes 16 channels: fewer are filled up"),
     More("compressive", {"compression": "most_used"}, "", 70, 40, "memories are ranked by how much they were used"),
     More(

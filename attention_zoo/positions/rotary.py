@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from attention_zoo.layout.kernel import triton_reason
 from attention_zoo.layout.layout import Layout
 from attention_zoo.options import LARGEST, Finite
 from attention_zoo.positions.scheme import AttentionPositions
@@ -110,9 +111,22 @@ def _turned(x: Float[Tensor, "B ... L D"], cos: Tensor, sin: Tensor) -> Float[Te
     return _mixed(x, cos, sin, 1)
 
 
-def _mixed(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
-    """Three operators, since short calls wait for the host; no pair is cut apart and put together again."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, value=way)
+def _mixed(x: Tensor, cos: Tensor, sin: Tensor, way: int, strides: tuple[int, ...] | None = None) -> Tensor:
+    """Few operators, since short calls wait for the host; no pair is cut apart and put together again.
+
+    Args:
+        strides: of the output; default those that it has by itself.
+    """
+    moved = strides is not None and x.stride() != strides
+    out = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device) if moved else None  # type: ignore[arg-type]
+    if triton_reason(x.device) is None and not torch.compiler.is_compiling():
+        from attention_zoo.ops.triton import pairs
+
+        if pairs.takes(x, cos, sin):
+            return pairs.turned(x, cos, sin, way, torch.empty_like(x) if out is None else out)
+    if out is None:
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin, value=way)
+    return torch.mul(x, cos, out=out).addcmul_(x.roll(x.shape[-1] // 2, -1), sin, value=way)
 
 
 def _dense(x: Tensor) -> tuple[int, ...] | None:
@@ -130,10 +144,7 @@ class _Turn(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, way: int, strides: tuple[int, ...] | None) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.way, ctx.strides = way, strides
-        if strides is None or x.stride() == strides:
-            return _mixed(x, cos, sin, way)
-        out = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
-        return torch.mul(x, cos, out=out).addcmul_(x.roll(x.shape[-1] // 2, -1), sin, value=way)
+        return _mixed(x, cos, sin, way, strides)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
