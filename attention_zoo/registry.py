@@ -56,6 +56,12 @@ def _shipped() -> tuple[str, ...]:
     return tuple(sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")))
 
 
+def read_shipped() -> None:
+    """Have the recipes of all shipped backends at hand, which are otherwise read when they are first asked for."""
+    for name in _shipped():
+        _own(name)
+
+
 @cache
 def _own(name: str) -> tuple[type[Attention], dict[str, Any]]:
     """Read once: parsing the yaml takes longer than building the layer."""

@@ -45,10 +45,12 @@ def serve(link: Link) -> None:
 
 
 def _import(module: str) -> None:
-    """A module and what it names; what cannot be imported is its child's to tell."""
+    """A module, what it names and what it prepares; what cannot be imported is its child's to tell."""
     with suppress(Exception):
-        for name in getattr(importlib.import_module(module), "FIRST", ()):
+        found = importlib.import_module(module)
+        for name in getattr(found, "FIRST", ()):
             importlib.import_module(name)
+        getattr(found, "prepare", lambda: None)()
 
 
 def _answer(function: str, given: dict[str, Any], answer: int) -> None:
