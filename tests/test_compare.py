@@ -101,7 +101,7 @@ def test_a_training_that_fails_or_dies_is_a_row_and_the_others_go_on(tmp_path, m
     runs = [bad, tiny_run("killed", steps=100_000), tiny_run("good", window=4)]
     children: dict[str, trainings._Child] = {}
     start = trainings._start
-    monkeypatch.setattr(trainings, "_start", lambda run, folder: children.setdefault(run.name, start(run, folder)))
+    monkeypatch.setattr(trainings, "_start", lambda run, *at: children.setdefault(run.name, start(run, *at)))
     seen = []
 
     def watch(event):

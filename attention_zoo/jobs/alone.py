@@ -16,20 +16,17 @@ import torch
 from attention_zoo import stopping
 from attention_zoo.files import plain
 from attention_zoo.jobs.following import send_end
-from attention_zoo.jobs.trainings import GRACE_S, LEAVE_S, data_of, identity_of, task_name
+from attention_zoo.jobs.trainings import FIRST, GRACE_S, LEAVE_S, data_of, identity_of, prepare, task_name
 from attention_zoo.locks import Busy, owning
 from attention_zoo.measure.ends import Ended
 from attention_zoo.measure.kept import keep_row
 from attention_zoo.measure.nursery import Nursery
-from attention_zoo.registry import read_shipped
 from attention_zoo.results.row import Row
-from attention_zoo.training import timing
 from attention_zoo.training.records import RESULT, lost_row
 from attention_zoo.training.run import run_training
 from attention_zoo.words import say
 
-FIRST = (*timing.FIRST, "scipy.stats")
-"""Also what the bootstrap over evaluation rows imports, most of a short training's time beside its steps."""
+__all__ = ["FIRST", "prepare", "ready", "train", "train_alone"]
 
 
 def train_alone(
@@ -67,11 +64,6 @@ def train(config: dict[str, Any], folder: str, threads: int) -> dict[str, Any]:
         return {"row": run_training(config, folder, wait_s=float("inf"))}
     except stopping.Stopped as stop:
         return {"row": None, "stopped": str(stop)}
-
-
-def prepare() -> None:
-    """What every training asks, to name its run and to check its options: once, for all that are forked."""
-    read_shipped()
 
 
 def ready() -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Run several trainings, each in a fresh process, a few at a time; keep every row; never train twice what is trained.
 
 A run that fails, is killed or takes far too long is a row like any other, and the rest go on; one that was ended from
-outside goes on from its checkpoint at the next call. `python -m` of this module is the fresh process: it reads one run
-from standard input, leaves `<folder>/result.json`, and ends with the process that started it.
+outside goes on from its checkpoint at the next call. The fresh process (`train`) leaves `<folder>/result.json`, and
+ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -19,23 +19,32 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from attention_zoo import stopping
 from attention_zoo.files import Damaged, plain, read_jsonl, safe_name
 from attention_zoo.jobs.following import send_end
+from attention_zoo.jobs.slots import NeverBegun, Process, Slots
 from attention_zoo.measure.ends import Ended, how_it_ended, oom_kills
 from attention_zoo.measure.kept import keep_row, make_way, number
+from attention_zoo.measure.servers import Gone
+from attention_zoo.registry import read_shipped
 from attention_zoo.results.row import Row
+from attention_zoo.training import timing
 from attention_zoo.training.building import build
 from attention_zoo.training.config import options_of
 from attention_zoo.training.records import RESULT, kept_row, lost_row, read_row
 from attention_zoo.training.run import run_identity, run_training
 from attention_zoo.words import say
 
+FIRST = (*timing.FIRST, "scipy.stats")
+"""What a process is forked with: also what the bootstrap over evaluation rows imports."""
 POLL_S = 0.25
 GRACE_S = 120.0
 """What a run may take beyond thrice its own time budget before it is ended: start, data, evaluation, other load."""
 LEAVE_S = 20.0
 """What a run that is asked to stop may take to save where it is."""
+LOG = "log.txt"
 TAIL = 2**16
 """Bytes of a log that are read: its end."""
 
@@ -75,7 +84,7 @@ class RunEvent:
 class _Child:
     run: Run
     folder: Path
-    process: subprocess.Popen[bytes]
+    process: Process | NeverBegun
     kills: int
     silent: bool = False
     started: float = field(default_factory=time.monotonic)
@@ -131,23 +140,24 @@ def run_trainings(
             rows[run.name] = old
             skipped.add(run.name)
             tell("skipped", run, old)
-    try:
-        while waiting or running:
-            while waiting and len(running) < parallel:
-                running.append(_start(waiting.pop(0), Path(folder)))
-                tell("started", running[-1].run)
-            time.sleep(POLL_S)
-            for child in list(running):
-                row = _result(child)
-                if row is not None:
-                    running.remove(child)
-                    rows[child.run.name] = row
-                    silent += [child] * child.silent
-                    tell("finished", child.run, row)
-            tell("waiting")
-    except BaseException:
-        _stop(running)
-        raise
+    with Slots() as slots:
+        try:
+            while waiting or running:
+                while waiting and len(running) < parallel:
+                    running.append(_start(waiting.pop(0), Path(folder), slots))
+                    tell("started", running[-1].run)
+                time.sleep(POLL_S)
+                for child in list(running):
+                    row = _result(child)
+                    if row is not None:
+                        running.remove(child)
+                        rows[child.run.name] = row
+                        silent += [child] * child.silent
+                        tell("finished", child.run, row)
+                tell("waiting")
+        except BaseException:
+            _stop(running)
+            raise
     for child in silent:  # when nothing runs any more that would have to wait
         send_end(rows[child.run.name], child.folder, say=on_bad)
     return [rows[run.name] for run in runs]
@@ -210,26 +220,21 @@ def _data(task: str, seq_len: int) -> Any:
     return json.loads(json.dumps(plain(build(json.loads(task)).describe(seq_len))))
 
 
-def _start(run: Run, folder: Path) -> _Child:
+def _start(run: Run, folder: Path, slots: Slots) -> _Child:
     place = run.within(folder)
     place.mkdir(parents=True, exist_ok=True)
-    for name in (RESULT, "log.txt"):
+    for name in (RESULT, LOG):
         make_way(place / name)
     (place / RESULT).unlink(missing_ok=True)
-    threads = str(run.config.get("threads") or 1)
-    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": paths}
+    given = {"config": run.config, "folder": str(place), "threads": run.config.get("threads") or 1}
     kills = oom_kills()
-    with open(place / "log.txt", "wb") as log:
-        process = subprocess.Popen(
-            stopping.child_command("attention_zoo.jobs.trainings"),
-            stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=env,
-            process_group=0,  # Ctrl-C in a terminal is for this process, which then has the runs save where they are
-        )  # fmt: skip
-    assert process.stdin is not None
-    with suppress(BrokenPipeError):  # it has ended already, and how will be its row
-        process.stdin.write(json.dumps({"config": run.config, "folder": str(place)}).encode())
-        process.stdin.close()
+    process: Process | NeverBegun
+    with open(place / LOG, "wb") as log:
+        try:
+            process = slots.start("attention_zoo.jobs.trainings:train", given, log.fileno())
+        except Gone as gone:
+            log.write(gone.ended.reason.encode())
+            process = NeverBegun()
     return _Child(run, place, process, kills)
 
 
@@ -256,7 +261,7 @@ def _result(child: _Child) -> Row | None:
 def _how_it_ended(child: _Child, code: int) -> Ended:
     if code in (stopping.REQUEUE, stopping.CTRL_C):
         return Ended("lost", "asked to stop from outside; the next call goes on from its checkpoint")
-    with open(child.folder / "log.txt", "rb") as log:
+    with open(child.folder / LOG, "rb") as log:
         log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL))
         said = log.read().decode(errors="replace")
     return how_it_ended(code, said, killed_for_memory=oom_kills() > child.kills)
@@ -285,17 +290,20 @@ def _share(child: _Child) -> float:
     return min(max(steps, default=0) / child.run.config["steps"], 1.0)
 
 
-def main() -> int:
-    """Train one run; returns an exit code."""
+def prepare() -> None:
+    """What every training asks, to name its run and to check its options: once, for all that are forked."""
+    read_shipped()
+
+
+def train(config: dict[str, Any], folder: str, threads: int) -> dict[str, Any]:
+    """What the process does; asked to stop, it ends with a code of its own."""
     stopping.install()
+    torch.set_num_threads(threads)
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))  # of what it starts itself
     try:
-        asked = json.load(sys.stdin)
-        row = run_training(asked["config"], asked["folder"])
+        row = run_training(config, folder)
     except KeyboardInterrupt as stop:
-        return stop.code if isinstance(stop, stopping.Stopped) else stopping.CTRL_C
+        sys.stdout.flush()
+        os._exit(stop.code if isinstance(stop, stopping.Stopped) else stopping.CTRL_C)
     print(f"{row['status']}: {row['error']}")  # to the log: the row itself may not have been writable
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return {}
