@@ -147,3 +147,35 @@ def test_the_default_size_compiles_as_the_table_says(tmp_path: Path, only: str) 
         assert row.stack < SPILLED
         if row.triton == known[row.what].triton:
             assert (row.shared, row.registers, row.stack) == known[row.what][9:12]
+
+
+PAIRS = """
+import sys, torch
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from attention_zoo.ops.triton import ahead, pairs
+
+where, launch, rows = ahead.Elsewhere(), JITFunction.run, []
+driver.set_active(where)
+
+def compiled(kernel, *args, grid, warmup=None, **constants):
+    made = launch(kernel, *args, grid=None, warmup=True, **constants)
+    print(where.arch, made.metadata.shared, *ahead._used(made.asm["cubin"]))
+
+JITFunction.run = compiled
+for where.arch in ahead.CARDS:
+    for width, dtype in ((64, torch.bfloat16), (96, torch.float32), (256, torch.float16)):
+        x, angle = torch.zeros(2, 4, 300, width, dtype=dtype), torch.zeros(1, 1, 300, width, dtype=dtype)
+        pairs.turned(x, angle, angle, 1, torch.empty_like(x))
+"""
+
+
+@pytest.mark.slow
+def test_the_kernel_of_rotary_positions_compiles_for_every_card_without_spilling() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PAIRS], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert {arch for arch, *_ in rows} == {80, 86, 89, 90, 100, 120}
+    assert len(rows) == 18
+    assert {(shared, stack) for _, shared, _, stack in rows} == {(0, 0)}
