@@ -90,6 +90,33 @@ def test_the_matrix_of_problems_is_that_of_the_committed_rows():
     assert (matrix.ranking() or "") in between("choice")
 
 
+VERDICTS = ("not told apart", "worse, and yet as good", "better, and yet as good", "as good", "better", "worse")
+CONTRARY = ({"better", "worse"}, {"better, and yet as good", "worse"}, {"worse, and yet as good", "better"})
+
+
+def verdicts(path: str) -> dict[tuple[str, int], str]:
+    """By mechanism and column of the matrix, where there is one."""
+    found = {}
+    for line in Matrix.of(read([ROOT / path]), 4096).markdown().splitlines()[2:]:
+        mechanism, *cells = line.strip("|").split(" | ")
+        for column, cell in enumerate(cells):
+            words = [each for each in VERDICTS if cell.endswith(f", {each}")]
+            if words:
+                found[mechanism, column] = words[0]
+    return found
+
+
+def test_other_seeds_contradict_no_verdict_of_the_matrix():
+    mine, again = verdicts("experiments/results/choice_cpu/results.jsonl"), between("again")
+    (path,) = re.findall(r"\(([\w/.-]+results\.jsonl)\)", again)
+    theirs = verdicts(path)
+    both = mine.keys() & theirs.keys()
+    assert not [at for at in both if {mine[at], theirs[at]} in CONTRARY]
+    same = sum(mine[at] == theirs[at] for at in both)
+    assert f"of the {len(mine)} verdicts {same} are the same" in again
+    assert (len(mine) - len(both), len(both) - same) == (3, 1)  # which the sentence names
+
+
 def test_the_table_of_recall_by_distance_is_that_of_the_committed_rows():
     (path,) = re.findall(r"\(([\w/.-]+results\.jsonl)\)", between("distance"))
     assert overview.markdown(*distance_table(read([ROOT / path]))) in between("distance")
