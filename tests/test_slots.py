@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,18 @@ def test_a_server_that_dies_takes_its_child_along_and_the_next_call_gets_another
         made[1]._process.wait()
         assert some.start("attention_zoo.jobs.alone:ready", {}, log).wait() == 0
     assert len(made) == 3
+
+
+def test_a_training_is_forked_with_what_it_needs(tmp_path, log) -> None:
+    """What each would else import and read anew; a part of it that fails is passed over there, and would be slow."""
+    asked = (
+        "import sys; from attention_zoo import registry; from attention_zoo.measure import worker; "
+        "worker._import('attention_zoo.jobs.trainings'); "
+        "print(registry._own.cache_info().currsize == len(registry._shipped()), 'scipy.stats' in sys.modules)"
+    )
+    with Slots() as some:
+        assert some.start("os:system", {"command": f'{sys.executable} -c "{asked}"'}, log).wait() == 0
+    assert (tmp_path / "log.txt").read_text().splitlines()[-1] == "True True"
 
 
 def test_a_process_that_cannot_be_started_is_a_row(tmp_path, monkeypatch) -> None:

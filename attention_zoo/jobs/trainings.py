@@ -297,10 +297,10 @@ def prepare() -> None:
 
 def train(config: dict[str, Any], folder: str, threads: int) -> dict[str, Any]:
     """What the process does; asked to stop, it ends with a code of its own."""
-    stopping.install()
-    torch.set_num_threads(threads)
-    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))  # of what it starts itself
     try:
+        stopping.install()
+        torch.set_num_threads(threads)
+        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))  # of what it starts itself
         row = run_training(config, folder)
     except KeyboardInterrupt as stop:
         sys.stdout.flush()

@@ -11,7 +11,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-CHANNELS = 2048
+PAIRS = 2048
 """Pairs that a program of four warps turns: what its registers hold of both halves, with their angles."""
 
 
@@ -50,7 +50,7 @@ def turned(
     B, H, L, D = x.shape
     if x.numel():
         BD = triton.next_power_of_2(D // 2)
-        T = max(1, min(CHANNELS // BD, triton.next_power_of_2(L)))
+        T = max(1, min(PAIRS // BD, triton.next_power_of_2(L)))
         _turn[(triton.cdiv(L, T) * B * H,)](
             x, out, cos, sin, *x.stride()[:3], *out.stride()[:3], L * D if len(cos) > 1 else 0, H, L,
             D=D, WAY=way, BD=BD, T=T, num_warps=4,
