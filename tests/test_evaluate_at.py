@@ -10,6 +10,7 @@ from attention_zoo.training.config import compose_training
 from attention_zoo.training.evaluate import evaluate
 from attention_zoo.training.precision import Precision
 from attention_zoo.training.run import run_training
+from attention_zoo.training.timing import timed_steps
 
 WORDS = ["task=mqar", "steps=12", "seq_len=32", "batch=8", "device=cpu", "threads=1", "tracker=none",
          "task.vocab=32", "task.test_examples=40", "trainer.progress=none"]  # fmt: skip
@@ -55,6 +56,48 @@ def test_another_mechanism_of_the_same_weights_may_be_asked(tmp_path):
     narrow, wide, own = (row["evaluations"][name]["loss"] for name in ("test@window", "test@wide", "test"))
     assert wide == pytest.approx(own, rel=1e-5)
     assert abs(narrow - own) > 1e-3
+
+
+def test_longer_rows_are_read_by_as_many_tokens_as_a_training_batch_has(tmp_path, monkeypatch):
+    seen = []
+    forward = zoo.Transformer.forward
+
+    def watched(model, ids, *given, **named):
+        seen.append((model.training, *ids.shape))
+        return forward(model, ids, *given, **named)
+
+    monkeypatch.setattr(zoo.Transformer, "forward", watched)
+    row = trained(tmp_path, "attention=longformer", "task.test=[[32, 2], [127, 2], [300, 2]]",
+                  "+evaluate_at.long={seq_len: 61}")  # fmt: skip
+    read = {length: {rows for training, rows, each in seen if each == length and not training} for length in (127, 300)}
+    assert read == {127: {2}, 300: {1}}
+    assert {rows for _, rows, length in seen if length == 61} == {4}
+    assert {rows for training, rows, length in seen if length == 32 and not training} == {1, 8}  # 1: what it was given
+    monkeypatch.undo()
+    model, task = zoo.load(tmp_path), Mqar(vocab=32, test_examples=40, test=[[32, 2], [127, 2], [300, 2]])
+    for name, found in row["evaluations"].items():
+        if "@" not in name:
+            whole = evaluate(model, task, task.evaluation_sets(8, 32)[name], precision=Precision("float32", "cpu"),
+                             device="cpu", carry=False)  # fmt: skip
+            assert found == pytest.approx(whole.metrics, rel=1e-5)
+            of_row = [[group[0], pytest.approx(group[1:], rel=1e-5)] for group in whole.by_group["distance"]]
+            assert [[group[0], group[1:]] for group in row["by_set"][name]["by_group"]["distance"]] == of_row
+
+
+def test_what_is_scored_at_the_end_is_timed_before(tmp_path):
+    words = [*WORDS, "attention=full", "task.test=[[64, 2]]", "+evaluate_at.long={seq_len: 512}"]
+    told = timed_steps(compose_training(words), 1, wholly=True)
+    row = run_training(compose_training(words), tmp_path)
+    assert row["scoring_seconds"] / 5 < told["scoring_seconds"] < row["scoring_seconds"] * 5
+    assert told["scoring_seconds"] > 2 * told["evaluation_seconds"]
+
+
+def test_a_long_evaluation_is_timed_by_its_share(monkeypatch):
+    words = [*WORDS, "attention=full", "task.test_examples=4000"]
+    whole = timed_steps(compose_training(words), 1, wholly=True)["evaluation_seconds"]
+    monkeypatch.setattr("attention_zoo.training.timing.EVALUATION_S", whole / 10)
+    part = timed_steps(compose_training(words), 1, wholly=True)
+    assert whole / 4 < part["evaluation_seconds"] < whole * 4
 
 
 def test_training_does_not_notice(tmp_path):

@@ -31,7 +31,7 @@ TRAINING = [
     "seq_len", "batch", "parameters", "train_seconds", "step_seconds", "tokens_per_second", "peak_bytes", "curve",
     "quality_curve", "readings", "metrics", "evaluations", "loss_by_position", "metric", "better", "by_group",
     "chance", "baselines", "further_baselines", "carries_state", "stopped", "resumed_at", "data",
-    "model_sha256", "refused", "wall_seconds", "by_set", "evaluation_tokens_per_second",
+    "model_sha256", "refused", "wall_seconds", "scoring_seconds", "by_set", "evaluation_tokens_per_second",
     "given", "regime", "rates", "sent_bytes_per_token",
 ]  # fmt: skip
 LOST = [

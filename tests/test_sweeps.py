@@ -52,6 +52,10 @@ TINY = [
     "task=mqar", "task.pairs=2", "task.test_examples=4", "device=cpu", "threads=1", "steps=4", "batch=2", "seq_len=16",
     "model.dim=16", "tracker=none", "trainer.progress=none",
 ]  # fmt: skip
+TIMED = {
+    "seconds": [0.5], "start_seconds": 1.0, "evaluation_seconds": 2.0, "scoring_seconds": 5.0, "peak_bytes": 7,
+    "disk_bytes": 9,
+}  # fmt: skip
 
 
 def config(*words: str) -> dict[str, Any]:
@@ -323,10 +327,10 @@ def test_the_line_before_a_sweep() -> None:
 
 
 def test_needs_come_from_rows_of_their_like_else_from_a_timed_step(tmp_path: Path) -> None:
-    timed = {"seconds": [0.5], "start_seconds": 1.0, "evaluation_seconds": 2.0, "peak_bytes": 7, "disk_bytes": 9}
+    timed = dict(TIMED)
     nursery: Any = SimpleNamespace(call=lambda *given, **how: timed)
     cells = [Cell(config(f"seed={seed}", "steps=10"), tmp_path / f"a{seed}") for seed in range(2)]
-    assert needs(cells, tmp_path, nursery, threads=1) == [Need(1 + 10 * 0.5 + 2 * 2.0, 7, 9, "timed")] * 2
+    assert needs(cells, tmp_path, nursery, threads=1) == [Need(1 + 10 * 0.5 + 2.0 + 5.0, 7, 9, "timed")] * 2
     nursery.call = lambda *given, **how: pytest.fail("timed twice")
     row = blank_row(dict(cells[0].config)) | {"id": "x", "steps": 5, "train_seconds": 5.0, "wall_seconds": 10.0}
     write_json(tmp_path / "a0" / RESULT, row)
@@ -391,11 +395,11 @@ def test_what_a_sweep_will_take_is_what_it_takes(launcher: str, tmp_path: Path) 
 def test_a_dry_call_says_it_and_begins_nothing(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    timed = {"seconds": [0.5], "start_seconds": 1.0, "evaluation_seconds": 2.0, "peak_bytes": 7, "disk_bytes": 9}
+    timed = dict(TIMED)
     monkeypatch.setattr(Nursery, "call", lambda self, function, given, **how: timed)
     assert main(["train", *TINY, f"output={tmp_path}", "dry=true", *words]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("2 cells: about " if words else "1 cell: about 7.00 s with 1 at a time, 7.00 B of memory")
+    assert said.startswith("2 cells: about " if words else "1 cell: about 10.0 s with 1 at a time, 7.00 B of memory")
     assert "from a timed step" in said
     assert not list(tmp_path.glob("mqar-*"))
 

@@ -35,8 +35,8 @@ SMALL = [
     "task.span=2", "task.held_out_bytes=20000",
 ]  # fmt: skip
 TIMES = (
-    "train_seconds", "wall_seconds", "step_seconds", "tokens_per_second", "evaluation_tokens_per_second", "resumed_at",
-    "peak_bytes",
+    "train_seconds", "wall_seconds", "scoring_seconds", "step_seconds", "tokens_per_second",
+    "evaluation_tokens_per_second", "resumed_at", "peak_bytes",
 )  # fmt: skip
 
 

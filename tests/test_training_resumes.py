@@ -184,8 +184,8 @@ def left_by(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], bytes]:
     """Row, logged figures and weights, but for times and the peak, which depends on what the process freed when."""
     row = json.loads((folder / "result.json").read_text())
     times = (
-        "train_seconds", "wall_seconds", "step_seconds", "tokens_per_second", "evaluation_tokens_per_second",
-        "resumed_at", "peak_bytes",
+        "train_seconds", "wall_seconds", "scoring_seconds", "step_seconds", "tokens_per_second",
+        "evaluation_tokens_per_second", "resumed_at", "peak_bytes",
     )  # fmt: skip
     lines = [
         {name: value for name, value in line.items() if "per_second" not in name}

@@ -139,28 +139,31 @@ def _alike(cell: Cell, threads: int) -> str:
     return identity(plain(config), device="", threads=cell.config.get("threads") or threads)
 
 
-def _need(cell: Cell, timed: dict[str, Any] | None, step_seconds: float | None) -> Need | None:
+def _need(cell: Cell, timed: dict[str, Any] | None, measured: tuple[float, float] | None) -> Need | None:
     steps, peak, disk = cell.config["steps"], None, None
     if timed:
         peak, disk = timed["peak_bytes"], timed["disk_bytes"]
     once = sum(timed.get(name) or 0.0 for name in ("start_seconds", "around_seconds")) if timed else 0.0
-    if step_seconds is not None:
-        return Need(once + steps * step_seconds, peak, disk, "measured")
+    if measured is not None:
+        return Need(once + steps * measured[0] + measured[1], peak, disk, "measured")
     if not timed:
         return None
     trainer = cell.config["trainer"]
-    evaluations = steps // trainer["eval_every"] + 2  # the last one, and the one on the test set
-    seconds = steps * timed["step_seconds"] + evaluations * (timed["evaluation_seconds"] or 0)
-    return Need(once + min(seconds, trainer["max_seconds"] or seconds), peak, disk, "timed")
+    evaluations = -(-steps // trainer["eval_every"])  # the last one included
+    seconds = steps * timed["step_seconds"] + evaluations * timed["evaluation_seconds"]
+    seconds = min(seconds, trainer["max_seconds"] or seconds) + timed["scoring_seconds"]
+    return Need(once + seconds, peak, disk, "timed")
 
 
-def _measured(folders: set[Path], threads: int) -> Iterator[tuple[str, float]]:
-    """Seconds of a step, evaluations included, by what is alike, of the runs that have ended well there."""
+def _measured(folders: set[Path], threads: int) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Seconds of a step, evaluations included, and of all that is scored once, by what is alike, of the runs that have
+    ended well there."""
     for path in (path for folder in folders for path in folder.glob(f"*/{RESULT}")):
         try:
             row = read_row(path)
             if row["status"] == "ok" and number(row.get("wall_seconds")) and row["steps"] > 0:
-                yield _alike(Cell(row["config"], path.parent), threads), row["wall_seconds"] / row["steps"]
+                found = row["wall_seconds"] / row["steps"], row.get("scoring_seconds") or 0.0
+                yield _alike(Cell(row["config"], path.parent), threads), found
         except (Damaged, FileNotFoundError, TypeError):  # the report names what cannot be read
             continue
 

@@ -281,6 +281,7 @@ class Trained(TypedDict):
     parameters: NotRequired[Count | None]
     train_seconds: NotRequired[Amount | None]
     wall_seconds: NotRequired[Amount | None]
+    scoring_seconds: NotRequired[Amount | None]
     step_seconds: NotRequired[Amount | None]
     tokens_per_second: NotRequired[Amount | None]
     peak_bytes: NotRequired[Count | None]
@@ -333,7 +334,8 @@ class TrainingRow(Common, Trained):
     """One training.
 
     Keys that need a word:
-        train_seconds, wall_seconds: in steps alone; evaluations on the way included.
+        train_seconds, wall_seconds: in steps alone; evaluations of the main set included.
+        scoring_seconds: of all that is scored once, at the end: further sets, and those of `evaluate_at`.
         model_sha256: of model.safetensors, by which a later call knows that it is still whole.
         final: False where something in the run's surroundings failed (its folder, the disk), so that the next call
             tries again.

@@ -28,6 +28,7 @@ from attention_zoo.training.evaluate import Evaluation, evaluate
 from attention_zoo.training.groups import DecodeConfig, TrainerConfig
 from attention_zoo.training.models import model_of
 from attention_zoo.training.objective import objective_of
+from attention_zoo.training.pieces import pieces
 from attention_zoo.training.precision import Precision
 from attention_zoo.training.seed import seed_all
 from attention_zoo.training.trainer import Trainer
@@ -40,6 +41,7 @@ class Assembly:
 
     Fields:
         sets: name -> batches; the first is the main one, which is watched while it trains.
+        tokens: of a training batch; an evaluation reads as many at a time.
         carry: whether the model's state crosses from batch to batch.
         decode: how an encoder-decoder writes in evaluation.
         world: the processes that do it.
@@ -50,6 +52,7 @@ class Assembly:
     model: nn.Module
     trainer: Trainer
     sets: Mapping[str, Iterable[Batch]]
+    tokens: int
     precision: Precision
     carry: bool
     device: str
@@ -67,10 +70,14 @@ class Assembly:
         # who writes freely calls halves of a model, and each as often as its rows need
         model = self.whole() if isinstance(self.model, EncoderDecoder) else self.model
         return evaluate(
-            model, self.task, self.sets[name],
+            model, self.task, self.batches(name),
             precision=self.precision, device=self.device, carry=self.carry, stop=stop,
             decode=self.decode, cut=self.trainer.cut, world=self.world,
         )  # fmt: skip
+
+    def batches(self, name: str) -> Iterable[Batch]:
+        """Of one set, as they are read."""
+        return self.sets[name] if self.task.streams else pieces(self.sets[name], self.tokens)
 
     def whole(self) -> nn.Module:
         """The model as one process has it; where it is shared out a copy, which all processes must ask for."""
@@ -161,7 +168,10 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task, world: World | No
         with torch.random.fork_rng(devices=[]):  # it draws numbers that training must not miss
             return model_of(options, mechanism, task, objective_of(task))
 
-    return Assembly(task, model, trainer, sets, precision, carry, device, writing(options.decode), world, rebuild)
+    return Assembly(
+        task, model, trainer, sets, options.batch * options.seq_len, precision, carry, device,
+        writing(options.decode), world, rebuild,
+    )  # fmt: skip
 
 
 def _watched_first(

@@ -119,6 +119,13 @@ def scored(
     entries: list[Elsewhere], options: TrainConfig, parts: Assembly, stop: Callable[[], object]
 ) -> Iterator[tuple[str, Evaluation | None]]:
     """Each entry's sets by name ("test@longer"), scored with the weights as they are now; None where given up."""
+    for label, there, name in placed(entries, options, parts):
+        yield label, there.score(name, stop)
+
+
+def placed(entries: list[Elsewhere], options: TrainConfig, parts: Assembly) -> Iterator[tuple[str, Assembly, str]]:
+    """Each entry's sets: how they are called beside the run's own, what scores them with the weights as they are now,
+    and their name there."""
     for entry in entries:
         model = parts.model
         if entry.mechanism is not None:
@@ -128,4 +135,4 @@ def scored(
         sets = parts.task.evaluation_sets(options.batch, entry.seq_len)
         there = replace(parts, model=model, sets=sets)
         for name in entry.sets:
-            yield f"{name}{SEPARATOR}{entry.name}", there.score(name, stop)
+            yield f"{name}{SEPARATOR}{entry.name}", there, name

@@ -15,6 +15,7 @@ mean next sentence prediction likelihood").
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -95,15 +96,8 @@ def answers(output: Any, batch: Batch) -> dict[str, Answers]:
     Args:
         output: of the model on the batch.
     """
-    found = {}
-    for name, targets in _targets(batch).items():
-        logits = output.logits
-        if isinstance(logits, PretrainingLogits):
-            logits = logits.tokens if name == MAIN else logits.row
-        scored = targets != IGNORED
-        logits, targets = logits[scored], targets[scored]
-        found[name] = Answers(_cross_entropy(logits, targets), logits.detach().argmax(-1) == targets)
-    return found
+    asked = _asked(output, batch)
+    return {name: Answers(_cross_entropy(*each), each[0].detach().argmax(-1) == each[1]) for name, each in asked}
 
 
 def losses(output: Any, batch: Batch, scored: dict[str, int]) -> dict[str, Tensor]:
@@ -112,13 +106,23 @@ def losses(output: Any, batch: Batch, scored: dict[str, int]) -> dict[str, Tenso
     Args:
         scored: `counts` of the whole batch, of which `batch` may be a part: then the parts' losses add up.
     """
-    return {name: said.losses.sum() / max(1, scored[name]) for name, said in answers(output, batch).items()}
+    return {name: _cross_entropy(*each).sum() / max(1, scored[name]) for name, each in _asked(output, batch)}
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats of each scored token [n], in float32 or better."""
     scored = targets != IGNORED
     return _cross_entropy(logits[scored], targets[scored])
+
+
+def _asked(output: Any, batch: Batch) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """By name, the logits [n, vocabulary] and the targets [n] of what is scored."""
+    for name, targets in _targets(batch).items():
+        logits = output.logits
+        if isinstance(logits, PretrainingLogits):
+            logits = logits.tokens if name == MAIN else logits.row
+        scored = targets != IGNORED
+        yield name, (logits[scored], targets[scored])
 
 
 def _targets(batch: Batch) -> dict[str, Tensor]:

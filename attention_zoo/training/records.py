@@ -75,6 +75,7 @@ def blank_row(config: Mapping[str, Any]) -> TrainingRow:
         "model_sha256": None,
         "refused": False,
         "wall_seconds": None,
+        "scoring_seconds": None,
         "by_set": {},
         "evaluation_tokens_per_second": None,
         "given": None,
@@ -114,6 +115,7 @@ def trained(
     carries_state: bool,
     model_sha256: str | None,
     task: Task,
+    scoring_seconds: float,
 ) -> Trained:
     """What a run that is through adds to its row.
 
@@ -127,6 +129,7 @@ def trained(
         "parameters": parameters,
         "train_seconds": history.train_seconds,
         "wall_seconds": history.seconds,
+        "scoring_seconds": scoring_seconds,
         "step_seconds": history.train_seconds / steps,
         "tokens_per_second": history.tokens / history.train_seconds,
         "peak_bytes": history.peak_bytes,

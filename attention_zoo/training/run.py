@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -44,6 +45,7 @@ from attention_zoo.training.checkpoint import CheckpointError
 from attention_zoo.training.config import TrainConfig, check, device_of, options_of
 from attention_zoo.training.elsewhere import elsewhere, scored
 from attention_zoo.training.fit import History, fit
+from attention_zoo.training.heap import keep_freed
 from attention_zoo.training.models import mechanism_of, name_of
 from attention_zoo.training.observed import observed_step
 from attention_zoo.training.progress import Progress, Silent
@@ -215,6 +217,8 @@ class _Run:
             world.by_first(lambda: check_places(self.folder))
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        if device_of(options.device) == "cpu":
+            keep_freed()
         self.config, name = full, world.by_first(lambda: run_identity(full))
         row |= {"id": name, "config": full, "environment": environment()}
         if world.size > 1:
@@ -284,7 +288,7 @@ class _Run:
                 step=partial(observed_step, parts.trainer, history) if parts.device == "cpu" else None,
                 clocked=world.everybody.shared,
             )
-            evaluations = {parts.main: last}
+            evaluations, began = {parts.main: last}, time.perf_counter()
             further = ((name, parts.score(name, asked)) for name in list(parts.sets)[1:])
             for name, found in chain(further, scored(others, options, parts, asked)):
                 if found is None:
@@ -292,6 +296,7 @@ class _Run:
                     assert by is not None
                     raise Stopped(by)
                 evaluations[name] = found
+            scoring_seconds = time.perf_counter() - began
         if row["rates"] is not None:
             row["rates"]["judged_on"] = parts.main
         model = parts.finished()
@@ -303,7 +308,7 @@ class _Run:
         return trained(
             history, evaluations, steps=parts.trainer.done, parameters=parameter_count(parts.model),
             carries_state=parts.carry, model_sha256=digest_of(self.folder / MODEL),
-            task=task, seq_len=options.seq_len,
+            task=task, seq_len=options.seq_len, scoring_seconds=scoring_seconds,
         )  # fmt: skip
 
     def _given(self, model: nn.Module, options: TrainConfig) -> Given:

@@ -21,7 +21,9 @@ from attention_zoo.model.saved import save as save_model
 from attention_zoo.tracking.naming import run_name
 from attention_zoo.training.assembly import Assembly, assemble
 from attention_zoo.training.building import build
-from attention_zoo.training.config import check, options_of
+from attention_zoo.training.config import check, device_of, options_of
+from attention_zoo.training.elsewhere import elsewhere, placed
+from attention_zoo.training.heap import keep_freed
 from attention_zoo.training.models import mechanism_of
 from attention_zoo.training.records import CHECKPOINT, MODEL
 from attention_zoo.training.run import run_identity
@@ -33,7 +35,8 @@ FIRST = ("torch._dynamo", "attention_zoo.training.optimizer")
 WARMUP = 1
 ENOUGH_S, MOST = 1.0, 100
 """So long short steps are timed where a run is timed wholly, and so many: one alone may have waited for other work."""
-EVALUATION_S = 20.0
+EVALUATION_S = 2.0
+"""After which no further batch of an evaluation set is scored: the share of the rows that was tells the rest."""
 PLACES = 5
 """Of a run whose rows grow, evenly apart, where steps are timed: `lessons` of a task begin with short ones."""
 CHECKPOINTS = 2
@@ -46,13 +49,13 @@ def timed_steps(config: Mapping[str, Any], steps: int, *, wholly: bool = False) 
     Args:
         config: composed conf/train.yaml as plain values.
         steps: how many to time; wholly, at least.
-        wholly: also evaluate, for `EVALUATION_S` at most, and look at what was used.
+        wholly: also score what the run will score, and look at what was used.
 
     Returns:
         {"seconds": [...]}, or {"error": why there are none}. Wholly: also "start_seconds" of building everything,
-        "evaluation_seconds" (None where it takes longer than that), "around_seconds" of what a run does once beside
-        these, "peak_bytes" (of device memory, on the CPU resident), "disk_bytes" that the run will leave, and
-        "all_seconds" of this call.
+        "evaluation_seconds" of the main set, "scoring_seconds" of all others and of `evaluate_at`,
+        "around_seconds" of what a run does once beside these, "peak_bytes" (of device memory, on the CPU resident),
+        "disk_bytes" that the run will leave, and "all_seconds" of this call.
     """
     entered = time.perf_counter()
     with contained():
@@ -62,6 +65,8 @@ def timed_steps(config: Mapping[str, Any], steps: int, *, wholly: bool = False) 
             options = options_of(config)
             if options.threads is not None:
                 torch.set_num_threads(options.threads)
+            if device_of(options.device) == "cpu":
+                keep_freed()
             seed_all(options.seed)
             task = build(options.task, "task")
             task.check(options.seq_len)
@@ -75,10 +80,10 @@ def timed_steps(config: Mapping[str, Any], steps: int, *, wholly: bool = False) 
                 seconds = _seconds(trainer, steps, enough)
             found: dict[str, Any] = {"seconds": seconds}
             if wholly:
-                began = time.perf_counter()
-                result = parts.score(parts.main, lambda: time.perf_counter() - began > EVALUATION_S)
-                took = None if result is None else time.perf_counter() - began
-                found |= {"start_seconds": started, "evaluation_seconds": took}
+                main, *others = [_scored(parts, name) for name in parts.sets]
+                entries = placed(elsewhere(options, parts), options, parts)
+                others += [_scored(there, name) for _, there, name in entries]
+                found |= {"start_seconds": started, "evaluation_seconds": main, "scoring_seconds": sum(others)}
                 found |= {"around_seconds": _around(config, parts)}
                 found |= {"peak_bytes": _peak_bytes(trainer.device), "disk_bytes": _disk_bytes(parts)}
                 found |= {"all_seconds": time.perf_counter() - entered}
@@ -107,6 +112,22 @@ def _there(trainer: Trainer, place: int, steps: int, enough: float) -> float:
     """Seconds of a step, from that one on."""
     trainer.batches.load_state_dict({"step": place})
     return fmean(_seconds(trainer, steps, enough))
+
+
+def _scored(parts: Assembly, name: str) -> float:
+    """Seconds of scoring one set, from as many of its batches as `EVALUATION_S` holds."""
+    began, asked = time.perf_counter(), 0
+
+    def enough() -> bool:
+        nonlocal asked
+        if asked and time.perf_counter() - began > EVALUATION_S:
+            return True
+        asked += 1
+        return False
+
+    whole = parts.score(name, enough) is not None
+    seconds = time.perf_counter() - began
+    return seconds if whole else seconds / asked * sum(1 for _ in parts.batches(name))
 
 
 def _around(config: Mapping[str, Any], parts: Assembly) -> float:
