@@ -38,7 +38,8 @@ class Need:
     """Of one training.
 
     Fields:
-        source: "measured" (a row of its like), "timed" (a step) or "guessed" (the mean of the others).
+        source: "measured" (a row of its like), "timed" (a step), "failing" (it has no first step) or "guessed" (the
+            mean of the others).
     """
 
     seconds: float
@@ -84,7 +85,8 @@ def needs(
     known = [each for each in found if each is not None]
     if not known:
         return found
-    mean = sum(each.seconds for each in known) / len(known)
+    steady = [each.seconds for each in known if each.source != "failing"]
+    mean = sum(steady) / max(1, len(steady))
     most = max((each.peak_bytes for each in known if each.peak_bytes), default=None)
     disk = max((each.disk_bytes for each in known if each.disk_bytes), default=None)
     return [each or Need(mean, most, disk, "guessed") for each in found]
@@ -122,7 +124,10 @@ def summary(
     if len(disks) == len(known):
         parts.append(f"{units.size(sum(disks))} of disk")
     sources = [each.source for each in known]
-    words = {"measured": "measured before", "timed": "from a timed step", "guessed": "taken to be like the others"}
+    words = {
+        "measured": "measured before", "timed": "from a timed step", "failing": "that will fail",
+        "guessed": "taken to be like the others",
+    }  # fmt: skip
     how = ", ".join(f"{sources.count(key)} {word}" for key, word in words.items() if key in sources)
     return f"{said}: {', '.join(parts)} ({how})"
 
@@ -142,12 +147,14 @@ def _alike(cell: Cell, threads: int) -> str:
 def _need(cell: Cell, timed: dict[str, Any] | None, measured: tuple[float, float] | None) -> Need | None:
     steps, peak, disk = cell.config["steps"], None, None
     if timed:
-        peak, disk = timed["peak_bytes"], timed["disk_bytes"]
+        peak, disk = timed.get("peak_bytes"), timed.get("disk_bytes")
     once = sum(timed.get(name) or 0.0 for name in ("start_seconds", "around_seconds")) if timed else 0.0
     if measured is not None:
         return Need(once + steps * measured[0] + measured[1], peak, disk, "measured")
     if not timed:
         return None
+    if "error" in timed:
+        return Need(once, None, 0, "failing")
     trainer = cell.config["trainer"]
     evaluations = -(-steps // trainer["eval_every"])  # the last one included
     seconds = steps * timed["step_seconds"] + evaluations * timed["evaluation_seconds"]
@@ -170,7 +177,7 @@ def _measured(folders: set[Path], threads: int) -> Iterator[tuple[str, tuple[flo
 
 def _timed(cells: dict[str, Cell], path: Path | None, nursery: Nursery) -> dict[str, dict[str, Any]]:
     """What a step takes of each, timed where it is not kept."""
-    known = _read(path)
+    known, failing = _read(path), dict[str, dict[str, Any]]()
     began, new = time.monotonic(), False
     for name, cell in cells.items():
         if name in known or time.monotonic() - began > BUDGET_S:
@@ -178,12 +185,15 @@ def _timed(cells: dict[str, Cell], path: Path | None, nursery: Nursery) -> dict[
         given = {"config": json.loads(json.dumps(plain(cell.config))), "steps": 1, "wholly": True}
         called = time.monotonic()
         found = nursery.call("attention_zoo.training.timing:timed_steps", given, timeout_s=PATIENCE_S)
-        if isinstance(found, Ended) or "error" in found:
+        if isinstance(found, Ended):
             continue  # the run will say so, in its row
+        if "error" in found:  # as a run does; another try may be after it was mended
+            failing[name] = {"error": found["error"], "around_seconds": time.monotonic() - called}
+            continue
         # beside what the process does itself: to fork it, and to hear of it
         beside = max(0.0, time.monotonic() - called - found.get("all_seconds", float("inf")))
         around = (found.get("around_seconds") or 0.0) + beside
         known[name], new = {**found, "step_seconds": fmean(found["seconds"]), "around_seconds": around}, True
     if new and path is not None:
         write_json(path, plain(known))
-    return {name: known[name] for name in cells if isinstance(known.get(name), dict)}
+    return failing | {name: known[name] for name in cells if isinstance(known.get(name), dict)}
