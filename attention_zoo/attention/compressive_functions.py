@@ -58,12 +58,15 @@ def used_most(
 ) -> Int[Tensor, "B new"]:
     """The columns of the states that are kept of those that leave memory: whom the segment that evicts attends to."""
     kept = torch.zeros(len(q), new, dtype=torch.long, device=q.device)
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     for many in evicted:
         # a few segments at a time: of all that evict there are as many scores as tokens times a segment
         size = max(1, scores_at_once(q) // (q.shape[2] * many.queries.shape[1] * many.tokens.shape[1]))
         for each in many.split(size):
-            scores = torch.einsum("nshd,nthd->nhst", q[each.row, each.queries], k[each.row, each.tokens]) * scale
-            weights = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32))
+            asked = q[each.row, each.queries].transpose(1, 2)
+            keys = k[each.row, each.tokens].permute(0, 2, 3, 1).flatten(0, 1)
+            scores = torch.baddbmm(q.new_empty(()), asked.flatten(0, 1), keys, beta=0, alpha=scale)
+            weights = scores.view(*asked.shape[:3], -1).softmax(-1, exact)
             if each.hidden is not None:
                 weights = weights.masked_fill(each.hidden, 0)
             best = weights.sum((1, 2)).topk(each.slots.shape[1]).indices.sort().values

@@ -124,6 +124,9 @@ class Picked(NamedTuple):
 
     def split(self, size: int) -> Iterator[Picked]:
         """So many of the n at a time."""
+        if size >= len(self.row):
+            yield self
+            return
         for start in range(0, len(self.row), size):
             yield Picked(*(None if x is None else x[start : start + size] for x in self))  # type: ignore[arg-type]
 
