@@ -66,7 +66,7 @@ def used_most(
             asked = q[each.row, each.queries].transpose(1, 2)
             keys = k[each.row, each.tokens].permute(0, 2, 3, 1).flatten(0, 1)
             scores = torch.baddbmm(q.new_empty(()), asked.flatten(0, 1), keys, beta=0, alpha=scale)
-            weights = scores.view(*asked.shape[:3], -1).softmax(-1, exact)
+            weights = scores.unflatten(0, asked.shape[:2]).softmax(-1, exact)
             if each.hidden is not None:
                 weights = weights.masked_fill(each.hidden, 0)
             best = weights.sum((1, 2)).topk(each.slots.shape[1]).indices.sort().values

@@ -8,6 +8,7 @@ width 64) that was a tenth, of scoring rows of 1,024 tokens a quarter. The most 
 from __future__ import annotations
 
 import ctypes
+import sys
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 """Parameters of glibc's `mallopt` (malloc.h)."""
@@ -17,7 +18,7 @@ PAD = 2**24
 
 def keep_freed() -> bool:
     """Whether this process keeps what it frees from now on: only glibc can be told so."""
-    tell = getattr(ctypes.CDLL(None), "mallopt", None)
+    tell = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if tell is None:
         return False
     return all(tell(*each) == 1 for each in ((MMAP_THRESHOLD, 2**30), (TRIM_THRESHOLD, MOST), (TOP_PAD, PAD)))
