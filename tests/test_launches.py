@@ -44,7 +44,6 @@ class More(NamedTuple):
 
 
 MORE = (
-    More("memory_compressed", {"head_width": 8}, "", 60, 43, "FlexAttention takes 16 channels: fewer are filled up"),
     More(
         "reformer", {"correct_duplicates": True}, "", 288, 293,
         "no Triton kernel counts the keys that rounds share: chunks are attended to by torch",

@@ -81,6 +81,9 @@ def test_equals_the_definition(runs: list[object], causal: bool) -> None:
         ("memory_compressed", {}, 7),
         ("hierarchical.segments", {"segment_length": 9}, 7),
         ("memory_compressed", {"compression": 5, "kv_heads": 1}, 7),
+        ("memory_compressed", {"head_width": 8}, 7),  # channels are filled up
+        ("memory_compressed", {"head_width": 5, "kv_heads": 1}, 7),
+        ("h_transformer_1d", {"block": 4, "head_width": 8}, 7),
     ],
 )
 def test_layers_equal_themselves_in_tiles_in_float64(

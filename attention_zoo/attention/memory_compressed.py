@@ -57,7 +57,7 @@ from attention_zoo.layout.pooled import Pooled, pooled
 from attention_zoo.layout.reach import Anywhere
 from attention_zoo.layout.visible import visible
 from attention_zoo.ops.exchange.groups import Gathered, Parts, gathered, gathering
-from attention_zoo.ops.pattern import several_flex
+from attention_zoo.ops.pattern import flex, several_flex
 from attention_zoo.ops.pattern.key_set import Keys
 from attention_zoo.ops.pattern.several import attend_to_several
 from attention_zoo.ops.pattern.several_flex import Set
@@ -193,7 +193,7 @@ class MemoryCompressed(DerivedKeys):
         sizes = 1, ends.valid.shape[1]
         seen = visible(queries, ends, reach=Anywhere(weights="uniform"), causal=self.causal)
         sets = [Set(1, None, None, (None,)), Set(sizes[1], ends, None, seen)]
-        strides = strides_of(keys, groups, several_flex.columns_for(sizes), k)
+        strides = strides_of(keys, groups, several_flex.columns_for(sizes), flex.channels_for(self.head_width), k)
         assert self.compress.bias is not None
         nulls = self.null_key, self.null_value
         k, v = convolved(k, v, self.compress.weight, self.compress.bias, nulls, strides)

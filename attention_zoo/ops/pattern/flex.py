@@ -194,6 +194,11 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
+def channels_for(width: int) -> int:
+    """How many channels rows of that width are filled up to: torch's kernels take no fewer."""
+    return max(width, NARROWEST)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -206,7 +211,7 @@ def attend(
     # imported here: it loads torch's compiler
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-    if (missing := NARROWEST - v.shape[3]) > 0:  # torch's kernels take no fewer channels
+    if (missing := channels_for(v.shape[3]) - v.shape[3]) > 0:
         q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
         out, lse = attend(q, k, v, lists, functions, scale)
         return out[..., :-missing], lse

@@ -48,9 +48,29 @@ class Joined(NamedTuple):
     first: Bool[Tensor, "B 1 G 1"] | None = None
 
 
-def filled(x: Tensor, rows: int) -> Tensor:
-    """With rows of zeros behind it."""
-    return x if x.shape[2] == rows else F.pad(x, (0, 0, 0, rows - x.shape[2]))
+def filled(x: Tensor, rows: int, channels: int = 0) -> Tensor:
+    """With rows of zeros behind it, and with channels of zeros up to so many."""
+    more = rows - x.shape[2], max(0, channels - x.shape[3])
+    return F.pad(x, (0, more[1], 0, more[0])) if any(more) else x
+
+
+def cut(x: Tensor, rows: int, channels: int) -> Tensor:
+    """What was before it was `filled`: one operator in backward, where two slices take two."""
+    if x.shape[3] == channels:
+        return x[:, :, :rows]
+    found: Tensor = _Cut.apply(x, rows, channels)
+    return found
+
+
+class _Cut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: int, channels: int) -> Tensor:
+        ctx.shape = x.shape
+        return x[:, :, :rows, :channels]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return filled(grad, *ctx.shape[2:]), None, None
 
 
 def joined(

@@ -20,7 +20,7 @@ from attention_zoo.layout.kernel import triton_reason
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.visible import Seen
 from attention_zoo.ops.pattern import flex
-from attention_zoo.ops.pattern.flex_joined import filled
+from attention_zoo.ops.pattern.flex_joined import cut, filled
 from attention_zoo.ops.pattern.flex_lists import Sides, lists_of_pairs
 from attention_zoo.ops.pattern.key_set import Keys
 
@@ -107,8 +107,9 @@ def run_joined(
     sets: Sequence[Set],
     scale: float,
 ) -> Float[Tensor, "B H L D"]:
-    """The same, where keys and values of all sets stand behind each other already, filled up to `columns_for`."""
-    L = q.shape[2]
+    """The same, where keys and values of all sets stand behind each other already, filled up to `columns_for`; their
+    channels may be, too, to `channels_for`."""
+    L, D = q.shape[2:]
     kept = [x for each in sets for x in (*each.seen, each.layout, each.weight)]
     key = ("several", tuple(each.columns for each in sets), q.dtype, *map(id, kept))
     # the plan keeps what the key's ids are of
@@ -124,8 +125,10 @@ def run_joined(
         return value if weight is None else value + weight[b, j]
 
     functions = shown, None if weight is None else score
-    out, _ = flex.attend(filled(q, flex.bucket(L)), k, v, lists, functions, scale)
-    return out[:, :, :L]
+    channels = flex.channels_for(D)
+    k, v = (filled(x, x.shape[2], channels) for x in (k, v))
+    out, _ = flex.attend(filled(q, flex.bucket(L), channels), k, v, lists, functions, scale)
+    return cut(out, L, D)
 
 
 def _plan(q: Tensor, queries: Layout, sets: Sequence[Set]) -> Plan:

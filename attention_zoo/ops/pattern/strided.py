@@ -31,6 +31,7 @@ class Strides(NamedTuple):
         back: from members to tokens.
         groups: G.
         columns: with the null key, and fillers.
+        channels: of a key, and zeros behind them.
     """
 
     members: Int[Tensor, " n"]
@@ -38,6 +39,7 @@ class Strides(NamedTuple):
     back: Bags
     groups: int
     columns: int
+    channels: int
 
 
 def convolved(
@@ -47,8 +49,8 @@ def convolved(
     bias: Float[Tensor, " KD"],
     nulls: tuple[Float[Tensor, " KD"], Float[Tensor, " KD"]],
     strides: Strides,
-) -> tuple[Float[Tensor, "B K S D"], Float[Tensor, "B K S D"]]:
-    """Keys and values of the null and of all groups."""
+) -> tuple[Float[Tensor, "B K S E"], Float[Tensor, "B K S E"]]:
+    """Keys and values of the null and of all groups, E of `Strides` channels wide."""
     return _Convolved.apply(k, v, weight, bias, *nulls, strides)
 
 
@@ -68,9 +70,9 @@ class _Convolved(torch.autograd.Function):
         members = apart.reshape(K, 2 * B * strides.groups, D * c)
         weight_, bias_ = (each.to(k.dtype) for each in (weight, bias))
         made = torch.baddbmm(bias_.view(K, 1, D), members, weight_.view(K, D, -1).transpose(1, 2))
-        whole = k.new_zeros(2, B, strides.columns, K, D)
-        whole[:, :, 0] = torch.stack(nulls).view(2, 1, K, D)
-        whole[:, :, 1 : 1 + strides.groups] = made.view(K, 2, B, -1, D).permute(1, 2, 3, 0, 4)
+        whole = k.new_zeros(2, B, strides.columns, K, strides.channels)
+        whole[:, :, 0, :, :D] = torch.stack(nulls).view(2, 1, K, D)
+        whole[:, :, 1 : 1 + strides.groups, :, :D] = made.view(K, 2, B, -1, D).permute(1, 2, 3, 0, 4)
         ctx.save_for_backward(members, weight)
         ctx.dtypes = [each.dtype for each in (bias, *nulls)]
         keys, values = whole.unbind()
@@ -82,6 +84,7 @@ class _Convolved(torch.autograd.Function):
         (members, weight), strides = saved, ctx.strides
         (B, _, _, K, D), G, c = ctx.shape, strides.groups, weight.shape[2]
         grad = torch.stack([dk, dv])
+        grad = grad if strides.channels == D else grad[..., :D]
         dnulls = grad[:, :, :, 0].sum(1).view(2, -1).unbind()
         dmade = grad[:, :, :, 1 : 1 + G].permute(2, 0, 1, 3, 4).reshape(K, -1, D)
         dbias = dmade.sum(1).view(-1)
@@ -93,14 +96,14 @@ class _Convolved(torch.autograd.Function):
         return dx_k.transpose(1, 2), dx_v.transpose(1, 2), dweight.to(weight.dtype), *rest, None
 
 
-def strides_of(layout: Layout, groups: Pooled, columns: int, like: Tensor) -> Strides:
+def strides_of(layout: Layout, groups: Pooled, columns: int, channels: int, like: Tensor) -> Strides:
     """Of the groups of a layout's tokens; the same object for the same of all."""
-    key = ("strides", id(groups.members), columns, like.dtype)
+    key = ("strides", id(groups.members), columns, channels, like.dtype)
     # the plan keeps what the key's id is of
-    return layout.plan(key, lambda: (_strides(layout, groups, columns, like), groups))[0]
+    return layout.plan(key, lambda: (_strides(layout, groups, columns, channels, like), groups))[0]
 
 
-def _strides(layout: Layout, groups: Pooled, columns: int, like: Tensor) -> Strides:
+def _strides(layout: Layout, groups: Pooled, columns: int, channels: int, like: Tensor) -> Strides:
     B, L = layout.host.valid.shape
     G, c = groups.columns.shape[1:]
     columns_of = (groups.columns + np.arange(B)[:, None, None] * L).reshape(-1)
@@ -108,4 +111,4 @@ def _strides(layout: Layout, groups: Pooled, columns: int, like: Tensor) -> Stri
     entries = there.nonzero()[0]
     back, _ = bags_both_ways(columns_of[entries], entries, None, targets=B * L, sources=B * G * c, like=like)
     missing = None if bool(there.all()) else tensor_of(~there[:, None], like.device)
-    return Strides(tensor_of(np.where(there, columns_of, 0), like.device), missing, back, G, columns)
+    return Strides(tensor_of(np.where(there, columns_of, 0), like.device), missing, back, G, columns, channels)
