@@ -87,12 +87,14 @@ def test_a_training_is_forked_with_what_it_needs(tmp_path, log) -> None:
     """What each would else import and read anew; a part of it that fails is passed over there, and would be slow."""
     asked = (
         "import sys; from attention_zoo import registry; from attention_zoo.measure import worker; "
-        "worker._import('attention_zoo.jobs.trainings'); "
-        "print(registry._own.cache_info().currsize == len(registry._shipped()), 'scipy.stats' in sys.modules)"
+        "from attention_zoo.tasks import ngrams; text = {'_target_': 'attention_zoo.tasks.Text', 'max_bytes': 60000}; "
+        "worker._import('attention_zoo.jobs.trainings', {'config': {'task': text}}); "
+        "print(registry._own.cache_info().currsize == len(registry._shipped()), 'scipy.stats' in sys.modules, "
+        "len(ngrams._counted))"
     )
     with Slots() as some:
         assert some.start("os:system", {"command": f'{sys.executable} -c "{asked}"'}, log).wait() == 0
-    assert (tmp_path / "log.txt").read_text().splitlines()[-1] == "True True"
+    assert (tmp_path / "log.txt").read_text().splitlines()[-1] == "True True 1"
 
 
 def test_a_process_that_cannot_be_started_is_a_row(tmp_path, monkeypatch) -> None:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from attention_zoo.tasks import Text, repeats
+from attention_zoo.jobs.trainings import share
+from attention_zoo.tasks import Text, ngrams, repeats
+from attention_zoo.tasks.documents import SHARED
 from attention_zoo.tasks.ngrams import bits_per_byte
 from attention_zoo.tasks.repeats import CONTEXT, SHINGLE, known_share, recall_distance, shingles
 from attention_zoo.tasks.text import cut_spans, join_files, list_files, read_files, split_files
@@ -376,3 +378,30 @@ def test_the_bar_is_below_chance_on_text_and_not_on_noise(tmp_path: Path, folder
     text = task(tmp_path / "a.txt")
     assert text.baselines(32)["order-3 n-gram"] < 0.5 < 3 < text.baselines(32)["unigram"] < text.chance(32) == 8
     assert task(folder).baselines(32)["order-3 n-gram"] > 7.5
+
+
+def test_what_runs_share_is_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By who starts them: a run then neither counts strings nor looks for repeats."""
+    given = {"config": {"task": {"_target_": "attention_zoo.tasks.Text", "path": str(folder), "held_out": None}}}
+    known_share.cache_clear()
+    monkeypatch.setattr(ngrams, "_counted", {})
+    made = Text(path=str(folder), held_out=None)
+    expected = made.baselines(8)
+    known_share.cache_clear()
+    ngrams._counted.clear()
+    share(given)
+    looked = known_share.cache_info().misses
+    assert looked
+    share(given)
+    monkeypatch.setattr(ngrams, "_table", lambda *_: pytest.fail("counted again"))
+    anew = Text(path=str(folder), held_out=None)
+    assert anew.baselines(8) == expected
+    assert known_share.cache_info().misses == looked
+    assert anew.describe(8) == made.describe(8)
+
+
+def test_neither_much_text_nor_other_peoples_tasks_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Text, "corpora", property(lambda self: pytest.fail("read")))
+    Text(max_bytes=None).share()
+    Text(max_bytes=SHARED + 1).share()
+    share({"config": {"task": {"_target_": "tests.nowhere.Task"}}})

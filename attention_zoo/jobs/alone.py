@@ -16,7 +16,7 @@ import torch
 from attention_zoo import stopping
 from attention_zoo.files import plain
 from attention_zoo.jobs.following import send_end
-from attention_zoo.jobs.trainings import FIRST, GRACE_S, LEAVE_S, data_of, identity_of, prepare, task_name
+from attention_zoo.jobs.trainings import FIRST, GRACE_S, LEAVE_S, data_of, identity_of, prepare, share, task_name
 from attention_zoo.locks import Busy, owning
 from attention_zoo.measure.ends import Ended
 from attention_zoo.measure.kept import keep_row
@@ -26,7 +26,7 @@ from attention_zoo.training.records import RESULT, lost_row
 from attention_zoo.training.run import run_training
 from attention_zoo.words import say
 
-__all__ = ["FIRST", "prepare", "ready", "train", "train_alone"]
+__all__ = ["FIRST", "prepare", "ready", "share", "train", "train_alone"]
 
 
 def train_alone(

@@ -41,7 +41,8 @@ class Slots:
         """Have a function called in a process of its own, which ends with code 0, or 1 if it raised.
 
         Args:
-            function: "module:name", whose module may say by `FIRST` and `prepare` what is imported and done before.
+            function: "module:name", whose module may say by `FIRST` and `prepare` what is imported and done before, and
+                by `share` what is made of `given` for all calls.
             given: its keyword arguments, plain.
             log: descriptor that gets what it prints, and its traceback.
 

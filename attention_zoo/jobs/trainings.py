@@ -295,6 +295,21 @@ def prepare() -> None:
     read_shipped()
 
 
+_shared: set[str] = set()
+
+
+def share(given: Mapping[str, Any]) -> None:
+    """What a training's task makes for all runs of it (`Task.share`), once for the same options.
+
+    Other people's tasks are not built here: what they start would not survive a fork.
+    """
+    node = given["config"]["task"]
+    name = json.dumps(node, sort_keys=True)
+    if name not in _shared and str(node["_target_"]).startswith("attention_zoo."):
+        _shared.add(name)
+        build(node, "task").share()
+
+
 def train(config: dict[str, Any], folder: str, threads: int) -> dict[str, Any]:
     """What the process does; asked to stop, it ends with a code of its own."""
     try:

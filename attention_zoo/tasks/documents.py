@@ -41,6 +41,7 @@ from attention_zoo.tasks.corpus import (
     read_files,
     split_files,
 )
+from attention_zoo.tasks.ngrams import count
 from attention_zoo.tasks.repeats import known_share
 from attention_zoo.tasks.task import Task, digest
 
@@ -48,6 +49,8 @@ Bytes = Annotated[int, Field(ge=1, le=2**62)]
 Between = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False, description="a share between 0 and 1")]
 Below = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, description="a share of at least 0 and below 1")]
 Digest = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$", description="a SHA-256 of 64 hexadecimal digits")]
+SHARED = 8_000_000
+"""Bytes that are read by default."""
 NAMES = {"train": "training", "validation": "validation", "test": "test", "held_out": "the held-out set"}
 
 
@@ -100,7 +103,7 @@ class DocumentTask(Task):
         skip: Sequence[Words] | None = None,
         hidden: bool = False,
         held_out: Words | None = "torch",
-        max_bytes: Bytes | None = 8_000_000,
+        max_bytes: Bytes | None = SHARED,
         held_out_bytes: Bytes | None = 300_000,
         validation: Between = 0.05,
         test: Below = 0.1,
@@ -187,6 +190,14 @@ class DocumentTask(Task):
     def corpora(self) -> dict[str, Corpus]:
         """The bytes of each part."""
         return {name: join_files(part) for name, part in self.documents.parts.items()}
+
+    def share(self) -> None:
+        """See `Task`: which documents repeat training, and how often each string stands there.
+
+        Of more text than by default it is each run's own: who starts runs would wait meanwhile.
+        """
+        if self.max_bytes is not None and self.max_bytes <= SHARED and self.compression is None:
+            count(self.corpora["train"])
 
     @property
     def judged(self) -> str:

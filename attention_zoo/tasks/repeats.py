@@ -53,6 +53,7 @@ def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
     return found[0], found[1]
 
 
+@lru_cache(maxsize=4)
 def known_share(files: tuple[File, ...], seen: tuple[File, ...]) -> np.ndarray:
     """[files], the share of each file's shingles that stand in a file of `seen`; 0 for a file shorter than one.
 

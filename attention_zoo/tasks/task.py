@@ -172,6 +172,12 @@ class Task:
         """The same for metrics beside the main one, by the metric's name."""
         return {}
 
+    def share(self) -> None:
+        """Make what every run of these options needs and takes long, so that forked processes have it; default nothing.
+
+        In numpy alone: threads do not survive a fork.
+        """
+
     def score(self, loss: float, accuracy: float) -> dict[str, float]:
         """Metrics from the mean cross-entropy in nats and the share of right answers, both over the scored tokens."""
         return {"loss": loss, "accuracy": accuracy}
