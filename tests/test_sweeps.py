@@ -333,21 +333,22 @@ def test_needs_come_from_rows_of_their_like_else_from_a_timed_step(tmp_path: Pat
     assert needs(cells, tmp_path, nursery, threads=1) == [Need(1 + 10 * 0.5 + 2.0 + 5.0, 7, 9, "timed")] * 2
     nursery.call = lambda *given, **how: pytest.fail("timed twice")
     row = blank_row(dict(cells[0].config)) | {"id": "x", "steps": 5, "train_seconds": 5.0, "wall_seconds": 10.0}
-    write_json(tmp_path / "a0" / RESULT, row)
-    assert needs(cells[1:], tmp_path, nursery, threads=1) == [Need(1 + 20.0, 7, 9, "measured")]
+    write_json(tmp_path / "a0" / RESULT, row | {"scoring_seconds": 3.0})
+    assert needs(cells[1:], tmp_path, nursery, threads=1) == [Need(1 + 20.0 + 3.0, 7, 9, "measured")]
 
 
 def test_what_fails_at_once_takes_no_time_and_is_tried_again(tmp_path: Path) -> None:
-    told = iter([{"error": "no such thing"}, dict(TIMED), dict(TIMED)])
+    told = iter([{"error": "no such thing"}, dict(TIMED), Ended("timeout", "a step takes long"), dict(TIMED)])
     nursery: Any = SimpleNamespace(call=lambda *given, **how: next(told))
-    cells = [Cell(config(f"batch={batch}", "steps=10"), tmp_path / f"a{batch}") for batch in (2, 4)]
-    failing, whole = needs(cells, tmp_path, nursery, threads=1)
+    cells = [Cell(config(f"batch={batch}", "steps=10"), tmp_path / f"a{batch}") for batch in (2, 4, 8)]
+    failing, whole, unknown = needs(cells, tmp_path, nursery, threads=1)
     assert failing is not None
     assert failing.source == "failing"
     assert failing.seconds < 1
     assert whole == Need(13.0, 7, 9, "timed")
+    assert unknown == Need(13.0, 7, 9, "guessed")  # like what can be trained
     assert "1 that will fail" in summary([failing, whole], 2, 0, 1)
-    assert needs(cells, tmp_path, nursery, threads=1)[0] == Need(13.0, 7, 9, "timed")
+    assert needs(cells[:1], tmp_path, nursery, threads=1)[0] == Need(13.0, 7, 9, "timed")
 
 
 def test_the_start_of_a_process_is_measured_once(tmp_path: Path) -> None:
