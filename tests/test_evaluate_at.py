@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 
 import attention_zoo as zoo
 from attention_zoo.tasks import Mqar
+from attention_zoo.tasks.task import joined
 from attention_zoo.training.config import compose_training
 from attention_zoo.training.evaluate import evaluate
+from attention_zoo.training.pieces import pieces
 from attention_zoo.training.precision import Precision
 from attention_zoo.training.run import run_training
 from attention_zoo.training.timing import timed_steps
@@ -82,6 +85,18 @@ def test_longer_rows_are_read_by_as_many_tokens_as_a_training_batch_has(tmp_path
             assert found == pytest.approx(whole.metrics, rel=1e-5)
             of_row = [[group[0], pytest.approx(group[1:], rel=1e-5)] for group in whole.by_group["distance"]]
             assert [[group[0], group[1:]] for group in row["by_set"][name]["by_group"]["distance"]] == of_row
+
+
+@pytest.mark.parametrize(
+    ("length", "processes", "sizes"),
+    [(64, 1, [2, 2, 2, 2, 2]), (64, 4, [4, 4, 2]), (12, 4, [10]), (13, 1, [9, 1]), (500, 1, [1] * 10)],
+)
+def test_pieces_are_all_rows_in_their_order_with_one_for_each_process(length, processes, sizes):
+    batch = next(iter(Mqar(vocab=32, test_examples=10).evaluation_sets(10, 16)["test"]))
+    batch = batch._replace(ids=batch.ids.repeat(1, 40)[:, :length])
+    found = list(pieces([batch], 128, processes))
+    assert [len(each.ids) for each in found] == sizes
+    assert all(torch.equal(*both) for both in zip(joined(found).tensors(), batch.tensors(), strict=True))
 
 
 def test_what_is_scored_at_the_end_is_timed_before(tmp_path):

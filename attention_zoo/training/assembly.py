@@ -77,7 +77,8 @@ class Assembly:
 
     def batches(self, name: str) -> Iterable[Batch]:
         """Of one set, as they are read."""
-        return self.sets[name] if self.task.streams else pieces(self.sets[name], self.tokens)
+        found = self.sets[name]
+        return found if self.task.streams else pieces(found, self.tokens, self.world.data.size)
 
     def whole(self) -> nn.Module:
         """The model as one process has it; where it is shared out a copy, which all processes must ask for."""

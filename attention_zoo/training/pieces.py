@@ -11,15 +11,16 @@ from collections.abc import Iterable, Iterator
 from attention_zoo.tasks.task import Batch
 
 
-def pieces(batches: Iterable[Batch], tokens: int) -> Iterator[Batch]:
-    """The same rows in the same order, by so many tokens at a time, at least a row.
+def pieces(batches: Iterable[Batch], tokens: int, processes: int = 1) -> Iterator[Batch]:
+    """The same rows in the same order, by so many tokens at a time, at least a row for each process.
 
     Args:
         batches: whose rows do not go on from one batch to the next.
+        processes: that share the rows of a batch.
     """
     for batch in batches:
         length = max(batch.ids.shape[1], 0 if batch.source is None else batch.source.shape[1])
-        rows = max(1, tokens // length)
+        rows = max(processes, tokens // length)
         if rows >= len(batch.ids):
             yield batch
         else:
