@@ -4,7 +4,8 @@ RUNS is a JSON list of {name, processes, words, folder, ...}, done one after the
 {name: [what each rank found]}. `cut` is {rank, step, how}: a signal that a rank (null: every one) gets when it begins
 that step, or with `calls` when it has called so many Python functions since; or {rank, after, how}: so many seconds
 after it has begun. `damage` names what is done to the folder before. `refuse` is {rank, calls}: that rank alone cannot
-do a block's call of that number, and lives on for `STAYS_S` when it has said so.
+do a block's call of that number, and lives on for `STAYS_S` when it has said so. `late_s` is how much longer than the
+others rank 0 takes to meet them.
 """
 
 from __future__ import annotations
@@ -62,6 +63,9 @@ def one(run: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
     refuses = "refuse" in run and run["refuse"]["rank"] == rank
     if refuses:
         refusing(run["refuse"]["calls"])
+    met = list[float]()
+    if "late_s" in run and rank == 0:
+        late(run["late_s"], met)
     began = time.monotonic()
     try:
         row = run_training(config, run["folder"])
@@ -70,7 +74,21 @@ def one(run: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
     ended = time.monotonic()
     if refuses:
         time.sleep(STAYS_S)
-    return {name: row.get(name) for name in KEPT} | {"seconds": ended - began, "ended": ended}
+    return {name: row.get(name) for name in KEPT} | {"seconds": ended - began, "ended": ended, "met": met}
+
+
+def late(seconds: float, met: list[float]) -> None:
+    """torch's meeting takes so much longer in this process; `met` gets the time at which it was over."""
+    from torch import distributed
+
+    meet = distributed.init_process_group
+
+    def slowly(*given: Any, **named: Any) -> None:
+        meet(*given, **named)
+        time.sleep(seconds)
+        met.append(time.monotonic())
+
+    distributed.init_process_group = slowly
 
 
 def refusing(calls: int) -> None:

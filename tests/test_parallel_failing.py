@@ -34,6 +34,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     plan = Planned(tmp_path_factory.mktemp("failing"), WORDS)
     for name, (processes, rank, calls, words) in RUNS.items():
         plan.add(name, processes, name, *words, refuse={"rank": rank, "calls": calls})
+    plan.add("late", 2, "late", refuse={"rank": 1, "calls": DEVICE}, late_s=1.0)
     return {"place": plan.place, **plan.done()}
 
 
@@ -47,6 +48,14 @@ def test_all_end_when_one_refuses_and_say_who_and_why(name: str, ended: dict[str
         assert row["refused"] == (calls != LATER), "before the first step nothing has begun"
         # the others know it while the one that refused, its model and its tracebacks live on
         assert row["ended"] - rows[refuser]["ended"] < STAYS_S / 2
+
+
+def test_nobody_ends_before_all_have_met(ended: dict[str, Any]) -> None:
+    """Who closes its connections while another is still meeting it would end that one without a reason."""
+    first, refuser = ended["late"]
+    assert refuser["error"] == REFUSAL
+    assert first["error"] == f"process 1 of 2: {REFUSAL}"
+    assert refuser["ended"] > first["met"][0]
 
 
 def test_the_row_is_written_with_the_reason_of_another(ended: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ class Failures:
         self.first: tuple[int, dict[str, Any]] | None = None
 
     def met(self) -> None:
-        """All groups are made: what connections there are more than before, the store's aside, are theirs."""
+        """Groups are made: what connections there are more than before, the store's aside, are theirs."""
         if self.known is not None:
             self.connections = set(sockets()) - self.known - _of_store(self.store)
 

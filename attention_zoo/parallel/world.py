@@ -223,6 +223,9 @@ def joined(device: str, *, sequence: int = 1, timeout_s: float, found: Launched 
             )
         failures = Failures(found.rank, found.size, known)
         try:
+            # who ended while another still meets it would end that one too, which has no store yet to look for a reason
+            Team(found.rank, found.size, there.group.WORLD).wait()
+            failures.met()
             world = _divided(found, sequence, _own_device(kind, found.local_rank), timeout_s)
             failures.met()
             yield replace(world, failures=failures)
