@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from attention_zoo.ops.dropout import Dropout
 from attention_zoo.options import Factor, Natural, Positive, Probability, checked
 
 
@@ -74,7 +75,7 @@ class AdaptiveEmbedding(nn.Module):
             self.projections.extend(torch.empty(dim, table.embedding_dim).normal_(std=dim**-0.5) for table in tables)
         for table in tables:
             nn.init.normal_(table.weight, std=table.embedding_dim**-0.5)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     @property
     def weight(self) -> Tensor:

@@ -24,6 +24,7 @@ from attention_zoo.model.feed_forward import KINDS, NONE, FeedForward
 from attention_zoo.model.norm import BatchNorm, build_norm, refuse_over_batch
 from attention_zoo.model.placed import called
 from attention_zoo.model.short_conv import GatedConvolution, ShortConvolution
+from attention_zoo.ops.dropout import Dropout
 from attention_zoo.options import LARGEST, Named, Positive, Probability, checked
 
 Taps = Annotated[
@@ -96,7 +97,7 @@ class Branch(Layer):
         super().__init__()
         self.norm = build_norm(norm, dim)
         self.body = Chain(layers)
-        self.dropout = nn.Dropout(output_dropout)
+        self.dropout = Dropout(output_dropout)
         self.norm_over_batch = isinstance(self.norm, BatchNorm)
         self.pre_norm, self.cross = pre_norm, cross
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from attention_zoo.contract import known_options
 from attention_zoo.model.adaptive import AdaptiveEmbedding
 from attention_zoo.model.norm import build_norm, normed
+from attention_zoo.ops.dropout import Dropout
 from attention_zoo.options import Factor, Named, Natural, Positive, Probability, checked
 
 
@@ -51,7 +52,7 @@ class TokenEmbedding(nn.Embedding):
         self.scale = dim**0.5 if scale is None else scale
         self.types = nn.Embedding(types, dim) if types else None
         self.norm = build_norm(norm, dim) if normed else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,

@@ -25,6 +25,7 @@ from attention_zoo.layout.host import tensor_of
 from attention_zoo.layout.layout import Layout
 from attention_zoo.layout.ledger import behind, chosen, gathered
 from attention_zoo.ops.exchange.halo import behind_halo
+from attention_zoo.ops.taps import taps
 from attention_zoo.options import Positive, checked
 from attention_zoo.place import place_of
 
@@ -119,12 +120,12 @@ class Convolution(Layer):
         return tensor_of(order, device), tensor_of(order.argsort(1), device), tensor_of(document, device)
 
     def _mix(self, x: Tensor, document: Tensor | None) -> Tensor:
+        if document is None:
+            return taps(x, self.weight)
         mixed = x * self.weight[0]
         for tap in range(1, min(self.width, x.shape[1])):
-            earlier = nn.functional.pad(x[:, :-tap], (0, 0, tap, 0))
-            if document is not None:
-                foreign = nn.functional.pad(document[:, tap:] != document[:, :-tap], (tap, 0))
-                earlier = earlier.masked_fill(foreign[..., None], 0)
+            foreign = nn.functional.pad(document[:, tap:] != document[:, :-tap], (tap, 0))
+            earlier = nn.functional.pad(x[:, :-tap], (0, 0, tap, 0)).masked_fill(foreign[..., None], 0)
             mixed = mixed + earlier * self.weight[tap]
         return mixed
 

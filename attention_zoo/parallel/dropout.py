@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from attention_zoo.ops.dropout import dropped
+
 STRIDE = 0x9E3779B97F4A7C15
 """An odd number without a pattern in its bits: ranks' seeds lie far apart."""
 
@@ -39,15 +41,14 @@ def _dropped(x: Tensor, p: float, rank: int) -> Tensor:
     # of the CPU's generator on every device: to read it back makes nobody wait
     common = int(torch.empty((), dtype=torch.int64).random_())
     own = torch.Generator(x.device).manual_seed((common + rank * STRIDE) % 2**63)
-    kept = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=own)
-    return x * kept / (1 - p)
+    return dropped(x, p, own)
 
 
 def by_rank(model: nn.Module, rank: int) -> None:
     """Every dropout of a model becomes one whose masks are this process's own."""
     for module in list(model.modules()):
         for name, part in module.named_children():
-            if type(part) is nn.Dropout:
+            if isinstance(part, nn.Dropout) and not isinstance(part, RankDropout):
                 made = RankDropout(part.p, rank)
                 made.train(part.training)
                 setattr(module, name, made)

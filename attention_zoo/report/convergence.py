@@ -1,7 +1,8 @@
 """Whether trainings were long enough to tell mechanisms apart: what their own curves and their own reach say.
 
 A mechanism that cannot see an answer stops learning without it, and that is its result; one that is still learning, or
-misses what stands right before it, was ended too early, and nobody knows its result.
+misses what stands right before it, was ended too early, and nobody knows its result. Whose accuracy is so near to 100 %
+that all it may still learn would be no difference, within the margin of equivalence, is not asked how its loss falls.
 """
 
 from __future__ import annotations

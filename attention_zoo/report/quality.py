@@ -15,7 +15,17 @@ from attention_zoo.report.comparisons import Comparison, comparisons
 from attention_zoo.report.endings import by_its_judge, ended
 from attention_zoo.report.groups import COMPRESS, shortening
 from attention_zoo.report.learnt import Learnt
-from attention_zoo.report.metrics import PRIMARY, RESULT, SETS, SHARES, metric_words, seeds_words, spoken, value_words
+from attention_zoo.report.metrics import (
+    PRIMARY,
+    RESULT,
+    SETS,
+    SHARES,
+    margin,
+    metric_words,
+    seeds_words,
+    spoken,
+    value_words,
+)  # fmt: skip
 from attention_zoo.results.row import Row
 
 LEARNT = 0.95
@@ -154,7 +164,9 @@ class Task:
         value = each.mean
         if self.bar is not None and self.metric.startswith("bits_") and not self.beats(value, self.bar[1]):
             return f"reached {value_words(value, self.metric)}, {self.bar[0]} {value_words(self.bar[1], self.metric)}"
-        share = convergence.still_learning(each.rows)
+        # who is within the margin of all answers has no more to learn than counts as a difference
+        whole = self.metric in SHARES and value is not None and value >= 1 - (margin(self.metric) or 0.0)
+        share = None if whole else convergence.still_learning(each.rows)
         if share is not None and share > convergence.LEVEL:
             of = f"{units.percent(share)} of the whole fall of its loss came in the last fifth of its steps"
             return f"was still learning: {of}, above {convergence.LEVEL:.0%}"
