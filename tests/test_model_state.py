@@ -206,6 +206,28 @@ def test_short_convolution_is_its_definition(width):
     assert far(plain, convolved(layer, x, Tokens.all_valid(4, 13))) < 1e-12
 
 
+@pytest.mark.parametrize("borders", [(), (4, 9)], ids=["one document", "packed"])
+@pytest.mark.parametrize(
+    "counts", [[[0, 13], [0, 7], [0, 1]], [[0, 13], [5, 13], [12, 13]], [[0, 9], [3, 13], [4, 11]]]
+)
+def test_short_convolution_beside_padding_at_an_end_is_its_definition(counts, borders):
+    """Without a hole nothing is moved: outputs, zeros at padding, gradients."""
+    layer = ShortConvolution(dim=4, width=4).double()
+    column = torch.arange(13)
+    valid = torch.stack([(column >= first) & (column < end) for first, end in counts])
+    tokens = packed(valid, *borders)
+    x = torch.where(valid[..., None], torch.randn(3, 13, 4, dtype=torch.float64), torch.nan).requires_grad_()
+    given = torch.randn(3, 13, 4, dtype=torch.float64)
+    out, right = layer(x, tokens).hidden, convolved(layer, x, tokens)
+    assert far(out[valid], right[valid]) < 1e-12
+    assert not out[~valid].any()
+    found = torch.autograd.grad((out * given).sum(), (x, layer.weight))
+    asked = torch.autograd.grad((right * given)[valid].sum(), (x, layer.weight))
+    assert far(found[0][valid], asked[0][valid]) < 1e-12
+    assert not found[0][~valid].any()
+    assert far(found[1], asked[1]) < 1e-12
+
+
 def test_gated_convolution_is_a_convolution_times_a_projection():
     layer = GatedConvolution(dim=4, width=3).double()
     torch.nn.init.normal_(layer.bias)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -57,3 +59,18 @@ def test_the_wider_type_is_the_results() -> None:
     assert x.grad.dtype == torch.bfloat16
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_functional_transforms_go_through() -> None:
+    """Gradients of each row alone, as of the plain sum."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 5, 2, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+
+    def loss(of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda row, weight: of(row[None], weight).pow(3).sum()
+
+    found, right = (
+        torch.func.vmap(torch.func.grad(loss(each), argnums=(0, 1)), (0, None))(x, weight) for each in (taps, plain)
+    )
+    torch.testing.assert_close(found, right)

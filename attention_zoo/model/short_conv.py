@@ -108,16 +108,26 @@ class Convolution(Layer):
     def _mix_valid(self, x: Tensor, tokens: Layout) -> Tensor:
         if tokens.dense:
             return self._mix(x, None if tokens.one_document else tokens.document)
-        # push each row's valid tokens together: then "the one before" is the column before
         order, back, document = tokens.plan("pushed", lambda: self._pushed(tokens))
+        if order is None or back is None:
+            return tokens.blanked(self._mix(x, document))
         mixed = self._mix(x.gather(1, order[..., None].expand_as(x)), document)
         return mixed.gather(1, back[..., None].expand_as(x))
 
-    def _pushed(self, tokens: Layout) -> tuple[Tensor, Tensor, Tensor]:
-        order = np.argsort(tokens.host.valid, axis=1, kind="stable")
-        document = np.take_along_axis(np.where(tokens.host.valid, tokens.host.document, -1), order, 1)
-        device = tokens.valid.device
-        return tensor_of(order, device), tensor_of(order.argsort(1), device), tensor_of(document, device)
+    def _pushed(self, tokens: Layout) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Columns in an order in which "the one before" is the column before, the way back, and documents in it.
+
+        None: they are in that order; no row holds two documents (padding is zero, and adds nothing).
+        """
+        valid, device = tokens.host.valid, tokens.valid.device
+        begins = valid & np.concatenate([np.ones_like(valid[:, :1]), ~valid[:, :-1]], 1)
+        document = np.where(valid, tokens.host.document, -1)
+        order = back = None
+        if bool((begins.sum(1) > 1).any()):  # holes: push each row's valid tokens together
+            there = np.argsort(valid, axis=1, kind="stable")
+            document = np.take_along_axis(document, there, 1)
+            order, back = tensor_of(there, device), tensor_of(there.argsort(1), device)
+        return order, back, None if tokens.one_document else tensor_of(document, device)
 
     def _mix(self, x: Tensor, document: Tensor | None) -> Tensor:
         if document is None:

@@ -21,10 +21,15 @@ def taps(x: Float[Tensor, "B L E"], weight: Float[Tensor, "width E"]) -> Float[T
 
 
 class _Taps(torch.autograd.Function):
+    generate_vmap_rule = True  # and with `setup_context` also under torch.func, as the plain sum was
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
         return _mixed(x, weight, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
