@@ -135,7 +135,8 @@ def assemble(options: TrainConfig, mechanism: Any, task: Task, world: World | No
         by_rank(model, world.rank)
     prepare(model, recompute=options.parallel.checkpoint, compiled=options.parallel.compile)
     whole = shard(model, world) if world.size > 1 and options.parallel.data == "fsdp" else None
-    carry = bool(options.trainer.carry_state and task.streams and getattr(model, "carries", False))
+    goes_on = task.streams and getattr(task, "span", None) != 1  # rows of one segment all begin anew
+    carry = bool(options.trainer.carry_state and goes_on and getattr(model, "carries", False))
     if world.sequence.size > 1:
         refuse_options(model, Asked(options.parallel.checkpoint, options.parallel.compile, carry))
     refuse_compiled_states(options.parallel, carry)

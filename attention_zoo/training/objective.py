@@ -111,8 +111,7 @@ def losses(output: Any, batch: Batch, scored: dict[str, int]) -> dict[str, Tenso
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats of each scored token [n], in float32 or better."""
-    scored = targets != IGNORED
-    return _cross_entropy(logits[scored], targets[scored])
+    return _cross_entropy(*_chosen(logits, targets))
 
 
 def _asked(output: Any, batch: Batch) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
@@ -121,8 +120,14 @@ def _asked(output: Any, batch: Batch) -> Iterator[tuple[str, tuple[Tensor, Tenso
         logits = output.logits
         if isinstance(logits, PretrainingLogits):
             logits = logits.tokens if name == MAIN else logits.row
-        scored = targets != IGNORED
-        yield name, (logits[scored], targets[scored])
+        yield name, _chosen(logits, targets)
+
+
+def _chosen(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    scored = targets != IGNORED
+    if scored.device.type == "cpu" and bool(scored.all()):  # elsewhere the host would wait to hear of it
+        return logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    return logits[scored], targets[scored]
 
 
 def _targets(batch: Batch) -> dict[str, Tensor]:
