@@ -102,7 +102,7 @@ class AdaptiveEmbedding(nn.Module):
 
 
 class AdaptiveSoftmax(nn.Module):
-    """Log-probabilities over the vocabulary, [B, L, V].
+    """Log-probabilities over the vocabulary, [B, L, V], or [n, V] of those tokens that are answered.
 
     Args:
         embedding: of the input tokens, whose clusters it shares.
@@ -134,7 +134,13 @@ class AdaptiveSoftmax(nn.Module):
                 self.projections.append(theirs if shared[index] else torch.empty_like(theirs).normal_(std=dim**-0.5))
         self.clusters = nn.Linear(embedding.widths[0], clusters - 1) if clusters > 1 else None
 
-    def forward(self, hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B L V"]:
+    def forward(
+        self,
+        hidden: Float[Tensor, "B L E"],
+        valid: Bool[Tensor, "B L"] | None,
+        answered: Bool[Tensor, "B L"] | None = None,
+    ) -> Float[Tensor, "*at V"]:
+        hidden = hidden if answered is None else hidden[answered]
         first = self._logits(hidden, 0)
         if self.clusters is None:
             return first.log_softmax(-1)

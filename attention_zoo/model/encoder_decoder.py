@@ -32,6 +32,8 @@ class EncoderDecoder(nn.Module):
         decoder: built with causal=True and cross=True, of the same dim.
     """
 
+    answers_some = True  # `forward` takes `answered`
+
     @checked
     def __init__(self, *, encoder: Transformer, decoder: Transformer):
         for name, given in (("encoder", encoder), ("decoder", decoder)):
@@ -88,15 +90,17 @@ class EncoderDecoder(nn.Module):
         source: Int[Tensor, "B S"] | tuple[Any, ...] | Source | None = None,
         fresh: Bool[Tensor, " B"] | None = None,
         last_only: bool = False,
+        answered: Bool[Tensor, "B L"] | None = None,
     ) -> ModelOutput:
         """Run one call of the decoder.
 
         Args:
-            ids, tokens, state, fresh, last_only: see `Transformer.forward`.
+            ids, tokens, state, fresh, last_only, answered: see `Transformer.forward`.
             source: ids, a tuple of what `encode` takes, or what it gave; with a state only in the first call.
         """
         losses: dict[str, Tensor] = {}
         if source is not None and not isinstance(source, Source):
             source, losses = self.encode(*source) if isinstance(source, tuple) else self.encode(source)
-        out = self.decoder(ids, tokens, state=state, source=source, fresh=fresh, last_only=last_only)
+        options: Any = {"fresh": fresh, "last_only": last_only, "answered": answered}
+        out = self.decoder(ids, tokens, state=state, source=source, **options)
         return out._replace(losses=add_losses(losses, out.losses))

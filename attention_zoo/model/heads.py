@@ -1,4 +1,8 @@
-"""What is read off the last hidden states: tokens, a label for each token, one for the row, or tokens and one label."""
+"""What is read off the last hidden states: tokens, a label for each token, one for the row, or tokens and one label.
+
+Where few tokens are scored (masked ones, answers of recall), logits of the others would be most of a step's work and of
+its memory: heads that speak of each token do so of those alone that are `answered`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from attention_zoo.contract import known_options, named, one_of
+from attention_zoo.contract import known_options, named, of_tensor, one_of
 from attention_zoo.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from attention_zoo.model.embedding import TokenEmbedding
 from attention_zoo.model.feed_forward import ACTIVATIONS
@@ -21,7 +25,7 @@ POOLINGS = ("mean", "first")
 
 
 class LanguageModel(nn.Module):
-    """Logits over the vocabulary, [B, L, V].
+    """Logits over the vocabulary, [B, L, V], or [n, V] of those tokens that are answered.
 
     Args:
         embedding: of the input tokens.
@@ -51,10 +55,15 @@ class LanguageModel(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocab)) if bias else None
         self.transform = None if transform is None else _Transform(dim, transform, norm)
 
-    def forward(self, hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B L V"]:
-        if self.transform is not None:
+    def forward(
+        self,
+        hidden: Float[Tensor, "B L E"],
+        valid: Bool[Tensor, "B L"] | None,
+        answered: Bool[Tensor, "B L"] | None = None,
+    ) -> Float[Tensor, "*at V"]:
+        if self.transform is not None:  # of all tokens: its norm may be over them
             hidden = self.transform(hidden, valid)
-        return nn.functional.linear(hidden, self.weight, self.bias)
+        return nn.functional.linear(hidden if answered is None else hidden[answered], self.weight, self.bias)
 
 
 class _Transform(nn.Module):
@@ -70,14 +79,19 @@ class _Transform(nn.Module):
 
 
 class TokenLabels(nn.Module):
-    """Logits over the classes for each token, [B, L, C]."""
+    """Logits over the classes for each token, [B, L, C], or [n, C] of those that are answered."""
 
     def __init__(self, *, dim: int, classes: int):
         super().__init__()
         self.linear = nn.Linear(dim, classes)
 
-    def forward(self, hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B L C"]:
-        return self.linear(hidden)
+    def forward(
+        self,
+        hidden: Float[Tensor, "B L E"],
+        valid: Bool[Tensor, "B L"] | None,
+        answered: Bool[Tensor, "B L"] | None = None,
+    ) -> Float[Tensor, "*at C"]:
+        return self.linear(hidden if answered is None else hidden[answered])
 
 
 class Classify(nn.Module):
@@ -92,7 +106,12 @@ class Classify(nn.Module):
         self.pooling = pooling
         self.linear = nn.Linear(dim, classes)
 
-    def forward(self, hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> Float[Tensor, "B C"]:
+    def forward(
+        self,
+        hidden: Float[Tensor, "B L E"],
+        valid: Bool[Tensor, "B L"] | None,
+        answered: Bool[Tensor, "B L"] | None = None,
+    ) -> Float[Tensor, "B C"]:
         return self.linear(self._pool(hidden, valid))
 
     def _pool(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
@@ -106,9 +125,9 @@ class Classify(nn.Module):
 
 
 class PretrainingLogits(NamedTuple):
-    """Two answers of one model: [B, L, V] for the tokens, [B, C] for the row."""
+    """Two answers of one model: [B, L, V] for the tokens (or [n, V], see `LanguageModel`), [B, C] for the row."""
 
-    tokens: Float[Tensor, "B L V"]
+    tokens: Float[Tensor, "*at V"]
     row: Float[Tensor, "B C"]
 
 
@@ -119,14 +138,24 @@ class Pretraining(nn.Module):
         super().__init__()
         self.tokens, self.row = tokens, row
 
-    def forward(self, hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> PretrainingLogits:
-        return PretrainingLogits(self.tokens(hidden, valid), self.row(hidden, valid))
+    def forward(
+        self,
+        hidden: Float[Tensor, "B L E"],
+        valid: Bool[Tensor, "B L"] | None,
+        answered: Bool[Tensor, "B L"] | None = None,
+    ) -> PretrainingLogits:
+        return PretrainingLogits(self.tokens(hidden, valid, answered), self.row(hidden, valid))
 
 
 class Hidden(nn.Module):
     """No logits."""
 
-    def forward(self, hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None) -> None:
+    def forward(
+        self,
+        hidden: Float[Tensor, "B L E"],
+        valid: Bool[Tensor, "B L"] | None,
+        answered: Bool[Tensor, "B L"] | None = None,
+    ) -> None:
         return None
 
 
@@ -197,3 +226,11 @@ def last_valid(hidden: Float[Tensor, "B L E"], valid: Bool[Tensor, "B L"] | None
         return hidden[:, -1:]
     column = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), 0).amax(1)
     return hidden[torch.arange(len(hidden), device=hidden.device), column][:, None]
+
+
+def check_answered(answered: Tensor, ids: Tensor, last_only: bool) -> None:
+    """That it tells which of a call's tokens have logits."""
+    if answered.dtype != torch.bool or answered.shape != ids.shape:
+        raise ValueError(f"answered must be a bool mask of ids' shape {tuple(ids.shape)}, got {of_tensor(answered)}")
+    if last_only:
+        raise ValueError("answered needs last_only=False, which asks for one token of each row")

@@ -38,7 +38,7 @@ from attention_zoo.model.block import Block, Stack, Taps
 from attention_zoo.model.embedding import build_embedding
 from attention_zoo.model.feed_forward import with_flat
 from attention_zoo.model.global_tokens import GlobalTokens, asked_for
-from attention_zoo.model.heads import POOLINGS, build_head, last_valid
+from attention_zoo.model.heads import POOLINGS, build_head, check_answered, last_valid
 from attention_zoo.model.mechanisms import (
     brings_global_tokens,
     entries,
@@ -108,6 +108,8 @@ class Transformer(nn.Module):
         Unsupported: for what a mechanism does not declare.
         ValueError: for a value outside its rule.
     """
+
+    answers_some = True  # `forward` takes `answered`
 
     @checked
     def __init__(
@@ -239,6 +241,7 @@ class Transformer(nn.Module):
         source: Source | None = None,
         fresh: Bool[Tensor, " B"] | None = None,
         last_only: bool = False,
+        answered: Bool[Tensor, "B L"] | None = None,
     ) -> ModelOutput:
         """Run one call.
 
@@ -251,11 +254,15 @@ class Transformer(nn.Module):
             source: for cross=True; with a state only in the first call.
             fresh: rows that start a new stream: they see nothing of their state. Without a state all do.
             last_only: hidden and logits of each row's last valid token alone, L = 1: all that decoding asks for.
+            answered: tokens whose logits are asked for, as training asks: those are [n, V] then, in the tokens' order.
+                Default all. What is said of a whole row is said as ever.
 
         Raises:
             ValueError: for ids out of range (on CUDA the embedding's own assertion says so), or a missing source.
         """
         self._check(ids, tokens, types, state, source, fresh, last_only)
+        if answered is not None:
+            check_answered(answered, ids, last_only)
         said = tokens is not None or state is not None
         new = state
         if not torch.compiler.is_compiling():
@@ -275,7 +282,7 @@ class Transformer(nn.Module):
         if last_only:
             hidden, asked = last_valid(hidden, None if _is_dense(tokens) else asked), None
         hidden = self.norm(hidden, asked) if self.norm_over_batch else self.norm(hidden)
-        logits = self.head(hidden, asked)
+        logits = self.head(hidden, asked, answered)
         if new is not None:
             new = new.after(out.state)
         return ModelOutput(logits, hidden, new, dict(out.losses))
@@ -311,14 +318,7 @@ class Transformer(nn.Module):
         return tokens.position if _is_dense(tokens) else tokens.position.masked_fill(~tokens.valid, 0)
 
     def _check(
-        self,
-        ids: Any,
-        tokens: Tokens | None,
-        types: Any,
-        state: Any,
-        source: Any,
-        fresh: Any,
-        last_only: bool,
+        self, ids: Any, tokens: Tokens | None, types: Any, state: Any, source: Any, fresh: Any, last_only: bool
     ) -> None:
         traced = not torch.compiler.is_compiling() and torch._C._is_tracing()  # sizes are tensors then
         known = not traced and types is None and type(ids) is Tensor and ids.dtype == torch.int64 and not ids.is_meta

@@ -123,11 +123,19 @@ def _asked(output: Any, batch: Batch) -> Iterator[tuple[str, tuple[Tensor, Tenso
         yield name, _chosen(logits, targets)
 
 
-def _chosen(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def scored_only(targets: Tensor) -> Tensor | None:
+    """Which are scored; None: all."""
     scored = targets != IGNORED
-    if scored.device.type == "cpu" and bool(scored.all()):  # elsewhere the host would wait to hear of it
+    # elsewhere the host would wait to hear of it
+    return None if scored.device.type == "cpu" and bool(scored.all()) else scored
+
+
+def _chosen(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Both of what is scored; logits may be of that alone already, see `Stream`."""
+    scored = scored_only(targets)
+    if scored is None:
         return logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    return logits[scored], targets[scored]
+    return (logits if logits.ndim == targets.ndim else logits[scored]), targets[scored]
 
 
 def _targets(batch: Batch) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from attention_zoo.model.state import detach
 from attention_zoo.tasks.task import Batch
+from attention_zoo.training.objective import scored_only
 
 
 class Stream:
@@ -33,7 +34,8 @@ class Stream:
         return batch._replace(source=source, source_tokens=None, source_seen=None)
 
     def __call__(self, batch: Batch, *, anew: bool | None = None) -> Any:
-        """The model's output on the batch; afterwards `state` is what the next batch continues from.
+        """The model's output on the batch, logits of its scored tokens alone where the model can be asked for some;
+        afterwards `state` is what the next batch continues from.
 
         Args:
             anew: whether all rows start something new, those that other processes read beside these included; default
@@ -43,6 +45,8 @@ class Stream:
         if batch.source is not None:
             whole = batch.source_tokens is None and batch.source_seen is None
             given["source"] = batch.source if whole else (batch.source, batch.source_tokens, batch.source_seen)
+        if batch.targets.ndim == 2 and getattr(self.model, "answers_some", False):
+            given["answered"] = scored_only(batch.targets)
         if not self.carry:
             return self.model(batch.ids, batch.tokens, **given)
         fresh = None
