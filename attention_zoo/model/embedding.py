@@ -76,7 +76,7 @@ class TokenEmbedding(nn.Embedding):
             x = x + self.types(torch.zeros_like(ids) if types is None else types)
         if self.norm is not None:
             x = normed(self.norm, x, valid)
-        return self.dropout(x)
+        return self.dropout(x) if self.dropout.p else x
 
 
 def build_embedding(

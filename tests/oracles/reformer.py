@@ -27,9 +27,13 @@ from attention_zoo import Tokens
 from attention_zoo.attention.reformer import Reformer
 from attention_zoo.ops.lsh.hashing import hash_tokens
 
-from .case import FLOAT32, Bounds, Case, Errors, Leaves, at_columns, compare, padding, randomise, vectors
+from .case import FLOAT32, FLOAT64, Bounds, Case, Errors, Leaves, at_columns, compare, padding, randomise, vectors
 
 KERNELS = ("auto", "dense")
+ROUNDED = Bounds(
+    {torch.float32: Errors(2e-6, 2e-6), torch.float64: FLOAT64},
+    "Scores are not scaled down: of one element on an Intel Xeon ours is 5e-7 from its own float64, theirs 1.1e-6.",
+)
 ALONE = Bounds(
     {torch.float64: Errors(5e-11, 5e-11)},
     "Theirs weighs several rounds of a token that sees only itself by a log-sum-exp of -1e5 (-5e4), whose last place "
@@ -236,7 +240,7 @@ def cases() -> Iterator[Case]:
                 name = f"seed {seed}, {direction}, {rounds} rounds"
                 hugging_face = partial(run_hugging_face, seed, rounds, causal)
                 lucidrains = partial(run_reformer_pytorch, seed, rounds, causal)
-                yield Case("reformer", "Hugging Face Reformer", name, partial(hugging_face, exact))
+                yield Case("reformer", "Hugging Face Reformer", name, partial(hugging_face, exact), ROUNDED)
                 yield Case("reformer", "reformer-pytorch", name, partial(lucidrains, exact))
                 if not exact:
                     yield Case(
