@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+import attention_zoo as zoo
 from attention_zoo.ops.dropout import STEPS, Dropout, dropped
 
 
@@ -61,3 +64,19 @@ def test_the_same_seed_drops_the_same_and_the_module_draws_from_torchs_generator
 def test_wrong_probabilities_are_refused() -> None:
     with pytest.raises(ValueError, match="probability"):
         Dropout(1.5)
+
+
+def test_a_models_embedding_and_branches_drop_in_training_alone() -> None:
+    torch.manual_seed(4)
+    shape: dict[str, Any] = {"vocab": 9, "dim": 64, "heads": 2, "depth": 1}
+    model = zoo.Transformer(attention="full", output_dropout=0.5, embedding={"dropout": 0.5}, **shape)
+    ids = torch.randint(0, 9, (4, 30))
+    seen: dict[str, float] = {}
+    parts = {name: part for name, part in model.named_modules() if isinstance(part, Dropout)}
+    for name, part in parts.items():
+        part.register_forward_hook(lambda _, __, out, name=name: seen.update({name: float((out == 0).double().mean())}))
+    model(ids)
+    assert seen.keys() == parts.keys()
+    assert len(seen) == 3, "the embedding, attention, and feed-forward"
+    assert all(abs(share - 0.5) < 0.05 for share in seen.values())
+    assert torch.equal(model.eval()(ids).logits, model(ids).logits)

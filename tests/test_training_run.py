@@ -393,3 +393,22 @@ def test_the_command_line_tells_a_misspelt_name_in_one_line(capsys: pytest.Captu
     assert told.startswith("error: attention must be one of ")
     assert told.endswith("got 'longfromer'; did you mean longformer?\n")
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(("span", "carried"), [(1, False), (2, True)])
+def test_rows_of_one_segment_carry_nothing(span: int, carried: bool, source: Path, tmp_path: Path) -> None:
+    """Each of them begins anew, so that a state would be made for nobody; the numbers are the same."""
+    words = [
+        *SMALL,
+        f"task.path={source}",
+        "attention=transformer_xl",
+        *BACKENDS["transformer_xl"],
+        f"task.span={span}",
+    ]
+    row = run_training(compose_training([*words, "model.output_dropout=0"]), tmp_path / "some")
+    assert row["status"] == "ok", row["error"]
+    assert row["carries_state"] == carried
+    never = run_training(
+        compose_training([*words, "model.output_dropout=0", "trainer.carry_state=false"]), tmp_path / "none"
+    )
+    assert (never["metrics"] == row["metrics"]) == (not carried)
