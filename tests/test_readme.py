@@ -16,7 +16,7 @@ from attention_zoo.advice.matrix import Matrix
 from attention_zoo.commands import work as commands
 from attention_zoo.commands.main import main
 from attention_zoo.commands.plain import PLAIN
-from attention_zoo.files import read_json
+from attention_zoo.files import read_json, read_jsonl
 from attention_zoo.report import Findings, markdown_table, read, rivals
 from attention_zoo.report.published import published
 from attention_zoo.report.summary import summary
@@ -115,6 +115,20 @@ def test_other_seeds_contradict_no_verdict_of_the_matrix():
     same = sum(mine[at] == theirs[at] for at in both)
     assert f"of the {len(mine)} verdicts {same} are the same" in again
     assert (len(mine) - len(both), len(both) - same) == (3, 1)  # which the sentence names
+
+
+def test_the_work_of_the_presets_is_that_of_the_committed_turns():
+    rows = list(read_jsonl(ROOT / "experiments/results/turns_cpu/turns.jsonl"))
+
+    def minutes(rows):
+        return tuple(
+            round(sum(row["wall_seconds"] * row[f"{side}_seconds"] / row["before_seconds"] for row in rows) / 60)
+            for side in ("after", "before")
+        )
+
+    every, choice = minutes(rows), minutes([row for row in rows if row["rows"] == "choice_again_cpu"])
+    said = "{} core-minutes where those rows took {}, `choice` {} of {}".format(*every, *choice)
+    assert said in README
 
 
 def test_the_table_of_recall_by_distance_is_that_of_the_committed_rows():
