@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,6 +25,9 @@ from torch import Tensor, nn
 
 from attention_zoo.ops.dropout import Dropout
 from attention_zoo.options import Factor, Natural, Positive, Probability, checked
+
+Mask: TypeAlias = Bool[Tensor, "B L"] | None
+"""Some of a call's tokens; None: all."""
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -134,12 +137,7 @@ class AdaptiveSoftmax(nn.Module):
                 self.projections.append(theirs if shared[index] else torch.empty_like(theirs).normal_(std=dim**-0.5))
         self.clusters = nn.Linear(embedding.widths[0], clusters - 1) if clusters > 1 else None
 
-    def forward(
-        self,
-        hidden: Float[Tensor, "B L E"],
-        valid: Bool[Tensor, "B L"] | None,
-        answered: Bool[Tensor, "B L"] | None = None,
-    ) -> Float[Tensor, "*at V"]:
+    def forward(self, hidden: Float[Tensor, "B L E"], valid: Mask, answered: Mask = None) -> Float[Tensor, "*at V"]:
         hidden = hidden if answered is None else hidden[answered]
         first = self._logits(hidden, 0)
         if self.clusters is None:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from attention_zoo.contract import known_options, named, of_tensor, one_of
-from attention_zoo.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from attention_zoo.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Mask
 from attention_zoo.model.embedding import TokenEmbedding
 from attention_zoo.model.feed_forward import ACTIVATIONS
 from attention_zoo.model.norm import build_norm, normed
@@ -55,12 +55,7 @@ class LanguageModel(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocab)) if bias else None
         self.transform = None if transform is None else _Transform(dim, transform, norm)
 
-    def forward(
-        self,
-        hidden: Float[Tensor, "B L E"],
-        valid: Bool[Tensor, "B L"] | None,
-        answered: Bool[Tensor, "B L"] | None = None,
-    ) -> Float[Tensor, "*at V"]:
+    def forward(self, hidden: Float[Tensor, "B L E"], valid: Mask, answered: Mask = None) -> Float[Tensor, "*at V"]:
         if self.transform is not None:  # of all tokens: its norm may be over them
             hidden = self.transform(hidden, valid)
         return nn.functional.linear(hidden if answered is None else hidden[answered], self.weight, self.bias)
@@ -85,12 +80,7 @@ class TokenLabels(nn.Module):
         super().__init__()
         self.linear = nn.Linear(dim, classes)
 
-    def forward(
-        self,
-        hidden: Float[Tensor, "B L E"],
-        valid: Bool[Tensor, "B L"] | None,
-        answered: Bool[Tensor, "B L"] | None = None,
-    ) -> Float[Tensor, "*at C"]:
+    def forward(self, hidden: Float[Tensor, "B L E"], valid: Mask, answered: Mask = None) -> Float[Tensor, "*at C"]:
         return self.linear(hidden if answered is None else hidden[answered])
 
 
@@ -106,12 +96,7 @@ class Classify(nn.Module):
         self.pooling = pooling
         self.linear = nn.Linear(dim, classes)
 
-    def forward(
-        self,
-        hidden: Float[Tensor, "B L E"],
-        valid: Bool[Tensor, "B L"] | None,
-        answered: Bool[Tensor, "B L"] | None = None,
-    ) -> Float[Tensor, "B C"]:
+    def forward(self, hidden: Float[Tensor, "B L E"], valid: Mask, answered: Mask = None) -> Float[Tensor, "B C"]:
         return self.linear(self._pool(hidden, valid))
 
     def _pool(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
@@ -138,24 +123,14 @@ class Pretraining(nn.Module):
         super().__init__()
         self.tokens, self.row = tokens, row
 
-    def forward(
-        self,
-        hidden: Float[Tensor, "B L E"],
-        valid: Bool[Tensor, "B L"] | None,
-        answered: Bool[Tensor, "B L"] | None = None,
-    ) -> PretrainingLogits:
+    def forward(self, hidden: Float[Tensor, "B L E"], valid: Mask, answered: Mask = None) -> PretrainingLogits:
         return PretrainingLogits(self.tokens(hidden, valid, answered), self.row(hidden, valid))
 
 
 class Hidden(nn.Module):
     """No logits."""
 
-    def forward(
-        self,
-        hidden: Float[Tensor, "B L E"],
-        valid: Bool[Tensor, "B L"] | None,
-        answered: Bool[Tensor, "B L"] | None = None,
-    ) -> None:
+    def forward(self, hidden: Float[Tensor, "B L E"], valid: Mask, answered: Mask = None) -> None:
         return None
 
 

@@ -1,7 +1,7 @@
 """Dropout, drawn faster on a CPU: sixteen random bits an element, four elements a number. Srivastava et al. 2014.
 
-torch draws a float for each element and keeps the mask as floats; the bits take a third of the time, and the mask a
-byte an element. Elsewhere, and in a compiled graph, it is torch's own.
+torch draws a float for each element and keeps the mask as floats; the bits take less than half of the time, and the
+mask a byte an element. Elsewhere, and in a compiled graph, it is torch's own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A few taps over tokens, each channel for itself: y_p = Σ_j w_j · x_{p-j}, nothing being before the first token.
 
 Its gradients are written down, since autograd of the plain sum pads, multiplies and adds for each tap anew: that was a
-sixth of a training step on a CPU. O(L · width · E) time, and one result of the input's size whatever the width.
+tenth of a training step on a CPU. O(L · width · E) time, and one result of the input's size whatever the width.
 """
 
 from __future__ import annotations

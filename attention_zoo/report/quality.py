@@ -25,7 +25,7 @@ from attention_zoo.report.metrics import (
     seeds_words,
     spoken,
     value_words,
-)  # fmt: skip
+)
 from attention_zoo.results.row import Row
 
 LEARNT = 0.95
